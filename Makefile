@@ -1,0 +1,56 @@
+# Everything runs inside .venv, which the first target makes. `make demo` and `make test` need no GPU, and
+# after the installation no network.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all weights lint clean
+.DELETE_ON_ERROR:
+
+SHELL := bash
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+JOBS ?= 2
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
+
+demo: $(STAMP) ## the first run: lavender-demo/report.html and results.json
+	$(BIN)/lavender demo
+
+test: lint ## style, types, import rules and the tests that are not slow
+	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
+
+test-all: $(STAMP) ## the slow tests: several processes, a browser, the built wheel, the demo
+	$(BIN)/pytest -m slow
+
+lint: $(STAMP) ## style, types and import rules only
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/ty check
+	$(BIN)/lint-imports --no-logo
+
+weights: $(STAMP) ## train the weights of the built-in world anew (hours on a CPU)
+	$(BIN)/python -m lavender.world.weights all --out src/lavender/world/weights
+
+clean: ## remove what the other targets made, except .venv and the weights
+	rm -rf build dist lavender-demo .pytest_cache .ruff_cache .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@found=; \
+	for python in python3.11 python3; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "Got no Python 3.11 or newer. Expected python3.11 or python3 on PATH. Do this: install Python 3.11." >&2; \
+	  exit 1; \
+	fi; \
+	if [ ! -x $(BIN)/python ]; then echo "Making .venv with $$found"; $$found -m venv .venv; fi
+	@echo "Installing lavender-vlm and its pinned dependencies into .venv (some minutes, about 1.5 GB)"
+	@set -o pipefail; \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[demo,dev]' \
+	  | grep --line-buffered -E '^(Collecting|Installing|Successfully)'
+	@touch $@
