@@ -1,0 +1,103 @@
+"""A student's own word maps: its attention on the picture, pooled over heads and layers, no Aligner."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from lavender.alignment_data import row_tensors
+from lavender.images import image_id
+from lavender.locate import WordLocator
+from lavender.maps import Dropped, Word, WordMaps, to_heat
+from lavender.pooling import to_grid, word_attention
+from lavender.vlm.capture import AttentionRequest, install, uninstall
+from lavender.vlm.registry import adapter_for
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One picture, the question asked, the answer read teacher-forced, and the words to map."""
+
+    image: Image.Image
+    prompt: str
+    answer: str
+    words: tuple[Word, ...]
+
+    def messages(self) -> list[dict]:
+        return [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]},
+            {"role": "assistant", "content": [{"type": "text", "text": self.answer}]},
+        ]
+
+
+@contextlib.contextmanager
+def capturing(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's language layers answer an attention request; then its own kernel is back."""
+    base = install(model)
+    try:
+        yield
+    finally:
+        uninstall(model, base)
+
+
+@torch.inference_mode()
+def student_maps(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    readings: Sequence[Reading],
+    grid: tuple[int, int] = (32, 32),
+    batch_size: int = 16,
+) -> list[WordMaps]:
+    """Heat maps of where a model looks when it predicts each word: mean over heads and all usable layers."""
+    adapter = adapter_for(model.config)
+    locator, layers = WordLocator(processor, adapter), adapter.usable_layers()
+    results: list[WordMaps] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with capturing(model):
+            for start in range(0, len(readings), batch_size):
+                results += _batch(model, processor, adapter, locator, layers, readings[start : start + batch_size], grid)
+    finally:
+        model.train(was_training)
+    return results
+
+
+def _batch(model, processor, adapter, locator, layers, readings: Sequence[Reading], grid) -> list[WordMaps]:
+    conversations = [reading.messages() for reading in readings]
+    texts = [processor.apply_chat_template(one, tokenize=False) for one in conversations]
+    inputs = processor(
+        images=[[reading.image] for reading in readings], text=texts, padding=True, padding_side="right",
+        add_special_tokens=False, return_tensors="pt",
+    ).to(model.device)  # fmt: skip
+    dropped: list[Counter[str]] = [Counter() for _ in readings]
+    located = [
+        locator.rows(
+            conversations[index], [(1, reading.answer, reading.words)],
+            inputs["input_ids"][index], inputs["attention_mask"][index], dropped[index],
+        )
+        for index, reading in enumerate(readings)
+    ]  # fmt: skip
+    tensors = row_tensors([[rows for _, rows in own] for own in located])
+    request = AttentionRequest(tensors["rows"].to(model.device), layers)
+    model(**inputs, attention_request=request)
+    rows = request.stacked()
+    sizes = [(reading.image.height, reading.image.width) for reading in readings]
+    attention = to_grid(
+        word_attention(rows, tensors["shares"].to(rows)), adapter.image_boxes(inputs, sizes), grid
+    )
+    maps = to_heat(attention.mean(dim=(0, 2)).float().cpu())
+    return [
+        WordMaps(
+            image_id(reading.image), reading.answer, tuple(word for word, _ in located[index]),
+            maps[index, : len(located[index])],
+            tuple(Dropped(reading.answer, reason) for reason in dropped[index]),
+        )
+        for index, reading in enumerate(readings)
+    ]  # fmt: skip

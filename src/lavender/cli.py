@@ -1,0 +1,188 @@
+"""The command line. `lavender --help` imports no torch: every verb imports what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lavender import __version__
+from lavender.errors import LavenderError
+
+if TYPE_CHECKING:
+    from lavender.extraction import Summary
+
+DONE, FAILED, WRONG_USAGE = 0, 1, 2
+SHOWN_DROPS = 10
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lavender",
+        description="Diffusion Instruction Tuning: word maps of a diffusion model pull a VLM's attention "
+        "while it is fine-tuned.",
+    )
+    parser.add_argument("--version", action="version", version=f"lavender-vlm {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    demo = verbs.add_parser("demo", help="the whole method on the built-in world, some minutes on a CPU")
+    demo.add_argument("--out", type=Path, default=Path("lavender-demo"), help="folder to write (default: %(default)s)")
+
+    extract = verbs.add_parser("extract", help="pictures and texts → per-word maps, resumable")
+    extract.add_argument("--data", type=Path, required=True, help="folder or file; see docs/data.md for the layouts")
+    extract.add_argument("--teacher", required=True, help="Stable Diffusion folder or hub id; `world` is the built-in one")
+    extract.add_argument("--out", type=Path, required=True, help="folder of the map store")
+    extract.add_argument("--mode", choices=("noise", "ddim"), default="noise", help="one noising, or DDIM inversion")
+    extract.add_argument("--timestep", type=int, default=100, help="noise of --mode noise, of 1000 (default: %(default)s)")
+    extract.add_argument("--steps", type=int, default=10, help="steps of --mode ddim (default: %(default)s)")
+    extract.add_argument("--grid", type=int, default=32, help="rows and columns of a map (default: %(default)s)")
+    extract.add_argument("--seed", type=int, default=0)
+    extract.add_argument("--batch-size", type=int, default=8)
+    extract.add_argument("--words", nargs="+", default=["noun", "adjective", "verb"], metavar="PART",
+                         help="parts of speech that get a map: noun adjective verb other")  # fmt: skip
+    extract.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    extract.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"))
+    extract.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be used")
+
+    train = verbs.add_parser("train", help="fine-tune with the alignment loss")
+    train.add_argument("run", type=Path, help="YAML file; see examples/world.yaml")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+
+    evaluate = verbs.add_parser("eval", help="base, baseline and run side by side")
+    evaluate.add_argument("run", type=Path, help="run folder, or any checkpoint folder")
+    evaluate.add_argument("--against", type=Path, action="append", default=[], help="another run folder or checkpoint")
+    evaluate.add_argument("--data", type=Path, default=None, help="held-out data; default: the run's own training data")
+    evaluate.add_argument("--maps", type=Path, default=None, help="map store of that data")
+    evaluate.add_argument("--limit", type=int, default=64, help="samples to look at (default: %(default)s)")
+
+    report = verbs.add_parser("report", help="one HTML page of a run")
+    report.add_argument("run", type=Path, help="run folder; what `lavender eval` found is shown if it was run")
+    report.add_argument("--out", type=Path, default=None, help="default: RUN/report.html")
+
+    inspect = verbs.add_parser("inspect", help="what the library sees in a model or a map store")
+    inspect.add_argument("target", help="model folder or hub id, or map store")
+    inspect.add_argument("--picture", type=Path, default=None, help="write one picture with maps drawn over it here")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; its exit code: 0 done, 1 failed, 2 wrong usage."""
+    options = build_parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return VERBS[options.verb](options)
+    except LavenderError as error:
+        from lavender.errors import ConfigError
+
+        print(f"lavender {options.verb}: {error}", file=sys.stderr)
+        return WRONG_USAGE if isinstance(error, ConfigError) else FAILED
+    except KeyboardInterrupt:
+        print("\nstopped; what was written stays", file=sys.stderr)
+        return 130
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from lavender.demo import run_demo
+
+    run_demo(options.out)
+    return DONE
+
+
+def _extract(options: argparse.Namespace) -> int:
+    import torch
+    from tqdm import tqdm
+
+    from lavender.config import ExtractionConfig
+    from lavender.data import read_samples
+    from lavender.diffusion.teacher import Teacher
+    from lavender.extraction import Estimate, extract
+
+    config = ExtractionConfig(
+        mode=options.mode, timestep=options.timestep, num_steps=options.steps, seed=options.seed,
+        grid=(options.grid, options.grid), batch_size=options.batch_size, parts_of_speech=tuple(options.words),
+    )  # fmt: skip
+    samples = read_samples(options.data)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
+    path = options.teacher
+    if path == "world":
+        from lavender.world import TEACHER_PATH
+
+        path = str(TEACHER_PATH)
+    teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
+    total = sum(len(sample.answers) for sample in samples)
+    with tqdm(total=total, unit="text", desc="maps") as bar:
+
+        def show(estimate: Estimate) -> None:
+            bar.write(
+                f"{estimate.texts} texts: about {_duration(estimate.seconds)} on {device}, {estimate.megabytes:.1f} MB"
+            )
+
+        summary = extract(
+            samples, teacher, options.out, strict=options.strict, on_estimate=show, on_progress=bar.update
+        )
+    _print_summary(summary, options.out)
+    return DONE
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _print_summary(summary: Summary, out: Path) -> None:
+    print(
+        f"{summary.records} texts with {summary.words} word maps written to {out} in {_duration(summary.seconds)}; "
+        f"{summary.already_there} were already there; {len(summary.dropped)} dropped"
+    )
+    for drop in summary.dropped[:SHOWN_DROPS]:
+        print(f"  dropped {drop.what}: {drop.reason}")
+    if len(summary.dropped) > SHOWN_DROPS:
+        print(f"  … and {len(summary.dropped) - SHOWN_DROPS} more, all in {out / 'extraction.json'}")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from lavender.run import read_run, train
+
+    print(f"run folder: {train(read_run(options.run, options.overrides))}")
+    return DONE
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from lavender.judgement import evaluate_runs
+
+    result = evaluate_runs(options.run, options.against, options.data, options.maps, options.limit)
+    names = list(next(iter(result["arms"].values())))
+    print(f"{result['samples']} samples of {result['data']}")
+    print("  ".join(["arm".ljust(16), *(name.rjust(14) for name in names)]))
+    for arm, scores in result["arms"].items():
+        cells = ["–".rjust(14) if scores[name] is None else f"{scores[name]:14.4f}" for name in names]
+        print("  ".join([arm.ljust(16), *cells]))
+    for note in result["notes"]:
+        print(f"note: {note}")
+    return DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    from lavender.judgement import report_run
+
+    print(f"report: {report_run(options.run, options.out)}")
+    return DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from lavender.inspection import inspect_target
+
+    print(json.dumps(inspect_target(options.target, options.picture), indent=1, ensure_ascii=False))
+    return DONE
+
+
+VERBS = {
+    "demo": _demo, "extract": _extract, "train": _train, "eval": _eval, "report": _report, "inspect": _inspect,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Models side by side on the same samples: answers, likelihood, and where they look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from lavender.attention import Reading, student_maps
+from lavender.data import Sample
+from lavender.evaluation.text import generate_answers
+from lavender.images import image_id
+from lavender.locate import text_of
+from lavender.maps import WordMaps, entropy
+from lavender.report import Panel, WordRow
+from lavender.store import MapStore
+from lavender.words import content_words
+
+CONTENT = ("noun", "adjective", "verb")
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What one model does on some samples.
+
+    Attributes:
+        answers: greedy answers, one a sample.
+        maps: where it looks for each mapped word of the reference answer.
+        scores: `answer_nll` nats a token of the reference answers; `content_f1` overlap of content
+            lemmas of given and reference answers; `entropy` nats; `map_agreement` mean Pearson
+            correlation with the teacher's maps, None without a store.
+    """
+
+    answers: list[str]
+    maps: list[WordMaps]
+    scores: dict[str, float | None]
+
+
+def readings_of(samples: Sequence[Sample], store: MapStore | None) -> list[Reading]:
+    """First question and answer of each sample; the words the teacher mapped, else its content words."""
+    readings = []
+    for sample in samples:
+        image = sample.load()
+        turns = [text_of(message) for message in sample.messages if message["role"] in ("user", "assistant")]
+        prompt, answer = turns[0], turns[1]
+        known = store.get(image_id(image), answer) if store is not None else None
+        words = known.words if known is not None else content_words(answer, CONTENT)
+        readings.append(Reading(image, prompt, answer, words))
+    return readings
+
+
+def observe(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    readings: Sequence[Reading],
+    store: MapStore | None,
+    max_new_tokens: int = 64,
+) -> Observed:
+    """Run one model over the readings."""
+    answers = generate_answers(
+        model, processor, [one.image for one in readings], [one.prompt for one in readings], max_new_tokens
+    )
+    grid = store.grid if store is not None else (32, 32)
+    maps = student_maps(model, processor, readings, grid)
+    all_maps = torch.cat([one.maps for one in maps])
+    scores = {
+        "answer_nll": answer_nll(model, processor, readings),
+        "content_f1": content_f1(answers, [one.answer for one in readings]),
+        "entropy": entropy(all_maps).mean().item() if len(all_maps) else None,
+        "map_agreement": map_agreement(maps, store) if store is not None else None,
+    }
+    return Observed(answers, maps, scores)
+
+
+def map_agreement(maps: Sequence[WordMaps], store: MapStore) -> float | None:
+    """Mean Pearson correlation of a student's and the teacher's maps of the same words."""
+    values = []
+    for own in maps:
+        known = store.get(own.image_id, own.text)
+        if known is None:
+            continue
+        teacher = dict(zip(known.words, known.maps, strict=True))
+        for word, one in zip(own.words, own.maps, strict=True):
+            if word in teacher:
+                values.append(torch.corrcoef(torch.stack([one.flatten(), teacher[word].flatten()]))[0, 1])
+    values = [value for value in values if not value.isnan()]  # a flat map correlates with nothing
+    return torch.stack(values).mean().item() if values else None
+
+
+@torch.inference_mode()
+def answer_nll(
+    model: PreTrainedModel, processor: ProcessorMixin, readings: Sequence[Reading], batch_size: int = 16
+) -> float:
+    """Mean negative log-likelihood of the reference answers' tokens (with their end token), nats a token."""
+    total, count = 0.0, 0
+    for start in range(0, len(readings), batch_size):
+        group = readings[start : start + batch_size]
+        full = [processor.apply_chat_template(one.messages(), tokenize=False) for one in group]
+        inputs = processor(
+            images=[[one.image] for one in group], text=full, padding=True, padding_side="right",
+            add_special_tokens=False, return_tensors="pt",
+        ).to(model.device)  # fmt: skip
+        logits = model(**inputs).logits.float()
+        for index, one in enumerate(group):
+            prompt = processor.apply_chat_template(one.messages()[:1], add_generation_prompt=True, tokenize=False)
+            tail = processor.tokenizer(full[index][len(prompt) :], add_special_tokens=False)["input_ids"]
+            end = int(inputs["attention_mask"][index].sum())
+            target = inputs["input_ids"][index, end - len(tail) : end]
+            total += torch.nn.functional.cross_entropy(
+                logits[index, end - len(tail) - 1 : end - 1], target, reduction="sum"
+            ).item()
+            count += len(tail)
+    return total / count
+
+
+def content_f1(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Micro F1 of the sets of content lemmas, over all samples."""
+    said = [{word.lemma for word in content_words(text, CONTENT)} for text in answers]
+    true = [{word.lemma for word in content_words(text, CONTENT)} for text in references]
+    common = sum(len(one & other) for one, other in zip(said, true, strict=True))
+    return 2 * common / max(1, sum(map(len, said)) + sum(map(len, true)))
+
+
+def panels_of(
+    readings: Sequence[Reading],
+    teacher: Sequence[WordMaps | None],
+    observed: dict[str, Observed],
+    titles: Sequence[str],
+    masks: Sequence[dict[int, Any]] | None = None,
+) -> list[Panel]:
+    """Report panels: every reading with the teacher's map and each model's map of its words.
+
+    Args:
+        masks: for each reading, true mask of the words that start at a character, where known; then
+            only those words are shown.
+    """
+    panels = []
+    for index, reading in enumerate(readings):
+        sources = {"teacher": teacher[index]} | {name: one.maps[index] for name, one in observed.items()}
+        rows = []
+        for word in reading.words:
+            if masks is not None and word.start not in masks[index]:
+                continue
+            maps = {name: own and own.map_of(word.start, word.end) for name, own in sources.items()}
+            rows.append(WordRow(word.text, maps, masks[index][word.start] if masks is not None else None))
+        answers = {name: one.answers[index] for name, one in observed.items()}
+        panels.append(Panel(reading.image, titles[index], rows, answers, truth=reading.answer))
+    return panels

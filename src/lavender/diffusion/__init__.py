@@ -1,0 +1,1 @@
+"""The teacher: word maps from a diffusion model's cross-attention."""

@@ -1,0 +1,37 @@
+"""What went wrong, in the same three parts everywhere: got, expected, do this."""
+
+from __future__ import annotations
+
+
+class LavenderError(Exception):
+    """The base of every error that a user's input or setting can cause.
+
+    Args:
+        got: what was found, with the value.
+        expected: what would have been right.
+        do: one thing the user can do now.
+    """
+
+    def __init__(self, got: str, expected: str, do: str):
+        self.got, self.expected, self.do = got, expected, do
+        super().__init__(f"Got {got}. Expected {expected}. Do this: {do}.")
+
+
+class ConfigError(LavenderError, ValueError):
+    """A setting is unknown, out of range, or contradicts another."""
+
+
+class DataError(LavenderError, ValueError):
+    """A data set, picture or text cannot be used as it is."""
+
+
+class StoreError(LavenderError):
+    """A map store is missing, damaged, or made with other settings."""
+
+
+class UnsupportedModelError(LavenderError, TypeError):
+    """No adapter for this model class, or the model is set up in a way that cannot be captured."""
+
+
+class CaptureError(LavenderError, RuntimeError):
+    """Attention could not be captured although the model is supported."""

@@ -1,0 +1,1 @@
+"""How good word maps and answers are."""

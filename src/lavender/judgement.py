@@ -1,0 +1,119 @@
+"""`lavender eval` and `lavender report`: runs beside their base, as numbers and as a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lavender.comparison import Observed, observe, panels_of, readings_of
+from lavender.data import Sample, read_samples
+from lavender.errors import ConfigError
+from lavender.images import image_id
+from lavender.report import Curve, Report, Table, write_report
+from lavender.run import load_run
+from lavender.store import MapStore
+
+NUM_PANELS = 6
+
+
+def evaluate_runs(
+    run: Path, against: list[Path], data: Path | None = None, maps: Path | None = None, limit: int = 64
+) -> dict[str, Any]:
+    """Scores of the run, of its base and of the runs beside it, on the same samples; also in RUN/eval.json."""
+    config = _config_of(run)
+    own_data = data is None
+    data = Path(config["data"]) if data is None else data
+    maps = (Path(config["maps"]) if own_data else None) if maps is None else maps
+    store = MapStore.open(maps) if maps is not None else None
+    samples = _spread(read_samples(data, prompt=config["prompt"]).samples, limit)
+    arms, _ = _observe_arms(_arms(config, run, against), samples, store)
+    notes = ["these samples were trained on; pass --data for held-out ones"] if own_data else []
+    result = {
+        "data": str(data), "maps": str(maps) if maps else None, "samples": len(samples),
+        "against": [str(path) for path in against],
+        "arms": {name: arm.scores for name, arm in arms.items()}, "notes": notes,
+    }  # fmt: skip
+    (run / "eval.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def report_run(run: Path, out: Path | None = None) -> Path:
+    """Write a page about a run: its losses, what `eval` found, and pictures with everyone's maps."""
+    config = _config_of(run)
+    found = json.loads((run / "eval.json").read_text()) if (run / "eval.json").is_file() else None
+    data, maps = (found["data"], found["maps"]) if found else (config["data"], config["maps"])
+    store = MapStore.open(maps) if maps else None
+    samples = _with_maps(read_samples(data, prompt=config["prompt"]).samples, store)
+    against = [Path(path) for path in found["against"]] if found else []
+    arms, readings = _observe_arms(_arms(config, run, against), samples, store)
+    tables = []
+    if found:
+        names = list(next(iter(found["arms"].values())))
+        rows = [[arm, *(scores[name] for name in names)] for arm, scores in found["arms"].items()]
+        tables.append(Table(f"{found['samples']} samples of {found['data']}", ["arm", *names], rows))
+    notes = list(found["notes"]) if found else ["run `lavender eval` for scores"]
+    if store is not None and store.identity.get("teacher") == "world":
+        notes.append(
+            "The maps come from the built-in teacher, which has only ever seen drawings on textures. On photographs "
+            "its maps show that the path works, not where things are."
+        )
+    teacher = [store.get(image_id(one.image), one.answer) if store is not None else None for one in readings]
+    panels = panels_of(readings, teacher, arms, [sample.name for sample in samples])
+    lead = f"{config['model']} fine-tuned on {config['data']}, align_weight {config['training'].get('align_weight', 10.0)}."
+    page = Report(f"Run {run.name}", lead, tables, panels, notes, config, _curves(run))
+    out = out or run / "report.html"
+    write_report(page, out)
+    return out
+
+
+def _config_of(run: Path) -> dict[str, Any]:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no config.yaml in {run}", "a run folder that `lavender train` wrote", "name such a folder")
+    return yaml.safe_load(path.read_text())
+
+
+def _arms(config: dict[str, Any], run: Path, against: list[Path]) -> dict[str, str | Path]:
+    return {"base": config["model"]} | {path.name: path for path in against} | {run.name: run}
+
+
+def _observe_arms(arms: dict[str, str | Path], samples: list[Sample], store: MapStore | None):
+    readings = readings_of(samples, store)
+    observed: dict[str, Observed] = {}
+    for name, path in arms.items():
+        model, processor = load_run(path)
+        observed[name] = observe(model, processor, readings, store)
+    return observed, readings
+
+
+def _spread(samples: tuple[Sample, ...], limit: int) -> list[Sample]:
+    """At most `limit` samples, evenly over the data."""
+    step = max(1, len(samples) // limit)
+    return list(samples[::step][:limit])
+
+
+def _with_maps(samples: tuple[Sample, ...], store: MapStore | None) -> list[Sample]:
+    """The first samples whose first answer has a mapped word."""
+    if store is None:
+        return list(samples[:NUM_PANELS])
+    kept = []
+    for sample in samples:
+        maps = store.get(image_id(sample.load()), sample.answers[0])
+        if maps is not None and maps.words:
+            kept.append(sample)
+        if len(kept) == NUM_PANELS:
+            break
+    return kept
+
+
+def _curves(run: Path) -> list[Curve]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curves = []
+    for key, label in (("vlm_loss", "L_VLM, nats a token"), ("attention_loss", "L_att, mean square")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            curves.append(Curve(label, "step", label, {run.name: points}))
+    return curves

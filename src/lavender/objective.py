@@ -1,0 +1,131 @@
+"""The alignment objective of one batch: attention rows → words → grid → Aligner → loss. Knows no trainer.
+
+`attach` makes it part of a model: the Aligner becomes a submodule, and a forward hook adds
+`attention_loss` to the model's output whenever the call carries an `AlignmentRequest`. Everything
+that wraps a model's forward (PEFT, DDP, FSDP, TRL) then carries it along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field, make_dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from lavender.aligner import Aligner
+from lavender.config import AlignmentConfig
+from lavender.errors import CaptureError, ConfigError
+from lavender.losses import per_word_loss
+from lavender.pooling import to_grid, word_attention
+from lavender.vlm import parallel
+from lavender.vlm.capture import AttentionRequest, install, uninstall
+from lavender.vlm.registry import adapter_for
+
+HEAD_NAME = "alignment_head"
+TRAINED_PARTS = (HEAD_NAME, parallel.CHILD_NAME)
+"""Names of the submodules that alignment adds to a model; every export leaves them out."""
+
+
+class AlignmentRequest(AttentionRequest):
+    """An attention request with what its rows shall be compared to.
+
+    Args:
+        layers: decoder layers to capture.
+        tensors: `rows` long (sample, row); `shares` float (sample, word, row), 1/n at a word's n rows;
+            `boxes` float (sample, key, 4); `targets` float (sample, word, rows, cols), heat maps;
+            `present` bool (sample, word), False where a sample has fewer words than the batch's most.
+    """
+
+    def __init__(self, layers: tuple[int, ...], tensors: dict[str, Tensor]):
+        super().__init__(tensors["rows"], layers)
+        self.shares, self.boxes = tensors["shares"], tensors["boxes"]
+        self.targets, self.present = tensors["targets"], tensors["present"]
+
+
+class AlignmentHead(nn.Module):
+    """The trainable part of the objective, beside the parallel projections of `pooling="learn"`."""
+
+    def __init__(self, num_heads: int, layers: tuple[int, ...], config: AlignmentConfig):
+        super().__init__()
+        self.layers, self.config = layers, config
+        self.aligner = Aligner(num_heads, config.aligner_width)
+
+    def forward(self, request: AlignmentRequest) -> Tensor:
+        """Sum over the batch's words of ‖Aligner(A) − A_DM‖² (Eq. 9, a mean over cells): a scalar."""
+        if not request.present.any():
+            # no word: zero, yet attached to the Aligner, so that every process has the same parameters in use
+            return sum(parameter.sum() for parameter in self.parameters()) * 0.0
+        return per_word_loss(self.maps(request), request.targets[request.present]).sum()
+
+    def maps(self, request: AlignmentRequest) -> Tensor:
+        """The student's map of each present word, (word, rows, cols) in [0, 1]: mean over layers."""
+        attention = self.attention(request).permute(0, 1, 3, 2, 4, 5)[:, request.present]
+        num_layers, num_words = attention.shape[:2]
+        aligned = self.aligner(attention.flatten(0, 1).to(self.aligner[0].weight.dtype))
+        return aligned.float().unflatten(0, (num_layers, num_words)).mean(dim=0)
+
+    def attention(self, request: AlignmentRequest) -> Tensor:
+        """Attention on the picture before the Aligner: (layer, sample, head, word, rows, cols)."""
+        rows = request.stacked()
+        if self.training and torch.is_grad_enabled() and not rows.requires_grad:
+            raise CaptureError(
+                "attention rows without gradient while training",
+                "rows that carry gradient to the model's queries and keys",
+                "use non-reentrant checkpointing, and train parameters at or before the attention layers",
+            )
+        words = word_attention(rows, request.shares.to(rows))
+        return to_grid(words, request.boxes, (request.targets.shape[-2], request.targets.shape[-1]))
+
+
+def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
+    """Make the alignment objective part of a model. `detach` undoes it.
+
+    Logits do not change. A forward call with `attention_request=AlignmentRequest(...)` returns the
+    model's own output with one more field, `attention_loss`.
+    """
+    if HEAD_NAME in dict(model.named_children()):
+        raise ConfigError("a model with an alignment head", "a model without one", "call lavender.objective.detach first")
+    adapter = adapter_for(model.config)
+    layers = adapter.layers(config.layers)
+    base = install(model)
+    head = AlignmentHead(model.config.get_text_config().num_attention_heads, layers, config)
+    model.add_module(HEAD_NAME, head.to(model.device))
+    handles = [model.register_forward_hook(_add_attention_loss, with_kwargs=True)]
+    if config.pooling == "learn":
+        handles += [parallel.attach(adapter.attention_module(model, layer)) for layer in layers]
+    head.undo = (base, handles)
+    return head
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Leave a model as it was before `attach`: its own kernel, no hook, no head."""
+    head = model.get_submodule(HEAD_NAME)
+    base, handles = head.undo
+    for handle in handles:
+        handle.remove()
+    adapter = adapter_for(model.config)
+    for layer in head.layers:
+        attention = adapter.attention_module(model, layer)
+        if parallel.CHILD_NAME in dict(attention.named_children()):
+            delattr(attention, parallel.CHILD_NAME)
+    delattr(model, HEAD_NAME)
+    uninstall(model, base)
+
+
+@lru_cache(maxsize=None)
+def _with_attention_loss(output_type: type[ModelOutput]) -> type[ModelOutput]:
+    """The output class with one more field. Plain extra keys are refused by ModelOutput."""
+    extra = [("attention_loss", Tensor | None, field(default=None))]
+    return make_dataclass(f"{output_type.__name__}WithAlignment", extra, bases=(output_type,))
+
+
+def _add_attention_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: ModelOutput) -> ModelOutput | None:
+    request = kwargs.get("attention_request")
+    if not isinstance(request, AlignmentRequest):
+        return None
+    loss = model.get_submodule(HEAD_NAME)(request)
+    return _with_attention_loss(type(output))(**output, attention_loss=loss)

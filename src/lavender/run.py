@@ -1,0 +1,166 @@
+"""A training run from a YAML file: read, check, train, write the run folder.
+
+A run folder holds `config.yaml` (resolved), `metrics.jsonl`, `environment.json`, `coverage.json` and
+`checkpoint/`, an ordinary checkpoint (or LoRA adapter) with processor.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lavender.config import check_keys, from_mapping
+from lavender.errors import ConfigError
+
+PACKAGES = ("lavender-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA as the paper used it (its adapter file's size fits r=8 on q and v)."""
+
+    r: int = 8
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs.
+
+    Attributes:
+        model: path or hub id of the base model.
+        data: what `lavender.data.read_samples` reads.
+        maps: the map store of that data.
+        out: the run folder.
+        prompt: the question put before captions that come without one.
+        lora: LoRA settings, or None for full tuning.
+        dtype: of the loaded weights, a torch name, or "auto".
+        trust_remote_code: run code that comes with the model.
+        training: any setting of LavenderConfig, which is TRL's SFTConfig and alignment's.
+    """
+
+    model: str
+    data: str
+    maps: str
+    out: str
+    prompt: str = "Describe the image."
+    lora: LoraSettings | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run's settings from YAML and `key=value` overrides; settings of training need no prefix.
+
+    Raises:
+        ConfigError: a missing file or key, a misspelt key (named with the nearest right one).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no file at {path}", "a YAML file", "see examples/world.yaml")
+    settings = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"a {type(settings).__name__} in {path}", "keys and values", "see examples/world.yaml")
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {override!r}", "KEY=VALUE", "write for example --set align_weight=5")
+        settings[key] = yaml.safe_load(value)
+    return _run_config(settings, str(path))
+
+
+def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
+    own = [one.name for one in fields(RunConfig) if one.name != "training"]
+    check_keys(settings, own + sorted(_training_keys()), where)
+    for key in ("model", "data", "maps", "out"):
+        if key not in settings:
+            raise ConfigError(f"no key {key!r} in {where}", f"{key}: …", "add it")
+    run = {key: value for key, value in settings.items() if key in own}
+    if run.get("lora") is not None:
+        lora = {} if run["lora"] is True else run["lora"]
+        run["lora"] = from_mapping(LoraSettings, lora, f"{where}: lora")
+    return RunConfig(**run, training={key: value for key, value in settings.items() if key not in own})
+
+
+def _training_keys() -> set[str]:
+    from lavender.trainer import LavenderConfig
+
+    return {one.name for one in fields(LavenderConfig) if one.init} - {"output_dir", "maps"}
+
+
+def train(run: RunConfig) -> Path:
+    """Run it; the run folder. With `align_weight: 0` this is plain fine-tuning."""
+    from peft import LoraConfig
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from lavender.data import read_samples, to_dataset
+    from lavender.trainer import LavenderConfig, LavenderTrainer, export
+
+    out = Path(run.out)
+    out.mkdir(parents=True, exist_ok=True)
+    samples = read_samples(run.data, prompt=run.prompt)
+    for drop in samples.dropped:
+        print(f"dropped {drop.what}: {drop.reason}")
+    common = {"trust_remote_code": run.trust_remote_code}
+    processor = AutoProcessor.from_pretrained(run.model, **common)
+    training = {"report_to": "none", "max_length": None, **run.training}
+    training.setdefault("assistant_only_loss", "{% generation" in (processor.chat_template or "").replace("{%-", "{%"))
+    args = LavenderConfig(output_dir=str(out / "trainer"), maps=run.maps, **training)
+    model = AutoModelForImageTextToText.from_pretrained(run.model, dtype=run.dtype, use_safetensors=True, **common)
+    lora = run.lora and LoraConfig(
+        r=run.lora.r, lora_alpha=run.lora.alpha, lora_dropout=run.lora.dropout, task_type="CAUSAL_LM",
+        target_modules=run.lora.target_modules if isinstance(run.lora.target_modules, str)
+        else list(run.lora.target_modules),
+    )  # fmt: skip
+    trainer = LavenderTrainer(
+        model, args, processing_class=processor, train_dataset=to_dataset(samples), peft_config=lora
+    )
+    resolved = asdict(run) | {"training": dict(training)}
+    (out / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
+    environment = {"python": platform.python_version(), "platform": platform.platform()}
+    environment |= {name: version(name) for name in PACKAGES}
+    (out / "environment.json").write_text(json.dumps(environment, indent=1))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(out / "trainer"))
+    with (out / "metrics.jsonl").open("w") as lines:
+        lines.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+    coverage = trainer.coverage
+    (out / "coverage.json").write_text(
+        json.dumps({
+            "samples": coverage.samples, "mapped_samples": coverage.mapped_samples, "words": coverage.words,
+            "dropped": dict(coverage.dropped), "unreadable": [asdict(drop) for drop in samples.dropped],
+        }, indent=1)
+    )  # fmt: skip
+    export(trainer, out / "checkpoint")
+    return out
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def load_run(path: str | Path):
+    """(model, processor) of a run folder's checkpoint, or of a plain model path; LoRA is merged."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    checkpoint = Path(path) / "checkpoint"
+    folder = checkpoint if checkpoint.is_dir() else Path(path)
+    if (folder / "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype="float32", use_safetensors=True)
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", use_safetensors=True)
+    return model.eval(), AutoProcessor.from_pretrained(folder)

@@ -1,0 +1,246 @@
+"""TRL's SFTTrainer with the alignment loss: L = L_VLM + align_weight · L_att.
+
+All mathematics is in `objective`; this module only carries tensors to it and its loss back. Losses
+are normalised by the number of matched words of the whole accumulated batch over all processes, so
+batch 4 × accumulation 1 equals 1 × 4.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import create_model_from_path
+
+from lavender.alignment_data import AlignmentCollator
+from lavender.config import AlignmentConfig
+from lavender.errors import ConfigError, DataError
+from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach
+from lavender.store import MapStore
+from lavender.vlm.registry import adapter_for
+
+NUM_COVERAGE_SAMPLES = 256
+
+
+@dataclass
+class LavenderConfig(SFTConfig):
+    """SFTConfig with the settings of alignment (see `lavender.config.AlignmentConfig`).
+
+    Attributes:
+        maps: folder of the map store that `lavender extract` wrote.
+        pooling, layers, aligner_width, align_weight, min_coverage: as in AlignmentConfig.
+        alignment_learning_rate: of the parts that alignment adds; None is the model's own.
+    """
+
+    maps: str | None = field(default=None, metadata={"help": "Folder of the map store."})
+    align_weight: float = field(default=AlignmentConfig.align_weight, metadata={"help": "λ; 0 is plain fine-tuning."})
+    pooling: str = field(default=AlignmentConfig.pooling, metadata={"help": "layer-mean or learn."})
+    layers: list[int] | None = field(default=None, metadata={"help": "Decoder layers to align; all by default."})
+    aligner_width: int = field(default=AlignmentConfig.aligner_width, metadata={"help": "Channels of the Aligner."})
+    min_coverage: float = field(
+        default=AlignmentConfig.min_coverage, metadata={"help": "Least share of samples that must have maps."}
+    )
+    alignment_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the Aligner; the model's own by default."}
+    )
+
+    def alignment(self) -> AlignmentConfig:
+        """The settings of alignment alone, checked."""
+        return AlignmentConfig(**{one.name: getattr(self, one.name) for one in fields(AlignmentConfig)})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.alignment()
+        if self.activation_checkpointing:
+            options = dict(self.activation_checkpointing_kwargs or {})
+            if options.get("use_reentrant"):
+                raise ConfigError(
+                    "activation_checkpointing_kwargs={'use_reentrant': True}",
+                    "non-reentrant checkpointing; the reentrant kind loses the attention's gradient silently",
+                    "set use_reentrant to False",
+                )
+            # transformers keeps the old names as mirrors, which TRL still reads
+            options["use_reentrant"] = False
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = options
+
+
+class AlignmentMixin:
+    """Adds the alignment loss to a trainer of the `transformers.Trainer` kind. Put it before the trainer class."""
+
+    _num_words_in_batch: int = 0
+
+    def _start_alignment(self, layers: tuple[int, ...]) -> None:
+        self._alignment_layers = layers
+        self._alignment_metrics: dict[str, list[float]] = defaultdict(list)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        words = sum((batch["alignment"]["present"].sum() for batch in batch_samples), start=torch.zeros((), dtype=torch.long))
+        if self.args.world_size > 1:
+            words = self.accelerator.gather(words.to(device)[None]).sum()
+        self._num_words_in_batch = int(words)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
+    ):
+        inputs = dict(inputs)
+        request = AlignmentRequest(self._alignment_layers, inputs.pop("alignment"))
+        seen: list[Any] = []
+        handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            result = super().compute_loss(
+                model, inputs | {"attention_request": request}, return_outputs, num_items_in_batch
+            )
+        finally:
+            handle.remove()
+        plain_loss, outputs = result if return_outputs else (result, None)
+        attention_loss = self._normalise(seen[0].attention_loss, request, model.training, num_items_in_batch)
+        mode = "train" if model.training else "eval"
+        for name, value in (
+            ("vlm_loss", plain_loss), ("attention_loss", attention_loss), ("matched_words", request.present.sum()),
+        ):  # fmt: skip
+            self._alignment_metrics[f"{mode}/{name}"].append(float(value.detach()))
+        loss = plain_loss + self.args.align_weight * attention_loss
+        return (loss, outputs) if return_outputs else loss
+
+    def _normalise(self, total: Tensor, request: AlignmentRequest, training: bool, num_items_in_batch) -> Tensor:
+        """Sum over words → mean over the words of the whole accumulated batch.
+
+        Data parallelism averages gradients over processes, so each process's share is multiplied by
+        their number; and where the trainer will divide by the accumulation steps, that is undone first.
+        """
+        if not training:
+            return total / request.present.sum().clamp_min(1)
+        scale = self.accelerator.num_processes / max(1, self._num_words_in_batch)
+        divided_later = not (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
+        return total * scale * (self.current_gradient_accumulation_steps if divided_later else 1)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        mode = "train" if self.model.training else "eval"
+        for key, values in self._alignment_metrics.items():
+            group, name = key.split("/")
+            if group == mode and values:
+                logs[name if mode == "train" else f"eval_{name}"] = self._logged(name, values)
+                values.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _logged(self, name: str, values: list[float]) -> float:
+        """Losses are shares of an optimiser step, so they add up over its micro-batches; words too."""
+        steps = max(1, len(values) // self.args.gradient_accumulation_steps) if self.model.training else len(values)
+        return sum(values) / steps
+
+
+class LavenderTrainer(AlignmentMixin, SFTTrainer):
+    """TRL's SFTTrainer plus the alignment loss. Same arguments, with two differences.
+
+    Args:
+        args: a LavenderConfig.
+        maps: the map store, if `args.maps` does not name it.
+
+    Data sets need `images` (one picture a sample) and `messages`. `processing_class` is required.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: LavenderConfig,
+        *,
+        processing_class,
+        maps: MapStore | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs,
+    ):
+        if maps is None and args.maps is None:
+            raise ConfigError("no maps", "a map store", "set maps='FOLDER', written by `lavender extract`")
+        if isinstance(model, PeftModel):
+            raise ConfigError("a PeftModel", "the base model", "pass the base model and peft_config=...")
+        if isinstance(model, str):
+            model = create_model_from_path(model, **(args.model_init_kwargs or {}))
+            args.model_init_kwargs = None
+        _refuse_unsupported(args)
+        self.maps = MapStore.open(args.maps) if maps is None else maps
+        head = attach(model, args.alignment())
+        if peft_config is not None:
+            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *TRAINED_PARTS})
+        self._start_alignment(head.layers)
+        adapter = adapter_for(model.config)
+        super().__init__(
+            model=model, args=args, processing_class=processing_class, peft_config=peft_config, **kwargs
+        )
+        self.data_collator = AlignmentCollator(self.data_collator, processing_class, adapter, self.maps)
+        self._check_coverage()
+
+    @property
+    def coverage(self):
+        """What was aligned and what was dropped, counted."""
+        return self.data_collator.coverage
+
+    def _check_coverage(self) -> None:
+        """Read some samples as training will, and stop if too few have maps."""
+        dataset = self.train_dataset
+        if not hasattr(dataset, "__len__"):
+            return  # a stream cannot be sampled without consuming it; coverage is counted while training
+        step = max(1, len(dataset) // NUM_COVERAGE_SAMPLES)
+        for index in range(0, len(dataset), step):
+            self.data_collator([dataset[index]])
+        coverage = self.coverage
+        if coverage.share < self.args.min_coverage:
+            raise DataError(
+                f"maps for {coverage.mapped_samples} of {coverage.samples} samples looked at ({dict(coverage.dropped)})",
+                f"at least a share of {self.args.min_coverage}",
+                "extract maps for this data set (pictures and answers must be the same), or lower min_coverage",
+            )
+        self.data_collator.coverage = type(coverage)()
+
+
+def _refuse_unsupported(args: LavenderConfig) -> None:
+    if args.packing or args.padding_free:
+        raise ConfigError("packing or padding_free", "one sample a row", "switch both off")
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3 and args.activation_checkpointing:
+        raise ConfigError(
+            "DeepSpeed ZeRO-3 with gradient checkpointing, for which TRL forces the reentrant kind with PEFT",
+            "non-reentrant checkpointing",
+            "use FSDP2 or ZeRO-2, or switch checkpointing off",
+        )
+
+
+def export(trainer: LavenderTrainer, path: str | Path) -> Path:
+    """Write an ordinary checkpoint with processor: no trace of alignment in weights or config.
+
+    Full tuning writes what `from_pretrained` loads; LoRA writes an adapter for `PeftModel.from_pretrained`.
+    """
+    path = Path(path)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if isinstance(model, PeftModel):
+        _export_adapter(model, state, path)
+    else:
+        model.save_pretrained(path, state_dict={name: value for name, value in state.items() if not _is_ours(name)})
+    trainer.processing_class.save_pretrained(path)
+    return path
+
+
+def _export_adapter(model: PeftModel, state: dict[str, Tensor], path: Path) -> None:
+    """PEFT writes all it trained; then alignment's own parts are taken out of file and config."""
+    config = model.peft_config["default"]
+    kept = config.modules_to_save
+    config.modules_to_save = [name for name in kept if name not in TRAINED_PARTS] or None
+    try:
+        model.save_pretrained(path, state_dict=state)
+    finally:
+        config.modules_to_save = kept
+    weights = path / "adapter_model.safetensors"
+    adapter = {name: value for name, value in load_file(weights).items() if not _is_ours(name)}
+    save_file(adapter, weights, metadata={"format": "pt"})
+
+
+def _is_ours(name: str) -> bool:
+    return not set(name.split(".")).isdisjoint(TRAINED_PARTS)

@@ -1,0 +1,1 @@
+"""The student: attention rows of a vision-language model."""

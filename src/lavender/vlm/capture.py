@@ -1,0 +1,144 @@
+"""Capture of selected attention rows, with the model's own kernel untouched.
+
+One attention function is registered with transformers. It calls the base kernel for the output, then
+recomputes softmax(q·kᵀ) for the wanted rows alone. The request travels as a forward keyword argument:
+a global would be gone when activation checkpointing runs the forward again inside backward.
+
+Axis suffixes: B sample, H head, R row (a query that predicts a token), K key, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lavender.errors import CaptureError, UnsupportedModelError
+
+BASE_KERNELS = ("sdpa",)
+
+
+class AttentionRequest:
+    """Which rows of which layers are wanted, and what was captured.
+
+    A plain class on purpose: mixed-precision wrappers copy dicts and dataclasses, and the captures
+    would land in the copy.
+
+    Attributes:
+        rows_BR: long (sample, row), the query positions; padded with 0.
+        layers: indices of decoder layers.
+        rows: layer → attention (sample, head, row, key), over all keys.
+    """
+
+    def __init__(self, rows_BR: Tensor, layers: Sequence[int]):
+        self.rows_BR, self.layers = rows_BR, tuple(layers)
+        self.rows: dict[int, Tensor] = {}
+
+    def capture(self, module: nn.Module, query_BHTD: Tensor, key_BGKD: Tensor, mask: Tensor | None, scaling: float):
+        """Take a layer's queries and keys, all of them; called inside its forward."""
+        self.capture_rows(module, select_rows(query_BHTD, self.rows_BR), key_BGKD, mask, scaling)
+
+    def capture_rows(self, module: nn.Module, query_BHRD: Tensor, key_BGKD: Tensor, mask: Tensor | None, scaling: float):
+        """Take a layer's queries of the wanted rows.
+
+        Checkpointing runs the layer again during backward. Then the same must be computed again, but
+        the first capture is kept: it is the one in the graph.
+        """
+        if mask is None:
+            raise CaptureError(
+                f"no attention mask in layer {module.layer_idx}",
+                "the mask the processor makes (cross_attention_mask for Mllama)",
+                "pass everything the processor returns to the model",
+            )
+        mask = select_rows(mask.expand(query_BHRD.shape[0], -1, -1, -1), self.rows_BR)[..., : key_BGKD.shape[2]]
+        self.rows.setdefault(module.layer_idx, attention_rows(query_BHRD, key_BGKD, mask, scaling))
+
+    def stacked(self) -> Tensor:
+        """All layers' rows: (layer, sample, head, row, key). Raises CaptureError if one is missing."""
+        missing = [layer for layer in self.layers if layer not in self.rows]
+        if missing:
+            raise CaptureError(
+                f"no attention from layers {missing}",
+                "a capture from every requested layer",
+                "check that the batch has pictures and that nothing else replaces the model's attention",
+            )
+        return torch.stack([self.rows[layer] for layer in self.layers])
+
+
+def attention_rows(query_BHRD: Tensor, key_BGKD: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """softmax(q·kᵀ·scaling + mask), fp32 (sample, head, row, key).
+
+    Grouped-query attention groups the queries; keys are never repeated.
+    """
+    heads, groups = query_BHRD.shape[1], key_BGKD.shape[1]
+    query = query_BHRD.unflatten(1, (groups, heads // groups))
+    scores = torch.einsum("bgsrd,bgkd->bgsrk", query.float(), key_BGKD.float()).flatten(1, 2) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    return scores.softmax(dim=-1)
+
+
+def select_rows(tensor_BHTD: Tensor, rows_BR: Tensor) -> Tensor:
+    """The chosen rows of each sample: (sample, head, token, width) → (sample, head, row, width)."""
+    index = rows_BR.to(tensor_BHTD.device)[:, None, :, None]
+    return tensor_BHTD.gather(2, index.expand(-1, tensor_BHTD.shape[1], -1, tensor_BHTD.shape[-1]))
+
+
+def _capturing(base: str):
+    def attention(module: nn.Module, query, key, value, attention_mask, attention_request=None, **kwargs):
+        output = ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
+        if attention_request is not None and module.layer_idx in attention_request.layers:
+            attention_request.capture(module, query, key, attention_mask, kwargs["scaling"])
+        return output
+
+    return attention
+
+
+def kernel_name(base: str) -> str:
+    """The name our capturing version of a kernel is registered under."""
+    return f"lavender_{base}"
+
+
+def install(model: PreTrainedModel) -> str:
+    """Let a model's language layers use the capturing kernel; the name of the kernel they used before.
+
+    Logits do not change to the bit: the base kernel still makes the output.
+    """
+    text_config = model.config.get_text_config()
+    base = text_config._attn_implementation
+    if base in {kernel_name(one) for one in BASE_KERNELS}:
+        return base.removeprefix("lavender_")
+    if base not in BASE_KERNELS:
+        raise UnsupportedModelError(
+            f"attn_implementation={base!r}",
+            f"one of {BASE_KERNELS}",
+            "load the model with attn_implementation='sdpa'",
+        )
+    set_kernel(model, kernel_name(base))
+    return base
+
+
+def uninstall(model: PreTrainedModel, base: str) -> None:
+    """Give a model its own kernel back."""
+    set_kernel(model, base)
+
+
+def set_kernel(model: PreTrainedModel, name: str) -> None:
+    """Set the attention kernel of the language layers alone, and check that it took."""
+    model.set_attn_implementation({"text_config": name})
+    if model.config.get_text_config()._attn_implementation != name:
+        raise CaptureError(
+            f"attn_implementation={model.config.get_text_config()._attn_implementation!r} after setting it",
+            repr(name),
+            "report this model class",
+        )
+
+
+# both registries, or masks vanish silently: the mask's form follows the kernel's name
+for _base in BASE_KERNELS:
+    AttentionInterface.register(kernel_name(_base), _capturing(_base))
+    AttentionMaskInterface.register(kernel_name(_base), ALL_MASK_ATTENTION_FUNCTIONS[_base])

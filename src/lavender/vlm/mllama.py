@@ -1,0 +1,72 @@
+"""Mllama: Llama-3.2-Vision, whose text layers cross-attend to tiles of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.mllama.image_processing_pil_mllama import get_image_size_fit_to_canvas
+
+from lavender.errors import DataError
+from lavender.grids import grid_boxes
+from lavender.vlm.base import VlmAdapter
+
+
+class MllamaAdapter(VlmAdapter):
+    """Cross-attention keys: max_num_tiles × (1 class token + g × g patches) for each picture."""
+
+    model_type = "mllama"
+
+    def usable_layers(self) -> tuple[int, ...]:
+        return tuple(self.config.text_config.cross_attention_layers)
+
+    def attention_module(self, model: PreTrainedModel, layer: int) -> nn.Module:
+        return model.model.language_model.layers[layer].cross_attn
+
+    def describe_keys(self) -> str:
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return f"up to {vision.max_num_tiles} tiles of {vision.image_size} px, each 1 class token + {side} × {side} patches"
+
+    def image_token_id(self) -> int:
+        return self.config.image_token_index
+
+    def image_boxes(self, inputs: Mapping[str, Tensor], image_sizes: list[tuple[int, int]]) -> Tensor:
+        if inputs["aspect_ratio_ids"].shape[1] != 1:
+            raise DataError(
+                f"{inputs['aspect_ratio_ids'].shape[1]} pictures in one sample", "one picture a sample", "split it"
+            )
+        vision = self.config.vision_config
+        return torch.stack([
+            tile_boxes(
+                size, tuple(vision.supported_aspect_ratios[int(ratio) - 1]),
+                vision.max_num_tiles, vision.image_size, vision.patch_size,
+            )
+            for size, ratio in zip(image_sizes, inputs["aspect_ratio_ids"][:, 0], strict=True)
+        ]).float()  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def tile_boxes(
+    image_size: tuple[int, int], tiles: tuple[int, int], max_tiles: int, tile_size: int, patch_size: int
+) -> Tensor:
+    """Boxes of one picture's keys: float64 (max_tiles·(1 + g²), 4), g = tile_size // patch_size.
+
+    The picture is resized to fit `tiles` = (rows, cols), padded at the bottom and right, and cut
+    row-major. Class tokens and unused tiles are empty; padding lies outside the picture.
+    """
+    height, width = get_image_size_fit_to_canvas(
+        *image_size, tiles[0] * tile_size, tiles[1] * tile_size, tile_size
+    )
+    side = tile_size // patch_size
+    boxes = torch.zeros(max_tiles, 1 + side * side, 4, dtype=torch.float64)
+    covered = side * patch_size  # the border of a tile that no whole patch fits stays unseen
+    for row in range(tiles[0]):
+        for col in range(tiles[1]):
+            top, left = row * tile_size, col * tile_size
+            frame = (top / height, left / width, (top + covered) / height, (left + covered) / width)
+            boxes[row * tiles[1] + col, 1:] = grid_boxes(side, side, frame)
+    return boxes.flatten(0, 1)

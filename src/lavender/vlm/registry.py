@@ -1,0 +1,23 @@
+"""The families we know, by `config.model_type`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lavender.errors import UnsupportedModelError
+from lavender.vlm.base import VlmAdapter
+from lavender.vlm.mllama import MllamaAdapter
+
+FAMILIES: dict[str, type[VlmAdapter]] = {family.model_type: family for family in (MllamaAdapter,)}
+
+
+def adapter_for(config: Any) -> VlmAdapter:
+    """The adapter of a model's config. Raises UnsupportedModelError for a family without one."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"a model of type {config.model_type!r}",
+            f"one of {sorted(FAMILIES)}",
+            "use a supported model, or write an adapter: one file in lavender/vlm and one line in its registry",
+        )
+    return family(config)

@@ -1,0 +1,9 @@
+"""The built-in world: small, really trained models of real classes, on pictures whose truth is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+WEIGHTS_PATH = Path(__file__).parent / "weights"
+TEACHER_PATH = WEIGHTS_PATH / "teacher"
+STUDENT_PATH = WEIGHTS_PATH / "student_mllama"

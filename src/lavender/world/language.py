@@ -1,0 +1,109 @@
+"""What can be said of a scene: captions by grammar, questions with answers.
+
+CLIP's text encoder is causal, so everything after a noun knows that noun. With a fixed frame around
+the nouns a diffusion model may read a thing from any later token. Therefore openings, attributes,
+relations, connectives, order and endings all vary: only a noun's own tokens carry it reliably.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lavender.world.scenes import Scene, Thing
+from lavender.world.sprites import NAMES
+
+_OPENINGS = ("", "", "", "there is ", "we see ", "here is ", "look at ", "this shows ", "you can see ")
+_CONNECTIVES = (" and ", " and ", " with ", " near ", " next to ", ", ", " plus ")
+_ENDINGS = ("", "", "", "", " here", " in this picture", " all together", " on a pattern")
+_PLAIN_ADJECTIVES = ("nice", "pretty", "single", "plain")
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A name in a text: its half-open character span and its place in the order of mention."""
+
+    name: str
+    start: int
+    end: int
+    order: int
+
+
+@dataclass(frozen=True)
+class Caption:
+    text: str
+    mentions: tuple[Mention, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """`form` groups questions for scoring; `name` is the thing asked about, where there is one."""
+
+    form: str
+    question: str
+    answer: str
+    name: str | None = None
+
+
+def caption_scene(scene: Scene, variant: int = 0) -> Caption:
+    """A caption that names every thing of the scene once. Variants are independent rewordings."""
+    rng = np.random.default_rng([scene.seed, 7, variant])
+    text, mentions = _pick(rng, _OPENINGS), []
+    for order, index in enumerate(rng.permutation(len(scene.things))):
+        if order:
+            text += _pick(rng, _CONNECTIVES)
+        thing = scene.things[index]
+        before, after = _around(rng, thing)
+        start = len(text) + len(before)
+        text += before + thing.name + after
+        mentions.append(Mention(thing.name, start, start + len(thing.name), order))
+    return Caption(text + _pick(rng, _ENDINGS) + ".", tuple(mentions))
+
+
+def ask_about(scene: Scene, variant: int = 0) -> list[Question]:
+    """One question of each form the scene allows, with its answer. All forms are answered in a word or two."""
+    rng = np.random.default_rng([scene.seed, 11, variant])
+    things = list(scene.things)
+    thing = things[int(rng.integers(len(things)))]
+    absent = [name for name in NAMES if name not in scene.names]
+    asked = thing.name if rng.random() < 0.5 else _pick(rng, absent)
+    questions = [
+        Question("exists", f"is there {_article(asked)} {asked}?", "yes" if asked in scene.names else "no", asked),
+        Question("count", "how many things are there?", ("one", "two", "three", "four")[len(things) - 1]),
+    ]
+    if len(things) > 1:
+        leftmost = min(things, key=lambda one: one.centre[1])
+        topmost = min(things, key=lambda one: one.centre[0])
+        questions.append(Question("leftmost", "what is on the left?", leftmost.name, leftmost.name))
+        questions.append(Question("topmost", "what is at the top?", topmost.name, topmost.name))
+    else:
+        questions.append(Question("only", "what is it?", thing.name, thing.name))
+    return questions
+
+
+def _around(rng: np.random.Generator, thing: Thing) -> tuple[str, str]:
+    """Words before and after a name: article, adjective, place. Adjectives and places are true."""
+    before, after = "", ""
+    if rng.random() < 0.35:
+        size = "small" if thing.share < 0.08 else "big"
+        before = f"{size if rng.random() < 0.5 else _pick(rng, _PLAIN_ADJECTIVES)} "
+    article = rng.random()
+    if article < 0.5:
+        before = f"{_article(before + thing.name)} {before}"
+    elif article < 0.7:
+        before = f"the {before}"
+    if rng.random() < 0.3:
+        row, column = thing.centre
+        across = "on the left" if column < 0.5 else "on the right"
+        along = "at the top" if row < 0.5 else "at the bottom"
+        after = f" {across if rng.random() < 0.5 else along}"
+    return before, after
+
+
+def _article(words: str) -> str:
+    return "an" if words[0] in "aeiou" and not words.startswith("one") else "a"
+
+
+def _pick(rng: np.random.Generator, options) -> str:
+    return options[int(rng.integers(len(options)))]

