@@ -1,4 +1,8 @@
-"""What every test can rely on: no network, the same random numbers each time, one thread for torch."""
+"""What every test can rely on: no network, the same random numbers each time, one thread for torch, tiny models.
+
+The models are real ones with random weights, made in the process. Fixtures of a session are shared: a test
+that changes a model takes its own from `make_student`.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,26 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from offline import no_network
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from diffusers import StableDiffusionPipeline
+    from transformers import MllamaForConditionalGeneration, MllamaProcessor
+
+    from lavender.world.scenes import Scene
+
+pytest.register_assert_rewrite("families.contract")
+
 SEED = 20250206
+PROMPT = "describe the picture."
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,3 +51,98 @@ def _same_random_numbers() -> None:
     if torch := sys.modules.get("torch"):
         torch.manual_seed(SEED)
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def some_scenes() -> list[Scene]:
+    """Six development scenes: one to four things each, four picture sizes, upright and lying."""
+    from lavender.world.scenes import scenes
+
+    return list(scenes("development", 6))
+
+
+@pytest.fixture(scope="session")
+def captions(some_scenes) -> list[str]:
+    """One caption a scene, with 1 to 4 nouns."""
+    from lavender.world.language import caption_scene
+
+    return [caption_scene(scene).text for scene in some_scenes]
+
+
+@pytest.fixture(scope="session")
+def processor(captions) -> MllamaProcessor:
+    """Mllama's processor: tiles of 64 pixels, two at most, a vocabulary in which most words have several tokens."""
+    from lavender.world.student_training import build_processor
+
+    return build_processor(captions + [PROMPT], vocabulary=300)
+
+
+@pytest.fixture(scope="session")
+def make_student(processor) -> Callable[[], MllamaForConditionalGeneration]:
+    """Makes a fresh Mllama of random weights, each time the same."""
+    import torch
+
+    from lavender.world.student_training import build_student
+
+    def make() -> MllamaForConditionalGeneration:
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            return build_student(processor).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pipeline(captions) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline of random weights: 64-pixel pictures, 16 × 16 latents, 48 tokens."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from lavender.world.teacher_training import (
+        build_scheduler,
+        build_text_encoder,
+        build_unet,
+        build_vae,
+        train_tokenizer,
+    )
+
+    tokenizer = train_tokenizer(captions)
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        return StableDiffusionPipeline(
+            vae=build_vae().eval(), unet=build_unet().eval(), text_encoder=build_text_encoder(tokenizer).eval(),
+            tokenizer=tokenizer, scheduler=build_scheduler(), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def store_path(some_scenes, captions, tmp_path_factory) -> Path:
+    """A store with a random map, 11 × 13, for each noun of the captions of all scenes but the last."""
+    import torch
+
+    from lavender.images import image_id
+    from lavender.maps import WordMaps, to_heat
+    from lavender.store import MapStore
+    from lavender.words import content_words
+
+    path = tmp_path_factory.mktemp("store") / "maps"
+    generator = torch.Generator().manual_seed(SEED)
+    with MapStore.writer(path, {"made by": "tests"}, {}, (11, 13)) as writer:
+        for scene, caption in zip(some_scenes[:-1], captions, strict=False):
+            words = content_words(caption, ("noun",))
+            maps = to_heat(torch.rand(len(words), 11, 13, generator=generator))
+            writer.add(WordMaps(image_id(scene.image), caption, words, maps))
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset(some_scenes, captions) -> Dataset:
+    """The scenes with their captions as TRL wants them: `images` and `messages`."""
+    from lavender.data import Sample, to_dataset
+    from lavender.world.student_training import conversation
+
+    return to_dataset(
+        Sample(f"scene {scene.seed}", scene.image, conversation(PROMPT, caption))
+        for scene, caption in zip(some_scenes, captions, strict=True)
+    )

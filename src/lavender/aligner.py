@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lavender.maps import min_max
 
+
 class Aligner(nn.Sequential):
     """The paper's `sim` form with 3 × 3 convolutions: heads → width → width → heads → 1.
 
@@ -25,5 +26,5 @@ class Aligner(nn.Sequential):
             ]
         super().__init__(*layers, nn.Conv2d(num_heads, 1, kernel_size=1))
 
-    def forward(self, maps: Tensor) -> Tensor:
-        return min_max(super().forward(maps).squeeze(1))
+    def forward(self, input: Tensor) -> Tensor:
+        return min_max(super().forward(input).squeeze(1))

@@ -63,7 +63,9 @@ def student_maps(
     try:
         with capturing(model):
             for start in range(0, len(readings), batch_size):
-                results += _batch(model, processor, adapter, locator, layers, readings[start : start + batch_size], grid)
+                results += _batch(
+                    model, processor, adapter, locator, layers, readings[start : start + batch_size], grid
+                )
     finally:
         model.train(was_training)
     return results
@@ -89,9 +91,7 @@ def _batch(model, processor, adapter, locator, layers, readings: Sequence[Readin
     model(**inputs, attention_request=request)
     rows = request.stacked()
     sizes = [(reading.image.height, reading.image.width) for reading in readings]
-    attention = to_grid(
-        word_attention(rows, tensors["shares"].to(rows)), adapter.image_boxes(inputs, sizes), grid
-    )
+    attention = to_grid(word_attention(rows, tensors["shares"].to(rows)), adapter.image_boxes(inputs, sizes), grid)
     maps = to_heat(attention.mean(dim=(0, 2)).float().cpu())
     return [
         WordMaps(

@@ -34,10 +34,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     extract = verbs.add_parser("extract", help="pictures and texts → per-word maps, resumable")
     extract.add_argument("--data", type=Path, required=True, help="folder or file; see docs/data.md for the layouts")
-    extract.add_argument("--teacher", required=True, help="Stable Diffusion folder or hub id; `world` is the built-in one")
+    extract.add_argument(
+        "--teacher", required=True, help="Stable Diffusion folder or hub id; `world` is the built-in one"
+    )
     extract.add_argument("--out", type=Path, required=True, help="folder of the map store")
     extract.add_argument("--mode", choices=("noise", "ddim"), default="noise", help="one noising, or DDIM inversion")
-    extract.add_argument("--timestep", type=int, default=100, help="noise of --mode noise, of 1000 (default: %(default)s)")
+    extract.add_argument(
+        "--timestep", type=int, default=100, help="noise of --mode noise, of 1000 (default: %(default)s)"
+    )
     extract.add_argument("--steps", type=int, default=10, help="steps of --mode ddim (default: %(default)s)")
     extract.add_argument("--grid", type=int, default=32, help="rows and columns of a map (default: %(default)s)")
     extract.add_argument("--seed", type=int, default=0)
@@ -130,7 +134,13 @@ def _extract(options: argparse.Namespace) -> int:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _print_summary(summary: Summary, out: Path) -> None:

@@ -144,7 +144,7 @@ def panels_of(
         for word in reading.words:
             if masks is not None and word.start not in masks[index]:
                 continue
-            maps = {name: own and own.map_of(word.start, word.end) for name, own in sources.items()}
+            maps = {name: None if own is None else own.map_of(word.start, word.end) for name, own in sources.items()}
             rows.append(WordRow(word.text, maps, masks[index][word.start] if masks is not None else None))
         answers = {name: one.answers[index] for name, one in observed.items()}
         panels.append(Panel(reading.image, titles[index], rows, answers, truth=reading.answer))

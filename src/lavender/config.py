@@ -111,4 +111,5 @@ def _between(name: str, value: float, low: float, high: float) -> None:
         raise ConfigError(f"{name}={value!r}", f"a number from {low} to {high}", f"change {name}")
 
 
-assert get_args(Mode) == MODES and get_args(Pooling) == POOLINGS
+assert get_args(Mode) == MODES
+assert get_args(Pooling) == POOLINGS

@@ -29,13 +29,13 @@ from lavender.evaluation.text import exact_set, generate_answers, names_said, ob
 from lavender.extraction import extract
 from lavender.report import Curve, Report, Table, draw_figure, write_report
 from lavender.run import load_run
+from lavender.words import content_words
 from lavender.world import STUDENT_PATH, TEACHER_PATH
 from lavender.world.judging import job_of, judge, judge_teacher
 from lavender.world.language import caption_scene
 from lavender.world.scenes import Scene, Split, scenes
 from lavender.world.sprites import NAMES
 from lavender.world.student_training import CAPTION_PROMPT
-from lavender.words import content_words
 
 NUM_TRAINING, NUM_HELD_OUT, NUM_PANELS = 800, 200, 6
 GRID = (16, 16)  # the built-in teacher's finest layer; a user's default is the paper's 32 × 32
@@ -233,6 +233,7 @@ def _curves(out: Path) -> list[Curve]:
     return [
         Curve(label, "step", unit, {arm: [(one["step"], one[key]) for one in lines[arm] if key in one] for arm in ARMS})
         for key, label, unit in (
-            ("vlm_loss", "L_VLM while training", "nats a token"), ("attention_loss", "L_att while training", "mean square"),
+            ("vlm_loss", "L_VLM while training", "nats a token"),
+            ("attention_loss", "L_att while training", "mean square"),
         )
     ]  # fmt: skip

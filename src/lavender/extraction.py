@@ -121,7 +121,9 @@ def _jobs(
             if words:
                 yield Job(image, identity, answer, words)
                 continue
-            drop = Dropped(f"{sample.name}: {answer[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}")
+            drop = Dropped(
+                f"{sample.name}: {answer[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}"
+            )
             if strict:
                 _refuse(drop)
             summary.dropped.append(drop)
@@ -138,4 +140,6 @@ def _estimate(samples: Samples, batch: list[Job], seconds: float, config: Extrac
 
 
 def _refuse(drop: Dropped) -> None:
-    raise DataError(f"{drop.what}: {drop.reason}", "every sample to be usable, as strict=True asks", "mend or remove it")
+    raise DataError(
+        f"{drop.what}: {drop.reason}", "every sample to be usable, as strict=True asks", "mend or remove it"
+    )

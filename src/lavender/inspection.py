@@ -58,7 +58,9 @@ def _draw_sample(target: str, picture: Path) -> dict[str, Any]:
     try:
         from skimage.data import chelsea
     except ModuleNotFoundError as error:
-        raise ConfigError("no scikit-image", "the demo extra, whose photograph is drawn", "pip install 'lavender-vlm[demo]'") from error
+        raise ConfigError(
+            "no scikit-image", "the demo extra, whose photograph is drawn", "pip install 'lavender-vlm[demo]'"
+        ) from error
     from PIL import Image
 
     image, answer = Image.fromarray(chelsea()), "A cat with green eyes and long whiskers."

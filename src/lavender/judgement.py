@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lavender.comparison import Observed, observe, panels_of, readings_of
+from lavender.config import AlignmentConfig
 from lavender.data import Sample, read_samples
 from lavender.errors import ConfigError
 from lavender.images import image_id
@@ -62,7 +63,8 @@ def report_run(run: Path, out: Path | None = None) -> Path:
         )
     teacher = [store.get(image_id(one.image), one.answer) if store is not None else None for one in readings]
     panels = panels_of(readings, teacher, arms, [sample.name for sample in samples])
-    lead = f"{config['model']} fine-tuned on {config['data']}, align_weight {config['training'].get('align_weight', 10.0)}."
+    align_weight = config["training"].get("align_weight", AlignmentConfig.align_weight)
+    lead = f"{config['model']} fine-tuned on {config['data']}, align_weight {align_weight}."
     page = Report(f"Run {run.name}", lead, tables, panels, notes, config, _curves(run))
     out = out or run / "report.html"
     write_report(page, out)

@@ -73,7 +73,8 @@ class WordLocator:
         return found
 
     def _render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
-        return self._processor.apply_chat_template(list(messages), add_generation_prompt=prompt, tokenize=False)
+        conversation: list[Any] = list(messages)
+        return self._processor.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
 
     def _answer_start(self, rendered: str, messages: Sequence[Mapping[str, Any]], turn: int, answer: str) -> int:
         """Where an answer begins in the rendered conversation."""

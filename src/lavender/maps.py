@@ -61,7 +61,9 @@ class WordMaps:
 
     def __post_init__(self) -> None:
         if self.maps.ndim != 3 or len(self.words) != self.maps.shape[0]:
-            raise ValueError(f"Got maps {tuple(self.maps.shape)} for {len(self.words)} words; expected (word, rows, cols).")
+            raise ValueError(
+                f"Got maps {tuple(self.maps.shape)} for {len(self.words)} words; expected (word, rows, cols)."
+            )
         for word in self.words:
             if self.text[word.start : word.end] != word.text:
                 raise ValueError(f"Got word {word.text!r} at {word.start}:{word.end}, which is not in {self.text!r}.")

@@ -7,9 +7,10 @@ that wraps a model's forward (PEFT, DDP, FSDP, TRL) then carries it along.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import field, make_dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,21 +52,22 @@ class AlignmentHead(nn.Module):
 
     def __init__(self, num_heads: int, layers: tuple[int, ...], config: AlignmentConfig):
         super().__init__()
-        self.layers, self.config = layers, config
+        self.layers = layers
         self.aligner = Aligner(num_heads, config.aligner_width)
+        self.undo: Callable[[], None] = lambda: None
 
     def forward(self, request: AlignmentRequest) -> Tensor:
         """Sum over the batch's words of ‖Aligner(A) − A_DM‖² (Eq. 9, a mean over cells): a scalar."""
         if not request.present.any():
             # no word: zero, yet attached to the Aligner, so that every process has the same parameters in use
-            return sum(parameter.sum() for parameter in self.parameters()) * 0.0
+            return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0.0
         return per_word_loss(self.maps(request), request.targets[request.present]).sum()
 
     def maps(self, request: AlignmentRequest) -> Tensor:
         """The student's map of each present word, (word, rows, cols) in [0, 1]: mean over layers."""
         attention = self.attention(request).permute(0, 1, 3, 2, 4, 5)[:, request.present]
         num_layers, num_words = attention.shape[:2]
-        aligned = self.aligner(attention.flatten(0, 1).to(self.aligner[0].weight.dtype))
+        aligned = self.aligner(attention.flatten(0, 1).to(next(self.aligner.parameters()).dtype))
         return aligned.float().unflatten(0, (num_layers, num_words)).mean(dim=0)
 
     def attention(self, request: AlignmentRequest) -> Tensor:
@@ -88,42 +90,46 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
     model's own output with one more field, `attention_loss`.
     """
     if HEAD_NAME in dict(model.named_children()):
-        raise ConfigError("a model with an alignment head", "a model without one", "call lavender.objective.detach first")
+        raise ConfigError(
+            "a model with an alignment head", "a model without one", "call lavender.objective.detach first"
+        )
     adapter = adapter_for(model.config)
     layers = adapter.layers(config.layers)
     base = install(model)
     head = AlignmentHead(model.config.get_text_config().num_attention_heads, layers, config)
     model.add_module(HEAD_NAME, head.to(model.device))
-    handles = [model.register_forward_hook(_add_attention_loss, with_kwargs=True)]
-    if config.pooling == "learn":
-        handles += [parallel.attach(adapter.attention_module(model, layer)) for layer in layers]
-    head.undo = (base, handles)
+    attentions = [adapter.attention_module(model, layer) for layer in layers] if config.pooling == "learn" else []
+    handles = [model.register_forward_hook(_add_attention_loss, with_kwargs=True), *map(parallel.attach, attentions)]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+        for attention in attentions:
+            delattr(attention, parallel.CHILD_NAME)
+        delattr(model, HEAD_NAME)
+        uninstall(model, base)
+
+    head.undo = undo
     return head
 
 
 def detach(model: PreTrainedModel) -> None:
     """Leave a model as it was before `attach`: its own kernel, no hook, no head."""
     head = model.get_submodule(HEAD_NAME)
-    base, handles = head.undo
-    for handle in handles:
-        handle.remove()
-    adapter = adapter_for(model.config)
-    for layer in head.layers:
-        attention = adapter.attention_module(model, layer)
-        if parallel.CHILD_NAME in dict(attention.named_children()):
-            delattr(attention, parallel.CHILD_NAME)
-    delattr(model, HEAD_NAME)
-    uninstall(model, base)
+    assert isinstance(head, AlignmentHead)
+    head.undo()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _with_attention_loss(output_type: type[ModelOutput]) -> type[ModelOutput]:
     """The output class with one more field. Plain extra keys are refused by ModelOutput."""
     extra = [("attention_loss", Tensor | None, field(default=None))]
-    return make_dataclass(f"{output_type.__name__}WithAlignment", extra, bases=(output_type,))
+    return cast(type[ModelOutput], make_dataclass(f"{output_type.__name__}WithAlignment", extra, bases=(output_type,)))
 
 
-def _add_attention_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: ModelOutput) -> ModelOutput | None:
+def _add_attention_loss(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], output: ModelOutput
+) -> ModelOutput | None:
     request = kwargs.get("attention_request")
     if not isinstance(request, AlignmentRequest):
         return None

@@ -113,11 +113,11 @@ def train(run: RunConfig) -> Path:
         print(f"dropped {drop.what}: {drop.reason}")
     common = {"trust_remote_code": run.trust_remote_code}
     processor = AutoProcessor.from_pretrained(run.model, **common)
-    training = {"report_to": "none", "max_length": None, **run.training}
+    training: dict[str, Any] = {"report_to": "none", "max_length": None, **run.training}
     training.setdefault("assistant_only_loss", "{% generation" in (processor.chat_template or "").replace("{%-", "{%"))
     args = LavenderConfig(output_dir=str(out / "trainer"), maps=run.maps, **training)
     model = AutoModelForImageTextToText.from_pretrained(run.model, dtype=run.dtype, use_safetensors=True, **common)
-    lora = run.lora and LoraConfig(
+    lora = None if run.lora is None else LoraConfig(
         r=run.lora.r, lora_alpha=run.lora.alpha, lora_dropout=run.lora.dropout, task_type="CAUSAL_LM",
         target_modules=run.lora.target_modules if isinstance(run.lora.target_modules, str)
         else list(run.lora.target_modules),
@@ -158,9 +158,9 @@ def load_run(path: str | Path):
     checkpoint = Path(path) / "checkpoint"
     folder = checkpoint if checkpoint.is_dir() else Path(path)
     if (folder / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         model = AutoModelForImageTextToText.from_pretrained(base, dtype="float32", use_safetensors=True)
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     else:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", use_safetensors=True)
     return model.eval(), AutoProcessor.from_pretrained(folder)

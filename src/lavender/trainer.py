@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
-from lavender.alignment_data import AlignmentCollator
+from lavender.alignment_data import AlignmentCollator, Coverage
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError, DataError
 from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach
@@ -60,7 +61,7 @@ class LavenderConfig(SFTConfig):
         super().__post_init__()
         self.alignment()
         if self.activation_checkpointing:
-            options = dict(self.activation_checkpointing_kwargs or {})
+            options = _as_dict(self.activation_checkpointing_kwargs)
             if options.get("use_reentrant"):
                 raise ConfigError(
                     "activation_checkpointing_kwargs={'use_reentrant': True}",
@@ -72,17 +73,23 @@ class LavenderConfig(SFTConfig):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = options
 
 
-class AlignmentMixin:
+# the mixin leans on Trainer's attributes; at run time the class it is mixed into brings them
+_TrainerLike = Trainer if TYPE_CHECKING else object
+
+
+class AlignmentMixin(_TrainerLike):
     """Adds the alignment loss to a trainer of the `transformers.Trainer` kind. Put it before the trainer class."""
 
     _num_words_in_batch: int = 0
 
-    def _start_alignment(self, layers: tuple[int, ...]) -> None:
-        self._alignment_layers = layers
+    def _start_alignment(self, layers: tuple[int, ...], align_weight: float) -> None:
+        self._alignment_layers, self._align_weight = layers, align_weight
         self._alignment_metrics: dict[str, list[float]] = defaultdict(list)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        words = sum((batch["alignment"]["present"].sum() for batch in batch_samples), start=torch.zeros((), dtype=torch.long))
+        words = sum(
+            (batch["alignment"]["present"].sum() for batch in batch_samples), start=torch.zeros((), dtype=torch.long)
+        )
         if self.args.world_size > 1:
             words = self.accelerator.gather(words.to(device)[None]).sum()
         self._num_words_in_batch = int(words)
@@ -101,14 +108,14 @@ class AlignmentMixin:
             )
         finally:
             handle.remove()
-        plain_loss, outputs = result if return_outputs else (result, None)
+        plain_loss, outputs = cast(tuple[Tensor, Any], result if return_outputs else (result, None))
         attention_loss = self._normalise(seen[0].attention_loss, request, model.training, num_items_in_batch)
         mode = "train" if model.training else "eval"
         for name, value in (
             ("vlm_loss", plain_loss), ("attention_loss", attention_loss), ("matched_words", request.present.sum()),
         ):  # fmt: skip
             self._alignment_metrics[f"{mode}/{name}"].append(float(value.detach()))
-        loss = plain_loss + self.args.align_weight * attention_loss
+        loss = plain_loss + self._align_weight * attention_loss
         return (loss, outputs) if return_outputs else loss
 
     def _normalise(self, total: Tensor, request: AlignmentRequest, training: bool, num_items_in_batch) -> Tensor:
@@ -123,19 +130,16 @@ class AlignmentMixin:
         divided_later = not (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
         return total * scale * (self.current_gradient_accumulation_steps if divided_later else 1)
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        mode = "train" if self.model.training else "eval"
-        for key, values in self._alignment_metrics.items():
-            group, name = key.split("/")
-            if group == mode and values:
-                logs[name if mode == "train" else f"eval_{name}"] = self._logged(name, values)
-                values.clear()
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds vlm_loss, attention_loss and matched_words: sums over the micro-batches of an optimiser step."""
+        assert self.model is not None
+        mode, prefix, parts = "eval", "eval_", 1
+        if self.model.training:
+            mode, prefix, parts = "train", "", self.args.gradient_accumulation_steps
+        for key in [key for key in self._alignment_metrics if key.startswith(mode)]:
+            values = self._alignment_metrics.pop(key)
+            logs[prefix + key.removeprefix(f"{mode}/")] = sum(values) / max(1, len(values) // parts)
         super().log(logs, *args, **kwargs)
-
-    def _logged(self, name: str, values: list[float]) -> float:
-        """Losses are shares of an optimiser step, so they add up over its micro-batches; words too."""
-        steps = max(1, len(values) // self.args.gradient_accumulation_steps) if self.model.training else len(values)
-        return sum(values) / steps
 
 
 class LavenderTrainer(AlignmentMixin, SFTTrainer):
@@ -153,52 +157,53 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
         model: str | PreTrainedModel,
         args: LavenderConfig,
         *,
-        processing_class,
+        processing_class: ProcessorMixin,
         maps: MapStore | None = None,
-        peft_config: PeftConfig | None = None,
-        **kwargs,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
     ):
         if maps is None and args.maps is None:
             raise ConfigError("no maps", "a map store", "set maps='FOLDER', written by `lavender extract`")
         if isinstance(model, PeftModel):
             raise ConfigError("a PeftModel", "the base model", "pass the base model and peft_config=...")
         if isinstance(model, str):
-            model = create_model_from_path(model, **(args.model_init_kwargs or {}))
+            model = create_model_from_path(model, **_as_dict(args.model_init_kwargs))
             args.model_init_kwargs = None
         _refuse_unsupported(args)
-        self.maps = MapStore.open(args.maps) if maps is None else maps
+        self.maps = MapStore.open(str(args.maps)) if maps is None else maps
         head = attach(model, args.alignment())
         if peft_config is not None:
             peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *TRAINED_PARTS})
-        self._start_alignment(head.layers)
-        adapter = adapter_for(model.config)
-        super().__init__(
-            model=model, args=args, processing_class=processing_class, peft_config=peft_config, **kwargs
-        )
-        self.data_collator = AlignmentCollator(self.data_collator, processing_class, adapter, self.maps)
-        self._check_coverage()
+        self._start_alignment(head.layers, args.align_weight)
+        super().__init__(model=model, args=args, processing_class=processing_class, peft_config=peft_config, **kwargs)
+        base, adapter = self.data_collator, adapter_for(model.config)
+        self.data_collator = AlignmentCollator(base, processing_class, adapter, self.maps)
+        if isinstance(self.train_dataset, Dataset):  # a stream cannot be sampled; it is counted while training
+            self._check_coverage(self.train_dataset, self.data_collator, args.min_coverage)
 
     @property
-    def coverage(self):
+    def coverage(self) -> Coverage:
         """What was aligned and what was dropped, counted."""
-        return self.data_collator.coverage
+        return cast(AlignmentCollator, self.data_collator).coverage
 
-    def _check_coverage(self) -> None:
+    def _check_coverage(self, dataset: Dataset, collator: AlignmentCollator, least: float) -> None:
         """Read some samples as training will, and stop if too few have maps."""
-        dataset = self.train_dataset
-        if not hasattr(dataset, "__len__"):
-            return  # a stream cannot be sampled without consuming it; coverage is counted while training
-        step = max(1, len(dataset) // NUM_COVERAGE_SAMPLES)
-        for index in range(0, len(dataset), step):
-            self.data_collator([dataset[index]])
-        coverage = self.coverage
-        if coverage.share < self.args.min_coverage:
+        for index in range(0, len(dataset), max(1, len(dataset) // NUM_COVERAGE_SAMPLES)):
+            collator([dataset[index]])
+        coverage = collator.coverage
+        if coverage.share < least:
             raise DataError(
-                f"maps for {coverage.mapped_samples} of {coverage.samples} samples looked at ({dict(coverage.dropped)})",
-                f"at least a share of {self.args.min_coverage}",
+                f"maps for {coverage.mapped_samples} of {coverage.samples} samples ({dict(coverage.dropped)})",
+                f"at least a share of {least}",
                 "extract maps for this data set (pictures and answers must be the same), or lower min_coverage",
             )
-        self.data_collator.coverage = type(coverage)()
+        collator.coverage = Coverage()
+
+
+def _as_dict(options: dict[str, Any] | str | None) -> dict[str, Any]:
+    """TrainingArguments declares such fields as dict or string, and has parsed strings by now."""
+    assert not isinstance(options, str)
+    return dict(options or {})
 
 
 def _refuse_unsupported(args: LavenderConfig) -> None:
@@ -224,17 +229,17 @@ def export(trainer: LavenderTrainer, path: str | Path) -> Path:
         _export_adapter(model, state, path)
     else:
         model.save_pretrained(path, state_dict={name: value for name, value in state.items() if not _is_ours(name)})
-    trainer.processing_class.save_pretrained(path)
+    cast(ProcessorMixin, trainer.processing_class).save_pretrained(path)
     return path
 
 
 def _export_adapter(model: PeftModel, state: dict[str, Tensor], path: Path) -> None:
     """PEFT writes all it trained; then alignment's own parts are taken out of file and config."""
-    config = model.peft_config["default"]
+    config = cast(LoraConfig, model.peft_config["default"])
     kept = config.modules_to_save
-    config.modules_to_save = [name for name in kept if name not in TRAINED_PARTS] or None
+    config.modules_to_save = [name for name in kept or () if name not in TRAINED_PARTS] or None
     try:
-        model.save_pretrained(path, state_dict=state)
+        model.save_pretrained(str(path), state_dict=state)
     finally:
         config.modules_to_save = kept
     weights = path / "adapter_model.safetensors"

@@ -71,7 +71,7 @@ def test_an_empty_map_points_nowhere_and_covers_nothing():
 
 
 @pytest.mark.parametrize(
-    ("threshold", "expected"), [(0.2, 2 / 5), (0.5, 2 / 4), (0.51, 1 / 4), (0.8, 1 / 4), (0.81, 0)]
+    ("threshold", "expected"), [(0, 3 / 35), (0.2, 2 / 5), (0.5, 2 / 4), (0.51, 1 / 4), (0.8, 1 / 4), (0.81, 0)]
 )
 def test_iou_at_a_share_of_the_maximum(threshold: float, expected: float):
     assert iou(STEPS, STEPS_MASK, threshold) == pytest.approx(expected)
@@ -100,7 +100,9 @@ def test_scores_of_three_maps():
         [
             JudgedMap(STEPS, STEPS_MASK, order=1, wrong=spot),  # misses; the other word's map hits this word's mask
             JudgedMap(spot, centred, order=0, wrong=STEPS),  # hits; the other map points elsewhere
-            JudgedMap(flat, mask_of((0, 0), size=(5, 7)), order=1),  # hits by reading order
+            JudgedMap(
+                flat, mask_of((0, 0), size=(5, 7)), order=1, wrong=spot
+            ),  # hits by reading order; the other misses
         ],
         iou_threshold=0.6,
     )
@@ -112,7 +114,7 @@ def test_scores_of_three_maps():
     assert scores.iou_threshold == 0.6
     assert (scores.best_threshold, scores.iou_best) == (0.25, pytest.approx((1 / 2 + 1 + 1 / 35) / 3))
     assert scores.ap == pytest.approx(((1 / 2 + 2 / 3 + 3 / 35) / 3 + 1 + 1 / 35) / 3)
-    assert (scores.wrong_word_pointing, scores.num_wrong) == (0.5, 2)
+    assert (scores.wrong_word_pointing, scores.num_wrong) == (pytest.approx(1 / 3), 3)
     assert scores.uniform_pointing == pytest.approx((3 + 1 + 1) / 35 / 3)
     assert scores.centre_pointing == pytest.approx(2 / 3)
     assert scores.num_words == 3

@@ -31,10 +31,11 @@ def test_names_are_whole_words_longest_first(text: str, expected: set[str]):
     assert names_said(text, NAMES) == expected
 
 
-def test_a_plural_that_is_a_name_is_only_that_name():
+def test_names_that_begin_or_end_like_others():
     assert names_said("grapes", ["grape", "grapes"]) == {"grapes"}
     assert names_said("grapes", ["grapes", "grape"]) == {"grapes"}
     assert names_said("grapes", ["Grape"]) == {"Grape"}
+    assert names_said("a palm tree", ["palm", "palm tree"]) == {"palm tree"}
     assert names_said("a c+ (fast)", ["C+", "fast)"]) == {"C+", "fast)"}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +32,11 @@ class WordCapture(TorchFunctionMode):
         self.current: str | None = None
         self.maps: dict[str, Tensor] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention and self.current is not None:
-            query, key = args[:2]
+            query, key = args[0], args[1]
             if self.current in self.maps:
                 raise CaptureError(
                     f"two attention calls in layer {self.current!r} during one pass",

@@ -166,7 +166,7 @@ class Teacher:
         latents = vae.encode(batch).latent_dist.mode() * vae.config.scaling_factor
         return latents[[order[job.image_id] for job in jobs]].to(self.pipeline.unet.dtype)
 
-    def _noise(self, image_id: str, shape: torch.Size) -> Tensor:
+    def _noise(self, image_id: str, shape: tuple[int, ...]) -> Tensor:
         """Gaussian noise that depends on the picture's content and the seed, not on the batch."""
         digest = hashlib.blake2b(f"{image_id}/{self.config.seed}".encode(), digest_size=7).digest()
         return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))

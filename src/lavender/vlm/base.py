@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lavender.errors import ConfigError
@@ -26,7 +26,7 @@ class VlmAdapter(ABC):
         """Decoder layers whose attention on the picture can be captured, in order."""
 
     @abstractmethod
-    def attention_module(self, model: PreTrainedModel, layer: int) -> nn.Module:
+    def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
         """The attention module of a usable layer."""
 
     @abstractmethod
@@ -53,5 +53,7 @@ class VlmAdapter(ABC):
             return usable
         wrong = [layer for layer in wanted if layer not in usable]
         if wrong:
-            raise ConfigError(f"layers={wanted}, of which {wrong} do not see the picture", f"some of {usable}", "drop them")
+            raise ConfigError(
+                f"layers={wanted}, of which {wrong} do not see the picture", f"some of {usable}", "drop them"
+            )
         return wanted

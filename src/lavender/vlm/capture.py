@@ -10,6 +10,7 @@ Axis suffixes: B sample, H head, R row (a query that predicts a token), K key, D
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,9 @@ class AttentionRequest:
         """Take a layer's queries and keys, all of them; called inside its forward."""
         self.capture_rows(module, select_rows(query_BHTD, self.rows_BR), key_BGKD, mask, scaling)
 
-    def capture_rows(self, module: nn.Module, query_BHRD: Tensor, key_BGKD: Tensor, mask: Tensor | None, scaling: float):
+    def capture_rows(
+        self, module: nn.Module, query_BHRD: Tensor, key_BGKD: Tensor, mask: Tensor | None, scaling: float
+    ):
         """Take a layer's queries of the wanted rows.
 
         Checkpointing runs the layer again during backward. Then the same must be computed again, but
@@ -55,7 +58,8 @@ class AttentionRequest:
                 "pass everything the processor returns to the model",
             )
         mask = select_rows(mask.expand(query_BHRD.shape[0], -1, -1, -1), self.rows_BR)[..., : key_BGKD.shape[2]]
-        self.rows.setdefault(module.layer_idx, attention_rows(query_BHRD, key_BGKD, mask, scaling))
+        layer = cast(int, module.layer_idx)
+        self.rows.setdefault(layer, attention_rows(query_BHRD, key_BGKD, mask, scaling))
 
     def stacked(self) -> Tensor:
         """All layers' rows: (layer, sample, head, row, key). Raises CaptureError if one is missing."""

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.mllama.image_processing_pil_mllama import get_image_size_fit_to_canvas
+from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from lavender.errors import DataError
 from lavender.grids import grid_boxes
@@ -23,13 +24,14 @@ class MllamaAdapter(VlmAdapter):
     def usable_layers(self) -> tuple[int, ...]:
         return tuple(self.config.text_config.cross_attention_layers)
 
-    def attention_module(self, model: PreTrainedModel, layer: int) -> nn.Module:
+    def attention_module(self, model: PreTrainedModel, layer: int) -> MllamaTextCrossAttention:
         return model.model.language_model.layers[layer].cross_attn
 
     def describe_keys(self) -> str:
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
-        return f"up to {vision.max_num_tiles} tiles of {vision.image_size} px, each 1 class token + {side} × {side} patches"
+        tiles = f"up to {vision.max_num_tiles} tiles of {vision.image_size} px"
+        return f"{tiles}, each 1 class token + {side} × {side} patches"
 
     def image_token_id(self) -> int:
         return self.config.image_token_index
@@ -58,9 +60,7 @@ def tile_boxes(
     The picture is resized to fit `tiles` = (rows, cols), padded at the bottom and right, and cut
     row-major. Class tokens and unused tiles are empty; padding lies outside the picture.
     """
-    height, width = get_image_size_fit_to_canvas(
-        *image_size, tiles[0] * tile_size, tiles[1] * tile_size, tile_size
-    )
+    height, width = get_image_size_fit_to_canvas(*image_size, tiles[0] * tile_size, tiles[1] * tile_size, tile_size)
     side = tile_size // patch_size
     boxes = torch.zeros(max_tiles, 1 + side * side, 4, dtype=torch.float64)
     covered = side * patch_size  # the border of a tile that no whole patch fits stays unseen

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -119,8 +119,7 @@ def draw_scene(seed: int, style: Style = "plain") -> Scene:
         solid = binary_fill_holes(alpha > 0.5)
         masks = [mask & ~solid for mask in masks] + [solid]
     things = tuple(
-        Thing(name, box, flipped, mask)
-        for name, box, flipped, mask in zip(names, boxes, flips, masks, strict=True)
+        Thing(name, box, flipped, mask) for name, box, flipped, mask in zip(names, boxes, flips, masks, strict=True)
     )
     return Scene(seed, style, pixels.round().astype(np.uint8), things)
 
@@ -191,7 +190,7 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return np.asarray(canvas)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _photograph_pixels(name: str) -> Image.Image:
     import skimage.data
 

@@ -7,7 +7,7 @@ Both sets come from PyPI packages of the `demo` extra; nothing is vendored.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from typing import Literal
 
@@ -80,7 +80,7 @@ def _package_file(package: str, *parts: str) -> str:
         ) from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(name: str, hand: Hand) -> Image.Image:
     """The drawing of `name` by `hand`: RGBA, cropped to what is seen."""
     code = NAMES[name]
@@ -101,7 +101,7 @@ def sprite(name: str, hand: Hand) -> Image.Image:
     return _crop(canvas)
 
 
-@lru_cache(maxsize=None)
+@cache
 def share_of_box(name: str, hand: Hand) -> float:
     """Share of the sprite's box that its silhouette covers."""
     return float((np.asarray(sprite(name, hand))[..., 3] > 127).mean())

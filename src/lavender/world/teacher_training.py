@@ -15,6 +15,7 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,23 +42,29 @@ def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
     """A CLIP tokenizer whose merges are learned from `captions`."""
     blank = CLIPTokenizer()
     backend = Tokenizer(BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    backend.normalizer, backend.pre_tokenizer = blank.backend_tokenizer.normalizer, blank.backend_tokenizer.pre_tokenizer
+    backend.normalizer, backend.pre_tokenizer = (
+        blank.backend_tokenizer.normalizer,
+        blank.backend_tokenizer.pre_tokenizer,
+    )
     special = ["<|startoftext|>", "<|endoftext|>"]
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
     trainer = BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=alphabet, end_of_word_suffix="</w>",
-        continuing_subword_prefix="", special_tokens=special, show_progress=False,
+        vocab_size=VOCABULARY,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        continuing_subword_prefix="",
+        special_tokens=special,
+        show_progress=False,
     )
     backend.train_from_iterator(captions, trainer)
     learned = json.loads(backend.to_str())["model"]
     vocabulary = dict(learned["vocab"])
     for letter in alphabet:  # a word may also end in any byte
         vocabulary.setdefault(letter + "</w>", len(vocabulary))
-    return CLIPTokenizer(
-        vocab=vocabulary, merges=[tuple(pair) for pair in learned["merges"]], model_max_length=MAX_TOKENS
-    )
+    merges: list[Any] = [tuple(pair) for pair in learned["merges"]]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def build_vae() -> AutoencoderKL:
@@ -175,7 +182,10 @@ def train_teacher(
     tokenizer = train_tokenizer([caption_scene(scene).text for scene in scenes[:4000]])
     torch.manual_seed(seed + 1)
     unet, text_encoder, scheduler = build_unet(), build_text_encoder(tokenizer), build_scheduler()
-    log.info("UNet %.2f M, text %.2f M parameters", *(sum(p.numel() for p in m.parameters()) / 1e6 for m in (unet, text_encoder)))
+    log.info(
+        "UNet %.2f M, text %.2f M parameters",
+        *(sum(p.numel() for p in m.parameters()) / 1e6 for m in (unet, text_encoder)),
+    )
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=6e-4, weight_decay=0.01, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_stable_decay(steps, warmup=200))

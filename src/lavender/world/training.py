@@ -89,7 +89,11 @@ class Checkpoint:
         for name, value in metrics.items():
             self._smooth[name] = value + 0.98 * (self._smooth.get(name, value) - value)
         if step % 100 == 0 or step == steps:
-            line = {"step": step, "seconds": round(self._seconds, 1), **{k: round(v, 5) for k, v in self._smooth.items()}}
+            line = {
+                "step": step,
+                "seconds": round(self._seconds, 1),
+                **{k: round(v, 5) for k, v in self._smooth.items()},
+            }
             with self._path.with_suffix(".jsonl").open("a") as curve:
                 curve.write(json.dumps(line) + "\n")
             log.info("%s %s", self._path.stem, line)

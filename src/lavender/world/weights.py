@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
+from lavender.world import WEIGHTS_PATH
 from lavender.world.student_training import train_student
 from lavender.world.teacher_training import train_teacher
-
-from lavender.world import WEIGHTS_PATH
 
 
 def main() -> None:
@@ -25,11 +24,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.part == "teacher":
-        train_teacher(arguments.work, arguments.out / "teacher", steps=5500, vae_steps=800, num_scenes=16_000)
+        train_teacher(arguments.work, arguments.out / "teacher", steps=4000, vae_steps=800, num_scenes=16_000)
     else:
-        train_student(
-            arguments.work, arguments.out / "student_mllama", vision_steps=3000, steps=700, num_scenes=20_000
-        )
+        train_student(arguments.work, arguments.out / "student_mllama", vision_steps=3000, steps=700, num_scenes=20_000)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""Words of a text: spans, lemmas, parts of speech; which tokens a word has."""
+
+from __future__ import annotations
+
+import pytest
+
+from lavender.words import content_words, token_span, words_of
+
+
+def parts(text: str) -> list[tuple[str, str, str]]:
+    return [(word.text, word.lemma, word.part_of_speech) for word in words_of(text)]
+
+
+def test_spans_lemmas_and_parts_of_speech():
+    text = "A dog chases two small cats, happily."
+    words = words_of(text)
+    assert [(word.start, word.end) for word in words] == [
+        (0, 1), (2, 5), (6, 12), (13, 16), (17, 22), (23, 27), (29, 36),
+    ]  # fmt: skip
+    assert parts(text) == [
+        ("A", "a", "other"),
+        ("dog", "dog", "noun"),
+        ("chases", "chase", "verb"),
+        ("two", "two", "other"),
+        ("small", "small", "adjective"),
+        ("cats", "cat", "noun"),
+        ("happily", "happily", "other"),
+    ]
+
+
+def test_irregular_lemmas_and_lower_case():
+    assert parts("The Geese and mice ran")[1:] == [
+        ("Geese", "goose", "noun"), ("and", "and", "other"), ("mice", "mouse", "noun"), ("ran", "run", "verb"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["red-haired", "children's", "don’t", "mother-in-law's"])
+def test_hyphens_and_apostrophes_stay_inside_a_word(word):
+    text = f"the {word}-"
+    assert [(one.text, one.start, one.end) for one in words_of(text)][1:] == [(word, 4, 4 + len(word))]
+
+
+def test_numbers_and_signs_are_no_words_and_cut_words():
+    assert [word.text for word in words_of("3 x2 v2.0 a_b ... 'dog' - 7th")] == ["x", "v", "a", "b", "dog", "th"]
+
+
+@pytest.mark.parametrize("text", ["", "   \n", "犬が走る。", "Собака бежит", "1, 2 — 3!", "🐕"])
+def test_a_text_without_latin_letters_has_no_words(text):
+    assert words_of(text) == ()
+    assert content_words(text, ("noun", "adjective", "verb", "other")) == ()
+
+
+def test_latin_words_between_others_keep_their_place():
+    assert [(word.text, word.start) for word in words_of("狗 dog 猫 Hündin")] == [("dog", 2), ("Hündin", 8)]
+
+
+def test_two_thousand_words():
+    text = " ".join(["dog", "runs"] * 1000)
+    words = words_of(text)
+    assert len(words) == 2000
+    assert (words[1998].start, words[1999].end) == (999 * 9, len(text))
+    assert all(text[word.start : word.end] == word.text for word in words)
+
+
+def test_content_words_are_chosen_by_part_of_speech_and_keep_repetitions():
+    text = "a small dog chases a small dog"
+    assert [word.text for word in content_words(text, ("noun",))] == ["dog", "dog"]
+    assert [word.start for word in content_words(text, ("noun",))] == [8, 27]
+    assert [word.text for word in content_words(text, ("verb", "adjective"))] == ["small", "chases", "small"]
+    assert content_words(text, ()) == ()
+
+
+def test_token_span_is_overlap():
+    #           special  "a"     " do"   "gs"    "."     special
+    offsets = [(0, 0), (0, 1), (1, 4), (4, 6), (6, 7), (0, 0)]
+    assert token_span(offsets, 2, 6) == [2, 3]  # " do" begins before the word
+    assert token_span(offsets, 0, 1) == [1]  # ends where " do" begins
+    assert token_span(offsets, 4, 5) == [3]  # a part of one token
+    assert token_span(offsets, 6, 7) == [4]
+    assert token_span(offsets, 7, 9) == []
+    assert token_span(offsets, 3, 3) == []
+
+
+def test_a_token_over_two_words_belongs_to_both():
+    offsets = [(0, 7), (7, 9)]
+    assert token_span(offsets, 0, 3) == [0]
+    assert token_span(offsets, 4, 9) == [0, 1]
