@@ -19,22 +19,17 @@ from typing import Any
 
 import yaml
 
-from lavender.attention import Reading, student_maps
 from lavender.comparison import Observed, panels_of
 from lavender.config import ExtractionConfig
 from lavender.data import read_samples
 from lavender.diffusion.teacher import Teacher
 from lavender.evaluation.maps import MapScores, best_threshold, score_maps
-from lavender.evaluation.text import exact_set, generate_answers, names_said, object_f1
 from lavender.extraction import extract
 from lavender.report import Curve, Report, Table, draw_figure, write_report
-from lavender.run import load_run
-from lavender.words import content_words
 from lavender.world import STUDENT_PATH, TEACHER_PATH
-from lavender.world.judging import job_of, judge, judge_teacher
+from lavender.world.judging import job_of, judge_teacher, reading_of, score_student
 from lavender.world.language import caption_scene
 from lavender.world.scenes import Scene, Split, scenes
-from lavender.world.sprites import NAMES
 from lavender.world.student_training import CAPTION_PROMPT
 
 NUM_TRAINING, NUM_HELD_OUT, NUM_PANELS = 800, 200, 6
@@ -137,32 +132,6 @@ def score_teacher(teacher: Teacher, drawn: Sequence[Scene]) -> MapScores:
     """Map scores on held-out scenes; the IoU threshold is chosen on other, development scenes."""
     chosen = judge_teacher(teacher, list(scenes("development", NUM_HELD_OUT, start=500_000)))
     return score_maps(judge_teacher(teacher, drawn), best_threshold(chosen)[0])
-
-
-def score_student(path: Path, held_out: dict[str, list[Scene]]) -> tuple[dict[str, Any], Observed]:
-    """Object F1 of greedy captions in and out of domain; pointing and entropy of attention, before any Aligner."""
-    model, processor = load_run(path)
-    scores: dict[str, Any] = {}
-    answers: dict[str, list[str]] = {}
-    for domain, drawn in held_out.items():
-        answers[domain] = generate_answers(
-            model, processor, [scene.image for scene in drawn], [CAPTION_PROMPT] * len(drawn), batch_size=50
-        )
-        said = [names_said(text, NAMES) for text in answers[domain]]
-        present = [set(scene.names) for scene in drawn]
-        scores[domain] = object_f1(said, present)
-        scores[f"{domain}_exact_set"] = exact_set(said, present)
-    drawn = held_out["in_domain"]
-    maps = student_maps(model, processor, [reading_of(scene) for scene in drawn], batch_size=50)
-    judged = [one for scene, own in zip(drawn, maps, strict=True) for one in judge(scene, caption_scene(scene), own)]
-    found = score_maps(judged, best_threshold(judged)[0])
-    scores |= {"pointing": found.pointing, "entropy": found.entropy, "wrong_word_pointing": found.wrong_word_pointing}
-    return scores, Observed(answers["in_domain"], maps, {})
-
-
-def reading_of(scene: Scene) -> Reading:
-    text = caption_scene(scene).text
-    return Reading(scene.image, CAPTION_PROMPT, text, content_words(text, ExtractionConfig.parts_of_speech))
 
 
 def _results(teacher: MapScores, students: dict[str, dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:

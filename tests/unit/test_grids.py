@@ -60,8 +60,8 @@ def test_mass_is_kept_between_any_two_grids():
     assert matrix.shape == (143, 35)
     torch.testing.assert_close(matrix.sum(1), torch.ones(143))
     torch.testing.assert_close(matrix.sum(0), torch.full((35,), 143 / 35))
-    centre_of_mass = matrix.view(11, 13, 5, 7).sum((1, 3))  # row to row: 11 rows of patches, 5 of cells
-    assert centre_of_mass.argmax(1).tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 3, 4, 4]
+    down = matrix.view(11, 13, 5, 7).sum((1, 3))  # row i of 11 has its centre at 5 · (i + ½) / 11 rows of cells
+    assert down.argmax(1).tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4]
 
 
 def test_grid_boxes_are_row_major_and_fill_the_frame():

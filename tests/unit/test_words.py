@@ -78,7 +78,6 @@ def test_token_span_is_overlap():
     assert token_span(offsets, 4, 5) == [3]  # a part of one token
     assert token_span(offsets, 6, 7) == [4]
     assert token_span(offsets, 7, 9) == []
-    assert token_span(offsets, 3, 3) == []
 
 
 def test_a_token_over_two_words_belongs_to_both():

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from lavender.attention import Reading, student_maps
+from lavender.comparison import Observed
 from lavender.config import ExtractionConfig
 from lavender.diffusion.teacher import Job, Teacher
-from lavender.evaluation.maps import JudgedMap
+from lavender.evaluation.maps import JudgedMap, best_threshold, score_maps
+from lavender.evaluation.text import exact_set, generate_answers, names_said, object_f1
 from lavender.images import image_id
 from lavender.maps import WordMaps
+from lavender.run import load_run
 from lavender.words import content_words
 from lavender.world.language import Caption, caption_scene
 from lavender.world.scenes import Scene
+from lavender.world.sprites import NAMES
+from lavender.world.student_training import CAPTION_PROMPT
 
 
 def judge(scene: Scene, caption: Caption, maps: WordMaps) -> list[JudgedMap]:
@@ -41,3 +49,29 @@ def judge_teacher(teacher: Teacher, scenes: Sequence[Scene]) -> list[JudgedMap]:
         for scene, caption, maps in zip(group, captions, teacher(jobs), strict=True):
             judged += judge(scene, caption, maps)
     return judged
+
+
+def score_student(path: Path, held_out: Mapping[str, list[Scene]]) -> tuple[dict[str, Any], Observed]:
+    """Object F1 of greedy captions in and out of domain; pointing and entropy of attention, before any Aligner."""
+    model, processor = load_run(path)
+    scores: dict[str, Any] = {}
+    answers: dict[str, list[str]] = {}
+    for domain, drawn in held_out.items():
+        answers[domain] = generate_answers(
+            model, processor, [scene.image for scene in drawn], [CAPTION_PROMPT] * len(drawn), batch_size=50
+        )
+        said = [names_said(text, NAMES) for text in answers[domain]]
+        present = [set(scene.names) for scene in drawn]
+        scores[domain] = object_f1(said, present)
+        scores[f"{domain}_exact_set"] = exact_set(said, present)
+    drawn = held_out["in_domain"]
+    maps = student_maps(model, processor, [reading_of(scene) for scene in drawn], batch_size=50)
+    judged = [one for scene, own in zip(drawn, maps, strict=True) for one in judge(scene, caption_scene(scene), own)]
+    found = score_maps(judged, best_threshold(judged)[0])
+    scores |= {"pointing": found.pointing, "entropy": found.entropy, "wrong_word_pointing": found.wrong_word_pointing}
+    return scores, Observed(answers["in_domain"], maps, {})
+
+
+def reading_of(scene: Scene) -> Reading:
+    text = caption_scene(scene).text
+    return Reading(scene.image, CAPTION_PROMPT, text, content_words(text, ExtractionConfig.parts_of_speech))

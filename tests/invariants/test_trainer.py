@@ -1,0 +1,343 @@
+"""What a training run must keep: plain fine-tuning where nothing is aligned, the sum over micro-batches, the checkpoint.
+
+Pictures, models and maps are tiny; a run is two to four steps.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoProcessor, MllamaForConditionalGeneration
+from trl import SFTConfig, SFTTrainer
+
+from lavender.errors import ConfigError, DataError
+from lavender.objective import TRAINED_PARTS, attach
+from lavender.store import MapStore
+from lavender.trainer import LavenderConfig, LavenderTrainer, export
+from lavender.words import content_words
+from lavender.world.student_training import conversation
+
+KINDS = ["full", "lora", "learn"]
+LOSSES = ("loss", "vlm_loss", "attention_loss", "matched_words")
+
+READER = """
+import json, sys, torch
+from PIL import Image
+from transformers import AutoProcessor, MllamaForConditionalGeneration
+
+torch.set_num_threads(1)
+texts = {}
+for kind, folder in json.loads(sys.argv[1]).items():
+    base = json.loads(sys.argv[2]).get(kind)
+    model = MllamaForConditionalGeneration.from_pretrained(base or folder)
+    if base:
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(model, folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    prompt = processor.apply_chat_template(json.loads(sys.argv[4]), add_generation_prompt=True)
+    inputs = processor(images=Image.open(sys.argv[3]), text=prompt, add_special_tokens=False, return_tensors="pt")
+    ids = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)
+    texts[kind] = processor.tokenizer.decode(ids[0])
+assert not [name for name in sys.modules if name.split(".")[0] == "lavender"]
+print(json.dumps(texts))
+"""
+
+
+@pytest.fixture
+def run(make_student, processor, dataset, store_path, tmp_path):
+    """Trains a fresh model and returns the trainer; `build=False` stops before the first step."""
+
+    def run(align_weight: float | None = 10.0, *, build_only=False, resume=None, data=None, model=None, peft=None, **kw):
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / "out"), "max_steps": 2, "per_device_train_batch_size": 2, "seed": 3,
+            "learning_rate": 1e-3, "report_to": "none", "bf16": False, "use_cpu": True, "max_length": None,
+            "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True,
+        }  # fmt: skip
+        trainer_class, config_class = SFTTrainer, SFTConfig
+        if align_weight is not None:
+            settings |= {"maps": str(store_path), "align_weight": align_weight}
+            trainer_class, config_class = LavenderTrainer, LavenderConfig
+        torch.manual_seed(11)  # whoever draws random numbers first, begins here
+        trainer = trainer_class(
+            make_student() if model is None else model, args=config_class(**settings | kw), processing_class=processor,
+            train_dataset=dataset if data is None else data, peft_config=peft,
+        )  # fmt: skip
+        if not build_only:
+            trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def own_weights(trainer) -> dict[str, torch.Tensor]:
+    """The model's weights without those that alignment adds."""
+    return {
+        name: one for name, one in trainer.model.state_dict().items()
+        if not set(name.split(".")) & set(TRAINED_PARTS)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_weight_zero_is_plain_fine_tuning_step_for_step(run, kind):
+    plain = run(None, peft=lora() if kind == "lora" else None, max_steps=3)
+    zero = run(0.0, peft=lora() if kind == "lora" else None, max_steps=3)
+    assert len(logged(plain, "loss")) == 3
+    assert logged(zero, "loss") == logged(plain, "loss")
+    assert logged(zero, "vlm_loss") == pytest.approx(logged(plain, "loss"), rel=1e-4)
+    expected = plain.model.state_dict()
+    found = own_weights(zero)
+    assert found.keys() == expected.keys()
+    assert [name for name, one in expected.items() if not torch.equal(found[name], one)] == []
+
+
+def test_alignment_changes_the_run(run):
+    plain, aligned = run(0.0), run(10.0)
+    assert logged(aligned, "vlm_loss")[0] == logged(plain, "vlm_loss")[0]
+    assert logged(aligned, "vlm_loss")[1] != logged(plain, "vlm_loss")[1]
+    assert logged(aligned, "attention_loss")[0] == logged(plain, "attention_loss")[0] > 0
+    for total, language, attention in zip(*(logged(aligned, name) for name in LOSSES[:3]), strict=True):
+        assert total == pytest.approx(language + 10 * attention, rel=1e-3)  # logged to four digits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulated_batches_are_one_batch(run, kind):
+    """Ragged: the captions have 1 to 4 mapped words and other lengths."""
+    settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.05, "peft": lora() if kind == "lora" else None}
+    settings["pooling"] = "learn" if kind == "learn" else "layer-mean"
+    whole = run(per_device_train_batch_size=4, **settings)
+    parts = run(per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
+    assert logged(parts, "matched_words") == logged(whole, "matched_words")
+    assert len(set(logged(whole, "matched_words"))) > 1 or logged(whole, "matched_words")[0] % 4
+    for name in ("vlm_loss", "attention_loss"):
+        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-6)
+    assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-6)
+    expected, found = whole.model.state_dict(), parts.model.state_dict()
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_batch_without_a_matched_word_costs_nothing_and_is_counted(run, dataset, captions):
+    """The last scene has no maps in the store."""
+    data = dataset.select([5, 0])
+    trainer = run(data=data, per_device_train_batch_size=1)
+    words, losses = logged(trainer, "matched_words"), logged(trainer, "attention_loss")
+    nouns = len(content_words(captions[0], ("noun",)))
+    assert sorted(words) == [0, nouns]
+    assert losses[words.index(0)] == 0
+    assert losses[words.index(nouns)] > 0
+    index = words.index(0)
+    assert logged(trainer, "loss")[index] == pytest.approx(logged(trainer, "vlm_loss")[index], rel=1e-4)
+    coverage = trainer.coverage
+    assert (coverage.samples, coverage.mapped_samples, coverage.words) == (2, 1, nouns)
+    assert coverage.dropped == {"sample without maps in the store": 1}
+    assert coverage.share == 0.5
+
+
+def test_too_few_maps_stop_before_the_first_step(run, dataset):
+    with pytest.raises(DataError) as caught:
+        run(data=dataset.select([5, 5, 0]), min_coverage=0.5, build_only=True)
+    assert str(caught.value).startswith(
+        "Got maps for 1 of 3 samples ({'sample without maps in the store': 2}). Expected at least a share of 0.5."
+    )
+    run(data=dataset.select([5, 5, 0]), min_coverage=0.3, build_only=True)
+
+
+def test_evaluation_leaves_training_as_it_is(run, dataset):
+    trainer = run(eval_strategy="steps", eval_steps=1, build_only=True)
+    trainer.eval_dataset = dataset
+    metrics = LavenderTrainer.evaluate(trainer, trainer.train_dataset)
+    assert metrics["eval_loss"] > 0
+    assert trainer.model.training is False or trainer.model.training is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            "Expected non-reentrant checkpointing; the reentrant kind loses the attention's gradient silently. "
+            "Do this: set use_reentrant to False.",
+        ),
+        ({"align_weight": -1}, "Got align_weight=-1."),
+        ({"pooling": "flow"}, "Got pooling='flow'."),
+        ({"min_coverage": 2}, "Got min_coverage=2."),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        LavenderConfig(**{"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, **settings})
+    assert message in str(caught.value)
+
+
+def test_the_old_name_of_checkpointing_is_refused_too(tmp_path):
+    with pytest.warns(FutureWarning, match="gradient_checkpointing"), pytest.raises(ConfigError, match="reentrant"):
+        LavenderConfig(
+            output_dir=str(tmp_path), bf16=False, use_cpu=True, gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": True},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_no_loss(run, kind):
+    settings: dict[str, Any] = {"peft": lora() if kind == "lora" else None}
+    settings["pooling"] = "learn" if kind == "learn" else "layer-mean"
+    plain = run(**settings)
+    checkpointed = run(activation_checkpointing=True, **settings)
+    assert checkpointed.model.is_gradient_checkpointing
+    for name in LOSSES:
+        assert logged(checkpointed, name) == pytest.approx(logged(plain, name), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"maps": None}, "Got no maps. Expected a map store."),
+        ({"packing": True}, "Got packing or padding_free. Expected one sample a row."),
+        ({"layers": [0]}, r"Got layers=\[0\], of which \[0\] do not see the picture"),
+    ],
+)
+def test_what_cannot_be_aligned_is_refused(run, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        run(build_only=True, **settings)
+
+
+def test_a_model_that_is_aligned_already_is_refused(run, make_student):
+    model = make_student()
+    args = LavenderConfig(output_dir="unused", use_cpu=True, bf16=False).alignment()
+    attach(model, args)
+    with pytest.raises(ConfigError, match="Got a model with an alignment head"):
+        run(build_only=True, model=model)
+
+
+def test_a_peft_model_is_refused(run, make_student):
+    with pytest.raises(ConfigError, match=r"pass the base model and peft_config=\.\.\."):
+        run(build_only=True, model=PeftModel(make_student(), lora()))
+
+
+def test_the_batch_of_plain_fine_tuning_is_inside(run, dataset, store_path):
+    """The collator adds `alignment` and changes nothing else; its targets are the store's maps."""
+    plain, aligned = run(None, build_only=True), run(build_only=True)
+    examples = [aligned.train_dataset[index] for index in (1, 0)]
+    batch = aligned.data_collator([dict(one) for one in examples])
+    expected = plain.data_collator([dict(one) for one in examples])
+    alignment = batch.pop("alignment")
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], one) for name, one in expected.items())
+    records = list(MapStore.open(store_path))
+    for sample, record in enumerate((records[1], records[0])):
+        assert alignment["present"][sample].sum() == len(record.words)
+        assert torch.equal(alignment["targets"][sample, : len(record.words)], record.maps)
+        assert alignment["targets"][sample, len(record.words) :].abs().sum() == 0
+        assert alignment["shares"][sample].sum(1)[: len(record.words)].tolist() == pytest.approx([1] * len(record.words))
+        for index, word in enumerate(record.words):
+            rows = alignment["rows"][sample][alignment["shares"][sample, index] > 0]
+            assert aligned.processing_class.tokenizer.decode(batch["input_ids"][sample, rows + 1]).strip() == word.text
+
+
+@pytest.fixture
+def base(make_student, processor, tmp_path) -> Path:
+    """The untuned checkpoint on disk."""
+    make_student().save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def trained(run, base: Path, kind: str) -> LavenderTrainer:
+    settings = {"peft": lora() if kind == "lora" else None, "pooling": "learn" if kind == "learn" else "layer-mean"}
+    return run(model=MllamaForConditionalGeneration.from_pretrained(base), learning_rate=1e-2, **settings)
+
+
+def generated(model, processor, image) -> str:
+    prompt = processor.apply_chat_template(conversation("what is it?"), add_generation_prompt=True)
+    inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt")
+    ids = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)
+    return processor.tokenizer.decode(ids[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_has_no_trace_of_alignment(run, base, tmp_path, kind):
+    trainer = trained(run, base, kind)
+    state = {name: one.clone() for name, one in trainer.model.state_dict().items()}
+    folder = export(trainer, tmp_path / kind)
+    weights = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    names = [name for one in weights for name in one]
+    plain = load_file(base / "model.safetensors")
+    if kind == "lora":
+        assert len(names) == 2 * 2 * (4 + 0)  # A and B of q and v in four text layers
+        assert all("lora_" in name for name in names)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["modules_to_save"] is None
+        assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    else:
+        assert sorted(names) == sorted(plain)
+        assert any(not torch.equal(weights[0][name], one) for name, one in plain.items())
+        assert json.loads((folder / "config.json").read_text()) == json.loads((base / "config.json").read_text())
+    written = "".join(file.read_text() for file in folder.glob("*.json"))
+    assert "lavender" not in written
+    assert "alignment" not in written
+    assert (folder / "chat_template.jinja").read_text() == (base / "chat_template.jinja").read_text()
+    for name, one in trainer.model.state_dict().items():  # the model in training is not touched
+        assert torch.equal(one, state[name]), name
+
+
+@pytest.mark.slow
+def test_exports_load_without_lavender_and_write_the_same(run, base, some_scenes, processor, tmp_path):
+    some_scenes[0].image.save(tmp_path / "picture.png")
+    folders, expected = {}, {}
+    for kind in KINDS:
+        trainer = trained(run, base, kind)
+        folders[kind] = str(export(trainer, tmp_path / kind))
+        expected[kind] = generated(trainer.model, processor, some_scenes[0].image)
+    expected["base"] = generated(MllamaForConditionalGeneration.from_pretrained(base), processor, some_scenes[0].image)
+    folders["base"] = str(base)
+    result = subprocess.run(
+        [
+            sys.executable, "-c", READER, json.dumps(folders), json.dumps({"lora": str(base)}),
+            str(tmp_path / "picture.png"), json.dumps(conversation("what is it?")),
+        ],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
+    assert len(set(expected.values())) > 1
+
+
+def test_an_export_loads_here_and_writes_the_same(run, base, some_scenes, tmp_path):
+    trainer = trained(run, base, "full")
+    folder = export(trainer, tmp_path / "full")
+    loaded = MllamaForConditionalGeneration.from_pretrained(folder)
+    image, processor = some_scenes[0].image, AutoProcessor.from_pretrained(folder)
+    assert loaded.config.text_config._attn_implementation == "sdpa"
+    assert generated(loaded, processor, image) == generated(trainer.model, trainer.processing_class, image)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_is_no_interruption(run, tmp_path, kind):
+    settings: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
+    settings |= {"pooling": "learn" if kind == "learn" else "layer-mean"}
+    whole = run(peft=lora() if kind == "lora" else None, output_dir=str(tmp_path / "whole"), **settings)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    resumed = run(
+        peft=lora() if kind == "lora" else None, output_dir=str(tmp_path / "resumed"), resume=checkpoint, **settings
+    )
+    for name in LOSSES:
+        assert logged(resumed, name) == logged(whole, name)
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert expected.keys() == found.keys()
+    assert [name for name, one in expected.items() if not torch.equal(found[name], one)] == []

@@ -1,0 +1,78 @@
+"""The README's code is run: the stock TRL script, and the same with two lines changed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lavender.data import read_samples, to_dataset
+from lavender.images import image_id
+from lavender.maps import WordMaps
+from lavender.store import MapStore
+from lavender.world.language import caption_scene
+from lavender.world.scenes import scenes
+from lavender.world.student_training import build_processor, build_student
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with `model`, `train.parquet` and `maps`, which the scripts expect."""
+    drawn = list(scenes("development", 8))
+    captions = [caption_scene(scene).text for scene in drawn]
+    processor = build_processor(captions * 5)
+    torch.manual_seed(0)
+    build_student(processor).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    lines = []
+    for scene, caption in zip(drawn, captions, strict=True):
+        scene.image.save(tmp_path / "data" / f"{scene.seed}.png")
+        lines.append(f'{{"file_name": "{scene.seed}.png", "text": "{caption}"}}\n')
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(lines))
+    samples = read_samples(tmp_path / "data")
+    to_dataset(samples).to_parquet(tmp_path / "train.parquet")
+    with MapStore.writer(tmp_path / "maps", {"teacher": "random"}, {}, (5, 7)) as writer:
+        for sample in samples:
+            words = _words(sample.answers[0])
+            maps = torch.rand(len(words), 5, 7)
+            writer.add(WordMaps(image_id(sample.load()), sample.answers[0], words, maps))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _words(text: str):
+    from lavender.words import content_words
+
+    return content_words(text, ("noun",))
+
+
+def _run(script: str) -> dict:
+    """Run it as it stands, but on the CPU: TRL's default precision wants a GPU unless it is told."""
+    namespace: dict = {}
+    script = script.replace("max_length=None", "max_length=None, use_cpu=True, report_to='none', logging_steps=1")
+    exec(compile(script, "README.md", "exec"), namespace)
+    return namespace
+
+
+def test_the_stock_script_runs(workplace):
+    stock = BLOCKS[0]
+    assert "lavender" not in stock
+    assert _run(stock)["trainer"].state.global_step > 0
+
+
+def test_two_changed_lines_make_it_a_lavender_script(workplace):
+    stock, changed = BLOCKS[0], BLOCKS[1:3]
+    script = stock.replace("from trl import SFTConfig, SFTTrainer\n", changed[0])
+    script = script.replace('args = SFTConfig(output_dir="tuned", max_length=None)\n', changed[1])
+    different = [pair for pair in zip(stock.splitlines(), script.splitlines(), strict=True) if pair[0] != pair[1]]
+    assert len(different) == 2
+    trainer = _run(script)["trainer"]
+    assert trainer.coverage.words > 0
+    assert any(line.get("attention_loss", 0) > 0 for line in trainer.state.log_history)
+
+
