@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
 
     evaluate = verbs.add_parser("eval", help="base, baseline and run side by side")
-    evaluate.add_argument("run", type=Path, help="run folder, or any checkpoint folder")
+    evaluate.add_argument("run", type=Path, help="run folder, as `lavender train` writes it")
     evaluate.add_argument("--against", type=Path, action="append", default=[], help="another run folder or checkpoint")
     evaluate.add_argument("--data", type=Path, default=None, help="held-out data; default: the run's own training data")
     evaluate.add_argument("--maps", type=Path, default=None, help="map store of that data")
@@ -104,20 +104,22 @@ def _extract(options: argparse.Namespace) -> int:
     from lavender.data import read_samples
     from lavender.diffusion.teacher import Teacher
     from lavender.extraction import Estimate, extract
+    from lavender.run import loading
 
     config = ExtractionConfig(
         mode=options.mode, timestep=options.timestep, num_steps=options.steps, seed=options.seed,
         grid=(options.grid, options.grid), batch_size=options.batch_size, parts_of_speech=tuple(options.words),
     )  # fmt: skip
     samples = read_samples(options.data)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options.device)
     dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
     path = options.teacher
     if path == "world":
         from lavender.world import TEACHER_PATH
 
         path = str(TEACHER_PATH)
-    teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
+    with loading("teacher", path):
+        teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
     total = sum(len(sample.answers) for sample in samples)
     with tqdm(total=total, unit="text", desc="maps") as bar:
 
@@ -131,6 +133,21 @@ def _extract(options: argparse.Namespace) -> int:
         )
     _print_summary(summary, options.out)
     return DONE
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        from lavender.errors import ConfigError
+
+        raise ConfigError(f"--device {name!r}, which cannot be used here", "cpu, or cuda with such a device",
+                          "choose another, or leave it out") from error  # fmt: skip
+    return name
 
 
 def _duration(seconds: float) -> str:

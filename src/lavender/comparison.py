@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -124,28 +124,35 @@ def content_f1(answers: Sequence[str], references: Sequence[str]) -> float:
     return 2 * common / max(1, sum(map(len, said)) + sum(map(len, true)))
 
 
+@dataclass(frozen=True, eq=False)
+class Phrase:
+    """A stretch of a text that gets a row of maps in a report, and its true mask where it is known."""
+
+    text: str
+    start: int
+    end: int
+    mask: np.ndarray | None = None
+
+
 def panels_of(
     readings: Sequence[Reading],
+    phrases: Sequence[Sequence[Phrase]],
     teacher: Sequence[WordMaps | None],
     observed: dict[str, Observed],
     titles: Sequence[str],
-    masks: Sequence[dict[int, Any]] | None = None,
 ) -> list[Panel]:
-    """Report panels: every reading with the teacher's map and each model's map of its words.
-
-    Args:
-        masks: for each reading, true mask of the words that start at a character, where known; then
-            only those words are shown.
-    """
+    """Report panels: every reading with the teacher's map and each model's map of its phrases."""
     panels = []
     for index, reading in enumerate(readings):
         sources = {"teacher": teacher[index]} | {name: one.maps[index] for name, one in observed.items()}
-        rows = []
-        for word in reading.words:
-            if masks is not None and word.start not in masks[index]:
-                continue
-            maps = {name: None if own is None else own.map_of(word.start, word.end) for name, own in sources.items()}
-            rows.append(WordRow(word.text, maps, masks[index][word.start] if masks is not None else None))
+        rows = [
+            WordRow(
+                phrase.text,
+                {name: None if own is None else own.map_of(phrase.start, phrase.end) for name, own in sources.items()},
+                phrase.mask,
+            )
+            for phrase in phrases[index]
+        ]
         answers = {name: one.answers[index] for name, one in observed.items()}
         panels.append(Panel(reading.image, titles[index], rows, answers, truth=reading.answer))
     return panels

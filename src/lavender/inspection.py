@@ -13,6 +13,8 @@ from lavender.store import MapStore
 def inspect_target(target: str, picture: Path | None = None) -> dict[str, Any]:
     """Facts about a map store or a model folder."""
     if (Path(target) / "manifest.json").is_file():
+        if picture is not None:
+            raise ConfigError(f"--picture with the map store {target}", "a model", "leave --picture out")
         return _inspect_store(Path(target))
     return _inspect_model(target, picture)
 
@@ -35,9 +37,11 @@ def _inspect_model(target: str, picture: Path | None) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    from lavender.run import loading
     from lavender.vlm.registry import adapter_for
 
-    config = AutoConfig.from_pretrained(target)
+    with loading("model", target):
+        config = AutoConfig.from_pretrained(target)
     adapter = adapter_for(config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)

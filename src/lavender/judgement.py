@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from lavender.comparison import Observed, observe, panels_of, readings_of
+from lavender.comparison import Observed, Phrase, observe, panels_of, readings_of
 from lavender.config import AlignmentConfig
-from lavender.data import Sample, read_samples
-from lavender.errors import ConfigError
+from lavender.data import Sample, Samples, read_samples
+from lavender.errors import ConfigError, DataError
 from lavender.images import image_id
 from lavender.report import Curve, Report, Table, write_report
-from lavender.run import load_run
+from lavender.run import load_run, readable
 from lavender.store import MapStore
 
 NUM_PANELS = 6
@@ -24,14 +24,18 @@ def evaluate_runs(
     run: Path, against: list[Path], data: Path | None = None, maps: Path | None = None, limit: int = 64
 ) -> dict[str, Any]:
     """Scores of the run, of its base and of the runs beside it, on the same samples; also in RUN/eval.json."""
+    if limit < 1:
+        raise ConfigError(f"--limit {limit}", "at least 1", "give a number of samples to look at")
     config = _config_of(run)
     own_data = data is None
     data = Path(config["data"]) if data is None else data
     maps = (Path(config["maps"]) if own_data else None) if maps is None else maps
     store = MapStore.open(maps) if maps is not None else None
-    samples = _spread(read_samples(data, prompt=config["prompt"]).samples, limit)
-    arms, _ = _observe_arms(_arms(config, run, against), samples, store)
+    read = read_samples(data, prompt=config["prompt"])
+    samples = readable(Samples(_spread(read.samples, limit)))
+    arms, _ = _observe_arms(_arms(config, run, against), list(samples), store)
     notes = ["these samples were trained on; pass --data for held-out ones"] if own_data else []
+    notes += [f"left out {drop.what}: {drop.reason}" for drop in samples.dropped]
     result = {
         "data": str(data), "maps": str(maps) if maps else None, "samples": len(samples),
         "against": [str(path) for path in against],
@@ -62,7 +66,8 @@ def report_run(run: Path, out: Path | None = None) -> Path:
             "its maps show that the path works, not where things are."
         )
     teacher = [store.get(image_id(one.image), one.answer) if store is not None else None for one in readings]
-    panels = panels_of(readings, teacher, arms, [sample.name for sample in samples])
+    phrases = [[Phrase(word.text, word.start, word.end) for word in one.words] for one in readings]
+    panels = panels_of(readings, phrases, teacher, arms, [sample.name for sample in samples])
     align_weight = config["training"].get("align_weight", AlignmentConfig.align_weight)
     lead = f"{config['model']} fine-tuned on {config['data']}, align_weight {align_weight}."
     page = Report(f"Run {run.name}", lead, tables, panels, notes, config, _curves(run))
@@ -79,7 +84,12 @@ def _config_of(run: Path) -> dict[str, Any]:
 
 
 def _arms(config: dict[str, Any], run: Path, against: list[Path]) -> dict[str, str | Path]:
-    return {"base": config["model"]} | {path.name: path for path in against} | {run.name: run}
+    """Name → model path, with base first and the run last; paths of the same name are told apart by their numbers."""
+    arms: dict[str, str | Path] = {"base": config["model"]}
+    for path in (*against, run):
+        name = path.resolve().name
+        arms[name if name not in arms else f"{name} ({len(arms)})"] = path
+    return arms
 
 
 def _observe_arms(arms: dict[str, str | Path], samples: list[Sample], store: MapStore | None):
@@ -91,19 +101,22 @@ def _observe_arms(arms: dict[str, str | Path], samples: list[Sample], store: Map
     return observed, readings
 
 
-def _spread(samples: tuple[Sample, ...], limit: int) -> list[Sample]:
+def _spread(samples: tuple[Sample, ...], limit: int) -> tuple[Sample, ...]:
     """At most `limit` samples, evenly over the data."""
     step = max(1, len(samples) // limit)
-    return list(samples[::step][:limit])
+    return samples[::step][:limit]
 
 
 def _with_maps(samples: tuple[Sample, ...], store: MapStore | None) -> list[Sample]:
     """The first samples whose first answer has a mapped word."""
     if store is None:
-        return list(samples[:NUM_PANELS])
+        return list(readable(Samples(samples[:NUM_PANELS])))
     kept = []
     for sample in samples:
-        maps = store.get(image_id(sample.load()), sample.answers[0])
+        try:
+            maps = store.get(image_id(sample.load()), sample.answers[0])
+        except DataError:  # training dropped it too, and said so
+            continue
         if maps is not None and maps.words:
             kept.append(sample)
         if len(kept) == NUM_PANELS:

@@ -7,17 +7,26 @@ A run folder holds `config.yaml` (resolved), `metrics.jsonl`, `environment.json`
 from __future__ import annotations
 
 import json
+import os
 import platform
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lavender.config import check_keys, from_mapping
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, DataError, LavenderError
+from lavender.maps import Dropped
+
+if TYPE_CHECKING:
+    from lavender.data import Sample, Samples
 
 PACKAGES = ("lavender-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -68,15 +77,32 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no file at {path}", "a YAML file", "see examples/world.yaml")
-    settings = yaml.safe_load(path.read_text()) or {}
+    settings = _parsed(path.read_text(), str(path)) or {}
     if not isinstance(settings, dict):
         raise ConfigError(f"a {type(settings).__name__} in {path}", "keys and values", "see examples/world.yaml")
     for override in overrides:
         key, sign, value = override.partition("=")
-        if not sign:
+        if not sign or not key:
             raise ConfigError(f"--set {override!r}", "KEY=VALUE", "write for example --set align_weight=5")
-        settings[key] = yaml.safe_load(value)
+        settings[key] = _parsed(value, f"--set {override!r}")
     return _run_config(settings, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, in which 5e-4 is a text, with the numbers of YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}, which is not YAML: {reason}", "valid YAML", "see examples/world.yaml") from error
 
 
 def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
@@ -86,9 +112,11 @@ def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
         if key not in settings:
             raise ConfigError(f"no key {key!r} in {where}", f"{key}: …", "add it")
     run = {key: value for key, value in settings.items() if key in own}
-    if run.get("lora") is not None:
-        lora = {} if run["lora"] is True else run["lora"]
-        run["lora"] = from_mapping(LoraSettings, lora, f"{where}: lora")
+    lora = run.pop("lora", None)
+    if lora is not None and lora is not False:
+        if lora is not True and not isinstance(lora, dict):
+            raise ConfigError(f"lora: {lora!r} in {where}", "true, false or settings", "write for example lora: {r: 8}")
+        run["lora"] = from_mapping(LoraSettings, {} if lora is True else lora, f"{where}: lora")
     return RunConfig(**run, training={key: value for key, value in settings.items() if key not in own})
 
 
@@ -108,15 +136,23 @@ def train(run: RunConfig) -> Path:
 
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
-    samples = read_samples(run.data, prompt=run.prompt)
+    samples = readable(read_samples(run.data, prompt=run.prompt))
     for drop in samples.dropped:
         print(f"dropped {drop.what}: {drop.reason}")
     common = {"trust_remote_code": run.trust_remote_code}
-    processor = AutoProcessor.from_pretrained(run.model, **common)
+    with loading("model", run.model):
+        processor = AutoProcessor.from_pretrained(run.model, **common)
     training: dict[str, Any] = {"report_to": "none", "max_length": None, **run.training}
     training.setdefault("assistant_only_loss", "{% generation" in (processor.chat_template or "").replace("{%-", "{%"))
-    args = LavenderConfig(output_dir=str(out / "trainer"), maps=run.maps, **training)
-    model = AutoModelForImageTextToText.from_pretrained(run.model, dtype=run.dtype, use_safetensors=True, **common)
+    try:
+        args = LavenderConfig(output_dir=str(out / "trainer"), maps=run.maps, **training)
+    except LavenderError:
+        raise
+    except (TypeError, ValueError) as error:  # transformers' and TRL's own checks
+        got = f"settings of training that LavenderConfig refuses: {error}"
+        raise ConfigError(got, "values that it accepts", "change the setting") from error
+    with loading("model", run.model):
+        model = AutoModelForImageTextToText.from_pretrained(run.model, dtype=run.dtype, use_safetensors=True, **common)
     lora = None if run.lora is None else LoraConfig(
         r=run.lora.r, lora_alpha=run.lora.alpha, lora_dropout=run.lora.dropout, task_type="CAUSAL_LM",
         target_modules=run.lora.target_modules if isinstance(run.lora.target_modules, str)
@@ -144,6 +180,47 @@ def train(run: RunConfig) -> Path:
     return out
 
 
+def readable(samples: Samples) -> Samples:
+    """The samples whose picture can be decoded; the others are dropped now, not met at some later step."""
+    from lavender.data import Samples
+
+    places = [one.source if isinstance(one.source, Path) else index for index, one in enumerate(samples)]
+    pictures = dict(zip(places, samples, strict=True))  # each file once, however many texts it has
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # load_image does so too, but the filters are shared by all threads
+        faults = dict(zip(pictures, pool.map(_fault, pictures.values()), strict=True))
+    kept = tuple(one for place, one in zip(places, samples, strict=True) if not faults[place])
+    dropped = tuple(
+        Dropped(one.name, faults[place]) for place, one in zip(places, samples, strict=True) if faults[place]
+    )
+    if not kept:
+        got = f"{len(samples)} samples, none with a usable picture; the first, {dropped[0].what}: {dropped[0].reason}"
+        raise DataError(got, "at least one usable sample", "repair the pictures")
+    return Samples(kept, samples.dropped + dropped)
+
+
+def _fault(sample: Sample) -> str:
+    try:
+        sample.load()
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+@contextmanager
+def loading(what: str, path: str | Path) -> Iterator[None]:
+    """Say in our own words that a model cannot be loaded."""
+    try:
+        yield
+    except LavenderError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"the {what} {path}, which cannot be loaded: {reason}", "a model folder or a hub id", "check the path"
+        ) from error
+
+
 def _last_checkpoint(folder: Path) -> str | None:
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -152,15 +229,20 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 def load_run(path: str | Path):
     """(model, processor) of a run folder's checkpoint, or of a plain model path; LoRA is merged."""
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
     checkpoint = Path(path) / "checkpoint"
     folder = checkpoint if checkpoint.is_dir() else Path(path)
+    with loading("model", path):
+        return _load_model(folder), AutoProcessor.from_pretrained(folder)
+
+
+def _load_model(folder: Path):
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForImageTextToText
+
     if (folder / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         model = AutoModelForImageTextToText.from_pretrained(base, dtype="float32", use_safetensors=True)
-        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    else:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", use_safetensors=True)
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", use_safetensors=True).eval()

@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -47,8 +48,6 @@ def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
         blank.backend_tokenizer.pre_tokenizer,
     )
     special = ["<|startoftext|>", "<|endoftext|>"]
-    from tokenizers.pre_tokenizers import ByteLevel
-
     alphabet = sorted(ByteLevel.alphabet())
     trainer = BpeTrainer(
         vocab_size=VOCABULARY,
@@ -218,9 +217,8 @@ def train_teacher(
         schedule.step()
         ema.update()
         checkpoint.tick(step + 1, steps, {"loss": loss.item()})
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
-            with ema.applied():
-                save_pipeline(out, vae, unet, text_encoder, tokenizer, scheduler)
+    with ema.applied():
+        save_pipeline(out, vae, unet, text_encoder, tokenizer, scheduler)
     log.info("teacher done in %.0f s", time.time() - began)
     return out
 
