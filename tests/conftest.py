@@ -74,7 +74,7 @@ def processor(captions) -> MllamaProcessor:
     """Mllama's processor: tiles of 64 pixels, two at most, a vocabulary in which most words have several tokens."""
     from lavender.world.student_training import build_processor
 
-    return build_processor(captions + [PROMPT], vocabulary=300)
+    return build_processor([*captions, PROMPT], vocabulary=300)
 
 
 @pytest.fixture(scope="session")

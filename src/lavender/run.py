@@ -164,7 +164,7 @@ def train(run: RunConfig) -> Path:
     resolved = asdict(run) | {"training": dict(training)}
     (out / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
     environment = {"python": platform.python_version(), "platform": platform.platform()}
-    environment |= {name: version(name) for name in PACKAGES}
+    environment |= {name: version(name) for name in PACKAGES} | {"device": str(args.device), "seed": str(args.seed)}
     (out / "environment.json").write_text(json.dumps(environment, indent=1))
     trainer.train(resume_from_checkpoint=_last_checkpoint(out / "trainer"))
     with (out / "metrics.jsonl").open("w") as lines:

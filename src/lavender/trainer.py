@@ -38,7 +38,6 @@ class LavenderConfig(SFTConfig):
     Attributes:
         maps: folder of the map store that `lavender extract` wrote.
         pooling, layers, aligner_width, align_weight, min_coverage: as in AlignmentConfig.
-        alignment_learning_rate: of the parts that alignment adds; None is the model's own.
     """
 
     maps: str | None = field(default=None, metadata={"help": "Folder of the map store."})
@@ -48,9 +47,6 @@ class LavenderConfig(SFTConfig):
     aligner_width: int = field(default=AlignmentConfig.aligner_width, metadata={"help": "Channels of the Aligner."})
     min_coverage: float = field(
         default=AlignmentConfig.min_coverage, metadata={"help": "Least share of samples that must have maps."}
-    )
-    alignment_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the Aligner; the model's own by default."}
     )
 
     def alignment(self) -> AlignmentConfig:
@@ -84,7 +80,7 @@ class AlignmentMixin(_TrainerLike):
 
     def _start_alignment(self, layers: tuple[int, ...], align_weight: float) -> None:
         self._alignment_layers, self._align_weight = layers, align_weight
-        self._alignment_metrics: dict[str, list[float]] = defaultdict(list)
+        self._alignment_metrics: dict[str, list[Tensor]] = defaultdict(list)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         words = sum(
@@ -114,7 +110,7 @@ class AlignmentMixin(_TrainerLike):
         for name, value in (
             ("vlm_loss", plain_loss), ("attention_loss", attention_loss), ("matched_words", request.present.sum()),
         ):  # fmt: skip
-            self._alignment_metrics[f"{mode}/{name}"].append(float(value.detach()))
+            self._alignment_metrics[f"{mode}/{name}"].append(value.detach())
         loss = plain_loss + self._align_weight * attention_loss
         return (loss, outputs) if return_outputs else loss
 
@@ -138,18 +134,20 @@ class AlignmentMixin(_TrainerLike):
             mode, prefix, parts = "train", "", self.args.gradient_accumulation_steps
         for key in [key for key in self._alignment_metrics if key.startswith(mode)]:
             values = self._alignment_metrics.pop(key)
-            logs[prefix + key.removeprefix(f"{mode}/")] = sum(values) / max(1, len(values) // parts)
+            total = torch.stack(values).float().sum().item()
+            logs[prefix + key.removeprefix(f"{mode}/")] = total / max(1, len(values) // parts)
         super().log(logs, *args, **kwargs)
 
 
 class LavenderTrainer(AlignmentMixin, SFTTrainer):
-    """TRL's SFTTrainer plus the alignment loss. Same arguments, with two differences.
+    """TRL's SFTTrainer plus the alignment loss.
 
     Args:
         args: a LavenderConfig.
+        processing_class: the model's processor; unlike in SFTTrainer it is required.
         maps: the map store, if `args.maps` does not name it.
-
-    Data sets need `images` (one picture a sample) and `messages`. `processing_class` is required.
+        peft_config: LoRA settings; the model itself must not be a PeftModel yet.
+        kwargs: SFTTrainer's other arguments. Data sets need `images` (one picture a sample) and `messages`.
     """
 
     def __init__(
@@ -183,7 +181,10 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
 
     @property
     def coverage(self) -> Coverage:
-        """What was aligned and what was dropped, counted."""
+        """What was aligned and what was dropped, counted.
+
+        With data loader workers each counts in its own process; then this is the check before the first step.
+        """
         return cast(AlignmentCollator, self.data_collator).coverage
 
     def _check_coverage(self, dataset: Dataset, collator: AlignmentCollator, least: float) -> None:
@@ -197,7 +198,8 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
                 f"at least a share of {least}",
                 "extract maps for this data set (pictures and answers must be the same), or lower min_coverage",
             )
-        collator.coverage = Coverage()
+        if self.args.dataloader_num_workers == 0:
+            collator.coverage = Coverage()
 
 
 def _as_dict(options: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a training run must keep: plain fine-tuning where nothing is aligned, the sum over micro-batches, the checkpoint.
+"""What a training run must keep: plain fine-tuning where nothing is aligned, sums over micro-batches, the checkpoint.
 
 Pictures, models and maps are tiny; a run is two to four steps.
 """
@@ -53,15 +53,18 @@ print(json.dumps(texts))
 
 @pytest.fixture
 def run(make_student, processor, dataset, store_path, tmp_path):
-    """Trains a fresh model and returns the trainer; `build=False` stops before the first step."""
+    """Trains a fresh model and returns the trainer; `build_only` stops before the first step."""
 
-    def run(align_weight: float | None = 10.0, *, build_only=False, resume=None, data=None, model=None, peft=None, **kw):
+    def run(
+        align_weight: float | None = 10.0, *, build_only=False, resume=None, data=None, model=None, peft=None, **kw
+    ):
         settings: dict[str, Any] = {
             "output_dir": str(tmp_path / "out"), "max_steps": 2, "per_device_train_batch_size": 2, "seed": 3,
             "learning_rate": 1e-3, "report_to": "none", "bf16": False, "use_cpu": True, "max_length": None,
             "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True,
         }  # fmt: skip
-        trainer_class, config_class = SFTTrainer, SFTConfig
+        trainer_class: Any = SFTTrainer
+        config_class: Any = SFTConfig
         if align_weight is not None:
             settings |= {"maps": str(store_path), "align_weight": align_weight}
             trainer_class, config_class = LavenderTrainer, LavenderConfig
@@ -182,8 +185,9 @@ def test_evaluation_is_counted_apart_from_training(run):
     ],
 )
 def test_wrong_settings_are_refused(settings, message, tmp_path):
+    given: dict[str, Any] = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, **settings}
     with pytest.raises(ConfigError) as caught:
-        LavenderConfig(**{"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, **settings})
+        LavenderConfig(**given)
     assert message in str(caught.value)
 
 
@@ -246,7 +250,9 @@ def test_the_batch_of_plain_fine_tuning_is_inside(run, dataset, store_path):
         assert alignment["present"][sample].sum() == len(record.words)
         assert torch.equal(alignment["targets"][sample, : len(record.words)], record.maps)
         assert alignment["targets"][sample, len(record.words) :].abs().sum() == 0
-        assert alignment["shares"][sample].sum(1)[: len(record.words)].tolist() == pytest.approx([1] * len(record.words))
+        assert alignment["shares"][sample].sum(1)[: len(record.words)].tolist() == pytest.approx(
+            [1] * len(record.words)
+        )
         for index, word in enumerate(record.words):
             rows = alignment["rows"][sample][alignment["shares"][sample, index] > 0]
             assert aligned.processing_class.tokenizer.decode(batch["input_ids"][sample, rows + 1]).strip() == word.text
@@ -260,7 +266,7 @@ def base(make_student, processor, tmp_path) -> Path:
     return tmp_path / "base"
 
 
-def trained(run, base: Path, kind: str) -> LavenderTrainer:
+def trained(run, base: Path, kind: str) -> Any:
     settings = {"peft": lora() if kind == "lora" else None, "pooling": "learn" if kind == "learn" else "layer-mean"}
     return run(model=MllamaForConditionalGeneration.from_pretrained(base), learning_rate=1e-2, **settings)
 
@@ -289,7 +295,7 @@ def test_an_export_has_no_trace_of_alignment(run, base, tmp_path, kind):
     names = [name for one in weights for name in one]
     plain = load_file(base / "model.safetensors")
     if kind == "lora":
-        assert len(names) == 2 * 2 * (4 + 0)  # A and B of q and v in four text layers
+        assert len(names) == 2 * 2 * (4 + 3 + 1)  # A and B, of q and v, in the layers of text and vision
         assert all("lora_" in name for name in names)
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["modules_to_save"] is None
@@ -334,7 +340,7 @@ def test_an_export_loads_here_and_writes_the_same(run, base, some_scenes, tmp_pa
     folder = export(trainer, tmp_path / "full")
     loaded = MllamaForConditionalGeneration.from_pretrained(folder)
     image, processor = some_scenes[0].image, AutoProcessor.from_pretrained(folder)
-    assert loaded.config.text_config._attn_implementation == "sdpa"
+    assert loaded.config.get_text_config()._attn_implementation == "sdpa"
     assert generated(loaded, processor, image) == generated(trainer.model, trainer.processing_class, image)
 
 

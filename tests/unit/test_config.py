@@ -102,4 +102,4 @@ def test_a_config_cannot_be_changed():
 def test_identity_leaves_out_what_changes_no_map():
     assert ExtractionConfig(batch_size=2).identity() == ExtractionConfig(batch_size=7).identity()
     for settings in ({"seed": 1}, {"timestep": 7}, {"mode": "ddim"}, {"grid": (5, 7)}, {"parts_of_speech": ("noun",)}):
-        assert ExtractionConfig(**settings).identity() != ExtractionConfig().identity()
+        assert from_mapping(ExtractionConfig, settings, "here").identity() != ExtractionConfig().identity()

@@ -64,7 +64,9 @@ def test_records_words_and_summary(teacher, samples, tmp_path):
     summary = extract(samples, teacher, tmp_path / "maps")
     found = records(tmp_path / "maps")
     assert summary.records == len(found) == 9
-    assert summary.words == sum(len(words) for words, _, _ in found.values()) == 8 + 1 + 1 + 1  # cats run, red hat, old house
+    assert (
+        summary.words == sum(len(words) for words, _, _ in found.values()) == 8 + 1 + 1 + 1
+    )  # cats run, red hat, old house
     assert summary.already_there == 0
     words, dropped, maps = found[image_id(shade(34)), "the red hat"]
     assert [(word.text, word.start, word.part_of_speech) for word in words] == [
@@ -210,7 +212,8 @@ def test_duplicates_are_extracted_once(teacher, tmp_path, monkeypatch):
 
 
 def test_every_answer_of_a_conversation_has_its_own_record(teacher, tmp_path):
-    messages = conversation("what?", "a dog") + [
+    messages = [
+        *conversation("what?", "a dog"),
         {"role": "user", "content": [{"type": "text", "text": "and?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a red cat"}]},
     ]

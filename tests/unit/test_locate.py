@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,9 +33,7 @@ def locator(processor, adapter) -> WordLocator:
 def encode(processor, conversations: list[list[dict]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask (sample, token) of conversations, tokenized without pictures."""
     texts = [processor.apply_chat_template(one, tokenize=False) for one in conversations]
-    encoded = processor.tokenizer(
-        texts, add_special_tokens=False, padding=True, padding_side=side, return_tensors="pt"
-    )
+    encoded = processor.tokenizer(texts, add_special_tokens=False, padding=True, padding_side=side, return_tensors="pt")
     return encoded["input_ids"], encoded["attention_mask"]
 
 
@@ -205,12 +204,14 @@ def test_letters_of_several_bytes(processor, locator):
 def test_a_slow_tokenizer_is_refused(adapter):
     slow = type("Slow", (), {"is_fast": False})()
     with pytest.raises(DataError, match="Got the slow tokenizer Slow. Expected a fast tokenizer"):
-        WordLocator(type("Processor", (), {"tokenizer": slow})(), adapter)
+        WordLocator(SimpleNamespace(tokenizer=slow), adapter)  # ty: ignore[invalid-argument-type]
 
 
 def test_text_of_messages():
     assert text_of({"content": "a dog"}) == "a dog"
-    assert text_of({"content": [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}) == "ab"
+    assert (
+        text_of({"content": [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}) == "ab"
+    )
 
 
 def test_a_reading_asks_about_one_picture():

@@ -1,0 +1,101 @@
+"""`lavender extract`, killed twice and started again, ends with the records of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lavender.maps import WordMaps
+from lavender.store import MapStore
+from lavender.world.language import caption_scene
+from lavender.world.scenes import scenes
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+# Records reach the disk in shards of 256. To kill twice after some have, and leave some to do, takes more than 512.
+NUM_PICTURES, NUM_CAPTIONS = 120, 5
+
+
+@pytest.fixture(scope="module")
+def flickr_folder(tmp_path_factory) -> Path:
+    """Flickr30k's published layout, half of the pictures JPEG."""
+    folder = tmp_path_factory.mktemp("flickr30k")
+    pictures = folder / "flickr30k_images"
+    pictures.mkdir()
+    with (folder / "results.csv").open("w") as lines:
+        lines.write("image_name| comment_number| comment\n")
+        for index, scene in enumerate(scenes("development", NUM_PICTURES)):
+            name = f"{scene.seed}.{'jpg' if index % 2 else 'png'}"
+            scene.image.save(pictures / name)
+            for variant in range(NUM_CAPTIONS):
+                lines.write(f"{name}| {variant}| {caption_scene(scene, variant).text}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(flickr_folder) -> Callable[[Path], subprocess.Popen]:
+    """Starts an extraction; a batch size that does not divide a shard, so that batches differ after a kill."""
+
+    def begin(out: Path) -> subprocess.Popen:
+        command = [
+            sys.executable, "-m", "lavender.cli", "extract", "--data", str(flickr_folder), "--teacher", "world",
+            "--out", str(out), "--grid", "16", "--batch-size", "7",
+        ]  # fmt: skip
+        with out.with_suffix(".log").open("a") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+
+    return begin
+
+
+def num_shards(out: Path) -> int:
+    return len(list(out.glob("shard-*.parquet")))
+
+
+def kill_after_a_new_shard(process: subprocess.Popen, out: Path, delay: float) -> None:
+    before, until = num_shards(out), time.monotonic() + 500
+    while num_shards(out) == before:
+        assert process.poll() is None, f"it ended by itself:\n{out.with_suffix('.log').read_text()[-2000:]}"
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    time.sleep(delay)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.kill()
+    assert process.wait() == -9
+
+
+def records(out: Path) -> dict[tuple[str, str], WordMaps]:
+    store = MapStore.open(out, verify=True)
+    found = {(maps.image_id, maps.text): maps for maps in store}
+    assert len(found) == len(store)  # none twice
+    return found
+
+
+def test_killed_twice_and_started_again_it_ends_with_the_same_records(start, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(whole).wait(timeout=600) == 0, whole.with_suffix(".log").read_text()[-2000:]
+    for delay in (0.0, 0.4):
+        kill_after_a_new_shard(start(broken), broken, delay)
+    left = len(records(broken))
+    assert start(broken).wait(timeout=600) == 0, broken.with_suffix(".log").read_text()[-2000:]
+
+    expected, found = records(whole), records(broken)
+    assert 0 < left < len(expected)
+    assert json.loads((broken / "extraction.json").read_text())["records"] == len(expected) - left
+    assert found.keys() == expected.keys()
+    assert len({identity for identity, _ in expected}) == NUM_PICTURES
+    for key, maps in expected.items():
+        assert found[key].words == maps.words
+        assert found[key].dropped == maps.dropped
+        assert torch.equal(found[key].maps, maps.maps), key
+    names = {path.name for path in broken.iterdir()}
+    assert not [name for name in names if name.startswith(".tmp-")]

@@ -1,0 +1,143 @@
+"""The built wheel, alone: complete, typed, and able to run the whole demo without a network."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+ROOT = Path(__file__).parents[2]
+GUARD = "from offline import no_network\n_guard = no_network()\n_guard.__enter__()\n"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built by hatchling as installed here: isolation would want a network."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (built,) = out.glob("*.whl")
+    return built
+
+
+Python = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> Python:
+    """Runs Python with the installed wheel before everything else, a clean HOME and no network, children included."""
+    root = tmp_path_factory.mktemp("installed")
+    target, guard, home = root / "target", root / "guard", root / "home"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    guard.mkdir()
+    home.mkdir()
+    (guard / "offline.py").write_bytes((ROOT / "tests" / "offline.py").read_bytes())
+    (guard / "sitecustomize.py").write_text(GUARD)
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": f"{guard}{os.pathsep}{target}", "LANG": "C.UTF-8",
+    }  # fmt: skip
+
+    def run(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment, timeout=timeout)
+
+    return run
+
+
+def output_of(ran: subprocess.CompletedProcess[str]) -> str:
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
+    return ran.stdout
+
+
+def test_it_holds_all_that_runs_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    weights = "lavender/world/weights"
+    for name in (
+        "lavender/__init__.py",
+        "lavender/py.typed",
+        "lavender/templates/report.html",
+        f"{weights}/teacher/model_index.json",
+        f"{weights}/teacher/unet/diffusion_pytorch_model.safetensors",
+        f"{weights}/teacher/vae/diffusion_pytorch_model.safetensors",
+        f"{weights}/teacher/text_encoder/model.safetensors",
+        f"{weights}/student_mllama/model.safetensors",
+        f"{weights}/student_mllama/processor_config.json",
+        f"{weights}/student_mllama/tokenizer.json",
+        f"{weights}/student_mllama/chat_template.jinja",
+    ):
+        assert name in names, name
+    package = ROOT / "src" / "lavender"
+    modules = {str(path.relative_to(package.parent)) for path in package.rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"lavender", "lavender_vlm"}
+    assert not [name for name in names if "__pycache__" in name or ".tmp" in name]
+
+
+def test_its_metadata_names_the_command_and_the_licence(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (entry_points,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+    assert "lavender = lavender.cli:main" in archive.read(entry_points).decode()
+    assert [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
+
+
+def test_it_is_imported_from_where_it_was_installed(python):
+    script = (
+        "import lavender, lavender.world, importlib.metadata as m; "
+        "print(lavender.__file__, lavender.__version__, m.version('lavender-vlm'), lavender.world.TEACHER_PATH.is_dir())"
+    )
+    path, version, same, there = output_of(python("-c", script)).split()
+    assert "installed" in path
+    assert not Path(path).is_relative_to(ROOT)
+    assert version == same
+    assert there == "True"
+
+
+def test_the_command_line_has_help(python):
+    assert "--out" in output_of(python("-m", "lavender.cli", "demo", "--help"))
+
+
+def test_the_network_is_refused_there(python):
+    ran = python("-c", "import socket; socket.create_connection(('192.0.2.1', 443), timeout=1)")
+    assert ran.returncode != 0
+    assert "NetworkRefusedError" in ran.stderr
+
+
+@pytest.fixture(scope="module")
+def demo(python, tmp_path_factory) -> Path:
+    """`lavender demo` from the wheel: the real one, some minutes."""
+    out = tmp_path_factory.mktemp("demo") / "lavender-demo"
+    output_of(python("-m", "lavender.cli", "demo", "--out", str(out), timeout=1500))
+    return out
+
+
+def test_the_demo_writes_its_page(demo):
+    page = (demo / "report.html").read_text()
+    for text in ("teacher", "base", "plain", "aligned", "true mask", "One seed", "lavender study"):
+        assert text in page, text
+    assert (demo / "figure.png").stat().st_size > 10_000
+
+
+def test_the_demo_writes_every_number_that_is_promised(demo):
+    results = json.loads((demo / "results.json").read_text())
+    teacher, student = results["teacher"], results["students"]["mllama"]
+    for key in ("pointing", "iou_fixed", "wrong_word_pointing", "entropy", "uniform_pointing", "centre_pointing"):
+        assert math.isfinite(teacher[key]), key
+    assert teacher["pointing_by_mention"]
+    for key in ("in_domain", "out_of_domain", "pointing", "entropy"):
+        assert set(student[key]) == {"base", "plain", "aligned"}
+        for values in student[key].values():
+            assert len(values) == len(results["seeds"])
+            assert all(math.isfinite(value) for value in values)
+    assert results["seconds"]
+    assert all(seconds >= 0 for seconds in results["seconds"].values())
