@@ -170,10 +170,10 @@ def test_numbers_with_an_exponent_are_numbers(write_run):
 
     path = write_run()
     path.write_text(path.read_text() + "learning_rate: 5e-4\nweight_decay: 1E3\n")
-    run = read_run(path, ["alignment_learning_rate=1e-5", "run_name=e5"])
+    run = read_run(path, ["adam_epsilon=1e-5", "run_name=e5"])
     assert run.training["learning_rate"] == 5e-4
     assert run.training["weight_decay"] == 1000
-    assert run.training["alignment_learning_rate"] == 1e-5
+    assert run.training["adam_epsilon"] == 1e-5
     assert run.training["run_name"] == "e5"
 
 
@@ -511,3 +511,42 @@ def test_a_picture_that_breaks_while_training_is_named_before_training(write_run
     for reason in BAD_PICTURES.values():
         assert any(reason in one for one in reasons), reason
     assert ran.out.count("dropped ") >= len(BAD_PICTURES)
+
+
+# eval, with models that are not run
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch) -> Callable[..., dict]:
+    """Evaluates `a/run` against others of tmp_path on some data; returns eval.json and notes what was looked at."""
+    from lavender import judgement
+    from lavender.comparison import Observed
+
+    def observe(arms, samples, store):
+        return {name: Observed([], [], {"num_samples": float(len(samples))}) for name in arms}, []
+
+    monkeypatch.setattr(judgement, "_observe_arms", observe)
+
+    def run(data: Path, *against: str) -> dict:
+        (tmp_path / "a" / "run").mkdir(parents=True)
+        config = {"model": "a model", "data": str(data), "maps": "maps", "prompt": "What?"}
+        (tmp_path / "a" / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+        others = [part for name in against for part in ("--against", tmp_path / name)]
+        ran = lavender("eval", tmp_path / "a" / "run", "--data", data, *others)
+        assert ran.code == DONE, ran.err
+        return json.loads((tmp_path / "a" / "run" / "eval.json").read_text())
+
+    return run
+
+
+def test_arms_of_the_same_name_are_told_apart(evaluate, scenes_folder):
+    assert list(evaluate(scenes_folder, "b/run", "base")["arms"]) == ["base", "run", "base (2)", "run (3)"]
+
+
+def test_eval_leaves_out_what_cannot_be_decoded_and_says_so(evaluate, bad_folder):
+    result = evaluate(bad_folder)
+    notes = "\n".join(result["notes"])
+    for name, reason in BAD_PICTURES.items():
+        assert (reason in notes) == (name != "missing.png")  # that one was dropped when the rows were read
+    good = 6 + len(UNUSUAL_PICTURES) + len(BAD_TEXTS)  # one of these texts is empty, and LONG is there
+    assert result["arms"]["base"]["num_samples"] == good

@@ -42,12 +42,15 @@ class ExtractionConfig:
     parts_of_speech: tuple[str, ...] = ("noun", "adjective", "verb")
 
     def __post_init__(self) -> None:
+        if not isinstance(self.grid, (tuple, list)):
+            raise ConfigError(f"grid={self.grid!r}", "(rows, cols)", "use the paper's (32, 32)")
         object.__setattr__(self, "grid", tuple(self.grid))
         object.__setattr__(self, "parts_of_speech", tuple(self.parts_of_speech))
         _one_of("mode", self.mode, MODES)
-        _between("timestep", self.timestep, 0, 999)
-        _between("num_steps", self.num_steps, 1, 1000)
-        _between("batch_size", self.batch_size, 1, 4096)
+        _whole("timestep", self.timestep, 0, 999)
+        _whole("num_steps", self.num_steps, 1, 1000)
+        _whole("seed", self.seed, 0, 2**32 - 1)
+        _whole("batch_size", self.batch_size, 1, 4096)
         if len(self.grid) != 2 or min(self.grid) < 2 or max(self.grid) > 256:
             raise ConfigError(f"grid={self.grid}", "(rows, cols), each from 2 to 256", "use the paper's (32, 32)")
         for part in self.parts_of_speech:
@@ -81,8 +84,8 @@ class AlignmentConfig:
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
         _one_of("pooling", self.pooling, POOLINGS)
-        _between("align_weight", self.align_weight, 0, float("inf"))
-        _between("aligner_width", self.aligner_width, 1, 4096)
+        _between("align_weight", self.align_weight, 0, 1e9)
+        _whole("aligner_width", self.aligner_width, 1, 4096)
         _between("min_coverage", self.min_coverage, 0, 1)
 
 
@@ -109,6 +112,11 @@ def _one_of(name: str, value: object, options: tuple[str, ...]) -> None:
 def _between(name: str, value: float, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ConfigError(f"{name}={value!r}", f"a number from {low} to {high}", f"change {name}")
+
+
+def _whole(name: str, value: float, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name}={value!r}", f"a whole number from {low} to {high}", f"change {name}")
 
 
 assert get_args(Mode) == MODES

@@ -83,7 +83,8 @@ def extract(
                 summary.words += len(maps.words)
                 summary.dropped += [Dropped(f"{one.what!r} in {maps.text[:60]!r}", one.reason) for one in maps.dropped]
             if first:
-                on_estimate(_estimate(samples, batch, time.monotonic() - started, config))
+                seconds = time.monotonic() - started
+                on_estimate(_estimate(samples, summary.already_there, batch, seconds, config))
                 first = False
             on_progress(len(batch))
     summary.seconds = time.monotonic() - began
@@ -132,8 +133,10 @@ def _jobs(
             on_progress(1)
 
 
-def _estimate(samples: Samples, batch: list[Job], seconds: float, config: ExtractionConfig) -> Estimate:
-    texts = sum(len(sample.answers) for sample in samples)
+def _estimate(
+    samples: Samples, already_there: int, batch: list[Job], seconds: float, config: ExtractionConfig
+) -> Estimate:
+    texts = sum(len(sample.answers) for sample in samples) - already_there
     words = sum(len(job.words) for job in batch) / len(batch)
     size = words * (config.grid[0] * config.grid[1] + 64) / 1e6
     return Estimate(texts, texts * seconds / len(batch), texts * size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -111,7 +112,8 @@ class AlignmentMixin(_TrainerLike):
             ("vlm_loss", plain_loss), ("attention_loss", attention_loss), ("matched_words", request.present.sum()),
         ):  # fmt: skip
             self._alignment_metrics[f"{mode}/{name}"].append(value.detach())
-        loss = plain_loss + self._align_weight * attention_loss
+        # without alignment nothing is added, not even 0 times something: that would reorder sums of gradients
+        loss = plain_loss + self._align_weight * attention_loss if self._align_weight else plain_loss
         return (loss, outputs) if return_outputs else loss
 
     def _normalise(self, total: Tensor, request: AlignmentRequest, training: bool, num_items_in_batch) -> Tensor:
@@ -137,6 +139,21 @@ class AlignmentMixin(_TrainerLike):
             total = torch.stack(values).float().sum().item()
             logs[prefix + key.removeprefix(f"{mode}/")] = total / max(1, len(values) // parts)
         super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the model under its modules' own names.
+
+        For some models transformers writes older names, and a resumed run, which loads into modules
+        that stand already, would silently keep the base's weights.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PreTrainedModel):
+            save = partial(type(model).save_pretrained, model, save_original_format=False)
+            model.save_pretrained = save
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            vars(model).pop("save_pretrained", None)
 
 
 class LavenderTrainer(AlignmentMixin, SFTTrainer):
@@ -170,7 +187,11 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
         _refuse_unsupported(args)
         self.maps = MapStore.open(str(args.maps)) if maps is None else maps
         head = attach(model, args.alignment())
-        if peft_config is not None:
+        if args.align_weight == 0:
+            for name, parameter in model.named_parameters():
+                if _is_ours(name):  # without a loss they would be trained by nothing, and confuse DDP
+                    parameter.requires_grad_(False)
+        elif peft_config is not None:
             peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *TRAINED_PARTS})
         self._start_alignment(head.layers, args.align_weight)
         super().__init__(model=model, args=args, processing_class=processing_class, peft_config=peft_config, **kwargs)

@@ -94,7 +94,8 @@ def test_its_metadata_names_the_command_and_the_licence(wheel):
 def test_it_is_imported_from_where_it_was_installed(python):
     script = (
         "import lavender, lavender.world, importlib.metadata as m; "
-        "print(lavender.__file__, lavender.__version__, m.version('lavender-vlm'), lavender.world.TEACHER_PATH.is_dir())"
+        "print(lavender.__file__, lavender.__version__, m.version('lavender-vlm'), "
+        "lavender.world.TEACHER_PATH.is_dir())"
     )
     path, version, same, there = output_of(python("-c", script)).split()
     assert "installed" in path

@@ -51,12 +51,12 @@ def test_right_keys_build_the_config():
     ("settings", "message"),
     [
         ({"mode": "nose"}, "Got mode='nose'. Expected one of ('noise', 'ddim')."),
-        ({"timestep": 1000}, "Got timestep=1000. Expected a number from 0 to 999."),
+        ({"timestep": 1000}, "Got timestep=1000. Expected a whole number from 0 to 999."),
         ({"timestep": -1}, "Got timestep=-1."),
         ({"timestep": True}, "Got timestep=True."),
         ({"timestep": "100"}, "Got timestep='100'."),
         ({"timestep": float("nan")}, "Got timestep=nan."),
-        ({"num_steps": 0}, "Got num_steps=0. Expected a number from 1 to 1000."),
+        ({"num_steps": 0}, "Got num_steps=0. Expected a whole number from 1 to 1000."),
         ({"batch_size": 0}, "Got batch_size=0."),
         ({"grid": (1, 32)}, "Got grid=(1, 32). Expected (rows, cols), each from 2 to 256."),
         ({"grid": (32, 257)}, "Got grid=(32, 257)."),
@@ -72,7 +72,7 @@ def test_extraction_ranges(settings, message):
     ("settings", "message"),
     [
         ({"pooling": "flow"}, "Got pooling='flow'. Expected one of ('layer-mean', 'learn')."),
-        ({"align_weight": -0.1}, "Got align_weight=-0.1. Expected a number from 0 to inf."),
+        ({"align_weight": -0.1}, "Got align_weight=-0.1. Expected a number from 0 to 1000000000.0."),
         ({"align_weight": "10"}, "Got align_weight='10'."),
         ({"aligner_width": 0}, "Got aligner_width=0."),
         ({"min_coverage": 1.1}, "Got min_coverage=1.1. Expected a number from 0 to 1."),

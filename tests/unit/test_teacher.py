@@ -263,6 +263,18 @@ def test_a_caption_of_two_thousand_words_maps_every_word(pipeline, some_scenes):
     assert maps.maps.amax(dim=(1, 2)).min() == 1
 
 
+def test_memory_grows_with_the_text_not_with_its_square(pipeline, some_scenes, monkeypatch):
+    """A window of 48 tokens has no place for more than 46 words; columns for the words of others are waste."""
+    text = " ".join(["the dog and red cats."] * 40)
+    teacher, run, shapes = Teacher(pipeline, ExtractionConfig(grid=(2, 3))), Teacher._run, []
+    monkeypatch.setattr(
+        Teacher, "_run", lambda self, latents, states, words_BTW, noise: shapes.append(words_BTW.shape)
+        or run(self, latents, states, words_BTW, noise),
+    )  # fmt: skip
+    teacher([job(some_scenes[0], text)])
+    assert max(shape[-1] for shape in shapes) <= 46
+
+
 def test_a_repeated_word_has_a_map_for_each_occurrence(pipeline, some_scenes):
     maps = Teacher(pipeline, CONFIG)([job(some_scenes[0], "a dog near a dog")])[0]
     assert [word.start for word in maps.words] == [0, 2, 6, 11, 13]

@@ -131,17 +131,24 @@ class Teacher:
         return self.pipeline.unet.device
 
     def _indicator(self, jobs, rows, offsets):
-        """E (row, token, word), where each word's map will be found, and the words that have no token."""
-        num_words = max((len(job.words) for job in jobs), default=0)
-        indicator = torch.zeros(len(rows), self._max_tokens, max(1, num_words))
+        """E (row, token, word), where each word's map will be found, and the words that have no token.
+
+        Slots count the words of a row alone, so a long text in many windows stays cheap.
+        """
+        columns: list[list[list[int]]] = []  # row → slot → tokens of the word
         places: dict[tuple[int, int], tuple[int, int]] = {}
         for row, (index, start, end) in enumerate(rows):
-            for slot, word in enumerate(jobs[index].words):
+            columns.append([])
+            for word in jobs[index].words:
                 if start <= word.start < end:
                     span = token_span(offsets[row], word.start - start, word.end - start)
                     if span:
-                        indicator[row, span, slot] = 1 / len(span)
-                        places[index, word.start] = (row, slot)
+                        places[index, word.start] = (row, len(columns[row]))
+                        columns[row].append(span)
+        indicator = torch.zeros(len(rows), self._max_tokens, max([1, *map(len, columns)]))
+        for row, spans in enumerate(columns):
+            for slot, span in enumerate(spans):
+                indicator[row, span, slot] = 1 / len(span)
         dropped = [
             [
                 Dropped(word.text, "the teacher's text encoder has no token for it")
