@@ -74,5 +74,3 @@ def test_two_changed_lines_make_it_a_lavender_script(workplace):
     trainer = _run(script)["trainer"]
     assert trainer.coverage.words > 0
     assert any(line.get("attention_loss", 0) > 0 for line in trainer.state.log_history)
-
-

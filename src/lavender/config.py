@@ -99,9 +99,10 @@ def check_keys(settings: Mapping[str, Any], allowed: list[str], where: str) -> N
     """Raise ConfigError for a key that is not allowed, with the nearest one that is."""
     for key in settings:
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"write {near[0]!r} instead" if near else f"use one of {sorted(allowed)}"
-            raise ConfigError(f"the key {key!r} in {where}", f"one of {sorted(allowed)}", hint)
+            near = difflib.get_close_matches(key, allowed, n=3)
+            hint = f"write {near[0]!r} instead" if near else "remove it, or look it up in the documentation"
+            known = sorted(set(near if near and len(allowed) > 20 else allowed))
+            raise ConfigError(f"the key {key!r} in {where}", f"a known key, such as {', '.join(known)}", hint)
 
 
 def _one_of(name: str, value: object, options: tuple[str, ...]) -> None:

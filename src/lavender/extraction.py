@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,7 @@ from lavender.maps import Dropped, WordMaps
 from lavender.store import MapStore, StoreWriter
 from lavender.words import content_words
 
-log = logging.getLogger(__name__)
+FLUSH_SECONDS = 20.0  # a kill loses at most this much work
 
 
 @dataclass
@@ -74,7 +73,7 @@ def extract(
     info = {name: version(name) for name in ("lavender-vlm", "diffusers", "torch")}
     with MapStore.writer(out, identity, info, config.grid) as writer:
         jobs = _jobs(samples, config, writer, summary, strict, on_progress)
-        first = True
+        first, flushed = True, began
         while batch := list(islice(jobs, config.batch_size)):
             started = time.monotonic()
             for maps in teacher(batch):
@@ -87,6 +86,9 @@ def extract(
                 on_estimate(_estimate(samples, summary.already_there, batch, seconds, config))
                 first = False
             on_progress(len(batch))
+            if time.monotonic() - flushed > FLUSH_SECONDS:
+                writer.flush()
+                flushed = time.monotonic()
     summary.seconds = time.monotonic() - began
     summary.write(Path(out) / "extraction.json")
     return summary
@@ -143,6 +145,4 @@ def _estimate(
 
 
 def _refuse(drop: Dropped) -> None:
-    raise DataError(
-        f"{drop.what}: {drop.reason}", "every sample to be usable, as strict=True asks", "mend or remove it"
-    )
+    raise DataError(f"{drop.what}: {drop.reason}", "every sample to be usable, as strict asks", "mend or remove it")
