@@ -36,7 +36,8 @@ def test_a_misspelt_key_names_the_nearest_right_one(key, near):
 def test_a_key_like_no_other_lists_all():
     message = failure(lambda: check_keys({"zzz": 1}, ["batch", "audio"], "run.yaml"))
     assert message == (
-        "Got the key 'zzz' in run.yaml. Expected a known key, such as audio, batch. Do this: remove it, or look it up in the documentation."
+        "Got the key 'zzz' in run.yaml. Expected a known key, such as audio, batch. "
+        "Do this: remove it, or look it up in the documentation."
     )
 
 
