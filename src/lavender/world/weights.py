@@ -101,9 +101,11 @@ def write_card(out: Path, lead: str, settings: dict[str, Any], curves: list[Path
     """README.md beside the weights: settings, loss curves, seconds, scores."""
     parts = [lead, f"Settings and seed: `{json.dumps(settings)}`. One seed. Rebuilt by `make weights`.\n"]
     for curve in curves:
-        lines = [json.loads(line) for line in curve.read_text().splitlines()]
+        logged = [json.loads(line) for line in curve.read_text().splitlines()]
+        lines = list({line["step"]: line for line in logged}.values())  # a resumed training logs some steps twice
         keys = [key for key in lines[-1] if key not in ("step", "seconds")]
-        shown = lines[:: max(1, len(lines) // 10)] + ([lines[-1]] if len(lines) % 10 else [])
+        places = sorted({*range(0, len(lines), max(1, len(lines) // 10)), len(lines) - 1})
+        shown = [lines[place] for place in places]
         table = [f"| step | {' | '.join(keys)} |", "| --- " * (len(keys) + 1) + "|"]
         table += [f"| {line['step']} | {' | '.join(str(line[key]) for key in keys)} |" for line in shown]
         parts.append(
