@@ -51,7 +51,7 @@ TRAINING: dict[str, Any] = {
 ARMS = {"plain": 0.0, "aligned": 10.0}
 
 
-def run_demo(out: Path, split: Split = "sealed", start: int = 0) -> dict[str, Any]:
+def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str, Any]:
     """Run it all; writes `report.html`, `figure.png`, `results.json` and everything between to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     watch = Stopwatch()
