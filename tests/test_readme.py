@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     """A folder with `model`, `train.parquet` and `maps`, which the scripts expect."""
     drawn = list(scenes("development", 8))
     captions = [caption_scene(scene).text for scene in drawn]
@@ -59,13 +59,13 @@ def _run(script: str) -> dict:
     return namespace
 
 
-def test_the_stock_script_runs(workplace):
+def test_the_stock_script_runs(folder):
     stock = BLOCKS[0]
     assert "lavender" not in stock
     assert _run(stock)["trainer"].state.global_step > 0
 
 
-def test_two_changed_lines_make_it_a_lavender_script(workplace):
+def test_two_changed_lines_make_it_a_lavender_script(folder):
     stock, changed = BLOCKS[0], BLOCKS[1:3]
     script = stock.replace("from trl import SFTConfig, SFTTrainer\n", changed[0])
     script = script.replace('args = SFTConfig(output_dir="tuned", max_length=None)\n', changed[1])

@@ -144,6 +144,8 @@ def train(run: RunConfig) -> Path:
         processor = AutoProcessor.from_pretrained(run.model, **common)
     training: dict[str, Any] = {"report_to": "none", "max_length": None, **run.training}
     training.setdefault("assistant_only_loss", "{% generation" in (processor.chat_template or "").replace("{%-", "{%"))
+    if not training["assistant_only_loss"]:
+        print("the loss covers whole conversations, not the answers alone (assistant_only_loss is false)")
     try:
         args = LavenderConfig(output_dir=str(out / "trainer"), maps=run.maps, **training)
     except LavenderError:
