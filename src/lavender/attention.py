@@ -16,7 +16,7 @@ from lavender.images import image_id
 from lavender.locate import WordLocator
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.pooling import to_grid, word_attention
-from lavender.vlm.capture import AttentionRequest, install, uninstall
+from lavender.vlm.capture import AttentionRequest, install, set_kernel
 from lavender.vlm.registry import adapter_for
 
 
@@ -38,12 +38,12 @@ class Reading:
 
 @contextlib.contextmanager
 def capturing(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's language layers answer an attention request; then its own kernel is back."""
-    base = install(model)
+    """Inside, the model's language layers answer an attention request; then the kernel it had is back."""
+    before = install(model)
     try:
         yield
     finally:
-        uninstall(model, base)
+        set_kernel(model, before)
 
 
 @torch.inference_mode()

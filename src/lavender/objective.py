@@ -23,11 +23,11 @@ from lavender.errors import CaptureError, ConfigError
 from lavender.losses import per_word_loss
 from lavender.pooling import to_grid, word_attention
 from lavender.vlm import parallel
-from lavender.vlm.capture import AttentionRequest, install, uninstall
+from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, install, set_kernel
 from lavender.vlm.registry import adapter_for
 
 HEAD_NAME = "alignment_head"
-TRAINED_PARTS = (HEAD_NAME, parallel.CHILD_NAME)
+TRAINED_PARTS = (HEAD_NAME, PARALLEL_NAME)
 """Names of the submodules that alignment adds to a model; every export leaves them out."""
 
 
@@ -40,6 +40,8 @@ class AlignmentRequest(AttentionRequest):
             `boxes` float (sample, key, 4); `targets` float (sample, word, rows, cols), heat maps;
             `present` bool (sample, word), False where a sample has fewer words than the batch's most.
     """
+
+    learned = True
 
     def __init__(self, layers: tuple[int, ...], tensors: dict[str, Tensor]):
         super().__init__(tensors["rows"], layers)
@@ -95,7 +97,7 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
         )
     adapter = adapter_for(model.config)
     layers = adapter.layers(config.layers)
-    base = install(model)
+    before = install(model)
     head = AlignmentHead(model.config.get_text_config().num_attention_heads, layers, config)
     model.add_module(HEAD_NAME, head.to(model.device))
     attentions = [adapter.attention_module(model, layer) for layer in layers] if config.pooling == "learn" else []
@@ -105,9 +107,9 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
         for handle in handles:
             handle.remove()
         for attention in attentions:
-            delattr(attention, parallel.CHILD_NAME)
+            delattr(attention, PARALLEL_NAME)
         delattr(model, HEAD_NAME)
-        uninstall(model, base)
+        set_kernel(model, before)
 
     head.undo = undo
     return head

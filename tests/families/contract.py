@@ -27,7 +27,7 @@ from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
 from lavender.objective import HEAD_NAME, AlignmentRequest, attach, detach
 from lavender.pooling import to_grid
 from lavender.vlm.base import VlmAdapter
-from lavender.vlm.capture import AttentionRequest, install, uninstall
+from lavender.vlm.capture import AttentionRequest, install, set_kernel
 from lavender.vlm.registry import adapter_for
 from lavender.words import words_of
 
@@ -257,11 +257,29 @@ class Contract:
             student_maps(model, family.processor, [readings[0], bad], GRID)
         assert traces(model) == before
 
-    def test_install_twice_and_uninstall(self, model):
+    def test_install_names_the_kernel_that_was_there(self, model):
         before = traces(model)
-        assert install(model) == install(model) == "sdpa"
-        uninstall(model, "sdpa")
+        assert install(model) == "sdpa"
+        assert install(model) == "lavender_sdpa"
+        set_kernel(model, "sdpa")
         assert traces(model) == before
+
+    @pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
+    def test_maps_of_a_model_in_alignment(self, family, model, batch, readings, pooling):
+        """They show the model's own attention, never the parallel one, and alignment goes on afterwards."""
+        adapter = adapter_for(model.config)
+        own = student_maps(model, family.processor, readings, GRID)
+        head = attach(model, AlignmentConfig(pooling=pooling))
+        for name, parameter in model.named_parameters():
+            if "alignment_parallel" in name:
+                parameter.data = torch.randn_like(parameter)
+        before = traces(model)
+        during = student_maps(model, family.processor, readings, GRID)
+        assert traces(model) == before
+        for one, other in zip(during, own, strict=True):
+            assert torch.equal(one.maps, other.maps)
+        output = model(**batch, attention_request=request_of(adapter, batch, readings, head.layers))
+        assert output.attention_loss > 0
 
     def test_another_kernel_is_refused(self, model):
         model.set_attn_implementation("eager")

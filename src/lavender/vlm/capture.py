@@ -10,7 +10,7 @@ Axis suffixes: B sample, H head, R row (a query that predicts a token), K key, D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lavender.errors import CaptureError, UnsupportedModelError
 
 BASE_KERNELS = ("sdpa",)
+PARALLEL_NAME = "alignment_parallel"  # the child of an attention module that holds its parallel projections
 
 
 class AttentionRequest:
@@ -33,11 +34,18 @@ class AttentionRequest:
         rows_BR: long (sample, row), the query positions; padded with 0.
         layers: indices of decoder layers.
         rows: layer → attention (sample, head, row, key), over all keys.
+        learned: whether a layer's parallel projections, where it has them, answer instead of the layer.
     """
+
+    learned: ClassVar[bool] = False
 
     def __init__(self, rows_BR: Tensor, layers: Sequence[int]):
         self.rows_BR, self.layers = rows_BR, tuple(layers)
         self.rows: dict[int, Tensor] = {}
+
+    def answered_by_parallel(self, module: nn.Module) -> bool:
+        """Whether a layer's rows come from its parallel projections (Eq. 15) and not from the layer itself."""
+        return self.learned and PARALLEL_NAME in dict(module.named_children())
 
     def capture(self, module: nn.Module, query_BHTD: Tensor, key_BGKD: Tensor, mask: Tensor | None, scaling: float):
         """Take a layer's queries and keys, all of them; called inside its forward."""
@@ -95,8 +103,9 @@ def select_rows(tensor_BHTD: Tensor, rows_BR: Tensor) -> Tensor:
 def _capturing(base: str):
     def attention(module: nn.Module, query, key, value, attention_mask, attention_request=None, **kwargs):
         output = ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
-        if attention_request is not None and module.layer_idx in attention_request.layers:
-            attention_request.capture(module, query, key, attention_mask, kwargs["scaling"])
+        request = attention_request
+        if request is not None and module.layer_idx in request.layers and not request.answered_by_parallel(module):
+            request.capture(module, query, key, attention_mask, kwargs["scaling"])
         return output
 
     return attention
@@ -110,12 +119,12 @@ def kernel_name(base: str) -> str:
 def install(model: PreTrainedModel) -> str:
     """Let a model's language layers use the capturing kernel; the name of the kernel they used before.
 
-    Logits do not change to the bit: the base kernel still makes the output.
+    Give that name to `set_kernel` to undo it. Logits do not change to the bit: the base kernel still
+    makes the output.
     """
-    text_config = model.config.get_text_config()
-    base = text_config._attn_implementation
+    base = model.config.get_text_config()._attn_implementation
     if base in {kernel_name(one) for one in BASE_KERNELS}:
-        return base.removeprefix("lavender_")
+        return base
     if base not in BASE_KERNELS:
         raise UnsupportedModelError(
             f"attn_implementation={base!r}",
@@ -124,11 +133,6 @@ def install(model: PreTrainedModel) -> str:
         )
     set_kernel(model, kernel_name(base))
     return base
-
-
-def uninstall(model: PreTrainedModel, base: str) -> None:
-    """Give a model its own kernel back."""
-    set_kernel(model, base)
 
 
 def set_kernel(model: PreTrainedModel, name: str) -> None:

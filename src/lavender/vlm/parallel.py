@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
-from lavender.vlm.capture import AttentionRequest, select_rows
-
-CHILD_NAME = "alignment_parallel"
+from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, select_rows
 
 
 class ParallelProjections(nn.Module):
@@ -42,14 +40,14 @@ class ParallelProjections(nn.Module):
 
 def attach(attention: MllamaTextCrossAttention) -> torch.utils.hooks.RemovableHandle:
     """Give a cross-attention module its parallel projections; each forward with a request captures them."""
-    attention.add_module(CHILD_NAME, ParallelProjections(attention))
+    attention.add_module(PARALLEL_NAME, ParallelProjections(attention))
     return attention.register_forward_pre_hook(_capture, with_kwargs=True)
 
 
 def _capture(attention: MllamaTextCrossAttention, args: tuple, kwargs: dict) -> None:
     request: AttentionRequest | None = kwargs.get("attention_request")
-    if request is None or attention.layer_idx not in request.layers:
+    if request is None or attention.layer_idx not in request.layers or not request.answered_by_parallel(attention):
         return
     hidden = select_rows(kwargs["hidden_states"][:, None], request.rows_BR)[:, 0]
-    query, key = attention.get_submodule(CHILD_NAME)(attention, hidden, kwargs["cross_attention_states"])
+    query, key = attention.get_submodule(PARALLEL_NAME)(attention, hidden, kwargs["cross_attention_states"])
     request.capture_rows(attention, query, key, kwargs["attention_mask"], attention.scaling)
