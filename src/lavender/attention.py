@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.alignment_data import row_tensors
@@ -37,6 +38,18 @@ class Reading:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module's own flag, since a frozen tower may be in evaluation mode already."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextlib.contextmanager
 def capturing(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model's language layers answer an attention request; then the kernel it had is back."""
     before = install(model)
@@ -58,16 +71,9 @@ def student_maps(
     adapter = adapter_for(model.config)
     locator, layers = WordLocator(processor, adapter), adapter.usable_layers()
     results: list[WordMaps] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with capturing(model):
-            for start in range(0, len(readings), batch_size):
-                results += _batch(
-                    model, processor, adapter, locator, layers, readings[start : start + batch_size], grid
-                )
-    finally:
-        model.train(was_training)
+    with evaluating(model), capturing(model):
+        for start in range(0, len(readings), batch_size):
+            results += _batch(model, processor, adapter, locator, layers, readings[start : start + batch_size], grid)
     return results
 
 

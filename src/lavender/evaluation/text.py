@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
+from lavender.attention import evaluating
 from lavender.errors import DataError
 
 _GAP = re.compile(r"[\s\-]+")
@@ -88,7 +88,7 @@ def generate_answers(
     """
     _require_pairs(images, prompts)
     answers: list[str] = []
-    with torch.inference_mode(), _evaluating(model), _padding_left(processor.tokenizer):
+    with torch.inference_mode(), evaluating(model), _padding_left(processor.tokenizer):
         for start in range(0, len(images), batch_size):
             conversations = [
                 [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
@@ -119,18 +119,6 @@ def _answer(model: Any, processor: Any, conversations: list[list[dict]], max_new
     if not model.config.is_encoder_decoder:  # a decoder repeats its prompt
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
     return [answer.strip() for answer in processor.batch_decode(tokens, skip_special_tokens=True)]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module's own flag, since a frozen tower may be in evaluation mode already."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @contextmanager
