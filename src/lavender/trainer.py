@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
@@ -186,6 +186,7 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
             args.model_init_kwargs = None
         _refuse_unsupported(args)
         self.maps = MapStore.open(str(args.maps)) if maps is None else maps
+        set_seed(args.seed)  # before the Aligner is drawn; SFTTrainer sets it again before it draws anything
         head = attach(model, args.alignment())
         if args.align_weight == 0:
             for name, parameter in model.named_parameters():

@@ -109,6 +109,19 @@ def test_weight_zero_is_plain_fine_tuning_step_for_step(run, kind):
     assert [name for name, one in expected.items() if not torch.equal(found[name], one)] == []
 
 
+def test_the_seed_decides_the_aligner_too(run):
+    """The fixture leaves the global generator in one state, so without the seed all three would be equal."""
+    first = own_head(run(build_only=True))
+    second = own_head(run(build_only=True))
+    other = own_head(run(build_only=True, seed=43))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def own_head(trainer) -> dict[str, torch.Tensor]:
+    return {name: one for name, one in trainer.model.state_dict().items() if "alignment_head" in name}
+
+
 def test_alignment_changes_the_run(run):
     plain, aligned = run(0.0), run(10.0)
     assert logged(aligned, "vlm_loss")[0] == logged(plain, "vlm_loss")[0]
