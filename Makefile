@@ -2,7 +2,7 @@
 # after the installation no network.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all weights lint clean
+.PHONY: help demo evidence test test-all weights lint clean
 .DELETE_ON_ERROR:
 
 SHELL := bash
@@ -31,6 +31,10 @@ lint: $(STAMP) ## style, types and import rules only
 	$(BIN)/ruff format --check
 	$(BIN)/ty check
 	$(BIN)/lint-imports --no-logo
+
+evidence: $(STAMP) ## the studies behind the README's table: main and teacher-controls (an hour or more on two cores)
+	$(BIN)/lavender study main
+	$(BIN)/lavender study teacher-controls
 
 weights: $(STAMP) ## train the weights of the built-in world anew (hours on a CPU)
 	$(BIN)/python -m lavender.world.weights all --out src/lavender/world/weights

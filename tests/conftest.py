@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from lavender.world.scenes import Scene
 
-pytest.register_assert_rewrite("families.contract")
+pytest.register_assert_rewrite("families.contract", "families.geometry")
 
 SEED = 20250206
 PROMPT = "describe the picture."
@@ -72,9 +72,9 @@ def captions(some_scenes) -> list[str]:
 @pytest.fixture(scope="session")
 def processor(captions) -> MllamaProcessor:
     """Mllama's processor: tiles of 64 pixels, two at most, a vocabulary in which most words have several tokens."""
-    from lavender.world.student_training import build_processor
+    from lavender.world.student_models import build_mllama_processor
 
-    return build_processor([*captions, PROMPT], vocabulary=300)
+    return build_mllama_processor([*captions, PROMPT], vocabulary=300)
 
 
 @pytest.fixture(scope="session")
@@ -82,12 +82,12 @@ def make_student(processor) -> Callable[[], MllamaForConditionalGeneration]:
     """Makes a fresh Mllama of random weights, each time the same."""
     import torch
 
-    from lavender.world.student_training import build_student
+    from lavender.world.student_models import build_mllama
 
     def make() -> MllamaForConditionalGeneration:
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            return build_student(processor).eval()
+            return build_mllama(processor).eval()
 
     return make
 
@@ -140,7 +140,7 @@ def store_path(some_scenes, captions, tmp_path_factory) -> Path:
 def dataset(some_scenes, captions) -> Dataset:
     """The scenes with their captions as TRL wants them: `images` and `messages`."""
     from lavender.data import Sample, to_dataset
-    from lavender.world.student_training import conversation
+    from lavender.world.student_models import conversation
 
     return to_dataset(
         Sample(f"scene {scene.seed}", scene.image, conversation(PROMPT, caption))

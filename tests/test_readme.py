@@ -14,7 +14,7 @@ from lavender.maps import WordMaps
 from lavender.store import MapStore
 from lavender.world.language import caption_scene
 from lavender.world.scenes import scenes
-from lavender.world.student_training import build_processor, build_student
+from lavender.world.student_models import build_mllama, build_mllama_processor
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), flags=re.DOTALL)
 
@@ -24,9 +24,9 @@ def folder(tmp_path, monkeypatch):
     """A folder with `model`, `train.parquet` and `maps`, which the scripts expect."""
     drawn = list(scenes("development", 8))
     captions = [caption_scene(scene).text for scene in drawn]
-    processor = build_processor(captions * 5)
+    processor = build_mllama_processor(captions * 5)
     torch.manual_seed(0)
-    build_student(processor).save_pretrained(tmp_path / "model")
+    build_mllama(processor).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
     lines = []

@@ -59,9 +59,11 @@ class AlignmentCollator:
             for index, (picture, messages) in enumerate(zip(pictures, conversations, strict=True))
         ]
         sizes = [(picture.height, picture.width) for picture in pictures]
-        boxes = self._adapter.image_boxes(batch, sizes)
+        keys = self._adapter.image_keys(batch)
+        boxes = self._adapter.image_boxes(batch, sizes, self._processor)
         targets = [torch.stack([target for _, target in own]) if own else None for own in words]
         batch["alignment"] = row_tensors([[rows for rows, _ in own] for own in words]) | {"boxes": boxes}
+        batch["alignment"] |= {"keys": keys} if keys is not None else {}
         batch["alignment"]["targets"] = _pad_targets(targets, batch["alignment"]["present"], self._store.grid)
         return batch
 

@@ -93,11 +93,12 @@ def _batch(model, processor, adapter, locator, layers, readings: Sequence[Readin
         for index, reading in enumerate(readings)
     ]  # fmt: skip
     tensors = row_tensors([[rows for _, rows in own] for own in located])
-    request = AttentionRequest(tensors["rows"].to(model.device), layers)
+    request = AttentionRequest(tensors["rows"].to(model.device), layers, adapter.image_keys(inputs))
     model(**inputs, attention_request=request)
     rows = request.stacked()
     sizes = [(reading.image.height, reading.image.width) for reading in readings]
-    attention = to_grid(word_attention(rows, tensors["shares"].to(rows)), adapter.image_boxes(inputs, sizes), grid)
+    boxes = adapter.image_boxes(inputs, sizes, processor)
+    attention = to_grid(word_attention(rows, tensors["shares"].to(rows)), boxes, grid)
     maps = to_heat(attention.mean(dim=(0, 2)).float().cpu())
     return [
         WordMaps(

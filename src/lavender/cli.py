@@ -63,6 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--maps", type=Path, default=None, help="map store of that data")
     evaluate.add_argument("--limit", type=int, default=64, help="samples to look at (default: %(default)s)")
 
+    study = verbs.add_parser("study", help="does it work, and why? A study of the built-in world, over seeds")
+    study.add_argument("name", help="main, teacher-controls, pooling, entropy or scaling")
+    study.add_argument("--out", type=Path, default=Path("lavender-studies"), help="folder (default: %(default)s)")
+    study.add_argument("--quick", action="store_true", help="smaller, one seed, on development scenes; not a result")
+    study.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 1 2 3; with --quick 100")
+    study.add_argument("--split", choices=("development", "sealed"), default=None,
+                       help="scenes of the scores; default: sealed, with --quick development")  # fmt: skip
+    study.add_argument("--jobs", type=int, default=None, help="runs side by side, one core each; default: all cores")
+    study.add_argument("--json", action="store_true", help="print results.json instead of the page")
+
     report = verbs.add_parser("report", help="one HTML page of a run")
     report.add_argument("run", type=Path, help="run folder; what `lavender eval` found is shown if it was run")
     report.add_argument("--out", type=Path, default=None, help="default: RUN/report.html")
@@ -193,6 +203,21 @@ def _eval(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _study(options: argparse.Namespace) -> int:
+    from lavender.studies.registry import Scale, run_study
+
+    seeds = tuple(options.seeds) if options.seeds else None
+    scale = Scale.of(options.quick, options.split, seeds)
+    said = ["lavender", "study", options.name, *(["--quick"] if options.quick else [])]
+    said += ["--seeds", *map(str, seeds)] if seeds else []
+    said += ["--split", options.split] if options.split else []
+    results = run_study(options.name, options.out, scale, options.jobs or os.cpu_count() or 1, " ".join(said))
+    folder = options.out / options.name
+    print(json.dumps(results, indent=1) if options.json else (folder / "page.md").read_text())
+    print(f"written: {folder / 'page.md'}, results.json, plot.png", file=sys.stderr)
+    return DONE
+
+
 def _report(options: argparse.Namespace) -> int:
     from lavender.judgement import report_run
 
@@ -208,7 +233,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "demo": _demo, "extract": _extract, "train": _train, "eval": _eval, "report": _report, "inspect": _inspect,
+    "demo": _demo, "extract": _extract, "train": _train, "eval": _eval, "study": _study, "report": _report,
+    "inspect": _inspect,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ from lavender.errors import ConfigError
 
 MODES = ("noise", "ddim")
 POOLINGS = ("layer-mean", "learn")
+MATCHES = ("label", "exact")
 PARTS_OF_SPEECH = ("noun", "adjective", "verb", "other")
 
 Mode = Literal["noise", "ddim"]
 Pooling = Literal["layer-mean", "learn"]
+Match = Literal["label", "exact"]
 T = TypeVar("T")
 
 
@@ -69,13 +71,16 @@ class AlignmentConfig:
         align_weight: the paper's λ, on the mean over cells and matched words; 0 is plain fine-tuning.
         pooling: "layer-mean" sends each layer's heads through the Aligner and averages over layers;
             "learn" does the same with new query and key projections beside the pretrained ones (Eq. 15–16).
-        layers: indices of the decoder layers to align, or None for all cross-attention layers.
+        match: "label" aligns every word of the answer that has a map; "exact" (the paper's) only those that the
+            student predicts at that moment: where it is about to say something else, its attention is left alone.
+        layers: indices of the decoder layers to align, or None for all that see the picture.
         aligner_width: channels of the Aligner's hidden convolutions, d_h.
         min_coverage: training stops before the first step if a smaller share of samples has maps.
     """
 
     align_weight: float = 10.0
     pooling: Pooling = "layer-mean"
+    match: Match = "label"
     layers: tuple[int, ...] | None = None
     aligner_width: int = 32
     min_coverage: float = 0.5
@@ -84,6 +89,7 @@ class AlignmentConfig:
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
         _one_of("pooling", self.pooling, POOLINGS)
+        _one_of("match", self.match, MATCHES)
         _between("align_weight", self.align_weight, 0, 1e9)
         _whole("aligner_width", self.aligner_width, 1, 4096)
         _between("min_coverage", self.min_coverage, 0, 1)
@@ -122,3 +128,4 @@ def _whole(name: str, value: float, low: int, high: int) -> None:
 
 assert get_args(Mode) == MODES
 assert get_args(Pooling) == POOLINGS
+assert get_args(Match) == MATCHES

@@ -28,9 +28,9 @@ from lavender.extraction import extract
 from lavender.report import Curve, Report, Table, draw_figure, write_report
 from lavender.world import STUDENT_PATH, TEACHER_PATH
 from lavender.world.judging import job_of, judge_teacher, reading_of, score_student
-from lavender.world.language import caption_scene
+from lavender.world.language import caption_scene, write_scenes
 from lavender.world.scenes import Scene, Split, scenes
-from lavender.world.student_training import CAPTION_PROMPT
+from lavender.world.student_models import CAPTION_PROMPT
 
 NUM_TRAINING, NUM_HELD_OUT, NUM_PANELS = 800, 200, 6
 GRID = (16, 16)  # the built-in teacher's finest layer; a user's default is the paper's 32 × 32
@@ -97,16 +97,6 @@ class Stopwatch:
         yield
         self.seconds[stage] = round(time.monotonic() - began, 1)
         print(f"{stage}: {self.seconds[stage]:.0f} s", flush=True)
-
-
-def write_scenes(folder: Path, drawn: Sequence[Scene]) -> None:
-    """Scenes with captions as an image folder: `metadata.jsonl` and PNG files, as a user's own would be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "metadata.jsonl").open("w") as lines:
-        for scene in drawn:
-            name = f"{scene.seed}.png"
-            scene.image.save(folder / name)
-            lines.write(json.dumps({"file_name": name, "text": caption_scene(scene).text}) + "\n")
 
 
 def train_arms(out: Path) -> None:

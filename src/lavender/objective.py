@@ -23,7 +23,7 @@ from lavender.errors import CaptureError, ConfigError
 from lavender.losses import per_word_loss
 from lavender.pooling import to_grid, word_attention
 from lavender.vlm import parallel
-from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, install, set_kernel
+from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, install, select_rows, set_kernel
 from lavender.vlm.registry import adapter_for
 
 HEAD_NAME = "alignment_head"
@@ -38,15 +38,36 @@ class AlignmentRequest(AttentionRequest):
         layers: decoder layers to capture.
         tensors: `rows` long (sample, row); `shares` float (sample, word, row), 1/n at a word's n rows;
             `boxes` float (sample, key, 4); `targets` float (sample, word, rows, cols), heat maps;
+            `keys` long (sample, key), if the picture's keys are part of a longer sequence;
             `present` bool (sample, word), False where a sample has fewer words than the batch's most.
+
+    Attributes:
+        matched: bool (sample, word), the words that count in the loss; known after the forward pass.
     """
 
     learned = True
 
     def __init__(self, layers: tuple[int, ...], tensors: dict[str, Tensor]):
-        super().__init__(tensors["rows"], layers)
+        super().__init__(tensors["rows"], layers, tensors.get("keys"))
         self.shares, self.boxes = tensors["shares"], tensors["boxes"]
         self.targets, self.present = tensors["targets"], tensors["present"]
+        self.matched = self.present
+
+    def match_predicted(self, output: ModelOutput, input_ids: Tensor) -> None:
+        """Keep the words whose every token is the model's first choice (the paper's exact match)."""
+        if "is_top1" in output:  # TRL's fused head, which makes no logits; one entry less than tokens
+            hits_BT = output["is_top1"].bool()
+            hits_BR = hits_BT.gather(1, self.rows_BR.clamp_max(hits_BT.shape[1] - 1))
+        elif output.get("logits") is not None:
+            chosen_BR = select_rows(output["logits"].detach()[:, None], self.rows_BR)[:, 0].argmax(dim=-1)
+            hits_BR = chosen_BR == input_ids.gather(1, (self.rows_BR + 1).clamp_max(input_ids.shape[1] - 1))
+        else:
+            raise ConfigError(
+                f"match='exact' with a model output that has {list(output)}", "the model's predictions",
+                "set match='label', or switch off the fused loss that hides them",
+            )  # fmt: skip
+        missed_BW = ((self.shares > 0) & ~hits_BR[:, None]).any(dim=-1)
+        self.matched = self.present & ~missed_BW
 
 
 class AlignmentHead(nn.Module):
@@ -54,16 +75,17 @@ class AlignmentHead(nn.Module):
 
     def __init__(self, num_heads: int, layers: tuple[int, ...], config: AlignmentConfig):
         super().__init__()
-        self.layers = layers
+        self.layers, self.match = layers, config.match
         self.aligner = Aligner(num_heads, config.aligner_width)
         self.undo: Callable[[], None] = lambda: None
 
     def forward(self, request: AlignmentRequest) -> Tensor:
-        """Sum over the batch's words of ‖Aligner(A) − A_DM‖² (Eq. 9, a mean over cells): a scalar."""
+        """Sum over the batch's matched words of ‖Aligner(A) − A_DM‖² (Eq. 9, a mean over cells): a scalar."""
         if not request.present.any():
             # no word: zero, yet attached to the Aligner, so that every process has the same parameters in use
             return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0.0
-        return per_word_loss(self.maps(request), request.targets[request.present]).sum()
+        losses = per_word_loss(self.maps(request), request.targets[request.present])
+        return (losses * request.matched[request.present]).sum()
 
     def maps(self, request: AlignmentRequest) -> Tensor:
         """The student's map of each present word, (word, rows, cols) in [0, 1]: mean over layers."""
@@ -135,5 +157,8 @@ def _add_attention_loss(
     request = kwargs.get("attention_request")
     if not isinstance(request, AlignmentRequest):
         return None
-    loss = model.get_submodule(HEAD_NAME)(request)
+    head = cast(AlignmentHead, model.get_submodule(HEAD_NAME))
+    if head.match == "exact":
+        request.match_predicted(output, kwargs["input_ids"])
+    loss = head(request)
     return _with_attention_loss(type(output))(**output, attention_loss=loss)

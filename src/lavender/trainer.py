@@ -38,12 +38,15 @@ class LavenderConfig(SFTConfig):
 
     Attributes:
         maps: folder of the map store that `lavender extract` wrote.
-        pooling, layers, aligner_width, align_weight, min_coverage: as in AlignmentConfig.
+        pooling, match, layers, aligner_width, align_weight, min_coverage: as in AlignmentConfig.
     """
 
     maps: str | None = field(default=None, metadata={"help": "Folder of the map store."})
     align_weight: float = field(default=AlignmentConfig.align_weight, metadata={"help": "λ; 0 is plain fine-tuning."})
     pooling: str = field(default=AlignmentConfig.pooling, metadata={"help": "layer-mean or learn."})
+    match: str = field(
+        default=AlignmentConfig.match, metadata={"help": "label: all words; exact: those the student predicts."}
+    )
     layers: list[int] | None = field(default=None, metadata={"help": "Decoder layers to align; all by default."})
     aligner_width: int = field(default=AlignmentConfig.aligner_width, metadata={"help": "Channels of the Aligner."})
     min_coverage: float = field(
@@ -109,7 +112,7 @@ class AlignmentMixin(_TrainerLike):
         attention_loss = self._normalise(seen[0].attention_loss, request, model.training, num_items_in_batch)
         mode = "train" if model.training else "eval"
         for name, value in (
-            ("vlm_loss", plain_loss), ("attention_loss", attention_loss), ("matched_words", request.present.sum()),
+            ("vlm_loss", plain_loss), ("attention_loss", attention_loss), ("matched_words", request.matched.sum()),
         ):  # fmt: skip
             self._alignment_metrics[f"{mode}/{name}"].append(value.detach())
         # without alignment nothing is added, not even 0 times something: that would reorder sums of gradients

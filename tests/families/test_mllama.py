@@ -9,7 +9,8 @@ import torch
 from transformers import MllamaForConditionalGeneration, MllamaImageProcessorPil, MllamaProcessor
 from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
-from families.contract import Contract, Family, batch_of, parameters_zeroed, picture, reading
+from families.contract import Contract
+from families.geometry import Family, batch_of, parameters_zeroed, picture, reading
 from lavender.attention import capturing
 from lavender.errors import CaptureError, DataError, UnsupportedModelError
 from lavender.vlm.capture import AttentionRequest
@@ -109,10 +110,11 @@ class TestMllama(Contract):
         layers = adapter_for(model.config).usable_layers()
         assert layers == (1, 3)
         request = AttentionRequest(torch.tensor([[30]] * 3), layers)
+        assert adapter_for(model.config).image_keys(batch) is None
         with torch.no_grad(), capturing(model):
             model(**batch, attention_request=request)
         assert request.stacked().shape == (2, 3, 8, 1, MAX_TILES * (1 + SIDE * SIDE))
-        boxes = adapter_for(model.config).image_boxes(batch, list(SIZES)[:3])
+        boxes = adapter_for(model.config).image_boxes(batch, list(SIZES)[:3], family.processor)
         assert boxes.shape == (3, MAX_TILES * 65, 4)
         for sample, num_tiles in enumerate((4, 2, 3)):
             rows_LHK = request.stacked()[:, sample, :, 0].unflatten(-1, (MAX_TILES, 65))
@@ -144,7 +146,7 @@ class TestMllama(Contract):
     def test_two_pictures_in_a_sample_are_refused(self, family, model):
         adapter = adapter_for(model.config)
         with pytest.raises(DataError, match="Got 2 pictures in one sample"):
-            adapter.image_boxes({"aspect_ratio_ids": torch.tensor([[1, 2]])}, [(64, 64)])
+            adapter.image_boxes({"aspect_ratio_ids": torch.tensor([[1, 2]])}, [(64, 64)], family.processor)
 
     @torch.no_grad()
     def test_a_batch_without_its_mask_is_refused(self, family, model):
@@ -164,7 +166,9 @@ class TestMllama(Contract):
             request.stacked()
 
     def test_an_unknown_family_is_refused(self, model):
-        with pytest.raises(UnsupportedModelError, match="Got a model of type 'llama'. Expected one of \\['mllama'"):
+        with pytest.raises(
+            UnsupportedModelError, match="Got a model of type 'llama'. Expected one of \\['llava', 'mllama'\\]"
+        ):
             adapter_for(type("Config", (), {"model_type": "llama"})())
 
     def test_what_people_read(self, model):

@@ -23,7 +23,7 @@ from lavender.objective import TRAINED_PARTS, attach
 from lavender.store import MapStore
 from lavender.trainer import LavenderConfig, LavenderTrainer, export
 from lavender.words import content_words
-from lavender.world.student_training import conversation
+from lavender.world.student_models import conversation
 
 KINDS = ["full", "lora", "learn"]
 LOSSES = ("loss", "vlm_loss", "attention_loss", "matched_words")

@@ -19,7 +19,7 @@ from lavender.extraction import extract
 from lavender.images import image_id
 from lavender.maps import Dropped
 from lavender.store import MapStore
-from lavender.world.student_training import conversation
+from lavender.world.student_models import conversation
 
 CONFIG = ExtractionConfig(grid=(11, 13), batch_size=2)
 

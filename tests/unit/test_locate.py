@@ -14,7 +14,7 @@ from lavender.errors import DataError
 from lavender.locate import WordLocator, text_of
 from lavender.vlm.registry import adapter_for
 from lavender.words import words_of
-from lavender.world.student_training import CHAT_TEMPLATE, conversation
+from lavender.world.student_models import MLLAMA_TEMPLATE, conversation
 
 PROMPT = "is a dog here, a dog?"
 ANSWER = "a watering can near a crocodile"
@@ -131,8 +131,8 @@ def test_several_turns(processor, locator):
 def stripping(processor):
     """A processor whose template strips texts, as Llama-3.2-Vision's does."""
     other = copy.copy(processor)
-    other.chat_template = CHAT_TEMPLATE.replace("part['text'] }}", "part['text'] | trim }}")
-    assert other.chat_template != CHAT_TEMPLATE
+    other.chat_template = MLLAMA_TEMPLATE.replace("part['text'] }}", "part['text'] | trim }}")
+    assert other.chat_template != MLLAMA_TEMPLATE
     return other
 
 
@@ -149,7 +149,7 @@ def test_templates_that_strip(processor, adapter, answer):
 
 def test_a_template_that_changes_the_answer_is_refused(processor, adapter):
     shouting = copy.copy(processor)
-    shouting.chat_template = CHAT_TEMPLATE.replace("part['text'] }}", "part['text'] | upper }}")
+    shouting.chat_template = MLLAMA_TEMPLATE.replace("part['text'] }}", "part['text'] | upper }}")
     messages = conversation("hm?", "a dog")
     ids, mask = encode(shouting, [messages])
     with pytest.raises(DataError, match="Got a chat template that does not print the answer 'a dog'"):

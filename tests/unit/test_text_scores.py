@@ -10,7 +10,7 @@ from lavender.evaluation.text import exact_match, exact_set, generate_answers, n
 from lavender.world.language import caption_scene
 from lavender.world.scenes import scenes
 from lavender.world.sprites import NAMES
-from lavender.world.student_training import CAPTION_PROMPT, build_processor, build_student
+from lavender.world.student_models import CAPTION_PROMPT, build_mllama, build_mllama_processor
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_unpaired_answers_are_refused():
 @pytest.fixture(scope="module")
 def student():
     texts = [caption_scene(scene, variant).text for scene in scenes("development", 7) for variant in range(3)]
-    processor = build_processor([*texts, CAPTION_PROMPT], vocabulary=307)
+    processor = build_mllama_processor([*texts, CAPTION_PROMPT], vocabulary=307)
     torch.manual_seed(0)
-    model = build_student(processor)
+    model = build_mllama(processor)
     for parameter in model.parameters():  # far from zero, so that answers depend on picture and prompt
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavender.errors import DataError
-from lavender.maps import entropy
+from lavender.maps import entropy, to_distribution
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """Candidate thresholds, each a share of the map's maximum: 0.05, 0.10, … 0.95."""
@@ -111,6 +111,18 @@ def pointing(map: Tensor, mask: np.ndarray | Tensor) -> bool:
 def iou(map: Tensor, mask: np.ndarray | Tensor, threshold: float) -> float:
     """Intersection over union of the mask and the pixels with at least `threshold` × the map's maximum."""
     return float(_rank(map, mask).ious((threshold,))[0])
+
+
+def kl_from_mask(map: Tensor, mask: np.ndarray | Tensor, floor: float = 1e-4) -> float:
+    """KL(mask ‖ map) in nats on the grid of `ENTROPY_GRID`, both as distributions: how little a map expects the truth.
+
+    The map is mixed with a share of `floor` of the uniform distribution, so that a cell without any heat costs
+    much and not infinitely much. A uniform map scores the log of 1 / the mask's share (about).
+    """
+    truth = to_distribution(F.adaptive_avg_pool2d(torch.as_tensor(mask).double()[None, None], ENTROPY_GRID)[0, 0])
+    found = to_distribution(resize_map(map, ENTROPY_GRID).double())
+    found = (1 - floor) * found + floor / found.numel()
+    return float(torch.where(truth > 0, truth * (truth.clamp_min(1e-30) / found).log(), 0.0).sum())
 
 
 def average_precision(map: Tensor, mask: np.ndarray | Tensor) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.errors import ConfigError
 
@@ -30,12 +30,22 @@ class VlmAdapter(ABC):
         """The attention module of a usable layer."""
 
     @abstractmethod
-    def image_boxes(self, inputs: Mapping[str, Tensor], image_sizes: list[tuple[int, int]]) -> Tensor:
+    def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Which of a layer's keys are the picture's: long (sample, key), positions in the sequence.
+
+        None where a layer attends to the picture alone (cross-attention): then all keys are.
+        """
+
+    @abstractmethod
+    def image_boxes(
+        self, inputs: Mapping[str, Tensor], image_sizes: list[tuple[int, int]], processor: ProcessorMixin
+    ) -> Tensor:
         """Boxes of the image keys in each sample's picture (see `lavender.grids`): float (sample, key, 4).
 
         Args:
             inputs: what the processor made of the batch; one picture a sample.
             image_sizes: (height, width) of the pictures, pixels, before the processor.
+            processor: the model's; its settings may decide what part of a picture is seen.
         """
 
     @abstractmethod

@@ -33,14 +33,17 @@ class AttentionRequest:
     Attributes:
         rows_BR: long (sample, row), the query positions; padded with 0.
         layers: indices of decoder layers.
-        rows: layer → attention (sample, head, row, key), over all keys.
+        keys_BK: long (sample, key), the picture's keys in the sequence of a self-attending layer; None
+            where a layer attends to the picture alone.
+        rows: layer → attention (sample, head, row, key): softmax over all of the layer's keys, of which
+            the picture's are kept.
         learned: whether a layer's parallel projections, where it has them, answer instead of the layer.
     """
 
     learned: ClassVar[bool] = False
 
-    def __init__(self, rows_BR: Tensor, layers: Sequence[int]):
-        self.rows_BR, self.layers = rows_BR, tuple(layers)
+    def __init__(self, rows_BR: Tensor, layers: Sequence[int], keys_BK: Tensor | None = None):
+        self.rows_BR, self.layers, self.keys_BK = rows_BR, tuple(layers), keys_BK
         self.rows: dict[int, Tensor] = {}
 
     def answered_by_parallel(self, module: nn.Module) -> bool:
@@ -59,15 +62,26 @@ class AttentionRequest:
         Checkpointing runs the layer again during backward. Then the same must be computed again, but
         the first capture is kept: it is the one in the graph.
         """
-        if mask is None:
+        layer = cast(int, module.layer_idx)
+        mask = self._mask_of_rows(mask, layer, query_BHRD.shape[0], key_BGKD.shape[2])
+        rows = attention_rows(query_BHRD, key_BGKD, mask, scaling)
+        if self.keys_BK is not None:
+            index = self.keys_BK.to(rows.device)[:, None, None]
+            rows = rows.gather(3, index.expand(-1, *rows.shape[1:3], -1))
+        self.rows.setdefault(layer, rows)
+
+    def _mask_of_rows(self, mask: Tensor | None, layer: int, samples: int, keys: int) -> Tensor:
+        """The wanted rows of a layer's mask: (sample, 1, row, key)."""
+        if mask is not None:
+            return select_rows(mask.expand(samples, -1, -1, -1), self.rows_BR)[..., :keys]
+        if self.keys_BK is None:
             raise CaptureError(
-                f"no attention mask in layer {module.layer_idx}",
+                f"no attention mask in layer {layer}",
                 "the mask the processor makes (cross_attention_mask for Mllama)",
                 "pass everything the processor returns to the model",
             )
-        mask = select_rows(mask.expand(query_BHRD.shape[0], -1, -1, -1), self.rows_BR)[..., : key_BGKD.shape[2]]
-        layer = cast(int, module.layer_idx)
-        self.rows.setdefault(layer, attention_rows(query_BHRD, key_BGKD, mask, scaling))
+        # a self-attending layer whose batch has no padding: the kernel was told "causal" instead
+        return torch.arange(keys, device=self.rows_BR.device) <= self.rows_BR[:, None, :, None]
 
     def stacked(self) -> Tensor:
         """All layers' rows: (layer, sample, head, row, key). Raises CaptureError if one is missing."""
@@ -90,7 +104,9 @@ def attention_rows(query_BHRD: Tensor, key_BGKD: Tensor, mask: Tensor | None, sc
     query = query_BHRD.unflatten(1, (groups, heads // groups))
     scores = torch.einsum("bgsrd,bgkd->bgsrk", query.float(), key_BGKD.float()).flatten(1, 2) * scaling
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+        # the least number and not -inf: a row of padding sees nothing, and must not become NaN
+        least = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask.float()
     return scores.softmax(dim=-1)
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.models.mllama.image_processing_pil_mllama import get_image_size_fit_to_canvas
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
@@ -36,7 +36,12 @@ class MllamaAdapter(VlmAdapter):
     def image_token_id(self) -> int:
         return self.config.image_token_index
 
-    def image_boxes(self, inputs: Mapping[str, Tensor], image_sizes: list[tuple[int, int]]) -> Tensor:
+    def image_keys(self, inputs: Mapping[str, Tensor]) -> None:
+        return None
+
+    def image_boxes(
+        self, inputs: Mapping[str, Tensor], image_sizes: list[tuple[int, int]], processor: ProcessorMixin
+    ) -> Tensor:
         if inputs["aspect_ratio_ids"].shape[1] != 1:
             raise DataError(
                 f"{inputs['aspect_ratio_ids'].shape[1]} pictures in one sample", "one picture a sample", "split it"

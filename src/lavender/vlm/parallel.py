@@ -6,48 +6,66 @@ sharded training keeps them with their layer, and are removed on export.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import rotate_half
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, select_rows
 
 
 class ParallelProjections(nn.Module):
-    """W′_Q and W′_K of one layer, started as copies of its own. The layer's head norms are reused."""
+    """W′_Q and W′_K of one layer, started as copies of its own, without bias."""
 
-    def __init__(self, attention: MllamaTextCrossAttention):
+    def __init__(self, attention: nn.Module):
         super().__init__()
-        self.query = nn.Linear(attention.q_proj.in_features, attention.q_proj.out_features, bias=False)
-        self.key = nn.Linear(attention.k_proj.in_features, attention.k_proj.out_features, bias=False)
+        own_query, own_key = cast(nn.Linear, attention.q_proj), cast(nn.Linear, attention.k_proj)
+        self.query = nn.Linear(own_query.in_features, own_query.out_features, bias=False)
+        self.key = nn.Linear(own_key.in_features, own_key.out_features, bias=False)
         with torch.no_grad():
-            self.query.weight.copy_(attention.q_proj.weight)
-            self.key.weight.copy_(attention.k_proj.weight)
-        self.to(attention.q_proj.weight.dtype)
+            self.query.weight.copy_(own_query.weight)
+            self.key.weight.copy_(own_key.weight)
+        self.to(own_query.weight.dtype)
 
-    def forward(self, attention: MllamaTextCrossAttention, hidden: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, context: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Queries (sample, head, row, width) of selected rows and keys (sample, group, key, width).
 
         Args:
             hidden: (sample, row, hidden size).
-            image: cross-attention states; the model keeps tiles in the first axis, so any leading shape.
+            context: what keys are made of; Mllama keeps tiles in the first axis, so any leading shape.
+            width: of a head.
         """
-        samples, width = hidden.shape[0], attention.head_dim
         query = self.query(hidden).unflatten(-1, (-1, width)).transpose(1, 2)
-        key = self.key(image).reshape(samples, -1, attention.num_key_value_heads, width).transpose(1, 2)
-        return attention.q_norm(query), attention.k_norm(key)
+        key = self.key(context).reshape(hidden.shape[0], -1, self.key.out_features // width, width).transpose(1, 2)
+        return query, key
 
 
-def attach(attention: MllamaTextCrossAttention) -> torch.utils.hooks.RemovableHandle:
-    """Give a cross-attention module its parallel projections; each forward with a request captures them."""
+def attach(attention: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    """Give an attention module its parallel projections; each forward with a request captures them."""
     attention.add_module(PARALLEL_NAME, ParallelProjections(attention))
     return attention.register_forward_pre_hook(_capture, with_kwargs=True)
 
 
-def _capture(attention: MllamaTextCrossAttention, args: tuple, kwargs: dict) -> None:
+def _capture(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     request: AttentionRequest | None = kwargs.get("attention_request")
     if request is None or attention.layer_idx not in request.layers or not request.answered_by_parallel(attention):
         return
-    hidden = select_rows(kwargs["hidden_states"][:, None], request.rows_BR)[:, 0]
-    query, key = attention.get_submodule(PARALLEL_NAME)(attention, hidden, kwargs["cross_attention_states"])
+    states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    hidden = select_rows(states[:, None], request.rows_BR)[:, 0]
+    project = attention.get_submodule(PARALLEL_NAME)
+    if isinstance(attention, MllamaTextCrossAttention):  # the layer's head norms are reused
+        query, key = project(hidden, kwargs["cross_attention_states"], attention.head_dim)
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    else:
+        query, key = project(hidden, states, attention.head_dim)
+        cos, sin = (table.expand(len(states), -1, -1)[:, None] for table in kwargs["position_embeddings"])
+        query = _rotated(query, *(select_rows(table, request.rows_BR) for table in (cos, sin)))
+        key = _rotated(key, cos, sin)
     request.capture_rows(attention, query, key, kwargs["attention_mask"], attention.scaling)
+
+
+def _rotated(states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, its tables (sample, 1, token, width)."""
+    return states_BHTD * cos + rotate_half(states_BHTD) * sin

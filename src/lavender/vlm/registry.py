@@ -6,9 +6,10 @@ from typing import Any
 
 from lavender.errors import UnsupportedModelError
 from lavender.vlm.base import VlmAdapter
+from lavender.vlm.llava import LlavaAdapter
 from lavender.vlm.mllama import MllamaAdapter
 
-FAMILIES: dict[str, type[VlmAdapter]] = {family.model_type: family for family in (MllamaAdapter,)}
+FAMILIES: dict[str, type[VlmAdapter]] = {family.model_type: family for family in (LlavaAdapter, MllamaAdapter)}
 
 
 def adapter_for(config: Any) -> VlmAdapter:

@@ -6,4 +6,5 @@ from pathlib import Path
 
 WEIGHTS_PATH = Path(__file__).parent / "weights"
 TEACHER_PATH = WEIGHTS_PATH / "teacher"
-STUDENT_PATH = WEIGHTS_PATH / "student_mllama"
+STUDENT_PATHS = {family: WEIGHTS_PATH / f"student_{family}" for family in ("mllama", "llava")}
+STUDENT_PATH = STUDENT_PATHS["mllama"]

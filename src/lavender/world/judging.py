@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lavender.attention import Reading, student_maps
-from lavender.comparison import Observed
+from lavender.comparison import Observed, answer_nll
 from lavender.config import ExtractionConfig
 from lavender.diffusion.teacher import Job, Teacher
-from lavender.evaluation.maps import JudgedMap, best_threshold, score_maps
+from lavender.evaluation.maps import (
+    ENTROPY_GRID,
+    JudgedMap,
+    best_threshold,
+    kl_from_mask,
+    resize_map,
+    score_maps,
+)
 from lavender.evaluation.text import exact_set, generate_answers, names_said, object_f1
 from lavender.images import image_id
-from lavender.maps import WordMaps
+from lavender.maps import WordMaps, entropy
 from lavender.run import load_run
 from lavender.words import content_words
 from lavender.world.language import Caption, caption_scene
 from lavender.world.scenes import Scene
 from lavender.world.sprites import NAMES
-from lavender.world.student_training import CAPTION_PROMPT
+from lavender.world.student_models import CAPTION_PROMPT
 
 
 def judge(scene: Scene, caption: Caption, maps: WordMaps) -> list[JudgedMap]:
@@ -52,7 +60,12 @@ def judge_teacher(teacher: Teacher, scenes: Sequence[Scene]) -> list[JudgedMap]:
 
 
 def score_student(path: Path, held_out: Mapping[str, list[Scene]]) -> tuple[dict[str, Any], Observed]:
-    """Object F1 of greedy captions in and out of domain; pointing and entropy of attention, before any Aligner."""
+    """How well a student names things and where it looks.
+
+    Captions: object F1 of each domain's greedy captions and, in domain, the share of exact sets.
+    `held_out_loss`: nats a token of the true captions. Attention, pooled before any Aligner: pointing, with
+    another word's map as control; entropy; KL from the things' true masks.
+    """
     model, processor = load_run(path)
     scores: dict[str, Any] = {}
     answers: dict[str, list[str]] = {}
@@ -65,11 +78,22 @@ def score_student(path: Path, held_out: Mapping[str, list[Scene]]) -> tuple[dict
         scores[domain] = object_f1(said, present)
         scores[f"{domain}_exact_set"] = exact_set(said, present)
     drawn = held_out["in_domain"]
-    maps = student_maps(model, processor, [reading_of(scene) for scene in drawn], batch_size=50)
+    readings = [reading_of(scene) for scene in drawn]
+    scores["held_out_loss"] = answer_nll(model, processor, readings, batch_size=50)
+    maps = student_maps(model, processor, readings, batch_size=50)
     judged = [one for scene, own in zip(drawn, maps, strict=True) for one in judge(scene, caption_scene(scene), own)]
+    return scores | score_attention(judged), Observed(answers["in_domain"], maps, {})
+
+
+def score_attention(judged: Sequence[JudgedMap]) -> dict[str, Any]:
+    """Where maps look: pointing and its controls, entropy (also of every map), KL from the true masks."""
     found = score_maps(judged, best_threshold(judged)[0])
-    scores |= {"pointing": found.pointing, "entropy": found.entropy, "wrong_word_pointing": found.wrong_word_pointing}
-    return scores, Observed(answers["in_domain"], maps, {})
+    entropies = [round(entropy(resize_map(one.map, ENTROPY_GRID)).item(), 4) for one in judged]
+    return {
+        "pointing": found.pointing, "entropy": found.entropy, "wrong_word_pointing": found.wrong_word_pointing,
+        "uniform_pointing": found.uniform_pointing, "centre_pointing": found.centre_pointing,
+        "mask_kl": fmean(kl_from_mask(one.map, one.mask) for one in judged), "entropies": entropies,
+    }  # fmt: skip
 
 
 def reading_of(scene: Scene) -> Reading:

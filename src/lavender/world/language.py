@@ -7,7 +7,10 @@ relations, connectives, order and endings all vary: only a noun's own tokens car
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -80,6 +83,16 @@ def ask_about(scene: Scene, variant: int = 0) -> list[Question]:
     else:
         questions.append(Question("only", "what is it?", thing.name, thing.name))
     return questions
+
+
+def write_scenes(folder: Path, drawn: Sequence[Scene]) -> None:
+    """Scenes with captions as an image folder: `metadata.jsonl` and PNG files, as a user's own would be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metadata.jsonl").open("w") as lines:
+        for scene in drawn:
+            name = f"{scene.seed}.png"
+            scene.image.save(folder / name)
+            lines.write(json.dumps({"file_name": name, "text": caption_scene(scene).text}) + "\n")
 
 
 def _around(rng: np.random.Generator, thing: Thing) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -19,7 +19,9 @@ from scipy.ndimage import binary_fill_holes, zoom
 
 from lavender.world.sprites import NAMES, Hand, share_of_box, sprite
 
-Style = Literal["plain", "openmoji", "outline"]
+Style = Literal["plain", "openmoji", "outline", "photograph"]
+"""Hand and background: plain is Twemoji on textures, photograph the same drawings on photographs; the other
+two are OpenMoji's hand, in colour and as an outline, on photographs."""
 Split = Literal["teacher", "pretrain", "finetune", "development", "sealed"]
 
 SPLITS: dict[Split, range] = {
@@ -98,8 +100,8 @@ def scenes(split: Split, count: int, style: Style = "plain", start: int = 0) -> 
 def draw_scene(seed: int, style: Style = "plain") -> Scene:
     """Draw the scene of a seed. Style decides the hand and the background, never the layout rules."""
     split_of(seed)
-    hand: Hand = "twemoji" if style == "plain" else style
-    rng = np.random.default_rng([seed, ("plain", "openmoji", "outline").index(style)])
+    hand: Hand = "twemoji" if style in ("plain", "photograph") else style
+    rng = np.random.default_rng([seed, get_args(Style).index(style)])
     height, width = SHORT_SIDE, int(rng.choice(LONG_SIDES))
     if rng.random() < 0.5:
         height, width = width, height

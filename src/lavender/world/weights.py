@@ -25,7 +25,10 @@ from lavender.world.student_training import train_student
 from lavender.world.teacher_training import train_teacher
 
 TEACHER: dict[str, Any] = {"steps": 4000, "vae_steps": 800, "num_scenes": 16_000, "batch": 32, "seed": 0}
-STUDENT: dict[str, Any] = {"vision_steps": 3000, "steps": 700, "num_scenes": 20_000, "batch": 32, "seed": 0}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "mllama": {"vision_steps": 3000, "steps": 700, "num_scenes": 20_000, "batch": 32, "seed": 0},
+    "llava": {"vision_steps": 3000, "steps": 600, "num_scenes": 20_000, "batch": 32, "seed": 0},
+}
 NUM_SCORED = 300
 
 TEACHER_CARD = """# The built-in world's teacher
@@ -41,11 +44,19 @@ Two things differ from a plain recipe: captions vary around their nouns, and in 
 tokens that are not part of a name (see `lavender/world/teacher_training.py` for why).
 
 """
-STUDENT_CARD = """# The built-in world's student
+STUDENT_CARDS = {
+    "mllama": """# The built-in world's cross-attending student
 
 An `MllamaForConditionalGeneration` checkpoint with its processor: 3 + 1 vision layers of 96, tiles of 64 pixels (at
 most two), 4 text layers of 128 of which layers 1 and 3 cross-attend.
+""",
+    "llava": """# The built-in world's self-attending student
 
+A `LlavaForConditionalGeneration` checkpoint with its processor: 4 CLIP layers of 96 of which the last is not used,
+pictures squashed to 80 × 80 pixels (100 patches among the text's tokens), 4 Llama layers of 128.
+""",
+}
+STUDENT_CARD = """
 Trained on captions (three samples of four) and questions about Twemoji scenes, after its vision tower had learned which
 names a picture holds. Stopped on purpose with room to improve.
 
@@ -54,7 +65,7 @@ names a picture holds. Stopped on purpose with room to improve.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["all", "teacher", "student"])
+    parser.add_argument("part", choices=["all", "teacher", *STUDENTS])
     parser.add_argument("--out", type=Path, default=WEIGHTS_PATH)
     parser.add_argument("--work", type=Path, default=Path("weights-work"), help="checkpoints and loss curves")
     parser.add_argument("--threads", type=int, default=None)
@@ -64,8 +75,9 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     if arguments.part in ("all", "teacher"):
         make_teacher(arguments.work, arguments.out / "teacher")
-    if arguments.part in ("all", "student"):
-        make_student(arguments.work, arguments.out / "student_mllama")
+    for name in STUDENTS:
+        if arguments.part in ("all", name):
+            make_student(name, arguments.work / name, arguments.out / f"student_{name}")
 
 
 def make_teacher(work: Path, out: Path) -> None:
@@ -79,15 +91,17 @@ def make_teacher(work: Path, out: Path) -> None:
     write_card(out, TEACHER_CARD, TEACHER, [work / "vae.jsonl", work / "teacher.jsonl"], scores)
 
 
-def make_student(work: Path, out: Path) -> None:
+def make_student(name: str, work: Path, out: Path) -> None:
     """Train, store in half precision, score on development scenes, write the card."""
-    train_student(work, out, **STUDENT)
+    train_student(name, work, out, **STUDENTS[name])
     held_out = {
         "in_domain": list(scenes("development", NUM_SCORED)),
         "out_of_domain": list(scenes("development", NUM_SCORED, "openmoji")),
     }
     scores = score_student(out, held_out)[0]
-    write_card(out, STUDENT_CARD, STUDENT, [work / "student_vision.jsonl", work / "student.jsonl"], scores)
+    del scores["entropies"]
+    lead = STUDENT_CARDS[name] + STUDENT_CARD
+    write_card(out, lead, STUDENTS[name], [work / "student_vision.jsonl", work / "student.jsonl"], scores)
 
 
 def to_half(folder: Path) -> None:

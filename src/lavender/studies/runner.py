@@ -1,0 +1,49 @@
+"""Run the cells of a study, side by side and resumable: a finished cell is never run again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lavender.errors import LavenderError
+from lavender.studies.cells import Cell, prepare, result_path, run_cell
+
+
+def run_cells(folder: Path, cells: Iterable[Cell], jobs: int) -> dict[str, dict[str, Any]]:
+    """Cell key → result, from its file or by running it now, `jobs` at a time, one core each.
+
+    Raises:
+        LavenderError: cells that failed, named with the end of their logs; the others' results are kept.
+    """
+    wanted = {cell.key: cell for cell in cells}
+    missing = [cell for cell in wanted.values() if not result_path(folder, cell).is_file()]
+    if missing:
+        _run(folder, missing, jobs)
+    return {cell.key: json.loads(result_path(folder, cell).read_text()) for cell in wanted.values()}
+
+
+def _run(folder: Path, cells: list[Cell], jobs: int) -> None:
+    for cell in tqdm(cells, desc="scenes and maps", unit="arm", leave=False):
+        prepare(folder, cell)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    context, failed = multiprocessing.get_context("spawn"), {}
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        running = {pool.submit(run_cell, folder, cell): cell for cell in cells}
+        for done in tqdm(as_completed(running), total=len(cells), desc="fine-tuning and scoring", unit="run"):
+            error = done.exception()
+            if error is not None:
+                failed[running[done].key] = f"{type(error).__name__}: {error}"
+    if failed:
+        key, reason = next(iter(failed.items()))
+        raise LavenderError(
+            f"{len(failed)} of {len(cells)} runs that failed; the first: {reason}",
+            "runs that end",
+            f"see {folder / 'cells' / key}.log, then start the study again: finished runs are kept",
+        )

@@ -1,0 +1,110 @@
+"""LLaVA-1.5: the picture's patches stand in the text as tokens, and every layer attends to both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from lavender.errors import ConfigError, DataError, UnsupportedModelError
+from lavender.grids import grid_boxes
+from lavender.vlm.base import VlmAdapter
+
+
+class LlavaAdapter(VlmAdapter):
+    """Self-attention keys: a row-major grid of patches at the picture's tokens, no class token.
+
+    What part of a picture is seen is the image processor's choice: LLaVA-1.5's own cuts the longer side
+    off (centre crop); others pad to a square or squash.
+    """
+
+    model_type = "llava"
+
+    def usable_layers(self) -> tuple[int, ...]:
+        return tuple(range(self.config.text_config.num_hidden_layers))
+
+    def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
+        return model.model.language_model.layers[layer].self_attn
+
+    def describe_keys(self) -> str:
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return f"one square of {vision.image_size} px, {side} × {side} patches among the text's tokens"
+
+    def image_token_id(self) -> int:
+        return self.config.image_token_index
+
+    def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        vision = self.config.vision_config
+        expected = (vision.image_size // vision.patch_size) ** 2
+        places = inputs["input_ids"] == self.config.image_token_index
+        counts = places.sum(dim=1).tolist()
+        wrong = sorted(set(counts) - {expected})
+        if self.config.vision_feature_select_strategy != "default":
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy={self.config.vision_feature_select_strategy!r}",
+                "'default', which leaves the class token out", "load a model with that strategy",
+            )  # fmt: skip
+        if wrong:
+            raise DataError(
+                f"{wrong[0]} picture tokens in a sample",
+                f"{expected}: one picture of {vision.image_size} px",
+                "give each sample exactly one picture, and raise max_length (or set it to None) if it cuts pictures",
+            )
+        return places.nonzero()[:, 1].view(len(counts), expected)
+
+    def image_boxes(
+        self, inputs: Mapping[str, Tensor], image_sizes: list[tuple[int, int]], processor: ProcessorMixin
+    ) -> Tensor:
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        frames = [seen_frame(size, processor.image_processor, side * vision.patch_size) for size in image_sizes]
+        return torch.stack([grid_boxes(side, side, frame) for frame in frames]).float()
+
+
+def seen_frame(image_size: tuple[int, int], images: Any, covered: int) -> tuple[float, float, float, float]:
+    """Where in the picture the first `covered` pixels of the model's input lie, as shares: (top, left, bottom, right).
+
+    Follows the image processor's steps (pad to a square, resize, centre crop). An axis of the picture
+    begins at `origin` pixels of the canvas and is `extent` pixels long; a share is (pixel − origin) / extent.
+    """
+    canvas, origin, extent = list(image_size), [0.0, 0.0], [float(side) for side in image_size]
+    if getattr(images, "do_pad", False):
+        if not hasattr(images, "pad_to_square"):
+            raise ConfigError(
+                f"do_pad=True in {type(images).__name__}, which pads at the end", "LLaVA's own image processor",
+                "set do_pad=False, or load LlavaImageProcessor",
+            )  # fmt: skip
+        square = max(image_size)
+        origin = [float((square - side) // 2) for side in image_size]
+        canvas = [square, square]
+    if images.do_resize:
+        resized = _resized(canvas, images.size)
+        scales = [new / old for new, old in zip(resized, canvas, strict=True)]
+        origin = [value * scale for value, scale in zip(origin, scales, strict=True)]
+        extent = [value * scale for value, scale in zip(extent, scales, strict=True)]
+        canvas = resized
+    if images.do_center_crop:
+        crop = (images.crop_size["height"], images.crop_size["width"])
+        origin = [value - (old - new) // 2 for value, old, new in zip(origin, canvas, crop, strict=True)]
+    top, left = (-value / size for value, size in zip(origin, extent, strict=True))
+    bottom, right = ((covered - value) / size for value, size in zip(origin, extent, strict=True))
+    return top, left, bottom, right
+
+
+def _resized(canvas: list[int], size: Mapping[str, int]) -> list[int]:
+    """(height, width) after the resize: a fixed size, or the shorter side given and the aspect kept."""
+    given = {key: value for key, value in dict(size).items() if value}
+    if set(given) == {"height", "width"}:
+        return [given["height"], given["width"]]
+    if set(given) != {"shortest_edge"}:
+        raise ConfigError(
+            f"the image processor's size {given}", "height and width, or shortest_edge alone", "change its size"
+        )
+    edge = given["shortest_edge"]
+    short, long = min(canvas), max(canvas)
+    longer = int(edge * long / short)
+    return [edge, longer] if canvas[0] <= canvas[1] else [longer, edge]

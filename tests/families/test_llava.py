@@ -1,0 +1,261 @@
+"""LLaVA under the contract: one square of 96 pixels, patches of 8; and its geometry with other ways to a square."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaImageProcessorPil, LlavaProcessor
+
+from families.contract import POOLINGS, Contract, captured, eager_rows, request_of
+from families.geometry import Family, Geometry, batch_of, parameters_zeroed, reading
+from lavender.config import AlignmentConfig
+from lavender.errors import ConfigError, DataError, UnsupportedModelError
+from lavender.objective import attach
+from lavender.vlm.llava import LlavaAdapter, seen_frame
+from lavender.vlm.registry import adapter_for
+from lavender.world.student_models import build_llava, build_llava_processor
+
+SQUARE, PATCH, SIDE = 96, 8, 12
+EDGE, FIXED = {"shortest_edge": SQUARE}, {"height": SQUARE, "width": SQUARE}
+SIZES = ((300, 500), (500, 300), (120, 900), (200, 200), (37, 23), (97, 133), (133, 97))
+
+CROP = CLIPImageProcessorPil(size=EDGE, crop_size=FIXED)  # as LLaVA-1.5 has it: the longer side is cut
+# Padding has the colour of the mean. Here it is black, so that it has no blue.
+PAD = LlavaImageProcessorPil(do_pad=True, size=EDGE, crop_size=FIXED, image_mean=(0.0, 0.0, 0.0))
+SQUASH = CLIPImageProcessorPil(size=FIXED, crop_size=FIXED, do_center_crop=False)
+AS_IT_IS = CLIPImageProcessorPil(do_resize=False, crop_size=FIXED)  # cut where larger than the square, else padded
+
+
+def view_of_crop(resized: tuple[int, int]) -> tuple[float, float, float, float]:
+    """What a centre crop leaves: a side longer than the square loses as many pixels at both ends, or one more last."""
+    first = [max(0, side - SQUARE) // 2 / side for side in resized]
+    last = [min(1.0, start + SQUARE / side) for start, side in zip(first, resized, strict=True)]
+    return first[0], first[1], last[0], last[1]
+
+
+def view(size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """LLaVA-1.5: the shorter side becomes the square's, the longer one keeps the aspect and is cut."""
+    return view_of_crop((int(SQUARE * size[0] / min(size)), int(SQUARE * size[1] / min(size))))
+
+
+def blur(size: tuple[int, int]) -> tuple[float, float]:
+    """The bicubic filter keeps a ramp as it is, but for the border, where it finds nothing beyond.
+
+    Its lobes have two signs: how far the border's new pixel is off, the next ones almost take back. From the filter's
+    formula, the mean of a patch is off by less than 0.03 pixels of the picture; most when 23 become 96.
+    """
+    return 0.03 / size[0], 0.03 / size[1]
+
+
+def filter_pixel(size: tuple[int, int]) -> float:
+    """The unit of the filter's width: a pixel, the larger of old and new, in those of the picture; for `PAD`."""
+    return max(1.0, max(size) / SQUARE)
+
+
+def spill_of_pad(size: tuple[int, int]) -> float:
+    """Padding and picture mix at their edge: a patch takes from its neighbour less than 1/8 of the filter's pixel.
+
+    Half a pixel from the edge, 0.081 of the filter's weight is on the other side. One pixel from it the filter has
+    overshot by 0.042, which is cut off where it is below black.
+    """
+    return filter_pixel(size) / 8 / (PATCH * max(size) / SQUARE)
+
+
+def blur_of_pad(size: tuple[int, int]) -> tuple[float, float]:
+    """What spills lies 4.5 pixels from the patch's middle; among the patch's 8, 0.081 · 4.5 / 8 moves it by 0.046."""
+    return 0.05 * filter_pixel(size) / size[0], 0.05 * filter_pixel(size) / size[1]
+
+
+def local_states(model, inputs) -> torch.Tensor:
+    """What the first text layer attends to, when patches do not exchange: the tower's attention silenced."""
+    model = copy.deepcopy(model)
+    del model.model.language_model.layers[1:]
+    for layer in model.model.vision_tower.encoder.layers:
+        parameters_zeroed(layer.self_attn.out_proj)
+    seen = []
+    attention = model.model.language_model.layers[0].self_attn
+    handle = attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    model(**inputs)
+    handle.remove()
+    return torch.stack([
+        states[ids == model.config.image_token_index]
+        for states, ids in zip(seen[0], inputs["input_ids"], strict=True)
+    ])  # fmt: skip
+
+
+def family_of(texts: list[str], images, **rest) -> Family:
+    """A LLaVA whose pictures an image processor makes square."""
+    processor = build_llava_processor(texts, vocabulary=300)
+    processor = LlavaProcessor(
+        images, processor.tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=processor.chat_template,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        config = build_llava(processor).config
+    vision: Any = config.vision_config
+    vision.image_size, vision.patch_size = SQUARE, PATCH
+    config.image_seq_length = SIDE * SIDE
+
+    def make() -> LlavaForConditionalGeneration:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            return LlavaForConditionalGeneration(copy.deepcopy(config)).eval()
+
+    def patches(inputs) -> torch.Tensor:
+        square = inputs["pixel_values"][0].permute(1, 2, 0) * torch.tensor(images.image_std)
+        square = square + torch.tensor(images.image_mean)
+        return square.unflatten(1, (SIDE, PATCH)).unflatten(0, (SIDE, PATCH)).transpose(1, 2).reshape(-1, PATCH**2, 3)
+
+    return Family(make, processor, local_states=local_states, patches=patches, **rest)
+
+
+class TestLlava(Contract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def family(cls, captions) -> Family:
+        return family_of(captions, CROP, sizes=SIZES, blur=blur, view=view)
+
+    def test_what_is_in_view_by_hand(self):
+        # 300 × 500 becomes 96 × 160: columns 32 to 128 are left; 133 × 97 becomes 131 × 96: rows 17 to 113
+        assert view((300, 500)) == pytest.approx((0, 32 / 160, 1, 128 / 160))
+        assert view((133, 97)) == pytest.approx((17 / 131, 0, 113 / 131, 1))
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_keys_are_the_pictures_tokens(self, family, model, readings, side):
+        batch, tokenizer = batch_of(family, readings, side), family.processor.tokenizer
+        keys = LlavaAdapter(model.config).image_keys(batch)
+        assert keys.shape == (3, SIDE * SIDE)
+        for ids, own in zip(batch["input_ids"].tolist(), keys.tolist(), strict=True):
+            assert own == list(range(own[0], own[0] + 144))
+            assert tokenizer.decode(ids[: own[0]]).endswith("<s>USER: ")
+            assert {tokenizer.decode(ids[place]) for place in own} == {"<image>"}
+            assert tokenizer.decode(ids[own[-1] + 1]) == "\n"
+
+    def test_rows_see_the_picture_up_to_themselves(self, model, batch):
+        """Each layer sees text and picture: the kept columns are a part of the whole, and none is from the future."""
+        adapter = LlavaAdapter(model.config)
+        assert adapter.usable_layers() == (0, 1, 2, 3)
+        keys = adapter.image_keys(batch)
+        rows = torch.stack([keys[:, 0] - 1, keys[:, 10], keys[:, -1] + 1], dim=1)
+        before, within, after = captured(model, batch, rows=rows).stacked().unbind(3)
+        assert before.shape == (4, 3, 8, SIDE * SIDE)
+        assert before.abs().sum() == 0
+        assert within[..., :11].min() > 0
+        assert within[..., 11:].abs().sum() == 0
+        assert after.min() > 0
+        assert ((after.sum(-1) > 0.5) & (after.sum(-1) < 1)).all()
+
+    @POOLINGS
+    def test_a_batch_without_padding(self, family, model, pooling):
+        """The kernel is told "causal" and gets no mask: the rows still see nothing after themselves."""
+        readings, masks = [reading((300, 500), "a dog", seed) for seed in (1, 2)], []
+        batch = batch_of(family, readings)
+        assert batch["attention_mask"].all()
+        head = attach(model, AlignmentConfig(pooling=pooling))
+        for layer in head.layers:
+            adapter_for(model.config).attention_module(model, layer).register_forward_pre_hook(
+                lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+            )
+        request = request_of(family, model, batch, readings, head.layers)
+        request.rows_BR[0, 0] = 20  # amid the picture
+        model(**batch, attention_request=request)
+        assert masks == [None] * 4
+        assert (request.stacked() == 0).any()
+        torch.testing.assert_close(request.stacked(), eager_rows(family.make(), batch, request), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("count", [0, 143, 288])
+    def test_another_number_of_picture_tokens_is_refused(self, family, model, count):
+        """None, a picture that is cut, two."""
+        adapter, ids = adapter_for(model.config), torch.full((2, 300), 5)
+        ids[0, 7 : 7 + 144] = ids[1, 3 : 3 + count] = adapter.image_token_id()
+        with pytest.raises(DataError) as caught:
+            adapter.image_keys({"input_ids": ids})
+        assert str(caught.value) == (
+            f"Got {count} picture tokens in a sample. Expected 144: one picture of 96 px. Do this: give each sample "
+            "exactly one picture, and raise max_length (or set it to None) if it cuts pictures."
+        )
+
+    def test_keys_with_a_class_token_are_refused(self, model, batch):
+        model.config.vision_feature_select_strategy = "full"
+        with pytest.raises(UnsupportedModelError) as caught:
+            adapter_for(model.config).image_keys(batch)
+        assert str(caught.value) == (
+            "Got vision_feature_select_strategy='full'. Expected 'default', which leaves the class token out. "
+            "Do this: load a model with that strategy."
+        )
+
+    def test_what_people_read(self, model):
+        line = adapter_for(model.config).describe_keys()
+        assert line == "one square of 96 px, 12 × 12 patches among the text's tokens"
+
+
+class TestOtherSquares(Geometry):
+    """Other ways to make a picture square: padding it first, squashing it, cutting or padding it as it is."""
+
+    @pytest.fixture(scope="class", params=["pad", "squash", "as it is"])
+    @classmethod
+    def family(cls, captions, request) -> Family:
+        if request.param == "pad":
+            sizes = ((300, 500), (500, 300), (130, 300), (200, 200), (36, 23), (97, 133))
+            return family_of(captions, PAD, sizes=sizes, blur=blur_of_pad, clear=0.3, spill=spill_of_pad)
+        if request.param == "squash":
+            return family_of(captions, SQUASH, sizes=SIZES, blur=blur)
+        sizes = ((500, 101), (96, 96), (80, 121), (75, 95), (97, 95))
+        return family_of(captions, AS_IT_IS, sizes=sizes, blur=lambda size: (0.0, 0.0), view=view_of_crop)
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "frame"),
+    [
+        # 96 × 160, of which columns 32 to 128
+        (CROP, (300, 500), (0, 32 / 160, 1, 128 / 160)),
+        # 131 × 96, of which rows 17 to 113
+        (CROP, (133, 97), (17 / 131, 0, 113 / 131, 1)),
+        (CROP, (200, 200), (0, 0, 1, 1)),
+        # 100 rows of padding above and below
+        (PAD, (300, 500), (-100 / 300, 0, 400 / 300, 1)),
+        # 14 columns of padding, 7 of them at the left
+        (PAD, (37, 23), (0, -7 / 23, 1, 30 / 23)),
+        # 13 columns of padding, 6 of them at the left
+        (PAD, (36, 23), (0, -6 / 23, 1, 30 / 23)),
+        (SQUASH, (120, 900), (0, 0, 1, 1)),
+        (AS_IT_IS, (100, 201), (2 / 100, 52 / 201, 98 / 100, 148 / 201)),
+        # larger than the picture: 59 rows of padding, 30 of them above; 73 columns, 37 of them at the left
+        (AS_IT_IS, (37, 23), (-30 / 37, -37 / 23, 66 / 37, 59 / 23)),
+        # 100 × 50 pixels: 2 rows are cut above, 23 columns padded at the left
+        (CLIPImageProcessorPil(size={"shortest_edge": 50}, crop_size=FIXED), (200, 100), (0.02, -0.46, 0.98, 1.46)),
+        (CLIPImageProcessorPil(do_resize=False, do_center_crop=False), (96, 96), (0, 0, 1, 1)),
+    ],
+)  # fmt: skip
+def test_seen_frame_by_hand(images, size, frame):
+    assert seen_frame(size, images, SQUARE) == pytest.approx(frame)
+
+
+def test_a_border_that_no_patch_fits_is_not_seen():
+    images = CLIPImageProcessorPil(size={"height": 100, "width": 100}, do_center_crop=False)
+    assert seen_frame((300, 500), images, 96) == pytest.approx((0, 0, 0.96, 0.96))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"do_pad": True, "size": EDGE},
+            "Got do_pad=True in CLIPImageProcessorPil, which pads at the end. Expected LLaVA's own image processor. "
+            "Do this: set do_pad=False, or load LlavaImageProcessor.",
+        ),
+        (
+            {"size": {"shortest_edge": 96, "longest_edge": 151}},
+            "Got the image processor's size {'longest_edge': 151, 'shortest_edge': 96}. Expected height and width, or "
+            "shortest_edge alone. Do this: change its size.",
+        ),
+        ({"size": {"longest_edge": 96}}, "Got the image processor's size {'longest_edge': 96}."),
+    ],
+)
+def test_other_ways_to_a_square_are_refused(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        seen_frame((300, 500), CLIPImageProcessorPil(crop_size=FIXED, **settings), SQUARE)
+    assert str(caught.value).startswith(message)
