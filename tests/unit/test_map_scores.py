@@ -15,6 +15,7 @@ from lavender.evaluation.maps import (
     average_precision,
     best_threshold,
     iou,
+    kl_from_mask,
     pointing,
     resize_map,
     score_maps,
@@ -132,6 +133,46 @@ def test_entropy_is_in_nats_on_32_by_32():
     judged = [JudgedMap(one_cell, mask, 0), JudgedMap(four_cells, mask, 0)]
     assert score_maps(judged[:1], 0.5).entropy == pytest.approx(0)
     assert score_maps(judged, 0.5).entropy == pytest.approx(math.log(2) / 2)
+
+
+# On 32 × 32: a mask of 64 × 96 has cells of 2 × 3 pixels, of which this one fills exactly 2 · 3.
+KL_MASK = mask_of(*((row, col) for row in range(10, 14) for col in range(33, 42)), size=(64, 96))
+
+
+def test_kl_of_a_map_that_knows_nothing_is_the_log_of_the_masks_share():
+    share = 6 / 1024
+    assert KL_MASK.mean() == share
+    for map in (torch.ones(5, 7), torch.full((32, 32), 0.3), torch.zeros(5, 7)):
+        assert kl_from_mask(map, KL_MASK) == pytest.approx(math.log(1 / share), abs=1e-5)
+
+
+def test_kl_of_the_mask_itself_is_nothing_but_the_floor():
+    cells = torch.zeros(32, 32)
+    cells[5:7, 11:14] = 0.7
+    # each of the six cells has (1 − f) / 6 + f / 1024 instead of 1 / 6
+    for floor in (1e-4, 0.5):
+        expected = -math.log(1 - floor + floor * 6 / 1024)
+        assert kl_from_mask(cells, KL_MASK, floor) == pytest.approx(expected, abs=1e-6)
+        assert kl_from_mask(cells, torch.from_numpy(KL_MASK), floor) == pytest.approx(expected, abs=1e-6)
+    assert 0 < kl_from_mask(cells, KL_MASK) < 1.01e-4
+    assert kl_from_mask(torch.from_numpy(KL_MASK).double(), KL_MASK) < 1.01e-4
+
+
+def test_kl_weighs_cells_by_the_mask():
+    # one pixel of two cells each; the map gives them 3/4 and 1/4
+    mask = mask_of((4, 5), (9, 30), size=(32, 32))
+    heat = heat_of({(4, 5): 0.6, (9, 30): 0.2}, (32, 32))
+    assert kl_from_mask(heat, mask, 0.0) == pytest.approx((math.log(2 / 3) + math.log(2)) / 2, abs=1e-6)
+    # two of a cell's six pixels, and all six of another: 1/4 and 3/4 of the truth
+    mask = mask_of((8, 15), (9, 16), *((row, col) for row in (18, 19) for col in (90, 91, 92)), size=(64, 96))
+    assert kl_from_mask(heat, mask, 0.0) == pytest.approx(math.log(1 / 3) / 4 + 3 * math.log(3) / 4, abs=1e-6)
+
+
+def test_kl_of_a_map_without_heat_on_the_mask_is_large_and_finite():
+    heat = heat_of({(0, 0): 1.0}, (32, 32))
+    # each of the six cells has the floor alone, 1e-4 / 1024
+    assert kl_from_mask(heat, KL_MASK) == pytest.approx(math.log(1024 / 6e-4), abs=1e-5)
+    assert kl_from_mask(heat, KL_MASK) > 2 * kl_from_mask(torch.ones(5, 7), KL_MASK)
 
 
 def test_no_other_word_is_no_score():
