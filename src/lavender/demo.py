@@ -20,35 +20,21 @@ from typing import Any
 import yaml
 
 from lavender.comparison import Observed, Phrase, panels_of
-from lavender.config import ExtractionConfig
 from lavender.data import read_samples
 from lavender.diffusion.teacher import Teacher
 from lavender.evaluation.maps import MapScores, best_threshold, score_maps
 from lavender.extraction import extract
 from lavender.report import Curve, Report, Table, draw_figure, write_report
-from lavender.world import STUDENT_PATH, TEACHER_PATH
+from lavender.world import STUDENT_PATH
 from lavender.world.judging import job_of, judge_teacher, reading_of, score_student
 from lavender.world.language import caption_scene, write_scenes
 from lavender.world.scenes import Scene, Split, scenes
 from lavender.world.student_models import CAPTION_PROMPT
+from lavender.world.tuning import ALIGNMENT, LEARNING_RATES, TRAINING, load_teacher
 
 NUM_TRAINING, NUM_HELD_OUT, NUM_PANELS = 800, 200, 6
-GRID = (16, 16)  # the built-in teacher's finest layer; a user's default is the paper's 32 × 32
-TRAINING: dict[str, Any] = {
-    "per_device_train_batch_size": 16,
-    "max_steps": 200,
-    "learning_rate": 5e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 10,
-    "logging_steps": 10,
-    "save_strategy": "no",
-    "bf16": False,
-    "use_cpu": True,
-    "activation_checkpointing": False,
-    "disable_tqdm": True,
-    "seed": 0,
-}
-ARMS = {"plain": 0.0, "aligned": 10.0}
+TUNING: dict[str, Any] = TRAINING | ALIGNMENT | {"learning_rate": LEARNING_RATES["full"], "max_steps": 200, "seed": 0}
+ARMS = {"plain": 0.0, "aligned": TUNING["align_weight"]}
 
 
 def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str, Any]:
@@ -62,7 +48,7 @@ def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str,
             "out_of_domain": list(scenes(split, NUM_HELD_OUT, "openmoji", start=start)),
         }
     with watch("maps"):
-        teacher = Teacher.from_pretrained(TEACHER_PATH, ExtractionConfig(grid=GRID, batch_size=16), name="world")
+        teacher = load_teacher()
         summary = extract(read_samples(out / "data", CAPTION_PROMPT), teacher, out / "maps")
         print(f"  {summary.records} texts, {summary.words} word maps, {len(summary.dropped)} dropped")
     with watch("teacher scores"):
@@ -80,7 +66,7 @@ def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str,
         write_report(_page(results, panels, out), out / "report.html")
     results["seconds"] = watch.seconds
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\nOpen {out / 'report.html'}. One seed; `lavender study` (to come) will tell whether it holds over seeds.")
+    print(f"\nOpen {out / 'report.html'}. One seed; `lavender study main` tells what holds over seeds.")
     return results
 
 
@@ -105,7 +91,7 @@ def train_arms(out: Path) -> None:
     for arm, align_weight in ARMS.items():
         settings = {
             "model": str(STUDENT_PATH), "data": str(out / "data"), "maps": str(out / "maps"), "out": str(out / arm),
-            "prompt": CAPTION_PROMPT, "dtype": "float32", "align_weight": align_weight, **TRAINING,
+            "prompt": CAPTION_PROMPT, "dtype": "float32", **TUNING, "align_weight": align_weight,
         }  # fmt: skip
         (out / f"{arm}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         log = (out / f"{arm}.log").open("w")
@@ -131,8 +117,8 @@ def _results(teacher: MapScores, students: dict[str, dict[str, Any]], seconds: d
         "teacher": teacher.to_dict(),
         "students": {"mllama": {key: {arm: [scores[key]] for arm, scores in students.items()} for key in keys}},
         "seconds": seconds,
-        "seeds": [TRAINING["seed"]],
-        "settings": {"num_training": NUM_TRAINING, "num_held_out": NUM_HELD_OUT, "align_weight": ARMS, **TRAINING},
+        "seeds": [TUNING["seed"]],
+        "settings": {"num_training": NUM_TRAINING, "num_held_out": NUM_HELD_OUT, **TUNING, "align_weight": ARMS},
     }
 
 

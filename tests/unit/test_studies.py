@@ -340,7 +340,7 @@ def test_finished_cells_are_judged_without_a_run(tmp_path):
         for index, seed in enumerate(scale.seeds):
             path = result_path(tmp_path, Cell(arm, seed, scale.scoring))
             path.parent.mkdir(exist_ok=True)
-            own = {metric: values[index] for metric, values in scores[name].items()}
+            own: dict[str, Any] = {metric: values[index] for metric, values in scores[name].items()}
             own |= {"entropies": [4.5, 5.5], "uniform_pointing": 0.125, "centre_pointing": 0.25}
             path.write_text(json.dumps({"scores": own, "curves": []}))
     found = run_study("teacher-controls", tmp_path, scale, 1, "lavender study teacher-controls --quick")

@@ -13,31 +13,14 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lavender.studies.targets import Target, write_target
-from lavender.world import STUDENT_PATHS, TEACHER_PATH
+from lavender.world import STUDENT_PATHS
 from lavender.world.scenes import Split, Style, scenes
 
-if TYPE_CHECKING:
-    from lavender.diffusion.teacher import Teacher
-
-GRID = (16, 16)  # the built-in teacher's finest layer
 SCENES_A_SEED = 20_000  # distance between the fine-tuning scenes of two seeds
 HELD_OUT: dict[str, Style] = {"in_domain": "plain", "out_of_domain": "openmoji", "other_backgrounds": "photograph"}
-TRAINING: dict[str, Any] = {
-    "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine", "warmup_steps": 10, "logging_steps": 10,
-    "save_strategy": "no", "bf16": False, "use_cpu": True, "activation_checkpointing": False, "disable_tqdm": True,
-}  # fmt: skip
-CHOSEN: dict[tuple[str, str], dict[str, Any]] = {
-    ("mllama", "full"): {"learning_rate": 5e-4},
-    ("mllama", "lora"): {"learning_rate": 5e-3},
-    ("llava", "full"): {"learning_rate": 5e-4},
-    ("llava", "lora"): {"learning_rate": 5e-3},
-}
-"""Learning rates chosen on development scenes: those at which plain fine-tuning is best."""
-ALIGNMENT: dict[str, Any] = {"align_weight": 5.0, "match": "exact"}
-"""Chosen on development scenes too (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +45,9 @@ class Arm:
 
     def training(self, seed: int) -> dict[str, Any]:
         """All settings of LavenderConfig."""
-        chosen = TRAINING | CHOSEN[self.student, self.tuning] | ALIGNMENT | {"max_steps": self.steps}
+        from lavender.world.tuning import ALIGNMENT, LEARNING_RATES, TRAINING
+
+        chosen = TRAINING | ALIGNMENT | {"learning_rate": LEARNING_RATES[self.tuning], "max_steps": self.steps}
         if self.target is None:
             chosen["align_weight"] = 0.0
         return chosen | dict(self.settings) | {"seed": seed}
@@ -114,6 +99,7 @@ def prepare(folder: Path, cell: Cell) -> None:
     from lavender.store import MapStore
     from lavender.world.language import write_scenes
     from lavender.world.student_models import CAPTION_PROMPT
+    from lavender.world.tuning import load_teacher
 
     data = _data_path(folder, cell)
     drawn = list(scenes("finetune", cell.arm.num_scenes, start=cell.seed * SCENES_A_SEED))
@@ -139,6 +125,7 @@ def _train_and_score(folder: Path, cell: Cell) -> dict[str, Any]:
     import torch
 
     from lavender.world.judging import judge_teacher, score_attention, score_student
+    from lavender.world.tuning import load_teacher
 
     torch.set_num_threads(1)
     where, run = cell.scoring, folder / "runs" / cell.key
@@ -169,14 +156,6 @@ def _train(folder: Path, cell: Cell, run: Path) -> None:
             lora=LoraSettings() if arm.tuning == "lora" else None, training=arm.training(cell.seed),
         )
     )  # fmt: skip
-
-
-def load_teacher() -> Teacher:
-    """The built-in teacher as the studies use it."""
-    from lavender.config import ExtractionConfig
-    from lavender.diffusion.teacher import Teacher
-
-    return Teacher.from_pretrained(TEACHER_PATH, ExtractionConfig(grid=GRID, batch_size=16), name="world")
 
 
 def _data_path(folder: Path, cell: Cell) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from lavender.errors import LavenderError
@@ -30,8 +32,14 @@ def run_cells(folder: Path, cells: Iterable[Cell], jobs: int) -> dict[str, dict[
 
 
 def _run(folder: Path, cells: list[Cell], jobs: int) -> None:
+    torch.set_num_threads(1)  # on busy cores torch's threads wait for each other
+    folder.mkdir(parents=True, exist_ok=True)
     for cell in tqdm(cells, desc="scenes and maps", unit="arm", leave=False):
-        prepare(folder, cell)
+        with (
+            (folder / "prepare.log").open("a") as log,
+            contextlib.redirect_stderr(log),
+        ):  # loaders draw bars of their own
+            prepare(folder, cell)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     context, failed = multiprocessing.get_context("spawn"), {}
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:

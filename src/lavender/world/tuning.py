@@ -1,0 +1,23 @@
+"""How the world's students are fine-tuned: the settings that demo and studies share, chosen on development scenes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lavender.config import ExtractionConfig
+from lavender.diffusion.teacher import Teacher
+from lavender.world import TEACHER_PATH
+
+GRID = (16, 16)  # the built-in teacher's finest layer; a user's default is the paper's 32 × 32
+TRAINING: dict[str, Any] = {
+    "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine", "warmup_steps": 10, "logging_steps": 10,
+    "save_strategy": "no", "bf16": False, "use_cpu": True, "activation_checkpointing": False, "disable_tqdm": True,
+}  # fmt: skip
+LEARNING_RATES = {"full": 5e-4, "lora": 3e-4}
+"""Those at which plain fine-tuning is best (docs/log.md)."""
+ALIGNMENT: dict[str, Any] = {"align_weight": 5.0, "match": "exact"}
+
+
+def load_teacher() -> Teacher:
+    """The built-in teacher, ready to map."""
+    return Teacher.from_pretrained(TEACHER_PATH, ExtractionConfig(grid=GRID, batch_size=16), name="world")
