@@ -1,30 +1,59 @@
-"""The Aligner (§4.3): a few convolutions that turn a word's attention of all heads into one map."""
+"""The Aligner (§4.3, App. F): a few small layers that turn a word's attention into one map."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
+from lavender.config import AlignerActivation, AlignerForm, AlignerKind, AlignerNorm
 from lavender.maps import min_max
+
+_NORMS: dict[AlignerNorm, Callable[[int], nn.Module]] = {
+    "instance": nn.InstanceNorm2d,
+    "batch": lambda channels: nn.BatchNorm2d(channels, affine=False),
+    "group": lambda channels: nn.GroupNorm(math.gcd(8, channels), channels, affine=False),
+    "none": lambda channels: nn.Identity(),
+}
+_ACTIVATIONS: dict[AlignerActivation, Callable[[], nn.Module]] = {
+    "relu6": nn.ReLU6,
+    "leaky-relu": lambda: nn.LeakyReLU(0.1),
+}
 
 
 class Aligner(nn.Sequential):
-    """The paper's `sim` form with 3 × 3 convolutions: heads → width → width → heads → 1.
+    """Maps (map, channels, rows, cols) → (map, rows, cols) in [0, 1] by min–max.
 
-    Each convolution but the last is followed by instance normalisation (not affine) and ReLU6; the
-    last is 1 × 1 with a bias. 27,681 parameters at 32 heads and width 32.
+    | form | layers: channels, and whether a normalisation follows |
+    | --- | --- |
+    | light | in → width, normalised; width → in, normalised |
+    | sim | in → width, width → width, width → in, all normalised |
+    | deep | in → width and width → width normalised; two of width → width not; width → in, normalised |
 
-    Maps (map, heads, rows, cols) → (map, rows, cols) in [0, 1].
+    An activation follows each; a last 1 × 1 layer with a bias makes one channel. With convolutions the others are
+    3 × 3 without bias, with "mlp" 1 × 1: each cell for itself. Normalisations have no parameters. At 32 heads
+    and width 32, convolutions have 18,465, 27,681 and 46,113 parameters.
     """
 
-    def __init__(self, num_heads: int, width: int = 32):
+    def __init__(
+        self,
+        channels: int,
+        width: int = 32,
+        form: AlignerForm = "sim",
+        kind: AlignerKind = "convolution",
+        norm: AlignerNorm = "instance",
+        activation: AlignerActivation = "relu6",
+    ):
+        plain, normed = (width, width, False), (width, width, True)
+        middle = {"light": [], "sim": [normed], "deep": [normed, plain, plain]}[form]
+        size = 3 if kind == "convolution" else 1
         layers: list[nn.Module] = []
-        for channels_in, channels_out in ((num_heads, width), (width, width), (width, num_heads)):
-            layers += [
-                nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
-                nn.InstanceNorm2d(channels_out),
-                nn.ReLU6(),
-            ]
-        super().__init__(*layers, nn.Conv2d(num_heads, 1, kernel_size=1))
+        for channels_in, channels_out, is_normed in ((channels, width, True), *middle, (width, channels, True)):
+            layers.append(nn.Conv2d(channels_in, channels_out, kernel_size=size, padding=size // 2, bias=False))
+            layers += [_NORMS[norm](channels_out)] if is_normed else []
+            layers.append(_ACTIVATIONS[activation]())
+        super().__init__(*layers, nn.Conv2d(channels, 1, kernel_size=1))
 
     def forward(self, input: Tensor) -> Tensor:
         return min_max(super().forward(input).squeeze(1))

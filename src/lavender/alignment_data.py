@@ -16,6 +16,7 @@ from trl.data_utils import prepare_multimodal_messages
 from lavender.errors import DataError
 from lavender.images import image_id, load_image
 from lavender.locate import WordLocator, text_of
+from lavender.maps import Word
 from lavender.store import MapStore
 from lavender.vlm.base import VlmAdapter
 
@@ -43,10 +44,19 @@ class AlignmentCollator:
         processor: the model's processor; its tokenizer must know character offsets.
         adapter: the model's family.
         store: the teacher's maps, joined by content: picture and answer.
+        parts_of_speech: which words to align; None takes all that have a map.
     """
 
-    def __init__(self, base: Callable, processor: ProcessorMixin, adapter: VlmAdapter, store: MapStore):
+    def __init__(
+        self,
+        base: Callable,
+        processor: ProcessorMixin,
+        adapter: VlmAdapter,
+        store: MapStore,
+        parts_of_speech: tuple[str, ...] | None = None,
+    ):
         self._base, self._processor, self._adapter, self._store = base, processor, adapter, store
+        self._parts_of_speech = parts_of_speech
         self._locator = WordLocator(processor, adapter)
         self.coverage = Coverage()
 
@@ -76,7 +86,8 @@ class AlignmentCollator:
         for turn, message in enumerate(messages):
             maps = self._store.get(identity, text_of(message)) if message["role"] == "assistant" else None
             if maps is not None:
-                answers.append((turn, maps.text, maps.words))
+                wanted = [word for word in maps.words if self._wants(word)]
+                answers.append((turn, maps.text, wanted))
                 map_of |= {(turn, word.start): one for word, one in zip(maps.words, maps.maps, strict=True)}
         if not answers:
             self.coverage.dropped["sample without maps in the store"] += 1
@@ -88,6 +99,9 @@ class AlignmentCollator:
         self.coverage.mapped_samples += bool(found)
         self.coverage.words += len(found)
         return found
+
+    def _wants(self, word: Word) -> bool:
+        return self._parts_of_speech is None or word.part_of_speech in self._parts_of_speech
 
 
 def _picture_of(example: Mapping[str, Any]) -> Image.Image:

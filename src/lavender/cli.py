@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("name", help="main, teacher-controls, pooling, entropy or scaling")
     study.add_argument("--out", type=Path, default=Path("lavender-studies"), help="folder (default: %(default)s)")
     study.add_argument("--quick", action="store_true", help="smaller, one seed, on development scenes; not a result")
-    study.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 1 2 3; with --quick 100")
+    study.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 1 2 3; with --quick 40")
     study.add_argument("--split", choices=("development", "sealed"), default=None,
                        help="scenes of the scores; default: sealed, with --quick development")  # fmt: skip
     study.add_argument("--jobs", type=int, default=None, help="runs side by side, one core each; default: all cores")
@@ -76,6 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", help="one HTML page of a run")
     report.add_argument("run", type=Path, help="run folder; what `lavender eval` found is shown if it was run")
     report.add_argument("--out", type=Path, default=None, help="default: RUN/report.html")
+
+    export = verbs.add_parser("export", help="a run's tuned model as one ordinary checkpoint, LoRA merged")
+    export.add_argument("run", type=Path, help="run folder, as `lavender train` writes it")
+    export.add_argument("--out", type=Path, required=True, help="new folder")
 
     inspect = verbs.add_parser("inspect", help="what the library sees in a model or a map store")
     inspect.add_argument("target", help="model folder or hub id, or map store")
@@ -211,7 +215,8 @@ def _study(options: argparse.Namespace) -> int:
     said = ["lavender", "study", options.name, *(["--quick"] if options.quick else [])]
     said += ["--seeds", *map(str, seeds)] if seeds else []
     said += ["--split", options.split] if options.split else []
-    results = run_study(options.name, options.out, scale, options.jobs or os.cpu_count() or 1, " ".join(said))
+    jobs = (os.cpu_count() or 1) if options.jobs is None else options.jobs
+    results = run_study(options.name, options.out, scale, jobs, " ".join(said))
     folder = options.out / options.name
     print(json.dumps(results, indent=1) if options.json else (folder / "page.md").read_text())
     print(f"written: {folder / 'page.md'}, results.json, plot.png", file=sys.stderr)
@@ -225,6 +230,13 @@ def _report(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _export(options: argparse.Namespace) -> int:
+    from lavender.run import export_run
+
+    print(f"model: {export_run(options.run, options.out)}")
+    return DONE
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from lavender.inspection import inspect_target
 
@@ -234,7 +246,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 VERBS = {
     "demo": _demo, "extract": _extract, "train": _train, "eval": _eval, "study": _study, "report": _report,
-    "inspect": _inspect,
+    "export": _export, "inspect": _inspect,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -10,13 +10,27 @@ from typing import Any, Literal, TypeVar, get_args
 from lavender.errors import ConfigError
 
 MODES = ("noise", "ddim")
-POOLINGS = ("layer-mean", "learn")
+POOLINGS = (
+    "layer-mean", "layer-max", "mean-mean", "max-mean", "mean-max", "max-max", "flow-sum", "flow-multi", "learn",
+)  # fmt: skip
 MATCHES = ("label", "exact")
+ALIGNER_FORMS = ("light", "sim", "deep")
+ALIGNER_KINDS = ("convolution", "mlp")
+ALIGNER_NORMS = ("instance", "batch", "group", "none")
+ALIGNER_ACTIVATIONS = ("relu6", "leaky-relu")
+ATTENTION_LOSSES = ("min-max", "min-max-sum", "mse", "kl", "js")
 PARTS_OF_SPEECH = ("noun", "adjective", "verb", "other")
 
 Mode = Literal["noise", "ddim"]
-Pooling = Literal["layer-mean", "learn"]
+Pooling = Literal[
+    "layer-mean", "layer-max", "mean-mean", "max-mean", "mean-max", "max-max", "flow-sum", "flow-multi", "learn",
+]  # fmt: skip
 Match = Literal["label", "exact"]
+AlignerForm = Literal["light", "sim", "deep"]
+AlignerKind = Literal["convolution", "mlp"]
+AlignerNorm = Literal["instance", "batch", "group", "none"]
+AlignerActivation = Literal["relu6", "leaky-relu"]
+AttentionLoss = Literal["min-max", "min-max-sum", "mse", "kl", "js"]
 T = TypeVar("T")
 
 
@@ -68,30 +82,59 @@ class AlignmentConfig:
     """How the student's attention is pulled towards the maps: L = L_VLM + align_weight · L_att.
 
     Attributes:
-        align_weight: the paper's λ, on the mean over cells and matched words; 0 is plain fine-tuning.
-        pooling: "layer-mean" sends each layer's heads through the Aligner and averages over layers;
-            "learn" does the same with new query and key projections beside the pretrained ones (Eq. 15–16).
+        align_weight: the paper's λ, on the mean over cells and words with a map (those that `match` leaves out
+            count as zero); 0 is plain fine-tuning.
+        pooling: "layer-mean" ("layer-max") sends each layer's heads through the Aligner and takes the mean (maximum)
+            over layers; "learn" does the same with new query and key projections beside the pretrained ones
+            (Eq. 15–16); "max-mean" and its kin pool heads by the first word and layers by the second before the
+            Aligner; "flow-sum" and "flow-multi" are attention flow (Eq. 40–44).
+        parts_of_speech: which of the mapped words to align; None aligns all.
+        attention_loss: see `lavender.losses.per_word_loss`; "min-max" is the authors'.
         match: "label" aligns every word of the answer that has a map; "exact" (the paper's) only those that the
             student predicts at that moment: where it is about to say something else, its attention is left alone.
         layers: indices of the decoder layers to align, or None for all that see the picture.
-        aligner_width: channels of the Aligner's hidden convolutions, d_h.
+        aligner, aligner_kind, aligner_norm, aligner_activation: form of the Aligner, see `lavender.aligner`.
+        aligner_width: channels of the Aligner's hidden layers, d_h.
+        align_warmup, align_decay: shares of the steps over which the weight rises from 0 at the start, and falls to 0
+            at the end.
+        aligner_pretraining: share of the steps, at the start, in which the VLM is frozen and only the Aligner (and the
+            projections of "learn") trains (§6).
         min_coverage: training stops before the first step if a smaller share of samples has maps.
     """
 
     align_weight: float = 10.0
     pooling: Pooling = "layer-mean"
     match: Match = "label"
+    parts_of_speech: tuple[str, ...] | None = None
+    attention_loss: AttentionLoss = "min-max"
     layers: tuple[int, ...] | None = None
+    aligner: AlignerForm = "sim"
+    aligner_kind: AlignerKind = "convolution"
+    aligner_norm: AlignerNorm = "instance"
+    aligner_activation: AlignerActivation = "relu6"
     aligner_width: int = 32
+    align_warmup: float = 0.0
+    align_decay: float = 0.0
+    aligner_pretraining: float = 0.0
     min_coverage: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("layers", "parts_of_speech"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for part in self.parts_of_speech or ():
+            _one_of("parts_of_speech", part, PARTS_OF_SPEECH)
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("match", self.match, MATCHES)
+        _one_of("attention_loss", self.attention_loss, ATTENTION_LOSSES)
+        _one_of("aligner", self.aligner, ALIGNER_FORMS)
+        _one_of("aligner_kind", self.aligner_kind, ALIGNER_KINDS)
+        _one_of("aligner_norm", self.aligner_norm, ALIGNER_NORMS)
+        _one_of("aligner_activation", self.aligner_activation, ALIGNER_ACTIVATIONS)
         _between("align_weight", self.align_weight, 0, 1e9)
         _whole("aligner_width", self.aligner_width, 1, 4096)
+        for name in ("align_warmup", "align_decay", "aligner_pretraining"):
+            _between(name, getattr(self, name), 0, 1)
         _between("min_coverage", self.min_coverage, 0, 1)
 
 
@@ -129,3 +172,8 @@ def _whole(name: str, value: float, low: int, high: int) -> None:
 assert get_args(Mode) == MODES
 assert get_args(Pooling) == POOLINGS
 assert get_args(Match) == MATCHES
+assert get_args(AlignerForm) == ALIGNER_FORMS
+assert get_args(AlignerKind) == ALIGNER_KINDS
+assert get_args(AlignerNorm) == ALIGNER_NORMS
+assert get_args(AlignerActivation) == ALIGNER_ACTIVATIONS
+assert get_args(AttentionLoss) == ATTENTION_LOSSES

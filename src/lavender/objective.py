@@ -21,7 +21,7 @@ from lavender.aligner import Aligner
 from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError, ConfigError
 from lavender.losses import per_word_loss
-from lavender.pooling import to_grid, word_attention
+from lavender.pooling import flow, is_flow, num_channels, pooled, to_grid, word_attention
 from lavender.vlm import parallel
 from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, install, select_rows, set_kernel
 from lavender.vlm.registry import adapter_for
@@ -75,34 +75,39 @@ class AlignmentHead(nn.Module):
 
     def __init__(self, num_heads: int, layers: tuple[int, ...], config: AlignmentConfig):
         super().__init__()
-        self.layers, self.match = layers, config.match
-        self.aligner = Aligner(num_heads, config.aligner_width)
+        self.layers, self.config = layers, config
+        self.aligner = Aligner(
+            num_channels(config.pooling, num_heads), config.aligner_width, config.aligner, config.aligner_kind,
+            config.aligner_norm, config.aligner_activation,
+        )  # fmt: skip
         self.undo: Callable[[], None] = lambda: None
+        self.vlm_is_frozen = False
 
     def forward(self, request: AlignmentRequest) -> Tensor:
         """Sum over the batch's matched words of ‖Aligner(A) − A_DM‖² (Eq. 9, a mean over cells): a scalar."""
         if not request.present.any():
             # no word: zero, yet attached to the Aligner, so that every process has the same parameters in use
             return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0.0
-        losses = per_word_loss(self.maps(request), request.targets[request.present])
+        losses = per_word_loss(self.maps(request), request.targets[request.present], self.config.attention_loss)
         return (losses * request.matched[request.present]).sum()
 
     def maps(self, request: AlignmentRequest) -> Tensor:
-        """The student's map of each present word, (word, rows, cols) in [0, 1]: mean over layers."""
+        """The student's map of each present word, (word, rows, cols) in [0, 1]."""
         attention = self.attention(request).permute(0, 1, 3, 2, 4, 5)[:, request.present]
-        num_layers, num_words = attention.shape[:2]
-        aligned = self.aligner(attention.flatten(0, 1).to(next(self.aligner.parameters()).dtype))
-        return aligned.float().unflatten(0, (num_layers, num_words)).mean(dim=0)
+        dtype = next(self.aligner.parameters()).dtype
+        return pooled(attention.to(dtype), self.config.pooling, self.aligner)
 
     def attention(self, request: AlignmentRequest) -> Tensor:
-        """Attention on the picture before the Aligner: (layer, sample, head, word, rows, cols)."""
+        """Attention on the picture before the Aligner: (layer, sample, head, word, rows, cols); one layer of a flow."""
         rows = request.stacked()
-        if self.training and torch.is_grad_enabled() and not rows.requires_grad:
+        if self.training and torch.is_grad_enabled() and not rows.requires_grad and not self.vlm_is_frozen:
             raise CaptureError(
                 "attention rows without gradient while training",
                 "rows that carry gradient to the model's queries and keys",
                 "use non-reentrant checkpointing, and train parameters at or before the attention layers",
             )
+        if is_flow(self.config.pooling):
+            rows = flow(rows, request.rows_BR, self.config.pooling)
         words = word_attention(rows, request.shares.to(rows))
         return to_grid(words, request.boxes, (request.targets.shape[-2], request.targets.shape[-1]))
 
@@ -158,7 +163,7 @@ def _add_attention_loss(
     if not isinstance(request, AlignmentRequest):
         return None
     head = cast(AlignmentHead, model.get_submodule(HEAD_NAME))
-    if head.match == "exact":
+    if head.config.match == "exact":
         request.match_predicted(output, kwargs["input_ids"])
     loss = head(request)
     return _with_attention_loss(type(output))(**output, attention_loss=loss)

@@ -132,7 +132,7 @@ def train(run: RunConfig) -> Path:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from lavender.data import read_samples, to_dataset
-    from lavender.trainer import LavenderConfig, LavenderTrainer, export
+    from lavender.trainer import LavenderConfig, LavenderTrainer, export, save_head
 
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -179,6 +179,7 @@ def train(run: RunConfig) -> Path:
         }, indent=1)
     )  # fmt: skip
     export(trainer, out / "checkpoint")
+    save_head(trainer, out / "alignment_head.safetensors")
     return out
 
 
@@ -229,22 +230,34 @@ def _last_checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
-def load_run(path: str | Path):
+def load_run(path: str | Path, dtype: str = "float32"):
     """(model, processor) of a run folder's checkpoint, or of a plain model path; LoRA is merged."""
     from transformers import AutoProcessor
 
     checkpoint = Path(path) / "checkpoint"
     folder = checkpoint if checkpoint.is_dir() else Path(path)
     with loading("model", path):
-        return _load_model(folder), AutoProcessor.from_pretrained(folder)
+        return _load_model(folder, dtype), AutoProcessor.from_pretrained(folder)
 
 
-def _load_model(folder: Path):
+def export_run(run: Path, out: Path) -> Path:
+    """Write a run's tuned model as one ordinary checkpoint with processor, LoRA merged, in the weights' own dtype."""
+    if not (run / "checkpoint").is_dir():
+        raise ConfigError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out}, which is not empty", "a new folder", "choose another --out")
+    model, processor = load_run(run, dtype="auto")
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    return out
+
+
+def _load_model(folder: Path, dtype: str):
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForImageTextToText
 
     if (folder / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype="float32", use_safetensors=True)
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, use_safetensors=True)
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", use_safetensors=True).eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()

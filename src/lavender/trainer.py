@@ -1,7 +1,7 @@
 """TRL's SFTTrainer with the alignment loss: L = L_VLM + align_weight · L_att.
 
 All mathematics is in `objective`; this module only carries tensors to it and its loss back. Losses
-are normalised by the number of matched words of the whole accumulated batch over all processes, so
+are normalised by the number of mapped words of the whole accumulated batch over all processes, so
 batch 4 × accumulation 1 equals 1 × 4.
 """
 
@@ -18,14 +18,23 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
+from transformers import (
+    PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
 from lavender.alignment_data import AlignmentCollator, Coverage
-from lavender.config import AlignmentConfig
+from lavender.config import ATTENTION_LOSSES, PARTS_OF_SPEECH, POOLINGS, AlignmentConfig
 from lavender.errors import ConfigError, DataError
-from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach
+from lavender.objective import TRAINED_PARTS, AlignmentHead, AlignmentRequest, attach
 from lavender.store import MapStore
 from lavender.vlm.registry import adapter_for
 
@@ -38,17 +47,32 @@ class LavenderConfig(SFTConfig):
 
     Attributes:
         maps: folder of the map store that `lavender extract` wrote.
-        pooling, match, layers, aligner_width, align_weight, min_coverage: as in AlignmentConfig.
+        align_weight and all that follow: as in AlignmentConfig.
     """
 
     maps: str | None = field(default=None, metadata={"help": "Folder of the map store."})
     align_weight: float = field(default=AlignmentConfig.align_weight, metadata={"help": "λ; 0 is plain fine-tuning."})
-    pooling: str = field(default=AlignmentConfig.pooling, metadata={"help": "layer-mean or learn."})
+    pooling: str = field(default=AlignmentConfig.pooling, metadata={"help": f"One of {POOLINGS}."})
     match: str = field(
         default=AlignmentConfig.match, metadata={"help": "label: all words; exact: those the student predicts."}
     )
+    parts_of_speech: list[str] | None = field(
+        default=None, metadata={"help": f"Mapped words to align, some of {PARTS_OF_SPEECH}; all by default."}
+    )
+    attention_loss: str = field(
+        default=AlignmentConfig.attention_loss, metadata={"help": f"One of {ATTENTION_LOSSES}."}
+    )
     layers: list[int] | None = field(default=None, metadata={"help": "Decoder layers to align; all by default."})
+    aligner: str = field(default=AlignmentConfig.aligner, metadata={"help": "light, sim or deep."})
+    aligner_kind: str = field(default=AlignmentConfig.aligner_kind, metadata={"help": "convolution or mlp."})
+    aligner_norm: str = field(default=AlignmentConfig.aligner_norm, metadata={"help": "instance, batch, group, none."})
+    aligner_activation: str = field(
+        default=AlignmentConfig.aligner_activation, metadata={"help": "relu6 or leaky-relu."}
+    )
     aligner_width: int = field(default=AlignmentConfig.aligner_width, metadata={"help": "Channels of the Aligner."})
+    align_warmup: float = field(default=0.0, metadata={"help": "Share of the steps in which λ rises from 0."})
+    align_decay: float = field(default=0.0, metadata={"help": "Share of the steps, at the end, in which λ falls to 0."})
+    aligner_pretraining: float = field(default=0.0, metadata={"help": "Share of the steps with a frozen VLM."})
     min_coverage: float = field(
         default=AlignmentConfig.min_coverage, metadata={"help": "Least share of samples that must have maps."}
     )
@@ -82,8 +106,8 @@ class AlignmentMixin(_TrainerLike):
 
     _num_words_in_batch: int = 0
 
-    def _start_alignment(self, layers: tuple[int, ...], align_weight: float) -> None:
-        self._alignment_layers, self._align_weight = layers, align_weight
+    def _start_alignment(self, layers: tuple[int, ...], config: AlignmentConfig) -> None:
+        self._alignment_layers, self._alignment = layers, config
         self._alignment_metrics: dict[str, list[Tensor]] = defaultdict(list)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
@@ -116,8 +140,18 @@ class AlignmentMixin(_TrainerLike):
         ):  # fmt: skip
             self._alignment_metrics[f"{mode}/{name}"].append(value.detach())
         # without alignment nothing is added, not even 0 times something: that would reorder sums of gradients
-        loss = plain_loss + self._align_weight * attention_loss if self._align_weight else plain_loss
+        weight = self._align_weight(model.training)
+        loss = plain_loss + weight * attention_loss if self._alignment.align_weight else plain_loss
         return (loss, outputs) if return_outputs else loss
+
+    def _align_weight(self, training: bool) -> float:
+        """λ at this step: it may rise at the start and fall at the end of training."""
+        config, weight = self._alignment, self._alignment.align_weight
+        if training and self.state.max_steps > 0:
+            done = (self.state.global_step + 1) / self.state.max_steps
+            weight *= min(1.0, done / config.align_warmup) if config.align_warmup else 1.0
+            weight *= min(1.0, (1 - done) / config.align_decay) if config.align_decay else 1.0
+        return weight
 
     def _normalise(self, total: Tensor, request: AlignmentRequest, training: bool, num_items_in_batch) -> Tensor:
         """Sum over words → mean over the words of the whole accumulated batch.
@@ -159,6 +193,33 @@ class AlignmentMixin(_TrainerLike):
             vars(model).pop("save_pretrained", None)
 
 
+class AlignerPretraining(TrainerCallback):
+    """Keeps the VLM frozen for a share of the steps: its parameters get no gradient, and the optimiser skips them."""
+
+    def __init__(self, share: float):
+        self._share, self._frozen = share, []
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.global_step < round(self._share * state.max_steps):
+            if not self._frozen:
+                named = kwargs["model"].named_parameters()
+                self._frozen = [one for name, one in named if one.requires_grad and not _is_ours(name)]
+                self._set(kwargs["model"], trains=False)
+        elif self._frozen:
+            self._set(kwargs["model"], trains=True)
+            self._frozen = []
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._set(kwargs["model"], trains=True)
+
+    def _set(self, model: nn.Module, trains: bool) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(trains)
+        for module in model.modules():
+            if isinstance(module, AlignmentHead):
+                module.vlm_is_frozen = not trains
+
+
 class LavenderTrainer(AlignmentMixin, SFTTrainer):
     """TRL's SFTTrainer plus the alignment loss.
 
@@ -197,10 +258,14 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
                     parameter.requires_grad_(False)
         elif peft_config is not None:
             peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *TRAINED_PARTS})
-        self._start_alignment(head.layers, args.align_weight)
+        self._start_alignment(head.layers, args.alignment())
         super().__init__(model=model, args=args, processing_class=processing_class, peft_config=peft_config, **kwargs)
+        if args.aligner_pretraining:
+            self.add_callback(AlignerPretraining(args.aligner_pretraining))
         base, adapter = self.data_collator, adapter_for(model.config)
-        self.data_collator = AlignmentCollator(base, processing_class, adapter, self.maps)
+        self.data_collator = AlignmentCollator(
+            base, processing_class, adapter, self.maps, args.alignment().parts_of_speech
+        )
         if isinstance(self.train_dataset, Dataset):  # a stream cannot be sampled; it is counted while training
             self._check_coverage(self.train_dataset, self.data_collator, args.min_coverage)
 
@@ -236,6 +301,14 @@ def _as_dict(options: dict[str, Any] | str | None) -> dict[str, Any]:
 def _refuse_unsupported(args: LavenderConfig) -> None:
     if args.packing or args.padding_free:
         raise ConfigError("packing or padding_free", "one sample a row", "switch both off")
+    if args.aligner_pretraining and args.align_weight == 0:
+        raise ConfigError("aligner_pretraining with align_weight=0", "alignment to pretrain", "set one of them")
+    if args.aligner_pretraining and args.world_size > 1:
+        raise ConfigError(
+            f"aligner_pretraining with {args.world_size} processes, whose parameters must all get gradients",
+            "one process",
+            "run this stage on one process",
+        )
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3 and args.activation_checkpointing:
         raise ConfigError(
             "DeepSpeed ZeRO-3 with gradient checkpointing, for which TRL forces the reentrant kind with PEFT",
@@ -258,6 +331,14 @@ def export(trainer: LavenderTrainer, path: str | Path) -> Path:
         model.save_pretrained(path, state_dict={name: value for name, value in state.items() if not _is_ours(name)})
     cast(ProcessorMixin, trainer.processing_class).save_pretrained(path)
     return path
+
+
+def save_head(trainer: LavenderTrainer, path: str | Path) -> None:
+    """Write what alignment trained beside the model, and every export leaves out: Aligner, parallel projections."""
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    own = {name: value for name, value in state.items() if _is_ours(name) and "original_module" not in name}
+    saved = {name.replace(".modules_to_save.default", ""): value.contiguous() for name, value in own.items()}
+    save_file(saved, str(path), metadata={"format": "pt"})
 
 
 def _export_adapter(model: PeftModel, state: dict[str, Tensor], path: Path) -> None:

@@ -25,7 +25,7 @@ from lavender.images import image_id
 from lavender.maps import Word, WordMaps
 from lavender.store import MapStore
 from lavender.studies import cells
-from lavender.studies.cells import ALIGNMENT, SCENES_A_SEED, Arm, Cell, Scoring, result_path
+from lavender.studies.cells import SCENES_A_SEED, Arm, Cell, Scoring, result_path
 from lavender.studies.page import QUICK, page, show
 from lavender.studies.registry import STUDIES, Scale, run_study
 from lavender.studies.scaling import SIZES
@@ -34,6 +34,7 @@ from lavender.studies.targets import TARGETS, write_target
 from lavender.words import words_of
 from lavender.world.language import caption_scene
 from lavender.world.scenes import SPLITS, Scene, Thing
+from lavender.world.tuning import ALIGNMENT, LEARNING_RATES
 
 GRID, SIZE = (11, 13), (22, 39)
 STEP = 1.01 / 255  # a map is stored in 255 steps of its maximum
@@ -247,7 +248,7 @@ def test_any_other_field_changes_the_key():
 def test_other_weights_and_other_settings_of_all_arms_change_the_key(base_weights, monkeypatch):
     base, before = Cell(Arm("mllama", "none"), 3, CELL.scoring), CELL.key
     untrained = base.key
-    monkeypatch.setitem(cells.ALIGNMENT, "align_weight", 0.1234)
+    monkeypatch.setitem(ALIGNMENT, "align_weight", 0.1234)
     assert len({before, CELL.key}) == 2
     assert base.key == untrained
     before = CELL.key
@@ -275,6 +276,7 @@ def test_equal_arms_of_two_studies_share_their_key(quick):
 def test_settings_of_an_arm():
     plain, aligned = Arm("mllama", "lora").training(7), Arm("mllama", "lora", "uniform", steps=31).training(7)
     assert (plain["align_weight"], plain["max_steps"], plain["seed"]) == (0.0, 200, 7)
+    assert plain["learning_rate"] == LEARNING_RATES["lora"]
     assert {key: aligned[key] for key in plain if aligned[key] != plain[key]} == {
         "align_weight": ALIGNMENT["align_weight"], "max_steps": 31,
     }  # fmt: skip

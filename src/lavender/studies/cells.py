@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lavender.studies.targets import Target, write_target
-from lavender.world import STUDENT_PATHS
+from lavender.world import STUDENT_PATHS, TEACHER_PATH
 from lavender.world.scenes import Split, Style, scenes
 
 SCENES_A_SEED = 20_000  # distance between the fine-tuning scenes of two seeds
@@ -79,11 +79,16 @@ class Cell:
         if self.arm.tuning == "none":  # a base is the same at every seed
             facts["seed"] = None
         else:
+            del facts["arm"]["settings"]  # they are in what follows, resolved
             facts["training"] = self.arm.training(self.seed)
+            facts["teacher"] = _digest(TEACHER_PATH / "unet" / "diffusion_pytorch_model.safetensors")
         if self.arm.student != "teacher":
-            weights = STUDENT_PATHS[self.arm.student] / "model.safetensors"
-            facts["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+            facts["weights"] = _digest(STUDENT_PATHS[self.arm.student] / "model.safetensors")
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digest(weights: Path) -> str:
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
 
 
 def result_path(folder: Path, cell: Cell) -> Path:
@@ -159,4 +164,5 @@ def _train(folder: Path, cell: Cell, run: Path) -> None:
 
 
 def _data_path(folder: Path, cell: Cell) -> Path:
-    return folder / "data" / f"{cell.seed}-{cell.arm.num_scenes}"
+    teacher = _digest(TEACHER_PATH / "unet" / "diffusion_pytorch_model.safetensors")
+    return folder / "data" / f"{cell.seed}-{cell.arm.num_scenes}-{teacher}"

@@ -13,9 +13,9 @@ QUICK = "**Quick version: fewer samples, steps and seeds, on development scenes.
 
 
 def show(values: Sequence[float]) -> str:
-    """Mean and range over seeds: "0.712 (0.690–0.731)"; one number where there is one seed."""
+    """Mean and range over seeds: "0.712 (0.690–0.731)"; one number where seeds change nothing."""
     mean = f"{fmean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
+    return mean if len({*values}) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
 
 
 def table(arms: dict[str, dict[str, Any]], metrics: Sequence[str]) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 from lavender.errors import ConfigError
 from lavender.studies import controls, entropy, main_study, pooling, scaling
-from lavender.studies.cells import Cell, Scoring
+from lavender.studies.cells import SCENES_A_SEED, Cell, Scoring
 from lavender.studies.page import page
 from lavender.studies.runner import run_cells
 from lavender.studies.study import Study
-from lavender.world.scenes import Split
+from lavender.world.scenes import SPLITS, Split
 
 STUDIES: dict[str, Study] = {
     "main": main_study.STUDY,
@@ -25,6 +25,7 @@ STUDIES: dict[str, Study] = {
 }
 SEALED_START = 2000  # the demo looks at sealed scenes before this one
 NUM_HELD_OUT = 300
+MOST_SEEDS = len(SPLITS["finetune"]) // SCENES_A_SEED
 BLIND = ("uniform_pointing", "centre_pointing")  # what maps that have seen nothing score on the same scenes
 
 
@@ -39,9 +40,13 @@ class Scale:
     @classmethod
     def of(cls, quick: bool, split: Split | None, seeds: tuple[int, ...] | None) -> Scale:
         """The full study on sealed scenes with three seeds; the quick one on development scenes with one."""
+        if quick and split == "sealed":
+            raise ConfigError("--quick on sealed scenes", "development scenes", "leave --split out")
+        if seeds and (len(set(seeds)) < len(seeds) or not all(0 <= seed < MOST_SEEDS for seed in seeds)):
+            raise ConfigError(f"--seeds {list(seeds)}", f"different numbers from 0 to {MOST_SEEDS - 1}", "change them")
         split = split or ("development" if quick else "sealed")
         scoring = Scoring(split, SEALED_START if split == "sealed" else 0, 100 if quick else NUM_HELD_OUT)
-        return cls(seeds or ((100,) if quick else (1, 2, 3)), scoring, quick)
+        return cls(seeds or ((40,) if quick else (1, 2, 3)), scoring, quick)
 
 
 def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             for size, values in found.items():
                 panel.plot([size] * len(values), values, ".", color=colour)
         panel.set(xscale="log", xlabel="fine-tuning scenes", title=METRICS[metric])
-        panel.set_xticks(sorted(found), [str(size) for size in sorted(found)], minor=False)
+        panel.set_xticks(sorted(found), [str(size) for size in sorted(found)])
+        panel.set_xticks([], minor=True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -53,15 +53,17 @@ def compare(scores: Scores, metric: str, arm: str, other: str) -> Finding:
     """One arm against another, seed by seed.
 
     "above" and "below": the two ranges over seeds do not overlap. "higher (lower) on average": they do, but
-    every seed's own difference has this sign. Else "no clear difference". One seed is never above or below.
+    every seed's own difference has this sign. Else "no clear difference". Without spread (one seed, or two arms that
+    no seed changes) nothing is above or below.
     """
     ours, theirs = scores[arm][metric], scores[other][metric]
     differences = [one - two for one, two in zip(ours, theirs, strict=True)]
     outcome: Outcome = "no clear difference"
+    spread = len({*ours}) > 1 or len({*theirs}) > 1
     if min(differences) > 0:
-        outcome = "above" if min(ours) > max(theirs) and len(ours) > 1 else "higher on average"
+        outcome = "above" if min(ours) > max(theirs) and spread else "higher on average"
     elif max(differences) < 0:
-        outcome = "below" if max(ours) < min(theirs) and len(ours) > 1 else "lower on average"
+        outcome = "below" if max(ours) < min(theirs) and spread else "lower on average"
     what = f"{arm} against {other}, {METRICS[metric]}"
     return Finding(what, outcome, fmean(differences), min(differences), max(differences))
 

@@ -1,0 +1,76 @@
+"""Stages of a run: the Aligner's own, with a frozen VLM, and the rise and fall of λ. And what a run leaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from invariants.test_trainer import logged, lora, own_head, own_weights, run  # noqa: F401
+from lavender.errors import ConfigError, DataError
+from lavender.trainer import save_head
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "learn"])
+def test_in_its_stage_the_aligner_alone_learns(run, kind):  # noqa: F811
+    settings = {"peft": lora() if kind == "lora" else None, "pooling": "learn" if kind == "learn" else "layer-mean"}
+    start = run(build_only=True, **settings)
+    stage = run(aligner_pretraining=1.0, weight_decay=0.1, **settings)
+    before, after = own_weights(start), own_weights(stage)
+    assert [name for name, one in before.items() if not torch.equal(after[name], one)] == []
+    first, last = own_head(start), own_head(stage)
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    assert len(set(logged(stage, "attention_loss"))) == 2
+    trainable = {name: one.requires_grad for name, one in start.model.named_parameters()}
+    assert {name: one.requires_grad for name, one in stage.model.named_parameters()} == trainable
+
+
+def test_after_the_stage_all_learn(run):  # noqa: F811
+    """Two steps of four are the stage: they end as a run of two steps that is stage alone; then the VLM moves."""
+    start, stage = run(build_only=True), run(aligner_pretraining=0.5, max_steps=4)
+    assert any(not torch.equal(own_weights(stage)[name], one) for name, one in own_weights(start).items())
+    losses = logged(stage, "attention_loss")
+    assert len(losses) == 4
+    assert len(set(losses)) == 4
+
+
+def test_the_weight_rises_and_falls(run):  # noqa: F811
+    trainer = run(max_steps=8, align_warmup=0.5, align_decay=0.25, learning_rate=0.0)
+    parts = [logged(trainer, name) for name in ("loss", "vlm_loss", "attention_loss")]
+    weights = [(total - language) / attention for total, language, attention in zip(*parts, strict=True)]
+    assert weights == pytest.approx([2.5, 5, 7.5, 10, 10, 10, 5, 0], rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"align_warmup": 1.5}, "Got align_warmup=1.5"),
+        ({"aligner_pretraining": -0.1}, "Got aligner_pretraining=-0.1"),
+        ({"align_weight": 0.0, "aligner_pretraining": 0.5}, "Got aligner_pretraining with align_weight=0"),
+    ],
+)
+def test_impossible_stages_are_refused(run, settings, words):  # noqa: F811
+    with pytest.raises(ConfigError, match=words):
+        run(settings.pop("align_weight", 10.0), build_only=True, **settings)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "learn"])
+def test_what_alignment_trained_is_kept_beside_the_model(run, kind, tmp_path):  # noqa: F811
+    trainer = run(peft=lora() if kind == "lora" else None, pooling="learn" if kind == "learn" else "layer-mean")
+    save_head(trainer, tmp_path / "head.safetensors")
+    saved = load_file(tmp_path / "head.safetensors")
+    names = {name.rsplit("alignment_", 1)[1] for name in saved}
+    aligner = {f"head.aligner.{layer}.weight" for layer in (0, 3, 6, 9)} | {"head.aligner.9.bias"}
+    parallel = {"parallel.query.weight", "parallel.key.weight"} if kind == "learn" else set()
+    assert names == aligner | parallel
+    assert len(saved) == 5 + (4 if kind == "learn" else 0)
+
+
+def test_chosen_parts_of_speech_alone_are_aligned(run):  # noqa: F811
+    everything, nouns = run(max_steps=1), run(max_steps=1, parts_of_speech=["noun"])
+    words = [logged(trainer, "matched_words")[0] for trainer in (everything, nouns)]
+    assert 0 < words[1] < words[0]
+    with pytest.raises(DataError, match="Got maps for 0 of 6 samples"):  # these captions have no verb
+        run(build_only=True, parts_of_speech=["verb"])
+    with pytest.raises(ConfigError, match="Got parts_of_speech='name'"):
+        run(build_only=True, parts_of_speech=["name"])
