@@ -64,7 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, default=64, help="samples to look at (default: %(default)s)")
 
     study = verbs.add_parser("study", help="does it work, and why? A study of the built-in world, over seeds")
-    study.add_argument("name", help="main, teacher-controls, pooling, entropy or scaling")
+    study.add_argument(
+        "name",
+        help="main, teacher-controls, entropy, scaling, pooling, aligner, words, layers, "
+        "pretraining, lambda or learning-rate",
+    )
     study.add_argument("--out", type=Path, default=Path("lavender-studies"), help="folder (default: %(default)s)")
     study.add_argument("--quick", action="store_true", help="smaller, one seed, on development scenes; not a result")
     study.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 1 2 3; with --quick 40")

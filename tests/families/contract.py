@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from lavender.words import words_of
 
 ANSWERS = ("a dog and a cat", "one red apple near the tiny house", "sun")
 POOLINGS = pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
+EVERY_POOLING = pytest.mark.parametrize("pooling", get_args(Pooling))
 
 
 def request_of(family: Family, model, batch: Mapping[str, Tensor], readings: list[Reading], layers) -> AlignmentRequest:
@@ -164,6 +165,23 @@ class Contract(Geometry):
             assert torch.equal(parallel.query.weight, attention.q_proj.weight)
         assert attention.q_proj.weight.grad is None
         assert attention.k_proj.weight.grad is None
+
+    @EVERY_POOLING
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_gradients_of_every_pooling(self, family, model, batch, readings, pooling, dtype):
+        """They reach a layer's queries and keys (of "learn", its parallel ones), and are finite in bfloat16 too."""
+        adapter, head = adapter_for(model.config), attach(model, AlignmentConfig(pooling=pooling))
+        model.to(dtype).train()
+        inputs = {name: one.to(dtype) if one.is_floating_point() else one for name, one in batch.items()}
+        output = model(**inputs, attention_request=request_of(family, model, batch, readings, head.layers))
+        assert output.logits.dtype == dtype
+        assert 0 < output.attention_loss.item() < 5  # five words, each below one
+        output.attention_loss.backward()
+        assert all(one.grad.isfinite().all() for one in model.parameters() if one.grad is not None)
+        attention = adapter.attention_module(model, head.layers[0])
+        names = ("alignment_parallel.query", "alignment_parallel.key") if pooling == "learn" else ("q_proj", "k_proj")
+        for name in names:
+            assert attention.get_parameter(f"{name}.weight").grad.abs().max() > 1e-8
 
     @torch.no_grad()
     def test_learned_projections_begin_as_the_models_own(self, family, model, batch, readings):

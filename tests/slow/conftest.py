@@ -129,8 +129,8 @@ def write_jsonl(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def photograph_run(lavender_process, tmp_path_factory) -> PhotographRun:
-    """extract on each layout; train fully and with LoRA on the jsonl; eval one against the other; report."""
-    from lavender.world import STUDENT_PATH
+    """extract on each layout; train fully, with LoRA, and a LLaVA on the jsonl; eval two of them; report."""
+    from lavender.world import STUDENT_PATHS
 
     root = tmp_path_factory.mktemp("photographs")
     writers = dict(zip(LAYOUTS, (write_imagefolder, write_flickr30k, write_jsonl), strict=True))
@@ -140,11 +140,13 @@ def photograph_run(lavender_process, tmp_path_factory) -> PhotographRun:
         said[f"extract {layout}"] = lavender_process(
             "extract", "--data", data[layout], "--teacher", "world", "--out", maps[layout], "--grid", 16
         )
-    for kind, lora in {"full": False, "lora": True}.items():
+    for kind in ("full", "lora", "llava"):
         runs[kind] = root / kind
         settings = {
-            "model": str(STUDENT_PATH), "data": str(data["jsonl"]), "maps": str(maps["jsonl"]), "out": str(runs[kind]),
-            "prompt": PROMPT, "dtype": "float32", "lora": lora, "max_steps": 3, "per_device_train_batch_size": 4,
+            "model": str(STUDENT_PATHS["llava" if kind == "llava" else "mllama"]), "data": str(data["jsonl"]),
+            "maps": str(maps["jsonl"]), "out": str(runs[kind]),
+            "prompt": PROMPT, "dtype": "float32", "lora": kind == "lora", "max_steps": 3,
+            "per_device_train_batch_size": 4,
             "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "bf16": False, "use_cpu": True,
             "activation_checkpointing": False, "disable_tqdm": True,
         }  # fmt: skip

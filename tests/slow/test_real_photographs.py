@@ -61,7 +61,7 @@ def test_extract_says_what_it_did(layout, photograph_run):
     assert "; 0 were already there; 0 dropped" in said
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "llava"])
 def test_a_run_folder_is_complete(kind, photograph_run):
     run = photograph_run.runs[kind]
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -136,7 +136,7 @@ print(json.dumps(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_sp
 
 # PEFT asks transformers by an old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "llava"])
 def test_the_checkpoint_runs_without_lavender_and_says_the_same(kind, photograph_run, tmp_path):
     from PIL import Image
 
@@ -153,3 +153,25 @@ def test_the_checkpoint_runs_without_lavender_and_says_the_same(kind, photograph
         ours = generate_answers(model, processor, [image], [PROMPT], max_new_tokens=20)
     assert json.loads(ran.stdout.splitlines()[-1]).strip() == ours[0].strip()
     assert ours[0].strip()
+
+
+# PEFT asks transformers by an old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_export_writes_one_ordinary_checkpoint(kind, photograph_run, lavender_process, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from lavender.cli import main
+    from lavender.run import load_run
+
+    run, out = photograph_run.runs[kind], tmp_path / "exported"
+    assert str(out) in lavender_process("export", run, "--out", out)
+    assert AutoProcessor.from_pretrained(out).tokenizer.is_fast
+    expected = load_run(run)[0].state_dict()
+    found = AutoModelForImageTextToText.from_pretrained(out, dtype="float32").state_dict()
+    assert found.keys() == expected.keys()
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one, rtol=0, atol=1e-6)
+    assert (run / "alignment_head.safetensors").is_file()
+    assert main(["export", str(run), "--out", str(out)]) == 2  # not empty any more
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "other")]) == 2  # no run

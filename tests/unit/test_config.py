@@ -20,6 +20,11 @@ def test_defaults_are_the_papers():
     assert ExtractionConfig().grid == (32, 32)
     assert ExtractionConfig().parts_of_speech == ("noun", "adjective", "verb")
     assert AlignmentConfig().pooling == "layer-mean"
+    assert AlignmentConfig().attention_loss == "min-max"
+    assert AlignmentConfig().aligner == "sim"
+    assert AlignmentConfig().aligner_kind == "convolution"
+    assert AlignmentConfig().aligner_norm == "instance"
+    assert AlignmentConfig().aligner_activation == "relu6"
     assert AlignmentConfig().aligner_width == 32
     assert AlignmentConfig().layers is None
 
@@ -72,7 +77,22 @@ def test_extraction_ranges(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pooling": "flow"}, "Got pooling='flow'. Expected one of ('layer-mean', 'learn')."),
+        (
+            {"pooling": "flow"},
+            "Got pooling='flow'. Expected one of ('layer-mean', 'layer-max', 'mean-mean', 'max-mean',",
+        ),
+        (
+            {"attention_loss": "l2"},
+            "Got attention_loss='l2'. Expected one of ('min-max', 'min-max-sum', 'mse', 'kl', 'js').",
+        ),
+        ({"aligner": "wide"}, "Got aligner='wide'. Expected one of ('light', 'sim', 'deep')."),
+        ({"aligner_kind": "conv"}, "Got aligner_kind='conv'. Expected one of ('convolution', 'mlp')."),
+        (
+            {"aligner_norm": "layer"},
+            "Got aligner_norm='layer'. Expected one of ('instance', 'batch', 'group', 'none').",
+        ),
+        ({"aligner_norm": None}, "Got aligner_norm=None."),
+        ({"aligner_activation": "relu"}, "Got aligner_activation='relu'. Expected one of ('relu6', 'leaky-relu')."),
         ({"align_weight": -0.1}, "Got align_weight=-0.1. Expected a number from 0 to 1000000000.0."),
         ({"align_weight": "10"}, "Got align_weight='10'."),
         ({"aligner_width": 0}, "Got aligner_width=0."),

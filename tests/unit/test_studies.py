@@ -386,12 +386,21 @@ def test_each_seed_has_fine_tuning_scenes_of_its_own(quick):
     assert max(SIZES) <= SCENES_A_SEED
 
 
+@pytest.mark.parametrize(
+    ("quick", "split", "seeds"),
+    [(True, "sealed", None), (False, None, (7, 7)), (False, None, (-1,)), (True, None, (50,))],
+)
+def test_scales_that_would_mislead_are_refused(quick, split, seeds):
+    with pytest.raises(ConfigError, match="Got --quick on sealed scenes" if split else "Got --seeds"):
+        Scale.of(quick, split, seeds)
+
+
 def test_an_unknown_study_and_no_jobs_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         run_study("mian", tmp_path / "out", Scale.of(True, None, None), 1, "")
     assert str(caught.value) == (
-        "Got the study 'mian'. Expected one of main, teacher-controls, pooling, entropy, scaling. Do this: name one of "
-        "them."
+        "Got the study 'mian'. Expected one of main, teacher-controls, entropy, scaling, pooling, aligner, words, "
+        "layers, pretraining, lambda, learning-rate. Do this: name one of them."
     )
     with pytest.raises(ConfigError) as caught:
         run_study("main", tmp_path / "out", Scale.of(True, None, None), 0, "")

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from lavender.errors import ConfigError
-from lavender.studies import controls, entropy, main_study, pooling, scaling
+from lavender.studies import controls, entropy, main_study, scaling
 from lavender.studies.cells import SCENES_A_SEED, Cell, Scoring
 from lavender.studies.page import page
 from lavender.studies.runner import run_cells
 from lavender.studies.study import Study
+from lavender.studies.variants import VARIANTS
 from lavender.world.scenes import SPLITS, Split
 
 STUDIES: dict[str, Study] = {
     "main": main_study.STUDY,
     "teacher-controls": controls.STUDY,
-    "pooling": pooling.STUDY,
     "entropy": entropy.STUDY,
     "scaling": scaling.STUDY,
+    **VARIANTS,
 }
 SEALED_START = 2000  # the demo looks at sealed scenes before this one
 NUM_HELD_OUT = 300
