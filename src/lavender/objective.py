@@ -53,6 +53,12 @@ class AlignmentRequest(AttentionRequest):
         self.targets, self.present = tensors["targets"], tensors["present"]
         self.matched = self.present
 
+    def text_positions(self) -> Tensor:
+        """Which of the text's tokens each row is, long (sample, row): a sequence's picture tokens do not count."""
+        if self.keys_BK is None:
+            return self.rows_BR
+        return self.rows_BR - (self.keys_BK[:, None] < self.rows_BR[..., None]).sum(dim=-1)
+
     def match_predicted(self, output: ModelOutput, input_ids: Tensor) -> None:
         """Keep the words whose every token is the model's first choice (the paper's exact match)."""
         if "is_top1" in output:  # TRL's fused head, which makes no logits; one entry less than tokens
@@ -107,7 +113,7 @@ class AlignmentHead(nn.Module):
                 "use non-reentrant checkpointing, and train parameters at or before the attention layers",
             )
         if is_flow(self.config.pooling):
-            rows = flow(rows, request.rows_BR, self.config.pooling)
+            rows = flow(rows, request.text_positions(), self.config.pooling)
         words = word_attention(rows, request.shares.to(rows))
         return to_grid(words, request.boxes, (request.targets.shape[-2], request.targets.shape[-1]))
 

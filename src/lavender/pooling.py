@@ -54,18 +54,18 @@ def flow(rows_LBHRK: Tensor, positions_BR: Tensor, pooling: Pooling) -> Tensor:
 
     Args:
         rows_LBHRK: attention of each layer.
-        positions_BR: where in the sequence the rows stand, from 0.
+        positions_BR: which of the text's tokens the rows are, from 0.
 
     Returns:
-        (1, sample, head, row, key). The scale of each row of a product is free: its maximum is 1 before the weight,
-        since a product of 40 layers would leave every number format. Weights are relative to a sample's last row.
+        (1, sample, head, row, key). The sum is divided by the number of layers, and a product sums to 1 over the keys
+        before the weight: a product of 40 layers would leave every number format. Weights are relative to a sample's
+        last row.
     """
     if pooling == "flow-sum":
-        merged_BHRK = rows_LBHRK.sum(dim=0)
+        merged_BHRK = rows_LBHRK.mean(dim=0)
     else:
-        logarithm_BHRK = rows_LBHRK.float().clamp_min(FLOOR).log().sum(dim=0)
-        merged_BHRK = (logarithm_BHRK - logarithm_BHRK.detach().amax(dim=-1, keepdim=True)).exp()
-    order_BR = positions_BR.to(merged_BHRK) + 1
+        merged_BHRK = rows_LBHRK.float().clamp_min(FLOOR).log().sum(dim=0).softmax(dim=-1)
+    order_BR = positions_BR.to(merged_BHRK.device).float() + 1
     weight_BR = order_BR / order_BR.amax(dim=1, keepdim=True)
     return (merged_BHRK * weight_BR[:, None, :, None])[None]
 
