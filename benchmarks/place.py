@@ -2,7 +2,8 @@
 
 The probability that a base gives to the name of a scene's first thing, after "a ", while some of the picture's
 patches are replaced by the mean patch: none (`all`), all that do not show the thing (`thing`), those that do
-(`rest`), all of them (`none`). Development scenes.
+(`rest`), all of them (`none`). Development scenes. With several things the oracle also tells which of them the
+caption names first, which no picture tells; with one thing it tells the place alone.
 
     python benchmarks/place.py --json PATH
 """
@@ -35,11 +36,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     drawn = list(scenes("development", options.scenes))
-    results = {name: probabilities(name, drawn) for name in STUDENTS}
+    groups = {"one thing": [scene for scene in drawn if len(scene.things) == 1]}
+    groups["several things"] = [scene for scene in drawn if len(scene.things) > 1]
+    results = {name: {group: probabilities(name, own) for group, own in groups.items()} for name in STUDENTS}
     if options.json:
-        options.json.write_text(json.dumps({"scenes": len(drawn), "students": results}, indent=1))
+        counts = {group: len(own) for group, own in groups.items()}
+        options.json.write_text(json.dumps({"scenes": counts, "students": results}, indent=1))
     for name, found in results.items():
-        print(name, {kept: round(value, 3) for kept, value in found.items()})
+        for group, own in found.items():
+            print(f"{name}, {group}: { ({kept: round(value, 3) for kept, value in own.items()}) }")
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ NAMES = [
     "AlignmentConfig", "ExtractionConfig", "LavenderConfig", "LavenderTrainer", "MapStore", "Reading", "Teacher",
     "WordMaps", "__version__", "export", "extract", "read_samples", "student_maps", "to_dataset",
 ]  # fmt: skip
-VERBS = ["demo", "eval", "export", "extract", "inspect", "report", "study", "train"]
+VERBS = ["check", "demo", "eval", "export", "extract", "inspect", "report", "study", "train"]
 HEAVY = ["torch", "transformers", "diffusers", "datasets", "trl", "numpy", "PIL"]
 
 

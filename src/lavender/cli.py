@@ -52,6 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
     extract.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"))
     extract.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be used")
 
+    check = verbs.add_parser("check", help="can alignment help this model? What knowing where is worth, before tuning")
+    check.add_argument("model", help="model folder or hub id, or run folder")
+    check.add_argument("--data", type=Path, required=True)
+    check.add_argument("--maps", type=Path, required=True, help="map store of that data")
+    check.add_argument("--limit", type=int, default=64, help="samples to look at (default: %(default)s)")
+
     train = verbs.add_parser("train", help="fine-tune with the alignment loss")
     train.add_argument("run", type=Path, help="YAML file; see examples/world.yaml")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
@@ -189,6 +195,20 @@ def _print_summary(summary: Summary, out: Path) -> None:
         print(f"  … and {len(summary.dropped) - SHOWN_DROPS} more, all in {out / 'extraction.json'}")
 
 
+def _check(options: argparse.Namespace) -> int:
+    from lavender.diagnosis import check_model
+
+    found = check_model(options.model, options.data, options.maps, options.limit)
+    print(json.dumps(found, indent=1))
+    error = found["gain_standard_error"] or 0.0
+    if found["gain"] < 2 * error:
+        print("Knowing where a word is saves this model nothing: alignment has little to give here.", file=sys.stderr)
+    else:
+        saved = f"{found['gain']:.3f} (± {error:.3f}) of {found['loss']['whole']:.3f} nats a token"
+        print(f"Knowing where a word is would save at most {saved}.", file=sys.stderr)
+    return DONE
+
+
 def _train(options: argparse.Namespace) -> int:
     from lavender.run import read_run, train
 
@@ -249,8 +269,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "demo": _demo, "extract": _extract, "train": _train, "eval": _eval, "study": _study, "report": _report,
-    "export": _export, "inspect": _inspect,
+    "demo": _demo, "extract": _extract, "check": _check, "train": _train, "eval": _eval, "study": _study,
+    "report": _report, "export": _export, "inspect": _inspect,
 }  # fmt: skip
 
 if __name__ == "__main__":

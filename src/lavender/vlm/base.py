@@ -29,6 +29,10 @@ class VlmAdapter(ABC):
     def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
         """The attention module of a usable layer."""
 
+    def image_states(self, model: PreTrainedModel) -> Any:
+        """The module whose output is what the language model gets of the pictures, one state an image key."""
+        return model.model.multi_modal_projector
+
     @abstractmethod
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """Which of a layer's keys are the picture's: long (sample, key), positions in the sequence.

@@ -1,0 +1,157 @@
+"""`lavender check`: can alignment help this model? What its words need is measured before any tuning.
+
+Alignment pulls attention to where a word's thing is. That can help where the model could say the word if it
+looked there alone, and does not. So the words of true answers are predicted three times: from the whole picture, from
+the patches where the teacher sees the word, and from all others; the rest is replaced by the mean patch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from lavender.attention import Reading, evaluating
+from lavender.comparison import readings_of
+from lavender.data import read_samples
+from lavender.errors import DataError
+from lavender.grids import overlap_matrix
+from lavender.images import image_id
+from lavender.locate import WordLocator
+from lavender.maps import Word
+from lavender.run import load_run, readable
+from lavender.store import MapStore
+from lavender.vlm.base import VlmAdapter
+from lavender.vlm.registry import adapter_for
+
+SHOWS = 0.4  # a patch shows a word where the teacher's map has this share of its maximum
+KEPT = ("whole", "there", "elsewhere")
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """One mapped word of one reading, the rows that predict it, and the teacher's map (rows, cols)."""
+
+    reading: Reading
+    word: Word
+    map: Tensor
+
+
+def check_model(model_path: str | Path, data: Path, maps: Path, limit: int = 64) -> dict[str, Any]:
+    """Mean loss of mapped words, nats a token, from each choice of patches, and what it means.
+
+    `gain`: what an oracle of place would save, the loss from the whole picture less that from the patches `there`.
+    `loss_elsewhere`: what taking those patches away costs. A gain near zero says that alignment has little to give; a
+    cost near zero that this model does not store things where they are.
+    """
+    store = MapStore.open(maps)
+    samples = readable(read_samples(data)).samples
+    samples = samples[:: max(1, len(samples) // limit)][:limit]
+    model, processor = load_run(model_path)
+    cases = _cases(readings_of(samples, store), store)
+    dropped: Counter[str] = Counter()
+    losses = word_losses(model, processor, cases, dropped)
+    means = {kept: losses[kept].mean().item() for kept in KEPT}
+    gains = losses["whole"] - losses["there"]
+    error = (gains.std() / len(gains) ** 0.5).item() if len(gains) > 1 else None
+    return {
+        "model": str(model_path), "samples": len(samples), "words": len(gains), "dropped": dict(dropped), "loss": means,
+        "gain": gains.mean().item(), "gain_standard_error": error,
+        "cost_without": (losses["elsewhere"] - losses["whole"]).mean().item(),
+    }  # fmt: skip
+
+
+def _cases(readings: Sequence[Reading], store: MapStore) -> list[_Case]:
+    cases = []
+    for reading in readings:
+        known = store.get(image_id(reading.image), reading.answer)
+        if known is not None:
+            cases += [_Case(reading, word, one) for word, one in zip(known.words, known.maps, strict=True)]
+    if not cases:
+        raise DataError(
+            "no word with a map", "maps of this data's answers", "extract maps for this data set, or name its store"
+        )
+    return cases
+
+
+@torch.inference_mode()
+def word_losses(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    cases: Sequence[_Case],
+    dropped: Counter[str],
+    batch_size: int = 16,
+) -> dict[str, Tensor]:
+    """Negative log-likelihood of each case's word, nats a token, for each choice of patches: (case,).
+
+    Words that no row predicts are left out, counted in `dropped`.
+    """
+    adapter = adapter_for(model.config)
+    locator = WordLocator(processor, adapter)
+    found: dict[str, list[Tensor]] = {kept: [] for kept in KEPT}
+    with evaluating(model):
+        for start in range(0, len(cases), batch_size):
+            group = cases[start : start + batch_size]
+            for kept, losses in _batch(model, processor, adapter, locator, group, dropped).items():
+                found[kept].append(losses)
+    return {kept: torch.cat(losses) for kept, losses in found.items()}
+
+
+def _batch(
+    model, processor, adapter: VlmAdapter, locator: WordLocator, cases: Sequence[_Case], dropped: Counter[str]
+) -> dict[str, Tensor]:
+    conversations = [case.reading.messages() for case in cases]
+    inputs = processor(
+        images=[[case.reading.image] for case in cases],
+        text=[processor.apply_chat_template(one, tokenize=False) for one in conversations],
+        padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt",
+    ).to(model.device)  # fmt: skip
+    located = [
+        locator.rows(
+            conversations[index], [(1, case.reading.answer, [case.word])],
+            inputs["input_ids"][index], inputs["attention_mask"][index], dropped,
+        )
+        for index, case in enumerate(cases)
+    ]  # fmt: skip
+    rows = {index: own[0][1] for index, own in enumerate(located) if own}
+    sizes = [(case.reading.image.height, case.reading.image.width) for case in cases]
+    boxes = adapter.image_boxes(inputs, sizes, processor)
+    there = torch.stack([_shows(case.map, box) for case, box in zip(cases, boxes, strict=True)])
+    losses = {}
+    for kept, mask in zip(KEPT, (None, there, ~there), strict=True):
+        logits = _logits(model, adapter.image_states(model), inputs, mask)
+        losses[kept] = torch.stack([
+            -logits[index, list(own)].log_softmax(dim=-1)
+            .gather(1, inputs["input_ids"][index, [row + 1 for row in own]][:, None]).mean()
+            for index, own in rows.items()
+        ] or [torch.zeros(0)]).flatten().cpu()  # fmt: skip
+    return losses
+
+
+def _shows(heat: Tensor, boxes: Tensor) -> Tensor:
+    """Which image keys show the word: bool (key,)."""
+    overlap = overlap_matrix(boxes.cpu(), (heat.shape[0], heat.shape[1]))
+    seen = overlap @ heat.flatten() / overlap.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    return seen >= SHOWS * seen.max()
+
+
+def _logits(model: PreTrainedModel, states: nn.Module, inputs: dict[str, Tensor], kept: Tensor | None) -> Tensor:
+    """Logits in float32 with the image states outside `kept` (sample, key) replaced by their mean."""
+
+    def replace(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if kept is None:
+            return None
+        mask = kept.to(output.device).reshape(*output.shape[:-1], 1)
+        return torch.where(mask, output, output.flatten(0, -2).mean(dim=0))
+
+    handle = states.register_forward_hook(replace)
+    try:
+        return model(**inputs).logits.float()
+    finally:
+        handle.remove()
