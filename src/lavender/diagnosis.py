@@ -28,6 +28,7 @@ from lavender.maps import Word
 from lavender.run import load_run, readable
 from lavender.store import MapStore
 from lavender.vlm.base import VlmAdapter
+from lavender.vlm.capture import real_keys
 from lavender.vlm.registry import adapter_for
 
 SHOWS = 0.4  # a patch shows a word where the teacher's map has this share of its maximum
@@ -123,8 +124,10 @@ def _batch(
     sizes = [(case.reading.image.height, case.reading.image.width) for case in cases]
     boxes = adapter.image_boxes(inputs, sizes, processor)
     there = torch.stack([_shows(case.map, box) for case, box in zip(cases, boxes, strict=True)])
+    keys = adapter.image_keys(inputs)
+    real = torch.ones_like(there) if keys is None else real_keys(keys.cpu())
     losses = {}
-    for kept, mask in zip(KEPT, (None, there, ~there), strict=True):
+    for kept, mask in zip(KEPT, (None, there[real], ~there[real]), strict=True):
         logits = _logits(model, adapter.image_states(model), inputs, mask)
         losses[kept] = torch.stack([
             -logits[index, list(own)].log_softmax(dim=-1)
@@ -142,13 +145,19 @@ def _shows(heat: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _logits(model: PreTrainedModel, states: nn.Module, inputs: dict[str, Tensor], kept: Tensor | None) -> Tensor:
-    """Logits in float32 with the image states outside `kept` (sample, key) replaced by their mean."""
+    """Logits in float32 with the image states outside `kept` (all samples' keys) replaced by their mean."""
 
-    def replace(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def replaced(found: Tensor, kept: Tensor) -> Tensor:
+        mask = kept.to(found.device).reshape(*found.shape[:-1], 1)
+        return torch.where(mask, found, found.flatten(0, -2).mean(dim=0))
+
+    def replace(module: nn.Module, args: tuple, output: Any) -> Any:
         if kept is None:
             return None
-        mask = kept.to(output.device).reshape(*output.shape[:-1], 1)
-        return torch.where(mask, output, output.flatten(0, -2).mean(dim=0))
+        if isinstance(output, Tensor):
+            return replaced(output, kept)
+        output.pooler_output = replaced(output.pooler_output, kept)
+        return output
 
     handle = states.register_forward_hook(replace)
     try:

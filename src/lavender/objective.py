@@ -23,7 +23,7 @@ from lavender.errors import CaptureError, ConfigError
 from lavender.losses import per_word_loss
 from lavender.pooling import flow, is_flow, num_channels, pooled, to_grid, word_attention
 from lavender.vlm import parallel
-from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, install, select_rows, set_kernel
+from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, install, real_keys, select_rows, set_kernel
 from lavender.vlm.registry import adapter_for
 
 HEAD_NAME = "alignment_head"
@@ -57,7 +57,8 @@ class AlignmentRequest(AttentionRequest):
         """Which of the text's tokens each row is, long (sample, row): a sequence's picture tokens do not count."""
         if self.keys_BK is None:
             return self.rows_BR
-        return self.rows_BR - (self.keys_BK[:, None] < self.rows_BR[..., None]).sum(dim=-1)
+        before_BRK = real_keys(self.keys_BK)[:, None] & (self.keys_BK[:, None] < self.rows_BR[..., None])
+        return self.rows_BR - before_BRK.sum(dim=-1)
 
     def match_predicted(self, output: ModelOutput, input_ids: Tensor) -> None:
         """Keep the words whose every token is the model's first choice (the paper's exact match)."""

@@ -23,7 +23,7 @@ from lavender.attention import Reading, capturing, student_maps
 from lavender.config import AlignmentConfig, Pooling
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
 from lavender.objective import HEAD_NAME, AlignmentRequest, attach, detach
-from lavender.vlm.capture import AttentionRequest, install, set_kernel
+from lavender.vlm.capture import AttentionRequest, install, real_keys, set_kernel
 from lavender.vlm.registry import adapter_for
 from lavender.words import words_of
 
@@ -63,7 +63,12 @@ def eager_rows(model: PreTrainedModel, batch: Mapping[str, Tensor], request: Att
     every = eager(**batch, output_attentions=True).attentions
     whole = torch.stack([every[layer] for layer in request.layers])
     rows = torch.stack([whole[:, index, :, own] for index, own in enumerate(request.rows_BR)], dim=1)
-    return rows if keys is None else torch.stack([rows[:, index, ..., own] for index, own in enumerate(keys)], dim=1)
+    if keys is None:
+        return rows
+    kept = [
+        rows[:, index, ..., own] * mask for index, (own, mask) in enumerate(zip(keys, real_keys(keys), strict=True))
+    ]
+    return torch.stack(kept, dim=1)
 
 
 def traces(model: PreTrainedModel) -> list:
@@ -104,8 +109,8 @@ class Contract(Geometry):
         assert torch.equal(model(**batch).logits, plain)
 
     @torch.no_grad()
-    def test_generation_is_the_same_with_capture(self, model, batch):
-        one = {name: tensor[:1] for name, tensor in batch.items()}
+    def test_generation_is_the_same_with_capture(self, family, model, readings):
+        one = batch_of(family, readings[:1])
         plain = model.generate(**one, max_new_tokens=5, do_sample=False)
         with capturing(model):
             assert torch.equal(model.generate(**one, max_new_tokens=5, do_sample=False), plain)

@@ -30,14 +30,18 @@ class VlmAdapter(ABC):
         """The attention module of a usable layer."""
 
     def image_states(self, model: PreTrainedModel) -> Any:
-        """The module whose output is what the language model gets of the pictures, one state an image key."""
+        """The module whose output, or its `pooler_output`, is what the language model gets of the pictures.
+
+        One state an image key, sample by sample; none for padding of `image_keys`.
+        """
         return model.model.multi_modal_projector
 
     @abstractmethod
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """Which of a layer's keys are the picture's: long (sample, key), positions in the sequence.
 
-        None where a layer attends to the picture alone (cross-attention): then all keys are.
+        Ascending, and 0 after a sample's last where others have more. None where a layer attends to the picture
+        alone (cross-attention): then all keys are.
         """
 
     @abstractmethod
@@ -45,6 +49,8 @@ class VlmAdapter(ABC):
         self, inputs: Mapping[str, Tensor], image_sizes: list[tuple[int, int]], processor: ProcessorMixin
     ) -> Tensor:
         """Boxes of the image keys in each sample's picture (see `lavender.grids`): float (sample, key, 4).
+
+        Empty for keys that show no part of it, padding of `image_keys` too.
 
         Args:
             inputs: what the processor made of the batch; one picture a sample.

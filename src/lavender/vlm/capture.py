@@ -33,10 +33,10 @@ class AttentionRequest:
     Attributes:
         rows_BR: long (sample, row), the query positions; padded with 0.
         layers: indices of decoder layers.
-        keys_BK: long (sample, key), the picture's keys in the sequence of a self-attending layer; None
-            where a layer attends to the picture alone.
+        keys_BK: long (sample, key), the picture's keys in the sequence of a self-attending layer, ascending, then
+            0 where a sample has fewer; None where a layer attends to the picture alone.
         rows: layer → attention (sample, head, row, key): softmax over all of the layer's keys, of which
-            the picture's are kept.
+            the picture's are kept, and 0 at padding of keys.
         learned: whether a layer's parallel projections, where it has them, answer instead of the layer.
     """
 
@@ -67,7 +67,8 @@ class AttentionRequest:
         rows = attention_rows(query_BHRD, key_BGKD, mask, scaling)
         if self.keys_BK is not None:
             index = self.keys_BK.to(rows.device)[:, None, None]
-            rows = rows.gather(3, index.expand(-1, *rows.shape[1:3], -1))
+            padding = ~real_keys(self.keys_BK).to(rows.device)[:, None, None]
+            rows = rows.gather(3, index.expand(-1, *rows.shape[1:3], -1)).masked_fill(padding, 0)
         self.rows.setdefault(layer, rows)
 
     def _mask_of_rows(self, mask: Tensor | None, layer: int, samples: int, keys: int) -> Tensor:
@@ -108,6 +109,13 @@ def attention_rows(query_BHRD: Tensor, key_BGKD: Tensor, mask: Tensor | None, sc
         least = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask.float()
     return scores.softmax(dim=-1)
+
+
+def real_keys(keys_BK: Tensor) -> Tensor:
+    """Which keys are a picture's, bool (sample, key): a 0 after the first is padding."""
+    real = keys_BK > 0
+    real[:, 0] = True
+    return real
 
 
 def select_rows(tensor_BHTD: Tensor, rows_BR: Tensor) -> Tensor:

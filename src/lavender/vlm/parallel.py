@@ -17,16 +17,18 @@ from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, select_rows
 
 
 class ParallelProjections(nn.Module):
-    """W′_Q and W′_K of one layer, started as copies of its own, without bias."""
+    """W′_Q and W′_K of one layer, started as copies of its own; with bias where it has one (Qwen)."""
 
     def __init__(self, attention: nn.Module):
         super().__init__()
         own_query, own_key = cast(nn.Linear, attention.q_proj), cast(nn.Linear, attention.k_proj)
-        self.query = nn.Linear(own_query.in_features, own_query.out_features, bias=False)
-        self.key = nn.Linear(own_key.in_features, own_key.out_features, bias=False)
+        self.query = nn.Linear(own_query.in_features, own_query.out_features, bias=own_query.bias is not None)
+        self.key = nn.Linear(own_key.in_features, own_key.out_features, bias=own_key.bias is not None)
         with torch.no_grad():
-            self.query.weight.copy_(own_query.weight)
-            self.key.weight.copy_(own_key.weight)
+            for new, own in ((self.query, own_query), (self.key, own_key)):
+                new.weight.copy_(own.weight)
+                if own.bias is not None:
+                    new.bias.copy_(own.bias)
         self.to(own_query.weight.dtype)
 
     def forward(self, hidden: Tensor, context: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -67,5 +69,5 @@ def _capture(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def _rotated(states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, its tables (sample, 1, token, width)."""
+    """Rotary position embedding, its tables (sample, 1, token, width); Qwen-VL's are laid out by time, row, column."""
     return states_BHTD * cos + rotate_half(states_BHTD) * sin

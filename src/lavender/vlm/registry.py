@@ -8,8 +8,11 @@ from lavender.errors import UnsupportedModelError
 from lavender.vlm.base import VlmAdapter
 from lavender.vlm.llava import LlavaAdapter
 from lavender.vlm.mllama import MllamaAdapter
+from lavender.vlm.qwen_vl import Qwen2VlAdapter, Qwen25VlAdapter
 
-FAMILIES: dict[str, type[VlmAdapter]] = {family.model_type: family for family in (LlavaAdapter, MllamaAdapter)}
+FAMILIES: dict[str, type[VlmAdapter]] = {
+    family.model_type: family for family in (LlavaAdapter, MllamaAdapter, Qwen2VlAdapter, Qwen25VlAdapter)
+}
 
 
 def adapter_for(config: Any) -> VlmAdapter:
