@@ -33,7 +33,9 @@ from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.tuning import ALIGNMENT, LEARNING_RATES, TRAINING, load_teacher
 
 NUM_TRAINING, NUM_HELD_OUT, NUM_PANELS = 800, 200, 6
-TUNING: dict[str, Any] = TRAINING | ALIGNMENT | {"learning_rate": LEARNING_RATES["full"], "max_steps": 200, "seed": 0}
+TUNING: dict[str, Any] = (
+    TRAINING | ALIGNMENT | {"learning_rate": LEARNING_RATES["mllama", "full"], "max_steps": 200, "seed": 0}
+)
 ARMS = {"plain": 0.0, "aligned": TUNING["align_weight"]}
 
 

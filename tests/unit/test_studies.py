@@ -276,7 +276,7 @@ def test_equal_arms_of_two_studies_share_their_key(quick):
 def test_settings_of_an_arm():
     plain, aligned = Arm("mllama", "lora").training(7), Arm("mllama", "lora", "uniform", steps=31).training(7)
     assert (plain["align_weight"], plain["max_steps"], plain["seed"]) == (0.0, 200, 7)
-    assert plain["learning_rate"] == LEARNING_RATES["lora"]
+    assert plain["learning_rate"] == LEARNING_RATES["mllama", "lora"]
     assert {key: aligned[key] for key in plain if aligned[key] != plain[key]} == {
         "align_weight": ALIGNMENT["align_weight"], "max_steps": 31,
     }  # fmt: skip

@@ -47,7 +47,9 @@ class Arm:
         """All settings of LavenderConfig."""
         from lavender.world.tuning import ALIGNMENT, LEARNING_RATES, TRAINING
 
-        chosen = TRAINING | ALIGNMENT | {"learning_rate": LEARNING_RATES[self.tuning], "max_steps": self.steps}
+        chosen = (
+            TRAINING | ALIGNMENT | {"learning_rate": LEARNING_RATES[self.student, self.tuning], "max_steps": self.steps}
+        )
         if self.target is None:
             chosen["align_weight"] = 0.0
         return chosen | dict(self.settings) | {"seed": seed}

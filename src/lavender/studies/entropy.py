@@ -37,7 +37,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for panel, student in zip(figure.subplots(1, 2, sharey=True), STUDENTS, strict=True):
         for arm, colour in ((TEACHER, "#e08214"), (f"{student} base", "#777777"), (f"{student} aligned", "#4b2e83")):
             values = [value for seed in results["entropies"][arm] for value in seed]
-            panel.hist(values, bins=40, range=(3.0, 7.0), density=True, histtype="step", color=colour, label=arm)
+            panel.hist(values, bins=40, range=(5.4, 7.0), density=True, histtype="step", color=colour, label=arm)
         panel.axvline(6.931, color="#cccccc", linewidth=0.8)
         panel.set(xlabel="entropy of a word's map, nats (32 × 32; a flat map has 6.93)", title=student)
         panel.spines[["top", "right"]].set_visible(False)
