@@ -170,8 +170,8 @@ def test_export_writes_one_ordinary_checkpoint(kind, photograph_run, lavender_pr
     expected = load_run(run)[0].state_dict()
     found = AutoModelForImageTextToText.from_pretrained(out, dtype="float32").state_dict()
     assert found.keys() == expected.keys()
-    for name, one in expected.items():
-        torch.testing.assert_close(found[name], one, rtol=0, atol=1e-6)
+    for name, one in expected.items():  # merged in the base's half precision
+        torch.testing.assert_close(found[name], one, rtol=2**-10 if kind == "lora" else 0, atol=1e-4)
     assert (run / "alignment_head.safetensors").is_file()
     assert main(["export", str(run), "--out", str(out)]) == 2  # not empty any more
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "other")]) == 2  # no run
