@@ -48,7 +48,7 @@ def check_model(model_path: str | Path, data: Path, maps: Path, limit: int = 64)
     """Mean loss of mapped words, nats a token, from each choice of patches, and what it means.
 
     `gain`: what an oracle of place would save, the loss from the whole picture less that from the patches `there`.
-    `loss_elsewhere`: what taking those patches away costs. A gain near zero says that alignment has little to give; a
+    `cost_without`: what taking those patches away costs. A gain near zero says that alignment has little to give; a
     cost near zero that this model does not store things where they are.
     """
     store = MapStore.open(maps)

@@ -22,7 +22,7 @@ def run_cells(folder: Path, cells: Iterable[Cell], jobs: int) -> dict[str, dict[
     """Cell key → result, from its file or by running it now, `jobs` at a time, one core each.
 
     Raises:
-        LavenderError: cells that failed, named with the end of their logs; the others' results are kept.
+        LavenderError: cells that failed, counted, with the first reason and its log; the others' results are kept.
     """
     wanted = {cell.key: cell for cell in cells}
     missing = [cell for cell in wanted.values() if not result_path(folder, cell).is_file()]
@@ -35,10 +35,8 @@ def _run(folder: Path, cells: list[Cell], jobs: int) -> None:
     torch.set_num_threads(1)  # on busy cores torch's threads wait for each other
     folder.mkdir(parents=True, exist_ok=True)
     for cell in tqdm(cells, desc="scenes and maps", unit="arm", leave=False):
-        with (
-            (folder / "prepare.log").open("a") as log,
-            contextlib.redirect_stderr(log),
-        ):  # loaders draw bars of their own
+        # loaders draw bars of their own
+        with (folder / "prepare.log").open("a") as log, contextlib.redirect_stderr(log):
             prepare(folder, cell)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     context, failed = multiprocessing.get_context("spawn"), {}
