@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lavender.diagnosis import logits_keeping
 from lavender.grids import overlap_matrix
 from lavender.run import load_run
 from lavender.vlm.registry import adapter_for
@@ -57,17 +58,15 @@ def probabilities(name: str, drawn: Sequence[Scene]) -> dict[str, float]:
     batch = text_batch(family, processor, [(CAPTION_PROMPT, f"a {scene.things[0].name}") for scene in drawn], images)
     labels = batch.pop("labels")
     sizes = [(scene.pixels.shape[0], scene.pixels.shape[1]) for scene in drawn]
-    boxes = adapter_for(model.config).image_boxes(batch | images, sizes, processor)
+    adapter = adapter_for(model.config)
+    boxes = adapter.image_boxes(batch | images, sizes, processor)
     own = torch.stack([_shows(scene, box) for scene, box in zip(drawn, boxes, strict=True)])
     found = {}
     for kept, mask in (
         ("all", torch.ones_like(own)), ("thing", own), ("rest", ~own), ("none", torch.zeros_like(own)),
     ):  # fmt: skip
-        handle = model.model.multi_modal_projector.register_forward_hook(_only(mask))
-        try:
-            logits = model(**batch, **images).logits.log_softmax(dim=-1)
-        finally:
-            handle.remove()
+        states = adapter.image_states(model)
+        logits = logits_keeping(model, states, batch | images, mask).log_softmax(dim=-1)
         found[kept] = _name_probability(processor, drawn, labels, logits)
     return found
 
@@ -76,14 +75,6 @@ def _shows(scene: Scene, boxes: Tensor) -> Tensor:
     """Which image keys show the scene's first thing: bool (key,)."""
     mask = torch.from_numpy(scene.things[0].mask).float()[None, None]
     return overlap_matrix(boxes, CELLS) @ F.adaptive_avg_pool2d(mask, CELLS).flatten() > SHOWS
-
-
-def _only(mask: Tensor):
-    def hook(module, args, states: Tensor) -> Tensor:
-        mean = states.flatten(0, -2).mean(dim=0)
-        return torch.where(mask.reshape(*states.shape[:-1], 1), states, mean)
-
-    return hook
 
 
 def _name_probability(processor, drawn: Sequence[Scene], labels: Tensor, logits: Tensor) -> float:

@@ -32,25 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = verbs.add_parser("demo", help="the whole method on the built-in world, some minutes on a CPU")
     demo.add_argument("--out", type=Path, default=Path("lavender-demo"), help="folder to write (default: %(default)s)")
 
-    extract = verbs.add_parser("extract", help="pictures and texts → per-word maps, resumable")
-    extract.add_argument("--data", type=Path, required=True, help="folder or file; see docs/data.md for the layouts")
-    extract.add_argument(
-        "--teacher", required=True, help="Stable Diffusion folder or hub id; `world` is the built-in one"
-    )
-    extract.add_argument("--out", type=Path, required=True, help="folder of the map store")
-    extract.add_argument("--mode", choices=("noise", "ddim"), default="noise", help="one noising, or DDIM inversion")
-    extract.add_argument(
-        "--timestep", type=int, default=100, help="noise of --mode noise, of 1000 (default: %(default)s)"
-    )
-    extract.add_argument("--steps", type=int, default=10, help="steps of --mode ddim (default: %(default)s)")
-    extract.add_argument("--grid", type=int, default=32, help="rows and columns of a map (default: %(default)s)")
-    extract.add_argument("--seed", type=int, default=0)
-    extract.add_argument("--batch-size", type=int, default=8)
-    extract.add_argument("--words", nargs="+", default=["noun", "adjective", "verb"], metavar="PART",
-                         help="parts of speech that get a map: noun adjective verb other")  # fmt: skip
-    extract.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
-    extract.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"))
-    extract.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be used")
+    _add_extract(verbs)
 
     check = verbs.add_parser("check", help="can alignment help this model? What knowing where is worth, before tuning")
     check.add_argument("model", help="model folder or hub id, or run folder")
@@ -95,6 +77,28 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("target", help="model folder or hub id, or map store")
     inspect.add_argument("--picture", type=Path, default=None, help="write one picture with maps drawn over it here")
     return parser
+
+
+def _add_extract(verbs: argparse._SubParsersAction) -> None:
+    extract = verbs.add_parser("extract", help="pictures and texts → per-word maps, resumable")
+    extract.add_argument("--data", type=Path, required=True, help="folder or file; see docs/data.md for the layouts")
+    extract.add_argument(
+        "--teacher", required=True, help="Stable Diffusion folder or hub id; `world` is the built-in one"
+    )
+    extract.add_argument("--out", type=Path, required=True, help="folder of the map store")
+    extract.add_argument("--mode", choices=("noise", "ddim"), default="noise", help="one noising, or DDIM inversion")
+    extract.add_argument(
+        "--timestep", type=int, default=100, help="noise of --mode noise, of 1000 (default: %(default)s)"
+    )
+    extract.add_argument("--steps", type=int, default=10, help="steps of --mode ddim (default: %(default)s)")
+    extract.add_argument("--grid", type=int, default=32, help="rows and columns of a map (default: %(default)s)")
+    extract.add_argument("--seed", type=int, default=0)
+    extract.add_argument("--batch-size", type=int, default=8)
+    extract.add_argument("--words", nargs="+", default=["noun", "adjective", "verb"], metavar="PART",
+                         help="parts of speech that get a map: noun adjective verb other")  # fmt: skip
+    extract.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    extract.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"))
+    extract.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be used")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

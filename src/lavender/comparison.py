@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.attention import Reading, student_maps
 from lavender.data import Sample
+from lavender.errors import ConfigError
 from lavender.evaluation.text import generate_answers
 from lavender.images import image_id
 from lavender.locate import text_of
@@ -37,6 +38,16 @@ class Observed:
     answers: list[str]
     maps: list[WordMaps]
     scores: dict[str, float | None]
+
+
+def require_limit(limit: int) -> None:
+    if limit < 1:
+        raise ConfigError(f"--limit {limit}", "at least 1", "give a number of samples to look at")
+
+
+def spread(samples: Sequence[Sample], limit: int) -> tuple[Sample, ...]:
+    """At most `limit` samples, evenly over the data."""
+    return tuple(samples[:: max(1, len(samples) // limit)][:limit])
 
 
 def readings_of(samples: Sequence[Sample], store: MapStore | None) -> list[Reading]:

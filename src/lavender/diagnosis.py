@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.attention import Reading, evaluating
-from lavender.comparison import readings_of
-from lavender.data import read_samples
+from lavender.comparison import readings_of, require_limit, spread
+from lavender.data import Samples, read_samples
 from lavender.errors import DataError
 from lavender.grids import overlap_matrix
 from lavender.images import image_id
@@ -51,9 +51,9 @@ def check_model(model_path: str | Path, data: Path, maps: Path, limit: int = 64)
     `cost_without`: what taking those patches away costs. A gain near zero says that alignment has little to give; a
     cost near zero that this model does not store things where they are.
     """
+    require_limit(limit)
     store = MapStore.open(maps)
-    samples = readable(read_samples(data)).samples
-    samples = samples[:: max(1, len(samples) // limit)][:limit]
+    samples = readable(Samples(spread(read_samples(data).samples, limit))).samples
     model, processor = load_run(model_path)
     cases = _cases(readings_of(samples, store), store)
     dropped: Counter[str] = Counter()
@@ -128,7 +128,7 @@ def _batch(
     real = torch.ones_like(there) if keys is None else real_keys(keys.cpu())
     losses = {}
     for kept, mask in zip(KEPT, (None, there[real], ~there[real]), strict=True):
-        logits = _logits(model, adapter.image_states(model), inputs, mask)
+        logits = logits_keeping(model, adapter.image_states(model), inputs, mask)
         losses[kept] = torch.stack([
             -logits[index, list(own)].log_softmax(dim=-1)
             .gather(1, inputs["input_ids"][index, [row + 1 for row in own]][:, None]).mean()
@@ -144,7 +144,7 @@ def _shows(heat: Tensor, boxes: Tensor) -> Tensor:
     return seen >= SHOWS * seen.max()
 
 
-def _logits(model: PreTrainedModel, states: nn.Module, inputs: dict[str, Tensor], kept: Tensor | None) -> Tensor:
+def logits_keeping(model: PreTrainedModel, states: nn.Module, inputs: dict[str, Tensor], kept: Tensor | None) -> Tensor:
     """Logits in float32 with the image states outside `kept` (all samples' keys) replaced by their mean."""
 
     def replaced(found: Tensor, kept: Tensor) -> Tensor:

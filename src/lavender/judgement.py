@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lavender.comparison import Observed, Phrase, observe, panels_of, readings_of
+from lavender.comparison import Observed, Phrase, observe, panels_of, readings_of, require_limit, spread
 from lavender.config import AlignmentConfig
 from lavender.data import Sample, Samples, read_samples
 from lavender.errors import ConfigError, DataError
@@ -24,15 +24,14 @@ def evaluate_runs(
     run: Path, against: list[Path], data: Path | None = None, maps: Path | None = None, limit: int = 64
 ) -> dict[str, Any]:
     """Scores of the run, of its base and of the runs beside it, on the same samples; also in RUN/eval.json."""
-    if limit < 1:
-        raise ConfigError(f"--limit {limit}", "at least 1", "give a number of samples to look at")
+    require_limit(limit)
     config = _config_of(run)
     own_data = data is None
     data = Path(config["data"]) if data is None else data
     maps = (Path(config["maps"]) if own_data else None) if maps is None else maps
     store = MapStore.open(maps) if maps is not None else None
     read = read_samples(data, prompt=config["prompt"])
-    samples = readable(Samples(_spread(read.samples, limit)))
+    samples = readable(Samples(spread(read.samples, limit)))
     arms, _ = _observe_arms(_arms(config, run, against), list(samples), store)
     notes = ["these samples were trained on; pass --data for held-out ones"] if own_data else []
     notes += [f"left out {drop.what}: {drop.reason}" for drop in samples.dropped]
@@ -99,12 +98,6 @@ def _observe_arms(arms: dict[str, str | Path], samples: list[Sample], store: Map
         model, processor = load_run(path)
         observed[name] = observe(model, processor, readings, store)
     return observed, readings
-
-
-def _spread(samples: tuple[Sample, ...], limit: int) -> tuple[Sample, ...]:
-    """At most `limit` samples, evenly over the data."""
-    step = max(1, len(samples) // limit)
-    return samples[::step][:limit]
 
 
 def _with_maps(samples: tuple[Sample, ...], store: MapStore | None) -> list[Sample]:

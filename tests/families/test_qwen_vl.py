@@ -21,7 +21,7 @@ from transformers import (
 from families.contract import Contract, captured, eager_rows, request_of
 from families.geometry import Family, batch_of, parameters_zeroed, reading
 from lavender.config import AlignmentConfig
-from lavender.diagnosis import _logits
+from lavender.diagnosis import logits_keeping
 from lavender.errors import DataError
 from lavender.objective import AlignmentRequest, attach, detach
 from lavender.trainer import LavenderConfig, LavenderTrainer
@@ -237,7 +237,7 @@ class TestQwen2Vl(Contract):
         places = batch["input_ids"] == adapter.image_token_id()
         kept = torch.rand(int(places.sum()), generator=torch.Generator().manual_seed(2)) < 0.3
         for mask in (None, kept):
-            _logits(model, adapter.image_states(model), batch, mask)
+            logits_keeping(model, adapter.image_states(model), batch, mask)
         handle.remove()
         whole, part = (one[places] for one in seen)
         torch.testing.assert_close(part[kept], whole[kept], rtol=0, atol=0)
