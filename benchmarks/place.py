@@ -57,9 +57,9 @@ def probabilities(name: str, drawn: Sequence[Scene]) -> dict[str, float]:
     images = {key: value for key, value in images.items() if isinstance(value, Tensor)}
     batch = text_batch(family, processor, [(CAPTION_PROMPT, f"a {scene.things[0].name}") for scene in drawn], images)
     labels = batch.pop("labels")
-    sizes = [(scene.pixels.shape[0], scene.pixels.shape[1]) for scene in drawn]
+    sizes = [[(scene.pixels.shape[0], scene.pixels.shape[1])] for scene in drawn]
     adapter = adapter_for(model.config)
-    boxes = adapter.image_boxes(batch | images, sizes, processor)
+    boxes = adapter.image_boxes(batch | images, sizes, processor).boxes
     own = torch.stack([_shows(scene, box) for scene, box in zip(drawn, boxes, strict=True)])
     found = {}
     for kept, mask in (

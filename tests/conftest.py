@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from lavender.world.scenes import Scene
 
-pytest.register_assert_rewrite("families.contract", "families.geometry")
+pytest.register_assert_rewrite("families.contract", "families.geometry", "families.batches", "families.guards")
 
 SEED = 20250206
 PROMPT = "describe the picture."

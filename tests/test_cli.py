@@ -187,7 +187,7 @@ def test_inspect_needs_a_models_config_alone(mllama_config, make_student):
     assert facts["parameters"] == sum(parameter.numel() for parameter in student.parameters())
 
 
-@pytest.mark.parametrize("model_type", ["idefics3", "bert"])
+@pytest.mark.parametrize("model_type", ["paligemma", "bert"])
 def test_inspect_names_a_family_that_is_not_supported(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     line = complaint(lavender("inspect", tmp_path), FAILED)

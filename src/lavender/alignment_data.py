@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -14,11 +14,22 @@ from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from lavender.errors import DataError
+from lavender.grids import KeyLayout
 from lavender.images import image_id, load_image
-from lavender.locate import WordLocator, text_of
+from lavender.locate import UNSEEN, WordLocator, text_of
 from lavender.maps import Word
 from lavender.store import MapStore
 from lavender.vlm.base import VlmAdapter
+
+NO_PICTURE = "sample without a picture"
+
+
+class MappedWord(NamedTuple):
+    """The rows that predict a word, the index of the picture in its sample, and the teacher's map of it there."""
+
+    rows: tuple[int, ...]
+    picture: int
+    map: Tensor
 
 
 @dataclass
@@ -32,18 +43,20 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Share of samples with at least one mapped word."""
-        return self.mapped_samples / self.samples if self.samples else 0.0
+        """Share of the samples with a picture that have at least one mapped word."""
+        with_picture = self.samples - self.dropped[NO_PICTURE]
+        return self.mapped_samples / with_picture if with_picture else 0.0
 
 
 class AlignmentCollator:
     """Wraps the collator of plain fine-tuning: its batch unchanged, plus `alignment`, a dict of tensors.
 
     Args:
-        base: the trainer's collator, for examples with `images` (or `image`) and `messages`.
+        base: the trainer's collator, for examples with `messages` and `images` (or `image`): none, one or several.
         processor: the model's processor; its tokenizer must know character offsets.
         adapter: the model's family.
-        store: the teacher's maps, joined by content: picture and answer.
+        store: the teacher's maps, joined by content: picture and answer. An answer's words are looked up for each of
+            its sample's pictures; a word with maps of several counts once for each.
         parts_of_speech: which words to align; None takes all that have a map.
     """
 
@@ -61,41 +74,51 @@ class AlignmentCollator:
         self.coverage = Coverage()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        pictures = [_picture_of(example) for example in examples]
+        examples = [dict(example) | {"images": _images_of(example)} for example in examples]
+        for example in examples:
+            example.pop("image", None)
+        pictures = [[load_image(one, "a training picture") for one in example["images"]] for example in examples]
         conversations = [_messages_of(example) for example in examples]
         batch = self._base([dict(example) for example in examples])
+        sizes = [[(picture.height, picture.width) for picture in own] for own in pictures]
+        keys = self._adapter.key_tensors(batch, sizes, self._processor)
+        seen = self._adapter.seen_from(batch, KeyLayout(keys["boxes"], keys["pictures"], keys.get("views")))
         words = [
-            self._mapped_words(picture, messages, batch["input_ids"][index], batch["attention_mask"][index])
-            for index, (picture, messages) in enumerate(zip(pictures, conversations, strict=True))
+            self._mapped_words(own, messages, batch["input_ids"][index], batch["attention_mask"][index], seen[index])
+            for index, (own, messages) in enumerate(zip(pictures, conversations, strict=True))
         ]
-        sizes = [(picture.height, picture.width) for picture in pictures]
-        keys = self._adapter.image_keys(batch)
-        boxes = self._adapter.image_boxes(batch, sizes, self._processor)
-        targets = [torch.stack([target for _, target in own]) if own else None for own in words]
-        batch["alignment"] = row_tensors([[rows for rows, _ in own] for own in words]) | {"boxes": boxes}
-        batch["alignment"] |= {"keys": keys} if keys is not None else {}
-        batch["alignment"]["targets"] = _pad_targets(targets, batch["alignment"]["present"], self._store.grid)
+        rows = row_tensors(
+            [[one.rows for one in own] for own in words], [[one.picture for one in own] for own in words]
+        )
+        targets = _pad_targets([[one.map for one in own] for own in words], rows["present"], self._store.grid)
+        batch["alignment"] = rows | keys | {"targets": targets}
         return batch
 
     def _mapped_words(
-        self, picture: Image.Image, messages: list[dict], ids: Tensor, attention_mask: Tensor
-    ) -> list[tuple[tuple[int, ...], Tensor]]:
-        """(rows, map) of one sample's words that have both."""
+        self, pictures: list[Image.Image], messages: list[dict], ids: Tensor, attention_mask: Tensor, seen: Tensor
+    ) -> list[MappedWord]:
+        """One sample's words that have both rows and a map, picture by picture. `seen`: bool (picture, token)."""
         self.coverage.samples += 1
-        identity, answers, map_of = image_id(picture), [], {}
-        for turn, message in enumerate(messages):
-            maps = self._store.get(identity, text_of(message)) if message["role"] == "assistant" else None
-            if maps is not None:
-                wanted = [word for word in maps.words if self._wants(word)]
-                answers.append((turn, maps.text, wanted))
-                map_of |= {(turn, word.start): one for word, one in zip(maps.words, maps.maps, strict=True)}
-        if not answers:
-            self.coverage.dropped["sample without maps in the store"] += 1
+        if not pictures:
+            self.coverage.dropped[NO_PICTURE] += 1
             return []
-        found = []
-        for turn, text, words in answers:
-            located = self._locator.rows(messages, [(turn, text, words)], ids, attention_mask, self.coverage.dropped)
-            found += [(rows, map_of[turn, word.start]) for word, rows in located]
+        found, has_maps = [], False
+        for index, identity in enumerate(image_id(picture) for picture in pictures):
+            for turn, message in enumerate(messages):
+                maps = self._store.get(identity, text_of(message)) if message["role"] == "assistant" else None
+                if maps is None:
+                    continue
+                has_maps = True
+                map_of = {word.start: one for word, one in zip(maps.words, maps.maps, strict=True)}
+                answer = (turn, maps.text, [word for word in maps.words if self._wants(word)])
+                located = self._locator.rows(messages, [answer], ids, attention_mask, self.coverage.dropped, [index])
+                for word, rows in located:
+                    if seen[index, list(rows)].all():
+                        found.append(MappedWord(rows, index, map_of[word.start]))
+                    else:
+                        self.coverage.dropped[UNSEEN] += 1
+        if not has_maps:
+            self.coverage.dropped["sample without maps in the store"] += 1
         self.coverage.mapped_samples += bool(found)
         self.coverage.words += len(found)
         return found
@@ -104,47 +127,68 @@ class AlignmentCollator:
         return self._parts_of_speech is None or word.part_of_speech in self._parts_of_speech
 
 
-def _picture_of(example: Mapping[str, Any]) -> Image.Image:
+def _images_of(example: Mapping[str, Any]) -> list[Any]:
+    """A sample's pictures as they came; [] where there are none."""
     images = [example["image"]] if "image" in example else example.get("images") or []
-    if len(images) != 1:
-        raise DataError(f"{len(images)} pictures in a sample", "exactly one", "split or drop such samples")
-    return load_image(images[0], "a training picture")
+    return [one for one in images if one is not None]
 
 
 def _messages_of(example: Mapping[str, Any]) -> list[dict]:
-    """The conversation with its picture part, as TRL renders it."""
+    """The conversation with its picture parts, as TRL renders it."""
     if "messages" not in example:
         raise DataError(
             f"an example with the columns {sorted(example)}",
             "`images` and `messages`",
             "convert it with lavender.data.read_samples and to_dataset",
         )
-    images = [example["image"]] if "image" in example else example["images"]
-    return prepare_multimodal_messages(example["messages"], images=images)
+    try:
+        return prepare_multimodal_messages(example["messages"], images=example["images"])
+    except ValueError as error:
+        places = sum(part["type"] == "image" for one in example["messages"] for part in _parts(one))
+        if places == len(example["images"]):
+            raise
+        raise DataError(
+            f"messages with {places} place{'' if places == 1 else 's'} for a picture, and "
+            f"{len(example['images'])} pictures",
+            "a place for each picture",
+            "put a part {'type': 'image'} where each picture belongs, or leave the content plain text",
+        ) from error
 
 
-def row_tensors(words: Sequence[Sequence[tuple[int, ...]]]) -> dict[str, Tensor]:
-    """Pad ragged words (their row positions) to `rows`, `shares` and `present` of an AlignmentRequest."""
-    num_words = max([1, *(len(own) for own in words)])
-    num_rows = max([1, *(sum(len(rows) for rows in own) for own in words)])
+def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    content = message.get("content")
+    return [] if content is None or isinstance(content, str) else list(content)
+
+
+def row_tensors(
+    words: Sequence[Sequence[tuple[int, ...]]], pictures: Sequence[Sequence[int]] | None = None
+) -> dict[str, Tensor]:
+    """Pad ragged words (their row positions) to `rows`, `shares`, `present` and `word_pictures` of a request.
+
+    A row that several words share is there once. `pictures`: the index of each word's picture within its sample;
+    None where all words are of the first.
+    """
+    every = [list(dict.fromkeys(position for rows in own for position in rows)) for own in words]
+    num_words, num_rows = max([1, *map(len, words)]), max([1, *map(len, every)])
     tensors = {
         "rows": torch.zeros(len(words), num_rows, dtype=torch.long),
         "shares": torch.zeros(len(words), num_words, num_rows),
         "present": torch.zeros(len(words), num_words, dtype=torch.bool),
+        "word_pictures": torch.zeros(len(words), num_words, dtype=torch.long),
     }
-    for sample, own in enumerate(words):
-        slot = 0
+    for sample, (own, positions) in enumerate(zip(words, every, strict=True)):
+        tensors["rows"][sample, : len(positions)] = torch.tensor(positions, dtype=torch.long)
+        tensors["present"][sample, : len(own)] = True
         for index, rows in enumerate(own):
-            tensors["rows"][sample, slot : slot + len(rows)] = torch.tensor(rows)
-            tensors["shares"][sample, index, slot : slot + len(rows)] = 1 / len(rows)
-            tensors["present"][sample, index] = True
-            slot += len(rows)
+            tensors["shares"][sample, index, [positions.index(position) for position in rows]] = 1 / len(rows)
+            if pictures is not None:
+                tensors["word_pictures"][sample, index] = pictures[sample][index]
     return tensors
 
 
-def _pad_targets(targets: Sequence[Tensor | None], present: Tensor, grid: tuple[int, int]) -> Tensor:
+def _pad_targets(targets: Sequence[Sequence[Tensor]], present: Tensor, grid: tuple[int, int]) -> Tensor:
     padded = torch.zeros(*present.shape, *grid)
     for sample, own in enumerate(targets):
-        if own is not None:
-            padded[sample, : len(own)] = own
+        for index, one in enumerate(own):
+            padded[sample, index] = one
     return padded

@@ -13,11 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.alignment_data import row_tensors
+from lavender.grids import KeyLayout
 from lavender.images import image_id
 from lavender.locate import WordLocator
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.pooling import to_grid, word_attention
-from lavender.vlm.capture import AttentionRequest, install, set_kernel
+from lavender.vlm.capture import AttentionRequest, install, is_ours, set_kernel
+from lavender.vlm.mixing import MixingCollector
 from lavender.vlm.registry import adapter_for
 
 
@@ -53,9 +55,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def capturing(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model's language layers answer an attention request; then the kernel it had is back."""
     before = install(model)
+    # one that is in alignment has its hooks already
+    hooks = [] if is_ours(before) else MixingCollector(model, adapter_for(model.config)).handles
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         set_kernel(model, before)
 
 
@@ -93,12 +99,14 @@ def _batch(model, processor, adapter, locator, layers, readings: Sequence[Readin
         for index, reading in enumerate(readings)
     ]  # fmt: skip
     tensors = row_tensors([[rows for _, rows in own] for own in located])
-    request = AttentionRequest(tensors["rows"].to(model.device), layers, adapter.image_keys(inputs))
+    sizes = [[(reading.image.height, reading.image.width)] for reading in readings]
+    keys = adapter.key_tensors(inputs, sizes, processor)
+    request = AttentionRequest(tensors["rows"].to(model.device), layers, keys.get("keys"))
     model(**inputs, attention_request=request)
     rows = request.stacked()
-    sizes = [(reading.image.height, reading.image.width) for reading in readings]
-    boxes = adapter.image_boxes(inputs, sizes, processor)
-    attention = to_grid(word_attention(rows, tensors["shares"].to(rows)), boxes, grid)
+    layout = KeyLayout(keys["boxes"], keys["pictures"], keys.get("views"))
+    words = word_attention(rows, tensors["shares"].to(rows))
+    attention = to_grid(words, layout, tensors["word_pictures"], grid, request.mixing)
     maps = to_heat(attention.mean(dim=(0, 2)).float().cpu())
     return [
         WordMaps(

@@ -75,7 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = verbs.add_parser("inspect", help="what the library sees in a model or a map store")
     inspect.add_argument("target", help="model folder or hub id, or map store")
-    inspect.add_argument("--picture", type=Path, default=None, help="write one picture with maps drawn over it here")
+    inspect.add_argument(
+        "--picture",
+        type=Path,
+        default=None,
+        help="load the weights; write a picture with the model's maps over it here",
+    )
+    inspect.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
+    inspect.add_argument("--json", action="store_true", help="as JSON, which a pipe or a file gets anyway")
     return parser
 
 
@@ -266,9 +273,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from lavender.inspection import inspect_target
+    from lavender.inspection import as_text, inspect_target
 
-    print(json.dumps(inspect_target(options.target, options.picture), indent=1, ensure_ascii=False))
+    facts = inspect_target(options.target, options.picture, options.trust_remote_code)
+    page = sys.stdout.isatty() and not options.json
+    print(as_text(facts) if page else json.dumps(facts, indent=1, ensure_ascii=False))
     return DONE
 
 

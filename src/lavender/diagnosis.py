@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from lavender.attention import Reading, evaluating
 from lavender.comparison import readings_of, require_limit, spread
 from lavender.data import Samples, read_samples
-from lavender.errors import DataError
+from lavender.errors import DataError, UnsupportedModelError
 from lavender.grids import overlap_matrix
 from lavender.images import image_id
 from lavender.locate import WordLocator
@@ -28,7 +28,6 @@ from lavender.maps import Word
 from lavender.run import load_run, readable
 from lavender.store import MapStore
 from lavender.vlm.base import VlmAdapter
-from lavender.vlm.capture import real_keys
 from lavender.vlm.registry import adapter_for
 
 SHOWS = 0.4  # a patch shows a word where the teacher's map has this share of its maximum
@@ -94,6 +93,11 @@ def word_losses(
     Words that no row predicts are left out, counted in `dropped`.
     """
     adapter = adapter_for(model.config)
+    if adapter.resampler(model) is not None:
+        raise UnsupportedModelError(
+            f"a model of type {model.config.model_type!r}, whose language model sees a resampler's latents",
+            "one that sees patches, which lie somewhere in the picture", "check another model",
+        )  # fmt: skip
     locator = WordLocator(processor, adapter)
     found: dict[str, list[Tensor]] = {kept: [] for kept in KEPT}
     with evaluating(model):
@@ -121,11 +125,10 @@ def _batch(
         for index, case in enumerate(cases)
     ]  # fmt: skip
     rows = {index: own[0][1] for index, own in enumerate(located) if own}
-    sizes = [(case.reading.image.height, case.reading.image.width) for case in cases]
-    boxes = adapter.image_boxes(inputs, sizes, processor)
-    there = torch.stack([_shows(case.map, box) for case, box in zip(cases, boxes, strict=True)])
-    keys = adapter.image_keys(inputs)
-    real = torch.ones_like(there) if keys is None else real_keys(keys.cpu())
+    sizes = [[(case.reading.image.height, case.reading.image.width)] for case in cases]
+    layout = adapter.image_boxes(inputs, sizes, processor)
+    there = torch.stack([_shows(case.map, box) for case, box in zip(cases, layout.boxes, strict=True)])
+    real = layout.pictures >= 0
     losses = {}
     for kept, mask in zip(KEPT, (None, there[real], ~there[real]), strict=True):
         logits = logits_keeping(model, adapter.image_states(model), inputs, mask)
@@ -157,6 +160,8 @@ def logits_keeping(model: PreTrainedModel, states: nn.Module, inputs: dict[str, 
         if isinstance(output, Tensor):
             return replaced(output, kept)
         output.pooler_output = replaced(output.pooler_output, kept)
+        if output.get("deepstack_features") is not None:  # Qwen3-VL: states of earlier layers, for later text layers
+            output.deepstack_features = [replaced(one, kept) for one in output.deepstack_features]
         return output
 
     handle = states.register_forward_hook(replace)

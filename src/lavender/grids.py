@@ -8,10 +8,43 @@ product that handles tiles, padding, crops and thumbnails alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 EMPTY_BOX = (0.0, 0.0, 0.0, 0.0)
+
+
+class KeyLayout(NamedTuple):
+    """What each image key of a batch shows.
+
+    Attributes:
+        boxes: float32 (sample, key, 4): the key's box as shares of its own picture, empty where it shows none of it.
+            Where `views` is given: (view, patch, 4), the boxes of a resampler's patches.
+        pictures: long (sample, key): the index of the key's picture within its sample, -1 for padding.
+        views: long (sample, key), of models whose keys are a resampler's latents; else None. A view is what the
+            resampler turns into latents at once (a picture or a crop of one); the index is that of its first axis,
+            over the whole batch, and -1 for padding. A view's latents are its keys in their order.
+    """
+
+    boxes: Tensor
+    pictures: Tensor
+    views: Tensor | None = None
+
+
+def key_layout(boxes: Sequence[Sequence[Tensor]]) -> KeyLayout:
+    """The layout of a batch from the boxes of each sample's pictures, each (key, 4), in the order of the keys."""
+    samples = [torch.cat([torch.zeros(0, 4), *(one.float() for one in own)]) for own in boxes]
+    pictures = [
+        torch.arange(len(own)).repeat_interleave(torch.tensor([len(one) for one in own], dtype=torch.long))
+        for own in boxes
+    ]
+    return KeyLayout(
+        pad_sequence(samples, batch_first=True), pad_sequence(pictures, batch_first=True, padding_value=-1)
+    )
 
 
 def overlap_matrix(boxes: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, LavenderError, UnsupportedModelError
 from lavender.report import Panel, WordRow, draw_figure
 from lavender.store import MapStore
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-def inspect_target(target: str, picture: Path | None = None) -> dict[str, Any]:
-    """Facts about a map store or a model folder."""
+    from lavender.vlm.base import VlmAdapter
+
+QUESTION, ANSWER = "Describe the image.", "A cat with green eyes and long whiskers."
+SAMPLE_SIZE = (480, 640)  # (height, width) in pixels of the picture that stands for a user's
+NEEDS = "an adapter: one file in lavender/vlm, one line in its registry, one file of tests; see docs/add-a-vlm.md"
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
+_WEIGHTS = ("*.safetensors", "*.bin", "adapter_config.json", "checkpoint")
+
+
+def inspect_target(target: str, picture: Path | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Facts about a map store or a model: a folder (its config.json is enough), a run folder, or a hub id.
+
+    Args:
+        target: its path or name.
+        picture: where to write one picture with the model's maps drawn over it; loads the weights.
+        trust_remote_code: run the code that comes with the model.
+
+    Raises:
+        ConfigError: no such model or store, or a setting that does not go with it.
+        UnsupportedModelError: a model without an adapter.
+    """
     if (Path(target) / "manifest.json").is_file():
         if picture is not None:
             raise ConfigError(f"--picture with the map store {target}", "a model", "leave --picture out")
         return _inspect_store(Path(target))
-    return _inspect_model(target, picture)
+    return _inspect_model(target, picture, trust_remote_code)
 
 
 def _inspect_store(path: Path) -> dict[str, Any]:
@@ -32,26 +55,122 @@ def _inspect_store(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _inspect_model(target: str, picture: Path | None) -> dict[str, Any]:
+def _inspect_model(target: str, picture: Path | None, trust_remote_code: bool) -> dict[str, Any]:
     """From the config alone (no weights); with `picture`, loads the model and draws one map."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from lavender.footprint import footprint
 
-    from lavender.run import loading
-    from lavender.vlm.registry import adapter_for
-
-    with loading("model", target):
-        config = AutoConfig.from_pretrained(target)
-    adapter = adapter_for(config)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+    folder = _model_folder(target)
+    config = _config_of(folder, trust_remote_code)
+    adapter = _adapter_of(config)
+    model = _empty_model(folder, config, trust_remote_code)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = {
+    facts: dict[str, Any] = {
         "kind": "model", "family": adapter.model_type, "class": type(model).__name__, "parameters": parameters,
-        "usable_layers": list(adapter.usable_layers()), "image_keys": adapter.describe_keys(),
+        "usable_layers": list(adapter.usable_layers()), "layers": config.get_text_config().num_hidden_layers,
+        "heads": adapter.num_heads(), "image_keys": adapter.describe_keys(),
         "bytes_in_bfloat16": 2 * parameters,
     }  # fmt: skip
-    return facts | ({"sample": _draw_sample(target, picture)} if picture is not None else {})
+    sample = _sample(folder, adapter, trust_remote_code)
+    if picture is not None:
+        sample |= _draw_sample(target, picture)
+    facts["sample"] = sample
+    facts["memory"] = footprint(model, adapter, sample.get("image_keys"), sample.get("tokens"))
+    return facts
+
+
+def _model_folder(target: str) -> str:
+    """The model of a run folder; else the target."""
+    checkpoint = Path(target) / "checkpoint"
+    return str(checkpoint) if (checkpoint / "config.json").is_file() else target
+
+
+def _config_of(target: str, trust_remote_code: bool) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    from lavender.run import loading
+
+    with loading("model", target):
+        try:
+            return AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ConfigError(
+                f"{target}, a model that comes with its own code", "your consent to run that code",
+                "read it, then add --trust-remote-code",
+            ) from error  # fmt: skip
+
+
+def _adapter_of(config: Any) -> VlmAdapter:
+    from lavender.vlm.registry import adapter_for
+
+    try:
+        return adapter_for(config)
+    except UnsupportedModelError as error:
+        sees = any(name in config.to_dict() for name in ("vision_config", "vision_tower", "visual"))
+        reason = "" if sees else ", which has no part that sees pictures"
+        do = f"use a supported model, or write {NEEDS}" if sees else "use a vision-language model"
+        raise UnsupportedModelError(error.got + reason, error.expected, do) from error
+
+
+def _empty_model(target: str, config: Any, trust_remote_code: bool) -> Any:
+    """The model without weights: shapes alone."""
+    import torch
+    from transformers import AutoModel, AutoModelForImageTextToText
+
+    from lavender.run import loading
+
+    # a model with its own code says which of the general classes loads it
+    classes = config.to_dict().get("auto_map") or {AutoModelForImageTextToText.__name__: ""}
+    auto = AutoModelForImageTextToText if AutoModelForImageTextToText.__name__ in classes else AutoModel
+    with loading("model", target), torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _sample(target: str, adapter: VlmAdapter, trust_remote_code: bool) -> dict[str, Any]:
+    """What the processor makes of one conversation: words, their tokens and rows. Says why where it cannot."""
+    from transformers import AutoProcessor
+
+    if Path(target).is_dir() and not any((Path(target) / name).is_file() for name in _PROCESSOR_FILES):
+        return {"missing": "the folder has no processor and no tokenizer"}
+    try:
+        processor = AutoProcessor.from_pretrained(target, trust_remote_code=trust_remote_code)
+        return _located(adapter, processor)
+    except (OSError, ValueError, ImportError, AttributeError, LavenderError) as error:
+        return {"missing": f"its processor does not make a sample here: {str(error).strip().splitlines()[0]}"}
+
+
+def _located(adapter: VlmAdapter, processor: Any) -> dict[str, Any]:
+    from PIL import Image
+
+    from lavender.attention import Reading
+    from lavender.locate import WordLocator
+    from lavender.words import content_words
+
+    height, width = SAMPLE_SIZE
+    words = content_words(ANSWER, ("noun", "adjective", "verb"))
+    messages = Reading(Image.new("RGB", (width, height)), QUESTION, ANSWER, words).messages()
+    inputs = processor(
+        images=[[Image.new("RGB", (width, height))]], text=[processor.apply_chat_template(messages, tokenize=False)],
+        add_special_tokens=False, return_tensors="pt",
+    )  # fmt: skip
+    ids, dropped = inputs["input_ids"][0], Counter()
+    found = WordLocator(processor, adapter).rows(
+        messages, [(1, ANSWER, words)], ids, inputs["attention_mask"][0], dropped
+    )
+    keys = adapter.key_tensors(inputs, [[SAMPLE_SIZE]], processor)["pictures"]
+    return {
+        "text": ANSWER, "words": [word.text for word, _ in found], "picture_size": list(SAMPLE_SIZE),
+        "tokens": len(ids), "image_keys": int((keys >= 0).sum()), "dropped": dict(dropped),
+        "located": [
+            {"word": word.text, "rows": list(rows),
+             "tokens": [processor.tokenizer.decode([ids[row + 1]]) for row in rows]}
+            for word, rows in found
+        ],
+    }  # fmt: skip
 
 
 def _draw_sample(target: str, picture: Path) -> dict[str, Any]:
@@ -59,6 +178,16 @@ def _draw_sample(target: str, picture: Path) -> dict[str, Any]:
     from lavender.run import load_run
     from lavender.words import content_words
 
+    image = _photograph()
+    model, processor = load_run(target)
+    reading = Reading(image, QUESTION, ANSWER, content_words(ANSWER, ("noun", "adjective", "verb")))
+    maps = student_maps(model, processor, [reading])[0]
+    rows = [WordRow(word.text, {"attention": one}) for word, one in zip(maps.words, maps.maps, strict=True)]
+    draw_figure([Panel(image, "attention on a photograph, before any tuning", rows, {})], picture)
+    return {"text": ANSWER, "words": [word.text for word in maps.words], "grid": maps.grid, "picture": str(picture)}
+
+
+def _photograph() -> Image.Image:
     try:
         from skimage.data import chelsea
     except ModuleNotFoundError as error:
@@ -67,10 +196,88 @@ def _draw_sample(target: str, picture: Path) -> dict[str, Any]:
         ) from error
     from PIL import Image
 
-    image, answer = Image.fromarray(chelsea()), "A cat with green eyes and long whiskers."
-    model, processor = load_run(target)
-    reading = Reading(image, "Describe the image.", answer, content_words(answer, ("noun", "adjective", "verb")))
-    maps = student_maps(model, processor, [reading])[0]
-    rows = [WordRow(word.text, {"attention": one}) for word, one in zip(maps.words, maps.maps, strict=True)]
-    draw_figure([Panel(image, "attention on a photograph, before any tuning", rows, {})], picture)
-    return {"text": answer, "words": [word.text for word in maps.words], "grid": maps.grid, "picture": str(picture)}
+    return Image.fromarray(chelsea())
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts as a page for a terminal."""
+    return _store_text(facts) if facts["kind"] == "map store" else _model_text(facts)
+
+
+def _store_text(facts: dict[str, Any]) -> str:
+    rows, cols = facts["grid"]
+    lines = [f"map store: {facts['records']} texts with {facts['words']} word maps of {rows} × {cols}"]
+    lines += [f"  {name:<14} {value}" for name, value in {**facts["identity"], **facts["info"]}.items()]
+    for example in facts["examples"]:
+        lines += ["", f"  {example['text']!r}", f"  maps of: {', '.join(example['words']) or 'no word'}"]
+    return "\n".join(lines)
+
+
+def _model_text(facts: dict[str, Any]) -> str:
+    layers = f"{len(facts['usable_layers'])} of {facts['layers']}: {_ranges(facts['usable_layers'])}"
+    lines = [
+        f"{facts['class']}, family {facts['family']}",
+        f"  parameters     {facts['parameters']:,} ({_size(facts['bytes_in_bfloat16'])} in bfloat16)",
+        f"  usable layers  {layers}; {facts['heads']} heads each",
+        f"  image keys     {facts['image_keys']}",
+        "",
+    ]
+    lines += [*_sample_lines(facts["sample"]), "", *_memory_lines(facts["memory"])]
+    return "\n".join(one for line in lines for one in _wrapped(line) or [""])
+
+
+def _wrapped(line: str) -> list[str]:
+    indent = " " * (17 if line.startswith("  ") and not line.startswith("  -") else 4)
+    return textwrap.wrap(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _sample_lines(sample: dict[str, Any]) -> list[str]:
+    if "missing" in sample and "words" not in sample:
+        return [f"No words of a sample: {sample['missing']}"]
+    lines = [f"Words of {sample['text']!r}"]
+    if "located" in sample:
+        height, width = sample["picture_size"]
+        lines[0] += (
+            f" on a picture {width} pixels wide and {height} high: {sample['tokens']} tokens, "
+            f"{sample['image_keys']} image keys"
+        )
+        for one in sample["located"]:
+            lines.append(f"  {one['word']:<14} row {_ranges(one['rows']):<12} {' '.join(map(repr, one['tokens']))}")
+        lines += [f"  left out: {count} × {reason}" for reason, count in sample["dropped"].items()]
+    if "picture" in sample:
+        lines.append(f"  maps of {', '.join(sample['words'])} drawn in {sample['picture']}")
+    return lines
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    arms = {"full tuning": memory["full"], "LoRA": memory["lora"]}
+    lines = [
+        "Memory of training, a rough estimate for one GPU:",
+        "  " + " " * 28 + "".join(f"{arm:>14}" for arm in arms),
+    ]
+    for part in memory["full"]:
+        values = [arm[part] for arm in arms.values()]
+        lines.append(f"  {part:<28}" + "".join(f"{_size(value):>14}" for value in values))
+    sums = [sum(arm.values()) for arm in arms.values()]
+    lines.append(f"  {'together':<28}" + "".join(f"{_size(value):>14}" for value in sums))
+    lines.append(f"  {'pooling: learn, in addition':<28}" + f"{_size(memory['learn']):>14}" * 2)
+    return [*lines, "  Assumed:", *(f"  - {one}" for one in memory["assumptions"])]
+
+
+def _size(count: float) -> str:
+    """Bytes for people; a kilobyte is 1000."""
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """3, 4, 5 and 9 as "3–5, 9"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)

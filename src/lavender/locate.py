@@ -1,10 +1,21 @@
-"""Where the words of an answer stand in a model's token sequence, and which rows predict them."""
+"""Where the words of an answer stand in a model's token sequence, and which rows predict them.
+
+A processor writes more than the chat template: where the template has one placeholder for a picture, the
+sequence has hundreds of tokens, with markers, newlines or sentences of the processor's own. So the rendered
+text is cut at its placeholders, and its pieces are looked for in the finished sequence. They are compared as
+the characters that tokens stand for ("surfaces"), since at a piece's border its newline and the processor's
+may have become one token.
+"""
 
 from __future__ import annotations
 
+import unicodedata
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import ProcessorMixin
@@ -13,6 +24,13 @@ from lavender.errors import DataError
 from lavender.maps import Word
 from lavender.vlm.base import VlmAdapter
 from lavender.words import token_span
+
+BEYOND = "word beyond max_length"
+UNSEEN = "word before the picture, which its row cannot see"
+UNKNOWN = "word that the tokenizer does not know"
+PROBE = "\ue000\ue001\ue000"  # of the private use area: no template changes it, no text has it
+_BLANKS = " \t\n\r▁ĠĊĉč"  # white space, and what stands for it in the surfaces of tokens
+_BLANK_BYTES = ("<0x09>", "<0x0A>", "<0x0D>", "<0x20>")
 
 
 def text_of(message: Mapping[str, Any]) -> str:
@@ -26,8 +44,12 @@ def text_of(message: Mapping[str, Any]) -> str:
 class WordLocator:
     """Finds the rows of words in conversations that a processor has rendered and tokenized.
 
-    Works on the finished token sequence, whoever made it: padding side, truncation and repeated
-    placeholders do not matter. A sequence that does not match its conversation is an error.
+    Works on the finished token sequence, whoever made it: padding side, truncation at the end and what the
+    processor writes in the place of a picture do not matter. A sequence that does not match its conversation
+    is an error, never a guess.
+
+    Raises:
+        DataError: the tokenizer is a slow one, which does not know where in the text its tokens stand.
     """
 
     def __init__(self, processor: ProcessorMixin, adapter: VlmAdapter):
@@ -37,7 +59,11 @@ class WordLocator:
                 "a fast tokenizer, which knows where in the text a token stands",
                 "load the processor with use_fast=True",
             )
-        self._processor, self._image_token = processor, adapter.image_token_id()
+        self._processor, self._tokenizer = processor, processor.tokenizer
+        self._vocabulary = _Vocabulary(processor.tokenizer, adapter.image_token_id())
+        # what the template prints for a picture; a processor that has no name for it prints the picture's own token
+        named = getattr(processor, "image_token", None)
+        self._placeholder = named or processor.tokenizer.convert_ids_to_tokens(adapter.image_token_id())
 
     def rows(
         self,
@@ -46,63 +72,284 @@ class WordLocator:
         ids: Tensor,
         attention_mask: Tensor,
         dropped: Counter[str],
+        pictures: Iterable[int] | None = None,
     ) -> list[tuple[Word, tuple[int, ...]]]:
         """Each word with the positions of the rows that predict its tokens.
 
         Args:
-            answers: (turn, text, words) of the assistant's turns to look at.
+            messages: the conversation, with a part of type "image" where a picture is.
+            answers: (turn, text, words) of the assistant's turns to look at; the words' characters count from the
+                start of that text.
             ids, attention_mask: (token,), one sample of the batch.
             dropped: counts the words that have no row, by reason.
+            pictures: for each of the answers the index of the picture, among the conversation's, that its words are
+                to be looked for in; the first by default. Words before the end of their picture are dropped.
+
+        Raises:
+            DataError: the sequence is not this conversation's, or the template does not print an answer as it is.
         """
         rendered = self._render(messages)
-        offsets, positions = self._match(rendered, ids, attention_mask)
-        pictures = (ids == self._image_token).nonzero().flatten()
-        found = []
-        for turn, text, words in answers:
-            start = self._answer_start(rendered, messages, turn, text)
+        sequence = _Sequence.of(self._vocabulary, ids, attention_mask)
+        pieces = self._pieces(rendered)
+        placed = sequence.place([piece.surface for piece in pieces])
+        answers, found = list(answers), []
+        pictures = [0] * len(answers) if pictures is None else pictures
+        for (turn, text, words), picture in zip(answers, pictures, strict=True):
+            starts = self._starts(rendered, messages, turn, text) if words else []
             for word in words:
-                span = token_span(offsets, start + word.start, start + word.end)
-                if not span or span[-1] >= len(positions):
-                    dropped["word beyond max_length"] += 1
-                    continue
-                rows = tuple(positions[index] - 1 for index in span)  # the row before a token predicts it
-                if not len(pictures) or rows[0] < int(pictures[0]):
-                    dropped["word before the picture, which its row cannot see"] += 1
-                    continue
-                found.append((word, rows))
+                spans = [
+                    (start + max(word.start, first), start + min(word.end, last))
+                    for start, first, last in starts
+                    if word.start < last and word.end > first
+                ]
+                reason, tokens = self._tokens(pieces, placed, sequence, spans, picture)
+                if not reason:
+                    reason = self._doubt(word, [sequence.ids[index] for index in tokens])
+                if reason:
+                    dropped[reason] += 1
+                else:  # the row before a token predicts it
+                    found.append((word, tuple(sequence.positions[index] - 1 for index in tokens)))
         return found
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
+    def _tokens(
+        self,
+        pieces: list[_Piece],
+        placed: list[int],
+        sequence: _Sequence,
+        spans: list[tuple[int, int]],
+        picture: int,
+    ) -> tuple[str, list[int]]:
+        """The reason why a word has no row, or "" and the indices of its tokens in the sequence."""
+        tokens: list[int] = []
+        for number, piece in enumerate(pieces):
+            for start, end in spans:
+                own = token_span(piece.offsets, start, end)
+                if not own:
+                    continue
+                if number <= picture:
+                    return UNSEEN, []
+                if number >= len(placed):
+                    return BEYOND, []
+                first, last = placed[number] + piece.edges[own[0]], placed[number] + piece.edges[own[-1] + 1]
+                if last > len(sequence.surface):
+                    return BEYOND, []
+                tokens += sequence.between(first, last)
+        return ("", list(dict.fromkeys(tokens))) if tokens else (UNKNOWN, [])
+
+    def _doubt(self, word: Word, ids: list[int]) -> str:
+        """Why a word is left out although its tokens are known: they are no text. Other tokens are an error."""
+        text = self._tokenizer.decode(ids)
+        if _folded(word.text) in _folded(text):
+            return ""
+        if self._tokenizer.unk_token_id in ids:
+            return UNKNOWN
+        raise DataError(
+            f"the tokens {text!r} where the word {word.text!r} should be",
+            "a tokenizer whose offsets are right, and words whose characters count from the start of their answer",
+            "update the packages tokenizers and transformers; if it stays, report this tokenizer",
+        )
+
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         conversation: list[Any] = list(messages)
-        return self._processor.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
+        return self._processor.apply_chat_template(conversation, add_generation_prompt=False, tokenize=False)
 
-    def _answer_start(self, rendered: str, messages: Sequence[Mapping[str, Any]], turn: int, answer: str) -> int:
-        """Where an answer begins in the rendered conversation."""
-        prefix = self._render(messages[:turn], prompt=True)
-        after = len(prefix) if rendered.startswith(prefix) else len(self._render(messages[:turn]))
-        start = rendered.find(answer.strip(), after)  # some templates strip
-        if start < 0:
-            raise DataError(
-                f"a chat template that does not print the answer {answer!r}",
-                "a template that prints the assistant's text as it is",
-                "use the model's own chat template",
-            )
-        return start - (len(answer) - len(answer.lstrip()))
+    def _starts(
+        self, rendered: str, messages: Sequence[Mapping[str, Any]], turn: int, answer: str
+    ) -> list[tuple[int, int, int]]:
+        """Where an answer is in the rendered conversation: (shift, first, last) for each of its text parts.
 
-    def _match(self, rendered: str, ids: Tensor, attention_mask: Tensor) -> tuple[list[tuple[int, int]], list[int]]:
-        """Character offsets of the text's tokens, and where each stands in the padded sequence.
-
-        Picture tokens are left out on both sides: a processor may repeat the placeholder.
+        Characters first to last of the answer stand `shift` later in the rendered text. Each part is found by
+        rendering the conversation once more with a probe in its place: whatever else is said, and how often, the
+        part is where the two differ.
         """
-        encoded = self._processor.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        expected = [(token, offset) for token, offset in pairs if token != self._image_token]
-        present = [(int(ids[place]), place) for place in attention_mask.nonzero().flatten().tolist()]
-        present = [(token, place) for token, place in present if token != self._image_token]
-        if [token for token, _ in expected[: len(present)]] != [token for token, _ in present]:
-            raise DataError(
-                "a batch whose tokens differ from the tokenized conversation",
-                "the tokens of `messages`, rendered by the processor's own chat template",
-                "pass the data as `images` and `messages`, without a chat template of your own",
-            )
-        return [offset for _, offset in expected], [place for _, place in present]
+        content = messages[turn]["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        starts, first = [], 0
+        for index, part in enumerate(parts):
+            if part["type"] != "text":
+                continue
+            probes = [*parts[:index], {**part, "text": PROBE}, *parts[index + 1 :]]
+            other = {**messages[turn], "content": PROBE if isinstance(content, str) else probes}
+            before, *rest = self._render([*messages[:turn], other, *messages[turn + 1 :]]).split(PROBE)
+            after = rest[0] if len(rest) == 1 else None
+            printed = rendered[len(before) : len(rendered) - len(after)] if after is not None else ""
+            if after is None or rendered != before + printed + after or printed.strip() != part["text"].strip():
+                raise DataError(
+                    f"a chat template that does not print the answer {answer!r}",
+                    "a template that prints the assistant's text as it is, and once",
+                    "use the model's own chat template",
+                )
+            stripped = part["text"].find(printed)  # some templates strip
+            starts.append((len(before) - stripped - first, first, first + len(part["text"])))
+            first += len(part["text"])
+        return starts
+
+    def _pieces(self, rendered: str) -> list[_Piece]:
+        """The rendered text between its placeholders, tokenized in its place."""
+        encoded = self._tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        cuts, at = [], rendered.find(self._placeholder)
+        while at >= 0:
+            cuts.append(at)
+            at = rendered.find(self._placeholder, at + len(self._placeholder))
+        tokens: list[list[tuple[int, tuple[int, int]]]] = [[] for _ in range(len(cuts) + 1)]
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            piece = bisect_right(cuts, start)
+            inside = piece and start < cuts[piece - 1] + len(self._placeholder)
+            if not inside or start == end:
+                tokens[piece].append((token, (start, end)))
+        return [
+            _Piece([offset for _, offset in own], self._vocabulary.surfaces([token for token, _ in own]))
+            for own in tokens
+        ]
+
+
+class _Vocabulary:
+    """What single tokens are: a picture's, or characters."""
+
+    def __init__(self, tokenizer: Any, picture: int):
+        self._tokenizer, self._picture = tokenizer, picture
+        self._is_special = {key: token.special for key, token in tokenizer.added_tokens_decoder.items()}
+        self._surfaces: dict[int, str] = {}
+        self.picture_width = len(self._surface(picture))
+
+    def surfaces(self, ids: list[int]) -> list[str]:
+        """The characters that each token stands for. Special tokens are no text, and cannot be mistaken for it."""
+        self._surfaces |= {one: self._surface(one) for one in set(ids) - self._surfaces.keys()}
+        return [self._surfaces[one] for one in ids]
+
+    def _surface(self, token: int) -> str:
+        return f"\0{token}\0" if self._is_special.get(token) else self._tokenizer.convert_ids_to_tokens(token)
+
+    def is_picture(self, token: int) -> bool:
+        return token == self._picture
+
+    def is_blank(self, token: int, surface: str) -> bool:
+        """Whether a processor may put a token after a picture without saying anything: markers and white space."""
+        if token == self._picture:
+            return False
+        return token in self._is_special or not surface.strip(_BLANKS) or surface in _BLANK_BYTES
+
+    def is_start(self, token: int) -> bool:
+        """Whether a tokenizer puts a token before a text of its own accord."""
+        return token == self._tokenizer.bos_token_id
+
+
+class _Piece:
+    """Text between two placeholders: its tokens' characters in the rendered text, and their surfaces."""
+
+    def __init__(self, offsets: list[tuple[int, int]], surfaces: list[str]):
+        self.offsets, self.surface = offsets, "".join(surfaces)
+        self.edges = [0, *accumulate(map(len, surfaces))]
+
+
+class _Run(NamedTuple):
+    """Tokens of pictures in a row, as characters of a sequence's surface; `blank` is how far blanks go on after."""
+
+    start: int
+    end: int
+    blank: int
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """One sample of a batch without its padding.
+
+    Attributes:
+        ids: its tokens.
+        positions: where each stands in the padded sequence.
+        surface: their characters.
+        edges: where in `surface` each token begins, and the end.
+        runs: the pictures' tokens.
+        head: where the text may begin: the end of a starting token.
+        tail: where blanks begin that go on to the end.
+        width: of a picture's token.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    surface: str
+    edges: list[int]
+    runs: list[_Run]
+    head: int
+    tail: int
+    width: int
+
+    @classmethod
+    def of(cls, vocabulary: _Vocabulary, ids: Tensor, attention_mask: Tensor) -> _Sequence:
+        positions = attention_mask.nonzero().flatten().tolist()
+        tokens = ids[positions].tolist()
+        surfaces = vocabulary.surfaces(tokens)
+        edges = [0, *accumulate(map(len, surfaces))]
+        is_blank = [vocabulary.is_blank(*one) for one in zip(tokens, surfaces, strict=True)]
+        runs, index = [], 0
+        for is_picture, group in groupby(tokens, vocabulary.is_picture):
+            first, index = index, index + len(list(group))
+            if is_picture:
+                blank = next((at for at in range(index, len(tokens)) if not is_blank[at]), len(tokens))
+                runs.append(_Run(edges[first], edges[index], edges[blank]))
+        tail = next((at + 1 for at in reversed(range(len(tokens))) if not is_blank[at]), 0)
+        head = edges[1] if tokens and vocabulary.is_start(tokens[0]) else 0
+        return cls(tokens, positions, "".join(surfaces), edges, runs, head, edges[tail], vocabulary.picture_width)
+
+    def between(self, first: int, last: int) -> range:
+        """The tokens that overlap the characters [first, last) of the surface."""
+        return range(bisect_right(self.edges, first) - 1, bisect_left(self.edges, last))
+
+    def place(self, pieces: list[str]) -> list[int]:
+        """Where in the surface the pieces begin; fewer than were given where the sequence was cut.
+
+        The first piece begins the sequence. Each other follows a picture's tokens, with no more than markers and
+        white space between, and the last ends the sequence, unless that was cut.
+        """
+        first, rest = pieces[0], pieces[1:]
+        begin = 0 if self.surface.startswith(first) else self.head
+        if not self.surface.startswith(first, begin):
+            if first.startswith(self.surface):  # cut before the first picture
+                return [0]
+            raise _mismatch(self.surface[begin:], first)
+        placed, end = [begin], begin + len(first)
+        for number, piece in enumerate(rest, start=1):
+            later = [run for run in self.runs if run.end > end]
+            if not later:  # cut before this picture
+                break
+            if piece or number == len(rest):
+                placed.append(self._after_picture(piece, later[-1:] if number == len(rest) else later))
+            else:  # between pictures side by side: the next begins after one token at the earliest
+                placed.append(max(end, later[0].start) + self.width)
+            end = min(placed[-1] + len(piece), len(self.surface))
+        if len(placed) == len(pieces) and end < len(self.surface):
+            raise _mismatch(self.surface[end:], "")
+        if len(placed) < len(pieces) and max([end, *(run.end for run in self.runs)]) < self.tail:
+            raise _mismatch(self.surface[end:], pieces[len(placed)])
+        return placed
+
+    def _after_picture(self, piece: str, runs: list[_Run]) -> int:
+        """Where a piece begins: after the first of the runs that it follows; after the last one it may be cut."""
+        last = runs[-1]
+        at = len(self.surface) - len(piece)
+        if len(runs) == 1 and last.end <= at <= last.blank and self.surface.endswith(piece):
+            return at
+        for run in runs:
+            at = self.surface.find(piece, run.end, run.blank + len(piece))
+            if at >= 0:
+                return at
+        for at in range(last.end, last.blank + 1):
+            if piece.startswith(self.surface[at:]):
+                return at
+        raise _mismatch(self.surface[last.end :], piece)
+
+
+def _mismatch(got: str, expected: str) -> DataError:
+    """Surfaces, from where they differ."""
+    same = next((at for at, (one, other) in enumerate(zip(got, expected, strict=False)) if one != other), 0)
+    shown = [text[same : same + 40].replace("\0", "|") or "nothing more" for text in (got, expected)]
+    return DataError(
+        f"a batch whose tokens differ from the tokenized conversation: {shown[0]!r} where it has {shown[1]!r}",
+        "the tokens of `messages`, rendered by the processor's own chat template and cut at the end at most",
+        "pass the data as `images` and `messages`, without a chat template of your own, and truncate on the right",
+    )
+
+
+def _folded(text: str) -> str:
+    """A text without its case and white space, as tokenizers may change both."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())

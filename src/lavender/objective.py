@@ -20,10 +20,12 @@ from transformers.utils import ModelOutput
 from lavender.aligner import Aligner
 from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError, ConfigError
+from lavender.grids import KeyLayout
 from lavender.losses import per_word_loss
-from lavender.pooling import flow, is_flow, num_channels, pooled, to_grid, word_attention
+from lavender.pooling import flow, is_flow, num_channels, pooled, pooled_heads, to_grid, word_attention
 from lavender.vlm import parallel
 from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, install, real_keys, select_rows, set_kernel
+from lavender.vlm.mixing import MixingCollector
 from lavender.vlm.registry import adapter_for
 
 HEAD_NAME = "alignment_head"
@@ -37,8 +39,10 @@ class AlignmentRequest(AttentionRequest):
     Args:
         layers: decoder layers to capture.
         tensors: `rows` long (sample, row); `shares` float (sample, word, row), 1/n at a word's n rows;
-            `boxes` float (sample, key, 4); `targets` float (sample, word, rows, cols), heat maps;
-            `keys` long (sample, key), if the picture's keys are part of a longer sequence;
+            `boxes`, `pictures` and for a resampler `views`: a `KeyLayout`;
+            `keys` long (sample, key), if the pictures' keys are part of a longer sequence;
+            `targets` float (sample, word, rows, cols), heat maps;
+            `word_pictures` long (sample, word), which of its sample's pictures a word's map is of;
             `present` bool (sample, word), False where a sample has fewer words than the batch's most.
 
     Attributes:
@@ -49,7 +53,8 @@ class AlignmentRequest(AttentionRequest):
 
     def __init__(self, layers: tuple[int, ...], tensors: dict[str, Tensor]):
         super().__init__(tensors["rows"], layers, tensors.get("keys"))
-        self.shares, self.boxes = tensors["shares"], tensors["boxes"]
+        self.shares, self.word_pictures = tensors["shares"], tensors["word_pictures"]
+        self.layout = KeyLayout(tensors["boxes"], tensors["pictures"], tensors.get("views"))
         self.targets, self.present = tensors["targets"], tensors["present"]
         self.matched = self.present
 
@@ -116,7 +121,8 @@ class AlignmentHead(nn.Module):
         if is_flow(self.config.pooling):
             rows = flow(rows, request.text_positions(), self.config.pooling)
         words = word_attention(rows, request.shares.to(rows))
-        return to_grid(words, request.boxes, (request.targets.shape[-2], request.targets.shape[-1]))
+        grid = (request.targets.shape[-2], request.targets.shape[-1])
+        return to_grid(words, request.layout, request.word_pictures, grid, request.mixing)
 
 
 def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
@@ -132,10 +138,14 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
     adapter = adapter_for(model.config)
     layers = adapter.layers(config.layers)
     before = install(model)
-    head = AlignmentHead(model.config.get_text_config().num_attention_heads, layers, config)
+    head = AlignmentHead(adapter.num_heads(), layers, config)
     model.add_module(HEAD_NAME, head.to(model.device))
     attentions = [adapter.attention_module(model, layer) for layer in layers] if config.pooling == "learn" else []
-    handles = [model.register_forward_hook(_add_attention_loss, with_kwargs=True), *map(parallel.attach, attentions)]
+    handles = [
+        model.register_forward_pre_hook(_pool_heads, with_kwargs=True),
+        model.register_forward_hook(_add_attention_loss, with_kwargs=True), *map(parallel.attach, attentions),
+        *MixingCollector(model, adapter).handles,
+    ]  # fmt: skip
 
     def undo() -> None:
         for handle in handles:
@@ -163,6 +173,12 @@ def _with_attention_loss(output_type: type[ModelOutput]) -> type[ModelOutput]:
     return cast(type[ModelOutput], make_dataclass(f"{output_type.__name__}WithAlignment", extra, bases=(output_type,)))
 
 
+def _pool_heads(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    request = kwargs.get("attention_request")
+    if isinstance(request, AlignmentRequest):
+        request.heads = pooled_heads(cast(AlignmentHead, model.get_submodule(HEAD_NAME)).config.pooling)
+
+
 def _add_attention_loss(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], output: ModelOutput
 ) -> ModelOutput | None:
@@ -171,6 +187,7 @@ def _add_attention_loss(
         return None
     head = cast(AlignmentHead, model.get_submodule(HEAD_NAME))
     if head.config.match == "exact":
-        request.match_predicted(output, kwargs["input_ids"])
+        inputs = kwargs.get("data", kwargs)  # as MiniCPM-V's own code wants them
+        request.match_predicted(output, inputs["input_ids"])
     loss = head(request)
     return _with_attention_loss(type(output))(**output, attention_loss=loss)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lavender.config import Pooling
-from lavender.grids import overlap_matrix
+from lavender.errors import CaptureError
+from lavender.grids import KeyLayout, overlap_matrix
 
 FLOOR = 1e-12  # of attention: the logarithm of a masked key stays finite
 
@@ -25,16 +27,61 @@ def word_attention(rows_LBHRK: Tensor, shares_BWR: Tensor) -> Tensor:
     return torch.einsum("lbhrk,bwr->lbhwk", rows_LBHRK, shares_BWR)
 
 
-def to_grid(attention_LBHWK: Tensor, boxes_BK4: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Lay attention on the picture: (layer, sample, head, word, rows, cols).
+def to_grid(
+    attention_LBHWK: Tensor,
+    layout: KeyLayout,
+    word_pictures_BW: Tensor,
+    grid: tuple[int, int],
+    mixing_VNP: Tensor | None = None,
+) -> Tensor:
+    """Lay attention on the pictures: (layer, sample, head, word, rows, cols).
 
-    Scaled so that uniform attention over the picture is 1 in every cell, whatever the grid. Without
+    Scaled so that uniform attention over a sample's only picture is 1 in every cell, whatever the grid. Without
     this the Aligner's first normalisation would see numbers of its own epsilon's size.
+
+    Args:
+        layout: what the keys show.
+        word_pictures_BW: which of its sample's pictures a word's map is of; other pictures' keys do not count.
+        mixing_VNP: where the keys are a resampler's latents: their attention on the patches, (view, latent, patch).
+
+    Raises:
+        CaptureError: keys and layout do not fit each other, or a resampler's attention is missing.
     """
-    overlaps = [_overlap(boxes.numpy().tobytes(), grid) for boxes in boxes_BK4.float().cpu()]
-    overlap = torch.stack(overlaps).to(attention_LBHWK.device)
-    maps = torch.einsum("lbhwk,bkc->lbhwc", attention_LBHWK, overlap)
+    num_keys = layout.pictures.shape[1]
+    if attention_LBHWK.shape[-1] != num_keys or (layout.views is None and layout.boxes.shape[1] != num_keys):
+        raise CaptureError(
+            f"attention on {attention_LBHWK.shape[-1]} keys, {num_keys} keys with a picture and boxes of the shape "
+            f"{tuple(layout.boxes.shape)}",
+            "a box for each key",
+            "pass the model the batch that the boxes were made of",
+        )
+    device = attention_LBHWK.device
+    if layout.pictures.numel() and layout.pictures.max() > 0:
+        own_BWK = (layout.pictures[:, None] == word_pictures_BW[..., None].to(layout.pictures.device)).to(device)
+        attention_LBHWK = attention_LBHWK * own_BWK[:, None]
+    overlaps = [_overlap(boxes.numpy().tobytes(), grid) for boxes in layout.boxes.float().cpu()]
+    overlap = torch.stack(overlaps).to(device)
+    if layout.views is not None:
+        overlap = _of_latents(overlap, layout.views.to(device), mixing_VNP)
+    maps = torch.einsum("lbhwk,bkc->lbhwc", attention_LBHWK, overlap.to(attention_LBHWK.dtype))
     return maps.unflatten(-1, grid) * (grid[0] * grid[1])
+
+
+def _of_latents(overlap_VPC: Tensor, views_BK: Tensor, mixing_VNP: Tensor | None) -> Tensor:
+    """Where a resampler's latents lie: (sample, key, cell), 0 for padding of keys."""
+    real_BK, num_views = views_BK >= 0, overlap_VPC.shape[0]
+    own_BKV = views_BK[..., None] == torch.arange(num_views, device=views_BK.device)
+    order_BK = (own_BKV.cumsum(dim=1) - 1).gather(2, views_BK.clamp_min(0)[..., None])[..., 0]
+    latents = int(order_BK.max()) + 1 if real_BK.any() else 0
+    expected = (num_views, latents, overlap_VPC.shape[1])
+    if mixing_VNP is None or mixing_VNP.shape != expected:
+        raise CaptureError(
+            f"a resampler's attention of the shape {None if mixing_VNP is None else tuple(mixing_VNP.shape)}",
+            f"(view, latent, patch) = {expected}, captured in the same forward",
+            "use lavender.attention.capturing or lavender.objective.attach, and the batch that the boxes were made of",
+        )
+    latents_VNC = torch.einsum("vnp,vpc->vnc", mixing_VNP, overlap_VPC.to(mixing_VNP.dtype))
+    return latents_VNC[views_BK.clamp_min(0), order_BK.clamp_min(0)] * real_BK[..., None]
 
 
 @lru_cache(maxsize=16)
@@ -70,16 +117,24 @@ def flow(rows_LBHRK: Tensor, positions_BR: Tensor, pooling: Pooling) -> Tensor:
     return (merged_BHRK * weight_BR[:, None, :, None])[None]
 
 
+def pooled_heads(pooling: Pooling) -> Literal["all", "mean", "max"]:
+    """How a pooling pools heads before all else, which the capture then does in each row; "all" if it does not."""
+    if pooling in ("mean-mean", "mean-max"):
+        return "mean"
+    return "max" if pooling in ("max-mean", "max-max") else "all"
+
+
 def num_channels(pooling: Pooling, num_heads: int) -> int:
     """How many channels of a pooling the Aligner sees: the heads, or one where they are pooled first."""
-    return 1 if pooling in ("mean-mean", "max-mean", "mean-max", "max-max") else num_heads
+    return num_heads if pooled_heads(pooling) == "all" else 1
 
 
 def pooled(attention_LNHrc: Tensor, pooling: Pooling, aligner: Callable[[Tensor], Tensor]) -> Tensor:
     """One map a word, (word, rows, cols) in [0, 1].
 
     Args:
-        attention_LNHrc: (layer, word, head, rows, cols); after a flow there is one layer.
+        attention_LNHrc: (layer, word, head, rows, cols); after a flow there is one layer, and one head where the
+            capture has pooled them.
         pooling: "mean-max" and its kin pool heads by the first word, then layers by the second, then comes the
             Aligner. The others put the Aligner on each layer with shared weights, then take the mean over layers
             ("layer-max": the maximum).

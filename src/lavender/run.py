@@ -129,10 +129,11 @@ def _training_keys() -> set[str]:
 def train(run: RunConfig) -> Path:
     """Run it; the run folder. With `align_weight: 0` this is plain fine-tuning."""
     from peft import LoraConfig
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from lavender.data import read_samples, to_dataset
     from lavender.trainer import LavenderConfig, LavenderTrainer, export, save_head
+    from lavender.vlm.registry import adapter_for
 
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +142,8 @@ def train(run: RunConfig) -> Path:
         print(f"dropped {drop.what}: {drop.reason}")
     common = {"trust_remote_code": run.trust_remote_code}
     with loading("model", run.model):
-        processor = AutoProcessor.from_pretrained(run.model, **common)
+        adapter = adapter_for(AutoConfig.from_pretrained(run.model, **common))
+        processor = adapter.processor(AutoProcessor.from_pretrained(run.model, **common))
     training: dict[str, Any] = {"report_to": "none", "max_length": None, **run.training}
     training.setdefault("assistant_only_loss", "{% generation" in (processor.chat_template or "").replace("{%-", "{%"))
     if not training["assistant_only_loss"]:
@@ -234,10 +236,13 @@ def load_run(path: str | Path, dtype: str = "float32"):
     """(model, processor) of a run folder's checkpoint, or of a plain model path; LoRA is merged."""
     from transformers import AutoProcessor
 
+    from lavender.vlm.registry import adapter_for
+
     checkpoint = Path(path) / "checkpoint"
     folder = checkpoint if checkpoint.is_dir() else Path(path)
     with loading("model", path):
-        return _load_model(folder, dtype), AutoProcessor.from_pretrained(folder)
+        model = _load_model(folder, dtype)
+        return model, adapter_for(model.config).processor(AutoProcessor.from_pretrained(folder))
 
 
 def export_run(run: Path, out: Path) -> Path:

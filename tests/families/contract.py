@@ -2,83 +2,41 @@
 
 1 logits unchanged · 2 rows exact · 3 gradients reach q and k · 4 the model is restored · 5 the place of every
 image key (`families.geometry`, also for a family's other processors) · 6 padding side and batch order change
-nothing · 7 checkpointing.
+nothing · 7 checkpointing · 8 samples with several pictures and with none, LoRA, bfloat16 (`families.batches`) ·
+9 what would be silently wrong raises (`families.guards`).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from typing import Any, get_args
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from families.geometry import GRID, Family, Geometry, batch_of, reading
-from lavender.alignment_data import row_tensors
+from families.asking import captured, cast, request_of, traces
+from families.batches import Batches
+from families.geometry import GRID, Geometry, batch_of, reading
+from families.guards import Guards
 from lavender.attention import Reading, capturing, student_maps
 from lavender.config import AlignmentConfig, Pooling
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
-from lavender.objective import HEAD_NAME, AlignmentRequest, attach, detach
-from lavender.vlm.capture import AttentionRequest, install, real_keys, set_kernel
+from lavender.objective import HEAD_NAME, attach, detach
+from lavender.vlm.capture import AttentionRequest, install, set_kernel
 from lavender.vlm.registry import adapter_for
 from lavender.words import words_of
 
 ANSWERS = ("a dog and a cat", "one red apple near the tiny house", "sun")
 POOLINGS = pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
-EVERY_POOLING = pytest.mark.parametrize("pooling", get_args(Pooling))
+EVERY_POOLING = pytest.mark.parametrize(
+    ("pooling", "dtype"),
+    [(pooling, torch.float32) for pooling in get_args(Pooling)]
+    + [(pooling, torch.bfloat16) for pooling in ("layer-mean", "max-mean", "flow-multi", "learn")],
+)
 
 
-def request_of(family: Family, model, batch: Mapping[str, Tensor], readings: list[Reading], layers) -> AlignmentRequest:
-    """An alignment request of two words a sample (one in the last), rows near the end, random targets."""
-    adapter, end = adapter_for(model.config), int(batch["attention_mask"].sum(1).min()) - 2
-    words = [[(end, end - 3), (end - 1,)]] * (len(readings) - 1) + [[(end - 2,)]]
-    tensors = row_tensors(words)
-    targets = torch.rand(*tensors["present"].shape, *GRID, generator=torch.Generator().manual_seed(3))
-    sizes = [(one.image.height, one.image.width) for one in readings]
-    boxes, keys = adapter.image_boxes(batch, sizes, family.processor), adapter.image_keys(batch)
-    return AlignmentRequest(
-        layers, tensors | {"targets": targets, "boxes": boxes} | ({} if keys is None else {"keys": keys})
-    )
-
-
-def captured(model: PreTrainedModel, batch: Mapping[str, Tensor], layers=None, rows=None) -> AttentionRequest:
-    """Rows of three samples, captured: early ones, and late ones, which see the whole picture also if causal."""
-    adapter, end = adapter_for(model.config), int(batch["attention_mask"].sum(1).min()) - 2
-    rows = torch.tensor([[5, end], [end - 1, 7], [12, end - 3]]) if rows is None else rows
-    request = AttentionRequest(rows, layers or adapter.usable_layers(), adapter.image_keys(batch))
-    with torch.no_grad(), capturing(model):
-        model(**batch, attention_request=request)
-    return request
-
-
-@torch.no_grad()
-def eager_rows(model: PreTrainedModel, batch: Mapping[str, Tensor], request: AttentionRequest) -> Tensor:
-    """The rows of a request by transformers' own slow kernel: (layer, sample, head, row, key)."""
-    eager, keys = copy.deepcopy(model), adapter_for(model.config).image_keys(batch)
-    eager.set_attn_implementation("eager")
-    every = eager(**batch, output_attentions=True).attentions
-    whole = torch.stack([every[layer] for layer in request.layers])
-    rows = torch.stack([whole[:, index, :, own] for index, own in enumerate(request.rows_BR)], dim=1)
-    if keys is None:
-        return rows
-    kept = [
-        rows[:, index, ..., own] * mask for index, (own, mask) in enumerate(zip(keys, real_keys(keys), strict=True))
-    ]
-    return torch.stack(kept, dim=1)
-
-
-def traces(model: PreTrainedModel) -> list:
-    """All that lavender could leave behind in a model."""
-    hooks = [(name, len(one._forward_hooks), len(one._forward_pre_hooks)) for name, one in model.named_modules()]
-    kernels = [model.config.get_text_config()._attn_implementation, model.config.vision_config._attn_implementation]
-    return [hooks, list(model.state_dict()), kernels, model.config.to_dict(), model.training]
-
-
-class Contract(Geometry):
+class Contract(Batches, Guards, Geometry):
     """Collected as a subclass only."""
 
     @pytest.fixture(scope="class")
@@ -129,7 +87,7 @@ class Contract(Geometry):
     def test_rows_are_those_of_eager_attention(self, model, batch):
         request = captured(model, batch)
         assert request.stacked().dtype == torch.float32
-        torch.testing.assert_close(request.stacked(), eager_rows(model, batch, request), rtol=0, atol=1e-6)
+        torch.testing.assert_close(request.stacked(), self.eager_rows(model, batch, request), rtol=0, atol=1e-6)
 
     def test_chosen_layers_alone_are_captured(self, model, batch):
         last = adapter_for(model.config).layers(adapter_for(model.config).usable_layers()[-1:])
@@ -172,12 +130,11 @@ class Contract(Geometry):
         assert attention.k_proj.weight.grad is None
 
     @EVERY_POOLING
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
     def test_gradients_of_every_pooling(self, family, model, batch, readings, pooling, dtype):
         """They reach a layer's queries and keys (of "learn", its parallel ones), and are finite in bfloat16 too."""
         adapter, head = adapter_for(model.config), attach(model, AlignmentConfig(pooling=pooling))
         model.to(dtype).train()
-        inputs = {name: one.to(dtype) if one.is_floating_point() else one for name, one in batch.items()}
+        inputs = cast(batch, dtype)
         output = model(**inputs, attention_request=request_of(family, model, batch, readings, head.layers))
         assert output.logits.dtype == dtype
         assert 0 < output.attention_loss.item() < 5  # five words, each below one

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.attention import Reading
+from lavender.grids import KeyLayout
 from lavender.pooling import to_grid
 from lavender.vlm.registry import adapter_for
 from lavender.words import words_of
@@ -35,8 +36,9 @@ class Family:
         sizes: (height, width) of pictures that together use every arrangement the processor knows.
         local_states: from the model and a batch's inputs, one vector for each image key that depends on the
             key's own pixels alone, (sample, key, width), in the order of attention. Found without lavender.
+            Of a resampler: for each patch that it gets, in its order.
         patches: from a picture's inputs, the pixels of each image key, un-normalised to [0, 1]:
-            (key, pixel, 3), zeros where a key shows none. Found without lavender.
+            (key, pixel, 3), zeros where a key shows none. Found without lavender. Of a resampler: of each patch.
         blur: how far the processor may shift a patch's mean colour, in shares of the picture, of each size.
         spill: how much of a patch's colour may come from beyond it, where padding is resized with the picture.
         clear: how much of what a repainted cell changes must come back there; less where cells are hardly larger
@@ -83,6 +85,12 @@ def batch_of(family: Family, readings: list[Reading], side: str = "right") -> di
     )  # fmt: skip
 
 
+def laid(attention: Tensor, boxes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Attention (map, key) on one picture, laid on it: (map, rows, cols)."""
+    layout = KeyLayout(boxes[None], torch.zeros(1, len(boxes), dtype=torch.long))
+    return to_grid(attention[None, None, None], layout, torch.zeros(1, len(attention), dtype=torch.long), grid)[0, 0, 0]
+
+
 def parameters_zeroed(module: nn.Module) -> None:
     """Silence a module whose output is added to a residual stream."""
     for parameter in module.parameters():
@@ -102,16 +110,17 @@ class Geometry:
         return family.make()
 
     def boxes_of(self, family, model, size, image=None) -> tuple[dict[str, Tensor], Tensor]:
-        """A picture's inputs and the boxes (key, 4) of its keys."""
+        """A picture's inputs and the boxes (key, 4) of its keys; of a resampler, those of its patches."""
         one = Reading(picture(size) if image is None else image, "what?", "dog", words_of("dog"))
         inputs = batch_of(family, [one])
-        return inputs, adapter_for(model.config).image_boxes(inputs, [size], family.processor)[0]
+        layout = adapter_for(model.config).image_boxes(inputs, [[size]], family.processor)
+        return inputs, layout.boxes[0] if layout.views is None else layout.boxes.flatten(0, 1)
 
     def test_every_patch_shows_what_its_box_says(self, family, model):
         for size in family.sizes:
             inputs, boxes = self.boxes_of(family, model, size, coordinates(size))
             colours = family.patches(inputs).double().mean(1) * (255 / BRIGHT)
-            inside = to_grid(torch.eye(len(boxes))[None, None, None], boxes[None], (1, 1)).flatten().double()
+            inside = laid(torch.eye(len(boxes)), boxes, (1, 1)).flatten().double()
             # blue is 1 in the picture and 0 in padding: its mean is the share of the box inside the picture
             torch.testing.assert_close(colours[:, 2], inside, rtol=0, atol=1e-5 + family.spill(size), msg=f"{size}")
             half = inside > 0.5 - 1e-6
@@ -144,7 +153,7 @@ class Geometry:
                 attention = (family.local_states(model, changed) - before)[0].norm(dim=-1)
                 assert (attention.max() > 0) == (in_view > 0), cell
                 if in_view > 0:
-                    maps = to_grid((attention / attention.sum())[None, None, None, None], boxes[None], (3, 5)).flatten()
+                    maps = laid((attention / attention.sum())[None], boxes, (3, 5)).flatten()
                     assert maps.argmax().item() == row * 5 + col, cell
                     assert maps[row * 5 + col] > family.clear * maps.sum(), cell
                     came_back += 1
@@ -153,7 +162,7 @@ class Geometry:
     def test_attention_on_one_key_comes_back_in_its_box(self, family, model):
         for size in family.sizes:
             _, boxes = self.boxes_of(family, model, size)
-            maps = to_grid(torch.eye(len(boxes))[None, None, None], boxes[None], GRID)[0, 0, 0]
+            maps = laid(torch.eye(len(boxes)), boxes, GRID)
             middle = boxes.unflatten(1, (2, 2)).mean(1)
             inside = ((middle > 0) & (middle < 1)).all(1)  # the middle of an empty box is 0
             assert inside.any()

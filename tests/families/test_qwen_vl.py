@@ -18,7 +18,8 @@ from transformers import (
     Qwen2VLProcessor,
 )
 
-from families.contract import Contract, captured, eager_rows, request_of
+from families.asking import captured, eager_rows, request_of
+from families.contract import Contract
 from families.geometry import Family, batch_of, parameters_zeroed, reading
 from lavender.config import AlignmentConfig
 from lavender.diagnosis import logits_keeping
@@ -174,9 +175,9 @@ class TestQwen2Vl(Contract):
         counts = [rows * cols for rows, cols in list(SIZES.values())[:3]]
         assert keys.shape == (3, max(counts))
         assert real_keys(keys).sum(dim=1).tolist() == counts == [135, 120, 72]
-        boxes = adapter.image_boxes(batch, list(SIZES)[:3], family.processor)
+        boxes = adapter.image_boxes(batch, [[one] for one in SIZES][:3], family.processor).boxes
         for ids, own, count, there in zip(batch["input_ids"].tolist(), keys.tolist(), counts, boxes, strict=True):
-            assert own == list(range(own[0], own[0] + count)) + [0] * (max(counts) - count)
+            assert own == list(range(own[0], own[0] + count)) + [-1] * (max(counts) - count)
             assert {tokenizer.decode(ids[place]) for place in own[:count]} == {"<|image_pad|>"}
             assert tokenizer.decode(ids[own[0] - 1]) == "<|vision_start|>"
             assert tokenizer.decode(ids[own[count - 1] + 1]) == "<|vision_end|>"
@@ -214,15 +215,12 @@ class TestQwen2Vl(Contract):
         together = head.maps(request)[-1]
         alone = batch_of(family, readings[-1:])
         tensors = {"rows": request.rows_BR, "shares": request.shares, "targets": request.targets}
-        tensors = {name: one[-1:] for name, one in (tensors | {"present": request.present}).items()}
-        adapter, sizes = Qwen2VlAdapter(model.config), [list(SIZES)[2]]
-        tensors["boxes"], tensors["keys"] = (
-            adapter.image_boxes(alone, sizes, family.processor),
-            adapter.image_keys(alone),
-        )
-        own = AlignmentRequest(head.layers, tensors)
+        tensors |= {"present": request.present, "word_pictures": request.word_pictures}
+        tensors = {name: one[-1:] for name, one in tensors.items()}
+        keys = Qwen2VlAdapter(model.config).key_tensors(alone, [[list(SIZES)[2]]], family.processor)
+        own = AlignmentRequest(head.layers, tensors | keys)
         model(**alone, attention_request=own)
-        assert own.boxes.shape[1] < request.boxes.shape[1]
+        assert own.layout.boxes.shape[1] < request.layout.boxes.shape[1]
         assert torch.equal(own.text_positions()[0], request.text_positions()[-1])
         torch.testing.assert_close(head.maps(own)[0], together, rtol=0, atol=1e-5)
         detach(model)
@@ -247,24 +245,22 @@ class TestQwen2Vl(Contract):
 
     @pytest.mark.parametrize("count", [0, 11, 24])
     def test_another_number_of_picture_tokens_is_refused(self, model, count):
-        """None, a picture that is cut, two."""
+        """None, a picture that is cut, one too many."""
         adapter, ids = Qwen2VlAdapter(model.config), torch.full((2, 40), 5)
         ids[0, 7 : 7 + 12] = ids[1, 3 : 3 + count] = adapter.image_token_id()
         with pytest.raises(DataError) as caught:
             adapter.image_keys({"input_ids": ids, "image_grid_thw": torch.tensor([[1, 6, 8], [1, 8, 6]])})
         assert str(caught.value) == (
-            f"Got {count} picture tokens in a sample. Expected 12: one picture of 4 × 3 cells. Do this: give each "
-            "sample exactly one picture, and raise max_length (or set it to None) if it cuts pictures."
+            f"Got {count + 12} picture tokens in a batch. Expected 24, a token for each cell of its pictures. "
+            "Do this: raise max_length (or set it to None) if it cuts pictures."
         )
 
     @pytest.mark.parametrize("grids", [{}, {"image_grid_thw": torch.tensor([[1, 6, 8]] * 3)}])
     def test_another_number_of_pictures_is_refused(self, family, model, grids):
         adapter, inputs = Qwen2VlAdapter(model.config), {"input_ids": torch.full((2, 40), 5)} | grids
-        message = f"Got {3 if grids else 0} pictures in a batch of 2 samples. Expected one picture a sample."
+        message = f"Got {3 if grids else 0} pictures in the inputs. Expected 2."
         with pytest.raises(DataError, match=message):
-            adapter.image_keys(inputs)
-        with pytest.raises(DataError, match=message):
-            adapter.image_boxes(inputs, [(48, 64)] * 2, family.processor)
+            adapter.image_boxes(inputs, [[(48, 64)]] * 2, family.processor)
 
     def test_videos_are_refused(self, model):
         inputs = {"input_ids": torch.full((2, 40), 5), "video_grid_thw": torch.tensor([[2, 6, 8]] * 2)}

@@ -27,7 +27,10 @@ WORDS = ([(3, 4), (6, 7)], [(9,)])
 
 def request_of(words=WORDS, **more: torch.Tensor) -> AlignmentRequest:
     tensors = row_tensors(words)
-    unused = {"boxes": torch.zeros(len(words), 1, 4), "targets": torch.zeros(*tensors["present"].shape, *GRID)}
+    unused = {
+        "boxes": torch.zeros(len(words), 1, 4), "pictures": torch.zeros(len(words), 1, dtype=torch.long),
+        "targets": torch.zeros(*tensors["present"].shape, *GRID),
+    }  # fmt: skip
     return AlignmentRequest((3,), tensors | unused | more)
 
 
@@ -121,9 +124,9 @@ def attention_loss(model, batch, processor, some_scenes, words, match, targets) 
     """Output and request of a forward pass with an Aligner that is the same each time."""
     torch.manual_seed(7)
     head = attach(model, AlignmentConfig(match=match)).train()
-    sizes = [(some_scenes[index].image.height, some_scenes[index].image.width) for index in (0, 3)]
-    boxes = adapter_for(model.config).image_boxes(batch, sizes, processor)
-    request = AlignmentRequest(head.layers, row_tensors(words) | {"boxes": boxes, "targets": targets})
+    sizes = [[(some_scenes[index].image.height, some_scenes[index].image.width)] for index in (0, 3)]
+    keys = adapter_for(model.config).key_tensors(batch, sizes, processor)
+    request = AlignmentRequest(head.layers, row_tensors(words) | keys | {"targets": targets})
     output = model(**batch, attention_request=request)
     detach(model)
     return output, request
@@ -155,7 +158,8 @@ def test_no_matched_word_is_zero_with_a_graph(model, batch, processor, some_scen
     torch.manual_seed(7)
     head: AlignmentHead = attach(model, AlignmentConfig(match="exact")).train()
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(2, 2 * 65, 4)
-    request = AlignmentRequest(head.layers, row_tensors(words) | {"boxes": boxes, "targets": targets})
+    keys = {"boxes": boxes, "pictures": torch.zeros(2, 2 * 65, dtype=torch.long)}
+    request = AlignmentRequest(head.layers, row_tensors(words) | keys | {"targets": targets})
     loss = model(**batch, attention_request=request).attention_loss
     assert not request.matched.any()
     assert loss.item() == 0

@@ -188,7 +188,8 @@ def test_the_head_goes_by_its_settings(pooling, kind):
     tensors = row_tensors([[(3, 4), (6,)], [(9, 10)]])
     edges = torch.tensor([(row / 2, col / 3, (row + 1) / 2, (col + 1) / 3) for row in range(2) for col in range(3)])
     targets, rows = torch.rand(2, 2, 2, 3), torch.rand(3, 2, 5, 3, 6).softmax(dim=-1)
-    request = AlignmentRequest((1, 4, 7), tensors | {"boxes": edges.expand(2, -1, -1), "targets": targets})
+    keys = {"boxes": edges.expand(2, -1, -1), "pictures": torch.zeros(2, 6, dtype=torch.long)}
+    request = AlignmentRequest((1, 4, 7), tensors | keys | {"targets": targets})
     request.rows = dict(zip((1, 4, 7), rows, strict=True))
     config = AlignmentConfig(
         pooling=pooling, attention_loss=kind, aligner="light", aligner_kind="mlp", aligner_norm="none",

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ProcessorMixin
 
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, DataError
+from lavender.grids import KeyLayout
+
+
+class Removable(Protocol):
+    """What is to be undone by `remove`, as a hook's handle."""
+
+    def remove(self) -> None: ...
 
 
 class VlmAdapter(ABC):
-    """One family of models. Holds no weights; a family is one subclass in one file."""
+    """One family of models. Holds no weights; a family is one subclass in one file.
+
+    A batch may hold samples without a picture and samples with several. Where the language model gets a resampler's
+    latents, which lie nowhere in the picture, a family also overrides `resampler` and `latent_attention`; then a map
+    is the attention on the latents times the latents' own attention on the patches.
+    """
 
     model_type: ClassVar[str]
     """`config.model_type` of the family."""
@@ -38,24 +52,29 @@ class VlmAdapter(ABC):
 
     @abstractmethod
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """Which of a layer's keys are the picture's: long (sample, key), positions in the sequence.
+        """Which of a layer's keys are of the sample's pictures: long (sample, key), positions in the sequence.
 
-        Ascending, and 0 after a sample's last where others have more. None where a layer attends to the picture
-        alone (cross-attention): then all keys are.
+        Those of all its pictures, ascending, and -1 after a sample's last where others have more (see `padded_keys`).
+        None where a layer attends to pictures alone (cross-attention): then all keys are.
         """
 
     @abstractmethod
     def image_boxes(
-        self, inputs: Mapping[str, Tensor], image_sizes: list[tuple[int, int]], processor: ProcessorMixin
-    ) -> Tensor:
-        """Boxes of the image keys in each sample's picture (see `lavender.grids`): float (sample, key, 4).
+        self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
+    ) -> KeyLayout:
+        """Where in its own picture each image key lies, and which picture that is; see `lavender.grids.KeyLayout`.
 
-        Empty for keys that show no part of it, padding of `image_keys` too.
+        One entry a key of `image_keys`, or of the layer where that is None. For a resampler the boxes are those of
+        its patches, and `views` says which of its outputs a key is part of.
 
         Args:
-            inputs: what the processor made of the batch; one picture a sample.
-            image_sizes: (height, width) of the pictures, pixels, before the processor.
+            inputs: what the processor made of the batch.
+            image_sizes: (height, width) of each sample's pictures, pixels, before the processor; [] for a sample
+                without a picture.
             processor: the model's; its settings may decide what part of a picture is seen.
+
+        Raises:
+            DataError: the inputs have another number of pictures, or of a picture's tokens.
         """
 
     @abstractmethod
@@ -65,6 +84,66 @@ class VlmAdapter(ABC):
     @abstractmethod
     def image_token_id(self) -> int:
         """The token that stands for the picture in the text."""
+
+    def processor(self, published: Any) -> Any:
+        """The processor to train with, from the model's own: that one, where it takes batches of conversations."""
+        return published
+
+    def num_heads(self) -> int:
+        """How many heads a usable layer's attention has."""
+        return self.config.get_text_config().num_attention_heads
+
+    def hooks(self, model: PreTrainedModel) -> list[Removable]:
+        """What else a model needs to answer requests, in place until it is removed; nothing for most families."""
+        return []
+
+    def resampler(self, model: PreTrainedModel) -> nn.Module | None:
+        """The module that turns patches into the latents that are the image keys; None where keys are patches."""
+        return None
+
+    def latent_attention(
+        self, resampler: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Tensor:
+        """Where the latents look: float32 (view, latent, patch), mean over the resampler's heads and layers.
+
+        Differentiable. A row sums to 1 over its view's own patches and is 0 at their padding; the patches are in the
+        order of the boxes of `image_boxes`. Called in a forward hook of `resampler`, with what that got and gave.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names a resampler, but not how to read its attention")
+
+    def seen_from(self, inputs: Mapping[str, Tensor], layout: KeyLayout) -> Tensor:
+        """Which pictures a token's row can attend to: bool (sample, picture, token).
+
+        Here those that begin at or before it. A family whose `image_keys` is None must override this.
+        """
+        keys = self.image_keys(inputs)
+        assert keys is not None, f"{type(self).__name__} must say which rows see which picture"
+        num_pictures = int(layout.pictures.max()) + 1 if layout.pictures.numel() else 0
+        own = layout.pictures[:, None].to(keys.device) == torch.arange(num_pictures, device=keys.device)[:, None]
+        length = inputs["input_ids"].shape[1]
+        first = torch.where(own, keys[:, None], length).amin(dim=2) if keys.shape[1] else keys.new_zeros(len(keys), 0)
+        return first[..., None] <= torch.arange(length, device=keys.device)
+
+    def key_tensors(
+        self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
+    ) -> dict[str, Tensor]:
+        """`image_keys` and `image_boxes` as tensors of an `AlignmentRequest`, and checked against each other."""
+        keys, layout = self.image_keys(inputs), self.image_boxes(inputs, image_sizes, processor)
+        given = [len(own) for own in image_sizes]
+        found = [len(own[own >= 0].unique()) for own in layout.pictures]
+        if found != given:
+            raise DataError(
+                f"boxes of {found} pictures for samples of {given}", "as many", "report this family and processor"
+            )
+        if keys is not None and not torch.equal((keys >= 0).cpu(), (layout.pictures >= 0).cpu()):
+            raise DataError(
+                f"{(keys >= 0).sum(dim=1).tolist()} image keys a sample and boxes for "
+                f"{(layout.pictures >= 0).sum(dim=1).tolist()}",
+                "a box for each key",
+                "set max_length=None if it cuts pictures; else report this family and processor",
+            )
+        tensors = {name: one for name, one in layout._asdict().items() if one is not None}
+        return tensors if keys is None else tensors | {"keys": keys}
 
     def layers(self, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
         """The wanted layers, checked, or all usable ones."""
@@ -77,3 +156,8 @@ class VlmAdapter(ABC):
                 f"layers={wanted}, of which {wrong} do not see the picture", f"some of {usable}", "drop them"
             )
         return wanted
+
+
+def padded_keys(places: Tensor) -> Tensor:
+    """Positions of what is true in each row of (sample, token): long (sample, key), ascending, padded with -1."""
+    return pad_sequence([own.nonzero()[:, 0] for own in places], batch_first=True, padding_value=-1)

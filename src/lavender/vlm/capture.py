@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lavender.errors import CaptureError, UnsupportedModelError
+from lavender.vlm.rows import Heads, attention_rows, select_rows
 
 BASE_KERNELS = ("sdpa",)
 PARALLEL_NAME = "alignment_parallel"  # the child of an attention module that holds its parallel projections
@@ -33,10 +34,13 @@ class AttentionRequest:
     Attributes:
         rows_BR: long (sample, row), the query positions; padded with 0.
         layers: indices of decoder layers.
-        keys_BK: long (sample, key), the picture's keys in the sequence of a self-attending layer, ascending, then
-            0 where a sample has fewer; None where a layer attends to the picture alone.
+        keys_BK: long (sample, key), the pictures' keys in the sequence of a self-attending layer, ascending, then
+            -1 where a sample has fewer; None where a layer attends to pictures alone.
         rows: layer → attention (sample, head, row, key): softmax over all of the layer's keys, of which
-            the picture's are kept, and 0 at padding of keys.
+            the pictures' are kept, and 0 at padding of keys. One head where `heads` pools them.
+        heads: "all", or "mean" or "max": how a layer's heads are pooled as they are captured.
+        padded: whether the batch has padding, so that every layer must get a mask.
+        mixing: where keys are a resampler's latents, their attention on patches, (view, latent, patch); else None.
         learned: whether a layer's parallel projections, where it has them, answer instead of the layer.
     """
 
@@ -45,6 +49,9 @@ class AttentionRequest:
     def __init__(self, rows_BR: Tensor, layers: Sequence[int], keys_BK: Tensor | None = None):
         self.rows_BR, self.layers, self.keys_BK = rows_BR, tuple(layers), keys_BK
         self.rows: dict[int, Tensor] = {}
+        self.mixing: Tensor | None = None
+        self.heads: Heads = "all"
+        self.padded = False
 
     def answered_by_parallel(self, module: nn.Module) -> bool:
         """Whether a layer's rows come from its parallel projections (Eq. 15) and not from the layer itself."""
@@ -63,26 +70,24 @@ class AttentionRequest:
         the first capture is kept: it is the one in the graph.
         """
         layer = cast(int, module.layer_idx)
-        mask = self._mask_of_rows(mask, layer, query_BHRD.shape[0], key_BGKD.shape[2])
-        rows = attention_rows(query_BHRD, key_BGKD, mask, scaling)
-        if self.keys_BK is not None:
-            index = self.keys_BK.to(rows.device)[:, None, None]
-            padding = ~real_keys(self.keys_BK).to(rows.device)[:, None, None]
-            rows = rows.gather(3, index.expand(-1, *rows.shape[1:3], -1)).masked_fill(padding, 0)
+        self._check(layer, mask, key_BGKD.shape[2])
+        rows = attention_rows(query_BHRD, key_BGKD, self.rows_BR, self.keys_BK, mask, scaling, self.heads)
         self.rows.setdefault(layer, rows)
 
-    def _mask_of_rows(self, mask: Tensor | None, layer: int, samples: int, keys: int) -> Tensor:
-        """The wanted rows of a layer's mask: (sample, 1, row, key)."""
-        if mask is not None:
-            return select_rows(mask.expand(samples, -1, -1, -1), self.rows_BR)[..., :keys]
-        if self.keys_BK is None:
+    def _check(self, layer: int, mask: Tensor | None, num_keys: int) -> None:
+        """What would be silently wrong. No mask is right for a self-attending layer whose batch has no padding."""
+        if mask is None and (self.keys_BK is None or self.padded):
             raise CaptureError(
-                f"no attention mask in layer {layer}",
+                f"no attention mask in layer {layer}" + (", of a batch with padding" if self.padded else ""),
                 "the mask the processor makes (cross_attention_mask for Mllama)",
-                "pass everything the processor returns to the model",
+                "pass everything the processor returns to the model, and let nothing replace its attention",
             )
-        # a self-attending layer whose batch has no padding: the kernel was told "causal" instead
-        return torch.arange(keys, device=self.rows_BR.device) <= self.rows_BR[:, None, :, None]
+        if not self.rows and self.keys_BK is not None and self.keys_BK.numel() and self.keys_BK.max() >= num_keys:
+            raise CaptureError(
+                f"a picture's key at position {int(self.keys_BK.max())} of a layer with {num_keys} keys",
+                "keys of the same batch",
+                "make a request for each batch from its own inputs, and use no key-value cache",
+            )
 
     def stacked(self) -> Tensor:
         """All layers' rows: (layer, sample, head, row, key). Raises CaptureError if one is missing."""
@@ -96,32 +101,9 @@ class AttentionRequest:
         return torch.stack([self.rows[layer] for layer in self.layers])
 
 
-def attention_rows(query_BHRD: Tensor, key_BGKD: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """softmax(q·kᵀ·scaling + mask), fp32 (sample, head, row, key).
-
-    Grouped-query attention groups the queries; keys are never repeated.
-    """
-    heads, groups = query_BHRD.shape[1], key_BGKD.shape[1]
-    query = query_BHRD.unflatten(1, (groups, heads // groups))
-    scores = torch.einsum("bgsrd,bgkd->bgsrk", query.float(), key_BGKD.float()).flatten(1, 2) * scaling
-    if mask is not None:
-        # the least number and not -inf: a row of padding sees nothing, and must not become NaN
-        least = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask.float()
-    return scores.softmax(dim=-1)
-
-
 def real_keys(keys_BK: Tensor) -> Tensor:
-    """Which keys are a picture's, bool (sample, key): a 0 after the first is padding."""
-    real = keys_BK > 0
-    real[:, 0] = True
-    return real
-
-
-def select_rows(tensor_BHTD: Tensor, rows_BR: Tensor) -> Tensor:
-    """The chosen rows of each sample: (sample, head, token, width) → (sample, head, row, width)."""
-    index = rows_BR.to(tensor_BHTD.device)[:, None, :, None]
-    return tensor_BHTD.gather(2, index.expand(-1, tensor_BHTD.shape[1], -1, tensor_BHTD.shape[-1]))
+    """Which keys are a picture's, bool (sample, key): padding is -1."""
+    return keys_BK >= 0
 
 
 def _capturing(base: str):
@@ -129,6 +111,13 @@ def _capturing(base: str):
         output = ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
         request = attention_request
         if request is not None and module.layer_idx in request.layers and not request.answered_by_parallel(module):
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal  # as the kernel decides it
+            if kwargs.get("position_bias") is not None or (attention_mask is None and not causal):
+                raise CaptureError(
+                    f"a position bias, or attention to later tokens without a mask, in layer {module.layer_idx}",
+                    "attention by scores and a mask alone", "report this model class",
+                )  # fmt: skip
             request.capture(module, query, key, attention_mask, kwargs["scaling"])
         return output
 
@@ -140,6 +129,11 @@ def kernel_name(base: str) -> str:
     return f"lavender_{base}"
 
 
+def is_ours(kernel: str) -> bool:
+    """Whether a kernel is a capturing one."""
+    return kernel in {kernel_name(one) for one in BASE_KERNELS}
+
+
 def install(model: PreTrainedModel) -> str:
     """Let a model's language layers use the capturing kernel; the name of the kernel they used before.
 
@@ -147,7 +141,7 @@ def install(model: PreTrainedModel) -> str:
     makes the output.
     """
     base = model.config.get_text_config()._attn_implementation
-    if base in {kernel_name(one) for one in BASE_KERNELS}:
+    if is_ours(base):
         return base
     if base not in BASE_KERNELS:
         raise UnsupportedModelError(
@@ -155,13 +149,23 @@ def install(model: PreTrainedModel) -> str:
             f"one of {BASE_KERNELS}",
             "load the model with attn_implementation='sdpa'",
         )
+    if kernel_name(base) not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise CaptureError(
+            f"no form of mask for the kernel {kernel_name(base)!r}, which would then get none",
+            "the one lavender registers",
+            "let nothing remove it from transformers' AttentionMaskInterface",
+        )
     set_kernel(model, kernel_name(base))
     return base
 
 
 def set_kernel(model: PreTrainedModel, name: str) -> None:
     """Set the attention kernel of the language layers alone, and check that it took."""
-    model.set_attn_implementation({"text_config": name})
+    # in IDEFICS and MiniCPM-V the language model has no config of its own
+    if model.config.get_text_config() is model.config:
+        model.get_decoder().set_attn_implementation({"": name})
+    else:
+        model.set_attn_implementation({"text_config": name})
     if model.config.get_text_config()._attn_implementation != name:
         raise CaptureError(
             f"attn_implementation={model.config.get_text_config()._attn_implementation!r} after setting it",

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
-from lavender.grids import grid_boxes
-from lavender.vlm.base import VlmAdapter
+from lavender.grids import KeyLayout, grid_boxes, key_layout
+from lavender.vlm.base import VlmAdapter, padded_keys
 
 
 class LlavaAdapter(VlmAdapter):
@@ -42,7 +41,7 @@ class LlavaAdapter(VlmAdapter):
         expected = (vision.image_size // vision.patch_size) ** 2
         places = inputs["input_ids"] == self.config.image_token_index
         counts = places.sum(dim=1).tolist()
-        wrong = sorted(set(counts) - {expected})
+        wrong = [count for count in counts if count % expected]
         if self.config.vision_feature_select_strategy != "default":
             raise UnsupportedModelError(
                 f"vision_feature_select_strategy={self.config.vision_feature_select_strategy!r}",
@@ -51,18 +50,21 @@ class LlavaAdapter(VlmAdapter):
         if wrong:
             raise DataError(
                 f"{wrong[0]} picture tokens in a sample",
-                f"{expected}: one picture of {vision.image_size} px",
-                "give each sample exactly one picture, and raise max_length (or set it to None) if it cuts pictures",
+                f"{expected} for each picture, which are {vision.image_size} px wide",
+                "raise max_length (or set it to None) if it cuts pictures",
             )
-        return places.nonzero()[:, 1].view(len(counts), expected)
+        return padded_keys(places)
 
     def image_boxes(
-        self, inputs: Mapping[str, Tensor], image_sizes: list[tuple[int, int]], processor: ProcessorMixin
-    ) -> Tensor:
+        self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
+    ) -> KeyLayout:
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
-        frames = [seen_frame(size, processor.image_processor, side * vision.patch_size) for size in image_sizes]
-        return torch.stack([grid_boxes(side, side, frame) for frame in frames]).float()
+
+        def boxes(size: tuple[int, int]) -> Tensor:
+            return grid_boxes(side, side, seen_frame(size, processor.image_processor, side * vision.patch_size))
+
+        return key_layout([[boxes(size) for size in own] for own in image_sizes])
 
 
 def seen_frame(image_size: tuple[int, int], images: Any, covered: int) -> tuple[float, float, float, float]:

@@ -12,12 +12,16 @@ from transformers.models.mllama.image_processing_pil_mllama import get_image_siz
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from lavender.errors import DataError
-from lavender.grids import grid_boxes
+from lavender.grids import KeyLayout, grid_boxes, key_layout
 from lavender.vlm.base import VlmAdapter
 
 
 class MllamaAdapter(VlmAdapter):
-    """Cross-attention keys: max_num_tiles × (1 class token + g × g patches) for each picture."""
+    """Cross-attention keys: max_num_tiles × (1 class token + g × g patches) for each picture.
+
+    Every sample has as many keys as the one with the most pictures. A row sees the last picture before it, and those
+    that stand with it, nothing between.
+    """
 
     model_type = "mllama"
 
@@ -40,20 +44,29 @@ class MllamaAdapter(VlmAdapter):
         return None
 
     def image_boxes(
-        self, inputs: Mapping[str, Tensor], image_sizes: list[tuple[int, int]], processor: ProcessorMixin
-    ) -> Tensor:
-        if inputs["aspect_ratio_ids"].shape[1] != 1:
-            raise DataError(
-                f"{inputs['aspect_ratio_ids'].shape[1]} pictures in one sample", "one picture a sample", "split it"
-            )
+        self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
+    ) -> KeyLayout:
         vision = self.config.vision_config
-        return torch.stack([
-            tile_boxes(
-                size, tuple(vision.supported_aspect_ratios[int(ratio) - 1]),
-                vision.max_num_tiles, vision.image_size, vision.patch_size,
-            )
-            for size, ratio in zip(image_sizes, inputs["aspect_ratio_ids"][:, 0], strict=True)
-        ]).float()  # fmt: skip
+        ratios = inputs.get("aspect_ratio_ids", torch.zeros(len(image_sizes), 0, dtype=torch.long))
+        found, given = (ratios > 0).sum(dim=1).tolist(), [len(own) for own in image_sizes]  # 0 where there is none
+        if found != given:
+            raise DataError(f"{found} pictures in the inputs", f"{given}", "pass the pictures the inputs were made of")
+        layout = key_layout([
+            [
+                tile_boxes(
+                    size, tuple(vision.supported_aspect_ratios[int(ratio) - 1]),
+                    vision.max_num_tiles, vision.image_size, vision.patch_size,
+                )
+                for size, ratio in zip(sizes, own, strict=False)
+            ]
+            for sizes, own in zip(image_sizes, ratios, strict=True)
+        ])  # fmt: skip
+        return layout
+
+    def seen_from(self, inputs: Mapping[str, Tensor], layout: KeyLayout) -> Tensor:
+        tokens = inputs["input_ids"]
+        mask = inputs.get("cross_attention_mask", torch.zeros(*tokens.shape, 0, 1))
+        return (mask > 0).any(dim=-1).transpose(1, 2)
 
 
 @lru_cache(maxsize=512)

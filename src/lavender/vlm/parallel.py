@@ -11,9 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
-from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, select_rows
+
+CROSS_STATES = ("cross_attention_states", "key_value_states")  # what a cross-attention layer's keys are made of
+HEAD_NORMS = (("q_norm", "k_norm"), ("q_layer_norm", "k_layer_norm"))  # Mllama, Qwen3 and Gemma 3; IDEFICS
 
 
 class ParallelProjections(nn.Module):
@@ -57,11 +59,13 @@ def _capture(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     hidden = select_rows(states[:, None], request.rows_BR)[:, 0]
     project = attention.get_submodule(PARALLEL_NAME)
-    if isinstance(attention, MllamaTextCrossAttention):  # the layer's head norms are reused
-        query, key = project(hidden, kwargs["cross_attention_states"], attention.head_dim)
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    else:
-        query, key = project(hidden, states, attention.head_dim)
+    others = [kwargs[name] for name in CROSS_STATES if kwargs.get(name) is not None]
+    query, key = project(hidden, others[0] if others else states, attention.head_dim)
+    norms = dict(attention.named_children())
+    for own_query, own_key in HEAD_NORMS:
+        if own_query in norms:  # of each head, before rotation: the layer's own are reused
+            query, key = norms[own_query](query), norms[own_key](key)
+    if not others:
         cos, sin = (table.expand(len(states), -1, -1)[:, None] for table in kwargs["position_embeddings"])
         query = _rotated(query, *(select_rows(table, request.rows_BR) for table in (cos, sin)))
         key = _rotated(key, cos, sin)

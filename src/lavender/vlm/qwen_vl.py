@@ -7,21 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.errors import DataError
-from lavender.grids import grid_boxes
-from lavender.vlm.base import VlmAdapter
-
-DO = "give each sample exactly one picture"
+from lavender.grids import KeyLayout, grid_boxes, key_layout
+from lavender.vlm.base import VlmAdapter, padded_keys
 
 
 class Qwen2VlAdapter(VlmAdapter):
     """Self-attention keys: a row-major grid over the whole picture, a key for merge × merge patches.
 
     The image processor squashes a picture to whole cells and cuts nothing, so the boxes are an exact grid. Pictures
-    of a batch have different grids: keys are padded with position 0, boxes with empty ones.
+    of a batch have different grids.
     """
 
     model_type = "qwen2_vl"
@@ -45,27 +42,25 @@ class Qwen2VlAdapter(VlmAdapter):
 
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
         places = inputs["input_ids"] == self.config.image_token_id
-        found, grids = places.sum(dim=1).tolist(), self._grids(inputs)
-        if len(grids) != len(found):
-            raise DataError(f"{len(grids)} pictures in a batch of {len(found)} samples", "one picture a sample", DO)
-        for count, (rows, cols) in zip(found, grids, strict=True):
-            if count != rows * cols:
-                raise DataError(
-                    f"{count} picture tokens in a sample",
-                    f"{rows * cols}: one picture of {rows} × {cols} cells",
-                    f"{DO}, and raise max_length (or set it to None) if it cuts pictures",
-                )
-        return pad_sequence([own.nonzero()[:, 0] for own in places], batch_first=True)
+        found, expected = int(places.sum()), sum(rows * cols for rows, cols in self._grids(inputs))
+        if found != expected:
+            raise DataError(
+                f"{found} picture tokens in a batch",
+                f"{expected}, a token for each cell of its pictures",
+                "raise max_length (or set it to None) if it cuts pictures",
+            )
+        return padded_keys(places)
 
     def image_boxes(
-        self, inputs: Mapping[str, Tensor], image_sizes: list[tuple[int, int]], processor: ProcessorMixin
-    ) -> Tensor:
-        grids = self._grids(inputs)
-        if len(grids) != len(image_sizes):
+        self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
+    ) -> KeyLayout:
+        grids, given = self._grids(inputs), sum(len(own) for own in image_sizes)
+        if len(grids) != given:
             raise DataError(
-                f"{len(grids)} pictures in a batch of {len(image_sizes)} samples", "one picture a sample", DO
+                f"{len(grids)} pictures in the inputs", f"{given}", "pass the pictures the inputs were made of"
             )
-        return pad_sequence([grid_boxes(rows, cols).float() for rows, cols in grids], batch_first=True)
+        every = iter(grids)
+        return key_layout([[grid_boxes(*next(every)) for _ in own] for own in image_sizes])
 
     def _grids(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
         """(rows, cols) of each picture's keys."""

@@ -6,12 +6,36 @@ from typing import Any
 
 from lavender.errors import UnsupportedModelError
 from lavender.vlm.base import VlmAdapter
+from lavender.vlm.flamingo import FlamingoAdapter
+from lavender.vlm.gemma3 import Gemma3Adapter
+from lavender.vlm.idefics import IdeficsAdapter
+from lavender.vlm.idefics3 import Idefics3Adapter, SmolVlmAdapter
+from lavender.vlm.internvl import InternVlAdapter
 from lavender.vlm.llava import LlavaAdapter
+from lavender.vlm.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
+from lavender.vlm.minicpm_v import MiniCpmVAdapter
 from lavender.vlm.mllama import MllamaAdapter
+from lavender.vlm.qwen3_vl import Qwen3VlAdapter
 from lavender.vlm.qwen_vl import Qwen2VlAdapter, Qwen25VlAdapter
 
 FAMILIES: dict[str, type[VlmAdapter]] = {
-    family.model_type: family for family in (LlavaAdapter, MllamaAdapter, Qwen2VlAdapter, Qwen25VlAdapter)
+    family.model_type: family
+    for family in (
+        FlamingoAdapter,
+        Gemma3Adapter,
+        Idefics3Adapter,
+        IdeficsAdapter,
+        InternVlAdapter,
+        LlavaAdapter,
+        LlavaNextAdapter,
+        LlavaOnevisionAdapter,
+        MiniCpmVAdapter,
+        MllamaAdapter,
+        Qwen2VlAdapter,
+        Qwen25VlAdapter,
+        Qwen3VlAdapter,
+        SmolVlmAdapter,
+    )
 }
 
 

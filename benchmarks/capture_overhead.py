@@ -1,0 +1,192 @@
+"""What capture costs a training step: time and memory, beside the same step without it and beside eager attention.
+
+    python benchmarks/capture_overhead.py --quick --json overhead.json
+
+One decoder with random weights and one sample, on one CPU thread: 8 layers of Llama, 512 wide, 16 heads, 4 key heads;
+576 of the tokens are a picture's keys. A step is forward and backward of the language loss; with capture also of a
+weighted sum of the rows of some words (one row each) in all layers, by the same functions as in training. Eager
+attention takes the same rows from `output_attentions=True`. The Aligner's step begins at the captured rows.
+
+Steps alternate in random order, and times are the process's CPU seconds. A ratio is the median over the rounds, with
+the 95 % interval of a bootstrap. Memory is what autograd keeps between forward and backward, each storage once; the
+captured rows, which the loss alone needs, are told beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lavender.alignment_data import row_tensors
+from lavender.config import AlignmentConfig
+from lavender.grids import grid_boxes
+from lavender.objective import AlignmentHead, AlignmentRequest
+from lavender.vlm.capture import AttentionRequest, install, set_kernel
+
+LAYERS, HEADS, FIRST_KEY, SIDE, GRID = 8, 16, 11, 24, (32, 32)
+TOKENS, WORDS = (1024, 2048, 4096, 8192), (8, 32, 128)
+EAGER_UP_TO = 4096  # tokens; beyond it eager needs 32 GiB
+MIB = 2**20
+Step = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decoder and one sample: token ids, the rows of words (at the end), and weights of their sum."""
+
+    model: LlamaForCausalLM
+    ids: Tensor
+    rows: Tensor
+    keys: Tensor
+    weights: Tensor
+
+    def plain(self) -> Tensor:
+        return self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+
+    def with_capture(self) -> Tensor:
+        request = AttentionRequest(self.rows, tuple(range(LAYERS)), self.keys)
+        output = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, attention_request=request)
+        return output.loss + torch.tensordot(request.stacked(), self.weights, dims=5)
+
+    def eager(self) -> Tensor:
+        """The model must have its eager kernel."""
+        output = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, output_attentions=True)
+        rows = torch.stack([one[:, :, self.rows[0]][..., self.keys[0]] for one in output.attentions])
+        return output.loss + torch.tensordot(rows, self.weights, dims=5)
+
+
+def build_model() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=512, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=4,
+        intermediate_size=1408, max_position_embeddings=max(TOKENS),
+    )  # fmt: skip
+    return LlamaForCausalLM(config).train()
+
+
+def case_of(model: LlamaForCausalLM, tokens: int, words: int) -> Case:
+    rows, keys = torch.arange(tokens - 1 - words, tokens - 1)[None], torch.arange(FIRST_KEY, FIRST_KEY + SIDE**2)[None]
+    return Case(
+        model, torch.randint(1024, (1, tokens)), rows, keys, torch.randn(LAYERS, 1, HEADS, words, SIDE**2) / words
+    )
+
+
+def aligner_step(words: int) -> Step:
+    """The objective from captured rows on: words, grid, Aligner, loss."""
+    head = AlignmentHead(HEADS, tuple(range(LAYERS)), AlignmentConfig()).train()
+    tensors = row_tensors([[(100 + index,) for index in range(words)]]) | {
+        "boxes": grid_boxes(SIDE, SIDE).float()[None], "pictures": torch.zeros(1, SIDE**2, dtype=torch.long),
+        "targets": torch.rand(1, words, *GRID),
+    }  # fmt: skip
+    captured = torch.rand(LAYERS, 1, HEADS, words, SIDE**2).softmax(dim=-1).requires_grad_()
+
+    def step() -> Tensor:
+        request = AlignmentRequest(tuple(range(LAYERS)), tensors)
+        request.rows = dict(enumerate(captured.unbind(0)))
+        return head(request)
+
+    return step
+
+
+def seconds(step: Step) -> float:
+    start = time.process_time()
+    step().backward()
+    return time.process_time() - start
+
+
+def kept_bytes(case: Case, step: Step) -> int:
+    """Bytes that autograd keeps for backward, each storage once, without what the benchmark itself brings."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = step()  # its graph is alive, so no storage's place is used twice
+    del loss
+    return sum(size for place, size in storages.items() if place != case.weights.untyped_storage().data_ptr())
+
+
+def ratio(times: list[float], plain: list[float]) -> dict[str, float]:
+    """Median of the rounds' ratios, and the 95 % interval of 2,000 resamplings of it."""
+    ratios, draw = [one / other for one, other in zip(times, plain, strict=True)], random.Random(5)
+    medians = sorted(median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return {"median": median(ratios), "low": medians[49], "high": medians[1949], "runs": len(ratios)}
+
+
+def with_kernel(model: LlamaForCausalLM, kernel: str, measure: Callable[[], float]) -> float:
+    set_kernel(model, kernel)
+    return measure()
+
+
+def measured(model: LlamaForCausalLM, tokens: int, words: int, runs: int, eager_runs: int) -> dict:
+    """One row of the result. The base kernel is that of `install`; all steps share the weights."""
+    case, aligner, draw = case_of(model, tokens, words), aligner_step(words), random.Random(7)
+    ours = f"lavender_{model.config._attn_implementation.removeprefix('lavender_')}"
+    base = ours.removeprefix("lavender_")
+    steps: dict[str, tuple[str, Step]] = {
+        "plain": (base, case.plain), "capture": (ours, case.with_capture), "aligner": (base, aligner),
+    }  # fmt: skip
+    if eager_runs:
+        steps["eager"] = ("eager", case.eager)
+    memory = {
+        name: with_kernel(model, kernel, partial(kept_bytes, case, step)) for name, (kernel, step) in steps.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for done in range(-1, runs):  # the first round only warms up
+        names = [name for name in steps if name != "eager" or done < eager_runs]
+        for name in draw.sample(names, k=len(names)):
+            kernel, step = steps[name]
+            model.zero_grad(set_to_none=True)
+            spent = with_kernel(model, kernel, partial(seconds, step))
+            if done >= 0:
+                times[name].append(spent)
+    set_kernel(model, ours)
+    plain = times["plain"]
+    row = {
+        "tokens": tokens, "words": words, "plain_seconds": median(plain),
+        "capture_time_vs_plain": ratio(times["capture"], plain),
+        "aligner_time_vs_plain": ratio(times["aligner"], plain),
+        "extra_mib_per_layer": (memory["capture"] - memory["plain"]) / LAYERS / MIB,
+        "rows_mib_per_layer": case.weights.nbytes / LAYERS / MIB,
+        "eager_time_vs_plain": None, "eager_extra_mib_per_layer": None,
+    }  # fmt: skip
+    if eager_runs:
+        row["eager_time_vs_plain"] = ratio(times["eager"], plain[: len(times["eager"])])
+        row["eager_extra_mib_per_layer"] = (memory["eager"] - memory["plain"]) / LAYERS / MIB
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="1,024 and 2,048 tokens, 32 words; few eager runs")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--runs", type=int, default=20, help="rounds of a row (20)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = build_model()
+    install(model)
+    sizes = [(1024, 32), (2048, 32)] if options.quick else [(tokens, words) for tokens in TOKENS for words in WORDS]
+    rows = []
+    for tokens, words in sizes:
+        eager_runs = 0 if tokens > EAGER_UP_TO else 3 if options.quick else options.runs
+        rows.append(measured(model, tokens, words, options.runs, eager_runs))
+        print(json.dumps(rows[-1]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

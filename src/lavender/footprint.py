@@ -1,0 +1,112 @@
+"""How much memory a run needs, roughly, from a model's shapes alone. An estimate, with what it assumes.
+
+Bytes; one sample a step; weights in bfloat16, as published checkpoints are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lavender.aligner import Aligner
+from lavender.config import AlignmentConfig
+from lavender.run import LoraSettings
+from lavender.vlm.base import VlmAdapter
+
+NUM_WORDS, TOKENS_A_WORD, GRID = 16, 2, 32
+TEXT_TOKENS, ASSUMED_KEYS = 256, 1024
+HALF, SINGLE = 2, 4  # bytes of a number
+
+
+def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: int | None) -> dict[str, Any]:
+    """Bytes of full tuning and of LoRA by part, of `pooling="learn"` in addition, and the assumptions.
+
+    Args:
+        model: the model's modules; no weights are looked at.
+        keys: image keys of a picture, as a sample has shown; None assumes the family's number.
+        tokens: the length of that sample.
+    """
+    says = "in the sample" if keys is not None else "from the config" if _known_keys(adapter) else "assumed"
+    keys = keys or _known_keys(adapter) or ASSUMED_KEYS
+    tokens = tokens or TEXT_TOKENS + (0 if _is_cross(adapter) else keys)
+    parameters = sum(one.numel() for one in model.parameters())
+    lora, num_lora = LoraSettings(), _lora_parameters(model)
+    text = adapter.config.get_text_config()
+    shared = {"activations": _activations(text, tokens), "alignment: attention rows": _rows(adapter, keys),
+              "alignment: maps, Aligner": _maps(adapter)}  # fmt: skip
+    return {
+        "full": {
+            "weights": HALF * parameters, "gradients": HALF * parameters, "optimiser": 2 * HALF * parameters, **shared,
+        },
+        "lora": {
+            "weights": HALF * parameters + SINGLE * num_lora, "gradients": SINGLE * num_lora,
+            "optimiser": 2 * SINGLE * num_lora, **shared,
+        },
+        "learn": 4 * HALF * _parallel_parameters(model, adapter),
+        "lora_parameters": num_lora,
+        "assumptions": [
+            f"one sample of {tokens} tokens a step, one picture of {keys} image keys ({says})",
+            "weights in bfloat16, AdamW with two states of the trained weights' type, no sharding",
+            f"LoRA of rank {lora.r} on {', '.join(lora.target_modules)}, in float32: {num_lora:,} parameters",
+            "gradient checkpointing, TRL's default; logits in bfloat16, and twice in float32 for the loss; the vision "
+            "tower's activations are not counted",
+            f"{NUM_WORDS} words of {TOKENS_A_WORD} tokens: rows × image keys × heads × layers × 4 bytes, and maps of "
+            f"{GRID} × {GRID} through the default Aligner on each usable layer (fewer layers: `layers`)",
+        ],
+    }  # fmt: skip
+
+
+def _is_cross(adapter: VlmAdapter) -> bool:
+    return adapter.model_type in ("mllama", "idefics")
+
+
+def _known_keys(adapter: VlmAdapter) -> int | None:
+    """Image keys of one picture where the config fixes them; the most, for Mllama."""
+    config = adapter.config
+    if adapter.model_type == "mllama":
+        vision = config.vision_config
+        return vision.max_num_tiles * (1 + (vision.image_size // vision.patch_size) ** 2)
+    if adapter.model_type == "idefics":
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        return config.perceiver_config.resampler_n_latents if config.use_resampler else 1 + patches
+    if adapter.model_type == "llava":
+        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return config.mm_tokens_per_image if adapter.model_type == "gemma3" else None
+
+
+def _lora_parameters(model: nn.Module) -> int:
+    settings = LoraSettings()
+    return sum(
+        settings.r * (module.in_features + module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in settings.target_modules
+    )
+
+
+def _parallel_parameters(model: Any, adapter: VlmAdapter) -> int:
+    modules = [adapter.attention_module(model, layer) for layer in adapter.usable_layers()]
+    return sum(
+        one.numel() for module in modules for part in (module.q_proj, module.k_proj) for one in part.parameters()
+    )
+
+
+def _activations(text: Any, tokens: int) -> int:
+    """Each layer's input, one layer's own tensors while it is computed again, and the logits."""
+    inputs = HALF * tokens * text.hidden_size * text.num_hidden_layers
+    one_layer = HALF * tokens * (8 * text.hidden_size + 4 * text.intermediate_size)
+    return inputs + one_layer + (HALF + 2 * SINGLE) * tokens * text.vocab_size
+
+
+def _rows(adapter: VlmAdapter, keys: int) -> int:
+    return SINGLE * NUM_WORDS * TOKENS_A_WORD * keys * adapter.num_heads() * len(adapter.usable_layers())
+
+
+def _maps(adapter: VlmAdapter) -> int:
+    """Each layer's maps, one channel a head; what the Aligner keeps of each of its layers; and its parameters."""
+    heads = adapter.num_heads()
+    aligner = Aligner(heads, AlignmentConfig().aligner_width)
+    channels = sum(module.out_channels for module in aligner if isinstance(module, nn.Conv2d))
+    kept = heads + 3 * channels  # of each layer its convolution, its norm, its activation
+    maps = SINGLE * NUM_WORDS * GRID**2 * len(adapter.usable_layers()) * kept
+    return maps + 4 * SINGLE * sum(one.numel() for one in aligner.parameters())

@@ -1,0 +1,215 @@
+"""Samples with several pictures and with none, LoRA and bfloat16: part of the contract of every family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch import Tensor
+
+from families.asking import captured, cast, eager_rows
+from families.geometry import GRID, Family, laid, picture
+from lavender.alignment_data import row_tensors
+from lavender.attention import capturing
+from lavender.config import AlignmentConfig
+from lavender.grids import KeyLayout
+from lavender.objective import AlignmentRequest, attach
+from lavender.vlm.capture import AttentionRequest
+from lavender.vlm.registry import adapter_for
+
+BFLOAT16 = 0.06  # of a row's mass: eager rounds to 8 bits, and so do the layers before, in another order
+
+
+def batch_of_many(family: Family, samples: list[tuple[list[Image.Image], str]], side: str = "right") -> dict:
+    """The model's inputs for samples of several pictures, or none, and an answer; by the real processor."""
+    asked = {"type": "text", "text": "what is it?"}
+    conversations: list[list[Any]] = [
+        [
+            {"role": "user", "content": [{"type": "image"}] * len(own) + [asked]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        for own, answer in samples
+    ]
+    texts = [family.processor.apply_chat_template(one, tokenize=False) for one in conversations]
+    images = [own for own, _ in samples]
+    return dict(
+        family.processor(
+            images=images if any(images) else None, text=texts, padding=True, padding_side=side,
+            add_special_tokens=False, return_tensors="pt",
+        )
+    )  # fmt: skip
+
+
+def sizes_of(samples: list[tuple[list[Image.Image], str]]) -> list[list[tuple[int, int]]]:
+    return [[(one.height, one.width) for one in own] for own, _ in samples]
+
+
+def boxes_and_pictures(layout: KeyLayout) -> tuple[Tensor, Tensor]:
+    """Of one sample: the boxes (key, 4) of its keys and their pictures (key,); of a resampler, those of its patches."""
+    if layout.views is None:
+        return layout.boxes[0], layout.pictures[0]
+    owners = [int(layout.pictures[layout.views == view][0]) for view in range(len(layout.boxes))]
+    return layout.boxes.flatten(0, 1), torch.tensor(owners).repeat_interleave(layout.boxes.shape[1])
+
+
+class Batches:
+    """Collected as a part of the contract only, whose fixtures it uses."""
+
+    @staticmethod
+    def eager_rows(model, batch: Mapping[str, Tensor], request: AttentionRequest) -> Tensor:
+        """A family overrides this where transformers returns the rows of other layers, or none."""
+        return eager_rows(model, batch, request)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def samples(cls, family) -> list[tuple[list[Image.Image], str]]:
+        """Two pictures, none, one."""
+        first, second, third = (picture(size, seed) for seed, size in enumerate(family.sizes[:3]))
+        return [([first, second], "a dog and a cat"), ([], "one red apple near the tiny house"), ([third], "sun")]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def many(cls, family, samples) -> dict[str, Tensor]:
+        return batch_of_many(family, samples)
+
+    def request_of_many(self, family, model, many, samples, layers) -> AlignmentRequest:
+        """Two words of each picture, as many as there are: a row near the end, another one before it."""
+        ends = (many["attention_mask"].sum(1) - 2).tolist()
+        words = [[(end, end - 2), (end - 1,)] * len(own) for end, (own, _) in zip(ends, samples, strict=True)]
+        pictures = [[index for index in range(len(own)) for _ in range(2)] for own, _ in samples]
+        tensors = row_tensors(words, pictures) | adapter_for(model.config).key_tensors(
+            many, sizes_of(samples), family.processor
+        )
+        targets = torch.rand(*tensors["present"].shape, *GRID, generator=torch.Generator().manual_seed(3))
+        return AlignmentRequest(layers, tensors | {"targets": targets})
+
+    def test_rows_of_several_pictures_and_none(self, family, model, many):
+        adapter, ends = adapter_for(model.config), many["attention_mask"].sum(1)
+        rows = torch.stack([ends - 2, ends - 4], dim=1)
+        request = AttentionRequest(rows, adapter.usable_layers(), adapter.image_keys(many))
+        with torch.no_grad():
+            plain = model(**many).logits
+            with capturing(model):
+                assert torch.equal(model(**many, attention_request=request).logits, plain)
+        torch.testing.assert_close(request.stacked(), self.eager_rows(model, many, request), rtol=0, atol=1e-6)
+        if request.keys_BK is not None:
+            assert request.stacked()[:, 1].abs().sum() == 0
+
+    @pytest.mark.parametrize("pooling", ["layer-mean", "mean-mean", "flow-multi", "learn"])
+    def test_a_word_is_laid_on_its_own_picture(self, family, model, many, samples, pooling):
+        """The loss is finite and trains; a sample without a picture has no word, and changes nothing."""
+        plain = model(**many).logits
+        torch.manual_seed(7)
+        head = attach(model, AlignmentConfig(pooling=pooling))
+        model.train()
+        request = self.request_of_many(family, model, many, samples, head.layers)
+        output = model(**many, attention_request=request)
+        assert torch.equal(output.logits, plain) or model.config.get_text_config().attention_dropout
+        assert request.present.tolist() == [[True] * 4, [False] * 4, [True, True, False, False]]
+        assert 0 < output.attention_loss < 6  # six words, each below one
+        attention = head.attention(request)
+        assert attention.shape[1:2] + attention.shape[3:] == (3, 4, *GRID)
+        assert (attention[:, 0].flatten(3).sum(-1).amin(dim=(0, 1)) > 0).all()
+        assert (attention[:, 0, :, 0] - attention[:, 0, :, 2]).abs().max() > 1e-4  # the same rows, another picture
+        output.attention_loss.backward()
+        assert all(one.grad.isfinite().all() for one in model.parameters() if one.grad is not None)
+
+    def test_a_batch_without_pictures(self, family, model, samples):
+        """No word, so no loss; yet attached to the Aligner, whose parameters every process must use."""
+        batch = batch_of_many(family, [([], answer) for _, answer in samples])
+        plain = model(**batch).logits
+        head = attach(model, AlignmentConfig()).train()
+        keys = adapter_for(model.config).key_tensors(batch, [[], [], []], family.processor)
+        tensors = row_tensors([[], [], []]) | keys | {"targets": torch.zeros(3, 1, *GRID)}
+        output = model(**batch, attention_request=AlignmentRequest(head.layers, tensors))
+        assert torch.equal(output.logits, plain)
+        assert output.attention_loss == 0
+        output.attention_loss.backward()
+        assert all(one.grad is not None for one in head.parameters())
+
+    def test_a_picture_alone_and_beside_another(self, family, model):
+        """The boxes of a picture do not depend on its company."""
+        adapter, (first, second) = adapter_for(model.config), family.sizes[:2]
+        both = batch_of_many(family, [([picture(first), picture(second, 1)], "sun")])
+        layout = adapter.image_boxes(both, [[first, second]], family.processor)
+        boxes, pictures = boxes_and_pictures(layout)
+        for index, size in enumerate((first, second)):
+            alone = batch_of_many(family, [([picture(size, index)], "sun")])
+            own = boxes[pictures == index]
+            expected, _ = boxes_and_pictures(adapter.image_boxes(alone, [[size]], family.processor))
+            if len(own) == len(expected):  # some processors cut fewer tiles where there are several pictures
+                torch.testing.assert_close(own, expected)
+
+    @torch.no_grad()
+    def test_a_planted_patch_comes_back_on_its_own_picture(self, family, model):
+        """Repaint a cell of the second picture: the keys that change are its own, and lie at that cell."""
+        size = family.sizes[0]
+        images = [picture(size), picture(size, 1)]
+        layout = adapter_for(model.config).image_boxes(
+            batch_of_many(family, [(images, "sun")]), [[size, size]], family.processor
+        )
+        boxes, pictures = boxes_and_pictures(layout)
+        before = family.local_states(model, batch_of_many(family, [(images, "sun")])).flatten(0, 1)
+        for planted in range(2):
+            changed = [one.copy() for one in images]
+            (y, x) = size[0] / 3, size[1] / 5
+            changed[planted].paste((255, 255, 255), (round(2 * x), round(y), round(3 * x), round(2 * y)))
+            after = family.local_states(model, batch_of_many(family, [(changed, "sun")])).flatten(0, 1)
+            difference = (after - before).norm(dim=-1)
+            own = pictures == planted
+            assert difference[own].max() > 0
+            assert difference[~own].max() < 1e-5 * difference.max()
+            maps = laid((difference[own] / difference.sum())[None], boxes[own], (3, 5)).flatten()
+            assert maps.argmax().item() == 7
+            assert maps[7] > family.clear * maps.sum()
+
+    def test_lora(self, family, model, batch):
+        """Rows are those of eager attention with the adapter in place, and the loss trains the adapter alone."""
+        adapter = adapter_for(model.config)
+        names = {id(module): name for name, module in model.named_modules()}
+        attentions = [adapter.attention_module(model, layer) for layer in adapter.usable_layers()]
+        targets = [f"{names[id(one)]}.{part}" for one in attentions for part in ("q_proj", "v_proj")]
+        head = attach(model, AlignmentConfig())
+        head_parts = [name for name, _ in model.named_modules() if name.startswith("alignment_head")]
+        assert head_parts
+        tuned = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        ends = batch["attention_mask"].sum(1).min().item() - 2
+        tensors = row_tensors([[(ends,), (ends - 1,)]] * 3)
+        sizes = [[size] for size in family.sizes[:3]]
+        tensors |= adapter.key_tensors(batch, sizes, family.processor)
+        request = AlignmentRequest(head.layers, tensors | {"targets": torch.rand(3, 2, *GRID)})
+        tuned.train()
+        tuned(**batch, attention_request=request).attention_loss.backward()
+        for module in attentions:
+            for part in ("lora_A", "lora_B"):
+                assert module.q_proj.get_submodule(part).default.weight.grad.abs().max() > 0
+            assert module.q_proj.base_layer.weight.grad is None
+        head.undo()
+        model.eval()
+        request = captured(model, batch)
+        torch.testing.assert_close(request.stacked(), self.eager_rows(model, batch, request), rtol=0, atol=1e-6)
+
+    @torch.no_grad()
+    def test_heads_are_pooled_in_the_capture(self, model, batch):
+        every = captured(model, batch)
+        for heads, expected in (("mean", every.stacked().mean(2)), ("max", every.stacked().amax(2))):
+            request = AttentionRequest(every.rows_BR, every.layers, every.keys_BK)
+            request.heads = heads
+            with capturing(model):
+                model(**batch, attention_request=request)
+            assert request.stacked().shape[2] == 1
+            torch.testing.assert_close(request.stacked()[:, :, 0], expected, rtol=1e-5, atol=1e-7)
+
+    def test_rows_in_bfloat16(self, family, model, batch):
+        """The captured rows are of float32 from the model's own queries and keys; eager's are rounded."""
+        model.to(torch.bfloat16)
+        inputs = cast(batch, torch.bfloat16)
+        request = captured(model, inputs)
+        rows, eager = request.stacked(), self.eager_rows(model, inputs, request).float()
+        assert rows.dtype == torch.float32
+        moved = (rows - eager).abs().sum(dim=-1) / eager.sum(dim=-1).clamp_min(1e-6)
+        assert moved.max() < BFLOAT16
