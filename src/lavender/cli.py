@@ -97,7 +97,7 @@ def _add_extract(verbs: argparse._SubParsersAction) -> None:
     extract.add_argument("--seed", type=int, default=0)
     extract.add_argument("--batch-size", type=int, default=8)
     extract.add_argument("--words", nargs="+", default=None, metavar="PART",
-                         help="parts of speech with a map: noun adjective verb other (default: all but other)")  # fmt: skip
+                         help="parts of speech: noun adjective verb other (default: all but other)")  # fmt: skip
     extract.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                          help="any other setting, such as geometry=letterbox; see docs/teachers.md")  # fmt: skip
     extract.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")

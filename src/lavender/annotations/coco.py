@@ -50,7 +50,7 @@ class CocoPanoptic(Layout):
             images/val2017, seen from the file panoptic_val2017.json.
         masks: folder of the PNG files. Default: panoptic_val2017 beside the file or beside its folder.
         captions: COCO's captions file, for `samples`. Default: captions_val2017.json beside the file, if it is there.
-        parts_of_speech: words that get a map, or are named where they have none.
+        parts_of_speech: words that are looked up, and named where they have no map; None is nouns.
         synonyms: further words, by the category's spoken name.
 
     Raises:
@@ -67,7 +67,7 @@ class CocoPanoptic(Layout):
         pictures: str | Path | None = None,
         masks: str | Path | None = None,
         captions: str | Path | None = None,
-        parts_of_speech: Sequence[str] = ("noun",),
+        parts_of_speech: Sequence[str] | None = None,
         synonyms: Mapping[str, Sequence[str]] = COCO_SYNONYMS,
     ):
         self.path = _panoptic_file(Path(path))
@@ -83,18 +83,23 @@ class CocoPanoptic(Layout):
         )
         beside_file = folder / f"captions_{split}.json"
         self.captions = Path(captions) if captions is not None else beside_file if beside_file.is_file() else None
-        self._parts = checked_parts(parts_of_speech)
+        self._parts = checked_parts(("noun",) if parts_of_speech is None else parts_of_speech)
         self._synonyms = synonyms
         content = read_json(self.path, ("images", "annotations", "categories"))
         try:
             self._categories = {one["id"]: one["name"] for one in content["categories"]}
             things = [(one["name"], bool(one.get("isthing", 1))) for one in content["categories"]]
-            self._entries = {Path(entry.picture).stem: entry for entry in _entries(content)}
+            entries = _entries(content)
         except (KeyError, TypeError) as error:
             got = f"{self.path} with an entry that lacks or mistakes {error}"
             do = "check that it is COCO's panoptic format, not its instances or stuff"
             raise DataError(got, "images, annotations with segments_info, and categories", do) from error
         self._names = CategoryNames(things, synonyms)
+        self._entries: dict[str, _Entry] = {}
+        for entry in entries:
+            if (other := self._entries.setdefault(Path(entry.picture).stem, entry)) is not entry:
+                got = f"{self.path} with {other.picture} and {entry.picture}"
+                raise DataError(got, "pictures of different names", "rename them: a picture is known by its name")
 
     def identity(self) -> dict[str, Any]:
         """See `Layout.identity`."""

@@ -52,13 +52,12 @@ def open_layout(
         ConfigError: an unknown layout, or a setting of the other one.
         DataError: files are missing or of another layout.
     """
-    parts = {} if parts_of_speech is None else {"parts_of_speech": parts_of_speech}
     if name == CocoPanoptic.name:
         _refuse_setting("split", split, name)
-        return CocoPanoptic(path, pictures=pictures, captions=captions, **parts)
+        return CocoPanoptic(path, pictures=pictures, captions=captions, parts_of_speech=parts_of_speech)
     if name == Flickr30kEntities.name:
         _refuse_setting("captions", captions, name)
-        return Flickr30kEntities(path, pictures=pictures, split=split, **parts)
+        return Flickr30kEntities(path, pictures=pictures, split=split, parts_of_speech=parts_of_speech)
     raise ConfigError(f"the layout {name!r}", f"one of {LAYOUTS}", "choose one of them")
 
 
@@ -102,12 +101,13 @@ def extract_annotations(
         work = _Work(layout, writer, summary, grid)
         flushed = time.monotonic()
         for sample in samples:
-            try:
-                work.do(sample)
-            except DataError as error:
-                if strict:
-                    raise
-                summary.dropped.append(Dropped(sample.name, str(error)))
+            for text in sample.answers:
+                try:
+                    work.do(sample, text)
+                except DataError as error:
+                    if strict:
+                        raise
+                    summary.dropped.append(Dropped(f"{sample.name}: {text[:60]!r}", str(error)))
             on_progress(len(sample.answers))
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 writer.flush()
@@ -130,8 +130,8 @@ class _Work:
         self._mapless = 0
         self._picture: _Picture | None = None
 
-    def do(self, sample: Sample) -> None:
-        """Raises DataError if the sample cannot be used."""
+    def do(self, sample: Sample, text: str) -> None:
+        """One of a sample's answers. Raises DataError if it cannot be used."""
         if not isinstance(sample.source, Path):
             got = f"{sample.name}, whose picture is no file"
             raise DataError(got, "a file, by whose name annotations are found", "save the pictures as files")
@@ -139,13 +139,12 @@ class _Work:
             self._picture = None
             self._picture = _Picture(sample, sample.source, self._layout)
         picture = self._picture
-        for text in sample.answers:
-            key = (picture.image_id, text)
-            if key in self._writer:
-                self._summary.already_there += 1
-            else:
-                self._add(picture, text)
-            self.texts.setdefault(key, picture.path)
+        key = (picture.image_id, text)
+        if key in self._writer:
+            self._summary.already_there += 1
+        else:
+            self._add(picture, text)
+        self.texts.setdefault(key, picture.path)
 
     def _add(self, picture: _Picture, text: str) -> None:
         annotations, new = picture.annotations()

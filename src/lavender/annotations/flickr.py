@@ -76,7 +76,7 @@ class Flickr30kEntities(Layout):
         pictures: folder of the pictures, 36979.jpg and so on. Default: the first that exists of flickr30k-images,
             flickr30k_images, images and Images, in the folder or beside it.
         split: only the pictures that `{split}.txt` in the folder lists, such as "train".
-        parts_of_speech: words of a phrase that get a map.
+        parts_of_speech: words of a phrase that get a map; None is nouns, adjectives and verbs.
 
     Raises:
         DataError: a folder or file is missing.
@@ -91,7 +91,7 @@ class Flickr30kEntities(Layout):
         *,
         pictures: str | Path | None = None,
         split: str | None = None,
-        parts_of_speech: Sequence[str] = ("noun", "adjective", "verb"),
+        parts_of_speech: Sequence[str] | None = None,
     ):
         self.path = Path(path)
         for folder in ("Sentences", "Annotations"):
@@ -105,7 +105,7 @@ class Flickr30kEntities(Layout):
         self.label = self.name if split is None else f"{self.name}-{split}"
         self._keys = self._listed(split)
         self._known = frozenset(self._keys)
-        self._parts = checked_parts(parts_of_speech)
+        self._parts = checked_parts(("noun", "adjective", "verb") if parts_of_speech is None else parts_of_speech)
 
     def _listed(self, split: str | None) -> tuple[str, ...]:
         """The names of the pictures of a split, or of all."""
