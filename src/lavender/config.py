@@ -55,9 +55,9 @@ class ExtractionConfig:
         null_text_iterations: optimisation steps of "null-text" at each step, at most.
         guidance: classifier-free guidance of "null-text".
         seed: of the noise. The noise of a picture depends on its content and this seed, never on its batch.
-        geometry: what the teacher sees: the picture squashed to its square ("squash"), the central square ("crop";
-            maps are 0 elsewhere), the picture padded to a square ("letterbox"), or about as many pixels in the
-            picture's own shape ("aspect"). Maps are always of the whole picture.
+        geometry: what the teacher sees: about as many pixels as its square has, in the picture's own shape ("aspect");
+            the picture squashed to that square ("squash"), padded to it ("letterbox"), or its central square ("crop";
+            maps are 0 elsewhere). Maps are always of the whole picture.
         largest_layer: layers of more than this² cells are not read, and the backbone stops after the last one read.
         layer_weights: weight of layers by the beginning of their names, one number or one a head; the longest
             matching beginning counts, and 1 is for layers without. None is the family's default.
@@ -82,7 +82,7 @@ class ExtractionConfig:
     null_text_iterations: int = 5
     guidance: float = 7.5
     seed: int = 0
-    geometry: Geometry = "squash"
+    geometry: Geometry = "aspect"
     largest_layer: int = 32
     layer_weights: Mapping[str, float | Sequence[float]] | None = None
     competition: Competition = "none"

@@ -242,4 +242,5 @@ def _segment_ids(path: Path) -> np.ndarray:
     if mode != "RGB":
         got = f"{path} in the mode {mode!r}"
         raise DataError(got, "a panoptic PNG in RGB", "take the panoptic masks, not the semantic ones")
-    return colours.astype(np.int32) @ np.array([1, 256, 256**2], dtype=np.int32)
+    red, green, blue = (colours[..., channel].astype(np.int32) for channel in range(3))
+    return red + 256 * green + 256**2 * blue
