@@ -58,7 +58,8 @@ class ExtractionConfig:
         geometry: what the teacher sees: about as many pixels as its square has, in the picture's own shape ("aspect");
             the picture squashed to that square ("squash"), padded to it ("letterbox"), or its central square ("crop";
             maps are 0 elsewhere). Maps are always of the whole picture.
-        largest_layer: layers of more than this² cells are not read, and the backbone stops after the last one read.
+        largest_layer: layers of more than this² cells, on the square that the model was trained on, are not read, and
+            the backbone stops after the last one read. None is the family's default: 32 for UNets, no limit for SD3.
         layer_weights: weight of layers by the beginning of their names, one number or one a head; the longest
             matching beginning counts, and 1 is for layers without. None is the family's default.
         competition: "contrast" subtracts from a word's map the mean of the text's other tokens; "share" divides by
@@ -83,7 +84,7 @@ class ExtractionConfig:
     guidance: float = 7.5
     seed: int = 0
     geometry: Geometry = "aspect"
-    largest_layer: int = 32
+    largest_layer: int | None = None
     layer_weights: Mapping[str, float | Sequence[float]] | None = None
     competition: Competition = "none"
     carrier: Carrier = "own"
@@ -111,13 +112,15 @@ class ExtractionConfig:
             _whole("timesteps", timestep, 0, 999)
         for name, low, high in (
             ("num_noises", 1, 1000), ("num_steps", 1, 999), ("null_text_iterations", 0, 1000),
-            ("seed", 0, 2**32 - 1), ("largest_layer", 1, 1024), ("refine", 0, 2), ("batch_size", 1, 4096),
+            ("seed", 0, 2**32 - 1), ("refine", 0, 2), ("batch_size", 1, 4096),
         ):  # fmt: skip
             _whole(name, getattr(self, name), low, high)
         for name, low, high in (("guidance", 0, 100), ("head_share", 1e-9, 1), ("word_share", 1e-9, 1)):
             _between(name, getattr(self, name), low, high)
         if not isinstance(self.flip, bool):
             raise ConfigError(f"flip={self.flip!r}", "true or false", "change flip")
+        if self.largest_layer is not None:
+            _whole("largest_layer", self.largest_layer, 1, 1024)
         if self.inversion_steps is not None:
             _whole("inversion_steps", self.inversion_steps, 1, self.num_steps)
             if self.num_steps % self.inversion_steps:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -22,24 +21,10 @@ from lavender.errors import DataError
 from lavender.images import image_id
 from lavender.maps import Dropped, WordMaps
 from lavender.store import MapStore, StoreWriter
+from lavender.summary import FLUSH_SECONDS, Summary
 from lavender.words import content_words
 
 READ_AHEAD = 4  # batches of pictures, small already, that wait for the teacher
-FLUSH_SECONDS = 20.0  # a kill loses at most this much work
-
-
-@dataclass
-class Summary:
-    """What an extraction did. `dropped` names every sample and word that got no map, with the reason."""
-
-    records: int = 0
-    words: int = 0
-    already_there: int = 0
-    seconds: float = 0.0
-    dropped: list[Dropped] = field(default_factory=list)
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
 
 @dataclass(frozen=True)

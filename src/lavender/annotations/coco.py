@@ -72,6 +72,7 @@ class CocoPanoptic(Layout):
     ):
         self.path = _panoptic_file(Path(path))
         self.label = self.path.stem
+        content = read_json(self.path, ("images", "annotations", "categories"))
         split, folder = self.path.stem.removeprefix("panoptic_"), self.path.parent
         beside = [folder.parent / split, folder.parent / "images" / split, folder / split, folder / "images" / split]
         self.pictures = first_folder(
@@ -85,7 +86,6 @@ class CocoPanoptic(Layout):
         self.captions = Path(captions) if captions is not None else beside_file if beside_file.is_file() else None
         self._parts = checked_parts(("noun",) if parts_of_speech is None else parts_of_speech)
         self._synonyms = synonyms
-        content = read_json(self.path, ("images", "annotations", "categories"))
         try:
             self._categories = {one["id"]: one["name"] for one in content["categories"]}
             things = [(one["name"], bool(one.get("isthing", 1))) for one in content["categories"]]

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from lavender.annotations.coco import CocoPanoptic
 from lavender.annotations.flickr import Flickr30kEntities
 from lavender.annotations.layout import Found, Layout, PictureAnnotations
-from lavender.annotations.regions import cell_shares, turn_upright
+from lavender.annotations.regions import Region, cell_shares, turn_upright
 from lavender.config import ExtractionConfig
 from lavender.data import Sample, Samples
 from lavender.errors import ConfigError, DataError
-from lavender.extraction import FLUSH_SECONDS, Summary
 from lavender.images import image_id
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.store import MapStore, StoreWriter
+from lavender.summary import FLUSH_SECONDS, Summary
 
 LAYOUTS = (CocoPanoptic.name, Flickr30kEntities.name)
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -175,6 +176,7 @@ class _Picture:
         self._size = image.height, image.width
         self._annotations: PictureAnnotations | None = None
         self._orientation = 1
+        self._heat: dict[Region, Tensor] = {}  # captions of a picture name the same things
 
     def annotations(self) -> tuple[PictureAnnotations, bool]:
         """They, and whether they are new."""
@@ -190,16 +192,22 @@ class _Picture:
         maps = []
         dropped = list(found.dropped)
         for word, region in found.words:
-            assert self._annotations is not None
-            upright = turn_upright(region, self._annotations.size, self._orientation)
-            shares = cell_shares(upright, self._size, grid)
-            if shares.max() - shares.min() < _FLAT:
+            heat = self._heat_of(region, grid)
+            if heat.min() > 1 - _FLAT:
                 dropped.append(Dropped(word.text, "its region is the whole picture, which is no place"))
                 continue
             words.append(word)
-            maps.append(to_heat(shares))
+            maps.append(heat)
         stacked = torch.stack(maps) if maps else torch.zeros(0, *grid)
         return WordMaps(self.image_id, text, tuple(words), stacked, tuple(dropped))
+
+    def _heat_of(self, region: Region, grid: tuple[int, int]) -> Tensor:
+        """(rows, cols), in the frame of the upright picture."""
+        assert self._annotations is not None
+        if region not in self._heat:
+            upright = turn_upright(region, self._annotations.size, self._orientation)
+            self._heat[region] = to_heat(cell_shares(upright, self._size, grid))
+        return self._heat[region]
 
 
 def _frame(path: Path, upright: tuple[int, int], annotated: tuple[int, int]) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lavender.config import ExtractionConfig
 from lavender.diffusion.base import Layer, LayerWeights
-from lavender.diffusion.frames import Box, from_picture, lay
+from lavender.diffusion.frames import WHOLE, Box, from_picture, lay
 from lavender.errors import ConfigError
 
 NEAR = 3 / 16
@@ -47,16 +47,21 @@ class Aggregate:
         heads = maps_BHCW.shape[1]
         weight_H = head_weights(self.weights, layer.name, heads)
         used = [head for head in range(heads) if weight_H[head]]
-        self._peaks.append(self._peak_places(layer, maps_BHCW[:, used, :, :-1]))
+        used_BHCW = maps_BHCW if len(used) == heads else maps_BHCW[:, used]
+        self._peaks.append(self._peak_places(layer, used_BHCW[..., :-1]))
         if self.config.head_share < 1:
             for head in used:
                 key, laid = (layer.name, head), self._laid(layer.grid, maps_BHCW[:, head] * weight_H[head])
                 self._heads[key] = self._heads[key] + laid if key in self._heads else laid
             return
-        share = torch.tensor(weight_H, device=maps_BHCW.device) / heads
-        maps_BCW = torch.einsum("bhcw,h->bcw", maps_BHCW, share)
+        # no tensor from or to Python where it can be helped: on a GPU each waits for the layers before
+        if len(set(weight_H)) == 1:
+            maps_BCW = maps_BHCW.mean(dim=1) * weight_H[0]
+        else:
+            share_H = torch.tensor(weight_H, device=maps_BHCW.device) / heads
+            maps_BCW = torch.einsum("bhcw,h->bcw", maps_BHCW, share_H)
         self._sums[layer.grid] = self._sums[layer.grid] + maps_BCW if layer.grid in self._sums else maps_BCW
-        self._total += float(share.sum())
+        self._total += sum(weight_H) / heads
 
     def _laid(self, grid: tuple[int, int], maps_BCW: Tensor) -> Tensor:
         return lay(maps_BCW.transpose(1, 2).unflatten(-1, grid), self.views, self.config.grid)
@@ -66,6 +71,8 @@ class Aggregate:
         rows, cols = layer.grid
         place_BHW = maps_BHCW.argmax(dim=2)
         in_view = torch.stack([(place_BHW // cols + 0.5) / rows, (place_BHW % cols + 0.5) / cols], dim=-1)
+        if all(view == WHOLE for view in self.views):
+            return in_view
         views = torch.tensor(self.views, device=in_view.device)[:, None, None]
         return views[..., :2] + in_view * (views[..., 2:] - views[..., :2])
 
@@ -84,17 +91,18 @@ class Aggregate:
     def maps(self) -> Tensor:
         """(row, word, rows, cols), not negative, of any scale; without the text's own column."""
         if self._heads:
-            mean_BWrc = _most_peaked(torch.stack(list(self._heads.values())), self.config.head_share)
+            maps_ABWrc = torch.stack(list(self._heads.values()))
+            words_BWrc, text_BWrc = _most_peaked(maps_ABWrc[:, :, :-1], maps_ABWrc[:, :, -1:], self.config.head_share)
         else:
             mean_BWrc = torch.stack([self._laid(grid, one) for grid, one in self._sums.items()]).sum(0) / self._total
-        words_BWrc, text_B1rc = mean_BWrc[:, :-1], mean_BWrc[:, -1:]
+            words_BWrc, text_BWrc = mean_BWrc[:, :-1], mean_BWrc[:, -1:]
         if self.config.competition == "none":
             return words_BWrc
         num_B1, num_BW = self.tokens_BW[:, -1:, None, None], self.tokens_BW[:, :-1, None, None]
         if self.config.competition == "share":
-            return words_BWrc * num_BW / (text_B1rc * num_B1).clamp_min(torch.finfo(torch.float32).tiny)
+            return words_BWrc * num_BW / (text_BWrc * num_B1).clamp_min(torch.finfo(torch.float32).tiny)
         # a text of one word has no other token, and nothing to stand out from
-        others_BWrc = (text_B1rc * num_B1 - words_BWrc * num_BW) / (num_B1 - num_BW).clamp_min(1)
+        others_BWrc = (text_BWrc * num_B1 - words_BWrc * num_BW) / (num_B1 - num_BW).clamp_min(1)
         return (words_BWrc - others_BWrc).clamp_min(0)
 
 
@@ -121,12 +129,13 @@ def layer_weight(weights: LayerWeights, name: str) -> float | Sequence[float]:
     return weights[max(matching, key=len)] if matching else 1.0
 
 
-def _most_peaked(maps_ABWrc: Tensor, share: float) -> Tensor:
-    """Mean of the share of maps whose peak stands out most from their mean: (row, word, rows, cols)."""
+def _most_peaked(maps_ABWrc: Tensor, text_AB1rc: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Of each word the mean of the share of maps whose peak stands out most, and the text's in the same: both BWrc."""
     contrast_ABW = maps_ABWrc.amax(dim=(-2, -1)) - maps_ABWrc.mean(dim=(-2, -1))
     kept = max(1, round(share * len(maps_ABWrc)))
     chosen = contrast_ABW.topk(kept, dim=0).indices[..., None, None].expand(-1, -1, -1, *maps_ABWrc.shape[-2:])
-    return maps_ABWrc.gather(0, chosen).mean(dim=0)
+    text_ABWrc = text_AB1rc.expand_as(maps_ABWrc)
+    return maps_ABWrc.gather(0, chosen).mean(dim=0), text_ABWrc.gather(0, chosen).mean(dim=0)
 
 
 def refine(

@@ -51,6 +51,8 @@ class TeacherFamily(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     optional_parts: ClassVar[Mapping[str, Any]] = {}
     """Arguments of `from_pretrained` that leave out what a teacher doesn't need."""
+    largest_layer: ClassVar[int | None] = None
+    """Layers of more than this² cells are not read where a user gives no limit; None reads all."""
 
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
@@ -80,6 +82,10 @@ class TeacherFamily(ABC):
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         """The conditions of texts that each fit `max_tokens`. Token positions are those of `pipeline.tokenizer`."""
+
+    def empty_condition(self) -> Condition:
+        """What guidance steers away from: the empty text's condition, one row."""
+        return self.encode_texts([""])
 
     def denoise(self, latents: Tensor, timesteps: Tensor, condition: Condition, image_size: tuple[int, int]) -> Tensor:
         """`predict`, counted."""

@@ -104,7 +104,9 @@ class WordCapture:
             F.scaled_dot_product_attention(query_BHCD, key_BHKD, chunk[:, None].expand(-1, heads, -1, -1), **options)
             for chunk in indicator.split(width, dim=-1)
         ]
-        return torch.cat(chunks, dim=-1)[..., :words].float()
+        # joining copies, and most texts have fewer words than a head is wide
+        maps_BHCW = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
+        return maps_BHCW[..., :words].float()
 
 
 @contextlib.contextmanager
@@ -122,6 +124,7 @@ def capture_words(capture: WordCapture, stop: bool = False) -> Iterator[None]:
     marked = {layer.name: layer for layer in (*capture.watched, *capture.layers)}
     left = set(marked)
     watch = _Watch(capture.see)
+    watching = contextlib.ExitStack()  # only while a marked layer runs: the mode slows every function of torch
 
     def enter(layer: Layer):
         def hook(module, args):
@@ -131,12 +134,14 @@ def capture_words(capture: WordCapture, stop: bool = False) -> Iterator[None]:
                     "open a new capture for each forward",
                 )  # fmt: skip
             watch.current = layer
+            watching.enter_context(watch)
 
         return hook
 
     def leave(layer: Layer):
         def hook(module, args, output):
             watch.current = None
+            watching.close()
             left.discard(layer.name)
             if stop and not left:
                 raise _Enough
@@ -148,7 +153,7 @@ def capture_words(capture: WordCapture, stop: bool = False) -> Iterator[None]:
         for layer in marked.values():
             handles.append(layer.module.register_forward_pre_hook(enter(layer)))
             handles.append(layer.module.register_forward_hook(leave(layer)))
-        with watch, contextlib.suppress(_Enough):
+        with watching, contextlib.suppress(_Enough):
             yield
         if capture.missing:
             raise CaptureError(

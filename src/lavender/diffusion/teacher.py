@@ -101,8 +101,11 @@ class Teacher:
 
     def layers(self, image_size: tuple[int, int]) -> list[Layer]:
         """The layers that are read of a picture of (height, width) pixels, in the order in which they run."""
-        layers = self.family.layers(self.family.latent_size(image_size))
-        return chosen_layers(layers, self.weights, self.config.largest_layer)
+        # chosen on the square: of a picture in its own shape a level has a few cells more or less
+        square = self.family.layers(self.family.latent_size((self.family.side, self.family.side)))
+        largest = self.config.largest_layer or self.family.largest_layer
+        chosen = {layer.name for layer in chosen_layers(square, self.weights, largest)}
+        return [layer for layer in self.family.layers(self.family.latent_size(image_size)) if layer.name in chosen]
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -211,7 +214,7 @@ class Teacher:
         batch = Batch(
             latents, self._conditions([row.text for row in rows]), own[0].image_size,
             self._noises(ids, latents.shape[1:]) if config.mode == "noise" else None,
-            self._conditions([""]) if config.mode == "null-text" else None,
+            family.empty_condition() if config.mode == "null-text" else None,
         )  # fmt: skip
         reader = _Reader(self, rows, [one.view for one in own], batch)
         read_maps(family, config, batch, reader)
@@ -267,8 +270,8 @@ class _Reader:
         return maps, confidence
 
 
-def chosen_layers(layers: Sequence[Layer], weights: LayerWeights, largest: int) -> list[Layer]:
-    """The layers with a weight and at most `largest`² cells.
+def chosen_layers(layers: Sequence[Layer], weights: LayerWeights, largest: int | None) -> list[Layer]:
+    """The layers with a weight and at most `largest`² cells, or of any size.
 
     Raises:
         ConfigError: a weight for no layer, or no layer left.
@@ -282,7 +285,8 @@ def chosen_layers(layers: Sequence[Layer], weights: LayerWeights, largest: int) 
             )  # fmt: skip
     kept = [
         layer for layer in layers
-        if layer.grid[0] * layer.grid[1] <= largest**2 and np.any(layer_weight(weights, layer.name))
+        if (largest is None or layer.grid[0] * layer.grid[1] <= largest**2)
+        and np.any(layer_weight(weights, layer.name))
     ]  # fmt: skip
     if not kept:
         grids = sorted({layer.grid for layer in layers})

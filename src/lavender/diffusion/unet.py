@@ -22,6 +22,7 @@ class StableDiffusion(TeacherFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     optional_parts: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+    largest_layer: ClassVar[int | None] = 32
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
@@ -106,6 +107,12 @@ class StableDiffusionXL(StableDiffusion):
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         encoded = self.pipeline.encode_prompt(list(texts), device=self.device, do_classifier_free_guidance=False)
         return {"states": encoded[0].to(self.dtype), "pooled": encoded[2].to(self.dtype)}
+
+    def empty_condition(self) -> Condition:
+        empty = self.encode_texts([""])
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return empty
+        return {name: torch.zeros_like(one) for name, one in empty.items()}
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition, image_size: tuple[int, int]) -> Tensor:
         # original size, corner of the crop (none), target size
