@@ -37,7 +37,11 @@ def extract(data: Path, out: Path, *more: object) -> Ran:
     ("arguments", "named"),
     [
         (("--words", "nuon"), "'nuon'"),
-        (("--timestep", "1000"), "timestep=1000"),
+        (("--timesteps", "50", "1000"), "timesteps=1000"),
+        (("--set", "geometry=round"), "geometry='round'"),
+        (("--set", "geometri=crop"), "write 'geometry' instead"),
+        (("--set", "layer_weights={nowhere: 1}"), "layer_weights for 'nowhere'"),
+        (("--set", "inversion_steps=3"), "inversion_steps=3 with num_steps=10"),
         (("--grid", "1"), "(1, 1)"),
         (("--batch-size", "0"), "batch_size=0"),
         (("--device", "warp"), "'warp'"),
@@ -191,7 +195,7 @@ def test_a_store_of_another_geometry_is_refused_and_stays(extracted, scenes_fold
     assert len(MapStore.open(out, verify=True)) == before
 
 
-@pytest.mark.parametrize("other", [("--mode", "ddim"), ("--seed", "1"), ("--timestep", "50"), ("--words", "noun")])
+@pytest.mark.parametrize("other", [("--mode", "ddim"), ("--seed", "1"), ("--timesteps", "100"), ("--words", "noun")])
 def test_a_store_of_other_settings_names_the_setting(other, extracted, scenes_folder):
     key = {"--words": "parts_of_speech"}.get(other[0], other[0].removeprefix("--"))
     assert f"{key} is " in complaint(extract(scenes_folder, extracted[1], *other), FAILED)

@@ -14,7 +14,7 @@ from lavender import __version__
 from lavender.errors import LavenderError
 
 if TYPE_CHECKING:
-    from lavender.extraction import Summary
+    from lavender.summary import Summary
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 SHOWN_DROPS = 10
@@ -88,21 +88,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_extract(verbs: argparse._SubParsersAction) -> None:
     extract = verbs.add_parser("extract", help="pictures and texts → per-word maps, resumable")
-    extract.add_argument("--data", type=Path, required=True, help="folder or file; see docs/data.md for the layouts")
-    extract.add_argument(
-        "--teacher", required=True, help="Stable Diffusion folder or hub id; `world` is the built-in one"
+    extract.add_argument("--data", type=Path, default=None, help="folder or file; see docs/data.md for the layouts")
+    makers = extract.add_mutually_exclusive_group(required=True)
+    makers.add_argument(
+        "--teacher", help="folder or hub id of a Stable Diffusion 1, 2, XL or 3 pipeline; `world` is the built-in one"
     )
+    makers.add_argument("--annotations", choices=("coco-panoptic", "flickr30k-entities"),
+                        help="maps from people's masks or boxes instead")  # fmt: skip
+    extract.add_argument("--from", type=Path, default=None, dest="source", metavar="PATH",
+                         help="of --annotations: the panoptic JSON, or the Entities folder")  # fmt: skip
+    extract.add_argument("--pictures", type=Path, default=None, help="of --annotations, if not in the usual place")
+    extract.add_argument("--captions", type=Path, default=None, help="of coco-panoptic, likewise")
+    extract.add_argument("--split", default=None, help="of flickr30k-entities: train, val or test")
     extract.add_argument("--out", type=Path, required=True, help="folder of the map store")
-    extract.add_argument("--mode", choices=("noise", "ddim"), default="noise", help="one noising, or DDIM inversion")
-    extract.add_argument(
-        "--timestep", type=int, default=100, help="noise of --mode noise, of 1000 (default: %(default)s)"
-    )
-    extract.add_argument("--steps", type=int, default=10, help="steps of --mode ddim (default: %(default)s)")
+    extract.add_argument("--mode", choices=("noise", "ddim", "null-text"), default="noise",
+                         help="one noising (default), DDIM inversion, or the paper's null-text inversion")  # fmt: skip
+    extract.add_argument("--timesteps", type=int, nargs="+", default=None, metavar="T",
+                         help="noise of --mode noise, of 1000; several are averaged")  # fmt: skip
+    extract.add_argument("--steps", type=int, default=10, help="of the other modes (default: %(default)s)")
     extract.add_argument("--grid", type=int, default=32, help="rows and columns of a map (default: %(default)s)")
     extract.add_argument("--seed", type=int, default=0)
     extract.add_argument("--batch-size", type=int, default=8)
-    extract.add_argument("--words", nargs="+", default=["noun", "adjective", "verb"], metavar="PART",
-                         help="parts of speech that get a map: noun adjective verb other")  # fmt: skip
+    extract.add_argument("--words", nargs="+", default=None, metavar="PART",
+                         help="parts of speech: noun adjective verb other (default: all but other)")  # fmt: skip
+    extract.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                         help="any other setting, such as geometry=letterbox; see docs/teachers.md")  # fmt: skip
     extract.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     extract.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"))
     extract.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be used")
@@ -132,19 +142,61 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _extract(options: argparse.Namespace) -> int:
+    from lavender.errors import ConfigError
+
+    if options.annotations is not None:
+        if options.source is None:
+            raise ConfigError("--annotations without --from", "--from PATH", "say where the annotations are")
+        return _extract_annotations(options)
+    given = [name for name in ("source", "pictures", "captions", "split") if getattr(options, name) is not None]
+    if given:
+        flag = "--" + given[0].replace("source", "from")
+        raise ConfigError(f"{flag} with --teacher", "it with --annotations alone", "leave it out")
+    if options.data is None:
+        raise ConfigError("--teacher without --data", "--data PATH", "say which pictures and texts to map")
+    return _extract_teacher(options)
+
+
+def _extract_annotations(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from lavender.annotations.extraction import extract_annotations, open_layout
+    from lavender.data import read_samples
+
+    layout = open_layout(
+        options.annotations, options.source, pictures=options.pictures, captions=options.captions,
+        split=options.split, parts_of_speech=tuple(options.words) if options.words else None,
+    )  # fmt: skip
+    samples = layout.samples() if options.data is None else read_samples(options.data)
+    data_file = options.out / f"{layout.label}.jsonl" if options.data is None else None
+    with tqdm(total=sum(len(sample.answers) for sample in samples), unit="text", desc="maps") as bar:
+        summary = extract_annotations(
+            samples, layout, options.out, grid=(options.grid, options.grid), data_file=data_file,
+            strict=options.strict, on_progress=bar.update,
+        )  # fmt: skip
+    _print_summary(summary, options.out)
+    if data_file is not None:
+        print(f"data set: {data_file}")
+    return DONE
+
+
+def _extract_teacher(options: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from lavender.config import ExtractionConfig
+    from lavender.config import ExtractionConfig, from_mapping
     from lavender.data import read_samples
     from lavender.diffusion.teacher import Teacher
     from lavender.extraction import Estimate, extract
-    from lavender.run import loading
+    from lavender.run import loading, read_overrides
 
-    config = ExtractionConfig(
-        mode=options.mode, timestep=options.timestep, num_steps=options.steps, seed=options.seed,
-        grid=(options.grid, options.grid), batch_size=options.batch_size, parts_of_speech=tuple(options.words),
-    )  # fmt: skip
+    settings = {
+        "mode": options.mode, "timesteps": options.timesteps, "num_steps": options.steps, "seed": options.seed,
+        "grid": (options.grid, options.grid), "batch_size": options.batch_size, "parts_of_speech": options.words,
+    }  # fmt: skip
+    settings = {name: value for name, value in settings.items() if value is not None}
+    settings |= read_overrides(options.overrides)
+    config = from_mapping(ExtractionConfig, settings, "--set")
     samples = read_samples(options.data)
     device = _device(options.device)
     dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
 from lavender.errors import ConfigError
 
-MODES = ("noise", "ddim")
+MODES = ("noise", "ddim", "null-text")
+GEOMETRIES = ("squash", "crop", "letterbox", "aspect")
+COMPETITIONS = ("none", "share", "contrast")
+CARRIERS = ("own", "own+next")
 POOLINGS = (
     "layer-mean", "layer-max", "mean-mean", "max-mean", "mean-max", "max-max", "flow-sum", "flow-multi", "learn",
 )  # fmt: skip
@@ -21,7 +24,10 @@ ALIGNER_ACTIVATIONS = ("relu6", "leaky-relu")
 ATTENTION_LOSSES = ("min-max", "min-max-sum", "mse", "kl", "js")
 PARTS_OF_SPEECH = ("noun", "adjective", "verb", "other")
 
-Mode = Literal["noise", "ddim"]
+Mode = Literal["noise", "ddim", "null-text"]
+Geometry = Literal["squash", "crop", "letterbox", "aspect"]
+Competition = Literal["none", "share", "contrast"]
+Carrier = Literal["own", "own+next"]
 Pooling = Literal[
     "layer-mean", "layer-max", "mean-mean", "max-mean", "mean-max", "max-max", "flow-sum", "flow-multi", "learn",
 ]  # fmt: skip
@@ -36,23 +42,57 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """How word maps are made from a diffusion model.
+    """How word maps are made from a diffusion model. docs/teachers.md has the evidence for the defaults.
 
     Attributes:
-        mode: "noise" adds noise once at `timestep` and runs the UNet once; "ddim" captures during
-            DDIM inversion, `num_steps` UNet passes (the paper's recipe without the optimisation).
-        timestep: of 1000; how much noise `mode="noise"` adds.
-        num_steps: inversion steps of `mode="ddim"`.
+        mode: "noise" adds noise once and runs the backbone once; "ddim" reads during DDIM inversion, `num_steps`
+            forwards; "null-text" is the paper's: inversion, null-text optimisation, guided re-denoising.
+        timesteps: of 1000; how much noise `mode="noise"` adds. Several are averaged, as one batch.
+        num_noises: how many noises `mode="noise"` averages, as one batch.
+        num_steps: steps of "ddim", and of the re-denoising of "null-text".
+        inversion_steps: of "null-text", a divisor of `num_steps`; None is as many. The paper's "5 inversion and 10
+            diffusion steps" is either 5 here, or 5 `null_text_iterations`.
+        null_text_iterations: optimisation steps of "null-text" at each step, at most.
+        guidance: classifier-free guidance of "null-text".
         seed: of the noise. The noise of a picture depends on its content and this seed, never on its batch.
+        geometry: what the teacher sees: about as many pixels as its square has, in the picture's own shape ("aspect");
+            the picture squashed to that square ("squash"), padded to it ("letterbox"), or its central square ("crop";
+            maps are 0 elsewhere). Maps are always of the whole picture.
+        largest_layer: layers of more than this² cells, on the square that the model was trained on, are not read, and
+            the backbone stops after the last one read. None is the family's default: 32 for UNets, no limit for SD3.
+        layer_weights: weight of layers by the beginning of their names, one number or one a head; the longest
+            matching beginning counts, and 1 is for layers without. None is the family's default.
+        competition: "contrast" subtracts from a word's map the mean of the text's other tokens; "share" divides by
+            the sum over all of the text's tokens, cell by cell; "none" does neither.
+        carrier: tokens that carry a word: its own, or also the one after it (causal text encoders leak).
+        refine: how often a map is spread along the image's self-attention, 0 to 2.
+        flip: whether to average with the mirrored picture; costs twice as much.
+        head_share: share of layers and heads that are averaged, those with the most peaked maps of each word.
+        word_share: share of a text's words that get a map, the most confident.
+        tiny_vae: folder or hub id of an AutoencoderTiny that encodes the pictures instead.
         grid: (rows, cols) of the stored maps; the paper's is 32 × 32.
-        batch_size: pictures a UNet pass.
+        batch_size: pairs of picture and text at a time.
         parts_of_speech: which words get a map.
     """
 
     mode: Mode = "noise"
-    timestep: int = 100
+    timesteps: tuple[int, ...] = (50,)
+    num_noises: int = 1
     num_steps: int = 10
+    inversion_steps: int | None = None
+    null_text_iterations: int = 5
+    guidance: float = 7.5
     seed: int = 0
+    geometry: Geometry = "aspect"
+    largest_layer: int | None = None
+    layer_weights: Mapping[str, float | Sequence[float]] | None = None
+    competition: Competition = "none"
+    carrier: Carrier = "own"
+    refine: int = 0
+    flip: bool = False
+    head_share: float = 1.0
+    word_share: float = 1.0
+    tiny_vae: str | None = None
     grid: tuple[int, int] = (32, 32)
     batch_size: int = 8
     parts_of_speech: tuple[str, ...] = ("noun", "adjective", "verb")
@@ -60,21 +100,57 @@ class ExtractionConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.grid, (tuple, list)):
             raise ConfigError(f"grid={self.grid!r}", "(rows, cols)", "use the paper's (32, 32)")
-        object.__setattr__(self, "grid", tuple(self.grid))
-        object.__setattr__(self, "parts_of_speech", tuple(self.parts_of_speech))
-        _one_of("mode", self.mode, MODES)
-        _whole("timestep", self.timestep, 0, 999)
-        _whole("num_steps", self.num_steps, 1, 1000)
-        _whole("seed", self.seed, 0, 2**32 - 1)
-        _whole("batch_size", self.batch_size, 1, 4096)
+        if not isinstance(self.timesteps, (tuple, list)) or not self.timesteps:
+            raise ConfigError(f"timesteps={self.timesteps!r}", "a list of one or more", "write timesteps: [50]")
+        for name in ("grid", "timesteps", "parts_of_speech"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, options in (
+            ("mode", MODES), ("geometry", GEOMETRIES), ("competition", COMPETITIONS), ("carrier", CARRIERS),
+        ):  # fmt: skip
+            _one_of(name, getattr(self, name), options)
+        for timestep in self.timesteps:
+            _whole("timesteps", timestep, 0, 999)
+        for name, low, high in (
+            ("num_noises", 1, 1000), ("num_steps", 1, 999), ("null_text_iterations", 0, 1000),
+            ("seed", 0, 2**32 - 1), ("refine", 0, 2), ("batch_size", 1, 4096),
+        ):  # fmt: skip
+            _whole(name, getattr(self, name), low, high)
+        for name, low, high in (("guidance", 0, 100), ("head_share", 1e-9, 1), ("word_share", 1e-9, 1)):
+            _between(name, getattr(self, name), low, high)
+        if not isinstance(self.flip, bool):
+            raise ConfigError(f"flip={self.flip!r}", "true or false", "change flip")
+        if self.largest_layer is not None:
+            _whole("largest_layer", self.largest_layer, 1, 1024)
+        if self.inversion_steps is not None:
+            _whole("inversion_steps", self.inversion_steps, 1, self.num_steps)
+            if self.num_steps % self.inversion_steps:
+                raise ConfigError(
+                    f"inversion_steps={self.inversion_steps} with num_steps={self.num_steps}",
+                    "a divisor of num_steps", "change one of them, such as 5 and 10",
+                )  # fmt: skip
         if len(self.grid) != 2 or min(self.grid) < 2 or max(self.grid) > 256:
             raise ConfigError(f"grid={self.grid}", "(rows, cols), each from 2 to 256", "use the paper's (32, 32)")
         for part in self.parts_of_speech:
             _one_of("parts_of_speech", part, PARTS_OF_SPEECH)
+        _check_layer_weights(self.layer_weights)
 
     def identity(self) -> dict[str, Any]:
         """The settings that change a map. Two stores with the same identity can be joined."""
         return {key: value for key, value in asdict(self).items() if key != "batch_size"}
+
+
+def _check_layer_weights(weights: object) -> None:
+    if weights is None:
+        return
+    numbers = [
+        one for weight in (weights.values() if isinstance(weights, Mapping) else [None])
+        for one in (weight if isinstance(weight, (list, tuple)) and weight else [weight])
+    ]  # fmt: skip
+    if any(isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 <= one < 1e9 for one in numbers):
+        raise ConfigError(
+            f"layer_weights={weights!r}", "numbers from 0 on, one or a list of one a head, by beginnings of names",
+            "write them like {up_blocks.1: 1.0, down_blocks: 0.5}",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -170,6 +246,9 @@ def _whole(name: str, value: float, low: int, high: int) -> None:
 
 
 assert get_args(Mode) == MODES
+assert get_args(Geometry) == GEOMETRIES
+assert get_args(Competition) == COMPETITIONS
+assert get_args(Carrier) == CARRIERS
 assert get_args(Pooling) == POOLINGS
 assert get_args(Match) == MATCHES
 assert get_args(AlignerForm) == ALIGNER_FORMS

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -19,23 +21,10 @@ from lavender.errors import DataError
 from lavender.images import image_id
 from lavender.maps import Dropped, WordMaps
 from lavender.store import MapStore, StoreWriter
+from lavender.summary import FLUSH_SECONDS, Summary
 from lavender.words import content_words
 
-FLUSH_SECONDS = 20.0  # a kill loses at most this much work
-
-
-@dataclass
-class Summary:
-    """What an extraction did. `dropped` names every sample and word that got no map, with the reason."""
-
-    records: int = 0
-    words: int = 0
-    already_there: int = 0
-    seconds: float = 0.0
-    dropped: list[Dropped] = field(default_factory=list)
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False))
+READ_AHEAD = 4  # batches of pictures, small already, that wait for the teacher
 
 
 @dataclass(frozen=True)
@@ -71,10 +60,11 @@ def extract(
     config = teacher.config
     identity = {"teacher": teacher.name, **config.identity()}
     info = {name: version(name) for name in ("lavender-vlm", "diffusers", "torch")}
+    info["dtype"] = str(teacher.family.dtype).removeprefix("torch.")
     with MapStore.writer(out, identity, info, config.grid) as writer:
-        jobs = _jobs(samples, config, writer, summary, strict, on_progress)
+        items = _ahead(_read(samples, teacher, writer, strict), config.batch_size * READ_AHEAD)
         first, flushed = True, began
-        while batch := list(islice(jobs, config.batch_size)):
+        for batch in _batches(_jobs(items, writer, summary, on_progress), config.batch_size):
             started = time.monotonic()
             for maps in teacher(batch):
                 writer.add(maps)
@@ -94,15 +84,24 @@ def extract(
     return summary
 
 
-def _jobs(
-    samples: Iterable[Sample],
-    config: ExtractionConfig,
-    writer: StoreWriter,
-    summary: Summary,
-    strict: bool,
-    on_progress: Callable[[int], None],
-) -> Iterator[Job]:
-    """The texts that still need a pass of the teacher. Texts without a word are recorded at once, mapless."""
+@dataclass(frozen=True)
+class _Item:
+    """One answer of a sample: a job, or why there is none; without either the store has it already.
+
+    Attributes:
+        mapless: the record of a text without a word.
+        texts: how many answers this stands for (all of a sample whose picture can't be read).
+    """
+
+    job: Job | None = None
+    drop: Dropped | None = None
+    mapless: WordMaps | None = None
+    texts: int = 1
+
+
+def _read(samples: Iterable[Sample], teacher: Teacher, writer: StoreWriter, strict: bool) -> Iterator[_Item]:
+    """Every answer of every sample: pictures decoded, known by content and made small; words found."""
+    config = teacher.config
     seen: set[tuple[str, str]] = set()
     for sample in samples:
         try:
@@ -110,29 +109,96 @@ def _jobs(
         except DataError as error:
             if strict:
                 raise
-            summary.dropped.append(Dropped(sample.name, str(error)))
-            on_progress(len(sample.answers))
+            yield _Item(drop=Dropped(sample.name, str(error)), texts=len(sample.answers))
             continue
-        identity = image_id(image)
+        identity, framed = image_id(image), None
         for answer in sample.answers:
             if (identity, answer) in seen or (identity, answer) in writer:
-                summary.already_there += 1
-                on_progress(1)
+                yield _Item()
                 continue
             seen.add((identity, answer))
-            words = content_words(answer, config.parts_of_speech)
-            if words:
-                yield Job(image, identity, answer, words)
+            if words := content_words(answer, config.parts_of_speech):
+                framed = framed or teacher.frame(image)
+                yield _Item(Job(framed, identity, answer, words))
                 continue
             drop = Dropped(
                 f"{sample.name}: {answer[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}"
             )
             if strict:
                 _refuse(drop)
-            summary.dropped.append(drop)
-            writer.add(WordMaps(identity, answer, (), torch.zeros(0, *config.grid)))
+            yield _Item(drop=drop, mapless=WordMaps(identity, answer, (), torch.zeros(0, *config.grid)))
+
+
+def _jobs(
+    items: Iterable[_Item], writer: StoreWriter, summary: Summary, on_progress: Callable[[int], None]
+) -> Iterator[Job]:
+    """The texts that still need a pass of the teacher. What needs none is counted and recorded at once."""
+    for item in items:
+        if item.job is not None:
+            yield item.job
+            continue
+        if item.drop is None:
+            summary.already_there += 1
+        else:
+            summary.dropped.append(item.drop)
+        if item.mapless is not None:
+            writer.add(item.mapless)
             summary.records += 1
-            on_progress(1)
+        on_progress(item.texts)
+
+
+def _batches(jobs: Iterator[Job], size: int) -> Iterator[list[Job]]:
+    """Batches of jobs, those of one shape together: the teacher runs each shape apart."""
+    error: DataError | None = None
+    while error is None:
+        window: list[Job] = []
+        try:
+            window.extend(islice(jobs, size * READ_AHEAD))
+        except DataError as found:  # strict; what came before it is still done
+            error = found
+        if not window and error is None:
+            return
+        window.sort(key=lambda job: job.image.size)
+        for start in range(0, len(window), size):
+            yield window[start : start + size]
+    raise error
+
+
+def _ahead(items: Iterator[_Item], size: int) -> Iterator[_Item]:
+    """The same items, read in a thread while the teacher works. An error comes in its place, after what it follows."""
+    ready: queue.Queue[tuple[_Item | None, BaseException | None]] = queue.Queue(size)
+    stop = threading.Event()
+
+    def put(item: _Item | None, error: BaseException | None = None) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put((item, error), timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stop.is_set():
+                    return
+        except BaseException as error:  # given to the reader, whatever it is
+            put(None, error)
+        else:
+            put(None)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _estimate(

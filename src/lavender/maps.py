@@ -51,6 +51,7 @@ class WordMaps:
         words: the mapped words, in order of appearance; one entry for each occurrence.
         maps: float32 (word, rows, cols) in [0, 1].
         dropped: words that should have had a map and have none.
+        confidence: float32 (word,) in [0, 1], how sure the teacher's map is; 1 where its maker doesn't say.
     """
 
     image_id: str
@@ -58,8 +59,13 @@ class WordMaps:
     words: tuple[Word, ...]
     maps: Tensor
     dropped: tuple[Dropped, ...] = field(default=())
+    confidence: Tensor = field(default_factory=lambda: torch.ones(0))
 
     def __post_init__(self) -> None:
+        if not len(self.confidence):
+            object.__setattr__(self, "confidence", torch.ones(len(self.words)))
+        if self.confidence.shape != (len(self.words),):
+            raise ValueError(f"Got {tuple(self.confidence.shape)} confidences for {len(self.words)} words.")
         if self.maps.ndim != 3 or len(self.words) != self.maps.shape[0]:
             raise ValueError(
                 f"Got maps {tuple(self.maps.shape)} for {len(self.words)} words; expected (word, rows, cols)."

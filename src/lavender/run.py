@@ -80,12 +80,18 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     settings = _parsed(path.read_text(), str(path)) or {}
     if not isinstance(settings, dict):
         raise ConfigError(f"a {type(settings).__name__} in {path}", "keys and values", "see examples/world.yaml")
+    return _run_config(settings | read_overrides(overrides), str(path))
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` settings, values as YAML."""
+    settings = {}
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign or not key:
             raise ConfigError(f"--set {override!r}", "KEY=VALUE", "write for example --set align_weight=5")
         settings[key] = _parsed(value, f"--set {override!r}")
-    return _run_config(settings, str(path))
+    return settings
 
 
 class _Loader(yaml.SafeLoader):

@@ -35,7 +35,7 @@ from torch import Tensor
 from lavender.errors import StoreError
 from lavender.maps import Dropped, Word, WordMaps
 
-FORMAT = 1
+FORMAT = 2  # 2: a confidence for each word
 _MANIFEST, _LOCK, _TEMPORARY = "manifest.json", "writer.lock", ".tmp-"
 _CHECKSUM = b"maps_blake2b"
 _WORD = pa.struct(
@@ -45,6 +45,7 @@ _WORD = pa.struct(
         "end": pa.int32(),
         "lemma": pa.string(),
         "part_of_speech": pa.string(),
+        "confidence": pa.float32(),
     }
 )
 _DROPPED = pa.struct({"what": pa.string(), "reason": pa.string()})
@@ -139,10 +140,11 @@ class MapStore:
 
     def _record(self, position: int) -> WordMaps:
         record = {name: self._index[name][position].as_py() for name in _INDEX.names}
+        confidence = torch.tensor([word.pop("confidence") for word in record["words"]])
         words = tuple(Word(**word) for word in record["words"])
         dropped = tuple(Dropped(**one) for one in record["dropped"])
         maps = self._maps(self._shard_of[position], record["first_row"], len(words))
-        return WordMaps(record["image_id"], record["text"], words, maps, dropped)
+        return WordMaps(record["image_id"], record["text"], words, maps, dropped, confidence)
 
     def _maps(self, shard: int, first_row: int, num_words: int) -> Tensor:
         """float32 (word, rows, cols)."""
@@ -275,7 +277,8 @@ def _quantised(maps: Tensor) -> tuple[Tensor, Tensor]:
 def _index_of(records: list[WordMaps]) -> pa.Table:
     rows, first_row = [], 0
     for record in records:
-        words = [asdict(word) for word in record.words]
+        sure = record.confidence.tolist()
+        words = [asdict(word) | {"confidence": one} for word, one in zip(record.words, sure, strict=True)]
         dropped = [asdict(one) for one in record.dropped]
         rows.append((record.image_id, record.text, first_row, words, dropped))
         first_row += len(words)

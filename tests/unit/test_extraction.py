@@ -117,7 +117,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_records(teacher, sample
 
 
 def test_a_failing_teacher_leaves_what_was_extracted(teacher, samples, tmp_path, monkeypatch):
-    run, calls = teacher._run, []
+    run, calls = teacher._group, []
 
     def fails_later(*args):
         calls.append(1)
@@ -125,7 +125,7 @@ def test_a_failing_teacher_leaves_what_was_extracted(teacher, samples, tmp_path,
             raise RuntimeError("out of memory")
         return run(*args)
 
-    monkeypatch.setattr(teacher, "_run", fails_later)
+    monkeypatch.setattr(teacher, "_group", fails_later)
     with pytest.raises(RuntimeError, match="out of memory"):
         extract(samples, teacher, tmp_path / "maps")
     assert len(MapStore.open(tmp_path / "maps")) >= 4
@@ -135,7 +135,7 @@ def test_a_failing_teacher_leaves_what_was_extracted(teacher, samples, tmp_path,
 
 def test_run_twice_nothing_is_done_again(teacher, samples, tmp_path, monkeypatch):
     extract(samples, teacher, tmp_path / "maps")
-    monkeypatch.setattr(teacher, "_run", lambda *args: pytest.fail("the teacher ran again"))
+    monkeypatch.setattr(teacher, "_group", lambda *args: pytest.fail("the teacher ran again"))
     summary = extract(samples, teacher, tmp_path / "maps")
     assert (summary.records, summary.words, summary.already_there) == (0, 0, 9)
     assert [one.what for one in summary.dropped] == []
@@ -224,8 +224,8 @@ def test_every_answer_of_a_conversation_has_its_own_record(teacher, tmp_path):
 
 def test_a_store_of_other_settings_is_refused(teacher, pipeline, samples, tmp_path):
     extract(samples, teacher, tmp_path / "maps")
-    other = Teacher(pipeline, ExtractionConfig(grid=(11, 13), timestep=200), name="tiny")
-    with pytest.raises(StoreError, match="timestep is 100 there and 200 here"):
+    other = Teacher(pipeline, ExtractionConfig(grid=(11, 13), timesteps=(200,)), name="tiny")
+    with pytest.raises(StoreError, match=r"timesteps is \[50\] there and \[200\] here"):
         extract(samples, other, tmp_path / "maps")
     assert len(MapStore.open(tmp_path / "maps")) == 9
     more = Teacher(pipeline, ExtractionConfig(grid=(11, 13), batch_size=5), name="tiny")

@@ -87,6 +87,27 @@ def test_average_precision_counts_equal_pixels_together():
     assert average_precision(torch.ones(5, 7), mask_of((0, 0), (10, 12), (5, 5))) == pytest.approx(3 / 143)
 
 
+def test_auroc_counts_ties_half():
+    """Of 32 pixels outside, the mask's three beat 31, 31 and none; the last ties with 30."""
+    assert score_maps([JudgedMap(STEPS, STEPS_MASK, 0)], 0.5).auroc == pytest.approx((31 + 31 + 30 / 2) / (3 * 32))
+    flat = JudgedMap(torch.ones(5, 7), STEPS_MASK, 0)
+    assert score_maps([flat], 0.5).auroc == pytest.approx(0.5)
+    everywhere = JudgedMap(STEPS, np.ones((5, 7), dtype=bool), 0)
+    assert score_maps([everywhere], 0.5).auroc == 1
+
+
+def test_pointing_by_the_size_of_the_mask():
+    """Of 35 pixels, 2 are 5.7 %, 3 are 8.6 % and 4 are 11.4 %."""
+    masks = [
+        mask_of((0, 1), (0, 2), size=(5, 7)),
+        STEPS_MASK,
+        mask_of((0, 1), *[(3, c) for c in range(3)], size=(5, 7)),
+    ]
+    scores = score_maps([JudgedMap(STEPS, mask, 0) for mask in masks], 0.5)
+    assert scores.pointing_by_size == {"small": 1, "medium": 0, "large": 1}
+    assert scores.words_by_size == {"small": 1, "medium": 1, "large": 1}
+
+
 def test_the_best_threshold_is_the_lowest_of_equals():
     judged = [JudgedMap(STEPS, STEPS_MASK, 0)]
     assert best_threshold(judged) == (0.25, pytest.approx(0.5))

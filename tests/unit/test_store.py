@@ -74,14 +74,14 @@ def test_layout_on_disk(tmp_path):
     maps = torch.zeros(2, 5, 7)
     maps[0, 1, 2], maps[0, 4, 6] = 0.5, 0.25
     words = (Word("red", 0, 3, "red", "adjective"), Word("hats", 4, 8, "hat", "noun"))
-    fill(tmp_path, [WordMaps("ab", "red hats", words, maps), *RECORDS[:4]])
+    fill(tmp_path, [WordMaps("ab", "red hats", words, maps, confidence=torch.tensor([0.5, 0.75])), *RECORDS[:4]])
     assert names(tmp_path) == [
         "manifest.json",
         *(f"shard-0000{number}.{kind}" for number in (0, 1) for kind in ("parquet", "safetensors")),
         "writer.lock",
     ]
     assert json.loads((tmp_path / "manifest.json").read_text()) == {
-        "format": 1,
+        "format": 2,
         "identity": {"mode": "noise", "grid": [5, 7]},
         "grid": [5, 7],
         "info": {"teacher": "tiny"},
@@ -95,7 +95,8 @@ def test_layout_on_disk(tmp_path):
     assert stored["maps"][:2].sum() == 255 + 128
     index = pq.read_table(tmp_path / "shard-00000.parquet").to_pylist()
     assert [row["first_row"] for row in index] == [0, 2, 2, 3]
-    assert index[0]["words"][1] == {"text": "hats", "start": 4, "end": 8, "lemma": "hat", "part_of_speech": "noun"}
+    hats = {"text": "hats", "start": 4, "end": 8, "lemma": "hat", "part_of_speech": "noun"}
+    assert index[0]["words"][1] == hats | {"confidence": 0.75}
     assert index[1] == {
         "image_id": "0" * 32,
         "text": " 0",
@@ -103,7 +104,9 @@ def test_layout_on_disk(tmp_path):
         "words": [],
         "dropped": [{"what": "cat", "reason": "no token"}],
     }
-    assert next(iter(MapStore.open(tmp_path))).maps[0, 1, 2] == 0.5  # a maximum is exact
+    read = next(iter(MapStore.open(tmp_path)))
+    assert read.maps[0, 1, 2] == 0.5  # a maximum is exact
+    assert read.confidence.tolist() == [0.5, 0.75]
 
 
 def test_small_heat_is_as_exact_as_large(tmp_path):
@@ -271,8 +274,8 @@ def test_a_folder_that_is_no_store(tmp_path):
     (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
     assert "manifest.json, which is damaged: KeyError('format')" in failure(MapStore.open, tmp_path)
     assert "thesis.tex" in names(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"format": 2}')
-    assert "in format 2. Expected format 1. Do this: use the release that wrote it" in failure(MapStore.open, tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 3}')
+    assert "in format 3. Expected format 2. Do this: use the release that wrote it" in failure(MapStore.open, tmp_path)
 
 
 def test_maps_that_are_not_heat_on_the_grid_are_refused(tmp_path):

@@ -1,63 +1,77 @@
-"""A Stable Diffusion pipeline as a teacher of word maps.
+"""A diffusion pipeline as a teacher of word maps, whatever its family.
 
-Geometry: the whole picture is squashed onto the pipeline's own square, so the maps' frame is the
-whole picture. Nothing is cropped.
+The maps' frame is always the whole picture; `ExtractionConfig.geometry` says how much of it the teacher sees.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from lavender.config import ExtractionConfig
-from lavender.diffusion.capture import capture_words, layer_grid
-from lavender.errors import UnsupportedModelError
+from lavender.diffusion.aggregate import Aggregate, layer_weight, refine
+from lavender.diffusion.base import Condition, Layer, LayerWeights
+from lavender.diffusion.capture import WordCapture, capture_words
+from lavender.diffusion.frames import Box, Frame, frame
+from lavender.diffusion.modes import Batch, read_maps
+from lavender.diffusion.registry import family_of, load_family
+from lavender.diffusion.windows import Window, indicator, window_of, windows
+from lavender.errors import CaptureError, ConfigError
 from lavender.maps import Dropped, Word, WordMaps, to_heat
-from lavender.words import token_span
 
-# Stable Diffusion's 64 × 64 maps are nearly uniform; the paper's recipe reads 16 × 16.
-LARGEST_LAYER_ROWS = 32
-_SENTENCE = re.compile(r"[^.!?;\n]*[.!?;\n]+\s*|[^.!?;\n]+$")
+CACHED = 256  # latents and text states that are kept for the next captions of a picture, and for repeated texts
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One picture and one text with the words that want a map."""
+    """One picture, or what `Teacher.frame` made of it, and one text with the words that want a map."""
 
-    image: Image.Image
+    image: Image.Image | Frame
     image_id: str
     text: str
     words: tuple[Word, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What the teacher sees of a picture: clean latents (channel, height, width) and the view they show."""
+
+    latents: Tensor
+    view: Box
+    image_size: tuple[int, int]
+
+
 class Teacher:
-    """Word maps of given pictures and texts from a Stable Diffusion pipeline.
+    """Word maps of given pictures and texts from a diffusion pipeline.
 
     Args:
-        pipeline: the pipeline; its modules are used as they are and never changed.
-        config: mode, noise, grid.
+        pipeline: a pipeline of a known family (`lavender.diffusion.registry`); used as it is and never changed.
+        config: mode, noise, geometry, levers, grid.
         name: what to write into a store (the path or hub id it came from).
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, config: ExtractionConfig, name: str = "unnamed"):
-        if type(pipeline) is not StableDiffusionPipeline:
-            raise UnsupportedModelError(
-                f"a {type(pipeline).__name__}",
-                "a StableDiffusionPipeline (Stable Diffusion 1.x or 2.x)",
-                "use such a teacher; other families are not supported yet",
-            )
-        self.pipeline, self.config, self.name = pipeline, config, name
-        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    def __init__(self, pipeline: Any, config: ExtractionConfig, name: str = "unnamed"):
+        self.family = family_of(type(pipeline))(pipeline)
+        self.config, self.name = config, name
+        weights = config.layer_weights
+        self.weights: LayerWeights = self.family.default_weights() if weights is None else weights
+        # settings that don't fit this model are refused here, before any work
+        self.layers((self.family.side, self.family.side))
+        if config.mode != "noise":
+            _ = self.family.alphas_cumprod
+        self._pictures: OrderedDict[Hashable, _Seen] = OrderedDict()
+        self._texts: OrderedDict[Hashable, Condition] = OrderedDict()
 
     @classmethod
     def from_pretrained(
@@ -67,141 +81,228 @@ class Teacher:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         name: str | None = None,
+        channels_last: bool = False,
     ) -> Teacher:
-        """Load a folder or hub id. Weights come from safetensors only."""
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            path, safety_checker=None, requires_safety_checker=False, use_safetensors=True, dtype=dtype
-        )
-        pipeline.to(device)
-        return cls(pipeline, config, name=name or str(path))
+        """Load a folder or hub id. Weights come from safetensors only.
 
-    @torch.inference_mode()
-    def __call__(self, jobs: Sequence[Job]) -> list[WordMaps]:
-        """Maps of a batch of jobs. A job's maps do not depend on the batch it is in."""
-        rows: list[tuple[int, int, int]] = []  # job, first and last character of its window
-        for index, job in enumerate(jobs):
-            rows += [(index, start, end) for start, end in self.windows(job.text)]
-        tokens = self.pipeline.tokenizer(
-            [jobs[index].text[start:end] for index, start, end in rows],
-            padding="max_length", max_length=self._max_tokens, truncation=True,
-            return_offsets_mapping=True, return_tensors="pt",
-        )  # fmt: skip
-        indicator, places, dropped = self._indicator(jobs, rows, tokens["offset_mapping"].tolist())
-        latents = self._latents(jobs)[[index for index, _, _ in rows]]
-        states = self.pipeline.text_encoder(tokens["input_ids"].to(self._device))[0]
-        noise = torch.stack([self._noise(jobs[index].image_id, latents.shape[1:]) for index, _, _ in rows])
-        maps = self._run(latents, states, indicator.to(self._device), noise.to(latents)).cpu()
-        results = []
-        for index, job in enumerate(jobs):
-            kept = [word for word in job.words if (index, word.start) in places]
-            own = [maps[places[index, word.start]] for word in kept]
-            stacked = to_heat(torch.stack(own)) if own else torch.zeros(0, *self.config.grid)
-            results.append(WordMaps(job.image_id, job.text, tuple(kept), stacked, tuple(dropped[index])))
-        return results
+        Args:
+            channels_last: lay convolutions out for tensor cores; changes a map in the last digits.
+        """
+        family = load_family(str(path), dtype=dtype)
+        if config.tiny_vae is not None:
+            family.pipeline.vae = AutoencoderTiny.from_pretrained(config.tiny_vae, use_safetensors=True, dtype=dtype)
+        family.pipeline.to(device)
+        if dtype == torch.float16 and family.pipeline.vae.config.get("force_upcast"):
+            family.pipeline.vae.to(torch.float32)  # as its config asks: it overflows in float16
+        if channels_last:
+            family.backbone.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+            family.pipeline.vae.to(memory_format=torch.channels_last)
+        return cls(family.pipeline, config, name=name or str(path))
+
+    def layers(self, image_size: tuple[int, int]) -> list[Layer]:
+        """The layers that are read of a picture of (height, width) pixels, in the order in which they run."""
+        # chosen on the square: of a picture in its own shape a level has a few cells more or less
+        square = self.family.layers(self.family.latent_size((self.family.side, self.family.side)))
+        largest = self.config.largest_layer or self.family.largest_layer
+        chosen = {layer.name for layer in chosen_layers(square, self.weights, largest)}
+        return [layer for layer in self.family.layers(self.family.latent_size(image_size)) if layer.name in chosen]
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        return self.family.pipeline
 
     def windows(self, text: str) -> list[tuple[int, int]]:
-        """Character spans that each fit the text encoder, cut at the ends of sentences, else between words."""
-        limit = self._max_tokens - 2
-        pieces: list[tuple[int, int]] = []
-        for sentence in _SENTENCE.finditer(text):
-            if self._num_tokens(sentence.group()) <= limit:
-                pieces.append(sentence.span())
-            else:
-                pieces += [
-                    (sentence.start() + one.start(), sentence.start() + one.end())
-                    for one in re.finditer(r"\s*\S+\s*", sentence.group())
-                ]
-        spans: list[tuple[int, int]] = []
-        for start, end in pieces:
-            if spans and self._num_tokens(text[spans[-1][0] : end]) <= limit:
-                spans[-1] = (spans[-1][0], end)
-            else:
-                spans.append((start, end))
-        return spans
+        """Character spans that each fit the text encoder; see `lavender.diffusion.windows`."""
+        return windows(self.family.pipeline.tokenizer, text, self.family.max_tokens)
 
-    def _num_tokens(self, text: str) -> int:
-        return len(self.pipeline.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def frame(self, image: Image.Image) -> Frame:
+        """What the teacher sees of a picture; small, so that a picture need not be held."""
+        return frame(image, self.config.geometry, self.family.side, self.family.unit)
 
-    @property
-    def _max_tokens(self) -> int:
-        return self.pipeline.tokenizer.model_max_length
+    @torch.no_grad()
+    def __call__(self, jobs: Sequence[Job]) -> list[WordMaps]:
+        """Maps of a batch of jobs. A job's maps do not depend on the batch it is in."""
+        rows, lost = self._rows(jobs)
+        seen = self._see(jobs)
+        found: dict[int, list[tuple[Word, Tensor, float]]] = {index: [] for index in range(len(jobs))}
+        shapes: dict[tuple[int, ...], list[Window]] = {}
+        for row in rows:  # pictures of one shape go through the backbone together
+            if row.words:
+                shapes.setdefault(tuple(seen[row.job].latents.shape), []).append(row)
+        for group in shapes.values():
+            for row, maps, confidence in zip(group, *self._group(jobs, group, seen), strict=True):
+                found[row.job] += zip(row.words, maps, confidence.tolist())  # noqa: B905  # columns beyond the words
+        return [self._result(job, found[index], lost[index]) for index, job in enumerate(jobs)]
 
-    @property
-    def _device(self) -> torch.device:
-        return self.pipeline.unet.device
+    def _rows(self, jobs: Sequence[Job]) -> tuple[list[Window], list[list[Word]]]:
+        """The windows of all jobs, and each job's words that have no token."""
+        rows, lost = [], []
+        for index, job in enumerate(jobs):
+            lost.append([])
+            for start, end in self.windows(job.text):
+                words = [word for word in job.words if start <= word.start < end]
+                row, without = window_of(
+                    self.family.pipeline.tokenizer, index, job.text[start:end], start, words, self.config.carrier,
+                    self.family.max_tokens,
+                )  # fmt: skip
+                rows.append(row)
+                lost[-1] += without
+        return rows, lost
 
-    def _indicator(self, jobs, rows, offsets):
-        """E (row, token, word), where each word's map will be found, and the words that have no token.
+    def _result(self, job: Job, found: list[tuple[Word, Tensor, float]], lost: list[Word]) -> WordMaps:
+        dropped = [Dropped(word.text, "the teacher's text encoder has no token for it") for word in lost]
+        found = sorted(found, key=lambda one: one[0].start)
+        if self.config.word_share < 1 and found:
+            kept = max(1, round(self.config.word_share * len(found)))
+            ranked = sorted(found, key=lambda one: -one[2])
+            dropped += [Dropped(word.text, "among the least confident of its text") for word, _, _ in ranked[kept:]]
+            found = sorted(ranked[:kept], key=lambda one: one[0].start)
+        maps = to_heat(torch.stack([one for _, one, _ in found])) if found else torch.zeros(0, *self.config.grid)
+        return WordMaps(
+            job.image_id, job.text, tuple(word for word, _, _ in found), maps, tuple(dropped),
+            confidence=torch.tensor([one for _, _, one in found]),
+        )  # fmt: skip
 
-        Slots count the words of a row alone, so a long text in many windows stays cheap.
-        """
-        columns: list[list[list[int]]] = []  # row → slot → tokens of the word
-        places: dict[tuple[int, int], tuple[int, int]] = {}
-        for row, (index, start, end) in enumerate(rows):
-            columns.append([])
-            for word in jobs[index].words:
-                if start <= word.start < end:
-                    span = token_span(offsets[row], word.start - start, word.end - start)
-                    if span:
-                        places[index, word.start] = (row, len(columns[row]))
-                        columns[row].append(span)
-        indicator = torch.zeros(len(rows), self._max_tokens, max([1, *map(len, columns)]))
-        for row, spans in enumerate(columns):
-            for slot, span in enumerate(spans):
-                indicator[row, span, slot] = 1 / len(span)
-        dropped = [
-            [
-                Dropped(word.text, "the teacher's text encoder has no token for it")
-                for word in job.words
-                if (index, word.start) not in places
-            ]
-            for index, job in enumerate(jobs)
-        ]
-        return indicator, places, dropped
+    def _see(self, jobs: Sequence[Job], mirrored: bool = False) -> list[_Seen]:
+        """What the teacher sees of each job's picture; each picture is encoded once, also over batches."""
+        framed: dict[str, Frame] = {}
+        for job in jobs:
+            if (job.image_id, mirrored) not in self._pictures and job.image_id not in framed:
+                own = job.image if isinstance(job.image, Frame) else self.frame(job.image)
+                framed[job.image_id] = own.mirrored() if mirrored else own
+        shapes: dict[tuple[int, int], list[str]] = {}
+        for name, one in framed.items():
+            shapes.setdefault(one.size, []).append(name)
+        for size, names in shapes.items():
+            pixels = np.stack([framed[name].pixels for name in names]).astype(np.float32)
+            latents = self.family.encode_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1)
+            for name, clean in zip(names, latents, strict=True):
+                self._pictures[name, mirrored] = _Seen(clean, framed[name].view, size)
+        found = [self._pictures[job.image_id, mirrored] for job in jobs]
+        _trim(self._pictures)
+        return found
 
-    def _latents(self, jobs: Sequence[Job]) -> Tensor:
-        """Scaled latents of the jobs' pictures (job, channel, height, width); each picture is encoded once."""
-        vae = self.pipeline.vae
-        side = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
-        first = {job.image_id: job.image for job in reversed(jobs)}
-        order = {image_id: position for position, image_id in enumerate(first)}
-        pixels = np.stack([
-            np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), dtype=np.float32).transpose(2, 0, 1)
-            for image in first.values()
+    def _conditions(self, texts: Sequence[str]) -> Condition:
+        """Conditions of texts, each encoded once while it is remembered."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if new:
+            encoded = self.family.encode_texts(new)
+            for index, text in enumerate(new):
+                self._texts[text] = {name: one[index] for name, one in encoded.items()}
+        rows = [self._texts[text] for text in texts]
+        _trim(self._texts)
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _group(self, jobs: Sequence[Job], rows: list[Window], seen: list[_Seen]) -> tuple[Tensor, Tensor]:
+        """Maps (row, column, rows, cols) and confidences (row, column) of rows whose latents have one shape."""
+        maps, confidence = self._read(jobs, rows, seen)
+        if self.config.flip:
+            again, also = self._read(jobs, rows, self._see(jobs, mirrored=True))
+            maps, confidence = (maps + again.flip(-1)) / 2, (confidence + also) / 2
+        if not maps.isfinite().all():
+            raise CaptureError(
+                f"NaN or infinity in the maps, computed in {str(self.family.dtype).removeprefix('torch.')}",
+                "finite attention", "use --dtype bfloat16 or float32",
+            )  # fmt: skip
+        return maps.cpu(), confidence.cpu()
+
+    def _read(self, jobs: Sequence[Job], rows: list[Window], seen: list[_Seen]) -> tuple[Tensor, Tensor]:
+        family, config = self.family, self.config
+        own = [seen[row.job] for row in rows]
+        latents = torch.stack([one.latents for one in own])
+        ids = [jobs[row.job].image_id for row in rows]
+        batch = Batch(
+            latents, self._conditions([row.text for row in rows]), own[0].image_size,
+            self._noises(ids, latents.shape[1:]) if config.mode == "noise" else None,
+            family.empty_condition() if config.mode == "null-text" else None,
+        )  # fmt: skip
+        reader = _Reader(self, rows, [one.view for one in own], batch)
+        read_maps(family, config, batch, reader)
+        return reader.result()
+
+    def _noises(self, image_ids: Sequence[str], shape: Sequence[int]) -> Tensor:
+        """(row, noise, timestep, *shape): a pure function of the picture's content and the seed, never of the batch."""
+        config = self.config
+        return torch.stack([
+            torch.stack([
+                _noise(f"{name}/{seed}", shape).expand(len(config.timesteps), *shape)
+                for seed in range(config.seed, config.seed + config.num_noises)
+            ])
+            for name in image_ids
         ])  # fmt: skip
-        batch = (torch.from_numpy(pixels) / 127.5 - 1).to(self._device, vae.dtype)
-        latents = vae.encode(batch).latent_dist.mode() * vae.config.scaling_factor
-        return latents[[order[job.image_id] for job in jobs]].to(self.pipeline.unet.dtype)
 
-    def _noise(self, image_id: str, shape: tuple[int, ...]) -> Tensor:
-        """Gaussian noise that depends on the picture's content and the seed, not on the batch."""
-        digest = hashlib.blake2b(f"{image_id}/{self.config.seed}".encode(), digest_size=7).digest()
-        return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
 
-    def _run(self, latents: Tensor, states: Tensor, indicator: Tensor, noise: Tensor) -> Tensor:
-        """Maps (row, word, rows, cols): mean over heads, layers and passes."""
-        if self.config.mode == "noise":
-            timestep = torch.tensor(self.config.timestep, device=latents.device)
-            noisy = self.scheduler.add_noise(latents, noise, timestep[None])
-            return self._pass(noisy, timestep, states, indicator)[1]
-        inverse = DDIMInverseScheduler.from_config(self.scheduler.config)
-        inverse.set_timesteps(self.config.num_steps, device=latents.device)
-        total = torch.zeros(())
-        for timestep in inverse.timesteps:
-            predicted, maps = self._pass(latents, timestep, states, indicator)
-            latents = inverse.step(predicted, timestep, latents).prev_sample
-            total = total + maps
-        return total / self.config.num_steps
+class _Reader:
+    """The capturing forwards of one batch, and what becomes of them."""
 
-    def _pass(self, latents: Tensor, timestep: Tensor, states: Tensor, indicator: Tensor) -> tuple[Tensor, Tensor]:
-        """One UNet pass: its prediction, and maps (row, word, rows, cols) averaged over layers."""
-        unet = self.pipeline.unet
-        with capture_words(unet, indicator) as layers:
-            predicted = unet(latents, timestep, states).sample
-        resized = []
-        for layer in layers.values():
-            rows, cols = layer_grid(layer.shape[1], *latents.shape[-2:])
-            if rows <= LARGEST_LAYER_ROWS:
-                grid = layer.transpose(1, 2).unflatten(-1, (rows, cols))
-                resized.append(F.interpolate(grid, size=self.config.grid, mode="bilinear", align_corners=False))
-        return predicted, torch.stack(resized).mean(dim=0)
+    def __init__(self, teacher: Teacher, rows: Sequence[Window], views: Sequence[Box], batch: Batch):
+        self.family, self.config, self.batch, self.views = teacher.family, teacher.config, batch, views
+        latent_size = (batch.latents.shape[-2], batch.latents.shape[-1])
+        self._layers = teacher.layers(batch.image_size)
+        values, counts = indicator(rows, self.family.max_tokens)
+        self._indicator = values.to(self.family.device)
+        self._aggregate = Aggregate(self.config, teacher.weights, views, counts.to(self.family.device))
+        self._watched: list[Layer] = []
+        if self.config.refine:
+            finest = max(self._layers, key=lambda layer: layer.grid[0] * layer.grid[1]).grid
+            self._watched = [layer for layer in self.family.self_attention(latent_size) if layer.grid == finest]
+        self._image_attention: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, wanted: bool) -> Tensor | None:
+        repeats = len(latents) // len(self.views)
+        capture = WordCapture(
+            self._layers, self._indicator.repeat_interleave(repeats, dim=0), condition["states"].shape[1],
+            self._aggregate.take, self._watched,
+        )  # fmt: skip
+        output = None
+        with capture_words(capture, stop=not wanted):
+            output = self.family.denoise(latents, timesteps, condition, self.batch.image_size)
+        self._image_attention = capture.image_attention
+        return output
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Maps (row, column, rows, cols), confidences (row, column)."""
+        maps = self._aggregate.maps()
+        confidence = self._aggregate.agreement(maps)
+        if self._watched:
+            attention = [(layer, *self._image_attention[layer.name]) for layer in self._watched]
+            maps = refine(maps, attention, self.views, self.config.refine)
+        return maps, confidence
+
+
+def chosen_layers(layers: Sequence[Layer], weights: LayerWeights, largest: int | None) -> list[Layer]:
+    """The layers with a weight and at most `largest`² cells, or of any size.
+
+    Raises:
+        ConfigError: a weight for no layer, or no layer left.
+    """
+    names = [layer.name for layer in layers]
+    for prefix in weights:
+        if not any(name.startswith(prefix) for name in names):
+            raise ConfigError(
+                f"layer_weights for {prefix!r}", f"the beginning of a layer's name, such as {names[0]!r}",
+                "correct or remove it",
+            )  # fmt: skip
+    kept = [
+        layer for layer in layers
+        if (largest is None or layer.grid[0] * layer.grid[1] <= largest**2)
+        and np.any(layer_weight(weights, layer.name))
+    ]  # fmt: skip
+    if not kept:
+        grids = sorted({layer.grid for layer in layers})
+        raise ConfigError(
+            f"largest_layer={largest} and layer_weights={dict(weights)}, which leave no layer",
+            f"at least one of the {len(layers)} layers, on the grids {grids}", "change them",
+        )  # fmt: skip
+    return kept
+
+
+def _noise(name: str, shape: Sequence[int]) -> Tensor:
+    """Gaussian noise that depends on a name alone."""
+    digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
+
+
+def _trim(cache: OrderedDict[Hashable, V]) -> None:
+    while len(cache) > CACHED:
+        cache.popitem(last=False)

@@ -21,6 +21,9 @@ from lavender.maps import entropy, to_distribution
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """Candidate thresholds, each a share of the map's maximum: 0.05, 0.10, … 0.95."""
 
+SIZES = {"small": (0.0, 0.06), "medium": (0.06, 0.1), "large": (0.1, 1.1)}
+"""Things by their share of the picture: from the first bound up to the second."""
+
 ENTROPY_GRID = (32, 32)
 """(rows, cols) on which entropy is measured, so that maps of different grids can be compared."""
 
@@ -66,7 +69,8 @@ class MapScores:
         pointing_by_mention, words_by_mention: the same by place in the order of mention, and of how many words.
         iou_fixed, iou_threshold: mean IoU at a threshold chosen elsewhere, and that threshold.
         iou_best, best_threshold: mean IoU at the best single threshold on these very maps, and that threshold.
-        ap: mean pixel average precision.
+        ap, auroc: mean pixel average precision, and mean area under the pixels' ROC curve.
+        pointing_by_size, words_by_size: pointing by the mask's share of the picture, the bounds of `SIZES`.
         wrong_word_pointing, num_wrong: share of other words' maps that point at this word, and of how many.
         entropy: mean, in nats, of maps summed to 1 on 32 × 32 (at most ln 1024 = 6.93).
         uniform_pointing: what a uniformly random point would score: the mean share of the mask.
@@ -82,6 +86,9 @@ class MapScores:
     iou_best: float
     best_threshold: float
     ap: float
+    auroc: float
+    pointing_by_size: dict[str, float]
+    words_by_size: dict[str, int]
     wrong_word_pointing: float | None
     num_wrong: int
     entropy: float
@@ -158,6 +165,10 @@ def score_maps(judged: Sequence[JudgedMap], iou_threshold: float) -> MapScores:
     by_mention: dict[int, list[bool]] = {}
     for one, ranking in sorted(zip(judged, ranked, strict=True), key=lambda pair: pair[0].order):
         by_mention.setdefault(one.order, []).append(ranking.points)
+    by_size: dict[str, list[bool]] = {}
+    for name, (low, high) in SIZES.items():
+        points = [ranking.points for ranking in ranked if low <= ranking.mask_share < high]
+        by_size |= {name: points} if points else {}
     wrong = [pointing(one.wrong, one.mask) for one in judged if one.wrong is not None]
     threshold, iou_best = _best(ranked, THRESHOLDS)
     return MapScores(
@@ -169,6 +180,9 @@ def score_maps(judged: Sequence[JudgedMap], iou_threshold: float) -> MapScores:
         iou_best=iou_best,
         best_threshold=threshold,
         ap=_mean([ranking.average_precision() for ranking in ranked]),
+        auroc=_mean([ranking.auroc() for ranking in ranked]),
+        pointing_by_size={name: _mean(points) for name, points in by_size.items()},
+        words_by_size={name: len(points) for name, points in by_size.items()},
         wrong_word_pointing=_mean(wrong) if wrong else None,
         num_wrong=len(wrong),
         entropy=_mean([float(entropy(resize_map(one.map, ENTROPY_GRID))) for one in judged]),
@@ -207,10 +221,23 @@ class _Ranking:
         inside = torch.cat([self.hits.new_zeros(1), self.hits])[chosen]
         return inside / (chosen + self.hits[-1] - inside).double()
 
-    def average_precision(self) -> float:
+    def auroc(self) -> float:
+        """Chance that a pixel of the mask is hotter than one outside, ties half; 1 where nothing is outside."""
+        hits, num_pixels = self._steps()
+        outside = num_pixels - hits
+        if not outside[-1]:
+            return 1.0
+        share = torch.cat([outside.new_zeros(1), outside]).double() / outside[-1]
+        return float(torch.trapezoid(torch.cat([hits.new_zeros(1), hits]).double() / hits[-1], share))
+
+    def _steps(self) -> tuple[Tensor, Tensor]:
+        """Down the distinct values of the map: hits, and pixels, at or above each."""
         last_of_equals = torch.ones(len(self.heat), dtype=torch.bool)
         last_of_equals[:-1] = self.heat[1:] != self.heat[:-1]
-        hits, num_pixels = self.hits[last_of_equals], last_of_equals.nonzero()[:, 0] + 1
+        return self.hits[last_of_equals], last_of_equals.nonzero()[:, 0] + 1
+
+    def average_precision(self) -> float:
+        hits, num_pixels = self._steps()
         gained = torch.diff(hits, prepend=hits.new_zeros(1))
         return float((hits.double() / num_pixels * gained).sum() / self.hits[-1])
 

@@ -22,4 +22,5 @@ ALIGNMENT: dict[str, Any] = {"align_weight": 5.0, "match": "exact"}
 
 def load_teacher() -> Teacher:
     """The built-in teacher, ready to map."""
-    return Teacher.from_pretrained(TEACHER_PATH, ExtractionConfig(grid=GRID, batch_size=16), name="world")
+    config = ExtractionConfig(grid=GRID, timesteps=(100,), geometry="squash", batch_size=16)
+    return Teacher.from_pretrained(TEACHER_PATH, config, name="world")

@@ -1,0 +1,246 @@
+"""COCO panoptic: a category for every pixel; a word lies where the categories lie that it names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lavender.annotations.layout import (
+    Found,
+    Layout,
+    PictureAnnotations,
+    caption_sample,
+    checked_parts,
+    first_folder,
+    read_json,
+)
+from lavender.annotations.names import COCO_SYNONYMS, CategoryNames, digest
+from lavender.annotations.regions import Region, mask_region
+from lavender.data import Sample, Samples
+from lavender.errors import DataError
+from lavender.maps import Dropped, Word
+from lavender.words import words_of
+
+_NAME_2014 = re.compile(r"COCO_(?:train|val|test)\d{4}_(\d{12})")  # the same picture in the releases before 2017
+
+
+class _Entry(NamedTuple):
+    """What the JSON file says of one picture."""
+
+    picture: str
+    mask: str
+    image_id: int
+    segments: tuple[tuple[int, int], ...]  # (segment id, category id)
+
+
+class CocoPanoptic(Layout):
+    """`panoptic_*.json` with its folder of PNG files, in which a pixel's segment is R + 256·G + 256²·B.
+
+    The map of a word is the union of all segments of the categories that it names, crowds included: it says where
+    such things are, not which one is meant. Only nouns and names of several words ("fire hydrant") have maps.
+
+    Args:
+        path: the JSON file, or a folder that holds one of them (or whose `annotations` does).
+        pictures: folder of the pictures. Default: the first that exists of ../val2017, ../images/val2017, val2017 and
+            images/val2017, seen from the file panoptic_val2017.json.
+        masks: folder of the PNG files. Default: panoptic_val2017 beside the file or beside its folder.
+        captions: COCO's captions file, for `samples`. Default: captions_val2017.json beside the file, if it is there.
+        parts_of_speech: words that are looked up, and named where they have no map; None is nouns.
+        synonyms: further words, by the category's spoken name.
+
+    Raises:
+        DataError: a file or folder is missing, or is not of this layout.
+        ConfigError: an unknown part of speech.
+    """
+
+    name = "coco-panoptic"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        pictures: str | Path | None = None,
+        masks: str | Path | None = None,
+        captions: str | Path | None = None,
+        parts_of_speech: Sequence[str] | None = None,
+        synonyms: Mapping[str, Sequence[str]] = COCO_SYNONYMS,
+    ):
+        self.path = _panoptic_file(Path(path))
+        self.label = self.path.stem
+        content = read_json(self.path, ("images", "annotations", "categories"))
+        split, folder = self.path.stem.removeprefix("panoptic_"), self.path.parent
+        beside = [folder.parent / split, folder.parent / "images" / split, folder / split, folder / "images" / split]
+        self.pictures = first_folder(
+            beside if pictures is None else [Path(pictures)], "pictures", "give the folder of the pictures"
+        )
+        beside = [folder / self.path.stem, folder.parent / self.path.stem]
+        self.masks = first_folder(
+            beside if masks is None else [Path(masks)], "PNG masks", f"unpack {self.path.stem}.zip beside {self.path}"
+        )
+        beside_file = folder / f"captions_{split}.json"
+        self.captions = Path(captions) if captions is not None else beside_file if beside_file.is_file() else None
+        self._parts = checked_parts(("noun",) if parts_of_speech is None else parts_of_speech)
+        self._synonyms = synonyms
+        try:
+            self._categories = {one["id"]: one["name"] for one in content["categories"]}
+            things = [(one["name"], bool(one.get("isthing", 1))) for one in content["categories"]]
+            entries = _entries(content)
+        except (KeyError, TypeError) as error:
+            got = f"{self.path} with an entry that lacks or mistakes {error}"
+            do = "check that it is COCO's panoptic format, not its instances or stuff"
+            raise DataError(got, "images, annotations with segments_info, and categories", do) from error
+        self._names = CategoryNames(things, synonyms)
+        self._entries: dict[str, _Entry] = {}
+        for entry in entries:
+            if (other := self._entries.setdefault(Path(entry.picture).stem, entry)) is not entry:
+                got = f"{self.path} with {other.picture} and {entry.picture}"
+                raise DataError(got, "pictures of different names", "rename them: a picture is known by its name")
+
+    def identity(self) -> dict[str, Any]:
+        """See `Layout.identity`."""
+        rules = {"region": "all segments of the named categories, crowds included", "match": "longest name, nouns"}
+        return {**rules, "parts_of_speech": list(self._parts), "synonyms": digest(self._synonyms)}
+
+    def samples(self) -> Samples:
+        """The captions of the pictures that are annotated, in the order of the annotations."""
+        if self.captions is None:
+            got = f"no captions_*.json beside {self.path}"
+            raise DataError(got, "texts on the pictures", "give COCO's captions file, or a data set of your own")
+        captions: dict[int, list[tuple[int, Any]]] = {}
+        for one in read_json(self.captions, ("annotations",))["annotations"]:
+            if not isinstance(one, dict) or not {"image_id", "id", "caption"} <= one.keys():
+                got = f"{self.captions} with the annotation {str(one)[:80]}"
+                raise DataError(got, "image_id, id and caption", "give a captions_*.json, not instances or keypoints")
+            captions.setdefault(one["image_id"], []).append((one["id"], one["caption"]))
+        samples: list[Sample] = []
+        dropped: list[Dropped] = []
+        for entry in self._entries.values():
+            picture, own = self.pictures / entry.picture, captions.pop(entry.image_id, [])
+            if not picture.is_file() or not own:
+                reason = f"no such file: {picture}" if own else f"no caption in {self.captions.name}"
+                dropped.append(Dropped(entry.picture, reason))
+                continue
+            for number, caption in own:
+                text = caption.strip() if isinstance(caption, str) else ""
+                name = f"{entry.picture} caption {number}"
+                if text:
+                    samples.append(caption_sample(name, picture, text))
+                else:
+                    dropped.append(Dropped(name, f"empty caption: {caption!r}"))
+        for image_id, own in captions.items():
+            reason = f"its picture {image_id} has no annotation in {self.path.name}"
+            dropped += [Dropped(f"{self.captions.name} caption {number}", reason) for number, _ in own]
+        if not samples:
+            first = f"; the first, {dropped[0].what}: {dropped[0].reason}" if dropped else ""
+            raise DataError(f"{self.path} with no usable picture and caption{first}", "at least one", "check the paths")
+        return Samples(tuple(samples), tuple(dropped))
+
+    def key(self, picture: Path) -> str:
+        """The picture's file name; the names of the releases of 2014 and 2015 serve too."""
+        old = _NAME_2014.fullmatch(picture.stem)
+        key = old[1] if old else picture.stem
+        if key not in self._entries:
+            raise DataError(f"{picture.name}, which is not in {self.path.name}", "a picture of that file", "remove it")
+        return key
+
+    def read(self, key: str) -> PictureAnnotations:
+        """The segments of one picture. Raises DataError if its PNG is missing or no panoptic PNG."""
+        entry = self._entries[key]
+        return _Panoptic(entry, _segment_ids(self.masks / entry.mask), self._categories, self._names, self._parts)
+
+
+class _Panoptic(PictureAnnotations):
+    """The segments of one picture."""
+
+    def __init__(
+        self,
+        entry: _Entry,
+        ids: np.ndarray,
+        categories: Mapping[int, str],
+        names: CategoryNames,
+        parts_of_speech: Sequence[str],
+    ):
+        self.size = ids.shape[0], ids.shape[1]
+        self._ids, self._names, self._parts = ids, names, parts_of_speech
+        self._segments: dict[str, list[int]] = {}
+        self._regions: dict[tuple[str, ...], Region] = {}
+        drawn, faults = set(np.unique(ids).tolist()) - {0}, []
+        for segment, category in entry.segments:
+            if category not in categories:
+                faults.append(f"segment {segment} has the unknown category {category}")
+            elif segment not in drawn:
+                faults.append(f"segment {segment} ({categories[category]!r}) has no pixel in {entry.mask}")
+            else:
+                self._segments.setdefault(categories[category], []).append(segment)
+        strange = sorted(drawn - {segment for segment, _ in entry.segments})
+        faults += [f"{entry.mask} has pixels of the segments {strange}, which the JSON lacks"] if strange else []
+        self.faults = tuple(Dropped(entry.picture, fault) for fault in faults)
+
+    def find(self, text: str) -> Found:
+        """See `PictureAnnotations.find`; any text will do."""
+        words = words_of(text)
+        categories: dict[Word, tuple[str, ...]] = {}
+        for run, names in self._names.match(text, words):
+            if len(run) > 1 or "-" in run[0].text or run[0].part_of_speech in self._parts:
+                categories |= dict.fromkeys(run, names)
+        found: list[tuple[Word, Region]] = []
+        dropped: list[Dropped] = []
+        for word in words:
+            here = tuple(name for name in categories.get(word, ()) if name in self._segments)
+            if here:
+                found.append((word, self._region(here)))
+            elif word in categories:
+                named = " or ".join(repr(name) for name in categories[word])
+                dropped.append(Dropped(word.text, f"no segment of {named} on the picture"))
+            elif word.part_of_speech in self._parts:
+                dropped.append(Dropped(word.text, "no category has this name"))
+        return Found(found, dropped)
+
+    def _region(self, names: tuple[str, ...]) -> Region:
+        if names not in self._regions:
+            segments = [segment for name in names for segment in self._segments[name]]
+            self._regions[names] = mask_region(np.isin(self._ids, segments))
+        return self._regions[names]
+
+
+def _panoptic_file(path: Path) -> Path:
+    """The file itself, or the one panoptic_*.json of a folder or of its folder `annotations`."""
+    if not path.is_dir():
+        return path
+    found = sorted([*path.glob("panoptic_*.json"), *(path / "annotations").glob("panoptic_*.json")])
+    if len(found) != 1:
+        names = " and ".join(str(one.relative_to(path)) for one in found)
+        raise DataError(f"{path} with {names or 'no panoptic_*.json'}", "one", "give the path of the JSON file itself")
+    return found[0]
+
+
+def _entries(content: Mapping[str, Any]) -> list[_Entry]:
+    pictures = {one["id"]: one["file_name"] for one in content["images"]}
+    return [
+        _Entry(
+            pictures[one["image_id"]], one["file_name"], one["image_id"],
+            tuple((segment["id"], segment["category_id"]) for segment in one["segments_info"]),
+        )
+        for one in content["annotations"]
+    ]  # fmt: skip
+
+
+def _segment_ids(path: Path) -> np.ndarray:
+    """int32 (height, width)."""
+    if not path.is_file():
+        raise DataError(f"no mask: {path} does not exist", "a PNG for each annotation", "unpack all of the masks")
+    try:
+        with Image.open(path) as image:
+            mode, colours = image.mode, np.asarray(image)
+    except Exception as error:  # on damaged bytes a decoder may raise anything
+        raise DataError(f"{path}, which cannot be decoded: {error}", "a whole PNG", "unpack it again") from error
+    if mode != "RGB":
+        got = f"{path} in the mode {mode!r}"
+        raise DataError(got, "a panoptic PNG in RGB", "take the panoptic masks, not the semantic ones")
+    red, green, blue = (colours[..., channel].astype(np.int32) for channel in range(3))
+    return red + 256 * green + 256**2 * blue

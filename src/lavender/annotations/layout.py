@@ -1,0 +1,104 @@
+"""What a layout of annotations has to know: its samples, and which words of a text lie where."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lavender.annotations.regions import Region, Size
+from lavender.config import ExtractionConfig
+from lavender.data import Sample, Samples
+from lavender.errors import DataError
+from lavender.maps import Dropped, Word
+
+
+@dataclass(frozen=True)
+class Found:
+    """The words of a text that have a region, in order, and those that should have one and have none."""
+
+    words: Sequence[tuple[Word, Region]]
+    dropped: Sequence[Dropped] = ()
+
+
+class PictureAnnotations(ABC):
+    """The annotations of one picture.
+
+    Attributes:
+        size: (height, width) in pixels of the picture that was annotated.
+        faults: annotations that cannot be used.
+    """
+
+    size: Size
+    faults: Sequence[Dropped] = ()
+
+    @abstractmethod
+    def find(self, text: str) -> Found:
+        """Where the words of a text on this picture are. Raises DataError if the text has no annotations."""
+
+
+class Layout(ABC):
+    """A data set of annotations on disk.
+
+    Attributes:
+        name: of the layout, as in `LAYOUTS`.
+        label: of this data set, good as a file's name.
+    """
+
+    name: str
+    label: str
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """The rules that change a map. Two stores with the same identity can be joined."""
+
+    @abstractmethod
+    def samples(self) -> Samples:
+        """The pictures and texts of the data set itself. Raises DataError if it has none."""
+
+    @abstractmethod
+    def key(self, picture: Path) -> str:
+        """By what this picture's annotations are found. Raises DataError if it has none; reads nothing large."""
+
+    @abstractmethod
+    def read(self, key: str) -> PictureAnnotations:
+        """The annotations of one picture. Raises DataError if they cannot be read."""
+
+
+def caption_sample(name: str, picture: Path, text: str) -> Sample:
+    """A sample of one caption; what it asks is of no matter to its maps."""
+    question = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
+    answer = [{"type": "text", "text": text}]
+    return Sample(name, picture, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+
+
+def checked_parts(parts_of_speech: Sequence[str]) -> tuple[str, ...]:
+    """Parts of speech, each one known. Raises ConfigError."""
+    return ExtractionConfig(parts_of_speech=tuple(parts_of_speech)).parts_of_speech
+
+
+def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A JSON object with these lists. Raises DataError."""
+    if not path.is_file():
+        raise DataError(f"{path}, which does not exist", "a JSON file", "check the path")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise DataError(f"{path}, which cannot be read: {error}", "a valid JSON file", "replace it") from error
+    for key in keys:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            found = sorted(content) if isinstance(content, dict) else f"a JSON {type(content).__name__}"
+            raise DataError(f"{path} without a list {key!r}: {found}", f"the lists {', '.join(keys)}", "check the file")
+    return content
+
+
+def first_folder(candidates: Sequence[Path], what: str, do: str) -> Path:
+    """The first of these folders that exists. Raises DataError that names them all."""
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    tried = ", ".join(str(folder) for folder in candidates)
+    raise DataError(f"no folder of {what}: none of {tried} exists", f"a folder of {what}", do)

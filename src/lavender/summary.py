@@ -1,0 +1,26 @@
+"""What an extraction did, whoever made the maps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lavender.maps import Dropped
+
+FLUSH_SECONDS = 20.0
+"""Records are written at least this often: a kill loses at most this much work."""
+
+
+@dataclass
+class Summary:
+    """What an extraction did. `dropped` names every sample and word that got no map, with the reason."""
+
+    records: int = 0
+    words: int = 0
+    already_there: int = 0
+    seconds: float = 0.0
+    dropped: list[Dropped] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False))
