@@ -65,8 +65,7 @@ def probabilities(name: str, drawn: Sequence[Scene]) -> dict[str, float]:
     for kept, mask in (
         ("all", torch.ones_like(own)), ("thing", own), ("rest", ~own), ("none", torch.zeros_like(own)),
     ):  # fmt: skip
-        states = adapter.image_states(model)
-        logits = logits_keeping(model, states, batch | images, mask).log_softmax(dim=-1)
+        logits = logits_keeping(model, adapter, batch | images, mask).log_softmax(dim=-1)
         found[kept] = _name_probability(processor, drawn, labels, logits)
     return found
 

@@ -143,6 +143,6 @@ def dataset(some_scenes, captions) -> Dataset:
     from lavender.world.student_models import conversation
 
     return to_dataset(
-        Sample(f"scene {scene.seed}", scene.image, conversation(PROMPT, caption))
+        Sample(f"scene {scene.seed}", (scene.image,), conversation(PROMPT, caption))
         for scene, caption in zip(some_scenes, captions, strict=True)
     )

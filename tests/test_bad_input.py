@@ -280,3 +280,34 @@ def test_eval_leaves_out_what_cannot_be_decoded_and_says_so(evaluate, bad_folder
         assert (reason in notes) == (name != "missing.png")  # that one was dropped when the rows were read
     good = 6 + len(UNUSUAL_PICTURES) + len(BAD_TEXTS)  # one of these texts is empty, and LONG is there
     assert result["arms"]["base"]["num_samples"] == good
+
+
+def test_eval_looks_at_samples_of_one_picture_and_counts_the_others(evaluate, scenes_folder, tmp_path):
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
+    two = [{"role": "user", "content": "<image> and <image>?"}, turns[1]]
+    later = [*turns, {"role": "user", "content": "<image>?"}, turns[1]]
+    image = next(str(one) for one in sorted(scenes_folder.iterdir()) if one.suffix == ".png")
+    rows = [
+        {"images": [image, image], "messages": two}, {"messages": turns}, {"image": image, "messages": turns},
+        {"messages": turns}, {"image": image, "messages": later}, {"image": image, "messages": [turns[1], *turns]},
+    ]  # fmt: skip
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = evaluate(tmp_path / "mixed.jsonl")
+    assert result["arms"]["base"]["num_samples"] == result["samples"] == 1
+    assert result["notes"] == [
+        "left out 1 sample with several pictures", "left out 2 samples without a picture",
+        "left out 1 sample whose picture is not in the first question",
+        "left out 1 sample not beginning with a question and its answer",
+    ]  # fmt: skip
+
+
+def test_eval_refuses_data_without_a_sample_of_one_picture(tmp_path, scenes_folder):
+    from lavender.comparison import spread
+    from lavender.data import read_samples
+    from lavender.errors import DataError
+
+    image = next(str(one) for one in sorted(scenes_folder.iterdir()) if one.suffix == ".png")
+    turns = [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "A dog."}]
+    (tmp_path / "two.jsonl").write_text(json.dumps({"images": [image, image], "messages": turns}))
+    with pytest.raises(DataError, match="Got 1 samples: left out 1 sample with several pictures. Expected some with"):
+        spread(read_samples(tmp_path / "two.jsonl").samples, 4)

@@ -33,7 +33,7 @@ def test_store_and_data_set_of_coco(panoptic, tmp_path):
     samples = read_samples(out / "panoptic_val2017.jsonl")
     assert not samples.dropped
     for sample in samples:  # every row of the data set finds its maps
-        assert (image_id(sample.load()), sample.answers[0]) in store
+        assert (image_id(sample.load()[0]), sample.answers[0]) in store
     dog = next(maps for maps in store if maps.text.startswith("A dog"))
     assert {word.text for word in dog.words} >= {"dog", "wall"}
     assert dog.confidence.tolist() == [1.0] * len(dog.words)

@@ -30,10 +30,10 @@ def read(tmp_path) -> dict[str, Samples]:
 
 
 def test_every_layout_has_an_example_that_is_read_whole(read):
-    assert list(read) == ["metadata.jsonl", "results.csv", "train.jsonl"]
+    assert list(read) == ["metadata.jsonl", "results.csv", "train.jsonl", "several.jsonl"]
     assert not [drop for samples in read.values() for drop in samples.dropped]
     assert {name: len(samples) for name, samples in read.items()} == {
-        "metadata.jsonl": 3, "results.csv": 2, "train.jsonl": 4,
+        "metadata.jsonl": 3, "results.csv": 2, "train.jsonl": 4, "several.jsonl": 3,
     }  # fmt: skip
 
 
@@ -41,6 +41,14 @@ def test_the_forms_of_a_conversation_mean_the_same(read):
     first, *same, caption = read["train.jsonl"]
     assert all(one.messages == first.messages for one in same)
     assert caption.messages[0]["content"][-1]["text"] == "Describe the image."
+
+
+def test_several_pictures_and_none(read):
+    assert [len(sample.sources) for sample in read["several.jsonl"]] == [2, 2, 0]
+    first, second, text = (sample.pairs for sample in read["several.jsonl"])
+    assert first == ((0, "A cat and a dog."), (1, "A cat and a dog."))
+    assert second == ((0, "A cat."), (0, "A dog."), (1, "A dog."))
+    assert text == ()
 
 
 def test_the_tables_name_every_column_in_order():

@@ -40,7 +40,7 @@ def folder(tmp_path, monkeypatch):
         for sample in samples:
             words = _words(sample.answers[0])
             maps = torch.rand(len(words), 5, 7)
-            writer.add(WordMaps(image_id(sample.load()), sample.answers[0], words, maps))
+            writer.add(WordMaps(image_id(sample.load()[0]), sample.answers[0], words, maps))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -102,23 +102,28 @@ class AlignmentCollator:
         if not pictures:
             self.coverage.dropped[NO_PICTURE] += 1
             return []
-        found, has_maps = [], False
-        for index, identity in enumerate(image_id(picture) for picture in pictures):
-            for turn, message in enumerate(messages):
-                maps = self._store.get(identity, text_of(message)) if message["role"] == "assistant" else None
-                if maps is None:
-                    continue
-                has_maps = True
-                map_of = {word.start: one for word, one in zip(maps.words, maps.maps, strict=True)}
-                answer = (turn, maps.text, [word for word in maps.words if self._wants(word)])
-                located = self._locator.rows(messages, [answer], ids, attention_mask, self.coverage.dropped, [index])
-                for word, rows in located:
-                    if seen[index, list(rows)].all():
-                        found.append(MappedWord(rows, index, map_of[word.start]))
-                    else:
-                        self.coverage.dropped[UNSEEN] += 1
-        if not has_maps:
+        texts = [text_of(message) if message["role"] == "assistant" else None for message in messages]
+        known = [
+            (index, turn, maps)
+            for index, identity in enumerate(image_id(picture) for picture in pictures)
+            for turn, text in enumerate(texts)
+            if text is not None and (maps := self._store.get(identity, text)) is not None
+        ]
+        if not known:
             self.coverage.dropped["sample without maps in the store"] += 1
+            return []
+        answers = [(turn, maps.text, [word for word in maps.words if self._wants(word)]) for _, turn, maps in known]
+        located = self._locator.rows_by_answer(
+            messages, answers, ids, attention_mask, self.coverage.dropped, [index for index, _, _ in known]
+        )
+        found = []
+        for (index, _, maps), own in zip(known, located, strict=True):
+            map_of = {word.start: one for word, one in zip(maps.words, maps.maps, strict=True)}
+            for word, rows in own:
+                if seen[index, list(rows)].all():
+                    found.append(MappedWord(rows, index, map_of[word.start]))
+                else:
+                    self.coverage.dropped[UNSEEN] += 1
         self.coverage.mapped_samples += bool(found)
         self.coverage.words += len(found)
         return found

@@ -81,8 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="load the weights; write a picture with the model's maps over it here",
     )
-    inspect.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     inspect.add_argument("--json", action="store_true", help="as JSON, which a pipe or a file gets anyway")
+    for verb in (check, evaluate, report, export, inspect):
+        verb.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     return parser
 
 
@@ -169,7 +170,7 @@ def _extract_annotations(options: argparse.Namespace) -> int:
     )  # fmt: skip
     samples = layout.samples() if options.data is None else read_samples(options.data)
     data_file = options.out / f"{layout.label}.jsonl" if options.data is None else None
-    with tqdm(total=sum(len(sample.answers) for sample in samples), unit="text", desc="maps") as bar:
+    with tqdm(total=sum(len(sample.pairs) for sample in samples), unit="text", desc="maps") as bar:
         summary = extract_annotations(
             samples, layout, options.out, grid=(options.grid, options.grid), data_file=data_file,
             strict=options.strict, on_progress=bar.update,
@@ -207,7 +208,7 @@ def _extract_teacher(options: argparse.Namespace) -> int:
         path = str(TEACHER_PATH)
     with loading("teacher", path):
         teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
-    total = sum(len(sample.answers) for sample in samples)
+    total = sum(len(sample.pairs) for sample in samples)
     with tqdm(total=total, unit="text", desc="maps") as bar:
 
         def show(estimate: Estimate) -> None:
@@ -252,6 +253,8 @@ def _print_summary(summary: Summary, out: Path) -> None:
         f"{summary.records} texts with {summary.words} word maps written to {out} in {_duration(summary.seconds)}; "
         f"{summary.already_there} were already there; {len(summary.dropped)} dropped"
     )
+    if summary.without_picture:
+        print(f"  samples without a picture, which need no map: {summary.without_picture}")
     for drop in summary.dropped[:SHOWN_DROPS]:
         print(f"  dropped {drop.what}: {drop.reason}")
     if len(summary.dropped) > SHOWN_DROPS:
@@ -261,7 +264,7 @@ def _print_summary(summary: Summary, out: Path) -> None:
 def _check(options: argparse.Namespace) -> int:
     from lavender.diagnosis import check_model
 
-    found = check_model(options.model, options.data, options.maps, options.limit)
+    found = check_model(options.model, options.data, options.maps, options.limit, options.trust_remote_code)
     print(json.dumps(found, indent=1))
     error = found["gain_standard_error"] or 0.0
     if found["gain"] < 2 * error:
@@ -282,7 +285,9 @@ def _train(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     from lavender.judgement import evaluate_runs
 
-    result = evaluate_runs(options.run, options.against, options.data, options.maps, options.limit)
+    result = evaluate_runs(
+        options.run, options.against, options.data, options.maps, options.limit, options.trust_remote_code
+    )
     names = list(next(iter(result["arms"].values())))
     print(f"{result['samples']} samples of {result['data']}")
     print("  ".join(["arm".ljust(16), *(name.rjust(14) for name in names)]))
@@ -313,14 +318,14 @@ def _study(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from lavender.judgement import report_run
 
-    print(f"report: {report_run(options.run, options.out)}")
+    print(f"report: {report_run(options.run, options.out, options.trust_remote_code)}")
     return DONE
 
 
 def _export(options: argparse.Namespace) -> int:
     from lavender.run import export_run
 
-    print(f"model: {export_run(options.run, options.out)}")
+    print(f"model: {export_run(options.run, options.out, options.trust_remote_code)}")
     return DONE
 
 

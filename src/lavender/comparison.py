@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.attention import Reading, student_maps
 from lavender.data import Sample
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, DataError
 from lavender.evaluation.text import generate_answers
 from lavender.images import image_id
 from lavender.locate import text_of
@@ -46,15 +47,43 @@ def require_limit(limit: int) -> None:
 
 
 def spread(samples: Sequence[Sample], limit: int) -> tuple[Sample, ...]:
-    """At most `limit` samples, evenly over the data."""
-    return tuple(samples[:: max(1, len(samples) // limit)][:limit])
+    """At most `limit` of the samples that can be looked at, evenly over the data; `left_out` tells of the others.
+
+    Raises:
+        DataError: there is none.
+    """
+    able = [sample for sample in samples if not _hindrance(sample)]
+    if not able:
+        raise DataError(
+            f"{len(samples)} samples: {'; '.join(left_out(samples))}", "some with one picture in the first question",
+            "name such data",
+        )  # fmt: skip
+    return tuple(able[:: max(1, len(able) // limit)][:limit])
+
+
+def left_out(samples: Sequence[Sample]) -> list[str]:
+    """How many samples cannot be looked at, by reason. A reading is one picture, one question and its answer."""
+    reasons = Counter(_hindrance(sample) for sample in samples)
+    return [
+        f"left out {count} sample{'' if count == 1 else 's'} {reason}" for reason, count in reasons.items() if reason
+    ]
+
+
+def _hindrance(sample: Sample) -> str:
+    if len(sample.sources) != 1:
+        return "with several pictures" if sample.sources else "without a picture"
+    turns = [message for message in sample.messages if message["role"] != "system"]
+    if [turn["role"] for turn in turns[:2]] != ["user", "assistant"]:
+        return "not beginning with a question and its answer"
+    shows = any(part["type"] == "image" for part in turns[0]["content"])
+    return "" if shows else "whose picture is not in the first question"
 
 
 def readings_of(samples: Sequence[Sample], store: MapStore | None) -> list[Reading]:
-    """First question and answer of each sample; the words the teacher mapped, else its content words."""
+    """First question and answer of each sample with one picture; the words the teacher mapped, else content words."""
     readings = []
     for sample in samples:
-        image = sample.load()
+        (image,) = sample.load()
         turns = [text_of(message) for message in sample.messages if message["role"] in ("user", "assistant")]
         prompt, answer = turns[0], turns[1]
         known = store.get(image_id(image), answer) if store is not None else None

@@ -8,7 +8,7 @@ the patches where the teacher sees the word, and from all others; the rest is re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.attention import Reading, evaluating
-from lavender.comparison import readings_of, require_limit, spread
+from lavender.comparison import left_out, readings_of, require_limit, spread
 from lavender.data import Samples, read_samples
 from lavender.errors import DataError, UnsupportedModelError
 from lavender.grids import overlap_matrix
@@ -43,7 +43,9 @@ class _Case:
     map: Tensor
 
 
-def check_model(model_path: str | Path, data: Path, maps: Path, limit: int = 64) -> dict[str, Any]:
+def check_model(
+    model_path: str | Path, data: Path, maps: Path, limit: int = 64, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Mean loss of mapped words, nats a token, from each choice of patches, and what it means.
 
     `gain`: what an oracle of place would save, the loss from the whole picture less that from the patches `there`.
@@ -52,8 +54,9 @@ def check_model(model_path: str | Path, data: Path, maps: Path, limit: int = 64)
     """
     require_limit(limit)
     store = MapStore.open(maps)
-    samples = readable(Samples(spread(read_samples(data).samples, limit))).samples
-    model, processor = load_run(model_path)
+    read = read_samples(data).samples
+    samples = readable(Samples(spread(read, limit))).samples
+    model, processor = load_run(model_path, trust_remote_code=trust_remote_code)
     cases = _cases(readings_of(samples, store), store)
     dropped: Counter[str] = Counter()
     losses = word_losses(model, processor, cases, dropped)
@@ -61,7 +64,8 @@ def check_model(model_path: str | Path, data: Path, maps: Path, limit: int = 64)
     gains = losses["whole"] - losses["there"]
     error = (gains.std() / len(gains) ** 0.5).item() if len(gains) > 1 else None
     return {
-        "model": str(model_path), "samples": len(samples), "words": len(gains), "dropped": dict(dropped), "loss": means,
+        "model": str(model_path), "samples": len(samples), "left_out": left_out(read), "words": len(gains),
+        "dropped": dict(dropped), "loss": means,
         "gain": gains.mean().item(), "gain_standard_error": error,
         "cost_without": (losses["elsewhere"] - losses["whole"]).mean().item(),
     }  # fmt: skip
@@ -131,7 +135,7 @@ def _batch(
     real = layout.pictures >= 0
     losses = {}
     for kept, mask in zip(KEPT, (None, there[real], ~there[real]), strict=True):
-        logits = logits_keeping(model, adapter.image_states(model), inputs, mask)
+        logits = logits_keeping(model, adapter, inputs, mask)
         losses[kept] = torch.stack([
             -logits[index, list(own)].log_softmax(dim=-1)
             .gather(1, inputs["input_ids"][index, [row + 1 for row in own]][:, None]).mean()
@@ -147,24 +151,40 @@ def _shows(heat: Tensor, boxes: Tensor) -> Tensor:
     return seen >= SHOWS * seen.max()
 
 
-def logits_keeping(model: PreTrainedModel, states: nn.Module, inputs: dict[str, Tensor], kept: Tensor | None) -> Tensor:
-    """Logits in float32 with the image states outside `kept` (all samples' keys) replaced by their mean."""
+def logits_keeping(
+    model: PreTrainedModel, adapter: VlmAdapter, inputs: Mapping[str, Tensor], kept: Tensor | None
+) -> Tensor:
+    """Logits in float32 with the image keys outside `kept` (all samples' keys in a row) replaced by their mean.
 
-    def replaced(found: Tensor, kept: Tensor) -> Tensor:
+    A key is what stands at its position when the language model begins; where that sees pictures by cross-attention
+    alone, what comes out of `image_states`.
+    """
+    keys = adapter.image_keys(inputs)
+
+    def replaced(found: Tensor) -> Tensor:
+        assert kept is not None
         mask = kept.to(found.device).reshape(*found.shape[:-1], 1)
         return torch.where(mask, found, found.flatten(0, -2).mean(dim=0))
 
-    def replace(module: nn.Module, args: tuple, output: Any) -> Any:
-        if kept is None:
-            return None
-        if isinstance(output, Tensor):
-            return replaced(output, kept)
-        output.pooler_output = replaced(output.pooler_output, kept)
-        if output.get("deepstack_features") is not None:  # Qwen3-VL: states of earlier layers, for later text layers
-            output.deepstack_features = [replaced(one, kept) for one in output.deepstack_features]
-        return output
+    def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return replaced(output)
 
-    handle = states.register_forward_hook(replace)
+    def replace_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        assert keys is not None
+        states, real = kwargs["inputs_embeds"].clone(), keys >= 0
+        samples, places = real.nonzero()[:, 0].to(states.device), keys[real].to(states.device)
+        states[samples, places] = replaced(states[samples, places])
+        given = kwargs | {"inputs_embeds": states}
+        if kwargs.get("deepstack_visual_embeds") is not None:  # Qwen3-VL: states of earlier tower layers, for later
+            given["deepstack_visual_embeds"] = [replaced(one) for one in kwargs["deepstack_visual_embeds"]]
+        return args, given
+
+    if kept is None:
+        return model(**inputs).logits.float()
+    if keys is None:
+        handle = adapter.image_states(model).register_forward_hook(replace_output)
+    else:
+        handle = model.get_decoder().register_forward_pre_hook(replace_input, with_kwargs=True)
     try:
         return model(**inputs).logits.float()
     finally:

@@ -6,13 +6,14 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from lavender.config import ExtractionConfig
 from lavender.data import Sample, Samples
@@ -45,8 +46,9 @@ def extract(
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Summary:
-    """Write the maps of every answer of every sample to the store at `out`.
+    """Write the maps of every answer on every picture before it to the store at `out`.
 
+    A sample whose pictures cannot all be read is dropped, as training drops it. One of text alone needs no map.
     Stopped at any moment and started again, it goes on where it was, and ends with the same records.
 
     Args:
@@ -55,6 +57,7 @@ def extract(
         on_progress: called with the number of texts done since the last call.
     """
     began, summary = time.monotonic(), Summary(dropped=list(samples.dropped))
+    summary.without_picture = sum(not sample.sources for sample in samples)
     if strict and samples.dropped:
         _refuse(samples.dropped[0])
     config = teacher.config
@@ -86,11 +89,11 @@ def extract(
 
 @dataclass(frozen=True)
 class _Item:
-    """One answer of a sample: a job, or why there is none; without either the store has it already.
+    """One answer on one picture: a job, or why there is none; without either the store has it already.
 
     Attributes:
         mapless: the record of a text without a word.
-        texts: how many answers this stands for (all of a sample whose picture can't be read).
+        texts: how many of a sample's pairs this stands for (all, where a picture can't be read).
     """
 
     job: Job | None = None
@@ -100,33 +103,45 @@ class _Item:
 
 
 def _read(samples: Iterable[Sample], teacher: Teacher, writer: StoreWriter, strict: bool) -> Iterator[_Item]:
-    """Every answer of every sample: pictures decoded, known by content and made small; words found."""
-    config = teacher.config
+    """Every pair of every sample: pictures decoded, known by content and made small; words found."""
     seen: set[tuple[str, str]] = set()
     for sample in samples:
         try:
-            image = sample.load()
+            images = sample.load()
         except DataError as error:
             if strict:
                 raise
-            yield _Item(drop=Dropped(sample.name, str(error)), texts=len(sample.answers))
+            yield _Item(drop=Dropped(sample.name, str(error)), texts=len(sample.pairs))
             continue
-        identity, framed = image_id(image), None
-        for answer in sample.answers:
-            if (identity, answer) in seen or (identity, answer) in writer:
-                yield _Item()
-                continue
-            seen.add((identity, answer))
-            if words := content_words(answer, config.parts_of_speech):
-                framed = framed or teacher.frame(image)
-                yield _Item(Job(framed, identity, answer, words))
-                continue
-            drop = Dropped(
-                f"{sample.name}: {answer[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}"
-            )
+        if images and not sample.pairs:
+            drop = Dropped(sample.name, "no answer after a picture")
             if strict:
                 _refuse(drop)
-            yield _Item(drop=drop, mapless=WordMaps(identity, answer, (), torch.zeros(0, *config.grid)))
+            yield _Item(drop=drop, texts=0)
+        yield from _pairs(sample, images, teacher, writer, seen, strict)
+
+
+def _pairs(
+    sample: Sample, images: Sequence[Image.Image], teacher: Teacher, writer: StoreWriter,
+    seen: set[tuple[str, str]], strict: bool,
+) -> Iterator[_Item]:  # fmt: skip
+    config = teacher.config
+    identities, framed = [image_id(image) for image in images], {}
+    for index, answer in sample.pairs:
+        key = identities[index], answer
+        if key in seen or key in writer:
+            yield _Item()
+            continue
+        seen.add(key)
+        if words := content_words(answer, config.parts_of_speech):
+            if index not in framed:
+                framed[index] = teacher.frame(images[index])
+            yield _Item(Job(framed[index], *key, words))
+            continue
+        drop = Dropped(f"{sample.name}: {answer[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}")
+        if strict:
+            _refuse(drop)
+        yield _Item(drop=drop, mapless=WordMaps(*key, (), torch.zeros(0, *config.grid)))
 
 
 def _jobs(
@@ -204,7 +219,7 @@ def _ahead(items: Iterator[_Item], size: int) -> Iterator[_Item]:
 def _estimate(
     samples: Samples, already_there: int, batch: list[Job], seconds: float, config: ExtractionConfig
 ) -> Estimate:
-    texts = sum(len(sample.answers) for sample in samples) - already_there
+    texts = sum(len(sample.pairs) for sample in samples) - already_there
     words = sum(len(job.words) for job in batch) / len(batch)
     size = words * (config.grid[0] * config.grid[1] + 64) / 1e6
     return Estimate(texts, texts * seconds / len(batch), texts * size)

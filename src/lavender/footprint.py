@@ -58,7 +58,7 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
 
 
 def _is_cross(adapter: VlmAdapter) -> bool:
-    return adapter.model_type in ("mllama", "idefics")
+    return adapter.model_type in ("mllama", "idefics", "open_flamingo")
 
 
 def _known_keys(adapter: VlmAdapter) -> int | None:
@@ -70,6 +70,8 @@ def _known_keys(adapter: VlmAdapter) -> int | None:
     if adapter.model_type == "idefics":
         patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         return config.perceiver_config.resampler_n_latents if config.use_resampler else 1 + patches
+    if adapter.model_type == "open_flamingo":
+        return config.perceiver_latents
     if adapter.model_type == "llava":
         return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     return config.mm_tokens_per_image if adapter.model_type == "gemma3" else None

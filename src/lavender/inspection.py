@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 QUESTION, ANSWER = "Describe the image.", "A cat with green eyes and long whiskers."
 SAMPLE_SIZE = (480, 640)  # (height, width) in pixels of the picture that stands for a user's
 NEEDS = "an adapter: one file in lavender/vlm, one line in its registry, one file of tests; see docs/add-a-vlm.md"
+OWN_CODE = "the model comes with its own code; read it, then add --trust-remote-code"
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "adapter_config.json", "checkpoint")
 
@@ -57,25 +58,41 @@ def _inspect_store(path: Path) -> dict[str, Any]:
 
 def _inspect_model(target: str, picture: Path | None, trust_remote_code: bool) -> dict[str, Any]:
     """From the config alone (no weights); with `picture`, loads the model and draws one map."""
+    folder = _model_folder(target)
+    config, is_whole = _config_of(folder, trust_remote_code)
+    adapter = _adapter_of(config)
+    try:
+        facts: dict[str, Any] = {
+            "kind": "model", "family": adapter.model_type, "class": (config.architectures or [None])[0],
+            "usable_layers": list(adapter.usable_layers()), "layers": config.get_text_config().num_hidden_layers,
+            "heads": adapter.num_heads(), "image_keys": adapter.describe_keys(),
+        }  # fmt: skip
+    except AttributeError as error:
+        if is_whole:
+            raise
+        raise _consent(folder, f", whose config leaves {error.name!r} to that code") from error
+    if is_whole:
+        return facts | _measured(target, folder, config, adapter, picture, trust_remote_code)
+    if picture is not None:
+        raise _consent(folder, " and must run to draw maps")
+    return facts | {"parameters": None, "bytes_in_bfloat16": None, "memory": None, "sample": {"missing": OWN_CODE}}
+
+
+def _measured(
+    target: str, folder: str, config: Any, adapter: VlmAdapter, picture: Path | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    """What takes the model's modules, without weights, and its processor."""
     from lavender.footprint import footprint
 
-    folder = _model_folder(target)
-    config = _config_of(folder, trust_remote_code)
-    adapter = _adapter_of(config)
     model = _empty_model(folder, config, trust_remote_code)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts: dict[str, Any] = {
-        "kind": "model", "family": adapter.model_type, "class": type(model).__name__, "parameters": parameters,
-        "usable_layers": list(adapter.usable_layers()), "layers": config.get_text_config().num_hidden_layers,
-        "heads": adapter.num_heads(), "image_keys": adapter.describe_keys(),
-        "bytes_in_bfloat16": 2 * parameters,
-    }  # fmt: skip
     sample = _sample(folder, adapter, trust_remote_code)
     if picture is not None:
-        sample |= _draw_sample(target, picture)
-    facts["sample"] = sample
-    facts["memory"] = footprint(model, adapter, sample.get("image_keys"), sample.get("tokens"))
-    return facts
+        sample |= _draw_sample(target, picture, trust_remote_code)
+    return {
+        "class": type(model).__name__, "parameters": parameters, "bytes_in_bfloat16": 2 * parameters, "sample": sample,
+        "memory": footprint(model, adapter, sample.get("image_keys"), sample.get("tokens")),
+    }  # fmt: skip
 
 
 def _model_folder(target: str) -> str:
@@ -84,24 +101,36 @@ def _model_folder(target: str) -> str:
     return str(checkpoint) if (checkpoint / "config.json").is_file() else target
 
 
-def _config_of(target: str, trust_remote_code: bool) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+def _config_of(target: str, trust_remote_code: bool) -> tuple[Any, bool]:
+    """A model's config, and whether it is whole: one that comes with code which may not run is taken as written."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     from lavender.run import loading
+    from lavender.vlm import registry  # noqa: F401  # makes OpenFlamingo known to AutoConfig
 
     with loading("model", target):
-        try:
-            return AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
-        except StrictDataclassError as error:
-            raise ValueError(" ".join(str(error).split())) from error
-        except ValueError as error:
-            if "trust_remote_code" not in str(error):
-                raise
-            raise ConfigError(
-                f"{target}, a model that comes with its own code", "your consent to run that code",
-                "read it, then add --trust-remote-code",
-            ) from error  # fmt: skip
+        raw, _ = PreTrainedConfig.get_config_dict(target)
+        own_code = "AutoConfig" in (raw.get("auto_map") or {}) and raw.get("model_type") not in CONFIG_MAPPING
+        if own_code and not trust_remote_code:
+            return _as_written(raw), False
+        return AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code), True
+
+
+def _as_written(raw: dict[str, Any]) -> Any:
+    """A config and its parts, without the defaults that the model's own code would add."""
+    from transformers import PreTrainedConfig
+
+    parts = {name: _as_written(one) for name, one in raw.items() if name.endswith("_config") and isinstance(one, dict)}
+    config: Any = PreTrainedConfig(**{name: one for name, one in raw.items() if name != "model_type"} | parts)
+    config.model_type = raw.get("model_type", "")
+    return config
+
+
+def _consent(target: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{target}, a model that comes with its own code{why}", "your consent to run that code",
+        "read it, then add --trust-remote-code",
+    )  # fmt: skip
 
 
 def _adapter_of(config: Any) -> VlmAdapter:
@@ -119,15 +148,12 @@ def _adapter_of(config: Any) -> VlmAdapter:
 def _empty_model(target: str, config: Any, trust_remote_code: bool) -> Any:
     """The model without weights: shapes alone."""
     import torch
-    from transformers import AutoModel, AutoModelForImageTextToText
 
     from lavender.run import loading
+    from lavender.vlm.registry import auto_class
 
-    # a model with its own code says which of the general classes loads it
-    classes = config.to_dict().get("auto_map") or {AutoModelForImageTextToText.__name__: ""}
-    auto = AutoModelForImageTextToText if AutoModelForImageTextToText.__name__ in classes else AutoModel
     with loading("model", target), torch.device("meta"):
-        return auto.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config, trust_remote_code).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _sample(target: str, adapter: VlmAdapter, trust_remote_code: bool) -> dict[str, Any]:
@@ -138,7 +164,7 @@ def _sample(target: str, adapter: VlmAdapter, trust_remote_code: bool) -> dict[s
         return {"missing": "the folder has no processor and no tokenizer"}
     try:
         processor = AutoProcessor.from_pretrained(target, trust_remote_code=trust_remote_code)
-        return _located(adapter, processor)
+        return _located(adapter, adapter.processor(processor))
     except (OSError, ValueError, ImportError, AttributeError, LavenderError) as error:
         return {"missing": f"its processor does not make a sample here: {str(error).strip().splitlines()[0]}"}
 
@@ -173,13 +199,13 @@ def _located(adapter: VlmAdapter, processor: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _draw_sample(target: str, picture: Path) -> dict[str, Any]:
+def _draw_sample(target: str, picture: Path, trust_remote_code: bool) -> dict[str, Any]:
     from lavender.attention import Reading, student_maps
     from lavender.run import load_run
     from lavender.words import content_words
 
     image = _photograph()
-    model, processor = load_run(target)
+    model, processor = load_run(target, trust_remote_code=trust_remote_code)
     reading = Reading(image, QUESTION, ANSWER, content_words(ANSWER, ("noun", "adjective", "verb")))
     maps = student_maps(model, processor, [reading])[0]
     rows = [WordRow(word.text, {"attention": one}) for word, one in zip(maps.words, maps.maps, strict=True)]
@@ -215,14 +241,18 @@ def _store_text(facts: dict[str, Any]) -> str:
 
 def _model_text(facts: dict[str, Any]) -> str:
     layers = f"{len(facts['usable_layers'])} of {facts['layers']}: {_ranges(facts['usable_layers'])}"
+    parameters = "unknown: " + OWN_CODE
+    if facts["parameters"] is not None:
+        parameters = f"{facts['parameters']:,} ({_size(facts['bytes_in_bfloat16'])} in bfloat16)"
     lines = [
         f"{facts['class']}, family {facts['family']}",
-        f"  parameters     {facts['parameters']:,} ({_size(facts['bytes_in_bfloat16'])} in bfloat16)",
+        f"  parameters     {parameters}",
         f"  usable layers  {layers}; {facts['heads']} heads each",
         f"  image keys     {facts['image_keys']}",
         "",
     ]
-    lines += [*_sample_lines(facts["sample"]), "", *_memory_lines(facts["memory"])]
+    memory = _memory_lines(facts["memory"]) if facts["memory"] else [f"No estimate of memory: {OWN_CODE}"]
+    lines += [*_sample_lines(facts["sample"]), "", *memory]
     return "\n".join(one for line in lines for one in _wrapped(line) or [""])
 
 

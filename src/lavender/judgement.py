@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lavender.comparison import Observed, Phrase, observe, panels_of, readings_of, require_limit, spread
+from lavender.comparison import Observed, Phrase, left_out, observe, panels_of, readings_of, require_limit, spread
 from lavender.config import AlignmentConfig
 from lavender.data import Sample, Samples, read_samples
 from lavender.errors import ConfigError, DataError
@@ -21,7 +21,12 @@ NUM_PANELS = 6
 
 
 def evaluate_runs(
-    run: Path, against: list[Path], data: Path | None = None, maps: Path | None = None, limit: int = 64
+    run: Path,
+    against: list[Path],
+    data: Path | None = None,
+    maps: Path | None = None,
+    limit: int = 64,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Scores of the run, of its base and of the runs beside it, on the same samples; also in RUN/eval.json."""
     require_limit(limit)
@@ -32,8 +37,9 @@ def evaluate_runs(
     store = MapStore.open(maps) if maps is not None else None
     read = read_samples(data, prompt=config["prompt"])
     samples = readable(Samples(spread(read.samples, limit)))
-    arms, _ = _observe_arms(_arms(config, run, against), list(samples), store)
+    arms, _ = _observe_arms(_arms(config, run, against), list(samples), store, trust_remote_code)
     notes = ["these samples were trained on; pass --data for held-out ones"] if own_data else []
+    notes += left_out(read.samples)
     notes += [f"left out {drop.what}: {drop.reason}" for drop in samples.dropped]
     result = {
         "data": str(data), "maps": str(maps) if maps else None, "samples": len(samples),
@@ -44,21 +50,22 @@ def evaluate_runs(
     return result
 
 
-def report_run(run: Path, out: Path | None = None) -> Path:
+def report_run(run: Path, out: Path | None = None, trust_remote_code: bool = False) -> Path:
     """Write a page about a run: its losses, what `eval` found, and pictures with everyone's maps."""
     config = _config_of(run)
     found = json.loads((run / "eval.json").read_text()) if (run / "eval.json").is_file() else None
     data, maps = (found["data"], found["maps"]) if found else (config["data"], config["maps"])
     store = MapStore.open(maps) if maps else None
-    samples = _with_maps(read_samples(data, prompt=config["prompt"]).samples, store)
+    read = read_samples(data, prompt=config["prompt"]).samples
+    samples = _with_maps(spread(read, len(read)), store)
     against = [Path(path) for path in found["against"]] if found else []
-    arms, readings = _observe_arms(_arms(config, run, against), samples, store)
+    arms, readings = _observe_arms(_arms(config, run, against), samples, store, trust_remote_code)
     tables = []
     if found:
         names = list(next(iter(found["arms"].values())))
         rows = [[arm, *(scores[name] for name in names)] for arm, scores in found["arms"].items()]
         tables.append(Table(f"{found['samples']} samples of {found['data']}", ["arm", *names], rows))
-    notes = list(found["notes"]) if found else ["run `lavender eval` for scores"]
+    notes = list(found["notes"]) if found else ["run `lavender eval` for scores", *left_out(read)]
     if store is not None and store.identity.get("teacher") == "world":
         notes.append(
             "The maps come from the built-in teacher, which has only ever seen drawings on textures. On photographs "
@@ -91,11 +98,11 @@ def _arms(config: dict[str, Any], run: Path, against: list[Path]) -> dict[str, s
     return arms
 
 
-def _observe_arms(arms: dict[str, str | Path], samples: list[Sample], store: MapStore | None):
+def _observe_arms(arms: dict[str, str | Path], samples: list[Sample], store: MapStore | None, trust_remote_code: bool):
     readings = readings_of(samples, store)
     observed: dict[str, Observed] = {}
     for name, path in arms.items():
-        model, processor = load_run(path)
+        model, processor = load_run(path, trust_remote_code=trust_remote_code)
         observed[name] = observe(model, processor, readings, store)
     return observed, readings
 
@@ -107,7 +114,8 @@ def _with_maps(samples: tuple[Sample, ...], store: MapStore | None) -> list[Samp
     kept = []
     for sample in samples:
         try:
-            maps = store.get(image_id(sample.load()), sample.answers[0])
+            (image,) = sample.load()
+            maps = store.get(image_id(image), sample.answers[0])
         except DataError:  # training dropped it too, and said so
             continue
         if maps is not None and maps.words:

@@ -74,7 +74,20 @@ class WordLocator:
         dropped: Counter[str],
         pictures: Iterable[int] | None = None,
     ) -> list[tuple[Word, tuple[int, ...]]]:
-        """Each word with the positions of the rows that predict its tokens.
+        """`rows_by_answer`, those of all answers in one list."""
+        found = self.rows_by_answer(messages, answers, ids, attention_mask, dropped, pictures)
+        return [one for own in found for one in own]
+
+    def rows_by_answer(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        answers: Iterable[tuple[int, str, Sequence[Word]]],
+        ids: Tensor,
+        attention_mask: Tensor,
+        dropped: Counter[str],
+        pictures: Iterable[int] | None = None,
+    ) -> list[list[tuple[Word, tuple[int, ...]]]]:
+        """Of each answer its words, each with the positions of the rows that predict its tokens.
 
         Args:
             messages: the conversation, with a part of type "image" where a picture is.
@@ -92,14 +105,17 @@ class WordLocator:
         sequence = _Sequence.of(self._vocabulary, ids, attention_mask)
         pieces = self._pieces(rendered)
         placed = sequence.place([piece.surface for piece in pieces])
-        answers, found = list(answers), []
+        answers = list(answers)
+        found: list[list[tuple[Word, tuple[int, ...]]]] = [[] for _ in answers]
         pictures = [0] * len(answers) if pictures is None else pictures
-        for (turn, text, words), picture in zip(answers, pictures, strict=True):
-            starts = self._starts(rendered, messages, turn, text) if words else []
+        starts_of: dict[tuple[int, str], list[tuple[int, int, int]]] = {}  # the same for all pictures
+        for own, (turn, text, words), picture in zip(found, answers, pictures, strict=True):
+            if words and (turn, text) not in starts_of:
+                starts_of[turn, text] = self._starts(rendered, messages, turn, text)
             for word in words:
                 spans = [
                     (start + max(word.start, first), start + min(word.end, last))
-                    for start, first, last in starts
+                    for start, first, last in starts_of[turn, text]
                     if word.start < last and word.end > first
                 ]
                 reason, tokens = self._tokens(pieces, placed, sequence, spans, picture)
@@ -108,7 +124,7 @@ class WordLocator:
                 if reason:
                     dropped[reason] += 1
                 else:  # the row before a token predicts it
-                    found.append((word, tuple(sequence.positions[index] - 1 for index in tokens)))
+                    own.append((word, tuple(sequence.positions[index] - 1 for index in tokens)))
         return found
 
     def _tokens(

@@ -135,11 +135,11 @@ def _training_keys() -> set[str]:
 def train(run: RunConfig) -> Path:
     """Run it; the run folder. With `align_weight: 0` this is plain fine-tuning."""
     from peft import LoraConfig
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
     from lavender.data import read_samples, to_dataset
     from lavender.trainer import LavenderConfig, LavenderTrainer, export, save_head
-    from lavender.vlm.registry import adapter_for
+    from lavender.vlm.registry import adapter_for, auto_class
 
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,8 @@ def train(run: RunConfig) -> Path:
         print(f"dropped {drop.what}: {drop.reason}")
     common = {"trust_remote_code": run.trust_remote_code}
     with loading("model", run.model):
-        adapter = adapter_for(AutoConfig.from_pretrained(run.model, **common))
+        config = AutoConfig.from_pretrained(run.model, **common)
+        adapter = adapter_for(config)
         processor = adapter.processor(AutoProcessor.from_pretrained(run.model, **common))
     training: dict[str, Any] = {"report_to": "none", "max_length": None, **run.training}
     training.setdefault("assistant_only_loss", "{% generation" in (processor.chat_template or "").replace("{%-", "{%"))
@@ -162,7 +163,8 @@ def train(run: RunConfig) -> Path:
         got = f"settings of training that LavenderConfig refuses: {error}"
         raise ConfigError(got, "values that it accepts", "change the setting") from error
     with loading("model", run.model):
-        model = AutoModelForImageTextToText.from_pretrained(run.model, dtype=run.dtype, use_safetensors=True, **common)
+        auto = auto_class(config, run.trust_remote_code)
+        model = adapter.load(auto, run.model, dtype=run.dtype, use_safetensors=True, **common)
     lora = None if run.lora is None else LoraConfig(
         r=run.lora.r, lora_alpha=run.lora.alpha, lora_dropout=run.lora.dropout, task_type="CAUSAL_LM",
         target_modules=run.lora.target_modules if isinstance(run.lora.target_modules, str)
@@ -195,7 +197,10 @@ def readable(samples: Samples) -> Samples:
     """The samples whose picture can be decoded; the others are dropped now, not met at some later step."""
     from lavender.data import Samples
 
-    places = [one.source if isinstance(one.source, Path) else index for index, one in enumerate(samples)]
+    places = [
+        one.sources if one.sources and all(isinstance(source, Path) for source in one.sources) else index
+        for index, one in enumerate(samples)
+    ]
     pictures = dict(zip(places, samples, strict=True))  # each file once, however many texts it has
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # load_image does so too, but the filters are shared by all threads
@@ -221,11 +226,23 @@ def _fault(sample: Sample) -> str:
 @contextmanager
 def loading(what: str, path: str | Path) -> Iterator[None]:
     """Say in our own words that a model cannot be loaded."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
     except LavenderError:
         raise
+    except StrictDataclassError as error:  # a config that contradicts itself: the second line says how
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"the {what} {path}, whose config is wrong: {reason}", "a config that fits", "repair its config.json"
+        ) from error
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"the {what} {path}, which comes with its own code", "your consent to run that code",
+                "read it, then add --trust-remote-code, or trust_remote_code: true to a run",
+            ) from error  # fmt: skip
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
             f"the {what} {path}, which cannot be loaded: {reason}", "a model folder or a hub id", "check the path"
@@ -238,8 +255,12 @@ def _last_checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
-def load_run(path: str | Path, dtype: str = "float32"):
-    """(model, processor) of a run folder's checkpoint, or of a plain model path; LoRA is merged."""
+def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool = False):
+    """(model, processor) of a run folder's checkpoint, or of a plain model path; LoRA is merged.
+
+    Code that comes with the model runs only if `trust_remote_code`, also where the run was trained so: a run folder
+    may come from somebody else.
+    """
     from transformers import AutoProcessor
 
     from lavender.vlm.registry import adapter_for
@@ -247,28 +268,37 @@ def load_run(path: str | Path, dtype: str = "float32"):
     checkpoint = Path(path) / "checkpoint"
     folder = checkpoint if checkpoint.is_dir() else Path(path)
     with loading("model", path):
-        model = _load_model(folder, dtype)
-        return model, adapter_for(model.config).processor(AutoProcessor.from_pretrained(folder))
+        model = _load_model(folder, dtype, trust_remote_code)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return model, adapter_for(model.config).processor(processor)
 
 
-def export_run(run: Path, out: Path) -> Path:
+def export_run(run: Path, out: Path, trust_remote_code: bool = False) -> Path:
     """Write a run's tuned model as one ordinary checkpoint with processor, LoRA merged, in the weights' own dtype."""
     if not (run / "checkpoint").is_dir():
         raise ConfigError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}, which is not empty", "a new folder", "choose another --out")
-    model, processor = load_run(run, dtype="auto")
+    model, processor = load_run(run, dtype="auto", trust_remote_code=trust_remote_code)
     model.save_pretrained(out)
     processor.save_pretrained(out)
     return out
 
 
-def _load_model(folder: Path, dtype: str):
+def _load_model(folder: Path, dtype: str, trust_remote_code: bool):
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig
 
-    if (folder / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, use_safetensors=True)
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
+    from lavender.vlm.registry import adapter_for, auto_class
+
+    lora = PeftConfig.from_pretrained(str(folder)) if (folder / "adapter_config.json").is_file() else None
+    base = str(folder) if lora is None else str(lora.base_model_name_or_path)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    model = adapter_for(config).load(
+        auto_class(config, trust_remote_code), base, dtype=dtype, use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if lora is not None:
+        lora.task_type = None  # it is merged here, and what PEFT adds for a task is not needed
+        model = PeftModel.from_pretrained(model, str(folder), config=lora).merge_and_unload()
+    return model.eval()

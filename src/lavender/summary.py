@@ -14,11 +14,18 @@ FLUSH_SECONDS = 20.0
 
 @dataclass
 class Summary:
-    """What an extraction did. `dropped` names every sample and word that got no map, with the reason."""
+    """What an extraction did.
+
+    Attributes:
+        records: texts written, one for each picture that they are mapped on.
+        without_picture: samples of text alone, which need no map.
+        dropped: names every sample and word that should have a map and got none, with the reason.
+    """
 
     records: int = 0
     words: int = 0
     already_there: int = 0
+    without_picture: int = 0
     seconds: float = 0.0
     dropped: list[Dropped] = field(default_factory=list)
 

@@ -228,7 +228,7 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
         processing_class: the model's processor; unlike in SFTTrainer it is required.
         maps: the map store, if `args.maps` does not name it.
         peft_config: LoRA settings; the model itself must not be a PeftModel yet.
-        kwargs: SFTTrainer's other arguments. Data sets need `images` (one picture a sample) and `messages`.
+        kwargs: SFTTrainer's other arguments. Data sets need `messages` and `images`: none, one or several.
     """
 
     def __init__(

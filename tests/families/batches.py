@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,11 +11,14 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor
 
-from families.asking import captured, cast, eager_rows
+from families.asking import captured, cast
+from families.core import EagerRows
 from families.geometry import GRID, Family, laid, picture
 from lavender.alignment_data import row_tensors
 from lavender.attention import capturing
 from lavender.config import AlignmentConfig
+from lavender.diagnosis import logits_keeping, word_losses
+from lavender.errors import UnsupportedModelError
 from lavender.grids import KeyLayout
 from lavender.objective import AlignmentRequest, attach
 from lavender.vlm.capture import AttentionRequest
@@ -56,13 +59,8 @@ def boxes_and_pictures(layout: KeyLayout) -> tuple[Tensor, Tensor]:
     return layout.boxes.flatten(0, 1), torch.tensor(owners).repeat_interleave(layout.boxes.shape[1])
 
 
-class Batches:
+class Batches(EagerRows):
     """Collected as a part of the contract only, whose fixtures it uses."""
-
-    @staticmethod
-    def eager_rows(model, batch: Mapping[str, Tensor], request: AttentionRequest) -> Tensor:
-        """A family overrides this where transformers returns the rows of other layers, or none."""
-        return eager_rows(model, batch, request)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -166,6 +164,36 @@ class Batches:
             maps = laid((difference[own] / difference.sum())[None], boxes[own], (3, 5)).flatten()
             assert maps.argmax().item() == 7
             assert maps[7] > family.clear * maps.sum()
+
+    @torch.no_grad()
+    def test_the_check_replaces_the_keys_it_means(self, family, model, batch, readings):
+        """What the language model gets: a kept key's own state, and elsewhere the mean; a resampler is refused."""
+        adapter, seen = adapter_for(model.config), []
+        if adapter.resampler(model) is not None:
+            with pytest.raises(UnsupportedModelError, match="whose language model sees a resampler's latents"):
+                word_losses(model, family.processor, [], Counter())
+            return
+        real = adapter.image_boxes(batch, [[size] for size in family.sizes[:3]], family.processor).pictures >= 0
+        kept = torch.rand(int(real.sum()), generator=torch.Generator().manual_seed(2)) < 0.3
+        plain, everything = model(**batch).logits, torch.ones_like(kept)
+        assert torch.equal(logits_keeping(model, adapter, batch, everything), plain)
+        if (keys := adapter.image_keys(batch)) is None:
+            assert not torch.equal(logits_keeping(model, adapter, batch, kept), plain)
+            assert not adapter.image_states(model)._forward_hooks
+            return
+        layers = model.get_decoder().layers
+        for mask in (None, kept):
+            handle = layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+            logits_keeping(model, adapter, batch, mask)
+            handle.remove()
+        samples = real.nonzero()[:, 0]
+        whole, part = (one[samples, keys[real]] for one in seen)
+        torch.testing.assert_close(part[kept], whole[kept], rtol=0, atol=0)
+        torch.testing.assert_close(part[~kept], whole.mean(0).expand_as(part[~kept]))
+        others = torch.ones(seen[0].shape[:2], dtype=torch.bool)
+        others[samples, keys[real]] = False
+        assert torch.equal(seen[0][others], seen[1][others])
+        assert not model.get_decoder()._forward_pre_hooks
 
     def test_lora(self, family, model, batch):
         """Rows are those of eager attention with the adapter in place, and the loss trains the adapter alone."""

@@ -3,32 +3,31 @@
 1 logits unchanged · 2 rows exact · 3 gradients reach q and k · 4 the model is restored · 5 the place of every
 image key (`families.geometry`, also for a family's other processors) · 6 padding side and batch order change
 nothing · 7 checkpointing · 8 samples with several pictures and with none, LoRA, bfloat16 (`families.batches`) ·
-9 what would be silently wrong raises (`families.guards`).
+9 what would be silently wrong raises (`families.guards`). A family's further text models or towers need
+`families.core` alone, the decisive part of 1, 2, 3, 5, 6 and 7.
 """
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from families.asking import captured, cast, request_of, traces
 from families.batches import Batches
-from families.geometry import GRID, Geometry, batch_of, reading
+from families.core import POOLINGS, Core
+from families.geometry import GRID, batch_of
 from families.guards import Guards
 from lavender.attention import Reading, capturing, student_maps
 from lavender.config import AlignmentConfig, Pooling
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
 from lavender.objective import HEAD_NAME, attach, detach
-from lavender.vlm.capture import AttentionRequest, install, set_kernel
+from lavender.vlm.capture import install, set_kernel
 from lavender.vlm.registry import adapter_for
 from lavender.words import words_of
 
-ANSWERS = ("a dog and a cat", "one red apple near the tiny house", "sun")
-POOLINGS = pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
 EVERY_POOLING = pytest.mark.parametrize(
     ("pooling", "dtype"),
     [(pooling, torch.float32) for pooling in get_args(Pooling)]
@@ -36,35 +35,10 @@ EVERY_POOLING = pytest.mark.parametrize(
 )
 
 
-class Contract(Batches, Guards, Geometry):
+class Contract(Batches, Guards, Core):
     """Collected as a subclass only."""
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def readings(cls, family) -> list[Reading]:
-        """Three pictures of different shapes, answers of different lengths."""
-        return [reading(size, answer, seed) for seed, (size, answer) in enumerate(zip(family.sizes, ANSWERS))]  # noqa: B905
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def batch(cls, family, readings) -> dict[str, Tensor]:
-        return batch_of(family, readings)
-
     # 1
-
-    @torch.no_grad()
-    def test_logits_are_the_same_bits_with_capture(self, model, batch):
-        adapter, plain, rows = (
-            adapter_for(model.config),
-            model(**batch).logits,
-            torch.tensor([[5, 9], [8, 7], [12, 11]]),
-        )
-        request = AttentionRequest(rows, adapter.usable_layers(), adapter.image_keys(batch))
-        with capturing(model):
-            assert torch.equal(model(**batch).logits, plain)  # installed, not asked
-            assert torch.equal(model(**batch, attention_request=request).logits, plain)
-        assert tuple(request.rows) == adapter.usable_layers()
-        assert torch.equal(model(**batch).logits, plain)
 
     @torch.no_grad()
     def test_generation_is_the_same_with_capture(self, family, model, readings):
@@ -84,11 +58,6 @@ class Contract(Batches, Guards, Geometry):
 
     # 2
 
-    def test_rows_are_those_of_eager_attention(self, model, batch):
-        request = captured(model, batch)
-        assert request.stacked().dtype == torch.float32
-        torch.testing.assert_close(request.stacked(), self.eager_rows(model, batch, request), rtol=0, atol=1e-6)
-
     def test_chosen_layers_alone_are_captured(self, model, batch):
         last = adapter_for(model.config).layers(adapter_for(model.config).usable_layers()[-1:])
         assert tuple(captured(model, batch, last).rows) == last
@@ -100,19 +69,6 @@ class Contract(Batches, Guards, Geometry):
         assert f"Expected some of {adapter.usable_layers()}." in str(caught.value)
 
     # 3
-
-    def test_gradients_of_the_loss_reach_queries_and_keys_of_every_layer(self, family, model, batch, readings):
-        adapter, head = adapter_for(model.config), attach(model, AlignmentConfig())
-        model.train()
-        output = model(**batch, attention_request=request_of(family, model, batch, readings, head.layers))
-        output.attention_loss.backward()
-        assert head.layers == adapter.usable_layers()
-        for layer in head.layers:
-            attention = adapter.attention_module(model, layer)
-            for projection in (attention.q_proj, attention.k_proj):
-                assert projection.weight.grad.abs().max() > 1e-8
-                assert projection.weight.grad.isfinite().all()
-        assert all(one.grad is not None and one.grad.isfinite().all() for one in head.parameters())
 
     def test_learned_projections_alone_get_the_gradient(self, family, model, batch, readings):
         """The last layer's own projections get none; earlier ones get it through the hidden states."""
@@ -228,41 +184,11 @@ class Contract(Batches, Guards, Geometry):
                 torch.testing.assert_close(other.maps, one.maps, rtol=0, atol=1e-5)
         assert (together[0].maps[0] - together[1].maps[0]).abs().max() > 1e-3
 
-    def test_padding_side_changes_nothing(self, family, model, readings):
-        stacked = []
-        for side in ("left", "right"):
-            batch = batch_of(family, readings, side)
-            lengths = batch["attention_mask"].sum(1)
-            shift = batch["attention_mask"].shape[1] - lengths if side == "left" else torch.zeros_like(lengths)
-            assert shift.unique().numel() == (3 if side == "left" else 1)
-            rows = lengths[:, None] - torch.tensor([[2, 3, 5]]) + shift[:, None]
-            stacked.append(captured(model, batch, rows=rows).stacked())
-        torch.testing.assert_close(*stacked, rtol=0, atol=1e-5)
-
     def test_no_words_no_maps(self, family, model, readings):
         maps = student_maps(model, family.processor, [Reading(readings[0].image, "what?", "12!", ())], GRID)[0]
         assert maps.maps.shape == (0, *GRID)
 
     # 7
-
-    def gradients(self, family, batch, readings, pooling: Pooling, **checkpointing: Any) -> dict[str, Tensor]:
-        model = family.make()
-        torch.manual_seed(7)
-        head = attach(model, AlignmentConfig(pooling=pooling))
-        if checkpointing:
-            model.activation_checkpointing_enable(checkpointing)
-        model.train()
-        output = model(**batch, attention_request=request_of(family, model, batch, readings, head.layers))
-        (output.attention_loss + output.logits.square().mean()).backward()
-        return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
-
-    @POOLINGS
-    def test_checkpointing_without_reentry_gives_equal_gradients(self, family, batch, readings, pooling):
-        plain = self.gradients(family, batch, readings, pooling)
-        checkpointed = self.gradients(family, batch, readings, pooling, use_reentrant=False)
-        assert plain.keys() == checkpointed.keys()
-        for name, gradient in plain.items():
-            torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
     def test_reentrant_checkpointing_is_noticed(self, family, batch, readings):
         with pytest.raises(CaptureError, match="Got attention rows without gradient while training"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, Idefics2VisionConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BatchFeature, Idefics2VisionConfig, LlamaConfig, LlamaForCausalLM, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
@@ -31,8 +34,8 @@ class MiniCPMVConfig(LlamaConfig):
 
 def sincos(width: int, rows: int, cols: int) -> torch.Tensor:
     """(row, col, width): sines and cosines of the column in the first half, of the row in the second."""
-    rates = 1 / 10_000 ** (torch.arange(width // 4) / (width / 4))
-    col, row = (torch.arange(n)[:, None] * rates for n in (cols, rows))
+    rates = 1 / 10_000 ** (torch.arange(width // 4, device="cpu") / (width / 4))  # the published: numpy
+    col, row = (torch.arange(n, device="cpu")[:, None] * rates for n in (cols, rows))
     of_col, of_row = (torch.cat([one.sin(), one.cos()], dim=1) for one in (col, row))
     return torch.cat([of_col[None].expand(rows, -1, -1), of_row[:, None].expand(-1, cols, -1)], dim=2)
 
@@ -46,8 +49,12 @@ class Resampler(nn.Module):
         self.attn = nn.MultiheadAttention(embed_dim, num_heads)
         self.ln_q, self.ln_kv, self.ln_post = norm(embed_dim), norm(embed_dim), norm(embed_dim)
         self.proj = nn.Parameter(embed_dim**-0.5 * torch.randn(embed_dim, embed_dim))
+        self.max_size, self.embed_dim = max_size, embed_dim
+        self._set_2d_pos_cache(max_size)
+
+    def _set_2d_pos_cache(self, max_size, device: Any = "cpu"):
         self.pos_embed: Any
-        self.register_buffer("pos_embed", sincos(embed_dim, *max_size), persistent=False)
+        self.register_buffer("pos_embed", sincos(self.embed_dim, *max_size).to(device), persistent=False)
 
     def forward(self, x, tgt_sizes: Any = None):
         lengths = tgt_sizes[:, 0] * tgt_sizes[:, 1]
@@ -180,3 +187,29 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         one = f"<image>{'<unk>' * self.image_feature_size}</image>"
         grid = self.get_sliced_grid(size)
         return one if grid is None else f"{one}<slice>" + "\n".join([one * grid[0]] * grid[1]) + "</slice>"
+
+
+class MiniCPMVProcessor(ProcessorMixin):
+    """One text at a time, without an attention mask; lavender takes its parts alone."""
+
+    def __init__(self, image_processor=None, tokenizer=None):
+        super().__init__(image_processor, tokenizer)
+
+
+def save_as_published(folder, model, processor) -> None:
+    """The checkpoint's folder: weights, and this file as the code that comes with it."""
+    model.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    code = Path(__file__)
+    shutil.copy(code, folder)
+    names = {
+        "config.json": {
+            "AutoConfig": MiniCPMVConfig, "AutoModel": MiniCPMV, "AutoModelForCausalLM": MiniCPMV,
+        },
+        "preprocessor_config.json": {"AutoProcessor": MiniCPMVProcessor, "AutoImageProcessor": MiniCPMVImageProcessor},
+    }  # fmt: skip
+    for file, classes in names.items():
+        settings = json.loads((folder / file).read_text())
+        settings["auto_map"] = {name: f"{code.stem}.{one.__name__}" for name, one in classes.items()}
+        (folder / file).write_text(json.dumps(settings))

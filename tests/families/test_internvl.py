@@ -19,6 +19,7 @@ from transformers import (
 
 from families.asking import captured, eager_rows
 from families.contract import Contract
+from families.core import Core
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture, reading
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
 from lavender.trainer import LavenderConfig, LavenderTrainer
@@ -157,12 +158,10 @@ def several(processor: ProcessorMixin, images: list[list[tuple[int, int]]], **kw
 
 
 class TestInternVl(Contract):
-    kind = "qwen2"
-
     @pytest.fixture(scope="class")
     @classmethod
     def family(cls, captions) -> Family:
-        return family_of(captions, cls.kind)
+        return family_of(captions, "qwen2")
 
     def test_the_sizes_give_their_tiles(self, family, model):
         for size, (rows, cols) in SIZES.items():
@@ -278,8 +277,13 @@ class TestInternVl(Contract):
         )
 
 
-class TestInternVlQwen3(TestInternVl):
-    kind = "qwen3"
+class TestInternVlQwen3(Core):
+    """As InternVL3.5 has it: queries and keys are normalised."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def family(cls, captions) -> Family:
+        return family_of(captions, "qwen3")
 
 
 class TestOtherTiles(Geometry):

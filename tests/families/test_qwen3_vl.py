@@ -153,21 +153,21 @@ class TestQwen3Vl(Contract):
         torch.testing.assert_close(request.stacked(), eager_rows(family.make(), batch, request), rtol=0, atol=1e-6)
 
     @torch.no_grad()
-    def test_the_check_replaces_the_keys_it_means(self, family, model, batch):
+    def test_the_check_replaces_what_deepstack_adds(self, model, batch, monkeypatch):
         """Nothing of the picture is left when all states are one mean, those of DeepStack too."""
         adapter = adapter_for(model.config)
         places = batch["input_ids"] == adapter.image_token_id()
         none = torch.zeros(int(places.sum()), dtype=torch.bool)
         kept = torch.rand(len(none), generator=torch.Generator().manual_seed(2)) < 0.3
-        seen = []
+        seen, forward = [], model.model.language_model.forward
 
-        def see(module, args, kwargs) -> None:
+        def see(*args, **kwargs):
             seen.append([kwargs["inputs_embeds"][places], *kwargs["deepstack_visual_embeds"]])
+            return forward(*args, **kwargs)
 
-        handle = model.model.language_model.register_forward_pre_hook(see, with_kwargs=True)
+        monkeypatch.setattr(model.model.language_model, "forward", see)
         for mask in (None, kept, none):
-            logits_keeping(model, adapter.image_states(model), batch, mask)
-        handle.remove()
+            logits_keeping(model, adapter, batch, mask)
         for whole, part, mean in zip(*seen, strict=True):
             assert whole.std(dim=0).max() > 1e-3
             torch.testing.assert_close(part[kept], whole[kept], rtol=0, atol=0)

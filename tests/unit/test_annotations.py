@@ -85,7 +85,7 @@ def test_the_data_file_is_read_and_joins_with_the_store(coco, tmp_path):
     assert summary.dropped[0].what == "000000000285.png caption 2: 'Grass.'"
     samples, store = read_samples(data_file), MapStore.open(tmp_path / "maps")
     assert [one.answers for one in samples] == [("A dog by a brick wall.",), ("Nothing but a cat and dogs",)]
-    assert all((image_id(one.load()), one.answers[0]) in store for one in samples)
+    assert all((image_id(one.load()[0]), one.answers[0]) in store for one in samples)
     assert str(tmp_path) not in data_file.read_text()  # relative: the tree can move
     again, _ = run(layout, tmp_path / "maps", data_file=data_file)
     assert (again.records, again.already_there) == (0, 2)
@@ -109,7 +109,7 @@ def test_data_of_ones_own_on_pictures_of_coco(coco, tmp_path):
     summary = extract_annotations(samples, layout, tmp_path / "maps", grid=GRID)
     store = MapStore.open(tmp_path / "maps")
     for answer, word in (("It's a dog!", "dog"), ("At the wall", "wall")):
-        record = store.get(image_id(samples.samples[0].load()), answer)
+        record = store.get(image_id(samples.samples[0].load()[0]), answer)
         assert record is not None
         assert [one.text for one in record.words] == [word]
     assert "mine.png, which is not in panoptic_val2017.json" in drops(summary.dropped)[0][1]
@@ -268,6 +268,29 @@ def test_pictures_in_memory_cannot_be_found(coco, tmp_path):
     from lavender.data import Sample, Samples
     from lavender.world.student_models import conversation
 
-    samples = Samples((Sample("row 0", picture(3), conversation("what?", "a dog")),))
+    samples = Samples((Sample("row 0", (picture(3),), conversation("what?", "a dog")),))
     summary = extract_annotations(samples, coco.write(), tmp_path / "maps", grid=GRID)
     assert "by whose name annotations are found" in summary.dropped[0].reason
+
+
+def test_each_picture_of_several_gets_the_maps_of_the_text(coco, tmp_path):
+    """The dog's maps on the first; the second is grass alone. Text alone needs none."""
+    layout = coco.write()
+    names = [f"coco/val2017/{name}.png" for name in coco.ids]
+    turns = [{"from": "human", "value": "<image> and <image>?"}, {"from": "gpt", "value": "a dog"}]
+    rows = [{"images": names, "conversations": turns}, {"messages": [
+        {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."},
+    ]}]  # fmt: skip
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    progress = []
+    summary = extract_annotations(
+        read_samples(tmp_path / "train.jsonl"), layout, tmp_path / "maps", grid=GRID, strict=True,
+        on_progress=progress.append,
+    )  # fmt: skip
+    store = MapStore.open(tmp_path / "maps")
+    dog, grass = (store.get(image_id(picture(shade)), "a dog") for shade in (100, 101))
+    assert dog is not None
+    assert grass is not None
+    assert [word.text for word in dog.words] == ["dog"]
+    assert grass.words == ()
+    assert (summary.records, summary.without_picture, sum(progress)) == (2, 1, 2)

@@ -57,12 +57,12 @@ def test_imagefolder_of_jsonl(folder):
     )
     samples = read_samples(folder)
     assert list(samples) == [
-        Sample("metadata.jsonl line 1", folder / "b.png", captioned("Describe the image.", "A dog.")),
-        Sample("metadata.jsonl line 2", folder / "sub/c.png", captioned("Describe the image.", "Ü")),
+        Sample("metadata.jsonl line 1", (folder / "b.png",), captioned("Describe the image.", "A dog.")),
+        Sample("metadata.jsonl line 2", (folder / "sub/c.png",), captioned("Describe the image.", "Ü")),
     ]
     assert len(samples) == 2
     assert samples.dropped == ()
-    assert samples.samples[0].load().getpixel((0, 0)) == (1, 2, 3)
+    assert samples.samples[0].load()[0].getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_imagefolder_of_csv_with_its_faults(folder):
@@ -140,9 +140,9 @@ def test_llava_json(folder):
     rows = [{"id": 1, "conversations": turns}, {"id": 2, "image": "sub/c.png", "conversations": turns}, 7]
     (folder / "llava.json").write_text(json.dumps(rows), encoding="utf-8")
     samples = read_samples(folder / "llava.json")
-    assert list(samples) == [Sample("llava.json row 1", folder / "sub/c.png", captioned("What?", "A hat."))]
+    assert list(samples) == [Sample("llava.json row 1", (folder / "sub/c.png",), captioned("What?", "A hat."))]
     assert samples.dropped == (
-        Dropped("llava.json row 0", "no picture"),
+        Dropped("llava.json row 0", "no picture and 1 place for pictures"),
         Dropped("llava.json row 2", "a JSON int, not an object"),
     )
 
@@ -164,7 +164,30 @@ USER, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "conten
         ({"image": "a.png", "caption": ["A", " "]}, "empty caption: ['A', ' ']"),
         ({"images": [], "text": "A"}, "no picture"),
         ({"image": "", "text": "A"}, "no picture"),
-        ({"images": ["a.png", "b.png"], "text": "A"}, "2 pictures; one a sample is supported, several are a later"),
+        ({"images": ["a.png", "b.png"], "text": "A"}, "2 pictures and no place for pictures"),
+        (
+            {"image": ["a.png", None], "conversations": [{"from": "human", "value": "<image><image>"}, ANSWER]},
+            "NoneType",
+        ),
+        ({"images": ["a.png", "b.png"], "messages": [USER, ANSWER]}, "2 pictures and no place for pictures"),
+        (
+            {"images": ["a.png", "b.png"], "messages": [{**USER, "content": "<image>?"}, ANSWER]},
+            "2 pictures and 1 place",
+        ),
+        ({"images": '["a.png"', "messages": [USER, ANSWER]}, "not JSON: "),
+        ({"messages": [{**USER, "content": "<image>?"}, ANSWER]}, "no picture and 1 place for pictures"),
+        ({"image": "a.png", "videos": ["a.mp4"], "messages": [USER, ANSWER]}, "a video; only still pictures have maps"),
+        ({"video": "a.mp4", "messages": [USER, ANSWER]}, "a video; only still pictures have maps"),
+        (
+            {
+                "images": ["a.png", "b.png"],
+                "messages": [
+                    {**USER, "content": [{"type": "image", "index": 1}, {"type": "image", "index": 0}]},
+                    ANSWER,
+                ],
+            },
+            "places for the pictures [1, 0], not in the pictures' order",
+        ),
         ({"image": "https://x.org/a.png", "text": "A"}, "the address https://x.org/a.png; download it"),
         ({"image": {"path": "no.png"}, "text": "A"}, "no such file: "),
         ({"image": 7, "text": "A"}, "the picture is a int, not a path"),
@@ -178,12 +201,15 @@ USER, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "conten
         ({"image": "a.png", "messages": [ANSWER]}, "no user turn"),
         (
             {"image": "a.png", "messages": [{**USER, "content": "<image><image>Hi?"}, ANSWER]},
-            "2 pictures; one a sample",
+            "1 picture and 2 places for pictures",
         ),
-        ({"image": "a.png", "messages": [USER, {**ANSWER, "content": "<image>"}]}, "a later turn or the assistant's"),
+        (
+            {"image": "a.png", "messages": [USER, {**ANSWER, "content": "<image>"}]},
+            "a picture in the assistant's turn, not in",
+        ),
         (
             {"image": "a.png", "messages": [{**USER, "content": [{"type": "video"}]}, ANSWER]},
-            "the type 'video', not an",
+            "a video; only still pictures have maps",
         ),
     ],
 )
@@ -192,6 +218,92 @@ def test_a_row_that_cannot_be_used_is_dropped_and_named(folder, row, reason):
     assert texts(samples) == [("A dog.",)]
     assert samples.dropped[0].what == "a.jsonl line 1"
     assert reason in samples.dropped[0].reason
+
+
+TWO = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A hat."}]},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "And"}, {"type": "image"}, {"type": "text", "text": "this?"}],
+    },
+    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+]
+TEXT = [
+    {"role": "user", "content": [{"type": "text", "text": "Hi?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "Ho."}]},
+]
+
+
+def test_several_pictures_keep_their_places(folder):
+    """As parts, as markers of LLaVA and ShareGPT, as structs of parquet, and as JSON in a cell of CSV."""
+    plain = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A hat."},
+             {"from": "human", "value": "And <image> this?"}, {"from": "gpt", "value": "A cat."}]  # fmt: skip
+    numbered = json.loads(json.dumps(TWO))
+    numbered[0]["content"][0]["index"], numbered[2]["content"][1]["index"] = 0, 1
+    path = jsonl(
+        folder / "a.jsonl",
+        {"images": ["a.png", "b.png"], "messages": TWO},
+        {"images": ["a.png", "b.png"], "messages": numbered},
+        {"images": ["a.png", "b.png"], "conversations": plain},
+        {"image": ["a.png", "b.png"], "conversations": plain},
+    )
+    structs = [{"bytes": png(0), "path": "gone.png"}, {"bytes": None, "path": "b.png"}]
+    pq.write_table(pa.Table.from_pylist([{"images": structs, "messages": TWO}]), folder / "a.parquet")
+    cells = (json.dumps(one).replace('"', '""') for one in (["a.png", "b.png"], TWO))
+    (folder / "a.csv").write_text("images,messages\n" + ",".join(f'"{cell}"' for cell in cells) + "\n")
+    read = [*read_samples(path), *read_samples(folder / "a.csv"), *read_samples(folder / "a.parquet")]
+    files = (folder / "a.png", folder / "b.png")
+    assert [one.sources for one in read] == [files] * 5 + [(png(0), folder / "b.png")]
+    assert all(one.messages == TWO for one in read)
+    assert [image.getpixel((0, 0)) for image in read[5].load()] == [(0, 2, 3), (1, 2, 3)]
+    assert read[0].source is None
+    assert read[0].pairs == ((0, "A hat."), (0, "A cat."), (1, "A cat."))  # the hat was said before the second picture
+
+
+def test_a_single_picture_in_a_later_turn_stays_there(folder):
+    turns = [USER, ANSWER, {**USER, "content": "<image>And now?"}, {**ANSWER, "content": "Hm."}]
+    (sample,) = read_samples(jsonl(folder / "a.jsonl", {"image": "a.png", "messages": turns}))
+    assert [part["type"] for part in sample.messages[2]["content"]] == ["image", "text"]
+    assert sample.answers == ("Ho.", "Hm.")
+    assert sample.pairs == ((0, "Hm."),)
+
+
+@pytest.mark.parametrize(
+    "none", [{}, {"images": []}, {"images": None}, {"image": ""}, {"images": [None], "videos": []}]
+)
+def test_text_alone_is_a_sample(folder, none):
+    path = jsonl(folder / "a.jsonl", {"image": "a.png", "text": "A dog."}, {**none, "messages": [USER, ANSWER]})
+    samples = read_samples(path)
+    assert samples.dropped == ()
+    assert samples.samples[1] == Sample("a.jsonl line 2", (), TEXT)
+    assert samples.samples[1].pairs == samples.samples[1].load() == ()
+    assert samples.samples[1].answers == ("Ho.",)
+
+
+def test_a_broken_picture_of_several_is_named(folder):
+    (folder / "b.png").write_bytes(png()[:50])
+    (sample,) = read_samples(jsonl(folder / "a.jsonl", {"images": ["a.png", "b.png"], "messages": TWO}))
+    with pytest.raises(DataError, match=r"Got picture 2 of a\.jsonl line 1, which cannot be decoded"):
+        sample.load()
+
+
+def test_a_sample_made_by_hand_needs_a_place_for_each_picture(folder):
+    with pytest.raises(DataError, match="Got mine with 1 picture and 2 places for pictures. Expected a place for each"):
+        Sample("mine", (folder / "a.png",), TWO)
+
+
+def test_data_without_any_picture_are_refused(folder):
+    """A column of another name would otherwise be text alone, silently."""
+    row = {"messages": [USER, ANSWER]}
+    assert "with the columns ['picture', 'messages']. Expected one of these" in failure(
+        folder / "a.jsonl", {"picture": "a.png", **row}
+    )
+    message = failure(folder / "a.jsonl", {"images": [], **row}, {"images": [7], **row})
+    assert (
+        "with 1 samples, none with a picture, and 1 rows dropped; the first, a.jsonl line 2: the picture is a"
+        in message
+    )
 
 
 def test_a_malformed_line_is_dropped(folder):
@@ -211,8 +323,8 @@ def test_parquet_shards_with_embedded_and_linked_pictures(folder):
     pq.write_table(pa.Table.from_pylist(rows[1:]), folder / "train-00001-of-00002.parquet")
     samples = read_samples(folder)
     assert list(samples) == [
-        Sample("train-00000-of-00002.parquet row 0", png(5), captioned("Hi?", "Ho.")),
-        Sample("train-00001-of-00002.parquet row 0", folder / "a.png", captioned("Hi?", "Hm.")),
+        Sample("train-00000-of-00002.parquet row 0", (png(5),), captioned("Hi?", "Ho.")),
+        Sample("train-00001-of-00002.parquet row 0", (folder / "a.png",), captioned("Hi?", "Hm.")),
     ]
     assert texts(read_samples(folder / "train-00001-of-00002.parquet")) == [("Hm.",)]
 
@@ -274,9 +386,9 @@ def test_round_trip_through_a_dataset(folder):
     faded = Image.new("RGBA", (13, 11), (10, 20, 30, 100))
     faded.format = "JPEG"  # what a picture opened from a JPEG says; storing it as one would change its pixels
     given = [
-        Sample("file", folder / "a.png", captioned("Hi?", "A hat.")),
-        Sample("bytes", png(5), captioned("Hi?", "A cat.")),
-        Sample("memory", faded, captioned("Hi?", "A rat.")),
+        Sample("file", (folder / "a.png",), captioned("Hi?", "A hat.")),
+        Sample("bytes", (png(5),), captioned("Hi?", "A cat.")),
+        Sample("memory", (faded,), captioned("Hi?", "A rat.")),
     ]
     dataset = to_dataset(given)
     assert isinstance(dataset, Dataset)
@@ -285,13 +397,39 @@ def test_round_trip_through_a_dataset(folder):
     stored = dataset.with_format("arrow")[:].column("images").to_pylist()
     assert stored[0] == [{"bytes": None, "path": str(folder / "a.png")}]
     assert stored[1] == [{"bytes": png(5), "path": None}]
-    assert [image_id(row["images"][0]) for row in dataset] == [image_id(sample.load()) for sample in given]
+    assert [image_id(row["images"][0]) for row in dataset] == [image_id(sample.load()[0]) for sample in given]
 
     again = read_samples(dataset.select([2, 0]))
     assert [sample.name for sample in again] == ["dataset row 0", "dataset row 1"]
     assert [sample.messages for sample in again] == [given[2].messages, given[0].messages]
     assert again.samples[1].source == folder / "a.png"
     assert len(to_dataset([])) == 0
+
+
+def test_round_trip_of_several_and_none(folder):
+    given = [
+        Sample("two", (folder / "a.png", png(5)), TWO), Sample("text", (), TEXT),
+        Sample("one", (folder / "b.png",), captioned("Hi?", "Ho.")),
+    ]  # fmt: skip
+    dataset = to_dataset(given)
+    assert [[image_id(image) for image in row["images"]] for row in dataset] == [
+        [image_id(image) for image in sample.load()] for sample in given
+    ]
+    again = read_samples(dataset)
+    assert [sample.messages for sample in again] == [sample.messages for sample in given]
+    assert [len(sample.sources) for sample in again] == [2, 0, 1]
+    assert again.samples[0].sources == given[0].sources
+
+
+def test_a_dataset_is_made_in_pieces_that_arrow_holds(folder, monkeypatch):
+    from lavender import data
+
+    monkeypatch.setattr(data, "_PIECE_ROWS", 3)
+    monkeypatch.setattr(data, "_PIECE_BYTES", 3 * len(png(5)))
+    two, text = Sample("two", (png(5), png(6)), TWO), Sample("text", (), TEXT)
+    given = [two, two, text, text, text, text]
+    assert [len(piece["images"]) for piece in data._pieces(given)] == [1, 3, 2]
+    assert [len(row["images"]) for row in to_dataset(given)] == [2, 2, 0, 0, 0, 0]
 
 
 def test_a_dataset_with_the_json_feature(folder):
@@ -306,7 +444,7 @@ def test_a_dataset_with_the_json_feature(folder):
 def test_trl_accepts_the_messages():
     from trl.data_utils import prepare_multimodal_messages
 
-    row = to_dataset([Sample("bytes", png(5), captioned("Hi?", "Ho."))])[0]
+    row = to_dataset([Sample("bytes", (png(5),), captioned("Hi?", "Ho."))])[0]
     prepared = prepare_multimodal_messages(row["messages"], row["images"])
     assert [part["type"] for part in prepared[0]["content"]] == ["image", "text"]
     assert prepared[0]["content"][0]["image"].getpixel((0, 0)) == (5, 2, 3)

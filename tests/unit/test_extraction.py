@@ -13,19 +13,20 @@ from PIL import Image
 
 from lavender.config import ExtractionConfig
 from lavender.data import Sample, Samples
-from lavender.diffusion.teacher import Teacher
+from lavender.diffusion.teacher import Job, Teacher
 from lavender.errors import DataError, StoreError
 from lavender.extraction import extract
 from lavender.images import image_id
 from lavender.maps import Dropped
 from lavender.store import MapStore
+from lavender.words import content_words
 from lavender.world.student_models import conversation
 
 CONFIG = ExtractionConfig(grid=(11, 13), batch_size=2)
 
 
 def sample(name: str, source, answer: str) -> Sample:
-    return Sample(name, source, conversation("what is it?", answer))
+    return Sample(name, (source,), conversation("what is it?", answer))
 
 
 def shade(value: int) -> Image.Image:
@@ -84,9 +85,6 @@ def test_records_words_and_summary(teacher, samples, tmp_path):
 
 
 def test_the_maps_are_the_teachers(teacher, samples, tmp_path, pipeline):
-    from lavender.diffusion.teacher import Job
-    from lavender.words import content_words
-
     extract(samples, teacher, tmp_path / "maps")
     words = content_words("two cats run", CONFIG.parts_of_speech)
     expected = teacher([Job(shade(17), image_id(shade(17)), "two cats run", words)])[0]
@@ -217,9 +215,66 @@ def test_every_answer_of_a_conversation_has_its_own_record(teacher, tmp_path):
         {"role": "user", "content": [{"type": "text", "text": "and?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a red cat"}]},
     ]
-    summary = extract(Samples((Sample("row", shade(1), messages),)), teacher, tmp_path / "maps")
+    summary = extract(Samples((Sample("row", (shade(1),), messages),)), teacher, tmp_path / "maps")
     assert summary.records == 2
     assert records(tmp_path / "maps").keys() == {(image_id(shade(1)), "a dog"), (image_id(shade(1)), "a red cat")}
+
+
+def several(*turns: tuple[list, str]) -> tuple[tuple, list[dict]]:
+    """Sources and messages: each turn's pictures, then its answer."""
+    messages = []
+    for sources, answer in turns:
+        parts = [{"type": "image"} for _ in sources]
+        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": "what?"}]})
+        if answer:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return tuple(source for sources, _ in turns for source in sources), messages
+
+
+def test_every_answer_is_mapped_on_every_picture_before_it(teacher, tmp_path):
+    given = Sample("row", *several(([shade(1), shade(2)], "a dog"), ([], "a sun"), ([shade(3)], "a cat")))
+    pairs = [(1, "a dog"), (1, "a sun"), (1, "a cat"), (2, "a dog"), (2, "a sun"), (2, "a cat"), (3, "a cat")]
+    progress, estimates = [], []
+    summary = extract(
+        Samples((given,)), teacher, tmp_path / "maps", on_progress=progress.append, on_estimate=estimates.append
+    )
+    found = records(tmp_path / "maps")
+    assert found.keys() == {(image_id(shade(value)), text) for value, text in pairs}
+    assert (summary.records, sum(progress), estimates[0].texts, summary.dropped) == (7, 7, 7, [])
+    alone = teacher([Job(shade(2), image_id(shade(2)), "a dog", content_words("a dog", ("noun",)))])[0]
+    torch.testing.assert_close(found[image_id(shade(2)), "a dog"][2], alone.maps, rtol=0, atol=1 / 255 + 1e-5)
+    assert not torch.allclose(alone.maps, found[image_id(shade(1)), "a dog"][2], atol=2 / 255)
+    again = extract(Samples((given,)), teacher, tmp_path / "maps")
+    assert (again.records, again.already_there) == (0, 7)
+
+
+def test_text_alone_is_counted_and_no_drop(teacher, tmp_path):
+    text = Sample("row 0", *several(([], "a dog")))
+    progress = []
+    given = Samples((text, sample("row 1", shade(1), "a dog"), text))
+    summary = extract(given, teacher, tmp_path / "maps", strict=True, on_progress=progress.append)
+    assert (summary.records, summary.without_picture, summary.dropped, sum(progress)) == (1, 2, [], 1)
+    assert json.loads((tmp_path / "maps" / "extraction.json").read_text())["without_picture"] == 2
+
+
+def test_a_sample_with_one_bad_picture_of_two_is_dropped_whole(teacher, tmp_path):
+    """Training cannot use it either."""
+    bad = Sample("row 7", *several(([shade(1), tmp_path / "no.png"], "a dog"), ([], "a cat")))
+    progress = []
+    summary = extract(
+        Samples((bad, sample("good", shade(3), "a dog"))), teacher, tmp_path / "maps", on_progress=progress.append
+    )
+    assert (summary.records, sum(progress)) == (1, 5)
+    assert [one.what for one in summary.dropped] == ["row 7"]
+    assert summary.dropped[0].reason.startswith("Got picture 2 of row 7, whose file")
+
+
+def test_a_picture_that_no_answer_follows_is_named(teacher, tmp_path):
+    late = Sample("row 7", *several(([], "a dog"), ([shade(1)], "")))
+    summary = extract(Samples((late, sample("good", shade(3), "a dog"))), teacher, tmp_path / "maps")
+    assert (summary.records, summary.dropped) == (1, [Dropped("row 7", "no answer after a picture")])
+    with pytest.raises(DataError, match="row 7: no answer after a picture"):
+        extract(Samples((late,)), teacher, tmp_path / "strict", strict=True)
 
 
 def test_a_store_of_other_settings_is_refused(teacher, pipeline, samples, tmp_path):

@@ -89,7 +89,7 @@ def test_flickr_maps_are_the_union_of_a_phrases_boxes(flickr, tmp_path):
     assert store.identity["layout"] == "flickr30k-entities"
     samples = read_samples(data_file)
     assert len(samples) == 2
-    assert all((image_id(one.load()), one.answers[0]) in store for one in samples)
+    assert all((image_id(one.load()[0]), one.answers[0]) in store for one in samples)
 
 
 def test_flickrs_own_table_joins_too(flickr, tmp_path):
@@ -98,7 +98,7 @@ def test_flickrs_own_table_joins_too(flickr, tmp_path):
     )
     run(Flickr30kEntities(flickr), tmp_path / "maps")
     (sample,) = read_samples(flickr / "flickr30k-images")
-    assert (image_id(sample.load()), sample.answers[0]) in MapStore.open(tmp_path / "maps")
+    assert (image_id(sample.load()[0]), sample.answers[0]) in MapStore.open(tmp_path / "maps")
 
 
 def test_a_text_may_differ_from_its_sentence_in_spaces(flickr):

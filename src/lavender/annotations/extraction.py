@@ -72,7 +72,7 @@ def extract_annotations(
     strict: bool = False,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Summary:
-    """Write the maps of every answer of every sample to the store at `out`.
+    """Write the maps of every answer on every picture before it to the store at `out`.
 
     A map is the share of each cell's area that the word's region covers, divided by the largest. Stopped at any
     moment and started again, it goes on where it was, and ends with the same records.
@@ -93,6 +93,7 @@ def extract_annotations(
         StoreError: the folder holds another store.
     """
     began, summary = time.monotonic(), Summary(dropped=list(samples.dropped))
+    summary.without_picture = sum(not sample.sources for sample in samples)
     grid = ExtractionConfig(grid=grid).grid  # its check
     if strict and samples.dropped:
         _refuse(samples.dropped[0])
@@ -102,14 +103,14 @@ def extract_annotations(
         work = _Work(layout, writer, summary, grid)
         flushed = time.monotonic()
         for sample in samples:
-            for text in sample.answers:
+            for index, text in sample.pairs:
                 try:
-                    work.do(sample, text)
+                    work.do(sample, index, text)
                 except DataError as error:
                     if strict:
                         raise
                     summary.dropped.append(Dropped(f"{sample.name}: {text[:60]!r}", str(error)))
-            on_progress(len(sample.answers))
+            on_progress(len(sample.pairs))
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 writer.flush()
                 flushed = time.monotonic()
@@ -131,14 +132,15 @@ class _Work:
         self._mapless = 0
         self._picture: _Picture | None = None
 
-    def do(self, sample: Sample, text: str) -> None:
-        """One of a sample's answers. Raises DataError if it cannot be used."""
-        if not isinstance(sample.source, Path):
+    def do(self, sample: Sample, index: int, text: str) -> None:
+        """One of a sample's answers on one of its pictures. Raises DataError if it cannot be used."""
+        path = sample.sources[index]
+        if not isinstance(path, Path):
             got = f"{sample.name}, whose picture is no file"
             raise DataError(got, "a file, by whose name annotations are found", "save the pictures as files")
-        if self._picture is None or self._picture.path != sample.source:
+        if self._picture is None or self._picture.path != path:
             self._picture = None
-            self._picture = _Picture(sample, sample.source, self._layout)
+            self._picture = _Picture(path, lambda: sample.load_picture(index), self._layout)
         picture = self._picture
         key = (picture.image_id, text)
         if key in self._writer:
@@ -168,10 +170,10 @@ class _Work:
 class _Picture:
     """A picture with its annotations, each read when first needed."""
 
-    def __init__(self, sample: Sample, path: Path, layout: Layout):
+    def __init__(self, path: Path, load: Callable[[], Image.Image], layout: Layout):
         self.path = path
         self._layout, self._key = layout, layout.key(path)  # before the picture is decoded, which takes longer
-        image = sample.load()
+        image = load()
         self.image_id = image_id(image)
         self._size = image.height, image.width
         self._annotations: PictureAnnotations | None = None

@@ -72,7 +72,7 @@ def caption_sample(name: str, picture: Path, text: str) -> Sample:
     """A sample of one caption; what it asks is of no matter to its maps."""
     question = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
     answer = [{"type": "text", "text": text}]
-    return Sample(name, picture, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    return Sample(name, (picture,), [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
 def checked_parts(parts_of_speech: Sequence[str]) -> tuple[str, ...]:

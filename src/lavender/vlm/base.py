@@ -44,11 +44,11 @@ class VlmAdapter(ABC):
         """The attention module of a usable layer."""
 
     def image_states(self, model: PreTrainedModel) -> Any:
-        """The module whose output, or its `pooler_output`, is what the language model gets of the pictures.
+        """The module whose output cross-attention gets of the pictures, for `lavender check`.
 
-        One state an image key, sample by sample; none for padding of `image_keys`.
+        One state an image key, sample by sample. Asked only where `image_keys` is None and there is no resampler.
         """
-        return model.model.multi_modal_projector
+        raise NotImplementedError(f"{type(self).__name__} does not say where the states of its pictures come from")
 
     @abstractmethod
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
@@ -88,6 +88,10 @@ class VlmAdapter(ABC):
     def processor(self, published: Any) -> Any:
         """The processor to train with, from the model's own: that one, where it takes batches of conversations."""
         return published
+
+    def load(self, auto: Any, path: str, **settings: Any) -> Any:
+        """The model, by the Auto class that fits it; `settings` are those of `from_pretrained`."""
+        return auto.from_pretrained(path, **settings)
 
     def num_heads(self) -> int:
         """How many heads a usable layer's attention has."""

@@ -109,9 +109,6 @@ class FlamingoAdapter(VlmAdapter):
     def num_heads(self) -> int:
         return self.config.cross_attention_heads
 
-    def image_states(self, model: PreTrainedModel) -> nn.Module:
-        return model.model.perceiver
-
     def describe_keys(self) -> str:
         side = self._side()
         return f"{self.config.perceiver_latents} latents that look at {side} × {side} patches"

@@ -35,9 +35,6 @@ class Idefics3Adapter(VlmAdapter):
     def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
         return model.model.text_model.layers[layer].self_attn
 
-    def image_states(self, model: PreTrainedModel) -> Any:
-        return model.model.connector
-
     def describe_keys(self) -> str:
         size = self.config.vision_config.image_size
         side = self._side(size)

@@ -46,12 +46,6 @@ class LlavaNextAdapter(VlmAdapter):
     def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
         return model.model.language_model.layers[layer].self_attn
 
-    def image_states(self, model: PreTrainedModel) -> Any:
-        raise UnsupportedModelError(
-            f"a model of type {self.model_type!r}, in which no module gives what the language model gets of a picture",
-            "one that joins no tiles after its projector", "check another model",
-        )  # fmt: skip
-
     def describe_keys(self) -> str:
         vision = self.config.vision_config
         side, tiles = vision.image_size // vision.patch_size, self.config.image_grid_pinpoints

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lavender.errors import ConfigError, DataError
 from lavender.grids import KeyLayout, grid_boxes
@@ -50,6 +51,13 @@ class MiniCpmVChatProcessor(ProcessorMixin):
 
     def __init__(self, image_processor, tokenizer, chat_template: str | None = MINICPM_V_TEMPLATE):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.published: Any = None
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Save the published processor with its code, where this was made from one: an export needs nothing of ours."""
+        if self.published is None:
+            return super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        return self.published.save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def __call__(
         self,
@@ -128,16 +136,29 @@ class MiniCpmVAdapter(VlmAdapter):
     def processor(self, published: Any) -> MiniCpmVChatProcessor:
         if isinstance(published, MiniCpmVChatProcessor):
             return published
-        return MiniCpmVChatProcessor(published.image_processor, published.tokenizer)
+        made = MiniCpmVChatProcessor(published.image_processor, published.tokenizer)
+        made.published = published
+        return made
+
+    def load(self, auto: Any, path: str, **settings: Any) -> Any:
+        """The published code is of transformers 4. In 5 it says too little of tied weights, and nothing ties them.
+
+        And 5 leaves buffers that no checkpoint holds as they come from memory: the patches' places are set again.
+        """
+        assert settings["trust_remote_code"], "without it AutoConfig has refused this model"
+        own: Any = get_class_from_dynamic_module(self.config.auto_map[auto.__name__], path)
+        own.all_tied_weights_keys = {}
+        model = auto.from_pretrained(path, **settings)
+        places = model.resampler.pos_embed
+        model.resampler._set_2d_pos_cache(model.resampler.max_size, places.device)
+        model.resampler.pos_embed = model.resampler.pos_embed.to(places)
+        return model
 
     def usable_layers(self) -> tuple[int, ...]:
         return tuple(range(self.config.num_hidden_layers))
 
     def attention_module(self, model: Any, layer: int) -> nn.Module:
         return model.llm.model.layers[layer].self_attn
-
-    def image_states(self, model: Any) -> nn.Module:
-        return model.resampler
 
     def describe_keys(self) -> str:
         return f"{self.config.query_num} latents for the picture and for each of its slices, among the text's tokens"
@@ -225,21 +246,38 @@ class MiniCpmVAdapter(VlmAdapter):
 
 
 class _LanguageModelsParts:
-    """Lends a model its language model's backbone, which TRL runs without the head, and its generation config."""
+    """Lends a model what trainers ask for: its language model's backbone, which TRL runs without the head, and more.
+
+    And LoRA with checkpointing lets the embeddings' output require gradients. The published code writes the latents
+    into that output itself, which torch allows in a copy alone.
+    """
+
+    names = (
+        "base_model_prefix", "backbone_with_pictures", "generation_config", "prepare_inputs_for_generation",
+        "enable_input_require_grads",
+    )  # fmt: skip
 
     def __init__(self, model: Any):
         self._model, self._before = model, dict(vars(model))
         model.base_model_prefix = "backbone_with_pictures"
         vars(model)["backbone_with_pictures"] = self._backbone
         vars(model).setdefault("generation_config", model.llm.generation_config)
+        vars(model)["prepare_inputs_for_generation"] = model.llm.prepare_inputs_for_generation
+        vars(model)["enable_input_require_grads"] = self._require_grads
 
     def _backbone(self, data: Mapping[str, Any], **kwargs: Any) -> Any:
         states, _ = self._model.get_vllm_embedding(data)
         places = data["position_ids"].long()
         return self._model.llm.model(input_ids=None, position_ids=places, inputs_embeds=states, **kwargs)
 
+    def _require_grads(self) -> None:
+        type(self._model).enable_input_require_grads(self._model)
+        embeddings = self._model.get_input_embeddings()
+        copied = embeddings.register_forward_hook(lambda module, args, output: output.clone())
+        self._model._require_grads_hooks.append(copied)  # which disable_input_require_grads removes
+
     def remove(self) -> None:
-        for name in ("base_model_prefix", "backbone_with_pictures", "generation_config"):
+        for name in self.names:
             if name in self._before:
                 vars(self._model)[name] = self._before[name]
             else:
@@ -255,7 +293,10 @@ def _as_data(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
     data = {name: kwargs[name] for name in DATA if name in kwargs}
     if "position_ids" not in data:
         data["position_ids"] = (kwargs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
-    return args, {"data": data} | {name: value for name, value in kwargs.items() if name not in DATA}
+    rest = {name: value for name, value in kwargs.items() if name not in DATA}
+    if rest.get("inputs_embeds") is None:  # PEFT names all that a language model takes
+        rest.pop("inputs_embeds", None)
+    return args, {"data": data} | rest
 
 
 class SliceSettings(NamedTuple):

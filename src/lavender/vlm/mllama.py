@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.models.mllama.image_processing_pil_mllama import get_image_size_fit_to_canvas
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
@@ -30,6 +30,9 @@ class MllamaAdapter(VlmAdapter):
 
     def attention_module(self, model: PreTrainedModel, layer: int) -> MllamaTextCrossAttention:
         return model.model.language_model.layers[layer].cross_attn
+
+    def image_states(self, model: PreTrainedModel) -> nn.Module:
+        return model.model.multi_modal_projector
 
     def describe_keys(self) -> str:
         vision = self.config.vision_config

@@ -61,6 +61,11 @@ class FlamingoConfig(PreTrainedConfig):
         return self.language_config.hidden_size
 
     @property
+    def intermediate_size(self) -> int:
+        """Of the gated blocks, no narrower than those of the language models."""
+        return 4 * self.hidden_size
+
+    @property
     def vocab_size(self) -> int:
         return self.language_config.vocab_size
 

@@ -29,9 +29,6 @@ class Qwen2VlAdapter(VlmAdapter):
     def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
         return model.model.language_model.layers[layer].self_attn
 
-    def image_states(self, model: PreTrainedModel) -> Any:
-        return model.model.visual  # not its merger, whose output Qwen2.5 still has in the order of windows
-
     def describe_keys(self) -> str:
         vision = self.config.vision_config
         cell = vision.patch_size * vision.spatial_merge_size

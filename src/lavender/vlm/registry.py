@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
 from lavender.errors import UnsupportedModelError
 from lavender.vlm.base import VlmAdapter
 from lavender.vlm.flamingo import FlamingoAdapter
@@ -49,3 +51,13 @@ def adapter_for(config: Any) -> VlmAdapter:
             "use a supported model, or write an adapter: one file in lavender/vlm and one line in its registry",
         )
     return family(config)
+
+
+def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
+    """Which of transformers' Auto classes loads a model; of one whose own code may run, the best that its code offers.
+
+    OpenFlamingo is known to them since this module was imported.
+    """
+    offered = config.to_dict().get("auto_map") or {} if trust_remote_code else {}
+    classes = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModel)
+    return next((one for one in classes if one.__name__ in offered), AutoModelForImageTextToText)
