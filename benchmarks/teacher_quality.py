@@ -1,8 +1,8 @@
 """How good are the teacher's maps, by mode, by lever and by amount of noise, against truth and controls?
 
     python benchmarks/teacher_quality.py --quick --json quality.json     # the modes, 210 development scenes
-    python benchmarks/teacher_quality.py --json quality.json             # with every lever and a sweep of t, 900
-    python benchmarks/teacher_quality.py --split sealed --json sealed.json --plot quality.png
+    python benchmarks/teacher_quality.py --json quality.json --plot quality.png   # every lever, a sweep of t; 900
+    python benchmarks/teacher_quality.py --split sealed --modes-only --json sealed.json
 
 The built-in world's teacher on the built-in world's scenes. A seed has its own scenes and its own noise; all
 arms see the same ones, so they are compared in pairs. The threshold of `iou_fixed` is chosen for each arm on
@@ -35,7 +35,6 @@ MODES: dict[str, dict[str, Any]] = {
 SECOND_READING = {"null-text, 5 inversion steps": NULL_TEXT | {"inversion_steps": 5}}
 LEVERS: dict[str, dict[str, Any]] = {
     "geometry squash": {"geometry": "squash"},
-    "geometry aspect": {"geometry": "aspect"},
     "geometry letterbox": {"geometry": "letterbox"},
     "geometry crop": {"geometry": "crop"},
     "layers of 16 × 16 alone": {"layer_weights": {"mid_block": 0.0, "down_blocks.1": 0.0, "up_blocks.0": 0.0}},
@@ -256,6 +255,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the modes alone, 70 scenes a seed")
+    parser.add_argument("--modes-only", action="store_true", help="no levers, no sweep; --quick implies it")
     parser.add_argument("--split", choices=("development", "sealed"), default="development")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 40 41 42; sealed 1 2 3")
     parser.add_argument("--scenes", type=int, default=None, help="a seed; default 300, with --quick 70")
@@ -269,7 +269,7 @@ def main() -> None:
 
     seeds = options.seeds or ((1, 2, 3) if options.split == "sealed" else (40, 41, 42))
     count = options.scenes or (70 if options.quick else 300)
-    arms = MODES if options.quick else MODES | SECOND_READING | LEVERS | SWEEP
+    arms = MODES if options.quick or options.modes_only else MODES | SECOND_READING | LEVERS | SWEEP
     scores = measure(arms, options.split, seeds, count, options.jobs)
     modes = {name: one for name, one in scores.items() if name.split(",")[0] in MODES}
     found = {
