@@ -209,7 +209,7 @@ def test_strict_stops_at_a_bad_picture_and_keeps_what_was_extracted(scenes_folde
     out = tmp_path / "maps"
     line = complaint(extract(tmp_path, out, "--strict", "--batch-size", "1"), FAILED)
     assert "metadata.jsonl line 4" in line
-    assert [maps.text for maps in MapStore.open(out, verify=True)] == captions[:3]
+    assert {maps.text for maps in MapStore.open(out, verify=True)} == set(captions[:3])
     rest = extract(tmp_path, out)
     assert rest.code == DONE
     assert "2 texts with " in rest.out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
 from lavender.config import AlignmentConfig, ExtractionConfig, check_keys, from_mapping
@@ -30,7 +32,7 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize(
-    ("key", "near"), [("tmestep", "timestep"), ("num_step", "num_steps"), ("parts_of_speach", "parts_of_speech")]
+    ("key", "near"), [("tmesteps", "timesteps"), ("num_step", "num_steps"), ("parts_of_speach", "parts_of_speech")]
 )
 def test_a_misspelt_key_names_the_nearest_right_one(key, near):
     message = failure(lambda: from_mapping(ExtractionConfig, {key: 7}, "run.yaml"))
@@ -56,13 +58,41 @@ def test_right_keys_build_the_config():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "nose"}, "Got mode='nose'. Expected one of ('noise', 'ddim')."),
-        ({"timestep": 1000}, "Got timestep=1000. Expected a whole number from 0 to 999."),
-        ({"timestep": -1}, "Got timestep=-1."),
-        ({"timestep": True}, "Got timestep=True."),
-        ({"timestep": "100"}, "Got timestep='100'."),
-        ({"timestep": float("nan")}, "Got timestep=nan."),
-        ({"num_steps": 0}, "Got num_steps=0. Expected a whole number from 1 to 1000."),
+        ({"mode": "nose"}, "Got mode='nose'. Expected one of ('noise', 'ddim', 'null-text')."),
+        ({"timesteps": (1000,)}, "Got timesteps=1000. Expected a whole number from 0 to 999."),
+        ({"timesteps": (50, -1)}, "Got timesteps=-1."),
+        ({"timesteps": (True,)}, "Got timesteps=True."),
+        ({"timesteps": ("100",)}, "Got timesteps='100'."),
+        ({"timesteps": (float("nan"),)}, "Got timesteps=nan."),
+        ({"timesteps": 50}, "Got timesteps=50. Expected a list of one or more. Do this: write timesteps: [50]."),
+        ({"timesteps": ()}, "Got timesteps=(). Expected a list of one or more."),
+        ({"num_noises": 0}, "Got num_noises=0. Expected a whole number from 1 to 1000."),
+        ({"num_steps": 0}, "Got num_steps=0. Expected a whole number from 1 to 999."),
+        ({"num_steps": 1000}, "Got num_steps=1000."),
+        ({"inversion_steps": 0}, "Got inversion_steps=0. Expected a whole number from 1 to 10."),
+        ({"inversion_steps": 11}, "Got inversion_steps=11."),
+        (
+            {"inversion_steps": 3},
+            "Got inversion_steps=3 with num_steps=10. Expected a divisor of num_steps. "
+            "Do this: change one of them, such as 5 and 10.",
+        ),
+        ({"null_text_iterations": -1}, "Got null_text_iterations=-1. Expected a whole number from 0 to 1000."),
+        ({"guidance": -0.5}, "Got guidance=-0.5. Expected a number from 0 to 100."),
+        ({"guidance": float("inf")}, "Got guidance=inf."),
+        ({"seed": -1}, "Got seed=-1. Expected a whole number from 0 to 4294967295."),
+        ({"geometry": "stretch"}, "Got geometry='stretch'. Expected one of ('squash', 'crop', 'letterbox', 'aspect')."),
+        ({"largest_layer": 0}, "Got largest_layer=0. Expected a whole number from 1 to 1024."),
+        ({"layer_weights": 3}, "Got layer_weights=3. Expected numbers from 0 on, one or a list of one a head,"),
+        ({"layer_weights": {"up": -1}}, "Got layer_weights={'up': -1}."),
+        ({"layer_weights": {"up": []}}, "Got layer_weights={'up': []}."),
+        ({"layer_weights": {"up": [1, True]}}, "Got layer_weights={'up': [1, True]}."),
+        ({"layer_weights": {"up": float("nan")}}, "Got layer_weights={'up': nan}."),
+        ({"competition": "softmax"}, "Got competition='softmax'. Expected one of ('none', 'share', 'contrast')."),
+        ({"carrier": "next"}, "Got carrier='next'. Expected one of ('own', 'own+next')."),
+        ({"refine": 3}, "Got refine=3. Expected a whole number from 0 to 2."),
+        ({"flip": 1}, "Got flip=1. Expected true or false. Do this: change flip."),
+        ({"head_share": 0}, "Got head_share=0. Expected a number from 1e-09 to 1."),
+        ({"word_share": 1.5}, "Got word_share=1.5. Expected a number from 1e-09 to 1."),
         ({"batch_size": 0}, "Got batch_size=0."),
         ({"grid": (1, 32)}, "Got grid=(1, 32). Expected (rows, cols), each from 2 to 256."),
         ({"grid": (32, 257)}, "Got grid=(32, 257)."),
@@ -103,14 +133,16 @@ def test_alignment_ranges(settings, message):
     assert message in failure(AlignmentConfig, **settings)
 
 
-@pytest.mark.parametrize("settings", [{"timestep": 100.5}, {"num_steps": 2.5}, {"batch_size": 1.5}])
+@pytest.mark.parametrize("settings", [{"num_noises": 100.5}, {"num_steps": 2.5}, {"batch_size": 1.5}])
 def test_a_count_is_a_whole_number(settings):
     assert f"Got {next(iter(settings))}=" in failure(ExtractionConfig, **settings)
 
 
 def test_the_edges_are_allowed():
-    ExtractionConfig(timestep=0, num_steps=1, batch_size=1, grid=(2, 256))
-    ExtractionConfig(timestep=999, num_steps=1000)
+    ExtractionConfig(timesteps=(0,), num_steps=1, batch_size=1, grid=(2, 256), inversion_steps=1)
+    ExtractionConfig(timesteps=(999, 0), num_steps=999, inversion_steps=333, guidance=100, refine=2)
+    ExtractionConfig(guidance=0, null_text_iterations=0, head_share=1e-9, word_share=1, largest_layer=1)
+    ExtractionConfig(layer_weights={"up": [0, 1.5], "down": 0}, largest_layer=None)
     AlignmentConfig(align_weight=0, min_coverage=0)
     AlignmentConfig(align_weight=1e9, min_coverage=1)
 
@@ -120,7 +152,21 @@ def test_a_config_cannot_be_changed():
         ExtractionConfig().seed = 3  # ty: ignore[invalid-assignment]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "ddim"}, {"timesteps": [7]}, {"timesteps": [50, 7]}, {"num_noises": 2}, {"num_steps": 7},
+        {"inversion_steps": 5}, {"null_text_iterations": 1}, {"guidance": 2.0}, {"seed": 1}, {"geometry": "crop"},
+        {"largest_layer": 16}, {"layer_weights": {"up": 2.0}}, {"competition": "share"}, {"carrier": "own+next"},
+        {"refine": 1}, {"flip": True}, {"head_share": 0.5}, {"word_share": 0.5}, {"tiny_vae": "tiny"},
+        {"grid": (5, 7)}, {"parts_of_speech": ("noun",)},
+    ],
+    ids=lambda one: next(iter(one)),
+)  # fmt: skip
+def test_every_setting_that_changes_a_map_is_in_the_identity(settings):
+    assert from_mapping(ExtractionConfig, settings, "here").identity() != ExtractionConfig().identity()
+
+
 def test_identity_leaves_out_what_changes_no_map():
     assert ExtractionConfig(batch_size=2).identity() == ExtractionConfig(batch_size=7).identity()
-    for settings in ({"seed": 1}, {"timestep": 7}, {"mode": "ddim"}, {"grid": (5, 7)}, {"parts_of_speech": ("noun",)}):
-        assert from_mapping(ExtractionConfig, settings, "here").identity() != ExtractionConfig().identity()
+    assert len(ExtractionConfig().identity()) == len(fields(ExtractionConfig)) - 1

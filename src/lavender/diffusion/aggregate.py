@@ -56,10 +56,10 @@ class Aggregate:
             return
         # no tensor from or to Python where it can be helped: on a GPU each waits for the layers before
         if len(set(weight_H)) == 1:
-            maps_BCW = maps_BHCW.mean(dim=1) * weight_H[0]
+            share_H = maps_BHCW.new_full((heads,), weight_H[0] / heads)
         else:
             share_H = torch.tensor(weight_H, device=maps_BHCW.device) / heads
-            maps_BCW = torch.einsum("bhcw,h->bcw", maps_BHCW, share_H)
+        maps_BCW = torch.einsum("bhcw,h->bcw", maps_BHCW, share_H)
         self._sums[layer.grid] = self._sums[layer.grid] + maps_BCW if layer.grid in self._sums else maps_BCW
         self._total += sum(weight_H) / heads
 

@@ -79,6 +79,11 @@ class TeacherFamily(ABC):
     def unit(self) -> int:
         """Sides of a picture must be multiples of this, in pixels."""
 
+    @property
+    def longest(self) -> int:
+        """The longest side of a picture, in pixels: so long that the other is one `unit` of as many pixels."""
+        return self.side * self.side // self.unit // self.unit * self.unit
+
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         """The conditions of texts that each fit `max_tokens`. Token positions are those of `pipeline.tokenizer`."""

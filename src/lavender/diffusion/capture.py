@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from lavender.diffusion.base import Layer
 from lavender.errors import CaptureError
 
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
 
 class _Enough(Exception):
     """Raised inside the backbone after the last wanted layer; never leaves `capture_words`."""
@@ -39,7 +41,8 @@ class _Watch(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention and self.current is not None:
             layer, self.current = self.current, None
-            self._seen(layer, args[0], args[1], kwargs)
+            given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs  # by place or by name, as the processor likes
+            self._seen(layer, given["query"], given["key"], given)
         return output
 
 

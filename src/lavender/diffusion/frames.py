@@ -45,18 +45,19 @@ class Frame:
         return Frame(self.pixels[:, ::-1], (top, 1 - right, bottom, 1 - left))
 
 
-def frame(image: Image.Image, geometry: Geometry, side: int, unit: int) -> Frame:
+def frame(image: Image.Image, geometry: Geometry, side: int, unit: int, longest: int) -> Frame:
     """Bring a picture to the teacher.
 
     Args:
         geometry: "squash" to a square; the central square ("crop"); padded to a square ("letterbox"); or "aspect",
             about as many pixels in the picture's own shape, sides rounded to `unit`.
         side: of the square, in pixels.
+        longest: no side of "aspect" is longer, in pixels; a picture of a more extreme shape is squashed.
     """
     width, height = image.size
     if geometry == "aspect":
         scale = side / (width * height) ** 0.5
-        shape = [max(unit, round(length * scale / unit) * unit) for length in (width, height)]
+        shape = [min(max(unit, round(length * scale / unit) * unit), longest) for length in (width, height)]
         return Frame(_resized(image, shape[0], shape[1]), WHOLE)
     if geometry == "squash":
         return Frame(_resized(image, side, side), WHOLE)

@@ -29,6 +29,11 @@ class StableDiffusion3(TeacherFamily):
     def unit(self) -> int:
         return self.pipeline.transformer.config.patch_size * self.pipeline.vae_scale_factor
 
+    @property
+    def longest(self) -> int:
+        """As in general, and no longer than there are embeddings of positions."""
+        return min(super().longest, self.pipeline.transformer.config.pos_embed_max_size * self.unit)
+
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         # where T5 would be the pipeline puts zeros after the CLIP tokens; they are keys as well
         encoded = self.pipeline.encode_prompt(

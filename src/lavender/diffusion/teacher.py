@@ -117,7 +117,8 @@ class Teacher:
 
     def frame(self, image: Image.Image) -> Frame:
         """What the teacher sees of a picture; small, so that a picture need not be held."""
-        return frame(image, self.config.geometry, self.family.side, self.family.unit)
+        family = self.family
+        return frame(image, self.config.geometry, family.side, family.unit, family.longest)
 
     @torch.no_grad()
     def __call__(self, jobs: Sequence[Job]) -> list[WordMaps]:

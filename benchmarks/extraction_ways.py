@@ -1,0 +1,199 @@
+"""What `extraction_speed.py` compares: teachers of real sizes with random weights, and ways through a backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lavender.config import ExtractionConfig
+from lavender.diffusion.aggregate import Aggregate
+from lavender.diffusion.base import Condition, Layer, TeacherFamily
+from lavender.diffusion.capture import WordCapture, capture_words
+from lavender.diffusion.frames import WHOLE
+from lavender.diffusion.teacher import Teacher
+from lavender.diffusion.windows import indicator, window_of
+from lavender.words import content_words
+from lavender.world import TEACHER_PATH
+from lavender.world.teacher_training import build_scheduler
+
+TEXT = "a small brown dog runs beside a red bicycle in front of an old house"
+SIDES = {"sd1": 512, "sdxl": 1024, "sd3": 1024}
+
+
+def build(name: str, side: int, device: str = "cpu") -> Any:
+    """A pipeline of the real configuration with random weights. Only SD1.x has its text encoder."""
+    with torch.device(device):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16 if name == "sd3" else 4,
+            sample_size=side,
+        ).eval()  # fmt: skip
+        backbone = {"sd1": _sd1, "sdxl": _sdxl, "sd3": _sd3}[name](side // 8).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(TEACHER_PATH / "tokenizer", model_max_length=77)
+    if name == "sd3":
+        return StableDiffusion3Pipeline(
+            backbone, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, None, tokenizer, None, tokenizer, None, None
+        )
+    if name == "sdxl":
+        return StableDiffusionXLPipeline(
+            vae, None, None, tokenizer, tokenizer, backbone, build_scheduler(), add_watermarker=False
+        )
+    with torch.device(device):
+        encoder = CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_attention_heads=12,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )).eval()  # fmt: skip
+    return StableDiffusionPipeline(
+        vae, encoder, tokenizer, backbone, build_scheduler(), None, None, requires_safety_checker=False
+    )
+
+
+def _sd1(latents: int) -> torch.nn.Module:
+    return UNet2DConditionModel(sample_size=latents, cross_attention_dim=768, attention_head_dim=8)
+
+
+def _sdxl(latents: int) -> torch.nn.Module:
+    return UNet2DConditionModel(
+        sample_size=latents, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+
+
+def _sd3(latents: int) -> torch.nn.Module:
+    return SD3Transformer2DModel(
+        sample_size=latents, num_layers=24, num_attention_heads=24, joint_attention_dim=4096,
+        caption_projection_dim=1536, pos_embed_max_size=192,
+    )  # fmt: skip
+
+
+def random_condition(family: TeacherFamily, rows: int) -> Condition:
+    """What the backbone gets of a text, of the right shape: attention takes as long on any states."""
+    backbone: Any = family.backbone
+    tokens, config = family.max_tokens, backbone.config
+    options: dict[str, Any] = {"device": family.device, "dtype": family.dtype}
+    if isinstance(backbone, SD3Transformer2DModel):  # the zeros that stand for T5 are keys too
+        states = torch.randn(rows, tokens + 256, config.joint_attention_dim, **options)
+        return {"states": states, "pooled": torch.randn(rows, config.pooled_projection_dim, **options)}
+    states = torch.randn(rows, tokens, config.cross_attention_dim, **options)
+    return {"states": states, "pooled": torch.randn(rows, 1280, **options)}  # `pooled` is SDXL's alone
+
+
+@dataclass
+class Forward:
+    """One forward of the backbone on random latents, in the ways to compare. Every method returns the output."""
+
+    teacher: Teacher
+    rows: int
+
+    def __post_init__(self) -> None:
+        family, self.config = self.teacher.family, self.teacher.config
+        self.family = family
+        self.image_size = (family.side, family.side)
+        self.size = family.latent_size(self.image_size)
+        self.backbone: Any = family.backbone
+        channels = self.backbone.config.in_channels
+        self.latents = torch.randn(self.rows, channels, *self.size, device=family.device, dtype=family.dtype)
+        self.timesteps = torch.full((self.rows,), self.config.timesteps[0], device=family.device)
+        self.condition = random_condition(family, self.rows)
+        words = content_words(TEXT, self.config.parts_of_speech)
+        tokenizer = family.pipeline.tokenizer
+        window, lost = window_of(tokenizer, 0, TEXT, 0, words, self.config.carrier, family.max_tokens)
+        assert not lost
+        values, self.counts = indicator([window] * self.rows, family.max_tokens)
+        self.values = values.to(family.device)
+        self.layers = self.teacher.layers(self.image_size)
+
+    def bare(self) -> Tensor:
+        return self.family.predict(self.latents, self.timesteps, self.condition, self.image_size)
+
+    def captured(self, stop: bool = False) -> Tensor | None:
+        output, _ = self.maps(self.config, stop)
+        return output
+
+    def maps(self, config: ExtractionConfig, stop: bool = False) -> tuple[Tensor | None, Tensor]:
+        """The output and the words' maps, by the same steps as `Teacher`."""
+        counts = self.counts.to(self.family.device)
+        aggregate = Aggregate(config, self.teacher.weights, [WHOLE] * self.rows, counts)
+        keys = self.condition["states"].shape[1]
+        output = None
+        with capture_words(WordCapture(self.layers, self.values, keys, aggregate.take), stop):
+            output = self.bare()
+        maps = aggregate.maps()
+        aggregate.agreement(maps)
+        return output, maps
+
+    def materialised(self, self_attention: bool = False) -> Tensor:
+        return self.materialise(self_attention)[0]
+
+    def materialise(self, self_attention: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output and every map that the reference keeps, by layer: (row, head, token, rows, cols)."""
+        kept: dict[str, Tensor] = {}
+        marked: list[tuple[Any, bool]] = [(layer, True) for layer in self.family.layers(self.size)]
+        if self_attention:
+            marked += [(layer, False) for layer in self.family.self_attention(self.size)]
+        before = self.backbone.attn_processors
+        for layer, is_cross in marked:
+            layer.module.set_processor(Materialise(layer, self.size if is_cross else None, kept))
+        try:
+            return self.bare(), kept
+        finally:
+            self.backbone.set_attn_processor(before)
+
+
+class Materialise:
+    """The reference: an attention processor that writes the softmax out, and keeps all of it.
+
+    Like DAAM, each cross-attention layer's map of every head and token (padding included), enlarged to the latents'
+    size; like prompt-to-prompt also the self-attention, of layers up to 32² cells. UNets only.
+
+    Args:
+        size: (rows, cols) to enlarge to; None keeps the maps as they are.
+    """
+
+    def __init__(self, layer: Layer, size: tuple[int, int] | None, kept: dict[str, Tensor]):
+        self.layer, self.size, self.kept = layer, size, kept
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            attn.head_to_batch_dim(project(states))
+            for project, states in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
+        )
+        weights_ACT = attn.get_attention_scores(query, key, attention_mask)
+        rows, cols = self.layer.grid
+        if self.size is not None or rows * cols <= 32**2:
+            maps = weights_ACT.transpose(1, 2).unflatten(-1, self.layer.grid)
+            if self.size is not None:
+                maps = F.interpolate(maps, size=self.size, mode="bilinear", align_corners=False)
+            self.kept[self.layer.name] = maps.unflatten(0, (len(hidden_states), -1))
+        return attn.to_out[0](attn.batch_to_head_dim(weights_ACT @ value))
+
+
+def check_same_maps(forward: Forward) -> float:
+    """Largest difference between the captured maps and those computed from everything that the reference keeps."""
+    config = replace(forward.config, grid=forward.size)  # both on one grid; layers of any size are averaged there
+    _, maps = forward.maps(config)
+    _, kept = forward.materialise()
+    chosen = torch.stack([kept[layer.name].float().mean(dim=1) for layer in forward.layers]).mean(dim=0)
+    expected = torch.einsum("btrc,btw->bwrc", chosen, forward.values)[:, :-1]
+    difference = (maps - expected).abs().max().item()
+    if forward.family.dtype == torch.float32:
+        assert difference < 1e-5, f"the maps differ by {difference} from those of the explicit softmax"
+    return difference

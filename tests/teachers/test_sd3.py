@@ -1,0 +1,75 @@
+"""Stable Diffusion 3 and 3.5 under the contract; joint attention, rectified flow, and what it can't do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lavender.config import ExtractionConfig
+from lavender.diffusion.teacher import Teacher
+from lavender.errors import ConfigError
+from teachers import pipelines
+from teachers.basis import GRID, given_of
+from teachers.contract import Contract
+
+EIGHTS = {"square": ((64, 64), (16, 16)), "wide": ((150, 70), (10, 24)), "tall": ((60, 110), (22, 12))}
+
+
+class TestStableDiffusion3(Contract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def build(cls):
+        return pipelines.stable_diffusion_3
+
+    @pytest.fixture
+    def latent_sizes(self):
+        """Pictures of (width, height), and latents of (height, width): 64² pixels in the same shape, by eights."""
+        return EIGHTS
+
+    @torch.no_grad()
+    def test_the_backbone_gets_what_the_pipeline_gives_it(self, pipeline, family):
+        latents, timesteps, condition, size = given_of(family, (12, 20))
+        texts = list(pipelines.TEXTS[:2])
+        states, _, pooled, _ = pipeline.encode_prompt(texts, None, None, do_classifier_free_guidance=False)
+        assert states.shape[1] == pipelines.TOKENS + pipelines.PADDING_TOKENS
+        expected = pipeline.transformer(latents, states, pooled, timesteps.float()).sample
+        assert torch.equal(family.predict(latents, timesteps, condition, size), expected)
+
+    def test_noise_is_that_of_rectified_flow(self, family):
+        """By hand: at t = 250 three quarters of the picture and one of the noise."""
+        clean, noise = torch.full((2, 1, 1, 1), 8.0), torch.full((2, 1, 1, 1), -4.0)
+        noisy = family.add_noise(clean, noise, torch.tensor([250, 1]))
+        torch.testing.assert_close(noisy.flatten(), torch.tensor([5.0, 7.988]))
+
+    @pytest.mark.parametrize("mode", ["ddim", "null-text"])
+    def test_inversion_is_refused(self, pipeline, mode):
+        with pytest.raises(ConfigError) as caught:
+            Teacher(pipeline, ExtractionConfig(mode=mode, grid=GRID))(pipelines.jobs()[:1])
+        assert str(caught.value) == (
+            "Got DDIM inversion with a StableDiffusion3Pipeline. Expected a diffusion model with DDIM's schedule. "
+            "Do this: use --mode noise."
+        )
+
+    def test_one_layer_before_the_middle_is_the_default(self, pipeline):
+        """Seg4Diff: block 9 of 24 at SD3-medium's depth; here 9/24 · 3, rounded."""
+        for size, grid in (((64, 64), (8, 8)), ((1024, 1024), (128, 128))):
+            (layer,) = Teacher(pipeline, ExtractionConfig()).layers(size)
+            assert (layer.name, layer.grid) == ("transformer_blocks.1.attn", grid)
+
+    def test_the_default_settings_fit_models_of_a_larger_resolution(self, own):
+        """SD3-medium's: latents of 128 × 128, 64 × 64 cells."""
+        own.backbone.register_to_config(sample_size=128)
+        assert Teacher(own.pipeline, ExtractionConfig()).layers((512, 512))[0].grid == (64, 64)
+
+
+class TestStableDiffusion35(Contract):
+    """Queries and keys are normed; in its first block a second attention sees the image alone."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def build(cls):
+        return pipelines.stable_diffusion_35
+
+    @pytest.fixture
+    def latent_sizes(self):
+        return EIGHTS
