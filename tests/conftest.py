@@ -97,7 +97,7 @@ def pipeline() -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline of random weights: 64-pixel pictures, 16 × 16 latents, 48 tokens."""
     import torch
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizerFast
+    from transformers import CLIPTokenizer
 
     from lavender.world import TEACHER_PATH
     from lavender.world.teacher_training import (
@@ -108,7 +108,7 @@ def pipeline() -> StableDiffusionPipeline:
     )
 
     # the shipped one: a tokenizer trained anew differs from process to process
-    tokenizer = CLIPTokenizerFast.from_pretrained(TEACHER_PATH / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(TEACHER_PATH / "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         return StableDiffusionPipeline(
