@@ -252,7 +252,7 @@ def evaluate(tmp_path, monkeypatch) -> Callable[..., dict]:
     from lavender import judgement
     from lavender.comparison import Observed
 
-    def observe(arms, samples, store):
+    def observe(arms, samples, store, trust_remote_code):
         return {name: Observed([], [], {"num_samples": float(len(samples))}) for name in arms}, []
 
     monkeypatch.setattr(judgement, "_observe_arms", observe)
