@@ -3,6 +3,7 @@
     python benchmarks/teacher_quality.py --quick --json quality.json     # the modes, 210 development scenes
     python benchmarks/teacher_quality.py --arms levers --json levers.json    # every lever and a sweep of t, 900 scenes
     python benchmarks/teacher_quality.py --split sealed --arms modes --json sealed.json
+    python benchmarks/teacher_quality.py --draw levers.json sealed.json --plot quality.png
 
 The built-in world's teacher on the built-in world's scenes. A seed has its own scenes and its own noise; all
 arms see the same ones, so they are compared in pairs. The threshold of `iou_fixed` is chosen for each arm on
@@ -271,9 +272,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None)
+    parser.add_argument("--draw", type=Path, nargs="+", default=None, metavar="JSON",
+                        help="measure nothing: --plot of what --json wrote")  # fmt: skip
     options = parser.parse_args()
     if options.quick and options.split == "sealed":
         parser.error("--quick uses development scenes; the sealed ones are for the number that is reported")
+    if options.draw:
+        found = [json.loads(path.read_text()) for path in options.draw]
+        found.sort(key=lambda one: len(one["modes"]))
+        draw({name: value for one in found for name, value in one.items() if value}, options.plot)
+        return
     from lavender.config import ExtractionConfig
 
     seeds = options.seeds or ((1, 2, 3) if options.split == "sealed" else (40, 41, 42))
