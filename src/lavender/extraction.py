@@ -49,7 +49,8 @@ def extract(
     """Write the maps of every answer on every picture before it to the store at `out`.
 
     A sample whose pictures cannot all be read is dropped, as training drops it. One of text alone needs no map.
-    Stopped at any moment and started again, it goes on where it was, and ends with the same records.
+    Stopped at any moment and started again, it goes on where it was, and ends with the same records. Their maps
+    may differ in the last of their 8 bits, for batches are then cut in other places.
 
     Args:
         strict: raise DataError at the first sample that cannot be used, instead of counting it.

@@ -96,6 +96,7 @@ def test_killed_twice_and_started_again_it_ends_with_the_same_records(start, tmp
     for key, maps in expected.items():
         assert found[key].words == maps.words
         assert found[key].dropped == maps.dropped
-        assert torch.equal(found[key].maps, maps.maps), key
+        # batches are cut anew, and one of another size changes the last bits: at most one of 255 steps
+        torch.testing.assert_close(found[key].maps, maps.maps, rtol=0, atol=1.01 / 255)
     names = {path.name for path in broken.iterdir()}
     assert not [name for name in names if name.startswith(".tmp-")]
