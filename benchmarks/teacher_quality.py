@@ -202,7 +202,9 @@ def cheapest(modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"mode": min(fit, key=lambda mode: modes[mode]["unet_forwards"]), "floor": floor, "not_below": fit}
 
 
-def measure(arms: dict[str, dict[str, Any]], split: str, seeds: Sequence[int], count: int, jobs: int) -> dict[str, Any]:
+def measure(
+    arms: dict[str, dict[str, Any]], split: str, seeds: Sequence[int], count: int, jobs: int, quick: bool
+) -> dict[str, Any]:
     """All arms' scores. Costly arms first, so that no core waits at the end."""
     from lavender.evaluation.maps import best_threshold
 
@@ -216,7 +218,7 @@ def measure(arms: dict[str, dict[str, Any]], split: str, seeds: Sequence[int], c
             name: [
                 pool.submit(
                     arm, arms[name], split, FIRST_SCENE + 1000 * seed, count, seed,
-                    count // 3 if name.startswith("null-text") else count if name in MODES else 0,
+                    count // (7 if quick else 3) if name.startswith("null-text") else count if name in MODES else 0,
                 )
                 for seed in seeds
             ]
@@ -289,7 +291,7 @@ def main() -> None:
     levers = {"noise": MODES["noise"]} | LEVERS | SWEEP
     wanted = "modes" if options.quick else options.arms
     arms = {"modes": MODES, "levers": levers, "all": MODES | SECOND_READING | levers}[wanted]
-    scores = measure(arms, options.split, seeds, count, options.jobs)
+    scores = measure(arms, options.split, seeds, count, options.jobs, options.quick)
     modes = {name: one for name, one in scores.items() if name.split(",")[0] in MODES}
     found = {
         "default": asdict(ExtractionConfig()), "split": options.split, "seeds": list(seeds), "scenes_a_seed": count,
