@@ -51,19 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--maps", type=Path, default=None, help="map store of that data")
     evaluate.add_argument("--limit", type=int, default=64, help="samples to look at (default: %(default)s)")
 
-    study = verbs.add_parser("study", help="does it work, and why? A study of the built-in world, over seeds")
-    study.add_argument(
-        "name",
-        help="main, teacher-controls, entropy, scaling, pooling, aligner, words, layers, "
-        "pretraining, lambda or learning-rate",
-    )
-    study.add_argument("--out", type=Path, default=Path("lavender-studies"), help="folder (default: %(default)s)")
-    study.add_argument("--quick", action="store_true", help="smaller, one seed, on development scenes; not a result")
-    study.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 1 2 3; with --quick 40")
-    study.add_argument("--split", choices=("development", "sealed"), default=None,
-                       help="scenes of the scores; default: sealed, with --quick development")  # fmt: skip
-    study.add_argument("--jobs", type=int, default=None, help="runs side by side, one core each; default: all cores")
-    study.add_argument("--json", action="store_true", help="print results.json instead of the page")
+    _add_study(verbs)
 
     report = verbs.add_parser("report", help="one HTML page of a run")
     report.add_argument("run", type=Path, help="run folder; what `lavender eval` found is shown if it was run")
@@ -85,6 +73,22 @@ def build_parser() -> argparse.ArgumentParser:
     for verb in (check, evaluate, report, export, inspect):
         verb.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     return parser
+
+
+def _add_study(verbs: argparse._SubParsersAction) -> None:
+    study = verbs.add_parser("study", help="does it work, and why? A study of the built-in world, over seeds")
+    study.add_argument(
+        "name",
+        help="main, teacher-controls, entropy, scaling, pooling, aligner, words, layers, "
+        "pretraining, lambda or learning-rate",
+    )
+    study.add_argument("--out", type=Path, default=Path("lavender-studies"), help="folder (default: %(default)s)")
+    study.add_argument("--quick", action="store_true", help="smaller, one seed, on development scenes; not a result")
+    study.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 1 2 3; with --quick 40")
+    study.add_argument("--split", choices=("development", "sealed"), default=None,
+                       help="scenes of the scores; default: sealed, with --quick development")  # fmt: skip
+    study.add_argument("--jobs", type=int, default=None, help="runs side by side, one core each; default: all cores")
+    study.add_argument("--json", action="store_true", help="print results.json instead of the page")
 
 
 def _add_extract(verbs: argparse._SubParsersAction) -> None:

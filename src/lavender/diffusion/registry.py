@@ -16,15 +16,10 @@ FAMILIES: tuple[type[TeacherFamily], ...] = (StableDiffusion, StableDiffusionXL,
 
 def family_of(pipeline_class: type[DiffusionPipeline]) -> type[TeacherFamily]:
     """The family of a class of pipelines. Raises UnsupportedModelError for one without."""
-    for family in FAMILIES:
-        if family.pipeline_class is pipeline_class:
-            return family
-    known = [family.pipeline_class.__name__ for family in FAMILIES]
-    raise UnsupportedModelError(
-        f"a {pipeline_class.__name__}",
-        f"one of {', '.join(known)}",
-        "use such a teacher, or write a family: one file in lavender/diffusion and one line in its registry",
-    )
+    family = _named(pipeline_class.__name__, f"a {pipeline_class.__name__}")
+    if family.pipeline_class is not pipeline_class:
+        raise _unsupported(f"a {pipeline_class.__name__} that is not diffusers' own")
+    return family
 
 
 def load_family(path: str, **options: Any) -> TeacherFamily:
@@ -32,13 +27,21 @@ def load_family(path: str, **options: Any) -> TeacherFamily:
 
     The class is read from the pipeline's own `model_index.json`, before any weight is.
     """
-    named = DiffusionPipeline.load_config(path)["_class_name"]
-    known = {family.pipeline_class.__name__: family for family in FAMILIES}
-    family = known.get(named)
-    if family is None:
-        raise UnsupportedModelError(
-            f"{path}, a {named}", f"one of {', '.join(known)}",
-            "use such a teacher, or write a family: one file in lavender/diffusion and one line in its registry",
-        )  # fmt: skip
-    pipeline = family.pipeline_class.from_pretrained(path, use_safetensors=True, **family.optional_parts, **options)
-    return family(pipeline)
+    name = DiffusionPipeline.load_config(path)["_class_name"]
+    family = _named(name, f"{path}, a {name}")
+    return family(family.pipeline_class.from_pretrained(path, use_safetensors=True, **family.optional_parts, **options))
+
+
+def _named(name: str, what: str) -> type[TeacherFamily]:
+    for family in FAMILIES:
+        if family.pipeline_class.__name__ == name:
+            return family
+    raise _unsupported(what)
+
+
+def _unsupported(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        what,
+        f"one of {', '.join(family.pipeline_class.__name__ for family in FAMILIES)}",
+        "use such a teacher, or write a family: one file in lavender/diffusion and one line in its registry",
+    )
