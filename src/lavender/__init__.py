@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lavender.attention import Reading, student_maps
+    from lavender.checkpoints import export
     from lavender.config import AlignmentConfig, ExtractionConfig
     from lavender.data import read_samples, to_dataset
     from lavender.diffusion.teacher import Teacher
     from lavender.extraction import extract
     from lavender.maps import WordMaps
     from lavender.store import MapStore
-    from lavender.trainer import LavenderConfig, LavenderTrainer, export
+    from lavender.trainer import LavenderConfig, LavenderTrainer
 
 __version__ = version("lavender-vlm")
 
@@ -30,7 +31,7 @@ _HOMES = {
     "Reading": "attention",
     "Teacher": "diffusion.teacher",
     "WordMaps": "maps",
-    "export": "trainer",
+    "export": "checkpoints",
     "extract": "extraction",
     "read_samples": "data",
     "student_maps": "attention",

@@ -33,6 +33,11 @@ TRAINED_PARTS = (HEAD_NAME, PARALLEL_NAME)
 """Names of the submodules that alignment adds to a model; every export leaves them out."""
 
 
+def is_alignment_part(name: str) -> bool:
+    """Whether a parameter of this name is one that alignment adds."""
+    return not set(name.split(".")).isdisjoint(TRAINED_PARTS)
+
+
 class AlignmentRequest(AttentionRequest):
     """An attention request with what its rows shall be compared to.
 

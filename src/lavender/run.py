@@ -137,8 +137,9 @@ def train(run: RunConfig) -> Path:
     from peft import LoraConfig
     from transformers import AutoConfig, AutoProcessor
 
+    from lavender.checkpoints import export, save_head
     from lavender.data import read_samples, to_dataset
-    from lavender.trainer import LavenderConfig, LavenderTrainer, export, save_head
+    from lavender.trainer import LavenderConfig, LavenderTrainer
     from lavender.vlm.registry import adapter_for, auto_class
 
     out = Path(run.out)

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
+from lavender.checkpoints import export
 from lavender.errors import ConfigError, DataError
 from lavender.objective import TRAINED_PARTS, attach
 from lavender.store import MapStore
-from lavender.trainer import LavenderConfig, LavenderTrainer, export
+from lavender.trainer import LavenderConfig, LavenderTrainer
 from lavender.words import content_words
 from lavender.world.student_models import conversation
 

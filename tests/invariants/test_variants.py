@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from invariants.test_trainer import logged, lora, own_head, run  # noqa: F401
+from lavender.checkpoints import export
 from lavender.config import (
     ALIGNER_ACTIVATIONS,
     ALIGNER_FORMS,
@@ -20,7 +21,6 @@ from lavender.config import (
     AlignmentConfig,
 )
 from lavender.objective import HEAD_NAME
-from lavender.trainer import export
 
 OPTIONS = {
     "pooling": POOLINGS, "aligner": ALIGNER_FORMS, "aligner_kind": ALIGNER_KINDS, "aligner_norm": ALIGNER_NORMS,

@@ -1,0 +1,77 @@
+"""The settings of alignment beside those of a trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainingArguments
+
+from lavender.config import ATTENTION_LOSSES, PARTS_OF_SPEECH, POOLINGS, AlignmentConfig
+from lavender.errors import ConfigError
+
+# the settings lean on TrainingArguments' attributes; at run time the class they are put before brings them
+_ArgumentsLike = TrainingArguments if TYPE_CHECKING else object
+
+
+@dataclass
+class AlignmentArguments(_ArgumentsLike):
+    """The settings of alignment as fields of a `transformers.TrainingArguments`, before which this is put.
+
+    Attributes:
+        maps: folder of the map store that `lavender extract` wrote.
+        align_weight and all that follow: as in AlignmentConfig.
+    """
+
+    maps: str | None = field(default=None, metadata={"help": "Folder of the map store."})
+    align_weight: float = field(default=AlignmentConfig.align_weight, metadata={"help": "λ; 0 is plain fine-tuning."})
+    pooling: str = field(default=AlignmentConfig.pooling, metadata={"help": f"One of {POOLINGS}."})
+    match: str = field(
+        default=AlignmentConfig.match, metadata={"help": "label: all words; exact: those the student predicts."}
+    )
+    parts_of_speech: list[str] | None = field(
+        default=None, metadata={"help": f"Mapped words to align, some of {PARTS_OF_SPEECH}; all by default."}
+    )
+    attention_loss: str = field(
+        default=AlignmentConfig.attention_loss, metadata={"help": f"One of {ATTENTION_LOSSES}."}
+    )
+    layers: list[int] | None = field(default=None, metadata={"help": "Decoder layers to align; all by default."})
+    aligner: str = field(default=AlignmentConfig.aligner, metadata={"help": "light, sim or deep."})
+    aligner_kind: str = field(default=AlignmentConfig.aligner_kind, metadata={"help": "convolution or mlp."})
+    aligner_norm: str = field(default=AlignmentConfig.aligner_norm, metadata={"help": "instance, batch, group, none."})
+    aligner_activation: str = field(
+        default=AlignmentConfig.aligner_activation, metadata={"help": "relu6 or leaky-relu."}
+    )
+    aligner_width: int = field(default=AlignmentConfig.aligner_width, metadata={"help": "Channels of the Aligner."})
+    align_warmup: float = field(default=0.0, metadata={"help": "Share of the steps in which λ rises from 0."})
+    align_decay: float = field(default=0.0, metadata={"help": "Share of the steps, at the end, in which λ falls to 0."})
+    aligner_pretraining: float = field(default=0.0, metadata={"help": "Share of the steps with a frozen VLM."})
+    min_coverage: float = field(
+        default=AlignmentConfig.min_coverage, metadata={"help": "Least share of samples that must have maps."}
+    )
+
+    def alignment(self) -> AlignmentConfig:
+        """The settings of alignment alone, checked."""
+        return AlignmentConfig(**{one.name: getattr(self, one.name) for one in fields(AlignmentConfig)})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.alignment()
+        self.remove_unused_columns = False  # the collator wants pictures and conversations, which no model takes
+        if self.activation_checkpointing:
+            options = as_dict(self.activation_checkpointing_kwargs)
+            if options.get("use_reentrant"):
+                raise ConfigError(
+                    "activation_checkpointing_kwargs={'use_reentrant': True}",
+                    "non-reentrant checkpointing; the reentrant kind loses the attention's gradient silently",
+                    "set use_reentrant to False",
+                )
+            # transformers keeps the old names as mirrors, which TRL still reads
+            options["use_reentrant"] = False
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = options
+
+
+def as_dict(options: dict[str, Any] | str | None) -> dict[str, Any]:
+    """TrainingArguments declares such fields as dict or string, and has parsed strings by now."""
+    assert not isinstance(options, str)
+    return dict(options or {})

@@ -1,0 +1,54 @@
+"""What remains of a training: an ordinary checkpoint, and beside it what alignment trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from lavender.alignment_mixin import AlignmentMixin
+from lavender.objective import TRAINED_PARTS, is_alignment_part
+
+
+def export(trainer: AlignmentMixin, path: str | Path) -> Path:
+    """Write an ordinary checkpoint with processor: no trace of alignment in weights or config.
+
+    Full tuning writes what `from_pretrained` loads; LoRA writes an adapter for `PeftModel.from_pretrained`.
+    """
+    path = Path(path)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if isinstance(model, PeftModel):
+        _export_adapter(model, state, path)
+    else:
+        model.save_pretrained(
+            path, state_dict={name: value for name, value in state.items() if not is_alignment_part(name)}
+        )
+    cast(ProcessorMixin, trainer.processing_class).save_pretrained(path)
+    return path
+
+
+def save_head(trainer: AlignmentMixin, path: str | Path) -> None:
+    """Write what alignment trained beside the model, and every export leaves out: Aligner, parallel projections."""
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    own = {name: value for name, value in state.items() if is_alignment_part(name) and "original_module" not in name}
+    saved = {name.replace(".modules_to_save.default", ""): value.contiguous() for name, value in own.items()}
+    save_file(saved, str(path), metadata={"format": "pt"})
+
+
+def _export_adapter(model: PeftModel, state: dict[str, Tensor], path: Path) -> None:
+    """PEFT writes all it trained; then alignment's own parts are taken out of file and config."""
+    config = cast(LoraConfig, model.peft_config["default"])
+    kept = config.modules_to_save
+    config.modules_to_save = [name for name in kept or () if name not in TRAINED_PARTS] or None
+    try:
+        model.save_pretrained(str(path), state_dict=state)
+    finally:
+        config.modules_to_save = kept
+    weights = path / "adapter_model.safetensors"
+    adapter = {name: value for name, value in load_file(weights).items() if not is_alignment_part(name)}
+    save_file(adapter, weights, metadata={"format": "pt"})
