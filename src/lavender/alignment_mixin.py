@@ -83,6 +83,7 @@ class AlignmentMixin(_TrainerLike):
         if isinstance(self, SFTTrainer):
             kwargs["peft_config"] = peft_config
         elif peft_config is not None:
+            set_seed(args.seed)  # as SFTTrainer does before adapters are drawn
             wrapped = get_peft_model(model, peft_config)
         super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
         if config.aligner_pretraining:
