@@ -37,7 +37,8 @@ def request_of(*maps: torch.Tensor, matched: int | None = None) -> AlignmentRequ
         (0,),
         {
             "rows": torch.zeros(1, 1, dtype=torch.long), "shares": torch.ones(1, count, 1), "present": present,
-            "word_pictures": torch.zeros(1, count, dtype=torch.long), "boxes": torch.zeros(1, 1, 4),
+            "weights": present.float(), "boxes": torch.zeros(1, 1, 4),
+            "word_pictures": torch.zeros(1, count, dtype=torch.long),
             "pictures": torch.zeros(1, 1, dtype=torch.long), "targets": torch.zeros(1, count, 2, 2),
         },
     )  # fmt: skip

@@ -74,8 +74,10 @@ def test_a_loss_function_of_the_users(make_student, processor, dataset, store_pa
         return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
 
     runs = []
-    for sizes in ({"per_device_train_batch_size": 4},
-                  {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}):  # fmt: skip
+    kinds: list[dict[str, Any]] = [
+        {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    ]  # fmt: skip
+    for sizes in kinds:
         args = LavenderConfig(
             output_dir=str(tmp_path), maps=str(store_path), max_steps=2, seed=3, report_to="none", bf16=False,
             use_cpu=True, max_length=None, logging_steps=1, save_strategy="no", gradient_checkpointing=False,
