@@ -103,7 +103,7 @@ class AlignmentMixin(_TrainerLike):
 
     @property
     def coverage(self) -> Coverage:
-        """What was trained on since this trainer was made, counted: of all processes once training has ended."""
+        """What this training was on, counted: by all processes once it has ended. Before it there is nothing."""
         return Coverage.of(self._counts)
 
     def _check_coverage(self, collator: AlignmentCollator, least: float) -> None:
@@ -137,13 +137,12 @@ class AlignmentMixin(_TrainerLike):
         kinds = (AlignmentRequest, OwnAttention) if self._alignment.pooling == "learn" else (AlignmentRequest,)
         return [kind(self._alignment_layers, tensors, self._root_matcher) for kind in kinds]
 
-    def train(self, *args: Any, **kwargs: Any):
-        """As the trainer's own. Afterwards `coverage` counts what all processes trained on."""
+    def _inner_training_loop(self, *args: Any, **kwargs: Any):
+        """As the trainer's own, which begins it anew where `auto_find_batch_size` has to."""
         self._train_metrics.clear()
-        own, self._counts = self._counts, torch.zeros_like(self._counts)
-        result = super().train(*args, **kwargs)
-        counts = self.accelerator.gather(self._counts.to(self.accelerator.device)[None]).sum(dim=0)
-        self._counts = own + counts.cpu()
+        self._counts = torch.zeros_like(self._counts)
+        result = super()._inner_training_loop(*args, **kwargs)
+        self._counts = self.accelerator.gather(self._counts.to(self.accelerator.device)[None]).sum(dim=0)
         return result
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -141,3 +145,18 @@ def test_liger_may_pass_where_no_prediction_is_needed(run_plain):
         {"match": "exact", "liger_kernel_config": {"fused_linear_cross_entropy": False}},
     ):
         run_plain(build_only=True, use_liger_kernel=True, **settings)
+
+
+def test_the_example_of_the_documentation(make_student, processor, dataset, store_path, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "maps").symlink_to(store_path)
+    names = {"model": make_student(), "processor": processor, "dataset": dataset, "my_collator": MyCollator(processor)}
+    shortened = example.replace("max_steps=1000", "max_steps=1, use_cpu=True, disable_tqdm=True, logging_steps=1")
+    monkeypatch.setitem(sys.modules, "example", namespace := ModuleType("example"))
+    vars(namespace).update(names)
+    exec(shortened, vars(namespace))
+    trainer = vars(namespace)["trainer"]
+    trainer.train()
+    assert logged(trainer, "attention_loss")[0] > 0
