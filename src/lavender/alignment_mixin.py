@@ -273,7 +273,9 @@ def _carried(model: nn.Module, request: AlignmentRequest) -> Iterator[list[Any]]
         if not seen:
             seen.append(output)
 
-    handles = model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)
+    # the first of the hooks before: others of the model already look for the request
+    begin = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    handles = begin, model.register_forward_hook(after)
     try:
         yield seen
     finally:
