@@ -23,7 +23,7 @@ from trl import SFTTrainer
 from lavender.alignment_data import AlignmentCollator, Coverage, root_matcher
 from lavender.arguments import AlignmentArguments
 from lavender.errors import ConfigError, DataError
-from lavender.guard import answers_finite, fault
+from lavender.guard import Health, answers_finite, fault
 from lavender.metrics import Metrics
 from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach, is_alignment_part, without_attention_loss
 from lavender.probe import OwnAttention, Probe, choose, random_state_kept
@@ -173,7 +173,8 @@ class AlignmentMixin(_TrainerLike):
             self._train_metrics.add_step(plain_loss * shown, attention_loss * shown, request, 1 / parts)
             self._counts = self._counts.to(alignment["counts"].device) + alignment["counts"]
             self._last_align_weight = weight
-            self._last_request, self._last_finite = request, answers_finite(seen[0], labels)
+            # not the request, which holds attention rows: they shall be gone when the next batch comes
+            self._health = Health(answers_finite(seen[0], labels), request.present, request.losses)
         else:
             self._eval_metrics.add_batch(plain_loss, attention_loss, request)
         # without alignment nothing is added, not even 0 times something: that would reorder sums of gradients
@@ -188,8 +189,7 @@ class AlignmentMixin(_TrainerLike):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite():
             raise fault(
-                self.state.global_step + 1, model, cast(ProcessorMixin, self.processing_class), inputs,
-                self._last_request, self._last_finite,
+                self.state.global_step + 1, model, cast(ProcessorMixin, self.processing_class), inputs, self._health
             )  # fmt: skip
         return loss
 

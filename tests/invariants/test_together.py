@@ -24,6 +24,7 @@ WORKING: dict[str, dict[str, Any]] = {
     "workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
     "drop_last": {"dataloader_drop_last": True, "per_device_train_batch_size": 4},
     "whole conversations": {"assistant_only_loss": False},
+    "answers alone": {"assistant_only_loss": True},
     "checkpointing": {"activation_checkpointing": True},
     "empty cache": {"torch_empty_cache_steps": 1},
     "no clipping": {"max_grad_norm": 0.0},
