@@ -72,7 +72,7 @@ class Contract(Batches, Guards, Core):
 
     def test_learned_projections_alone_get_the_gradient(self, family, model, batch, readings):
         """The last layer's own projections get none; earlier ones get it through the hidden states."""
-        adapter, head = adapter_for(model.config), attach(model, AlignmentConfig(pooling="learn"))
+        adapter, head = adapter_for(model.config), attach(model, AlignmentConfig(pooling="learn", layers="all"))
         model.train()
         output = model(**batch, attention_request=request_of(family, model, batch, readings, head.layers))
         output.attention_loss.backward()
@@ -106,7 +106,7 @@ class Contract(Batches, Guards, Core):
         losses, rows = [], []
         for pooling in ("layer-mean", "learn"):
             torch.manual_seed(7)
-            head = attach(model, AlignmentConfig(pooling=pooling))
+            head = attach(model, AlignmentConfig(pooling=pooling, layers="all"))
             request = request_of(family, model, batch, readings, head.layers)
             losses.append(model(**batch, attention_request=request).attention_loss)
             rows.append(request.stacked())

@@ -160,7 +160,7 @@ def _train(folder: Path, cell: Cell, run: Path) -> None:
         RunConfig(
             model=str(STUDENT_PATHS[arm.student]), data=str(data / "pictures"), out=str(run), dtype="float32",
             maps=str(data / (arm.target or "teacher")), prompt=CAPTION_PROMPT,
-            lora=LoraSettings() if arm.tuning == "lora" else None, training=arm.training(cell.seed),
+            lora=LoraSettings() if arm.tuning == "lora" else None, training=arm.training(cell.seed) | {"probe_size": 0},
         )
     )  # fmt: skip
 
