@@ -51,7 +51,10 @@ class AlignmentRequest(AttentionRequest):
             `present` bool (sample, word), False where a sample has fewer words than the batch's most.
 
     Attributes:
-        matched: bool (sample, word), the words that count in the loss; known after the forward pass.
+        matched: bool (sample, word), the words that count in the loss; known after the forward pass, as what follows.
+        losses: the loss of each present word, (word,), without gradient.
+        student_maps: where the student looks for each present word, mean over layers and heads before any Aligner,
+            (word, rows, cols), without gradient; of a flow, the flow.
     """
 
     learned = True
@@ -62,6 +65,7 @@ class AlignmentRequest(AttentionRequest):
         self.layout = KeyLayout(tensors["boxes"], tensors["pictures"], tensors.get("views"))
         self.targets, self.present = tensors["targets"], tensors["present"]
         self.matched = self.present
+        self.losses, self.student_maps = self.targets.new_zeros(0), self.targets.new_zeros(0, *self.targets.shape[2:])
 
     def text_positions(self) -> Tensor:
         """Which of the text's tokens each row is, long (sample, row): a sequence's picture tokens do not count."""
@@ -110,12 +114,14 @@ class AlignmentHead(nn.Module):
             words = torch.zeros_like(words)
             words[0, 0] = True
         losses = per_word_loss(self.maps(request, words), request.targets[words], self.config.attention_loss)
+        request.losses = losses.detach()[request.present[words]]
         return (losses * request.matched[words]).sum()
 
     def maps(self, request: AlignmentRequest, words: Tensor | None = None) -> Tensor:
         """The student's map of each present word, (word, rows, cols) in [0, 1]; or of `words`, bool (sample, word)."""
         words = request.present if words is None else words
         attention = self.attention(request).permute(0, 1, 3, 2, 4, 5)[:, words]
+        request.student_maps = attention.detach().float().mean(dim=(0, 2))[request.present[words]]
         dtype = next(self.aligner.parameters()).dtype
         return pooled(attention.to(dtype), self.config.pooling, self.aligner)
 
@@ -184,6 +190,12 @@ def _with_attention_loss(output_type: type[ModelOutput]) -> type[ModelOutput]:
     """The output class with one more field. Plain extra keys are refused by ModelOutput."""
     extra = [("attention_loss", Tensor | None, field(default=None))]
     return cast(type[ModelOutput], make_dataclass(f"{output_type.__name__}WithAlignment", extra, bases=(output_type,)))
+
+
+def without_attention_loss(output: ModelOutput) -> ModelOutput:
+    """The model's own output, of its own class."""
+    own = {name: value for name, value in output.items() if name != "attention_loss"}
+    return type(output).__bases__[0](**own) if "attention_loss" in output else output
 
 
 def _pool_heads(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
