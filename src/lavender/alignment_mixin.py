@@ -27,6 +27,15 @@ from lavender.guard import answers_finite, fault
 from lavender.metrics import Metrics
 from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach, is_alignment_part, without_attention_loss
 from lavender.probe import Probe, choose, random_state_kept
+from lavender.processes import (
+    check_batches,
+    prepare_for_fsdp,
+    read_counts,
+    refuse_accelerator,
+    refuse_model,
+    refuse_settings,
+    write_counts,
+)
 from lavender.stages import AlignerPretraining
 from lavender.store import MapStore
 from lavender.vlm.registry import adapter_for
@@ -63,7 +72,8 @@ class AlignmentMixin(_TrainerLike):
             raise ConfigError("no maps", "a map store", "set maps='FOLDER', written by `lavender extract`")
         if isinstance(model, PeftModel):
             raise ConfigError("a PeftModel", "the base model", "pass the base model and peft_config=...")
-        _refuse_unsupported(args)
+        refuse_settings(args, with_peft=peft_config is not None)
+        refuse_model(model)
         if not isinstance(self, SFTTrainer):
             _refuse_in_plain_trainer(args, kwargs.get("data_collator"))
         self.maps = MapStore.open(str(args.maps)) if maps is None else maps
@@ -85,8 +95,12 @@ class AlignmentMixin(_TrainerLike):
         elif peft_config is not None:
             wrapped = get_peft_model(model, peft_config)
         super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
+        refuse_accelerator(self.accelerator)
+        if self.is_fsdp_enabled:
+            prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))
+        self._pretraining = AlignerPretraining(config.aligner_pretraining)
         if config.aligner_pretraining:
-            self.add_callback(AlignerPretraining(config.aligner_pretraining))
+            self.add_callback(self._pretraining)
         self.data_collator = AlignmentCollator(
             self.data_collator, processing_class, adapter, self.maps, config.parts_of_speech
         )
@@ -144,6 +158,9 @@ class AlignmentMixin(_TrainerLike):
         )
         if self.args.world_size > 1:
             words = self.accelerator.gather(words.to(device)[None]).sum()
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                pictures = [bool((batch["alignment"]["pictures"] >= 0).any()) for batch in batch_samples]
+                check_batches(self.accelerator, pictures)
         self._num_words_in_batch = int(words)
         return super()._get_num_items_in_batch(batch_samples, device)
 
@@ -182,6 +199,8 @@ class AlignmentMixin(_TrainerLike):
                 self.state.global_step + 1, model, cast(ProcessorMixin, self.processing_class), inputs,
                 self._last_request, self._last_finite,
             )  # fmt: skip
+        if self.args.world_size > 1 and self.accelerator.sync_gradients and self._pretraining.is_on(self.state):
+            self._pretraining.drop_gradients(model)
         return loss
 
     def _align_weight(self, training: bool) -> float:
@@ -228,6 +247,15 @@ class AlignmentMixin(_TrainerLike):
         metrics = cast(dict[str, float], output.metrics)
         metrics.update({f"{metric_key_prefix}_{name}": value for name, value in numbers.items()})
         return output
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also keep what was counted so far. What makes a checkpoint complete is written after this."""
+        super()._save_rng_state(output_dir)
+        write_counts(self.accelerator, self._counts, output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._counts = read_counts(self.accelerator, self._counts, checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the model under its modules' own names.
@@ -295,21 +323,4 @@ def _refuse_in_plain_trainer(args: AlignmentArguments, collator: Any) -> None:
             f"match={args.match!r} with Liger's fused cross-entropy, which makes no logits while training",
             "the model's predictions",
             "set match='label', or liger_kernel_config={'fused_linear_cross_entropy': False}",
-        )
-
-
-def _refuse_unsupported(args: AlignmentArguments) -> None:
-    if args.aligner_pretraining and args.align_weight == 0:
-        raise ConfigError("aligner_pretraining with align_weight=0", "alignment to pretrain", "set one of them")
-    if args.aligner_pretraining and args.world_size > 1:
-        raise ConfigError(
-            f"aligner_pretraining with {args.world_size} processes, whose parameters must all get gradients",
-            "one process",
-            "run this stage on one process",
-        )
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3 and args.activation_checkpointing:
-        raise ConfigError(
-            "DeepSpeed ZeRO-3 with gradient checkpointing, for which TRL forces the reentrant kind with PEFT",
-            "non-reentrant checkpointing",
-            "use FSDP2 or ZeRO-2, or switch checkpointing off",
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
@@ -37,17 +35,3 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
             model = create_model_from_path(model, **as_dict(args.model_init_kwargs))
             args.model_init_kwargs = None
         super().__init__(model, args, **kwargs)
-        if self.is_fsdp_enabled:
-            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            base.register_forward_pre_hook(_gather_output_layer)
-
-
-def _gather_output_layer(model: PreTrainedModel, args: tuple) -> None:
-    """Gather the output layer's weights as FSDP2 does before a forward of its own, which TRL's fused head never calls.
-
-    TRL gathers them itself where it finds them sharded, but the gradient of each process's share is then its own
-    alone, not the mean over processes.
-    """
-    layer = model.get_output_embeddings()
-    if isinstance(layer, FSDPModule):
-        layer.unshard()

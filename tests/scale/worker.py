@@ -89,7 +89,7 @@ def settings_of(case: Case, processes: int, out: Path) -> dict[str, Any]:
 
 def run_case(case: Case, workspace: Path, processes: int, out: Path, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
     """The trainer after the step, and the gradients that it used, by parameter."""
-    from datasets import load_from_disk
+    from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -103,7 +103,7 @@ def run_case(case: Case, workspace: Path, processes: int, out: Path, **settings:
     lora = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     trainer = LavenderTrainer(
         model, args, processing_class=AutoProcessor.from_pretrained(workspace / case.model),
-        train_dataset=load_from_disk(str(workspace / "data")).select(case.samples),
+        train_dataset=Dataset.load_from_disk(str(workspace / "data")).select(case.samples),
         peft_config=lora if case.lora else None, callbacks=[gradients],
     )  # fmt: skip
     gradients.trainer = trainer
