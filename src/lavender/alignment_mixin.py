@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from trl import SFTTrainer
 
-from lavender.alignment_data import AlignmentCollator, Coverage
+from lavender.alignment_data import AlignmentCollator, Coverage, SeveralStores
 from lavender.arguments import AlignmentArguments
 from lavender.errors import ConfigError, DataError
 from lavender.guard import answers_finite, fault
@@ -52,7 +52,7 @@ class AlignmentMixin(_TrainerLike):
     Args:
         args: training arguments that are `AlignmentArguments` too.
         processing_class: the model's processor.
-        maps: the map store, if `args.maps` does not name it.
+        maps: the map store, or several, if `args.maps` does not name it.
         peft_config: LoRA settings; the model itself must not be a PeftModel yet.
         kwargs: the trainer's other arguments. Data sets, streams too, need `messages` and `images`: none, one or
             several. A `data_collator` makes the batch of plain fine-tuning from them; SFTTrainer brings its own.
@@ -64,7 +64,7 @@ class AlignmentMixin(_TrainerLike):
         args: AlignmentArguments,
         *,
         processing_class: ProcessorMixin,
-        maps: MapStore | None = None,
+        maps: MapStore | SeveralStores | None = None,
         peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ):
@@ -81,7 +81,7 @@ class AlignmentMixin(_TrainerLike):
         set_seed(args.seed)  # before the Aligner is drawn; the trainer sets it again before it draws anything
         self._alignment_layers, self._alignment = attach(model, config).layers, config
         self._train_metrics, self._eval_metrics = Metrics(), Metrics()
-        self._counts = torch.zeros_like(Coverage().counts())
+        self._counts = self._eval_counts = torch.zeros_like(Coverage().counts())
         self._last_align_weight = config.align_weight
         if config.align_weight == 0:
             for name, parameter in model.named_parameters():
@@ -106,7 +106,9 @@ class AlignmentMixin(_TrainerLike):
         )
         with random_state_kept(args.device):
             if self.train_dataset is not None:
-                self._check_coverage(self.data_collator, config.min_coverage)
+                self._check_coverage(self.train_dataset, self.data_collator, config.min_coverage)
+            if self.eval_dataset is not None and (args.metric_for_best_model or "").endswith("attention_loss"):
+                self._check_coverage(self.eval_dataset, self.data_collator, config.min_coverage)
             if args.probe_size:
                 self._add_probe(self.data_collator, args)
 
@@ -115,10 +117,15 @@ class AlignmentMixin(_TrainerLike):
         """What was trained on since this trainer was made, counted: of all processes once training has ended."""
         return Coverage.of(self._counts)
 
-    def _check_coverage(self, collator: AlignmentCollator, least: float) -> None:
+    @property
+    def eval_coverage(self) -> Coverage:
+        """The same of the last evaluation, of all processes."""
+        return Coverage.of(self._eval_counts)
+
+    def _check_coverage(self, dataset: Any, collator: AlignmentCollator, least: float) -> None:
         """Read some samples as training will, of a stream the first, and stop if too few have maps."""
         found = torch.zeros_like(self._counts)
-        for example in _some_of(self.train_dataset):
+        for example in _some_of(dataset):
             found += collator([example])["alignment"]["counts"]
         coverage = Coverage.of(found)
         if coverage.share < least:
@@ -184,6 +191,7 @@ class AlignmentMixin(_TrainerLike):
             self._last_request, self._last_finite = request, answers_finite(seen[0], labels)
         else:
             self._eval_metrics.add_batch(plain_loss, attention_loss, request)
+            self._eval_counts = self._eval_counts.to(alignment["counts"].device) + alignment["counts"]
         # without alignment nothing is added, not even 0 times something: that would reorder sums of gradients
         loss = plain_loss + weight * attention_loss if self._alignment.align_weight else plain_loss
         return (loss, without_attention_loss(outputs)) if return_outputs else loss
@@ -242,8 +250,11 @@ class AlignmentMixin(_TrainerLike):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
         """As the trainer's own, with the numbers of `lavender.metrics.Metrics` among its metrics."""
         self._eval_metrics.clear()
+        self._eval_counts = torch.zeros_like(self._eval_counts)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         numbers = self._eval_metrics.take_batches(self.accelerator)
+        counts = self._eval_counts.to(self.accelerator.device)
+        self._eval_counts = self.accelerator.gather(counts[None]).sum(dim=0).cpu()
         metrics = cast(dict[str, float], output.metrics)
         metrics.update({f"{metric_key_prefix}_{name}": value for name, value in numbers.items()})
         return output

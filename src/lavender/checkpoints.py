@@ -17,8 +17,8 @@ from lavender.objective import TRAINED_PARTS, is_alignment_part
 def export(trainer: AlignmentMixin, path: str | Path) -> Path:
     """Write an ordinary checkpoint with processor: no trace of alignment in weights or config.
 
-    Full tuning writes what `from_pretrained` loads; LoRA writes an adapter for `PeftModel.from_pretrained`. With several
-    processes every one must call this, to give its share of the weights; the main process writes.
+    Full tuning writes what `from_pretrained` loads; LoRA writes an adapter for `PeftModel.from_pretrained`.
+    With several processes every one must call this, to give its share of the weights; the main process writes.
     """
     path = Path(path)
     model = trainer.accelerator.unwrap_model(trainer.model)

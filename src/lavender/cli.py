@@ -280,9 +280,15 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
     from lavender.run import read_run, train
 
-    print(f"run folder: {train(read_run(options.run, options.overrides))}")
+    folder = train(read_run(options.run, options.overrides))
+    state = PartialState()
+    if state.is_main_process:
+        print(f"run folder: {folder}")
+    state.destroy_process_group()
     return DONE
 
 

@@ -83,7 +83,7 @@ def settings_of(case: Case, processes: int, out: Path) -> dict[str, Any]:
         "output_dir": str(out), "max_steps": 1, "per_device_train_batch_size": len(case.samples) // processes,
         "train_sampling_strategy": "sequential", "seed": 3, "optim": "sgd", "learning_rate": 0.1, "report_to": "none",
         "bf16": False, "max_length": None, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-        "activation_checkpointing": False, "max_grad_norm": 0.0, "align_weight": 10.0,
+        "activation_checkpointing": False, "max_grad_norm": 0.0, "align_weight": 10.0, "probe_size": 0,
     } | case.settings  # fmt: skip
 
 
@@ -108,7 +108,20 @@ def run_case(case: Case, workspace: Path, processes: int, out: Path, **settings:
     )  # fmt: skip
     gradients.trainer = trainer
     trainer.train()
+    trainer.remove_callback(gradients)
     return trainer, gradients.found
+
+
+def is_unchanged(trainer: Any, base: Path) -> bool:
+    """Whether the weights of the base model are still those on disk, to the bit; every process must ask."""
+    from transformers import AutoModelForImageTextToText
+
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.accelerator.is_main_process:
+        return False
+    own = {name.removeprefix("base_model.model.").replace(".base_layer", ""): one for name, one in state.items()}
+    expected = AutoModelForImageTextToText.from_pretrained(base).state_dict()
+    return all(torch.equal(own[name].cpu(), one) for name, one in expected.items())
 
 
 @contextlib.contextmanager
@@ -129,12 +142,13 @@ def main() -> None:
         for one in order["cases"]:
             case = Case(**one | {"samples": tuple(one["samples"])})
             trainer, gradients = run_case(case, Path(order["workspace"]), 2, out / "trainer", **order["settings"])
+            unchanged = is_unchanged(trainer, Path(order["workspace"]) / case.model)
             if trainer.accelerator.is_main_process:
                 save_file({name: one.contiguous() for name, one in gradients.items()}, out / f"{case.name}.safetensors")
                 (out / f"{case.name}.json").write_text(
                     json.dumps({"type": str(trainer.accelerator.distributed_type), "case": asdict(case),
                                 "processes": trainer.accelerator.num_processes,
-                                "wrapped": type(trainer.model_wrapped).__name__,
+                                "wrapped": type(trainer.model_wrapped).__name__, "unchanged": unchanged,
                                 "log": trainer.state.log_history})
                 )  # fmt: skip
     if torch.distributed.is_initialized():

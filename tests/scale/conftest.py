@@ -1,0 +1,51 @@
+"""A workspace on disk, which the processes of a launch share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_line import write_scenes
+from conftest import PROMPT, SEED
+from lavender.data import Sample, to_dataset
+from lavender.world.student_models import build_llava, build_llava_processor, conversation
+
+
+@pytest.fixture(scope="session")
+def workspace(make_student, processor, some_scenes, captions, store_path, tmp_path_factory) -> Path:
+    """Folders `mllama`, `llava` and `llava_tied` (students), `maps`, `data` (a Dataset) and `pictures` (a folder).
+
+    The data set's rows: 0 to 4 have maps, 5 has none, 6 and 7 are text alone.
+    """
+    path = tmp_path_factory.mktemp("workspace")
+    make_student().save_pretrained(path / "mllama")
+    processor.save_pretrained(path / "mllama")
+    llava_processor = build_llava_processor([*captions, PROMPT], vocabulary=300)
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        llava = build_llava(llava_processor)
+        llava.save_pretrained(path / "llava")
+        llava.config.tie_word_embeddings = llava.config.text_config.tie_word_embeddings = True
+        type(llava)(llava.config).save_pretrained(path / "llava_tied")
+    for name in ("llava", "llava_tied"):
+        llava_processor.save_pretrained(path / name)
+    shutil.copytree(store_path, path / "maps")
+    samples = [
+        Sample(f"scene {scene.seed}", (scene.image,), conversation(PROMPT, caption))
+        for scene, caption in zip(some_scenes, captions, strict=True)
+    ]
+    samples += [Sample(f"text {caption}", (), _text_alone(caption)) for caption in captions[:2]]
+    to_dataset(samples).save_to_disk(str(path / "data"))
+    (path / "pictures").mkdir()
+    write_scenes(path / "pictures", some_scenes[:5], captions[:5])
+    return path
+
+
+def _text_alone(caption: str) -> list[dict]:
+    return [
+        {"role": "user", "content": [{"type": "text", "text": PROMPT}]},
+        {"role": "assistant", "content": [{"type": "text", "text": caption}]},
+    ]
