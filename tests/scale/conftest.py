@@ -16,7 +16,7 @@ from lavender.world.student_models import build_llava, build_llava_processor, co
 
 @pytest.fixture(scope="session")
 def workspace(make_student, processor, some_scenes, captions, store_path, tmp_path_factory) -> Path:
-    """Folders `mllama`, `llava` and `llava_tied` (students), `maps`, `data` (a Dataset) and `pictures` (a folder).
+    """Folders: `mllama`, `llava`, `llava_tied` (students), `maps`, `data` (a Dataset), `pictures` (four, captioned).
 
     The data set's rows: 0 to 4 have maps, 5 has none, 6 and 7 are text alone.
     """
@@ -28,7 +28,8 @@ def workspace(make_student, processor, some_scenes, captions, store_path, tmp_pa
         torch.manual_seed(SEED)
         llava = build_llava(llava_processor)
         llava.save_pretrained(path / "llava")
-        llava.config.tie_word_embeddings = llava.config.text_config.tie_word_embeddings = True
+        for config in (llava.config, llava.config.get_text_config()):
+            config.tie_word_embeddings = True
         type(llava)(llava.config).save_pretrained(path / "llava_tied")
     for name in ("llava", "llava_tied"):
         llava_processor.save_pretrained(path / name)
@@ -40,7 +41,8 @@ def workspace(make_student, processor, some_scenes, captions, store_path, tmp_pa
     samples += [Sample(f"text {caption}", (), _text_alone(caption)) for caption in captions[:2]]
     to_dataset(samples).save_to_disk(str(path / "data"))
     (path / "pictures").mkdir()
-    write_scenes(path / "pictures", some_scenes[:5], captions[:5])
+    chosen = (0, 1, 2, 5)  # the last has no maps
+    write_scenes(path / "pictures", [some_scenes[one] for one in chosen], [captions[one] for one in chosen])
     return path
 
 

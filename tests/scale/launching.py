@@ -44,11 +44,11 @@ def launch(kind: str, *command: object, processes: int = 2, code: int = 0, optio
     return said
 
 
-def train(kind: str, run: Path, *overrides: str, code: int = 0) -> str:
+def train(kind: str, run: Path, *overrides: str, code: int = 0, options: Sequence[str] = ()) -> str:
     """`lavender train` under `accelerate launch`, as a user starts it; FSDP2 by way of a stand-in for its GPUs."""
     script = (TESTS / "scale" / "fsdp_on_cpu.py",) if kind == "fsdp2" else ("-m", "lavender.cli")
-    options = [part for override in overrides for part in ("--set", override)]
-    return launch(kind, *script, "train", run, *options, code=code)
+    changes = [part for override in overrides for part in ("--set", override)]
+    return launch(kind, *script, "train", run, *changes, code=code, options=options)
 
 
 def gradients(kind: str, cases: Sequence[Case], workspace: Path, out: Path, options: Sequence[str] = ()):
