@@ -37,7 +37,7 @@ EVERYWHERE = [
     Case("llava, learn", model="llava", settings=LEARN),
     Case("llava, tied embeddings", model="llava_tied"),
 ]
-STAGE = {"aligner_pretraining": 1.0, "max_grad_norm": 0.5, "optim": "adamw_torch", "weight_decay": 0.1, "max_steps": 2}
+STAGE = {"aligner_pretraining": 1.0, "max_grad_norm": 0.5, "weight_decay": 0.1, "max_steps": 2}
 STAGES = [Case("stage", settings=STAGE), Case("stage, learn, lora", lora=True, settings=STAGE | LEARN)]
 TEXT = (0, 1, 6, 7)  # the second process has text alone, and does not run the layers that see pictures
 TEXTS = [Case("text", samples=TEXT), Case("text, learn", samples=TEXT, settings=LEARN),
@@ -46,12 +46,16 @@ TEXTS = [Case("text", samples=TEXT), Case("text, learn", samples=TEXT, settings=
 
 @pytest.fixture(scope="session")
 def of_one_process(workspace, tmp_path_factory):
-    """Gradients of a case in this process, as one batch."""
+    """Gradients of a case in this process."""
     known: dict[str, dict[str, Tensor]] = {}
 
-    def run(case: Case) -> dict[str, Tensor]:
+    def run(case: Case, parts: int = 1) -> dict[str, Tensor]:
+        """As one batch, or as several micro-batches."""
         if case.name not in known:
-            whole = {name: case.settings[name] for name in case.settings if "batch" not in name and "accum" not in name}
+            batches = {
+                "per_device_train_batch_size": len(case.samples) // parts, "gradient_accumulation_steps": parts,
+            }  # fmt: skip
+            whole = case.settings | batches
             one = Case(case.name, case.samples, case.lora, case.model, whole)
             _, known[case.name] = run_case(one, workspace, 1, tmp_path_factory.mktemp("one"), use_cpu=True)
         return known[case.name]
@@ -60,8 +64,11 @@ def of_one_process(workspace, tmp_path_factory):
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], case: Case, rtol: float = 1e-5) -> None:
-    """Equal to 1e-5 of a parameter's gradient; and of some whose gradient is 0 but for rounding, of the largest."""
-    assert found.keys() == expected.keys(), case.name
+    """Equal to 1e-5 of a parameter's gradient; where that is 0 but for rounding, to 1e-8 of the largest."""
+    found = {name.replace("_checkpoint_wrapped_module.", ""): one for name, one in found.items()}  # FSDP's own
+    assert found.keys() >= expected.keys(), case.name
+    # DeepSpeed gives zeros for what has no gradient, such as LLaVA's last vision layer
+    assert [name for name in found.keys() - expected.keys() if found[name].any()] == [], case.name
     largest = max(float(one.norm()) for one in expected.values())
     assert largest > 0.01, case.name
     for name, one in expected.items():
@@ -69,10 +76,12 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], case: Ca
         assert error <= rtol * (float(one.norm()) + 1e-3 * largest), f"{case.name}: {name}: {error} of {one.norm()}"
 
 
-def compare(kind: str, cases: list[Case], workspace: Path, of_one_process, out: Path, options=()) -> dict[str, dict]:
+def compare(
+    kind: str, cases: list[Case], workspace: Path, of_one_process, out: Path, options=(), parts: int = 1
+) -> dict:
     found = gradients(kind, cases, workspace, out / kind, options)
     for case in cases:
-        assert_equal(found[case.name][0], of_one_process(case), case)
+        assert_equal(found[case.name][0], of_one_process(case, parts), case)
     return {name: about for name, (_, about) in found.items()}
 
 
@@ -117,5 +126,8 @@ def test_the_stage_of_the_aligner_alone(kind, workspace, of_one_process, tmp_pat
 
 @pytest.mark.slow
 def test_text_alone_on_one_process(workspace, of_one_process, tmp_path):
-    """DDP waits for no gradient of layers that did not run."""
-    compare("ddp", TEXTS, workspace, of_one_process, tmp_path)
+    """DDP waits for no gradient of layers that did not run.
+
+    Compared with two micro-batches: beside pictures, Mllama's text-only samples attend to padding in their place.
+    """
+    compare("ddp", TEXTS, workspace, of_one_process, tmp_path, parts=2)

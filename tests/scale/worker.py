@@ -142,7 +142,8 @@ def main() -> None:
         for one in order["cases"]:
             case = Case(**one | {"samples": tuple(one["samples"])})
             trainer, gradients = run_case(case, Path(order["workspace"]), 2, out / "trainer", **order["settings"])
-            unchanged = is_unchanged(trainer, Path(order["workspace"]) / case.model)
+            frozen = "aligner_pretraining" in case.settings
+            unchanged = frozen and is_unchanged(trainer, Path(order["workspace"]) / case.model)
             if trainer.accelerator.is_main_process:
                 save_file({name: one.contiguous() for name, one in gradients.items()}, out / f"{case.name}.safetensors")
                 (out / f"{case.name}.json").write_text(
