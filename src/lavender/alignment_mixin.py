@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from trl import SFTTrainer
 
-from lavender.alignment_data import AlignmentCollator, Coverage, SeveralStores
+from lavender.alignment_data import AlignmentCollator, Coverage, SeveralStores, root_matcher
 from lavender.arguments import AlignmentArguments
 from lavender.errors import ConfigError, DataError
 from lavender.guard import answers_finite, fault
 from lavender.metrics import Metrics
 from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach, is_alignment_part, without_attention_loss
-from lavender.probe import Probe, choose, random_state_kept
+from lavender.probe import OwnAttention, Probe, choose, random_state_kept
 from lavender.processes import (
     check_batches,
     prepare_for_fsdp,
@@ -39,8 +39,10 @@ from lavender.processes import (
 from lavender.stages import AlignerPretraining
 from lavender.store import MapStore
 from lavender.vlm.registry import adapter_for
+from lavender.weighting import EstimatedWeight
 
 NUM_COVERAGE_SAMPLES = 256
+LEAST_WEIGHT = 1e-6  # of a batch's words; below it, their sum is 0
 
 # the mixin leans on Trainer's attributes; at run time the class it is mixed into brings them
 _TrainerLike = Trainer if TYPE_CHECKING else object
@@ -82,7 +84,11 @@ class AlignmentMixin(_TrainerLike):
         self._alignment_layers, self._alignment = attach(model, config).layers, config
         self._train_metrics, self._eval_metrics = Metrics(), Metrics()
         self._counts = self._eval_counts = torch.zeros_like(Coverage().counts())
-        self._last_align_weight = config.align_weight
+        self._last_align_weight = 0.0
+        self._estimate = EstimatedWeight() if config.align_weight == "estimated" else None
+        if self._estimate is not None:
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._estimate]
+        self._root_matcher = root_matcher(processing_class) if config.match == "root" else None
         if config.align_weight == 0:
             for name, parameter in model.named_parameters():
                 if is_alignment_part(name):  # without a loss they would be trained by nothing, and confuse DDP
@@ -93,6 +99,7 @@ class AlignmentMixin(_TrainerLike):
         if isinstance(self, SFTTrainer):
             kwargs["peft_config"] = peft_config
         elif peft_config is not None:
+            set_seed(args.seed)  # as SFTTrainer does before adapters are drawn
             wrapped = get_peft_model(model, peft_config)
         super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
         refuse_accelerator(self.accelerator)
@@ -101,20 +108,20 @@ class AlignmentMixin(_TrainerLike):
         self._pretraining = AlignerPretraining(config.aligner_pretraining)
         if config.aligner_pretraining:
             self.add_callback(self._pretraining)
-        self.data_collator = AlignmentCollator(
-            self.data_collator, processing_class, adapter, self.maps, config.parts_of_speech
-        )
+        self.data_collator = AlignmentCollator(self.data_collator, processing_class, adapter, self.maps, config)
         with random_state_kept(args.device):
             if self.train_dataset is not None:
                 self._check_coverage(self.train_dataset, self.data_collator, config.min_coverage)
-            if self.eval_dataset is not None and (args.metric_for_best_model or "").endswith("attention_loss"):
-                self._check_coverage(self.eval_dataset, self.data_collator, config.min_coverage)
+            if (args.metric_for_best_model or "").endswith("attention_loss"):
+                several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+                for dataset in several.values():
+                    self._check_coverage(dataset, self.data_collator, config.min_coverage)
             if args.probe_size:
                 self._add_probe(self.data_collator, args)
 
     @property
     def coverage(self) -> Coverage:
-        """What was trained on since this trainer was made, counted: of all processes once training has ended."""
+        """What this training was on, counted: by all processes once it has ended. Before it there is nothing."""
         return Coverage.of(self._counts)
 
     @property
@@ -145,30 +152,30 @@ class AlignmentMixin(_TrainerLike):
         # where a forward needs every process, all must look at as many
         sizes = self.accelerator.gather(torch.tensor([len(examples)], device=self.accelerator.device))
         if int(sizes.min()):
-            learned = self._alignment.pooling == "learn"
             settings = {"use_cache": False} | ({"fused_lm_head": True} if isinstance(self, SFTTrainer) else {})
             chosen = examples[: int(sizes.min())]
-            self.add_callback(Probe(self, self._alignment_layers, learned, chosen, args.probe_steps, settings))
+            self.add_callback(Probe(self, self._probe_requests, chosen, args.probe_steps, settings))
 
-    def train(self, *args: Any, **kwargs: Any):
-        """As the trainer's own. Afterwards `coverage` counts what all processes trained on."""
+    def _probe_requests(self, tensors: dict[str, Tensor]) -> list[AlignmentRequest]:
+        kinds = (AlignmentRequest, OwnAttention) if self._alignment.pooling == "learn" else (AlignmentRequest,)
+        return [kind(self._alignment_layers, tensors, self._root_matcher) for kind in kinds]
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any):
+        """As the trainer's own, which begins it anew where `auto_find_batch_size` has to."""
         self._train_metrics.clear()
-        own, self._counts = self._counts, torch.zeros_like(self._counts)
-        result = super().train(*args, **kwargs)
-        counts = self.accelerator.gather(self._counts.to(self.accelerator.device)[None]).sum(dim=0)
-        self._counts = own + counts.cpu()
+        self._counts = torch.zeros_like(self._counts)
+        result = super()._inner_training_loop(*args, **kwargs)
+        self._counts = self.accelerator.gather(self._counts.to(self.accelerator.device)[None]).sum(dim=0)
         return result
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        words = sum(
-            (batch["alignment"]["present"].sum() for batch in batch_samples), start=torch.zeros((), dtype=torch.long)
-        )
+        weight = sum((batch["alignment"]["weights"].sum() for batch in batch_samples), start=torch.zeros(()))
         if self.args.world_size > 1:
-            words = self.accelerator.gather(words.to(device)[None]).sum()
+            weight = self.accelerator.gather(weight.to(device)[None]).sum()
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 pictures = [bool((batch["alignment"]["pictures"] >= 0).any()) for batch in batch_samples]
                 check_batches(self.accelerator, pictures)
-        self._num_words_in_batch = int(words)
+        self._weight_in_batch = float(weight)
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(
@@ -176,11 +183,15 @@ class AlignmentMixin(_TrainerLike):
     ):
         inputs = dict(inputs) | {"use_cache": False}
         alignment, labels = inputs.pop("alignment"), inputs["labels"]
-        request = AlignmentRequest(self._alignment_layers, alignment)
+        request = AlignmentRequest(self._alignment_layers, alignment, self._root_matcher)
         with _carried(model, request) as seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plain_loss, outputs = cast(tuple[Tensor, Any], result if return_outputs else (result, None))
-        attention_loss = self._normalise(seen[0].attention_loss, request, model.training, num_items_in_batch)
+        total = seen[0].attention_loss
+        attention_loss = self._normalise(total, request, model.training, num_items_in_batch)
+        if self._estimate is not None and model.training:
+            cells = request.targets[0, 0].numel() if self._alignment.attention_loss == "min-max-sum" else 1
+            self._estimate.add(total / cells, (request.weights * request.matched).sum())
         weight = self._align_weight(model.training)
         if model.training:
             parts = self.current_gradient_accumulation_steps
@@ -212,23 +223,26 @@ class AlignmentMixin(_TrainerLike):
         return loss
 
     def _align_weight(self, training: bool) -> float:
-        """λ at this step: it may rise at the start and fall at the end of training."""
-        config, weight = self._alignment, self._alignment.align_weight
+        """λ at this step: it may be estimated, rise at the start, fall at the end, be switched off."""
+        config = self._alignment
+        weight = self._estimate.value if self._estimate is not None else float(config.align_weight)
         if training and self.state.max_steps > 0:
             done = (self.state.global_step + 1) / self.state.max_steps
+            if self.state.global_step * (config.align_switches + 1) // self.state.max_steps % 2:
+                return 0.0
             weight *= min(1.0, done / config.align_warmup) if config.align_warmup else 1.0
             weight *= min(1.0, (1 - done) / config.align_decay) if config.align_decay else 1.0
         return weight
 
     def _normalise(self, total: Tensor, request: AlignmentRequest, training: bool, num_items_in_batch) -> Tensor:
-        """Sum over words → mean over the words of the whole accumulated batch.
+        """Weighted sum over words → mean over the words of the whole accumulated batch.
 
         Data parallelism averages gradients over processes, so each process's share is multiplied by
         their number; and where the trainer will divide by the accumulation steps, that is undone first.
         """
         if not training:
-            return total / request.present.sum().clamp_min(1)
-        scale = self.accelerator.num_processes / max(1, self._num_words_in_batch)
+            return total / request.weights.sum().clamp_min(LEAST_WEIGHT)
+        scale = self.accelerator.num_processes / max(LEAST_WEIGHT, self._weight_in_batch)
         divided_later = self._is_divided_later(num_items_in_batch)
         return total * scale * (self.current_gradient_accumulation_steps if divided_later else 1)
 
@@ -243,8 +257,9 @@ class AlignmentMixin(_TrainerLike):
         """Adds the numbers of `lavender.metrics.Metrics` wherever the trainer logs its loss."""
         if "loss" in logs:
             logs |= self._train_metrics.take_steps(self.accelerator)
-            if self._alignment.align_warmup or self._alignment.align_decay:
-                logs["align_weight"] = float(self._last_align_weight)
+            config = self._alignment
+            if self._estimate is not None or config.align_warmup or config.align_decay or config.align_switches:
+                logs["align_weight"] = self._last_align_weight
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
@@ -329,9 +344,9 @@ def _refuse_in_plain_trainer(args: AlignmentArguments, collator: Any) -> None:
             "pass data_collator=..., such as TRL's DataCollatorForVisionLanguageModeling(processor)",
         )  # fmt: skip
     liger = args.liger_kernel_config or {}
-    if args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True) and args.match != "label":
+    if args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True) and args.match == "exact":
         raise ConfigError(
-            f"match={args.match!r} with Liger's fused cross-entropy, which makes no logits while training",
+            "match='exact' with Liger's fused cross-entropy, which makes no logits while training",
             "the model's predictions",
-            "set match='label', or liger_kernel_config={'fused_linear_cross_entropy': False}",
+            "set match='label' or 'root', or liger_kernel_config={'fused_linear_cross_entropy': False}",
         )

@@ -98,8 +98,8 @@ class Probe(TrainerCallback):
 
     Args:
         trainer: whose model is looked at, wrapped as it trains.
-        layers: the aligned ones.
-        learned: whether parallel projections answer while training.
+        requests: makes of a batch's tensors the request of its alignment and, if its rows come from parallel
+            projections, an `OwnAttention`.
         examples: of the data set, each with a mapped word.
         every: steps.
         settings: keyword arguments of every forward.
@@ -108,14 +108,12 @@ class Probe(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        layers: tuple[int, ...],
-        learned: bool,
+        requests: Callable[[dict[str, Tensor]], list[AlignmentRequest]],
         examples: list[Any],
         every: int,
         settings: Mapping[str, Any],
     ):
-        self._trainer, self._layers, self._every, self._settings = trainer, layers, every, settings
-        self._kinds = (AlignmentRequest, OwnAttention) if learned else (AlignmentRequest,)
+        self._trainer, self._requests, self._every, self._settings = trainer, requests, every, settings
         step = trainer.args.per_device_eval_batch_size
         collate = cast(Callable[[list[Any]], dict[str, Any]], trainer.data_collator)
         self._batches = [collate(examples[start : start + step]) for start in range(0, len(examples), step)]
@@ -151,7 +149,7 @@ class Probe(TrainerCallback):
     def _see(self, model: torch.nn.Module, batch: dict[str, Any]) -> Seen:
         inputs: dict[str, Any] = dict(self._trainer._prepare_inputs(batch))
         tensors = cast(dict[str, Tensor], inputs.pop("alignment"))
-        requests = [kind(self._layers, tensors) for kind in self._kinds]
+        requests = self._requests(tensors)
         for request in requests:
             model(**inputs, **self._settings, attention_request=request)
         maps = requests[-1].student_maps, tensors["targets"][tensors["present"]], requests[0].losses

@@ -98,6 +98,7 @@ class FlamingoAdapter(VlmAdapter):
     """
 
     model_type = "open_flamingo"
+    cross_attends = True
 
     def usable_layers(self) -> tuple[int, ...]:
         every = self.config.cross_attn_every_n_layers

@@ -113,6 +113,7 @@ class IdeficsAdapter(VlmAdapter):
     """
 
     model_type = "idefics"
+    cross_attends = True
 
     def processor(self, published: Any) -> IdeficsChatProcessor:
         if isinstance(published, IdeficsChatProcessor):

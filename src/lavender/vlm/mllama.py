@@ -24,6 +24,7 @@ class MllamaAdapter(VlmAdapter):
     """
 
     model_type = "mllama"
+    cross_attends = True
 
     def usable_layers(self) -> tuple[int, ...]:
         return tuple(self.config.text_config.cross_attention_layers)
