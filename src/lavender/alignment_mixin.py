@@ -114,7 +114,7 @@ class AlignmentMixin(_TrainerLike):
                 self._check_coverage(self.train_dataset, self.data_collator, config.min_coverage)
             if (args.metric_for_best_model or "").endswith("attention_loss"):
                 several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-                for dataset in several.values():
+                for dataset in filter(None, several.values()):
                     self._check_coverage(dataset, self.data_collator, config.min_coverage)
             if args.probe_size:
                 self._add_probe(self.data_collator, args)

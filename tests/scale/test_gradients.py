@@ -33,6 +33,8 @@ EVERYWHERE = [
     Case("no word, lora", lora=True, samples=NO_WORD),
     Case("two micro-batches", settings={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
     Case("flow", settings={"pooling": "flow-sum"}),
+    Case("exact match", settings={"match": "exact"}),
+    Case("root match, λ estimated", settings={"match": "root", "align_weight": "estimated"}),
     Case("llava", model="llava"),
     Case("llava, learn", model="llava", settings=LEARN),
     Case("llava, tied embeddings", model="llava_tied"),
