@@ -172,17 +172,21 @@ class AlignmentMixin(_TrainerLike):
         weight = sum((batch["alignment"]["weights"].sum() for batch in batch_samples), start=torch.zeros(()))
         if self.args.world_size > 1:
             weight = self.accelerator.gather(weight.to(device)[None]).sum()
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                pictures = [bool((batch["alignment"]["pictures"] >= 0).any()) for batch in batch_samples]
-                check_batches(self.accelerator, pictures)
+            self._check_pictures(*(batch["alignment"]["pictures"] for batch in batch_samples))
         self._weight_in_batch = float(weight)
         return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _check_pictures(self, *pictures: Tensor) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            check_batches(self.accelerator, [bool((one >= 0).any()) for one in pictures])
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
         inputs = dict(inputs) | {"use_cache": False}
         alignment, labels = inputs.pop("alignment"), inputs["labels"]
+        if not model.training:
+            self._check_pictures(alignment["pictures"])
         request = AlignmentRequest(self._alignment_layers, alignment, self._root_matcher)
         with _carried(model, request) as seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
