@@ -161,18 +161,18 @@ def train(run: RunConfig) -> Path:
     sets = [readable(read_samples(path, prompt=run.prompt)) for path in (run.data, run.eval_data) if path is not None]
     notes = [f"dropped {drop.what}: {drop.reason}" for samples in sets for drop in samples.dropped]
     processor, args, load_model = _prepared(run, out, notes)
+    is_main = args.process_index == 0
+    _say(notes, is_main)
     stores = SeveralStores(*(MapStore.open(path) for path in (run.maps, run.eval_maps) if path is not None))
     trainer = LavenderTrainer(
         load_model(), args, processing_class=processor, train_dataset=to_dataset(sets[0]), maps=stores,
         eval_dataset=to_dataset(sets[1]) if run.eval_data else None, peft_config=_lora_config(run.lora),
     )  # fmt: skip
     checkpoint, interrupted = last_complete_checkpoint(out / "trainer")
-    notes += [f"passed over {path}, which was not written to its end" for path in interrupted]
-    is_main = trainer.accelerator.is_main_process
+    _say([f"passed over {path}, which was not written to its end" for path in interrupted], is_main)
+    _say([f"going on from {checkpoint}"] if checkpoint else [], is_main)
     if is_main:
         _write_start(run, args, out)
-        notes += [f"going on from {checkpoint}"] if checkpoint else []
-        print(*notes, sep="\n", end="\n" if notes else "")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if is_main:
         with (out / "metrics.jsonl").open("w") as lines:
@@ -186,6 +186,11 @@ def train(run: RunConfig) -> Path:
     save_head(trainer, out / "alignment_head.safetensors")
     trainer.accelerator.wait_for_everyone()
     return out
+
+
+def _say(lines: list[str], is_main: bool) -> None:
+    for line in lines if is_main else ():
+        print(line)
 
 
 def _check_evaluation(run: RunConfig) -> None:
