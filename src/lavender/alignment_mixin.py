@@ -23,7 +23,7 @@ from trl import SFTTrainer
 from lavender.alignment_data import AlignmentCollator, Coverage, SeveralStores, root_matcher
 from lavender.arguments import AlignmentArguments
 from lavender.errors import ConfigError, DataError
-from lavender.guard import answers_finite, fault
+from lavender.guard import Health, answers_finite, fault
 from lavender.metrics import Metrics
 from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach, is_alignment_part, without_attention_loss
 from lavender.probe import OwnAttention, Probe, choose, random_state_kept
@@ -203,7 +203,8 @@ class AlignmentMixin(_TrainerLike):
             self._train_metrics.add_step(plain_loss * shown, attention_loss * shown, request, 1 / parts)
             self._counts = self._counts.to(alignment["counts"].device) + alignment["counts"]
             self._last_align_weight = weight
-            self._last_request, self._last_finite = request, answers_finite(seen[0], labels)
+            # not the request, which holds attention rows: they shall be gone when the next batch comes
+            self._health = Health(answers_finite(seen[0], labels), request.present, request.losses)
         else:
             self._eval_metrics.add_batch(plain_loss, attention_loss, request)
             self._eval_counts = self._eval_counts.to(alignment["counts"].device) + alignment["counts"]
@@ -219,8 +220,7 @@ class AlignmentMixin(_TrainerLike):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite():
             raise fault(
-                self.state.global_step + 1, model, cast(ProcessorMixin, self.processing_class), inputs,
-                self._last_request, self._last_finite,
+                self.state.global_step + 1, model, cast(ProcessorMixin, self.processing_class), inputs, self._health
             )  # fmt: skip
         if self.args.world_size > 1 and self.accelerator.sync_gradients and self._pretraining.is_on(self.state):
             self._pretraining.drop_gradients(model)
@@ -318,7 +318,9 @@ def _carried(model: nn.Module, request: AlignmentRequest) -> Iterator[list[Any]]
         if not seen:
             seen.append(output)
 
-    handles = model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)
+    # the first of the hooks before: others of the model already look for the request
+    begin = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    handles = begin, model.register_forward_hook(after)
     try:
         yield seen
     finally:

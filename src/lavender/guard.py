@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,20 @@ from transformers import ProcessorMixin
 
 from lavender.alignment_data import word_text
 from lavender.errors import NotFiniteError
-from lavender.objective import AlignmentRequest
 
 NUM_NAMED = 3
 _SHOWN_TEXT = 80  # characters of a conversation
+
+
+class Health(NamedTuple):
+    """Of a batch: which samples' predictions are finite, bool (sample,), None where unknown; and L_att by words.
+
+    `present` bool (sample, word), and `losses` (word,) of those that are present.
+    """
+
+    answers: Tensor | None
+    present: Tensor
+    losses: Tensor
 
 
 def answers_finite(output: Mapping[str, Any], labels: Tensor) -> Tensor | None:
@@ -38,19 +48,17 @@ def fault(
     model: nn.Module,
     processor: ProcessorMixin,
     inputs: Mapping[str, Any],
-    request: AlignmentRequest,
-    finite: Tensor | None,
+    health: Health,
 ) -> NotFiniteError:
     """The error that says what is not finite in a batch whose loss is not.
 
     Args:
         step: of the optimiser, from 1.
         inputs: the batch, with its `alignment`.
-        request: the batch's, after the forward pass.
-        finite: what `answers_finite` said of it.
+        health: the batch's, after the forward pass.
     """
-    places = request.present.nonzero()[~request.losses.isfinite()].tolist()
-    answers = [] if finite is None else (~finite).nonzero().flatten().tolist()
+    places = health.present.nonzero()[~health.losses.isfinite()].tolist()
+    answers = [] if health.answers is None else (~health.answers).nonzero().flatten().tolist()
     affected = sorted({*answers, *(sample for sample, _ in places)})
     named = [_described(sample, sample in answers, places, processor, inputs) for sample in affected[:NUM_NAMED]]
     if len(affected) > NUM_NAMED:
@@ -64,7 +72,7 @@ def fault(
             "lower the learning rate, clip gradients (max_grad_norm), or train in bfloat16 or float32; the weights "
             "diverged in an earlier step",
         )  # fmt: skip
-    if not affected or (len(affected) == len(request.present) > 1):
+    if not affected or (len(affected) == len(health.present) > 1):
         return NotFiniteError(
             f"{got}. That is every sample of the batch" if affected else got, expected,
             "lower the learning rate, or train in bfloat16 or float32: it is the model that overflows, not a sample",

@@ -29,17 +29,20 @@ class Metrics:
 
     def add_step(self, vlm_loss: Tensor, attention_loss: Tensor, request: AlignmentRequest, share: float) -> None:
         """A micro-batch of training that is `share` of an optimiser's step; the losses add up to the step's."""
-        self._add(vlm_loss.new_tensor(share), vlm_loss, vlm_loss.new_tensor(0.0), attention_loss, request)
+        vlm, attention = vlm_loss.detach().float(), attention_loss.detach().float()
+        self._add([vlm.new_full((), share), vlm, vlm.new_zeros(()), attention], request)
 
     def add_batch(self, vlm_loss: Tensor, attention_loss: Tensor, request: AlignmentRequest) -> None:
         """A batch of evaluation, whose losses are its own means."""
-        samples, words = vlm_loss.new_tensor(len(request.present)), request.weights.sum()
-        self._add(samples, samples * vlm_loss, words, words * attention_loss, request)
+        vlm, attention = vlm_loss.detach().float(), attention_loss.detach().float()
+        samples, words = vlm.new_full((), len(request.present)), request.weights.sum().to(vlm)
+        self._add([samples, samples * vlm, words, words * attention], request)
 
-    def _add(self, weight: Tensor, vlm: Tensor, words: Tensor, attention: Tensor, request: AlignmentRequest) -> None:
-        maps = request.student_maps
-        sums = [weight, vlm, words, attention, request.matched.sum(), entropy(maps).sum(), vlm.new_tensor(len(maps))]
-        added = torch.stack([one.detach().to(vlm.device, torch.float32) for one in sums])
+    def _add(self, sums: list[Tensor], request: AlignmentRequest) -> None:
+        """To steps or samples, L_VLM, words by weight and L_att add matched words, entropies and their number."""
+        maps, like = request.student_maps, sums[0]
+        sums = [*sums, request.matched.sum().to(like), entropy(maps).sum().to(like), like.new_full((), len(maps))]
+        added = torch.stack(sums)
         self._sums = added if self._sums is None else self._sums + added
 
     def take_steps(self, accelerator: Accelerator) -> dict[str, float]:
