@@ -9,6 +9,8 @@ SHELL := bash
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# DeepSpeed's compiled parts are not needed, and take a compiler
+export DS_BUILD_OPS := 0
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -55,6 +57,6 @@ $(STAMP): pyproject.toml constraints.txt
 	if [ ! -x $(BIN)/python ]; then echo "Making .venv with $$found"; $$found -m venv .venv; fi
 	@echo "Installing lavender-vlm and its pinned dependencies into .venv (some minutes, about 1.5 GB)"
 	@set -o pipefail; \
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[demo,dev]' \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[demo,dev,deepspeed]' \
 	  | grep --line-buffered -E '^(Collecting|Installing|Successfully)'
 	@touch $@

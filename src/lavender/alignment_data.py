@@ -66,6 +66,28 @@ class Coverage:
         return cls(samples, mapped, words, +Counter(dict(zip(REASONS, dropped, strict=True))))
 
 
+class SeveralStores:
+    """Map stores asked in their order, as one: the first that knows a picture and a text answers.
+
+    Raises:
+        DataError: their maps differ in size.
+    """
+
+    def __init__(self, *stores: MapStore):
+        grids = [store.grid for store in stores]
+        if len(set(grids)) != 1:
+            raise DataError(
+                f"map stores with maps of {' and '.join(f'{rows} × {cols}' for rows, cols in grids)}",
+                "maps of one size", "extract them with the same --grid",
+            )  # fmt: skip
+        self._stores, self.grid = stores, grids[0]
+
+    def get(self, image_id: str, text: str) -> WordMaps | None:
+        """The record of a picture and a text; None if no store has it."""
+        found = (store.get(image_id, text) for store in self._stores)
+        return next((maps for maps in found if maps is not None), None)
+
+
 class AlignmentCollator:
     """Wraps the collator of plain fine-tuning: its batch unchanged, plus `alignment`.
 
@@ -87,7 +109,7 @@ class AlignmentCollator:
         base: Callable,
         processor: ProcessorMixin,
         adapter: VlmAdapter,
-        store: MapStore,
+        store: MapStore | SeveralStores,
         config: AlignmentConfig | None = None,
     ):
         self._base, self._processor, self._adapter, self._store = base, processor, adapter, store

@@ -20,13 +20,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from trl import SFTTrainer
 
-from lavender.alignment_data import AlignmentCollator, Coverage, root_matcher
+from lavender.alignment_data import AlignmentCollator, Coverage, SeveralStores, root_matcher
 from lavender.arguments import AlignmentArguments
 from lavender.errors import ConfigError, DataError
 from lavender.guard import Health, answers_finite, fault
 from lavender.metrics import Metrics
 from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach, is_alignment_part, without_attention_loss
 from lavender.probe import OwnAttention, Probe, choose, random_state_kept
+from lavender.processes import (
+    check_batches,
+    prepare_for_fsdp,
+    read_counts,
+    refuse_accelerator,
+    refuse_model,
+    refuse_settings,
+    write_counts,
+)
 from lavender.stages import AlignerPretraining
 from lavender.store import MapStore
 from lavender.vlm.registry import adapter_for
@@ -45,7 +54,7 @@ class AlignmentMixin(_TrainerLike):
     Args:
         args: training arguments that are `AlignmentArguments` too.
         processing_class: the model's processor.
-        maps: the map store, if `args.maps` does not name it.
+        maps: the map store, or several, if `args.maps` does not name it.
         peft_config: LoRA settings; the model itself must not be a PeftModel yet.
         kwargs: the trainer's other arguments. Data sets, streams too, need `messages` and `images`: none, one or
             several. A `data_collator` makes the batch of plain fine-tuning from them; SFTTrainer brings its own.
@@ -57,7 +66,7 @@ class AlignmentMixin(_TrainerLike):
         args: AlignmentArguments,
         *,
         processing_class: ProcessorMixin,
-        maps: MapStore | None = None,
+        maps: MapStore | SeveralStores | None = None,
         peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ):
@@ -65,7 +74,8 @@ class AlignmentMixin(_TrainerLike):
             raise ConfigError("no maps", "a map store", "set maps='FOLDER', written by `lavender extract`")
         if isinstance(model, PeftModel):
             raise ConfigError("a PeftModel", "the base model", "pass the base model and peft_config=...")
-        _refuse_unsupported(args)
+        refuse_settings(args, with_peft=peft_config is not None)
+        refuse_model(model)
         if not isinstance(self, SFTTrainer):
             _refuse_in_plain_trainer(args, kwargs.get("data_collator"))
         self.maps = MapStore.open(str(args.maps)) if maps is None else maps
@@ -73,7 +83,7 @@ class AlignmentMixin(_TrainerLike):
         set_seed(args.seed)  # before the Aligner is drawn; the trainer sets it again before it draws anything
         self._alignment_layers, self._alignment = attach(model, config).layers, config
         self._train_metrics, self._eval_metrics = Metrics(), Metrics()
-        self._counts = torch.zeros_like(Coverage().counts())
+        self._counts = self._eval_counts = torch.zeros_like(Coverage().counts())
         self._last_align_weight = 0.0
         self._estimate = EstimatedWeight() if config.align_weight == "estimated" else None
         if self._estimate is not None:
@@ -92,12 +102,20 @@ class AlignmentMixin(_TrainerLike):
             set_seed(args.seed)  # as SFTTrainer does before adapters are drawn
             wrapped = get_peft_model(model, peft_config)
         super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
+        refuse_accelerator(self.accelerator)
+        if self.is_fsdp_enabled:
+            prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))
+        self._pretraining = AlignerPretraining(config.aligner_pretraining)
         if config.aligner_pretraining:
-            self.add_callback(AlignerPretraining(config.aligner_pretraining))
+            self.add_callback(self._pretraining)
         self.data_collator = AlignmentCollator(self.data_collator, processing_class, adapter, self.maps, config)
         with random_state_kept(args.device):
             if self.train_dataset is not None:
-                self._check_coverage(self.data_collator, config.min_coverage)
+                self._check_coverage(self.train_dataset, self.data_collator, config.min_coverage)
+            if (args.metric_for_best_model or "").endswith("attention_loss"):
+                several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+                for dataset in filter(None, several.values()):
+                    self._check_coverage(dataset, self.data_collator, config.min_coverage)
             if args.probe_size:
                 self._add_probe(self.data_collator, args)
 
@@ -106,10 +124,15 @@ class AlignmentMixin(_TrainerLike):
         """What this training was on, counted: by all processes once it has ended. Before it there is nothing."""
         return Coverage.of(self._counts)
 
-    def _check_coverage(self, collator: AlignmentCollator, least: float) -> None:
+    @property
+    def eval_coverage(self) -> Coverage:
+        """The same of the last evaluation, of all processes."""
+        return Coverage.of(self._eval_counts)
+
+    def _check_coverage(self, dataset: Any, collator: AlignmentCollator, least: float) -> None:
         """Read some samples as training will, of a stream the first, and stop if too few have maps."""
         found = torch.zeros_like(self._counts)
-        for example in _some_of(self.train_dataset):
+        for example in _some_of(dataset):
             found += collator([example])["alignment"]["counts"]
         coverage = Coverage.of(found)
         if coverage.share < least:
@@ -149,14 +172,21 @@ class AlignmentMixin(_TrainerLike):
         weight = sum((batch["alignment"]["weights"].sum() for batch in batch_samples), start=torch.zeros(()))
         if self.args.world_size > 1:
             weight = self.accelerator.gather(weight.to(device)[None]).sum()
+            self._check_pictures(*(batch["alignment"]["pictures"] for batch in batch_samples))
         self._weight_in_batch = float(weight)
         return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _check_pictures(self, *pictures: Tensor) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            check_batches(self.accelerator, [bool((one >= 0).any()) for one in pictures])
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
         inputs = dict(inputs) | {"use_cache": False}
         alignment, labels = inputs.pop("alignment"), inputs["labels"]
+        if not model.training:
+            self._check_pictures(alignment["pictures"])
         request = AlignmentRequest(self._alignment_layers, alignment, self._root_matcher)
         with _carried(model, request) as seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -177,6 +207,7 @@ class AlignmentMixin(_TrainerLike):
             self._health = Health(answers_finite(seen[0], labels), request.present, request.losses)
         else:
             self._eval_metrics.add_batch(plain_loss, attention_loss, request)
+            self._eval_counts = self._eval_counts.to(alignment["counts"].device) + alignment["counts"]
         # without alignment nothing is added, not even 0 times something: that would reorder sums of gradients
         loss = plain_loss + weight * attention_loss if self._alignment.align_weight else plain_loss
         return (loss, without_attention_loss(outputs)) if return_outputs else loss
@@ -191,6 +222,8 @@ class AlignmentMixin(_TrainerLike):
             raise fault(
                 self.state.global_step + 1, model, cast(ProcessorMixin, self.processing_class), inputs, self._health
             )  # fmt: skip
+        if self.args.world_size > 1 and self.accelerator.sync_gradients and self._pretraining.is_on(self.state):
+            self._pretraining.drop_gradients(model)
         return loss
 
     def _align_weight(self, training: bool) -> float:
@@ -236,11 +269,23 @@ class AlignmentMixin(_TrainerLike):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
         """As the trainer's own, with the numbers of `lavender.metrics.Metrics` among its metrics."""
         self._eval_metrics.clear()
+        self._eval_counts = torch.zeros_like(self._eval_counts)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         numbers = self._eval_metrics.take_batches(self.accelerator)
+        counts = self._eval_counts.to(self.accelerator.device)
+        self._eval_counts = self.accelerator.gather(counts[None]).sum(dim=0).cpu()
         metrics = cast(dict[str, float], output.metrics)
         metrics.update({f"{metric_key_prefix}_{name}": value for name, value in numbers.items()})
         return output
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also keep what was counted so far. What makes a checkpoint complete is written after this."""
+        super()._save_rng_state(output_dir)
+        write_counts(self.accelerator, self._counts, output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._counts = read_counts(self.accelerator, self._counts, checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the model under its modules' own names.
@@ -310,21 +355,4 @@ def _refuse_in_plain_trainer(args: AlignmentArguments, collator: Any) -> None:
             "match='exact' with Liger's fused cross-entropy, which makes no logits while training",
             "the model's predictions",
             "set match='label' or 'root', or liger_kernel_config={'fused_linear_cross_entropy': False}",
-        )
-
-
-def _refuse_unsupported(args: AlignmentArguments) -> None:
-    if args.aligner_pretraining and args.align_weight == 0:
-        raise ConfigError("aligner_pretraining with align_weight=0", "alignment to pretrain", "set one of them")
-    if args.aligner_pretraining and args.world_size > 1:
-        raise ConfigError(
-            f"aligner_pretraining with {args.world_size} processes, whose parameters must all get gradients",
-            "one process",
-            "run this stage on one process",
-        )
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3 and args.activation_checkpointing:
-        raise ConfigError(
-            "DeepSpeed ZeRO-3 with gradient checkpointing, for which TRL forces the reentrant kind with PEFT",
-            "non-reentrant checkpointing",
-            "use FSDP2 or ZeRO-2, or switch checkpointing off",
         )

@@ -18,10 +18,13 @@ def export(trainer: AlignmentMixin, path: str | Path) -> Path:
     """Write an ordinary checkpoint with processor: no trace of alignment in weights or config.
 
     Full tuning writes what `from_pretrained` loads; LoRA writes an adapter for `PeftModel.from_pretrained`.
+    With several processes every one must call this, to give its share of the weights; the main process writes.
     """
     path = Path(path)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    state = trainer.accelerator.get_state_dict(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.accelerator.is_main_process:
+        return path
     if isinstance(model, PeftModel):
         _export_adapter(model, state, path)
     else:
@@ -33,8 +36,13 @@ def export(trainer: AlignmentMixin, path: str | Path) -> Path:
 
 
 def save_head(trainer: AlignmentMixin, path: str | Path) -> None:
-    """Write what alignment trained beside the model, and every export leaves out: Aligner, parallel projections."""
-    state = trainer.accelerator.get_state_dict(trainer.model)
+    """Write what alignment trained beside the model, and every export leaves out: Aligner, parallel projections.
+
+    With several processes every one must call this; the main process writes.
+    """
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.accelerator.is_main_process:
+        return
     own = {name: value for name, value in state.items() if is_alignment_part(name) and "original_module" not in name}
     saved = {name.replace(".modules_to_save.default", ""): value.contiguous() for name, value in own.items()}
     save_file(saved, str(path), metadata={"format": "pt"})

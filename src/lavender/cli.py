@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -127,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; its exit code: 0 done, 1 failed, 2 wrong usage."""
     options = build_parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # accelerate imports DeepSpeed where it is installed, which then says on stdout, a verb's own, that it has no GPU
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     try:
         return VERBS[options.verb](options)
     except LavenderError as error:
@@ -280,9 +283,15 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
     from lavender.run import read_run, train
 
-    print(f"run folder: {train(read_run(options.run, options.overrides))}")
+    folder = train(read_run(options.run, options.overrides))
+    state = PartialState()
+    if state.is_main_process:
+        print(f"run folder: {folder}")
+    state.destroy_process_group()
     return DONE
 
 

@@ -126,8 +126,9 @@ class AlignmentHead(nn.Module):
     def __init__(self, num_heads: int, layers: tuple[int, ...], config: AlignmentConfig):
         super().__init__()
         self.layers, self.config = layers, config
+        self.num_channels = num_channels(config.pooling, len(config.heads) if config.heads else num_heads)
         self.aligner = Aligner(
-            num_channels(config.pooling, len(config.heads) if config.heads else num_heads), config.aligner_width,
+            self.num_channels, config.aligner_width,
             config.aligner, config.aligner_kind, config.aligner_norm, config.aligner_activation,
         )  # fmt: skip
         self.undo: Callable[[], None] = lambda: None
@@ -135,22 +136,30 @@ class AlignmentHead(nn.Module):
 
     def forward(self, request: AlignmentRequest) -> Tensor:
         """Weighted sum over the batch's matched words of ‖Aligner(A) − A_DM‖² (Eq. 9, a mean over cells): a scalar."""
-        if not request.present.any():
-            # no word: zero, yet attached to the Aligner, so that every process has the same parameters in use
-            return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0.0
-        losses = per_word_loss(self.maps(request), request.targets[request.present], self.config.attention_loss)
-        request.losses = losses.detach()
-        return (losses * (request.weights * request.matched)[request.present]).sum()
+        words = request.present
+        if not words.any():
+            # a word of padding stands in, whose loss counts 0: sharded training needs every process to have gradients
+            # of the same parameters, and in the same order
+            words = torch.zeros_like(words)
+            words[0, 0] = True
+        losses = per_word_loss(self.maps(request, words), request.targets[words], self.config.attention_loss)
+        request.losses = losses.detach()[request.present[words]]
+        return (losses * (request.weights * request.matched)[words]).sum()
 
-    def maps(self, request: AlignmentRequest) -> Tensor:
-        """The student's map of each present word, (word, rows, cols) in [0, 1]."""
-        attention = self.attention(request).permute(0, 1, 3, 2, 4, 5)[:, request.present]
-        request.student_maps = attention.detach().float().mean(dim=(0, 2))
+    def maps(self, request: AlignmentRequest, words: Tensor | None = None) -> Tensor:
+        """The student's map of each present word, (word, rows, cols) in [0, 1]; or of `words`, bool (sample, word)."""
+        words = request.present if words is None else words
+        attention = self.attention(request).permute(0, 1, 3, 2, 4, 5)[:, words]
+        request.student_maps = attention.detach().float().mean(dim=(0, 2))[request.present[words]]
         dtype = next(self.aligner.parameters()).dtype
         return pooled(attention.to(dtype), self.config.pooling, self.aligner)
 
     def attention(self, request: AlignmentRequest) -> Tensor:
         """Attention on the picture before the Aligner: (layer, sample, head, word, rows, cols); one layer of a flow."""
+        grid = (request.targets.shape[-2], request.targets.shape[-1])
+        if not request.layout.pictures.numel():  # a batch of text alone, in which some models skip these layers
+            samples, words = request.present.shape
+            return request.targets.new_zeros(1, samples, self.num_channels, words, *grid)
         rows = request.stacked()
         if self.training and torch.is_grad_enabled() and not rows.requires_grad and not self.vlm_is_frozen:
             raise CaptureError(
@@ -163,7 +172,6 @@ class AlignmentHead(nn.Module):
         if is_flow(self.config.pooling):
             rows = flow(rows, request.text_positions(), self.config.pooling)
         words = word_attention(rows, request.shares.to(rows))
-        grid = (request.targets.shape[-2], request.targets.shape[-1])
         return to_grid(words, request.layout, request.word_pictures, grid, request.mixing)
 
 

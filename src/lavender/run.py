@@ -11,13 +11,13 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -26,9 +26,16 @@ from lavender.errors import ConfigError, DataError, LavenderError
 from lavender.maps import Dropped
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import ProcessorMixin
+
+    from lavender.alignment_data import Coverage
     from lavender.data import Sample, Samples
+    from lavender.trainer import LavenderConfig
 
 PACKAGES = ("lavender-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+EVALUATED = ("loss", "vlm_loss", "attention_loss")
+"""What an evaluation gives that can say which checkpoint is best, without `eval_`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class RunConfig:
         model: path or hub id of the base model.
         data: what `lavender.data.read_samples` reads.
         maps: the map store of that data.
+        eval_data: held-out data of the same kind, for `eval_strategy`; or None.
+        eval_maps: the map store of that data, if `maps` does not hold its maps too.
         out: the run folder.
         prompt: the question put before captions that come without one.
         lora: LoRA settings, or None for full tuning.
@@ -61,6 +70,8 @@ class RunConfig:
     data: str
     maps: str
     out: str
+    eval_data: str | None = None
+    eval_maps: str | None = None
     prompt: str = "Describe the image."
     lora: LoraSettings | None = None
     dtype: str = "auto"
@@ -133,65 +144,136 @@ def _training_keys() -> set[str]:
 
 
 def train(run: RunConfig) -> Path:
-    """Run it; the run folder. With `align_weight: 0` this is plain fine-tuning."""
-    from peft import LoraConfig
-    from transformers import AutoConfig, AutoProcessor
+    """Run it; the run folder. With `align_weight: 0` this is plain fine-tuning.
 
+    Under `accelerate launch` every process calls this; the main one writes and prints.
+    """
+    from lavender.alignment_data import SeveralStores
     from lavender.checkpoints import export, save_head
     from lavender.data import read_samples, to_dataset
-    from lavender.trainer import LavenderConfig, LavenderTrainer
-    from lavender.vlm.registry import adapter_for, auto_class
+    from lavender.processes import last_complete_checkpoint
+    from lavender.store import MapStore
+    from lavender.trainer import LavenderTrainer
 
+    _check_evaluation(run)
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
-    samples = readable(read_samples(run.data, prompt=run.prompt))
-    for drop in samples.dropped:
-        print(f"dropped {drop.what}: {drop.reason}")
+    sets = [readable(read_samples(path, prompt=run.prompt)) for path in (run.data, run.eval_data) if path is not None]
+    notes = [f"dropped {drop.what}: {drop.reason}" for samples in sets for drop in samples.dropped]
+    processor, args, load_model = _prepared(run, out, notes)
+    is_main = args.process_index == 0
+    _say(notes, is_main)
+    stores = SeveralStores(*(MapStore.open(path) for path in (run.maps, run.eval_maps) if path is not None))
+    trainer = LavenderTrainer(
+        load_model(), args, processing_class=processor, train_dataset=to_dataset(sets[0]), maps=stores,
+        eval_dataset=to_dataset(sets[1]) if run.eval_data else None, peft_config=_lora_config(run.lora),
+    )  # fmt: skip
+    checkpoint, interrupted = last_complete_checkpoint(out / "trainer")
+    _say([f"passed over {path}, which was not written to its end" for path in interrupted], is_main)
+    _say([f"going on from {checkpoint}"] if checkpoint else [], is_main)
+    if is_main:
+        _write_start(run, args, out)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if is_main:
+        with (out / "metrics.jsonl").open("w") as lines:
+            lines.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+        coverage = _counted(trainer.coverage, sets[0])
+        if run.eval_data:
+            own = coverage["evaluation"] = _counted(trainer.eval_coverage, sets[1])
+            print(f"maps for {own['mapped_samples']} of {own['samples']} samples of the evaluation")
+        (out / "coverage.json").write_text(json.dumps(coverage, indent=1))
+    export(trainer, out / "checkpoint")
+    save_head(trainer, out / "alignment_head.safetensors")
+    trainer.accelerator.wait_for_everyone()
+    return out
+
+
+def _say(lines: list[str], is_main: bool) -> None:
+    for line in lines if is_main else ():
+        print(line)
+
+
+def _check_evaluation(run: RunConfig) -> None:
+    """Settings of evaluation that do not fit each other, before anything is read."""
+    strategy, metric = run.training.get("eval_strategy", "no"), run.training.get("metric_for_best_model")
+    evaluates = strategy not in ("no", False, None)
+    if run.eval_maps is not None and run.eval_data is None:
+        raise ConfigError(f"eval_maps: {run.eval_maps} without eval_data", "the samples of these maps", "add eval_data")
+    if evaluates and run.eval_data is None:
+        raise ConfigError(f"eval_strategy: {strategy} without eval_data", "samples to evaluate on", "add eval_data")
+    if run.eval_data is not None and not evaluates:
+        raise ConfigError(
+            f"eval_data: {run.eval_data}, of which no use is made", "a time to evaluate",
+            "add for example eval_strategy: steps and eval_steps: 100",
+        )  # fmt: skip
+    if metric is not None and str(metric).removeprefix("eval_") not in EVALUATED:
+        names = ", ".join(f"eval_{name}" for name in EVALUATED)
+        raise ConfigError(f"metric_for_best_model: {metric}", f"one of {names}", "choose one of them")
+
+
+def _prepared(run: RunConfig, out: Path, notes: list[str]) -> tuple[ProcessorMixin, LavenderConfig, Callable]:
+    """Processor, settings, and what loads the model: after the settings, which say how that is divided."""
+    from transformers import AutoConfig, AutoProcessor
+
+    from lavender.trainer import LavenderConfig
+    from lavender.vlm.registry import adapter_for, auto_class
+
     common = {"trust_remote_code": run.trust_remote_code}
     with loading("model", run.model):
         config = AutoConfig.from_pretrained(run.model, **common)
         adapter = adapter_for(config)
         processor = adapter.processor(AutoProcessor.from_pretrained(run.model, **common))
-    training: dict[str, Any] = {"report_to": "none", "max_length": None, **run.training}
-    training.setdefault("assistant_only_loss", "{% generation" in (processor.chat_template or "").replace("{%-", "{%"))
-    if not training["assistant_only_loss"]:
-        print("the loss covers whole conversations, not the answers alone (assistant_only_loss is false)")
     try:
-        args = LavenderConfig(output_dir=str(out / "trainer"), maps=run.maps, **training)
+        args = LavenderConfig(output_dir=str(out / "trainer"), maps=run.maps, **_training_settings(run, processor))
     except LavenderError:
         raise
     except (TypeError, ValueError) as error:  # transformers' and TRL's own checks
         got = f"settings of training that LavenderConfig refuses: {error}"
         raise ConfigError(got, "values that it accepts", "change the setting") from error
-    with loading("model", run.model):
-        auto = auto_class(config, run.trust_remote_code)
-        model = adapter.load(auto, run.model, dtype=run.dtype, use_safetensors=True, **common)
-    lora = None if run.lora is None else LoraConfig(
-        r=run.lora.r, lora_alpha=run.lora.alpha, lora_dropout=run.lora.dropout, task_type="CAUSAL_LM",
-        target_modules=run.lora.target_modules if isinstance(run.lora.target_modules, str)
-        else list(run.lora.target_modules),
-    )  # fmt: skip
-    trainer = LavenderTrainer(
-        model, args, processing_class=processor, train_dataset=to_dataset(samples), peft_config=lora
+    if not args.assistant_only_loss:
+        notes.append("the loss covers whole conversations, not the answers alone (assistant_only_loss is false)")
+
+    def load():
+        with loading("model", run.model):
+            auto = auto_class(config, run.trust_remote_code)
+            return adapter.load(auto, run.model, dtype=run.dtype, use_safetensors=True, **common)
+
+    return processor, args, load
+
+
+def _training_settings(run: RunConfig, processor: ProcessorMixin) -> dict[str, Any]:
+    template = cast(str, processor.chat_template or "")
+    knows_answers = "{% generation" in template.replace("{%-", "{%")
+    return {"report_to": "none", "max_length": None, "assistant_only_loss": knows_answers, **run.training}
+
+
+def _lora_config(lora: LoraSettings | None) -> LoraConfig | None:
+    from peft import LoraConfig
+
+    if lora is None:
+        return None
+    modules = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM", target_modules=modules
     )
-    resolved = asdict(run) | {"training": dict(training)}
+
+
+def _write_start(run: RunConfig, args: LavenderConfig, out: Path) -> None:
+    """What is known before the first step."""
+    training = {"report_to": "none", "max_length": None, "assistant_only_loss": args.assistant_only_loss}
+    resolved = asdict(run) | {"training": training | dict(run.training)}
     (out / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
     environment = {"python": platform.python_version(), "platform": platform.platform()}
     environment |= {name: version(name) for name in PACKAGES} | {"device": str(args.device), "seed": str(args.seed)}
+    environment["processes"] = str(args.world_size)
     (out / "environment.json").write_text(json.dumps(environment, indent=1))
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out / "trainer"))
-    with (out / "metrics.jsonl").open("w") as lines:
-        lines.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
-    coverage = trainer.coverage
-    (out / "coverage.json").write_text(
-        json.dumps({
-            "samples": coverage.samples, "mapped_samples": coverage.mapped_samples, "words": coverage.words,
-            "dropped": dict(coverage.dropped), "unreadable": [asdict(drop) for drop in samples.dropped],
-        }, indent=1)
-    )  # fmt: skip
-    export(trainer, out / "checkpoint")
-    save_head(trainer, out / "alignment_head.safetensors")
-    return out
+
+
+def _counted(coverage: Coverage, samples: Samples) -> dict[str, Any]:
+    return {
+        "samples": coverage.samples, "mapped_samples": coverage.mapped_samples, "words": coverage.words,
+        "dropped": dict(coverage.dropped), "unreadable": [asdict(drop) for drop in samples.dropped],
+    }  # fmt: skip
 
 
 def readable(samples: Samples) -> Samples:
@@ -248,12 +330,6 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
         raise ConfigError(
             f"the {what} {path}, which cannot be loaded: {reason}", "a model folder or a hub id", "check the path"
         ) from error
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool = False):

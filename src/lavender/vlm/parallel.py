@@ -6,10 +6,13 @@ sharded training keeps them with their layer, and are removed on export.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llama.modeling_llama import rotate_half
 
 from lavender.config import ParallelInit
@@ -28,7 +31,7 @@ class ParallelProjections(nn.Module):
         self.query = nn.Linear(own_query.in_features, own_query.out_features, bias=own_query.bias is not None)
         self.key = nn.Linear(own_key.in_features, own_key.out_features, bias=own_key.bias is not None)
         copied = ((self.query, own_query), (self.key, own_key)) if init == "pretrained" else ()
-        with torch.no_grad():
+        with _whole([*own_query.parameters(), *own_key.parameters()]), torch.no_grad():
             for new, own in copied:
                 new.weight.copy_(own.weight)
                 if own.bias is not None:
@@ -46,6 +49,15 @@ class ParallelProjections(nn.Module):
         query = self.query(hidden).unflatten(-1, (-1, width)).transpose(1, 2)
         key = self.key(context).reshape(hidden.shape[0], -1, self.key.out_features // width, width).transpose(1, 2)
         return query, key
+
+
+def _whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+    """Within it, weights that ZeRO-3 has shared out among the processes as they were read are there."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters))
 
 
 def attach(attention: nn.Module, init: ParallelInit = "pretrained") -> torch.utils.hooks.RemovableHandle:

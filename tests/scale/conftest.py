@@ -1,0 +1,62 @@
+"""A workspace on disk, which the processes of a launch share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_line import write_scenes
+from conftest import PROMPT, SEED
+from lavender.data import Sample, to_dataset
+from lavender.world.student_models import build_llava, build_llava_processor, conversation
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folder_of_extensions(tmp_path_factory) -> Generator[None, None, None]:
+    """DeepSpeed compiles an extension for the CPU. In the home folder a killed run leaves a lock that all wait for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def workspace(make_student, processor, some_scenes, captions, store_path, tmp_path_factory) -> Path:
+    """Folders: `mllama`, `llava`, `llava_tied` (students), `maps`, `data` (a Dataset), `pictures` (four, captioned).
+
+    The data set's rows: 0 to 4 have maps, 5 has none, 6 and 7 are text alone.
+    """
+    path = tmp_path_factory.mktemp("workspace")
+    make_student().save_pretrained(path / "mllama")
+    processor.save_pretrained(path / "mllama")
+    llava_processor = build_llava_processor([*captions, PROMPT], vocabulary=300)
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        llava = build_llava(llava_processor)
+        llava.save_pretrained(path / "llava")
+        for config in (llava.config, llava.config.get_text_config()):
+            config.tie_word_embeddings = True
+        type(llava)(llava.config).save_pretrained(path / "llava_tied")
+    for name in ("llava", "llava_tied"):
+        llava_processor.save_pretrained(path / name)
+    shutil.copytree(store_path, path / "maps")
+    samples = [
+        Sample(f"scene {scene.seed}", (scene.image,), conversation(PROMPT, caption))
+        for scene, caption in zip(some_scenes, captions, strict=True)
+    ]
+    samples += [Sample(f"text {caption}", (), _text_alone(caption)) for caption in captions[:2]]
+    to_dataset(samples).save_to_disk(str(path / "data"))
+    (path / "pictures").mkdir()
+    chosen = (0, 1, 2, 5)  # the last has no maps
+    write_scenes(path / "pictures", [some_scenes[one] for one in chosen], [captions[one] for one in chosen])
+    return path
+
+
+def _text_alone(caption: str) -> list[dict]:
+    return [
+        {"role": "user", "content": [{"type": "text", "text": PROMPT}]},
+        {"role": "assistant", "content": [{"type": "text", "text": caption}]},
+    ]

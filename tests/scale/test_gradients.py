@@ -1,0 +1,135 @@
+"""Two processes have the gradients of one: DDP, FSDP2, ZeRO-2 and ZeRO-3, each a real step under `accelerate launch`.
+
+The four captions have 1 to 4 mapped words, so that the processes differ in words; in some cases one has none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from scale.launching import gradients
+from scale.worker import Case, run_case
+
+LEARN: dict[str, Any] = {"pooling": "learn"}
+CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True}
+NO_WORD = (0, 1, 5, 5)  # the second process has pictures, but no word with a map
+
+QUICK = [Case("full"), Case("lora, learn, checkpointed", lora=True, settings=LEARN | CHECKPOINTED)]
+EVERYWHERE = [
+    Case("full"),
+    Case("full, checkpointed", settings=CHECKPOINTED),
+    Case("lora", lora=True),
+    Case("lora, checkpointed", lora=True, settings=CHECKPOINTED),
+    Case("learn", settings=LEARN),
+    Case("learn, lora", lora=True, settings=LEARN),
+    Case("learn, checkpointed", settings=LEARN | CHECKPOINTED),
+    Case("no word", samples=NO_WORD),
+    Case("no word, learn", samples=NO_WORD, settings=LEARN),
+    Case("no word on the first, learn, checkpointed", samples=NO_WORD[::-1], settings=LEARN | CHECKPOINTED),
+    Case("no word, lora", lora=True, samples=NO_WORD),
+    Case("two micro-batches", settings={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
+    Case("flow", settings={"pooling": "flow-sum"}),
+    Case("exact match", settings={"match": "exact"}),
+    Case("root match, λ estimated", settings={"match": "root", "align_weight": "estimated"}),
+    Case("llava", model="llava"),
+    Case("llava, learn", model="llava", settings=LEARN),
+    Case("llava, tied embeddings", model="llava_tied"),
+]
+STAGE = {"aligner_pretraining": 1.0, "max_grad_norm": 0.5, "weight_decay": 0.1, "max_steps": 2}
+STAGES = [Case("stage", settings=STAGE), Case("stage, learn, lora", lora=True, settings=STAGE | LEARN)]
+TEXT = (0, 1, 6, 7)  # the second process has text alone, and does not run the layers that see pictures
+TEXTS = [Case("text", samples=TEXT), Case("text, learn", samples=TEXT, settings=LEARN),
+         Case("text, llava", samples=TEXT, model="llava")]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def of_one_process(workspace, tmp_path_factory):
+    """Gradients of a case in this process."""
+    known: dict[str, dict[str, Tensor]] = {}
+
+    def run(case: Case, parts: int = 1) -> dict[str, Tensor]:
+        """As one batch, or as several micro-batches."""
+        if case.name not in known:
+            batches = {
+                "per_device_train_batch_size": len(case.samples) // parts, "gradient_accumulation_steps": parts,
+            }  # fmt: skip
+            whole = case.settings | batches
+            one = Case(case.name, case.samples, case.lora, case.model, whole)
+            _, known[case.name] = run_case(one, workspace, 1, tmp_path_factory.mktemp("one"), use_cpu=True)
+        return known[case.name]
+
+    return run
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], case: Case, rtol: float = 1e-5) -> None:
+    """Equal to 1e-5 of a parameter's gradient; where that is 0 but for rounding, to 1e-8 of the largest."""
+    found = {name.replace("_checkpoint_wrapped_module.", ""): one for name, one in found.items()}  # FSDP's own
+    assert found.keys() >= expected.keys(), case.name
+    # DeepSpeed gives zeros for what has no gradient, such as LLaVA's last vision layer
+    assert [name for name in found.keys() - expected.keys() if found[name].any()] == [], case.name
+    largest = max(float(one.norm()) for one in expected.values())
+    assert largest > 0.01, case.name
+    for name, one in expected.items():
+        error = float((found[name] - one).norm())
+        assert error <= rtol * (float(one.norm()) + 1e-3 * largest), f"{case.name}: {name}: {error} of {one.norm()}"
+
+
+def compare(
+    kind: str, cases: list[Case], workspace: Path, of_one_process, out: Path, options=(), parts: int = 1
+) -> dict:
+    found = gradients(kind, cases, workspace, out / kind, options)
+    for case in cases:
+        assert_equal(found[case.name][0], of_one_process(case, parts), case)
+    return {name: about for name, (_, about) in found.items()}
+
+
+def test_two_processes_are_one(workspace, of_one_process, tmp_path):
+    about = compare("ddp", QUICK, workspace, of_one_process, tmp_path)
+    assert {one["wrapped"] for one in about.values()} == {"DistributedDataParallel"}
+    logged = about["full"]["log"][0]
+    assert logged["matched_words"] == 15  # of both
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2"])
+def test_every_kind_of_run_has_the_gradients_of_one_process(kind, workspace, of_one_process, tmp_path):
+    about = compare(kind, EVERYWHERE, workspace, of_one_process, tmp_path)
+    names = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+    assert {one["type"] for one in about.values()} == {f"DistributedType.{names[kind]}"}
+
+
+@pytest.mark.slow
+def test_zero_3_has_the_gradients_of_one_process(workspace, of_one_process, tmp_path):
+    """LoRA with checkpointing is refused there."""
+    cases = [case for case in EVERYWHERE if not (case.lora and case.settings.get("activation_checkpointing"))]
+    compare("zero3", cases, workspace, of_one_process, tmp_path)
+
+
+@pytest.mark.slow
+def test_fsdp_checkpoints_activations_itself(workspace, of_one_process, tmp_path):
+    cases = [case for case in EVERYWHERE if "activation_checkpointing" not in case.settings]
+    options = ["--fsdp_activation_checkpointing", "true"]
+    compare("fsdp2", cases, workspace, of_one_process, tmp_path, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_stage_of_the_aligner_alone(kind, workspace, of_one_process, tmp_path):
+    """Clipped by the Aligner's own norm, at its second step too; the VLM has no gradient."""
+    about = compare(kind, STAGES, workspace, of_one_process, tmp_path)
+    for case in STAGES:
+        assert about[case.name]["unchanged"], case.name
+        assert all("alignment_" in name for name in of_one_process(case))
+
+
+@pytest.mark.slow
+def test_text_alone_on_one_process(workspace, of_one_process, tmp_path):
+    """DDP waits for no gradient of layers that did not run.
+
+    Compared with two micro-batches: beside pictures, Mllama's text-only samples attend to padding in their place.
+    """
+    compare("ddp", TEXTS, workspace, of_one_process, tmp_path, parts=2)

@@ -1,0 +1,37 @@
+"""What alignment cannot work with, said before the first step. What only a launch can show is in test_train.py."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import MllamaForConditionalGeneration
+
+from lavender.errors import ConfigError
+from lavender.processes import check_batches, refuse_model
+from scale.worker import Case, run_case
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"torch_compile": True}, "Got torch_compile with alignment"),
+        ({"align_weight": 0.0, "aligner_pretraining": 0.5}, "Got aligner_pretraining with align_weight=0"),
+    ],
+)
+def test_settings_that_cannot_work_together(settings, message, workspace, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        run_case(Case("refused", settings=settings), workspace, 1, tmp_path, use_cpu=True)
+
+
+def test_a_model_spread_over_devices_is_refused(workspace, tmp_path):
+    places = {"model": "cpu", "lm_head": "disk"}
+    model = MllamaForConditionalGeneration.from_pretrained(
+        workspace / "mllama", device_map=places, offload_folder=tmp_path
+    )
+    with pytest.raises(ConfigError, match=r"Got a model spread over the devices \['cpu', 'disk'\]"):
+        refuse_model(model)
+    refuse_model(MllamaForConditionalGeneration.from_pretrained(workspace / "mllama", device_map="cpu"))
+
+
+def test_batches_of_one_process_are_never_uneven(workspace, tmp_path):
+    trainer, _ = run_case(Case("one"), workspace, 1, tmp_path, use_cpu=True)
+    check_batches(trainer.accelerator, [True, False])

@@ -1,0 +1,158 @@
+"""`lavender train` under `accelerate launch`: what one process writes, two write together, once; also after a break."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from command_line import lavender
+from lavender.processes import last_complete_checkpoint
+from scale.launching import KINDS, SETTINGS, launch, train
+from scale.worker import Case
+
+STEPS, BATCH = 4, 4
+LORA = {"r": 3, "dropout": 0.0}
+
+
+def write_run(folder: Path, workspace: Path, processes: int, **settings: Any) -> Path:
+    """Four steps over the four pictures, saved after two and after four."""
+    ours: dict[str, Any] = {
+        "model": str(workspace / "mllama"), "data": str(workspace / "pictures"), "maps": str(workspace / "maps"),
+        "out": str(folder / "out"), "prompt": "describe the picture.", "dtype": "float32", "bf16": False,
+        "max_steps": STEPS, "per_device_train_batch_size": BATCH // processes, "optim": "sgd", "learning_rate": 0.05,
+        "logging_steps": 1, "save_steps": 2, "activation_checkpointing": False, "disable_tqdm": True,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(ours | settings))
+    return folder / "run.yaml"
+
+
+@pytest.fixture(scope="session")
+def of_one_process(workspace, tmp_path_factory):
+    """Run folders of one process: full tuning, and LoRA."""
+    folders = {}
+    for kind, lora in (("full", None), ("lora", LORA)):
+        path = tmp_path_factory.mktemp(kind)
+        ran = lavender("train", write_run(path, workspace, 1, lora=lora, use_cpu=True))
+        assert ran.code == 0, ran.err
+        folders[kind] = path / "out"
+    return folders
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    tensors = {f"head: {name}": one for name, one in load_file(run / "alignment_head.safetensors").items()}
+    for file in (run / "checkpoint").glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_folder(found: Path, expected: Path) -> None:
+    assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
+    files = [{path.name for path in (run / "checkpoint").iterdir()} for run in (found, expected)]
+    assert files[0] == files[1]
+    for name in files[0]:
+        if name.endswith(".json"):
+            own, theirs = (json.loads((run / "checkpoint" / name).read_text()) for run in (found, expected))
+            for one in (own, theirs):
+                if name == "adapter_config.json":
+                    one["target_modules"].sort()  # of a set
+            assert own == theirs, name
+    assert json.loads((found / "coverage.json").read_text()) == json.loads((expected / "coverage.json").read_text())
+    steps = [[entry for entry in metrics(run) if "loss" in entry] for run in (found, expected)]
+    assert [entry["step"] for entry in steps[0]] == [1, 2, 3, 4]
+    for own, theirs in zip(*steps, strict=True):
+        for name in ("loss", "vlm_loss", "attention_loss", "matched_words"):
+            assert own[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning, workspace, of_one_process, tmp_path):
+    lora = LORA if tuning == "lora" else None
+    file = write_run(tmp_path, workspace, 2, lora=lora, **SETTINGS[kind])
+    said = train(kind, file)
+    run = tmp_path / "out"
+    assert said.count("run folder: ") == 1
+    assert_same_folder(run, of_one_process[tuning])
+    assert json.loads((run / "environment.json").read_text())["processes"] == "2"
+    expected, found = weights(of_one_process[tuning]), weights(run)
+    assert found.keys() == expected.keys()
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one, rtol=1e-4, atol=1e-5, msg=name)
+
+    broken = tmp_path / "broken"
+    (broken / "trainer").mkdir(parents=True)
+    for step in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(run / "trainer" / step, broken / "trainer" / step)
+    (broken / "trainer" / "checkpoint-4" / "trainer_state.json").unlink()
+    said = train(kind, file, f"out={broken}")
+    assert said.count(f"passed over {broken / 'trainer' / 'checkpoint-4'}") == 1
+    assert said.count(f"going on from {broken / 'trainer' / 'checkpoint-2'}") == 1
+    assert_same_folder(broken, run)
+    again = weights(broken)
+    assert [name for name, one in found.items() if not torch.equal(again[name], one)] == []
+
+
+@pytest.mark.slow
+def test_one_process_under_accelerate_writes_the_same(workspace, of_one_process, tmp_path):
+    file = write_run(tmp_path, workspace, 1, use_cpu=True)
+    launch("one_gpu", "-m", "lavender.cli", "train", file, processes=1, options=["--cpu"])
+    expected, found = weights(of_one_process["full"]), weights(tmp_path / "out")
+    assert [name for name, one in expected.items() if not torch.equal(found[name], one)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "settings", "options", "message"),
+    [
+        ("zero3", {"lora": LORA, "activation_checkpointing": True}, (), "Got DeepSpeed ZeRO-3 with LoRA"),
+        ("zero2", {"aligner_pretraining": 0.5}, (), "Got aligner_pretraining with DeepSpeed"),
+        ("fsdp2", {}, ("--fsdp_version", "1"), "Got FSDP of version 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_the_first_step(kind, settings, options, message, workspace, tmp_path):
+    file = write_run(tmp_path, workspace, 2, **SETTINGS[kind] | settings)
+    said = train(kind, file, code=1, options=options)
+    assert message in said
+    assert " Do this: " in said
+    assert not (tmp_path / "out" / "trainer" / "checkpoint-2").exists()
+
+
+@pytest.mark.slow
+def test_text_alone_on_one_process_stops_sharded_training(workspace, tmp_path):
+    """It would hang there: the other process waits for layers that this one does not run."""
+    from dataclasses import asdict
+
+    case = asdict(Case("text", samples=(0, 1, 6, 7)))
+    order = {"kind": "fsdp2", "out": str(tmp_path), "workspace": str(workspace), "settings": {}, "cases": [case]}
+    (tmp_path / "order.json").write_text(json.dumps(order))
+    said = launch("fsdp2", Path(__file__).parent / "worker.py", tmp_path / "order.json", code=1)
+    assert "Got a batch of text alone on one process and a batch with pictures on another" in said
+
+
+def test_the_last_complete_checkpoint_is_found(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "nowhere") == (None, [])
+    for step in (2, 9, 10, 11, 12):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "scheduler.pt").touch()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_step": 1')  # cut off
+    (tmp_path / "checkpoint-11" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-10" / "scheduler.pt").unlink()
+    found, passed = last_complete_checkpoint(tmp_path)
+    assert found == tmp_path / "checkpoint-9"
+    assert [path.name for path in passed] == ["checkpoint-12", "checkpoint-11", "checkpoint-10"]

@@ -1,0 +1,105 @@
+"""`lavender train`, killed again and again, ends with the weights of an undisturbed run, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from command_line import write_scenes
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+STEPS = 24
+KILLS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(some_scenes, captions, store_path, make_student, processor, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("killed")
+    make_student().save_pretrained(path / "model")
+    processor.save_pretrained(path / "model")
+    (path / "data").mkdir()
+    write_scenes(path / "data", some_scenes, captions)
+    return path
+
+
+def begin(folder: Path, out: Path, store: Path, **settings: Any) -> subprocess.Popen:
+    """A run that writes a checkpoint at every step, so that many kills hit one that is being written."""
+    ours: dict[str, Any] = {
+        "model": str(folder / "model"), "data": str(folder / "data"), "maps": str(store), "out": str(out),
+        "prompt": "describe the picture.", "dtype": "float32", "bf16": False, "use_cpu": True, "max_steps": STEPS,
+        "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 1,
+        "save_total_limit": 3, "activation_checkpointing": False, "disable_tqdm": True,
+    }  # fmt: skip
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(ours | settings))
+    with out.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lavender.cli", "train", str(file)], stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def steps_begun(out: Path) -> set[str]:
+    return {path.name for path in (out / "trainer").glob("checkpoint-*")}
+
+
+def kill_at_random(process: subprocess.Popen, out: Path, chance: random.Random) -> None:
+    """Soon after some new checkpoint was begun: while it is written, or in the next step."""
+    wanted, seen, until = chance.randint(1, 3), steps_begun(out), time.monotonic() + 300
+    while len(steps_begun(out) - seen) < wanted:
+        assert process.poll() is None, f"it ended by itself:\n{out.with_suffix('.log').read_text()[-3000:]}"
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.15))
+    process.kill()
+    assert process.wait() == -9
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    files = [out / "alignment_head.safetensors", *(out / "checkpoint").glob("*.safetensors")]
+    return {f"{file.name}: {name}": one for file in files for name, one in load_file(file).items()}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "learn"])
+def test_killed_at_random_it_ends_with_the_same_weights(kind, folder, store_path, tmp_path):
+    """LoRA with dropout, so that random numbers count too. A run of several epochs, in shuffled order."""
+    settings: dict[str, Any] = {"lora": {"r": 3, "dropout": 0.1}} if kind == "lora" else {}
+    settings |= {"pooling": "learn"} if kind == "learn" else {}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert begin(folder, whole, store_path, **settings).wait(timeout=300) == 0, whole.with_suffix(".log").read_text()
+    chance = random.Random(kind)
+    for _ in range(KILLS):
+        kill_at_random(begin(folder, broken, store_path, **settings), broken, chance)
+    # one that was certainly not written to its end: the last, without its last file
+    last = max((broken / "trainer").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    (last / "trainer_state.json").unlink(missing_ok=True)
+    ended = begin(folder, broken, store_path, **settings).wait(timeout=300)
+    said = broken.with_suffix(".log").read_text()
+    assert ended == 0, said[-3000:]
+    assert f"passed over {last}, which was not written to its end" in said
+    assert "going on from" in said
+
+    expected, found = weights(whole), weights(broken)
+    assert found.keys() == expected.keys()
+    assert [name for name, one in expected.items() if not torch.equal(found[name], one)] == []
+    counted = [json.loads((out / "coverage.json").read_text()) for out in (whole, broken)]
+    assert counted[0] == counted[1]
+    assert counted[0]["samples"] == 2 * STEPS
+    logged = [
+        [(one["step"], one["loss"], one["matched_words"]) for one in map(json.loads, lines) if "loss" in one]
+        for lines in ((out / "metrics.jsonl").read_text().splitlines() for out in (whole, broken))
+    ]
+    assert logged[0] == logged[1]
+    assert [step for step, *_ in logged[0]] == list(range(1, STEPS + 1))
