@@ -52,6 +52,8 @@ class RunConfig:
         out: the run folder.
         prompt: the question put before captions that come without one.
         lora: LoRA settings, or None for full tuning.
+        peft: settings of any PEFT config, `peft_type` first, in the place of `lora`, its short form.
+        freeze: parts of which nothing is trained: vision_tower, connector, language_model.
         dtype: of the loaded weights, a torch name, or "auto".
         trust_remote_code: run code that comes with the model.
         training: any setting of LavenderConfig, which is TRL's SFTConfig and alignment's.
@@ -63,9 +65,21 @@ class RunConfig:
     out: str
     prompt: str = "Describe the image."
     lora: LoraSettings | None = None
+    peft: Mapping[str, Any] | None = None
+    freeze: Sequence[str] = ()
     dtype: str = "auto"
     trust_remote_code: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def peft_settings(self) -> Mapping[str, Any] | None:
+        """Those of `peft`, or of `lora`, its short form; None for full tuning."""
+        if self.lora is None:
+            return self.peft
+        targets = self.lora.target_modules
+        return {
+            "peft_type": "LORA", "r": self.lora.r, "lora_alpha": self.lora.alpha, "lora_dropout": self.lora.dropout,
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+        }  # fmt: skip
 
 
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -123,6 +137,10 @@ def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
         if lora is not True and not isinstance(lora, dict):
             raise ConfigError(f"lora: {lora!r} in {where}", "true, false or settings", "write for example lora: {r: 8}")
         run["lora"] = from_mapping(LoraSettings, {} if lora is True else lora, f"{where}: lora")
+    peft = run.get("peft")
+    if peft is not None and (not isinstance(peft, dict) or "lora" in run):
+        got = "lora and peft" if "lora" in run else f"peft: {peft!r}"
+        raise ConfigError(f"{got} in {where}", "one of them, with its settings", "write peft: {peft_type: LORA, r: 8}")
     return RunConfig(**run, training={key: value for key, value in settings.items() if key not in own})
 
 
@@ -134,11 +152,11 @@ def _training_keys() -> set[str]:
 
 def train(run: RunConfig) -> Path:
     """Run it; the run folder. With `align_weight: 0` this is plain fine-tuning."""
-    from peft import LoraConfig
     from transformers import AutoConfig, AutoProcessor
 
     from lavender.checkpoints import export, save_head
     from lavender.data import read_samples, to_dataset
+    from lavender.trainable import check_trained, freeze, peft_config_of
     from lavender.trainer import LavenderConfig, LavenderTrainer
     from lavender.vlm.registry import adapter_for, auto_class
 
@@ -166,14 +184,13 @@ def train(run: RunConfig) -> Path:
     with loading("model", run.model):
         auto = auto_class(config, run.trust_remote_code)
         model = adapter.load(auto, run.model, dtype=run.dtype, use_safetensors=True, **common)
-    lora = None if run.lora is None else LoraConfig(
-        r=run.lora.r, lora_alpha=run.lora.alpha, lora_dropout=run.lora.dropout, task_type="CAUSAL_LM",
-        target_modules=run.lora.target_modules if isinstance(run.lora.target_modules, str)
-        else list(run.lora.target_modules),
-    )  # fmt: skip
+    freeze(model, run.freeze)
+    settings = run.peft_settings()
+    peft = None if settings is None else peft_config_of(settings, model, run.freeze)
     trainer = LavenderTrainer(
-        model, args, processing_class=processor, train_dataset=to_dataset(samples), peft_config=lora
+        model, args, processing_class=processor, train_dataset=to_dataset(samples), peft_config=peft
     )
+    print(check_trained(trainer.accelerator.unwrap_model(trainer.model), run.freeze))
     resolved = asdict(run) | {"training": dict(training)}
     (out / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
     environment = {"python": platform.python_version(), "platform": platform.platform()}
