@@ -54,6 +54,7 @@ class RunConfig:
         lora: LoRA settings, or None for full tuning.
         peft: settings of any PEFT config, `peft_type` first, in the place of `lora`, its short form.
         freeze: parts of which nothing is trained: vision_tower, connector, language_model.
+        image_processor: settings that replace the image processor's own, such as its `size`.
         dtype: of the loaded weights, a torch name, or "auto".
         trust_remote_code: run code that comes with the model.
         training: any setting of LavenderConfig, which is TRL's SFTConfig and alignment's.
@@ -67,6 +68,7 @@ class RunConfig:
     lora: LoraSettings | None = None
     peft: Mapping[str, Any] | None = None
     freeze: Sequence[str] = ()
+    image_processor: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
     trust_remote_code: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -170,6 +172,7 @@ def train(run: RunConfig) -> Path:
         config = AutoConfig.from_pretrained(run.model, **common)
         adapter = adapter_for(config)
         processor = adapter.processor(AutoProcessor.from_pretrained(run.model, **common))
+    _set_images(processor, run.image_processor)
     training: dict[str, Any] = {"report_to": "none", "max_length": None, **run.training}
     training.setdefault("assistant_only_loss", "{% generation" in (processor.chat_template or "").replace("{%-", "{%"))
     if not training["assistant_only_loss"]:
@@ -209,6 +212,14 @@ def train(run: RunConfig) -> Path:
     export(trainer, out / "checkpoint")
     save_head(trainer, out / "alignment_head.safetensors")
     return out
+
+
+def _set_images(processor: Any, settings: Mapping[str, Any]) -> None:
+    """Replace settings of the image processor; those of the checkpoint that the run writes too."""
+    if settings:
+        images = processor.image_processor
+        check_keys(settings, list(images.to_dict()), "image_processor")
+        processor.image_processor = type(images).from_dict(images.to_dict() | dict(settings))
 
 
 def readable(samples: Samples) -> Samples:

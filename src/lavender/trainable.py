@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -122,7 +123,7 @@ def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
-    """One line that counts what is trained.
+    """What is trained, counted, in a line; and one more where small steps would be lost.
 
     Raises:
         ConfigError: something in a frozen part is trained after all, or nothing of the model is.
@@ -136,7 +137,13 @@ def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
     if not any(trained for part, (trained, _) in counts.items() if part != ALIGNMENT):
         raise ConfigError(f"freeze: {list(frozen)}, which leaves nothing to train", "a part that trains", "freeze less")
     parts = ", ".join(f"{part} {trained:,} of {whole:,}" for part, (trained, whole) in counts.items())
-    return f"trained parameters: {parts}"
+    line = f"trained parameters: {parts}"
+    if any(one.requires_grad and one.dtype in (torch.bfloat16, torch.float16) for one in model.parameters()):
+        line += (
+            "\ntrained weights of 16 bits: steps of less than about 1/500 of a weight are rounded away, unless FSDP or "
+            "DeepSpeed keeps float32 copies. With dtype: float32 and bf16: true only the computing is of 16 bits"
+        )
+    return line
 
 
 def _check(parts: Sequence[str]) -> None:
