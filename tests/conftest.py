@@ -122,7 +122,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 @pytest.fixture(scope="session")
 def store_path(some_scenes, captions, tmp_path_factory) -> Path:
-    """A store with a random map, 11 × 13, for each noun of the captions of all scenes but the last."""
+    """A store with a random map, 11 × 13, for each noun of the captions of all scenes but the last; each unsure."""
     import torch
 
     from lavender.images import image_id
@@ -136,7 +136,8 @@ def store_path(some_scenes, captions, tmp_path_factory) -> Path:
         for scene, caption in zip(some_scenes[:-1], captions, strict=False):
             words = content_words(caption, ("noun",))
             maps = to_heat(torch.rand(len(words), 11, 13, generator=generator))
-            writer.add(WordMaps(image_id(scene.image), caption, words, maps))
+            confidence = torch.linspace(0.25, 0.75, len(words))
+            writer.add(WordMaps(image_id(scene.image), caption, words, maps, confidence=confidence))
     return path
 
 

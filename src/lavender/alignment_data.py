@@ -13,23 +13,26 @@ from torch import Tensor
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
+from lavender.config import AlignmentConfig
 from lavender.errors import DataError
 from lavender.grids import KeyLayout
 from lavender.images import image_id, load_image
 from lavender.locate import UNSEEN, WordLocator, text_of
-from lavender.maps import Word
+from lavender.maps import Word, WordMaps
 from lavender.store import MapStore
 from lavender.vlm.base import VlmAdapter
+from lavender.words import same_root, subjects_and_objects
 
 NO_PICTURE = "sample without a picture"
 
 
 class MappedWord(NamedTuple):
-    """The rows that predict a word, the index of the picture in its sample, and the teacher's map of it there."""
+    """The rows that predict a word, which of its sample's pictures it is mapped on, the map, and what it counts."""
 
     rows: tuple[int, ...]
     picture: int
     map: Tensor
+    weight: float
 
 
 @dataclass
@@ -57,7 +60,7 @@ class AlignmentCollator:
         adapter: the model's family.
         store: the teacher's maps, joined by content: picture and answer. An answer's words are looked up for each of
             its sample's pictures; a word with maps of several counts once for each.
-        parts_of_speech: which words to align; None takes all that have a map.
+        config: which words to align, and what they weigh.
     """
 
     def __init__(
@@ -66,10 +69,10 @@ class AlignmentCollator:
         processor: ProcessorMixin,
         adapter: VlmAdapter,
         store: MapStore,
-        parts_of_speech: tuple[str, ...] | None = None,
+        config: AlignmentConfig | None = None,
     ):
         self._base, self._processor, self._adapter, self._store = base, processor, adapter, store
-        self._parts_of_speech = parts_of_speech
+        self._config = config or AlignmentConfig()
         self._locator = WordLocator(processor, adapter)
         self.coverage = Coverage()
 
@@ -90,6 +93,7 @@ class AlignmentCollator:
         rows = row_tensors(
             [[one.rows for one in own] for own in words], [[one.picture for one in own] for own in words]
         )
+        rows["weights"][rows["present"]] = torch.tensor([one.weight for own in words for one in own])
         targets = _pad_targets([[one.map for one in own] for own in words], rows["present"], self._store.grid)
         batch["alignment"] = rows | keys | {"targets": targets}
         return batch
@@ -112,24 +116,36 @@ class AlignmentCollator:
         if not known:
             self.coverage.dropped["sample without maps in the store"] += 1
             return []
-        answers = [(turn, maps.text, [word for word in maps.words if self._wants(word)]) for _, turn, maps in known]
+        answers = [(turn, maps.text, self._wanted(maps)) for _, turn, maps in known]
         located = self._locator.rows_by_answer(
             messages, answers, ids, attention_mask, self.coverage.dropped, [index for index, _, _ in known]
         )
         found = []
         for (index, _, maps), own in zip(known, located, strict=True):
-            map_of = {word.start: one for word, one in zip(maps.words, maps.maps, strict=True)}
+            places = {word.start: place for place, word in enumerate(maps.words)}
             for word, rows in own:
                 if seen[index, list(rows)].all():
-                    found.append(MappedWord(rows, index, map_of[word.start]))
+                    place = places[word.start]
+                    weight = float(maps.confidence[place]) if self._config.weight_by_confidence else 1.0
+                    found.append(MappedWord(rows, index, maps.maps[place], weight))
                 else:
                     self.coverage.dropped[UNSEEN] += 1
         self.coverage.mapped_samples += bool(found)
         self.coverage.words += len(found)
         return found
 
-    def _wants(self, word: Word) -> bool:
-        return self._parts_of_speech is None or word.part_of_speech in self._parts_of_speech
+    def _wanted(self, maps: WordMaps) -> list[Word]:
+        parts = self._config.parts_of_speech
+        words = [word for word in maps.words if parts is None or word.part_of_speech in parts]
+        if self._config.subjects_and_objects:
+            heads = subjects_and_objects(maps.text)
+            words = [word for word in words if word.start in heads]
+        return words
+
+
+def root_matcher(processor: ProcessorMixin) -> Callable[[list[int], list[int]], bool]:
+    """For `match="root"`: whether predicted tokens and true ones spell forms of one word."""
+    return lambda predicted, true: same_root(processor.tokenizer.decode(predicted), processor.tokenizer.decode(true))
 
 
 def _images_of(example: Mapping[str, Any]) -> list[Any]:
@@ -168,10 +184,10 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 def row_tensors(
     words: Sequence[Sequence[tuple[int, ...]]], pictures: Sequence[Sequence[int]] | None = None
 ) -> dict[str, Tensor]:
-    """Pad ragged words (their row positions) to `rows`, `shares`, `present` and `word_pictures` of a request.
+    """Pad ragged words (their row positions) to `rows`, `shares`, `present`, `weights`, `word_pictures` of a request.
 
-    A row that several words share is there once. `pictures`: the index of each word's picture within its sample;
-    None where all words are of the first.
+    A row that several words share is there once. Each word weighs 1. `pictures`: the index of each word's picture
+    within its sample; None where all words are of the first.
     """
     every = [list(dict.fromkeys(position for rows in own for position in rows)) for own in words]
     num_words, num_rows = max([1, *map(len, words)]), max([1, *map(len, every)])
@@ -188,7 +204,7 @@ def row_tensors(
             tensors["shares"][sample, index, [positions.index(position) for position in rows]] = 1 / len(rows)
             if pictures is not None:
                 tensors["word_pictures"][sample, index] = pictures[sample][index]
-    return tensors
+    return tensors | {"weights": tensors["present"].float()}
 
 
 def _pad_targets(targets: Sequence[Sequence[Tensor]], present: Tensor, grid: tuple[int, int]) -> Tensor:

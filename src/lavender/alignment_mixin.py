@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from trl import SFTTrainer
 
-from lavender.alignment_data import AlignmentCollator, Coverage
+from lavender.alignment_data import AlignmentCollator, Coverage, root_matcher
 from lavender.arguments import AlignmentArguments
 from lavender.errors import ConfigError, DataError
 from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach, is_alignment_part
 from lavender.stages import AlignerPretraining
 from lavender.store import MapStore
 from lavender.vlm.registry import adapter_for
+from lavender.weighting import EstimatedWeight
 
 NUM_COVERAGE_SAMPLES = 256
+LEAST_WEIGHT = 1e-6  # of a batch's words; below it, their sum is 0
 
 # the mixin leans on Trainer's attributes; at run time the class it is mixed into brings them
 _TrainerLike = Trainer if TYPE_CHECKING else object
@@ -63,6 +65,10 @@ class AlignmentMixin(_TrainerLike):
         config, adapter = args.alignment(), adapter_for(model.config)
         set_seed(args.seed)  # before the Aligner is drawn; the trainer sets it again before it draws anything
         self._alignment_layers, self._alignment = attach(model, config).layers, config
+        self._estimate = EstimatedWeight() if config.align_weight == "estimated" else None
+        if self._estimate is not None:
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._estimate]
+        self._root_matcher = root_matcher(processing_class) if config.match == "root" else None
         self._alignment_metrics: dict[str, list[Tensor]] = defaultdict(list)
         if config.align_weight == 0:
             for name, parameter in model.named_parameters():
@@ -79,9 +85,7 @@ class AlignmentMixin(_TrainerLike):
         super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
         if config.aligner_pretraining:
             self.add_callback(AlignerPretraining(config.aligner_pretraining))
-        self.data_collator = AlignmentCollator(
-            self.data_collator, processing_class, adapter, self.maps, config.parts_of_speech
-        )
+        self.data_collator = AlignmentCollator(self.data_collator, processing_class, adapter, self.maps, config)
         if isinstance(self.train_dataset, Dataset):  # a stream cannot be sampled; it is counted while training
             self._check_coverage(self.train_dataset, self.data_collator, config.min_coverage)
 
@@ -108,19 +112,17 @@ class AlignmentMixin(_TrainerLike):
             collator.coverage = Coverage()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        words = sum(
-            (batch["alignment"]["present"].sum() for batch in batch_samples), start=torch.zeros((), dtype=torch.long)
-        )
+        weight = sum((batch["alignment"]["weights"].sum() for batch in batch_samples), start=torch.zeros(()))
         if self.args.world_size > 1:
-            words = self.accelerator.gather(words.to(device)[None]).sum()
-        self._num_words_in_batch = int(words)
+            weight = self.accelerator.gather(weight.to(device)[None]).sum()
+        self._weight_in_batch = float(weight)
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
         inputs = dict(inputs)
-        request = AlignmentRequest(self._alignment_layers, inputs.pop("alignment"))
+        request = AlignmentRequest(self._alignment_layers, inputs.pop("alignment"), self._root_matcher)
         seen: list[Any] = []
         handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
@@ -130,7 +132,11 @@ class AlignmentMixin(_TrainerLike):
         finally:
             handle.remove()
         plain_loss, outputs = cast(tuple[Tensor, Any], result if return_outputs else (result, None))
-        attention_loss = self._normalise(seen[0].attention_loss, request, model.training, num_items_in_batch)
+        total = seen[0].attention_loss
+        attention_loss = self._normalise(total, request, model.training, num_items_in_batch)
+        if self._estimate is not None and model.training:
+            cells = request.targets[0, 0].numel() if self._alignment.attention_loss == "min-max-sum" else 1
+            self._estimate.add(total / cells, (request.weights * request.matched).sum())
         mode = "train" if model.training else "eval"
         for name, value in (
             ("vlm_loss", plain_loss), ("attention_loss", attention_loss), ("matched_words", request.matched.sum()),
@@ -142,8 +148,9 @@ class AlignmentMixin(_TrainerLike):
         return (loss, outputs) if return_outputs else loss
 
     def _align_weight(self, training: bool) -> float:
-        """λ at this step: it may rise at the start and fall at the end of training."""
-        config, weight = self._alignment, self._alignment.align_weight
+        """λ at this step: it may be estimated, rise at the start and fall at the end of training."""
+        config = self._alignment
+        weight = self._estimate.value if self._estimate is not None else float(config.align_weight)
         if training and self.state.max_steps > 0:
             done = (self.state.global_step + 1) / self.state.max_steps
             weight *= min(1.0, done / config.align_warmup) if config.align_warmup else 1.0
@@ -151,14 +158,14 @@ class AlignmentMixin(_TrainerLike):
         return weight
 
     def _normalise(self, total: Tensor, request: AlignmentRequest, training: bool, num_items_in_batch) -> Tensor:
-        """Sum over words → mean over the words of the whole accumulated batch.
+        """Weighted sum over words → mean over the words of the whole accumulated batch.
 
         Data parallelism averages gradients over processes, so each process's share is multiplied by
         their number; and where the trainer will divide by the accumulation steps, that is undone first.
         """
         if not training:
-            return total / request.present.sum().clamp_min(1)
-        scale = self.accelerator.num_processes / max(1, self._num_words_in_batch)
+            return total / request.weights.sum().clamp_min(LEAST_WEIGHT)
+        scale = self.accelerator.num_processes / max(LEAST_WEIGHT, self._weight_in_batch)
         divided_later = not (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
         return total * scale * (self.current_gradient_accumulation_steps if divided_later else 1)
 

@@ -24,18 +24,34 @@ class AlignmentArguments(_ArgumentsLike):
     """
 
     maps: str | None = field(default=None, metadata={"help": "Folder of the map store."})
-    align_weight: float = field(default=AlignmentConfig.align_weight, metadata={"help": "λ; 0 is plain fine-tuning."})
+    align_weight: float | str = field(
+        default=AlignmentConfig.align_weight, metadata={"help": "λ; 0 is plain fine-tuning; or estimated."}
+    )
     pooling: str = field(default=AlignmentConfig.pooling, metadata={"help": f"One of {POOLINGS}."})
     match: str = field(
-        default=AlignmentConfig.match, metadata={"help": "label: all words; exact: those the student predicts."}
+        default=AlignmentConfig.match,
+        metadata={"help": "label: all words; exact: those the student predicts; root: or another form of them."},
     )
     parts_of_speech: list[str] | None = field(
         default=None, metadata={"help": f"Mapped words to align, some of {PARTS_OF_SPEECH}; all by default."}
     )
+    subjects_and_objects: bool = field(
+        default=False, metadata={"help": "Align only heads of noun phrases that no preposition governs."}
+    )
+    weight_by_confidence: bool = field(default=False, metadata={"help": "Words count by the teacher's confidence."})
     attention_loss: str = field(
         default=AlignmentConfig.attention_loss, metadata={"help": f"One of {ATTENTION_LOSSES}."}
     )
-    layers: list[int] | None = field(default=None, metadata={"help": "Decoder layers to align; all by default."})
+    layers: list[int] | str | None = field(
+        default=None, metadata={"help": "Decoder layers to align: indices, all, first, middle or last."}
+    )
+    layer_share: float = field(
+        default=AlignmentConfig.layer_share, metadata={"help": "Share of the layers that first, middle, last are."}
+    )
+    heads: list[int] | None = field(default=None, metadata={"help": "Attention heads to align; all by default."})
+    parallel_init: str = field(
+        default=AlignmentConfig.parallel_init, metadata={"help": "Start of learn's projections: pretrained or random."}
+    )
     aligner: str = field(default=AlignmentConfig.aligner, metadata={"help": "light, sim or deep."})
     aligner_kind: str = field(default=AlignmentConfig.aligner_kind, metadata={"help": "convolution or mlp."})
     aligner_norm: str = field(default=AlignmentConfig.aligner_norm, metadata={"help": "instance, batch, group, none."})

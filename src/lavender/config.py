@@ -14,9 +14,12 @@ GEOMETRIES = ("squash", "crop", "letterbox", "aspect")
 COMPETITIONS = ("none", "share", "contrast")
 CARRIERS = ("own", "own+next")
 POOLINGS = (
-    "layer-mean", "layer-max", "mean-mean", "max-mean", "mean-max", "max-max", "flow-sum", "flow-multi", "learn",
+    "layer-mean", "layer-max", "mean-mean", "max-mean", "mean-max", "max-max", "flow-sum", "flow-multi",
+    "mean-flow-sum", "max-flow-sum", "mean-flow-multi", "max-flow-multi", "learn",
 )  # fmt: skip
-MATCHES = ("label", "exact")
+MATCHES = ("label", "exact", "root")
+LAYER_CHOICES = ("all", "first", "middle", "last")
+PARALLEL_INITS = ("pretrained", "random")
 ALIGNER_FORMS = ("light", "sim", "deep")
 ALIGNER_KINDS = ("convolution", "mlp")
 ALIGNER_NORMS = ("instance", "batch", "group", "none")
@@ -29,9 +32,12 @@ Geometry = Literal["squash", "crop", "letterbox", "aspect"]
 Competition = Literal["none", "share", "contrast"]
 Carrier = Literal["own", "own+next"]
 Pooling = Literal[
-    "layer-mean", "layer-max", "mean-mean", "max-mean", "mean-max", "max-max", "flow-sum", "flow-multi", "learn",
+    "layer-mean", "layer-max", "mean-mean", "max-mean", "mean-max", "max-max", "flow-sum", "flow-multi",
+    "mean-flow-sum", "max-flow-sum", "mean-flow-multi", "max-flow-multi", "learn",
 ]  # fmt: skip
-Match = Literal["label", "exact"]
+Match = Literal["label", "exact", "root"]
+LayerChoice = Literal["all", "first", "middle", "last"]
+ParallelInit = Literal["pretrained", "random"]
 AlignerForm = Literal["light", "sim", "deep"]
 AlignerKind = Literal["convolution", "mlp"]
 AlignerNorm = Literal["instance", "batch", "group", "none"]
@@ -159,16 +165,26 @@ class AlignmentConfig:
 
     Attributes:
         align_weight: the paper's λ, on the mean over cells and words with a map (those that `match` leaves out
-            count as zero); 0 is plain fine-tuning.
+            count as zero); 0 is plain fine-tuning. "estimated": λ = 1/(2σ²) (App. C), σ² the mean squared residual of
+            a cell over the steps before; see `lavender.weighting`.
         pooling: "layer-mean" ("layer-max") sends each layer's heads through the Aligner and takes the mean (maximum)
             over layers; "learn" does the same with new query and key projections beside the pretrained ones
             (Eq. 15–16); "max-mean" and its kin pool heads by the first word and layers by the second before the
-            Aligner; "flow-sum" and "flow-multi" are attention flow (Eq. 40–44).
+            Aligner; "flow-sum" and "flow-multi" are attention flow (Eq. 40–44), with heads pooled first in
+            "mean-flow-sum" and its kin.
         parts_of_speech: which of the mapped words to align; None aligns all.
+        subjects_and_objects: of these only the heads of noun phrases that no preposition governs, see
+            `lavender.words.subjects_and_objects`.
+        weight_by_confidence: whether a word counts by how sure the teacher's map is, instead of as 1.
         attention_loss: see `lavender.losses.per_word_loss`; "min-max" is the authors'.
         match: "label" aligns every word of the answer that has a map; "exact" (the paper's) only those that the
-            student predicts at that moment: where it is about to say something else, its attention is left alone.
-        layers: indices of the decoder layers to align, or None for all that see the picture.
+            student predicts at that moment: where it is about to say something else, its attention is left alone;
+            "root" also those of which it predicts another form ("dog" for "dogs").
+        layers: indices of the decoder layers to align, or "all" that see the picture, or the "first", "middle" or
+            "last" of them. None is all; with "learn" in a self-attending model the middle fifth.
+        layer_share: share of the layers that "first", "middle" and "last" are.
+        heads: indices of the attention heads to align, in each layer; None is all.
+        parallel_init: how the projections of "learn" begin: as copies of the pretrained ones, or random.
         aligner, aligner_kind, aligner_norm, aligner_activation: form of the Aligner, see `lavender.aligner`.
         aligner_width: channels of the Aligner's hidden layers, d_h.
         align_warmup, align_decay: shares of the steps over which the weight rises from 0 at the start, and falls to 0
@@ -178,12 +194,17 @@ class AlignmentConfig:
         min_coverage: training stops before the first step if a smaller share of samples has maps.
     """
 
-    align_weight: float = 10.0
+    align_weight: float | Literal["estimated"] = 10.0
     pooling: Pooling = "layer-mean"
     match: Match = "label"
     parts_of_speech: tuple[str, ...] | None = None
+    subjects_and_objects: bool = False
+    weight_by_confidence: bool = False
     attention_loss: AttentionLoss = "min-max"
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | LayerChoice | None = None
+    layer_share: float = 1 / 3
+    heads: tuple[int, ...] | None = None
+    parallel_init: ParallelInit = "pretrained"
     aligner: AlignerForm = "sim"
     aligner_kind: AlignerKind = "convolution"
     aligner_norm: AlignerNorm = "instance"
@@ -195,11 +216,17 @@ class AlignmentConfig:
     min_coverage: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("layers", "parts_of_speech"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for part in self.parts_of_speech or ():
+        if isinstance(self.layers, str):
+            _one_of("layers", self.layers, LAYER_CHOICES)
+        for name in ("layers", "heads", "parts_of_speech"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, _as_tuple(name, value))
+        for part in () if self.parts_of_speech is None else _as_tuple("parts_of_speech", self.parts_of_speech):
             _one_of("parts_of_speech", part, PARTS_OF_SPEECH)
+        for name in ("subjects_and_objects", "weight_by_confidence"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}", "true or false", f"change {name}")
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("match", self.match, MATCHES)
         _one_of("attention_loss", self.attention_loss, ATTENTION_LOSSES)
@@ -207,11 +234,27 @@ class AlignmentConfig:
         _one_of("aligner_kind", self.aligner_kind, ALIGNER_KINDS)
         _one_of("aligner_norm", self.aligner_norm, ALIGNER_NORMS)
         _one_of("aligner_activation", self.aligner_activation, ALIGNER_ACTIVATIONS)
-        _between("align_weight", self.align_weight, 0, 1e9)
+        _one_of("parallel_init", self.parallel_init, PARALLEL_INITS)
+        if self.align_weight != "estimated":
+            _between("align_weight", self.align_weight, 0, 1e9)
+        elif self.attention_loss not in ("min-max", "min-max-sum"):
+            raise ConfigError(
+                f"align_weight='estimated' with attention_loss={self.attention_loss!r}", "squared residuals of maps",
+                "set attention_loss to min-max or min-max-sum, or align_weight to a number",
+            )  # fmt: skip
+        _between("layer_share", self.layer_share, 1e-9, 1)
         _whole("aligner_width", self.aligner_width, 1, 4096)
         for name in ("align_warmup", "align_decay", "aligner_pretraining"):
             _between(name, getattr(self, name), 0, 1)
         _between("min_coverage", self.min_coverage, 0, 1)
+
+
+def _as_tuple(name: str, value: object) -> tuple:
+    if not isinstance(value, (tuple, list)):
+        raise ConfigError(f"{name}={value!r}", "a list", f"write {name}: [{value}]")
+    if not value or len({*value}) < len(value):
+        raise ConfigError(f"{name}={value!r}", "one or more, none twice", f"change {name}, or leave it out for all")
+    return tuple(value)
 
 
 def from_mapping(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
@@ -251,6 +294,8 @@ assert get_args(Competition) == COMPETITIONS
 assert get_args(Carrier) == CARRIERS
 assert get_args(Pooling) == POOLINGS
 assert get_args(Match) == MATCHES
+assert get_args(LayerChoice) == LAYER_CHOICES
+assert get_args(ParallelInit) == PARALLEL_INITS
 assert get_args(AlignerForm) == ALIGNER_FORMS
 assert get_args(AlignerKind) == ALIGNER_KINDS
 assert get_args(AlignerNorm) == ALIGNER_NORMS

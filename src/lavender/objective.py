@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from lavender.grids import KeyLayout
 from lavender.losses import per_word_loss
 from lavender.pooling import flow, is_flow, num_channels, pooled, pooled_heads, to_grid, word_attention
 from lavender.vlm import parallel
+from lavender.vlm.base import VlmAdapter
 from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, install, real_keys, select_rows, set_kernel
 from lavender.vlm.mixing import MixingCollector
 from lavender.vlm.registry import adapter_for
@@ -38,6 +39,9 @@ def is_alignment_part(name: str) -> bool:
     return not set(name.split(".")).isdisjoint(TRAINED_PARTS)
 
 
+SameWord = Callable[[list[int], list[int]], bool]
+
+
 class AlignmentRequest(AttentionRequest):
     """An attention request with what its rows shall be compared to.
 
@@ -48,19 +52,28 @@ class AlignmentRequest(AttentionRequest):
             `keys` long (sample, key), if the pictures' keys are part of a longer sequence;
             `targets` float (sample, word, rows, cols), heat maps;
             `word_pictures` long (sample, word), which of its sample's pictures a word's map is of;
-            `present` bool (sample, word), False where a sample has fewer words than the batch's most.
+            `present` bool (sample, word), False where a sample has fewer words than the batch's most;
+            `weights` float (sample, word), what each word counts, 0 where there is none.
+        same_word: for `match="root"`: whether tokens that are predicted are a form of those that stand there.
 
     Attributes:
         matched: bool (sample, word), the words that count in the loss; known after the forward pass.
+        chosen_BR: the tokens that the model predicts at the rows, where that had to be computed; else None.
     """
 
     learned = True
 
-    def __init__(self, layers: tuple[int, ...], tensors: dict[str, Tensor]):
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        tensors: dict[str, Tensor],
+        same_word: SameWord | None = None,
+    ):
         super().__init__(tensors["rows"], layers, tensors.get("keys"))
         self.shares, self.word_pictures = tensors["shares"], tensors["word_pictures"]
         self.layout = KeyLayout(tensors["boxes"], tensors["pictures"], tensors.get("views"))
-        self.targets, self.present = tensors["targets"], tensors["present"]
+        self.targets, self.present, self.weights = tensors["targets"], tensors["present"], tensors["weights"]
+        self.same_word, self.chosen_BR = same_word, cast(Tensor | None, None)
         self.matched = self.present
 
     def text_positions(self) -> Tensor:
@@ -71,20 +84,36 @@ class AlignmentRequest(AttentionRequest):
         return self.rows_BR - before_BRK.sum(dim=-1)
 
     def match_predicted(self, output: ModelOutput, input_ids: Tensor) -> None:
-        """Keep the words whose every token is the model's first choice (the paper's exact match)."""
-        if "is_top1" in output:  # TRL's fused head, which makes no logits; one entry less than tokens
+        """Keep the words whose every token is the model's first choice (the paper's exact match).
+
+        With `same_word` also those whose first choices make up another form of the word (root match, §6).
+        """
+        true_BR = input_ids.gather(1, (self.rows_BR + 1).clamp_max(input_ids.shape[1] - 1))
+        chosen_BR = self.chosen_BR  # known where the model's own logits are not
+        if chosen_BR is None and output.get("logits") is not None:
+            chosen_BR = select_rows(output["logits"].detach()[:, None], self.rows_BR)[:, 0].argmax(dim=-1)
+        if chosen_BR is not None:
+            hits_BR = chosen_BR == true_BR
+        elif "is_top1" in output and self.same_word is None:  # TRL's fused head; one entry less than tokens
             hits_BT = output["is_top1"].bool()
             hits_BR = hits_BT.gather(1, self.rows_BR.clamp_max(hits_BT.shape[1] - 1))
-        elif output.get("logits") is not None:
-            chosen_BR = select_rows(output["logits"].detach()[:, None], self.rows_BR)[:, 0].argmax(dim=-1)
-            hits_BR = chosen_BR == input_ids.gather(1, (self.rows_BR + 1).clamp_max(input_ids.shape[1] - 1))
         else:
             raise ConfigError(
-                f"match='exact' with a model output that has {list(output)}", "the model's predictions",
-                "set match='label', or switch off the fused loss that hides them",
+                f"match={'exact' if self.same_word is None else 'root'!r} with a model output that has {list(output)}",
+                "the model's predictions", "set match='label', or switch off the fused loss that hides them",
             )  # fmt: skip
         missed_BW = ((self.shares > 0) & ~hits_BR[:, None]).any(dim=-1)
         self.matched = self.present & ~missed_BW
+        if self.same_word is not None and chosen_BR is not None:
+            self._match_roots(self.same_word, chosen_BR, true_BR)
+
+    def _match_roots(self, same_word: SameWord, chosen_BR: Tensor, true_BR: Tensor) -> None:
+        """Add the words of which another form is chosen."""
+        for sample, word in (self.present & ~self.matched).nonzero().tolist():
+            own_R = (self.shares[sample, word] > 0).nonzero()[:, 0]
+            own_R = own_R[self.rows_BR[sample, own_R].argsort()]
+            chosen, true = chosen_BR[sample, own_R].tolist(), true_BR[sample, own_R].tolist()
+            self.matched[sample, word] = same_word(chosen, true)
 
 
 class AlignmentHead(nn.Module):
@@ -94,19 +123,19 @@ class AlignmentHead(nn.Module):
         super().__init__()
         self.layers, self.config = layers, config
         self.aligner = Aligner(
-            num_channels(config.pooling, num_heads), config.aligner_width, config.aligner, config.aligner_kind,
-            config.aligner_norm, config.aligner_activation,
+            num_channels(config.pooling, len(config.heads) if config.heads else num_heads), config.aligner_width,
+            config.aligner, config.aligner_kind, config.aligner_norm, config.aligner_activation,
         )  # fmt: skip
         self.undo: Callable[[], None] = lambda: None
         self.vlm_is_frozen = False
 
     def forward(self, request: AlignmentRequest) -> Tensor:
-        """Sum over the batch's matched words of ‖Aligner(A) − A_DM‖² (Eq. 9, a mean over cells): a scalar."""
+        """Weighted sum over the batch's matched words of ‖Aligner(A) − A_DM‖² (Eq. 9, a mean over cells): a scalar."""
         if not request.present.any():
             # no word: zero, yet attached to the Aligner, so that every process has the same parameters in use
             return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0.0
         losses = per_word_loss(self.maps(request), request.targets[request.present], self.config.attention_loss)
-        return (losses * request.matched[request.present]).sum()
+        return (losses * (request.weights * request.matched)[request.present]).sum()
 
     def maps(self, request: AlignmentRequest) -> Tensor:
         """The student's map of each present word, (word, rows, cols) in [0, 1]."""
@@ -123,6 +152,8 @@ class AlignmentHead(nn.Module):
                 "rows that carry gradient to the model's queries and keys",
                 "use non-reentrant checkpointing, and train parameters at or before the attention layers",
             )
+        if self.config.heads is not None:
+            rows = rows[:, :, list(self.config.heads)]
         if is_flow(self.config.pooling):
             rows = flow(rows, request.text_positions(), self.config.pooling)
         words = word_attention(rows, request.shares.to(rows))
@@ -141,16 +172,22 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
             "a model with an alignment head", "a model without one", "call lavender.objective.detach first"
         )
     adapter = adapter_for(model.config)
-    layers = adapter.layers(config.layers)
+    layers = _layers(adapter, config)
+    if config.heads is not None and not all(0 <= head < adapter.num_heads() for head in config.heads):
+        raise ConfigError(f"heads={config.heads}", f"numbers from 0 to {adapter.num_heads() - 1}", "change heads")
     before = install(model)
     head = AlignmentHead(adapter.num_heads(), layers, config)
     model.add_module(HEAD_NAME, head.to(model.device))
     attentions = [adapter.attention_module(model, layer) for layer in layers] if config.pooling == "learn" else []
     handles = [
         model.register_forward_pre_hook(_pool_heads, with_kwargs=True),
-        model.register_forward_hook(_add_attention_loss, with_kwargs=True), *map(parallel.attach, attentions),
+        model.register_forward_hook(_add_attention_loss, with_kwargs=True),
+        *(parallel.attach(attention, config.parallel_init) for attention in attentions),
         *MixingCollector(model, adapter).handles,
     ]  # fmt: skip
+    if config.match == "root" and model.base_model is not model:
+        choose = partial(_choose_tokens, model.get_output_embeddings())
+        handles.append(model.base_model.register_forward_hook(choose, with_kwargs=True))
 
     def undo() -> None:
         for handle in handles:
@@ -162,6 +199,12 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
 
     head.undo = undo
     return head
+
+
+def _layers(adapter: VlmAdapter, config: AlignmentConfig) -> tuple[int, ...]:
+    if config.layers is None and config.pooling == "learn" and not adapter.cross_attends:
+        return adapter.layers("middle", share=0.2)  # each has projections of its own; the paper's share (§4.2.3)
+    return adapter.layers(config.layers, config.layer_share)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -181,7 +224,17 @@ def _with_attention_loss(output_type: type[ModelOutput]) -> type[ModelOutput]:
 def _pool_heads(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     request = kwargs.get("attention_request")
     if isinstance(request, AlignmentRequest):
-        request.heads = pooled_heads(cast(AlignmentHead, model.get_submodule(HEAD_NAME)).config.pooling)
+        config = cast(AlignmentHead, model.get_submodule(HEAD_NAME)).config
+        request.heads = pooled_heads(config.pooling) if config.heads is None else "all"
+
+
+@torch.no_grad()
+def _choose_tokens(lm_head: nn.Module, backbone: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """What the model predicts at the rows: a fused loss, TRL's default, makes no logits."""
+    request = kwargs.get("attention_request")
+    if isinstance(request, AlignmentRequest):
+        rows_BRD = select_rows(output.last_hidden_state[:, None], request.rows_BR)[:, 0]
+        request.chosen_BR = lm_head(rows_BRD).argmax(dim=-1)
 
 
 def _add_attention_loss(
@@ -191,7 +244,9 @@ def _add_attention_loss(
     if not isinstance(request, AlignmentRequest):
         return None
     head = cast(AlignmentHead, model.get_submodule(HEAD_NAME))
-    if head.config.match == "exact":
+    if head.config.match != "label":
+        if head.config.match == "root" and request.same_word is None:
+            raise CaptureError("match='root' without same_word", "a request that knows the words", "pass same_word")
         inputs = kwargs.get("data", kwargs)  # as MiniCPM-V's own code wants them
         request.match_predicted(output, inputs["input_ids"])
     loss = head(request)

@@ -91,7 +91,7 @@ def _overlap(boxes: bytes, grid: tuple[int, int]) -> Tensor:
 
 
 def is_flow(pooling: Pooling) -> bool:
-    return pooling in ("flow-sum", "flow-multi")
+    return "flow" in pooling
 
 
 def flow(rows_LBHRK: Tensor, positions_BR: Tensor, pooling: Pooling) -> Tensor:
@@ -100,7 +100,7 @@ def flow(rows_LBHRK: Tensor, positions_BR: Tensor, pooling: Pooling) -> Tensor:
     The weight keeps early rows, which see less text, from counting as much as late ones where a word has several.
 
     Args:
-        rows_LBHRK: attention of each layer.
+        rows_LBHRK: attention of each layer; its heads are pooled here where the pooling says so ("mean-flow-sum").
         positions_BR: which of the text's tokens the rows are, from 0.
 
     Returns:
@@ -108,7 +108,8 @@ def flow(rows_LBHRK: Tensor, positions_BR: Tensor, pooling: Pooling) -> Tensor:
         before the weight: a product of 40 layers would leave every number format. Weights are relative to a sample's
         last row.
     """
-    if pooling == "flow-sum":
+    rows_LBHRK = _pool(rows_LBHRK, pooled_heads(pooling), dim=2)
+    if pooling.endswith("sum"):
         merged_BHRK = rows_LBHRK.mean(dim=0)
     else:
         merged_BHRK = rows_LBHRK.float().clamp_min(FLOOR).log().sum(dim=0).softmax(dim=-1)
@@ -119,9 +120,15 @@ def flow(rows_LBHRK: Tensor, positions_BR: Tensor, pooling: Pooling) -> Tensor:
 
 def pooled_heads(pooling: Pooling) -> Literal["all", "mean", "max"]:
     """How a pooling pools heads before all else, which the capture then does in each row; "all" if it does not."""
-    if pooling in ("mean-mean", "mean-max"):
-        return "mean"
-    return "max" if pooling in ("max-mean", "max-max") else "all"
+    first = pooling.partition("-")[0]
+    return first if first in ("mean", "max") else "all"
+
+
+def _pool(attention: Tensor, how: Literal["all", "mean", "max"], dim: int) -> Tensor:
+    """The mean or maximum along a dimension, which stays with length 1; "all" leaves it as it is."""
+    if how == "all":
+        return attention
+    return attention.mean(dim, keepdim=True) if how == "mean" else attention.amax(dim, keepdim=True)
 
 
 def num_channels(pooling: Pooling, num_heads: int) -> int:
@@ -137,14 +144,12 @@ def pooled(attention_LNHrc: Tensor, pooling: Pooling, aligner: Callable[[Tensor]
             capture has pooled them.
         pooling: "mean-max" and its kin pool heads by the first word, then layers by the second, then comes the
             Aligner. The others put the Aligner on each layer with shared weights, then take the mean over layers
-            ("layer-max": the maximum).
+            ("layer-max": the maximum); of a flow there is one.
         aligner: (map, channels, rows, cols) → (map, rows, cols).
     """
-    if num_channels(pooling, 0) == 1:
-        heads, layers = pooling.split("-")
-        maps_LNrc = attention_LNHrc.mean(dim=2) if heads == "mean" else attention_LNHrc.amax(dim=2)
-        maps_Nrc = maps_LNrc.mean(dim=0) if layers == "mean" else maps_LNrc.amax(dim=0)
-        return aligner(maps_Nrc[:, None]).float()
+    attention_LNHrc = _pool(attention_LNHrc, pooled_heads(pooling), dim=2)
+    if pooled_heads(pooling) != "all" and not is_flow(pooling):
+        attention_LNHrc = _pool(attention_LNHrc, "max" if pooling.endswith("max") else "mean", dim=0)
     num_layers, num_words = attention_LNHrc.shape[:2]
     maps_LNrc = aligner(attention_LNHrc.flatten(0, 1)).float().unflatten(0, (num_layers, num_words))
     return maps_LNrc.amax(dim=0) if pooling == "layer-max" else maps_LNrc.mean(dim=0)

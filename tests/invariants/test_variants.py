@@ -21,10 +21,13 @@ from lavender.config import (
     AlignmentConfig,
 )
 from lavender.objective import HEAD_NAME
+from lavender.store import MapStore
 
 OPTIONS = {
     "pooling": POOLINGS, "aligner": ALIGNER_FORMS, "aligner_kind": ALIGNER_KINDS, "aligner_norm": ALIGNER_NORMS,
     "aligner_activation": ALIGNER_ACTIVATIONS, "attention_loss": ATTENTION_LOSSES,
+    "align_weight": ["estimated"], "layers": ["first", "middle", "last"], "heads": [[1]],
+    "subjects_and_objects": [True], "weight_by_confidence": [True],
 }  # fmt: skip
 VARIANTS = [
     {name: value}
@@ -33,6 +36,7 @@ VARIANTS = [
     if name == "pooling" or value != getattr(AlignmentConfig, name)  # the default once
 ]
 TOGETHER = {"pooling": "flow-multi", "aligner": "deep", "aligner_norm": "batch", "attention_loss": "js"}
+RANDOM = {"pooling": "learn", "parallel_init": "random"}
 
 
 def names_in(folder: Path) -> list[str]:
@@ -49,7 +53,7 @@ def plain(make_student, processor, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("settings", [*VARIANTS, TOGETHER], ids=lambda settings: "-".join(settings.values()))
+@pytest.mark.parametrize("settings", [*VARIANTS, TOGETHER, RANDOM], ids=lambda own: "-".join(map(str, own.values())))
 def test_a_variant_trains_and_leaves_no_trace(run, plain, tmp_path, settings):  # noqa: F811
     trainer = run(**settings)
     head = trainer.model.get_submodule(HEAD_NAME)
@@ -65,6 +69,67 @@ def test_a_variant_trains_and_leaves_no_trace(run, plain, tmp_path, settings):  
     for file in folder.glob("*.json"):
         assert "alignment" not in file.read_text()
         assert "lavender" not in file.read_text()
+
+
+ESTIMATED = {"align_weight": "estimated", "weight_by_confidence": True}
+
+
+def test_the_weight_is_that_of_the_residuals_before(run):  # noqa: F811
+    """App. C: λ = 1/(2σ²), σ² begins at 0.05 and moves by a twentieth towards each step's residual."""
+    trainer = run(max_steps=3, align_weight="estimated")
+    variance = 0.05
+    for total, language, residual in zip(
+        *(logged(trainer, name) for name in ("loss", "vlm_loss", "attention_loss")), strict=True
+    ):
+        assert total == pytest.approx(language + residual / (2 * variance), rel=1e-3)  # logged to four digits
+        variance = 0.95 * variance + 0.05 * residual
+    assert trainer._estimate.variance == pytest.approx(variance, rel=1e-3)
+    assert abs(variance - 0.05) > 1e-3
+
+
+def test_a_sum_over_cells_has_the_same_variance(run):  # noqa: F811
+    """The residual is that of a cell, whichever way the loss adds them up."""
+    settings = {"align_weight": "estimated", "max_steps": 1}
+    mean, total = run(**settings), run(attention_loss="min-max-sum", **settings)
+    assert total._estimate.variance == pytest.approx(mean._estimate.variance, rel=1e-5)
+    assert logged(total, "attention_loss")[0] == pytest.approx(11 * 13 * logged(mean, "attention_loss")[0], rel=1e-3)
+
+
+def test_accumulated_batches_have_one_weight_and_one_variance(run):  # noqa: F811
+    settings = {**ESTIMATED, "max_steps": 3, "optim": "sgd", "learning_rate": 0.05}
+    whole = run(per_device_train_batch_size=4, **settings)
+    parts = run(per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
+    assert whole._estimate.variance != 0.05
+    assert parts._estimate.variance == pytest.approx(whole._estimate.variance, rel=1e-6)
+    for name in ("loss", "attention_loss"):
+        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_resumed_run_goes_on_with_its_variance(run, tmp_path, kind):  # noqa: F811
+    trainers = []
+    for resume in (None, str(tmp_path / "0" / "checkpoint-2")):
+        trainers.append(
+            run(
+                peft=lora() if kind == "lora" else None, output_dir=str(tmp_path / str(len(trainers))), resume=resume,
+                max_steps=4, save_steps=2, save_strategy="steps", **ESTIMATED,
+            )
+        )  # fmt: skip
+    whole, resumed = trainers
+    assert resumed._estimate.variance == whole._estimate.variance
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    expected = whole.model.state_dict()
+    assert [name for name, one in resumed.model.state_dict().items() if not torch.equal(expected[name], one)] == []
+
+
+def test_confidence_weighs_words(run, store_path):  # noqa: F811
+    """Half of the run's words are unsure: the loss is their weighted mean, and another one than the plain mean."""
+    plain, weighted = run(max_steps=1), run(max_steps=1, weight_by_confidence=True)
+    batch = next(iter(weighted.get_train_dataloader()))["alignment"]
+    sure = [one for record in MapStore.open(store_path) for one in record.confidence.tolist()]
+    assert {round(one, 4) for one in batch["weights"][batch["present"]].tolist()} <= {round(one, 4) for one in sure}
+    assert logged(weighted, "attention_loss") != logged(plain, "attention_loss")
+    assert logged(weighted, "matched_words") == logged(plain, "matched_words")
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -17,7 +17,7 @@ from lavender.errors import ConfigError
 from lavender.objective import AlignmentHead, AlignmentRequest, attach, detach
 from lavender.trainer import LavenderConfig, LavenderTrainer
 from lavender.vlm.registry import adapter_for
-from lavender.words import words_of
+from lavender.words import same_root, words_of
 
 GRID, VOCABULARY, LENGTH = (11, 13), 17, 11
 PROMPT = "what is it?"
@@ -82,6 +82,51 @@ def test_both_kinds_of_output_agree():
     assert 0.2 < torch.stack(found)[..., 0].float().mean() < 0.8
 
 
+@pytest.mark.parametrize(
+    ("said", "matched"),
+    [
+        ("the dogs chase", [True, True]), ("the dog chase", [True, True]), ("the dog chases", [True, True]),
+        ("the cats chase", [False, True]), ("the dog eats", [True, False]), ("a cat eats", [False, False]),
+    ],
+)  # fmt: skip
+def test_root_match_counts_another_form_of_the_word(said, matched):
+    """The tokens of the words stand for themselves; exact match wants them all, root match a form of the word."""
+    spelled = ["the", "a", "dogs", "dog", "cats", "cat", "chases", "chase", "eats"]
+    tokens = {text: index for index, text in enumerate(spelled)}
+
+    def same_word(predicted: list[int], true: list[int]) -> bool:
+        return same_root("".join(spelled[one] for one in predicted), "".join(spelled[one] for one in true))
+
+    true = torch.tensor([[tokens[one] for one in ("a", "dogs", "chase")]])
+    chosen = torch.tensor([[tokens[one] for one in said.split()[1:]] + [0]])
+    tensors = row_tensors([[(0,), (1,)]])
+    unused = {"boxes": torch.zeros(1, 1, 4), "pictures": torch.zeros(1, 1), "targets": torch.zeros(1, 2, *GRID)}
+    request = AlignmentRequest((3,), tensors | unused, same_word)
+    request.match_predicted(CausalLMOutput(logits=F.one_hot(chosen, len(tokens)).float()), true)
+    assert request.matched.tolist() == [matched]
+    exact = AlignmentRequest((3,), tensors | unused)
+    exact.match_predicted(CausalLMOutput(logits=F.one_hot(chosen, len(tokens)).float()), true)
+    assert exact.matched.tolist() == [[said.split()[1] == "dogs", said.split()[2] == "chase"]]
+
+
+def test_the_tokens_of_a_root_are_spelled_in_order():
+    """A word of two tokens whose rows stand in another order: what is said is read from left to right."""
+    spelled = []
+    tensors = row_tensors([[(5, 2)]])
+    unused = {"boxes": torch.zeros(1, 1, 4), "pictures": torch.zeros(1, 1), "targets": torch.zeros(1, 1, *GRID)}
+    request = AlignmentRequest((3,), tensors | unused, lambda *both: bool(spelled.append(both)))
+    logits = F.one_hot(torch.arange(7)[None] + 9, VOCABULARY).float()
+    request.match_predicted(CausalLMOutput(logits=logits), torch.arange(7)[None])
+    assert spelled == [([11, 14], [3, 6])]
+
+
+def test_root_match_needs_to_know_what_is_said(ids):
+    request = request_of()
+    request.same_word = lambda predicted, true: True
+    with pytest.raises(ConfigError, match="match='root' with a model output that has"):
+        request.match_predicted(outputs_of(torch.ones(2, LENGTH - 1, dtype=torch.bool), ids)[1], ids)
+
+
 def test_an_output_without_predictions_is_refused(ids):
     with pytest.raises(ConfigError) as caught:
         request_of().match_predicted(CausalLMOutput(loss=torch.tensor(0.3)), ids)
@@ -93,7 +138,7 @@ def test_an_output_without_predictions_is_refused(ids):
 
 def test_another_match_is_refused():
     assert AlignmentConfig().match == "label"
-    with pytest.raises(ConfigError, match=r"Got match='close'\. Expected one of \('label', 'exact'\)\."):
+    with pytest.raises(ConfigError, match=r"Got match='close'\. Expected one of \('label', 'exact', 'root'\)\."):
         AlignmentConfig(match="close")  # ty: ignore[invalid-argument-type]
 
 
@@ -176,10 +221,11 @@ def test_no_matched_word_is_zero_with_a_graph(model, batch, processor, some_scen
 # in training
 
 
-def test_training_counts_the_words_that_the_student_says(model, processor, dataset, store_path, tmp_path):
+@pytest.mark.parametrize("match", ["exact", "root"])
+def test_training_counts_the_words_that_the_student_says(match, model, processor, dataset, store_path, tmp_path):
     """One sample, learned by heart: at first no word is said, at the end each one. TRL's fused head makes no logits."""
     args = LavenderConfig(
-        output_dir=str(tmp_path), maps=str(store_path), match="exact", max_steps=31, learning_rate=3e-3, seed=3,
+        output_dir=str(tmp_path), maps=str(store_path), match=match, max_steps=31, learning_rate=3e-3, seed=3,
         per_device_train_batch_size=1, report_to="none", bf16=False, use_cpu=True, max_length=None, logging_steps=1,
         save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip

@@ -50,6 +50,11 @@ def product(rows: Tensor, weights: Tensor) -> Tensor:
         # maximum of heads 5, 2, 3 and 4, 6, 2; then the mean of layers 4.5, 4, 2.5, or the maximum 5, 6, 3
         ("max-mean", [20.25, 16, 6.25]),
         ("max-max", [25, 36, 9]),
+        # a flow has one layer; here two, whose mean is taken: of 3, 1, 2 and 3, 4, 1 squared, of 5, 2, 3 and 4, 6, 2
+        ("mean-flow-sum", [9, 8.5, 2.5]),
+        ("mean-flow-multi", [9, 8.5, 2.5]),
+        ("max-flow-sum", [20.5, 20, 6.5]),
+        ("max-flow-multi", [20.5, 20, 6.5]),
     ],
 )
 def test_poolings_by_hand(pooling, expected):
@@ -89,8 +94,11 @@ def test_channels_are_heads_unless_these_are_pooled_first():
     assert {pooling: num_channels(pooling, 7) for pooling in POOLINGS} == {
         "layer-mean": 7, "layer-max": 7, "mean-mean": 1, "max-mean": 1, "mean-max": 1, "max-max": 1,
         "flow-sum": 7, "flow-multi": 7, "learn": 7,
+        "mean-flow-sum": 1, "max-flow-sum": 1, "mean-flow-multi": 1, "max-flow-multi": 1,
     }  # fmt: skip
-    assert [pooling for pooling in POOLINGS if is_flow(pooling)] == ["flow-sum", "flow-multi"]
+    assert [pooling for pooling in POOLINGS if is_flow(pooling)] == [
+        "flow-sum", "flow-multi", "mean-flow-sum", "max-flow-sum", "mean-flow-multi", "max-flow-multi",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -105,6 +113,24 @@ def test_channels_are_heads_unless_these_are_pooled_first():
 def test_flow_by_hand(pooling, rows):
     """Rows 1 and 3 of a sequence are its second and fourth: r = 2/4 and 4/4."""
     torch.testing.assert_close(flow(TWO_LAYERS, torch.tensor([[1, 3]]), pooling), torch.tensor([[[rows]]]))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "row"),
+    [
+        # heads 1, 2 and 3, 2; 4, 0 and 2, 4 by tenths: means 2, 2 and 3, 2; maxima 3, 2 and 4, 4
+        ("mean-flow-sum", [0.25, 0.2]),
+        ("max-flow-sum", [0.35, 0.3]),
+        ("mean-flow-multi", [0.6, 0.4]),
+        ("max-flow-multi", [0.6, 0.4]),
+    ],
+)
+def test_heads_are_pooled_before_they_flow(pooling, row):
+    """In each layer: the product of maxima, 12 : 8, is not the maximum of products."""
+    rows = torch.tensor([[[0.1, 0.2], [0.3, 0.2]], [[0.4, 0.0], [0.2, 0.4]]])[:, None, :, None]
+    found = flow(rows, torch.tensor([[0]]), pooling)
+    assert found.shape == (1, 1, 1, 1, 2)
+    torch.testing.assert_close(found.flatten(), torch.tensor(row))
 
 
 @pytest.mark.parametrize("pooling", ["flow-sum", "flow-multi"])
@@ -209,3 +235,35 @@ def test_the_head_goes_by_its_settings(pooling, kind):
     torch.testing.assert_close(head.maps(request), maps, rtol=1e-4, atol=1e-4)
     expected = per_word_loss(head.maps(request), torch.stack([targets[0, 0], targets[0, 1], targets[1, 0]]), kind).sum()
     torch.testing.assert_close(head(request), expected)
+
+
+def two_words(config: AlignmentConfig) -> tuple[AlignmentHead, AlignmentRequest]:
+    """Three layers of five heads, one sample with two words, six keys that are 2 × 3 cells."""
+    torch.manual_seed(7)
+    edges = torch.tensor([(row / 2, col / 3, (row + 1) / 2, (col + 1) / 3) for row in range(2) for col in range(3)])
+    keys = {"boxes": edges[None], "pictures": torch.zeros(1, 6, dtype=torch.long)}
+    request = AlignmentRequest((1, 4, 7), row_tensors([[(3,), (6,)]]) | keys | {"targets": torch.rand(1, 2, 2, 3)})
+    request.rows = {layer: torch.rand(1, 5, 2, 6).softmax(dim=-1) for layer in (1, 4, 7)}
+    return AlignmentHead(5, (1, 4, 7), config).eval(), request
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_only_the_chosen_heads_count(pooling):
+    head, request = two_words(AlignmentConfig(pooling=pooling, heads=(4, 1)))
+    maps = head.maps(request)
+    for layer in request.rows.values():
+        layer[:, [0, 2, 3]] = torch.rand(1, 3, 2, 6)
+    torch.testing.assert_close(head.maps(request), maps)
+    request.rows[4][:, 1] = torch.rand(1, 2, 6)
+    assert not torch.allclose(head.maps(request), maps)
+
+
+def test_words_count_by_their_weight():
+    head, request = two_words(AlignmentConfig())
+    request.weights = torch.tensor([[1.0, 0.0]])
+    first = head(request)
+    request.weights = torch.tensor([[0.0, 1.0]])
+    second = head(request)
+    request.weights = torch.tensor([[0.5, 0.25]])
+    torch.testing.assert_close(head(request), 0.5 * first + 0.25 * second)
+    assert abs(first - second) > 0.01

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lavender.words import content_words, token_span, words_of
+from lavender.words import content_words, same_root, subjects_and_objects, token_span, words_of
 
 
 def parts(text: str) -> list[tuple[str, str, str]]:
@@ -84,3 +84,35 @@ def test_a_token_over_two_words_belongs_to_both():
     offsets = [(0, 7), (7, 9)]
     assert token_span(offsets, 0, 3) == [0]
     assert token_span(offsets, 4, 9) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (" dogs", "Dog.", True), ("geese", "goose", True), ("ran", "run", True), ("rides", "rode", True),
+        ("dog", "cat", False), ("", "dog", False), ("!", "!", False), ("dog house", "dog", True),
+    ],
+)  # fmt: skip
+def test_forms_of_one_word(one, other, same):
+    assert same_root(one, other) == same
+
+
+@pytest.mark.parametrize(
+    ("text", "heads"),
+    [
+        ("A man in a red shirt is riding a brown horse on the beach", ["man", "horse"]),
+        ("Two dogs chase a ball", ["dogs", "ball"]),
+        ("On the left there is a cat and a dog", ["cat", "dog"]),
+        ("The woman gives the boy an apple", ["woman", "boy", "apple"]),
+        ("a red car next to a small house", ["car"]),
+        ("a photo of a cat", ["photo"]),
+        ("Children eating ice cream in the park", ["Children", "cream"]),
+        ("in the park. he sees dogs", ["dogs"]),
+        ("with a cat and a hat; a dog", ["dog"]),
+        ("in front of", []),
+        ("", []),
+    ],
+)
+def test_subjects_and_objects(text, heads):
+    starts = subjects_and_objects(text)
+    assert [word.text for word in words_of(text) if word.start in starts] == heads

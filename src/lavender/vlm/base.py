@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ProcessorMixin
 
+from lavender.config import LayerChoice
 from lavender.errors import ConfigError, DataError
 from lavender.grids import KeyLayout
 
@@ -40,6 +41,8 @@ class VlmAdapter(ABC):
         "language_model": ("model.language_model", "lm_head"),
     }
     """Where the parts that can be frozen lie: beginnings of names of modules and weights; the longest one counts."""
+    cross_attends: ClassVar[bool] = False
+    """Whether its usable layers attend to pictures alone; else pictures are part of the sequence."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -166,11 +169,15 @@ class VlmAdapter(ABC):
         tensors = {name: one for name, one in layout._asdict().items() if one is not None}
         return tensors if keys is None else tensors | {"keys": keys}
 
-    def layers(self, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-        """The wanted layers, checked, or all usable ones."""
+    def layers(self, wanted: tuple[int, ...] | LayerChoice | None, share: float = 1 / 3) -> tuple[int, ...]:
+        """The wanted layers, checked, or all usable ones; "first", "middle" and "last" are a share of these."""
         usable = self.usable_layers()
-        if wanted is None:
+        if wanted is None or wanted == "all":
             return usable
+        if isinstance(wanted, str):
+            count = max(1, round(share * len(usable)))
+            start = {"first": 0, "middle": (len(usable) - count) // 2, "last": len(usable) - count}[wanted]
+            return usable[start : start + count]
         wrong = [layer for layer in wanted if layer not in usable]
         if wrong:
             raise ConfigError(

@@ -103,6 +103,7 @@ class FlamingoAdapter(VlmAdapter):
         "connector": ("model.perceiver", "model.gated_cross_attn_layers"),
         "language_model": ("model.language_model", "lm_head"),
     }
+    cross_attends = True
 
     def usable_layers(self) -> tuple[int, ...]:
         every = self.config.cross_attn_every_n_layers

@@ -118,6 +118,7 @@ class IdeficsAdapter(VlmAdapter):
         "connector": ("model.perceiver_resampler", "model.gated_cross_attn_layers"),
         "language_model": ("model", "lm_head"),
     }
+    cross_attends = True
 
     def processor(self, published: Any) -> IdeficsChatProcessor:
         if isinstance(published, IdeficsChatProcessor):

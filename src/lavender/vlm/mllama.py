@@ -29,6 +29,7 @@ class MllamaAdapter(VlmAdapter):
         "connector": ("model.multi_modal_projector",),
         "language_model": ("model.language_model", "lm_head"),
     }
+    cross_attends = True
 
     def usable_layers(self) -> tuple[int, ...]:
         return tuple(self.config.text_config.cross_attention_layers)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
+from lavender.config import ParallelInit
 from lavender.vlm.capture import PARALLEL_NAME, AttentionRequest, select_rows
 
 CROSS_STATES = ("cross_attention_states", "key_value_states")  # what a cross-attention layer's keys are made of
@@ -19,15 +20,16 @@ HEAD_NORMS = (("q_norm", "k_norm"), ("q_layer_norm", "k_layer_norm"))  # Mllama,
 
 
 class ParallelProjections(nn.Module):
-    """W′_Q and W′_K of one layer, started as copies of its own; with bias where it has one (Qwen)."""
+    """W′_Q and W′_K of one layer, started as copies of its own or random; with bias where it has one (Qwen)."""
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: nn.Module, init: ParallelInit):
         super().__init__()
         own_query, own_key = cast(nn.Linear, attention.q_proj), cast(nn.Linear, attention.k_proj)
         self.query = nn.Linear(own_query.in_features, own_query.out_features, bias=own_query.bias is not None)
         self.key = nn.Linear(own_key.in_features, own_key.out_features, bias=own_key.bias is not None)
+        copied = ((self.query, own_query), (self.key, own_key)) if init == "pretrained" else ()
         with torch.no_grad():
-            for new, own in ((self.query, own_query), (self.key, own_key)):
+            for new, own in copied:
                 new.weight.copy_(own.weight)
                 if own.bias is not None:
                     new.bias.copy_(own.bias)
@@ -46,9 +48,9 @@ class ParallelProjections(nn.Module):
         return query, key
 
 
-def attach(attention: nn.Module) -> torch.utils.hooks.RemovableHandle:
+def attach(attention: nn.Module, init: ParallelInit = "pretrained") -> torch.utils.hooks.RemovableHandle:
     """Give an attention module its parallel projections; each forward with a request captures them."""
-    attention.add_module(PARALLEL_NAME, ParallelProjections(attention))
+    attention.add_module(PARALLEL_NAME, ParallelProjections(attention, init))
     return attention.register_forward_pre_hook(_capture, with_kwargs=True)
 
 
