@@ -174,7 +174,7 @@ def train(run: RunConfig) -> Path:
         processor = adapter.processor(AutoProcessor.from_pretrained(run.model, **common))
     _set_images(processor, run.image_processor)
     training: dict[str, Any] = {"report_to": "none", "max_length": None, **run.training}
-    training.setdefault("assistant_only_loss", "{% generation" in (processor.chat_template or "").replace("{%-", "{%"))
+    training.setdefault("assistant_only_loss", _tells_answers(processor))
     if not training["assistant_only_loss"]:
         print("the loss covers whole conversations, not the answers alone (assistant_only_loss is false)")
     try:
@@ -212,6 +212,18 @@ def train(run: RunConfig) -> Path:
     export(trainer, out / "checkpoint")
     save_head(trainer, out / "alignment_head.safetensors")
     return out
+
+
+def _tells_answers(processor: Any) -> bool:
+    """Whether the chat template marks the assistant's turns, or TRL has a variant of it that does."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if not processor.chat_template:
+        return False
+    try:
+        return has_generation_markers(processor.chat_template) or get_training_chat_template(processor) is not None
+    except ValueError:  # TRL's way of saying that it does not know the template
+        return False
 
 
 def _set_images(processor: Any, settings: Mapping[str, Any]) -> None:
