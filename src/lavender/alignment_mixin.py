@@ -148,11 +148,13 @@ class AlignmentMixin(_TrainerLike):
         return (loss, outputs) if return_outputs else loss
 
     def _align_weight(self, training: bool) -> float:
-        """λ at this step: it may be estimated, rise at the start and fall at the end of training."""
+        """λ at this step: it may be estimated, rise at the start, fall at the end, be switched off."""
         config = self._alignment
         weight = self._estimate.value if self._estimate is not None else float(config.align_weight)
         if training and self.state.max_steps > 0:
             done = (self.state.global_step + 1) / self.state.max_steps
+            if self.state.global_step * (config.align_switches + 1) // self.state.max_steps % 2:
+                return 0.0
             weight *= min(1.0, done / config.align_warmup) if config.align_warmup else 1.0
             weight *= min(1.0, (1 - done) / config.align_decay) if config.align_decay else 1.0
         return weight

@@ -61,6 +61,7 @@ class AlignmentArguments(_ArgumentsLike):
     aligner_width: int = field(default=AlignmentConfig.aligner_width, metadata={"help": "Channels of the Aligner."})
     align_warmup: float = field(default=0.0, metadata={"help": "Share of the steps in which λ rises from 0."})
     align_decay: float = field(default=0.0, metadata={"help": "Share of the steps, at the end, in which λ falls to 0."})
+    align_switches: int = field(default=0, metadata={"help": "How often alignment is switched off and on again."})
     aligner_pretraining: float = field(default=0.0, metadata={"help": "Share of the steps with a frozen VLM."})
     min_coverage: float = field(
         default=AlignmentConfig.min_coverage, metadata={"help": "Least share of samples that must have maps."}

@@ -80,7 +80,7 @@ def _add_study(verbs: argparse._SubParsersAction) -> None:
     study.add_argument(
         "name",
         help="main, teacher-controls, entropy, scaling, pooling, aligner, words, layers, "
-        "pretraining, lambda or learning-rate",
+        "pretraining, lambda, learning-rate or switching",
     )
     study.add_argument("--out", type=Path, default=Path("lavender-studies"), help="folder (default: %(default)s)")
     study.add_argument("--quick", action="store_true", help="smaller, one seed, on development scenes; not a result")

@@ -189,6 +189,8 @@ class AlignmentConfig:
         aligner_width: channels of the Aligner's hidden layers, d_h.
         align_warmup, align_decay: shares of the steps over which the weight rises from 0 at the start, and falls to 0
             at the end.
+        align_switches: how often alignment is switched off and on again, in equal parts of the run, starting with on
+            (§9).
         aligner_pretraining: share of the steps, at the start, in which the VLM is frozen and only the Aligner (and the
             projections of "learn") trains (§6).
         min_coverage: training stops before the first step if a smaller share of samples has maps.
@@ -212,6 +214,7 @@ class AlignmentConfig:
     aligner_width: int = 32
     align_warmup: float = 0.0
     align_decay: float = 0.0
+    align_switches: int = 0
     aligner_pretraining: float = 0.0
     min_coverage: float = 0.5
 
@@ -244,6 +247,7 @@ class AlignmentConfig:
             )  # fmt: skip
         _between("layer_share", self.layer_share, 1e-9, 1)
         _whole("aligner_width", self.aligner_width, 1, 4096)
+        _whole("align_switches", self.align_switches, 0, 1_000_000)
         for name in ("align_warmup", "align_decay", "aligner_pretraining"):
             _between(name, getattr(self, name), 0, 1)
         _between("min_coverage", self.min_coverage, 0, 1)

@@ -41,9 +41,18 @@ def test_the_weight_rises_and_falls(run):  # noqa: F811
     assert weights == pytest.approx([2.5, 5, 7.5, 10, 10, 10, 5, 0], rel=0.02, abs=0.02)
 
 
+def test_the_weight_is_switched_off_and_on(run):  # noqa: F811
+    """Two switches in eight steps: steps 0 to 2, 3 to 5, 6 and 7."""
+    trainer = run(max_steps=8, align_switches=2, learning_rate=0.0)
+    parts = [logged(trainer, name) for name in ("loss", "vlm_loss", "attention_loss")]
+    weights = [(total - language) / attention for total, language, attention in zip(*parts, strict=True)]
+    assert weights == pytest.approx([10, 10, 10, 0, 0, 0, 10, 10], rel=0.02, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"align_switches": -1}, "Got align_switches=-1"),
         ({"align_warmup": 1.5}, "Got align_warmup=1.5"),
         ({"aligner_pretraining": -0.1}, "Got aligner_pretraining=-0.1"),
         ({"align_weight": 0.0, "aligner_pretraining": 0.5}, "Got aligner_pretraining with align_weight=0"),

@@ -10,6 +10,7 @@ from lavender.config import ALIGNER_FORMS, ALIGNER_KINDS, ALIGNER_NORMS, POOLING
 from lavender.studies.cells import Arm
 from lavender.studies.page import draw_bars
 from lavender.studies.study import Finding, Scores, Study, compare
+from lavender.world.tuning import ALIGNMENT
 
 SHOWN = ("in_domain", "other_backgrounds", "pointing")
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3)
@@ -53,7 +54,7 @@ VARIANTS: dict[str, Study] = {
     "pooling": _study(
         "Which pooling?", "Aligned fine-tuning with each way to make one map of many layers and heads.",
         "learned parallel attention is best and scales best; flow-multi is worst (§8.1, Fig. 19, 20).",
-        {pooling: {"pooling": pooling} for pooling in POOLINGS},
+        {pooling: {"pooling": pooling} for pooling in POOLINGS if "-flow-" not in pooling},
     ),
     "aligner": _study(
         "Which Aligner?", "The Aligner's depth, layers and normalisation; the default is sim, convolution, instance.",
@@ -63,10 +64,13 @@ VARIANTS: dict[str, Study] = {
         | {f"norm {norm}": {"aligner_norm": norm} for norm in ALIGNER_NORMS},
     ),
     "words": _study(
-        "Which words?", "All mapped words, only those that the student predicts itself, only nouns.",
+        "Which words?", "All mapped words, those that the student predicts itself, or in another form; only nouns, "
+        "only subjects and objects; each word by the teacher's confidence.",
         "exact matches are better than root matches (§7.1).",
-        {"exact": {"match": "exact"}, "label": {"match": "label"},
-         "exact, nouns": {"match": "exact", "parts_of_speech": ("noun",)}},
+        {"exact": {"match": "exact"}, "root": {"match": "root"}, "label": {"match": "label"},
+         "exact, nouns": {"match": "exact", "parts_of_speech": ("noun",)},
+         "exact, subjects and objects": {"match": "exact", "subjects_and_objects": True},
+         "exact, by confidence": {"match": "exact", "weight_by_confidence": True}},
     ),
     "layers": _study(
         "Which layers?", "Alignment of both cross-attention layers, or of one.",
@@ -82,7 +86,15 @@ VARIANTS: dict[str, Study] = {
     "lambda": _study(
         "How much alignment?", "The weight λ of the alignment loss.",
         "λ = 1/(2σ²), the confidence in the teacher (§3); the authors' code has 10.",
-        {f"λ = {weight:g}": {"align_weight": weight} for weight in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)},
+        {f"λ = {weight:g}": {"align_weight": weight} for weight in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)}
+        | {"λ estimated": {"align_weight": "estimated"}},
+    ),
+    "switching": _study(
+        "Does switching between strategies hurt?", "Alignment is switched off and on again over the run, in equal "
+        "parts; “half the weight” is aligned throughout and gets the same total of λ.",
+        "frequent switching of strategy harms (§9).",
+        {"always on": {}, "half the weight": {"align_weight": ALIGNMENT["align_weight"] / 2}}
+        | {f"{count} switch{'es' * (count > 1)}": {"align_switches": count} for count in (1, 5, 19)},
     ),
     "learning-rate": Study(
         "Does the gain depend on the learning rate?", "Plain and aligned fine-tuning at each of four learning rates.",

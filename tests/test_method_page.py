@@ -1,0 +1,38 @@
+"""docs/method.md names every setting of alignment, every value it takes, and its default."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from lavender import config
+from lavender.config import AlignmentConfig
+from lavender.run import read_run
+
+PAGE = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
+OPTIONS = (
+    "POOLINGS", "MATCHES", "LAYER_CHOICES", "PARALLEL_INITS", "ALIGNER_FORMS", "ALIGNER_NORMS", "ALIGNER_KINDS",
+    "ALIGNER_ACTIVATIONS", "ATTENTION_LOSSES",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(AlignmentConfig)])
+def test_every_setting_has_its_place(name):
+    assert f"`{name}`" in PAGE or f"`{name}:" in PAGE
+
+
+@pytest.mark.parametrize("value", [value for name in OPTIONS for value in getattr(config, name)])
+def test_every_value_is_named(value):
+    assert f"`{value}`" in PAGE
+
+
+def test_the_commands_are_read():
+    lines = [line for line in PAGE.splitlines() if line.startswith("lavender train")]
+    assert len(lines) == 2
+    for line in lines:
+        overrides = [part.strip("'") for part in line.split(" --set ")[1:]]
+        run = read_run(Path(__file__).parents[1] / "examples" / "world.yaml", overrides)
+        assert run.out.startswith("runs/")
+        AlignmentConfig(**{key: run.training[key] for key in ("pooling", "heads", "layers") if key in run.training})
