@@ -30,7 +30,7 @@ from families.minicpm_v_published import MiniCPMV, MiniCPMVConfig, save_as_publi
 from families.published_configs import PUBLISHED
 from lavender.config import AlignmentConfig
 from lavender.run import load_run, read_run, train
-from lavender.trainable import freeze, peft_config_of, trained_parameters
+from lavender.trainable import check_trained, freeze, peft_config_of, trained_parameters
 from lavender.vlm.base import PARTS
 from lavender.vlm.registry import adapter_for
 
@@ -106,6 +106,21 @@ def test_what_a_recipe_trains_at_full_size(name):
     counts = trained_parameters(model)
     for part, expected in zip(PARTS, TRAINED[name], strict=True):
         assert counts[part][0] == (counts[part][1] if expected is None else expected), part
+
+
+def test_the_page_of_recipes(tmp_path):
+    """It names each, its settings are read, and the line that it shows is the run's own."""
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)\.yaml` \|", page, re.M)) == set(RECIPES)
+    blocks = [yaml.safe_load(one) for one in re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)]
+    runs = [read_run(RECIPES["world"], [f"{key}={json.dumps(one)}" for key, one in block.items()]) for block in blocks]
+    assert runs[0].freeze == ["vision_tower", "connector"]
+    assert runs[1].peft_settings() == runs[2].peft_settings()
+    run = read_run(RECIPES["qwen25_vl_7b_24gb"])
+    model = full_size("qwen2_5_vl")
+    freeze(model, run.freeze)
+    config = peft_config_of(run.peft_settings() or {}, model, run.freeze)
+    assert check_trained(get_peft_model(model, config), run.freeze) in page
 
 
 def test_the_size_of_the_published_lora_file():
