@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import yaml
 from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import MllamaForConditionalGeneration
+from trl import chat_template_utils
 
 from command_line import complaint, lavender, write_run, write_scenes
 from lavender.cli import DONE, WRONG_USAGE
 from lavender.errors import ConfigError
-from lavender.run import RunConfig, load_run, read_run, train
+from lavender.run import RunConfig, _tells_answers, load_run, read_run, train
 from lavender.trainable import freeze, peft_config_of
 from lavender.vlm.base import PARTS
 from lavender.vlm.mllama import MllamaAdapter
@@ -169,3 +171,37 @@ def test_lora_and_peft_in_one_file(tmp_path):
     with pytest.raises(ConfigError, match="Got peft: 'lora'"):
         read_run(write_run(tmp_path, peft="lora"))
     assert read_run(write_run(tmp_path), ["freeze=[connector]"]).freeze == ["connector"]
+
+
+def test_small_steps_of_16_bit_weights(places, tmp_path, capsys):
+    """What the run's note says: in bfloat16 most weights stay where they are at the paper's learning rate."""
+    shares = {}
+    for dtype in ("bfloat16", "float32"):
+        out = tmp_path / dtype
+        train(RunConfig(**places, out=str(out), dtype=dtype, training=STEPS | {"learning_rate": 1e-5}))
+        model, _ = load_run(out)
+        base, _ = load_run(places["model"], dtype=dtype)
+        before = base.state_dict()
+        moved = sum(int((one != before[name]).sum()) for name, one in model.state_dict().items())
+        shares[dtype] = moved / sum(one.numel() for one in before.values())
+        assert ("trained weights of 16 bits" in capsys.readouterr().out) == (dtype == "bfloat16")
+    assert shares["bfloat16"] < 0.5 * shares["float32"]
+
+
+def test_settings_of_the_image_processor(places, tmp_path):
+    train(RunConfig(**places, out=str(tmp_path), image_processor={"image_mean": [0.1, 0.2, 0.3]}, training=STEPS))
+    _, processor = load_run(tmp_path)
+    assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
+    with pytest.raises(ConfigError, match="Got the key 'max_tiles' in image_processor"):
+        train(RunConfig(**places, out=str(tmp_path), image_processor={"max_tiles": 1}, training=STEPS))
+
+
+@pytest.mark.parametrize(
+    ("template", "marks"), [("smolvlm", True), ("llama3_2", False), ("qwen2_5_vl_training", True), (None, False)]
+)
+def test_whether_answers_are_told_apart(processor, template, marks):
+    """By the template's own marks, or by a variant that TRL has of it."""
+    own = copy.copy(processor)
+    folder = Path(chat_template_utils.__file__).parent / "chat_templates"
+    own.chat_template = None if template is None else (folder / f"{template}.jinja").read_text()
+    assert _tells_answers(own) == marks
