@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -211,7 +211,7 @@ def alignment_of(run: RunConfig) -> AlignmentConfig:
 def student_maps(run: RunConfig, place: Path) -> Tensor:
     """The tuned student's maps by its own Aligner, (word, rows, cols)."""
     model, _ = load_run(run.out)
-    head = attach(model, alignment_of(run))
+    head = attach(model, replace(alignment_of(run), match="label"))  # the same words whatever it predicts
     saved = load_file(Path(run.out) / "alignment_head.safetensors")
     own = {name.removeprefix("base_model.model."): one for name, one in saved.items()}  # PEFT's beginning of names
     _, unexpected = model.load_state_dict(own, strict=False)
