@@ -11,8 +11,9 @@ import lavender
 from lavender import cli
 
 NAMES = [
-    "AlignmentConfig", "ExtractionConfig", "LavenderConfig", "LavenderTrainer", "MapStore", "Reading", "Teacher",
-    "WordMaps", "__version__", "export", "extract", "read_samples", "student_maps", "to_dataset",
+    "AlignmentArguments", "AlignmentConfig", "AlignmentMixin", "ExtractionConfig", "LavenderConfig",
+    "LavenderTrainer", "MapStore", "Reading", "Teacher", "WordMaps", "__version__", "export", "extract",
+    "read_samples", "student_maps", "to_dataset",
 ]  # fmt: skip
 VERBS = ["check", "demo", "eval", "export", "extract", "inspect", "report", "study", "train"]
 HEAVY = ["torch", "transformers", "diffusers", "datasets", "trl", "numpy", "PIL"]

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lavender.alignment_mixin import AlignmentMixin
+    from lavender.arguments import AlignmentArguments
     from lavender.attention import Reading, student_maps
     from lavender.checkpoints import export
     from lavender.config import AlignmentConfig, ExtractionConfig
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 __version__ = version("lavender-vlm")
 
 _HOMES = {
+    "AlignmentArguments": "arguments",
     "AlignmentConfig": "config",
+    "AlignmentMixin": "alignment_mixin",
     "ExtractionConfig": "config",
     "LavenderConfig": "trainer",
     "LavenderTrainer": "trainer",
@@ -39,8 +43,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "AlignmentConfig", "ExtractionConfig", "LavenderConfig", "LavenderTrainer", "MapStore", "Reading", "Teacher",
-    "WordMaps", "__version__", "export", "extract", "read_samples", "student_maps", "to_dataset",
+    "AlignmentArguments", "AlignmentConfig", "AlignmentMixin", "ExtractionConfig", "LavenderConfig",
+    "LavenderTrainer", "MapStore", "Reading", "Teacher", "WordMaps", "__version__", "export", "extract",
+    "read_samples", "student_maps", "to_dataset",
 ]  # fmt: skip
 
 

@@ -8,22 +8,24 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from lavender.config import AlignmentConfig
 from lavender.errors import DataError
 from lavender.grids import KeyLayout
 from lavender.images import image_id, load_image
-from lavender.locate import UNSEEN, WordLocator, text_of
+from lavender.locate import BEYOND, UNKNOWN, UNSEEN, WordLocator, text_of
 from lavender.maps import Word, WordMaps
 from lavender.store import MapStore
 from lavender.vlm.base import VlmAdapter
 from lavender.words import same_root, subjects_and_objects
 
 NO_PICTURE = "sample without a picture"
+NO_MAPS = "sample without maps in the store"
+REASONS = (NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN)
+"""Why a sample or a word has no map; the order in which a batch carries their counts."""
 
 
 class MappedWord(NamedTuple):
@@ -37,7 +39,7 @@ class MappedWord(NamedTuple):
 
 @dataclass
 class Coverage:
-    """What alignment found and what it had to leave out, counted since the start."""
+    """What alignment found and what it had to leave out, counted."""
 
     samples: int = 0
     mapped_samples: int = 0
@@ -50,9 +52,26 @@ class Coverage:
         with_picture = self.samples - self.dropped[NO_PICTURE]
         return self.mapped_samples / with_picture if with_picture else 0.0
 
+    def counts(self) -> Tensor:
+        """The numbers alone, long (3 + reasons,), as they travel in a batch."""
+        assert set(self.dropped) <= set(REASONS)
+        return torch.tensor(
+            [self.samples, self.mapped_samples, self.words, *(self.dropped[reason] for reason in REASONS)]
+        )
+
+    @classmethod
+    def of(cls, counts: Tensor) -> Coverage:
+        """What `counts`, or a sum of several, says."""
+        samples, mapped, words, *dropped = counts.tolist()
+        return cls(samples, mapped, words, +Counter(dict(zip(REASONS, dropped, strict=True))))
+
 
 class AlignmentCollator:
-    """Wraps the collator of plain fine-tuning: its batch unchanged, plus `alignment`, a dict of tensors.
+    """Wraps the collator of plain fine-tuning: its batch unchanged, plus `alignment`.
+
+    That is a dict: the tensors of an `AlignmentRequest`; `counts`, this batch's `Coverage` as a tensor; and `names`,
+    a text for each sample by which a person can find it: content and size of its pictures. All of it travels with the
+    batch, so it is right with data loader workers, several processes and read-ahead. The collator keeps no state.
 
     Args:
         base: the trainer's collator, for examples with `messages` and `images` (or `image`): none, one or several.
@@ -74,10 +93,9 @@ class AlignmentCollator:
         self._base, self._processor, self._adapter, self._store = base, processor, adapter, store
         self._config = config or AlignmentConfig()
         self._locator = WordLocator(processor, adapter)
-        self.coverage = Coverage()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        examples = [dict(example) | {"images": _images_of(example)} for example in examples]
+        examples = [dict(example) | {"images": images_of(example)} for example in examples]
         for example in examples:
             example.pop("image", None)
         pictures = [[load_image(one, "a training picture") for one in example["images"]] for example in examples]
@@ -86,39 +104,50 @@ class AlignmentCollator:
         sizes = [[(picture.height, picture.width) for picture in own] for own in pictures]
         keys = self._adapter.key_tensors(batch, sizes, self._processor)
         seen = self._adapter.seen_from(batch, KeyLayout(keys["boxes"], keys["pictures"], keys.get("views")))
+        identities = [[image_id(picture) for picture in own] for own in pictures]
+        coverage = Coverage()
         words = [
-            self._mapped_words(own, messages, batch["input_ids"][index], batch["attention_mask"][index], seen[index])
-            for index, (own, messages) in enumerate(zip(pictures, conversations, strict=True))
+            self._mapped_words(
+                own, messages, batch["input_ids"][index], batch["attention_mask"][index], seen[index], coverage
+            )
+            for index, (own, messages) in enumerate(zip(identities, conversations, strict=True))
         ]
         rows = row_tensors(
             [[one.rows for one in own] for own in words], [[one.picture for one in own] for own in words]
         )
         rows["weights"][rows["present"]] = torch.tensor([one.weight for own in words for one in own])
         targets = _pad_targets([[one.map for one in own] for own in words], rows["present"], self._store.grid)
-        batch["alignment"] = rows | keys | {"targets": targets}
+        names = [_name(*one) for one in zip(identities, sizes, strict=True)]
+        batch["alignment"] = rows | keys | {"targets": targets, "counts": coverage.counts(), "names": names}
         return batch
 
     def _mapped_words(
-        self, pictures: list[Image.Image], messages: list[dict], ids: Tensor, attention_mask: Tensor, seen: Tensor
+        self,
+        identities: list[str],
+        messages: list[dict],
+        ids: Tensor,
+        attention_mask: Tensor,
+        seen: Tensor,
+        coverage: Coverage,
     ) -> list[MappedWord]:
         """One sample's words that have both rows and a map, picture by picture. `seen`: bool (picture, token)."""
-        self.coverage.samples += 1
-        if not pictures:
-            self.coverage.dropped[NO_PICTURE] += 1
+        coverage.samples += 1
+        if not identities:
+            coverage.dropped[NO_PICTURE] += 1
             return []
         texts = [text_of(message) if message["role"] == "assistant" else None for message in messages]
         known = [
             (index, turn, maps)
-            for index, identity in enumerate(image_id(picture) for picture in pictures)
+            for index, identity in enumerate(identities)
             for turn, text in enumerate(texts)
             if text is not None and (maps := self._store.get(identity, text)) is not None
         ]
         if not known:
-            self.coverage.dropped["sample without maps in the store"] += 1
+            coverage.dropped[NO_MAPS] += 1
             return []
         answers = [(turn, maps.text, self._wanted(maps)) for _, turn, maps in known]
         located = self._locator.rows_by_answer(
-            messages, answers, ids, attention_mask, self.coverage.dropped, [index for index, _, _ in known]
+            messages, answers, ids, attention_mask, coverage.dropped, [index for index, _, _ in known]
         )
         found = []
         for (index, _, maps), own in zip(known, located, strict=True):
@@ -129,9 +158,9 @@ class AlignmentCollator:
                     weight = float(maps.confidence[place]) if self._config.weight_by_confidence else 1.0
                     found.append(MappedWord(rows, index, maps.maps[place], weight))
                 else:
-                    self.coverage.dropped[UNSEEN] += 1
-        self.coverage.mapped_samples += bool(found)
-        self.coverage.words += len(found)
+                    coverage.dropped[UNSEEN] += 1
+        coverage.mapped_samples += bool(found)
+        coverage.words += len(found)
         return found
 
     def _wanted(self, maps: WordMaps) -> list[Word]:
@@ -148,7 +177,18 @@ def root_matcher(processor: ProcessorMixin) -> Callable[[list[int], list[int]], 
     return lambda predicted, true: same_root(processor.tokenizer.decode(predicted), processor.tokenizer.decode(true))
 
 
-def _images_of(example: Mapping[str, Any]) -> list[Any]:
+def word_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor, alignment: Mapping[str, Any], word: int) -> str:
+    """A mapped word as the batch spells it. `ids` (token,) and `alignment` are one sample's."""
+    rows = alignment["rows"][alignment["shares"][word] > 0]
+    return str(tokenizer.decode(ids[rows + 1])).strip()
+
+
+def _name(identities: list[str], sizes: list[tuple[int, int]]) -> str:
+    own = [f"picture {one[:12]} of {h} × {w} pixels" for one, (h, w) in zip(identities, sizes, strict=True)]
+    return ", ".join(own) or "no picture"
+
+
+def images_of(example: Mapping[str, Any]) -> list[Any]:
     """A sample's pictures as they came; [] where there are none."""
     images = [example["image"]] if "image" in example else example.get("images") or []
     return [one for one in images if one is not None]

@@ -1,4 +1,4 @@
-"""What alignment adds to a trainer of the `transformers.Trainer` kind: its loss, normalised, and its metrics.
+"""What alignment adds to a trainer of the `transformers.Trainer` kind: its loss, normalised, metrics, guard and probe.
 
 All mathematics is in `objective`; this module only carries tensors to it and its loss back. Losses
 are normalised by the number of mapped words of the whole accumulated batch over all processes, so
@@ -7,12 +7,14 @@ batch 4 × accumulation 1 equals 1 × 4.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import datasets
 import torch
-from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
@@ -21,7 +23,10 @@ from trl import SFTTrainer
 from lavender.alignment_data import AlignmentCollator, Coverage, root_matcher
 from lavender.arguments import AlignmentArguments
 from lavender.errors import ConfigError, DataError
-from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach, is_alignment_part
+from lavender.guard import Health, answers_finite, fault
+from lavender.metrics import Metrics
+from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach, is_alignment_part, without_attention_loss
+from lavender.probe import OwnAttention, Probe, choose, random_state_kept
 from lavender.stages import AlignerPretraining
 from lavender.store import MapStore
 from lavender.vlm.registry import adapter_for
@@ -42,8 +47,8 @@ class AlignmentMixin(_TrainerLike):
         processing_class: the model's processor.
         maps: the map store, if `args.maps` does not name it.
         peft_config: LoRA settings, or another method's; the model itself must not be a PeftModel yet.
-        kwargs: the trainer's other arguments. Data sets need `messages` and `images`: none, one or several. A
-            `data_collator` makes the batch of plain fine-tuning from them; SFTTrainer brings its own.
+        kwargs: the trainer's other arguments. Data sets, streams too, need `messages` and `images`: none, one or
+            several. A `data_collator` makes the batch of plain fine-tuning from them; SFTTrainer brings its own.
     """
 
     def __init__(
@@ -61,15 +66,19 @@ class AlignmentMixin(_TrainerLike):
         if isinstance(model, PeftModel):
             raise ConfigError("a PeftModel", "the base model", "pass the base model and peft_config=...")
         _refuse_unsupported(args)
+        if not isinstance(self, SFTTrainer):
+            _refuse_in_plain_trainer(args, kwargs.get("data_collator"))
         self.maps = MapStore.open(str(args.maps)) if maps is None else maps
         config, adapter = args.alignment(), adapter_for(model.config)
         set_seed(args.seed)  # before the Aligner is drawn; the trainer sets it again before it draws anything
         self._alignment_layers, self._alignment = attach(model, config).layers, config
+        self._train_metrics, self._eval_metrics = Metrics(), Metrics()
+        self._counts = torch.zeros_like(Coverage().counts())
+        self._last_align_weight = 0.0
         self._estimate = EstimatedWeight() if config.align_weight == "estimated" else None
         if self._estimate is not None:
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._estimate]
         self._root_matcher = root_matcher(processing_class) if config.match == "root" else None
-        self._alignment_metrics: dict[str, list[Tensor]] = defaultdict(list)
         if config.align_weight == 0:
             for name, parameter in model.named_parameters():
                 if is_alignment_part(name):  # without a loss they would be trained by nothing, and confuse DDP
@@ -81,35 +90,61 @@ class AlignmentMixin(_TrainerLike):
         if isinstance(self, SFTTrainer):
             kwargs["peft_config"] = peft_config
         elif peft_config is not None:
+            set_seed(args.seed)  # as SFTTrainer does before adapters are drawn
             wrapped = get_peft_model(model, peft_config)
         super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
         if config.aligner_pretraining:
             self.add_callback(AlignerPretraining(config.aligner_pretraining))
         self.data_collator = AlignmentCollator(self.data_collator, processing_class, adapter, self.maps, config)
-        if isinstance(self.train_dataset, Dataset):  # a stream cannot be sampled; it is counted while training
-            self._check_coverage(self.train_dataset, self.data_collator, config.min_coverage)
+        with random_state_kept(args.device):
+            if self.train_dataset is not None:
+                self._check_coverage(self.data_collator, config.min_coverage)
+            if args.probe_size:
+                self._add_probe(self.data_collator, args)
 
     @property
     def coverage(self) -> Coverage:
-        """What was aligned and what was dropped, counted.
+        """What this training was on, counted: by all processes once it has ended. Before it there is nothing."""
+        return Coverage.of(self._counts)
 
-        With data loader workers each counts in its own process; then this is the check before the first step.
-        """
-        return cast(AlignmentCollator, self.data_collator).coverage
-
-    def _check_coverage(self, dataset: Dataset, collator: AlignmentCollator, least: float) -> None:
-        """Read some samples as training will, and stop if too few have maps."""
-        for index in range(0, len(dataset), max(1, len(dataset) // NUM_COVERAGE_SAMPLES)):
-            collator([dataset[index]])
-        coverage = collator.coverage
+    def _check_coverage(self, collator: AlignmentCollator, least: float) -> None:
+        """Read some samples as training will, of a stream the first, and stop if too few have maps."""
+        found = torch.zeros_like(self._counts)
+        for example in _some_of(self.train_dataset):
+            found += collator([example])["alignment"]["counts"]
+        coverage = Coverage.of(found)
         if coverage.share < least:
             raise DataError(
                 f"maps for {coverage.mapped_samples} of {coverage.samples} samples ({dict(coverage.dropped)})",
                 f"at least a share of {least}",
                 "extract maps for this data set (pictures and answers must be the same), or lower min_coverage",
             )
-        if self.args.dataloader_num_workers == 0:
-            collator.coverage = Coverage()
+
+    def _add_probe(self, collator: AlignmentCollator, args: AlignmentArguments) -> None:
+        dataset = self.eval_dataset or self.train_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        if dataset is None:
+            return
+        examples = choose(islice(_each_of(dataset), NUM_COVERAGE_SAMPLES), collator, args.probe_size)
+        # where a forward needs every process, all must look at as many
+        sizes = self.accelerator.gather(torch.tensor([len(examples)], device=self.accelerator.device))
+        if int(sizes.min()):
+            settings = {"use_cache": False} | ({"fused_lm_head": True} if isinstance(self, SFTTrainer) else {})
+            chosen = examples[: int(sizes.min())]
+            self.add_callback(Probe(self, self._probe_requests, chosen, args.probe_steps, settings))
+
+    def _probe_requests(self, tensors: dict[str, Tensor]) -> list[AlignmentRequest]:
+        kinds = (AlignmentRequest, OwnAttention) if self._alignment.pooling == "learn" else (AlignmentRequest,)
+        return [kind(self._alignment_layers, tensors, self._root_matcher) for kind in kinds]
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any):
+        """As the trainer's own, which begins it anew where `auto_find_batch_size` has to."""
+        self._train_metrics.clear()
+        self._counts = torch.zeros_like(self._counts)
+        result = super()._inner_training_loop(*args, **kwargs)
+        self._counts = self.accelerator.gather(self._counts.to(self.accelerator.device)[None]).sum(dim=0)
+        return result
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         weight = sum((batch["alignment"]["weights"].sum() for batch in batch_samples), start=torch.zeros(()))
@@ -121,31 +156,43 @@ class AlignmentMixin(_TrainerLike):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
-        inputs = dict(inputs)
-        request = AlignmentRequest(self._alignment_layers, inputs.pop("alignment"), self._root_matcher)
-        seen: list[Any] = []
-        handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
-        try:
-            result = super().compute_loss(
-                model, inputs | {"attention_request": request}, return_outputs, num_items_in_batch
-            )
-        finally:
-            handle.remove()
+        inputs = dict(inputs) | {"use_cache": False}
+        alignment, labels = inputs.pop("alignment"), inputs["labels"]
+        request = AlignmentRequest(self._alignment_layers, alignment, self._root_matcher)
+        with _carried(model, request) as seen:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plain_loss, outputs = cast(tuple[Tensor, Any], result if return_outputs else (result, None))
         total = seen[0].attention_loss
         attention_loss = self._normalise(total, request, model.training, num_items_in_batch)
         if self._estimate is not None and model.training:
             cells = request.targets[0, 0].numel() if self._alignment.attention_loss == "min-max-sum" else 1
             self._estimate.add(total / cells, (request.weights * request.matched).sum())
-        mode = "train" if model.training else "eval"
-        for name, value in (
-            ("vlm_loss", plain_loss), ("attention_loss", attention_loss), ("matched_words", request.matched.sum()),
-        ):  # fmt: skip
-            self._alignment_metrics[f"{mode}/{name}"].append(value.detach())
-        # without alignment nothing is added, not even 0 times something: that would reorder sums of gradients
         weight = self._align_weight(model.training)
+        if model.training:
+            parts = self.current_gradient_accumulation_steps
+            shown = 1 / parts if self._is_divided_later(num_items_in_batch) else 1.0
+            self._train_metrics.add_step(plain_loss * shown, attention_loss * shown, request, 1 / parts)
+            self._counts = self._counts.to(alignment["counts"].device) + alignment["counts"]
+            self._last_align_weight = weight
+            # not the request, which holds attention rows: they shall be gone when the next batch comes
+            self._health = Health(answers_finite(seen[0], labels), request.present, request.losses)
+        else:
+            self._eval_metrics.add_batch(plain_loss, attention_loss, request)
+        # without alignment nothing is added, not even 0 times something: that would reorder sums of gradients
         loss = plain_loss + weight * attention_loss if self._alignment.align_weight else plain_loss
-        return (loss, outputs) if return_outputs else loss
+        return (loss, without_attention_loss(outputs)) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As the trainer's own; a loss that is not finite stops training with an error that names the sample.
+
+        Here the trainer waits for the loss anyway, to filter what it logs.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not loss.isfinite():
+            raise fault(
+                self.state.global_step + 1, model, cast(ProcessorMixin, self.processing_class), inputs, self._health
+            )  # fmt: skip
+        return loss
 
     def _align_weight(self, training: bool) -> float:
         """λ at this step: it may be estimated, rise at the start, fall at the end, be switched off."""
@@ -168,20 +215,33 @@ class AlignmentMixin(_TrainerLike):
         if not training:
             return total / request.weights.sum().clamp_min(LEAST_WEIGHT)
         scale = self.accelerator.num_processes / max(LEAST_WEIGHT, self._weight_in_batch)
-        divided_later = not (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
+        divided_later = self._is_divided_later(num_items_in_batch)
         return total * scale * (self.current_gradient_accumulation_steps if divided_later else 1)
 
+    def _is_divided_later(self, num_items_in_batch) -> bool:
+        """Whether the trainer will divide this micro-batch's loss by the accumulation steps: its own rule."""
+        if self.loss_is_scaled_for_ga is not None:
+            return not self.loss_is_scaled_for_ga
+        by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return not (by_items or self.compute_loss_func is not None)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds vlm_loss, attention_loss and matched_words: sums over the micro-batches of an optimiser step."""
-        assert self.model is not None
-        mode, prefix, parts = "eval", "eval_", 1
-        if self.model.training:
-            mode, prefix, parts = "train", "", self.args.gradient_accumulation_steps
-        for key in [key for key in self._alignment_metrics if key.startswith(mode)]:
-            values = self._alignment_metrics.pop(key)
-            total = torch.stack(values).float().sum().item()
-            logs[prefix + key.removeprefix(f"{mode}/")] = total / max(1, len(values) // parts)
+        """Adds the numbers of `lavender.metrics.Metrics` wherever the trainer logs its loss."""
+        if "loss" in logs:
+            logs |= self._train_metrics.take_steps(self.accelerator)
+            config = self._alignment
+            if self._estimate is not None or config.align_warmup or config.align_decay or config.align_switches:
+                logs["align_weight"] = self._last_align_weight
         super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        """As the trainer's own, with the numbers of `lavender.metrics.Metrics` among its metrics."""
+        self._eval_metrics.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        numbers = self._eval_metrics.take_batches(self.accelerator)
+        metrics = cast(dict[str, float], output.metrics)
+        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in numbers.items()})
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the model under its modules' own names.
@@ -197,6 +257,61 @@ class AlignmentMixin(_TrainerLike):
             super()._save(output_dir, state_dict)
         finally:
             vars(model).pop("save_pretrained", None)
+
+
+@contextmanager
+def _carried(model: nn.Module, request: AlignmentRequest) -> Iterator[list[Any]]:
+    """The model's first call inside carries the request, and its output lands in the list.
+
+    TRL runs the model again for logits that somebody asked for; the request has had its answer by then.
+    """
+    seen: list[Any] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs if seen else kwargs | {"attention_request": request}
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        if not seen:
+            seen.append(output)
+
+    # the first of the hooks before: others of the model already look for the request
+    begin = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    handles = begin, model.register_forward_hook(after)
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _each_of(dataset: Any) -> Iterable[Any]:
+    """The examples of a data set in order; a stream is begun anew, and begins anew for whoever reads it next."""
+    if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
+        return dataset
+    return (dataset[index] for index in range(len(dataset)))
+
+
+def _some_of(dataset: Any) -> Iterable[Any]:
+    """Examples from all over a data set, or the first of a stream."""
+    if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
+        return islice(dataset, NUM_COVERAGE_SAMPLES)
+    return (dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // NUM_COVERAGE_SAMPLES)))
+
+
+def _refuse_in_plain_trainer(args: AlignmentArguments, collator: Any) -> None:
+    """What SFTTrainer looks after itself."""
+    if collator is None:
+        raise ConfigError(
+            "no data_collator", "one that makes a batch of plain fine-tuning from `messages` and `images`",
+            "pass data_collator=..., such as TRL's DataCollatorForVisionLanguageModeling(processor)",
+        )  # fmt: skip
+    liger = args.liger_kernel_config or {}
+    if args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True) and args.match == "exact":
+        raise ConfigError(
+            "match='exact' with Liger's fused cross-entropy, which makes no logits while training",
+            "the model's predictions",
+            "set match='label' or 'root', or liger_kernel_config={'fused_linear_cross_entropy': False}",
+        )
 
 
 def _refuse_unsupported(args: AlignmentArguments) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lavender.config import ATTENTION_LOSSES, PARTS_OF_SPEECH, POOLINGS, AlignmentConfig
 from lavender.errors import ConfigError
@@ -20,7 +21,10 @@ class AlignmentArguments(_ArgumentsLike):
 
     Attributes:
         maps: folder of the map store that `lavender extract` wrote.
-        align_weight and all that follow: as in AlignmentConfig.
+        probe_size: how many samples the probe looks at while training (docs/training.md); 0 for no probe. They are the
+            first with a mapped word of the evaluation set, or of the training set where there is none.
+        probe_steps: it looks before the first step, every so many steps, and after the last.
+        all others: as in AlignmentConfig.
     """
 
     maps: str | None = field(default=None, metadata={"help": "Folder of the map store."})
@@ -67,6 +71,9 @@ class AlignmentArguments(_ArgumentsLike):
         default=AlignmentConfig.min_coverage, metadata={"help": "Least share of samples that must have maps."}
     )
 
+    probe_size: int = field(default=8, metadata={"help": "Samples of the probe; 0 for none."})
+    probe_steps: int = field(default=100, metadata={"help": "Steps between two looks at the probe."})
+
     def alignment(self) -> AlignmentConfig:
         """The settings of alignment alone, checked."""
         return AlignmentConfig(**{one.name: getattr(self, one.name) for one in fields(AlignmentConfig)})
@@ -74,6 +81,17 @@ class AlignmentArguments(_ArgumentsLike):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.alignment()
+        for name, least in (("probe_size", 0), ("probe_steps", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)!r}", f"a number from {least} on", f"change {name}")
+        accelerator = cast(AcceleratorConfig, self.accelerator_config)
+        if accelerator.dispatch_batches:
+            raise ConfigError(
+                "accelerator_config={'dispatch_batches': True}, which cuts every tensor of a batch by its first axis",
+                "batches that each process makes itself: a picture's patches are no samples",
+                "leave dispatch_batches out",
+            )
+        accelerator.dispatch_batches = False  # its default for streams is True
         self.remove_unused_columns = False  # the collator wants pictures and conversations, which no model takes
         if self.activation_checkpointing:
             options = as_dict(self.activation_checkpointing_kwargs)

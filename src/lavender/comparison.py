@@ -16,7 +16,7 @@ from lavender.errors import ConfigError, DataError
 from lavender.evaluation.text import generate_answers
 from lavender.images import image_id
 from lavender.locate import text_of
-from lavender.maps import WordMaps, entropy
+from lavender.maps import WordMaps, correlation, entropy
 from lavender.report import Panel, WordRow
 from lavender.store import MapStore
 from lavender.words import content_words
@@ -125,7 +125,7 @@ def map_agreement(maps: Sequence[WordMaps], store: MapStore) -> float | None:
         teacher = dict(zip(known.words, known.maps, strict=True))
         for word, one in zip(own.words, own.maps, strict=True):
             if word in teacher:
-                values.append(torch.corrcoef(torch.stack([one.flatten(), teacher[word].flatten()]))[0, 1])
+                values.append(correlation(one, teacher[word]))
     values = [value for value in values if not value.isnan()]  # a flat map correlates with nothing
     return torch.stack(values).mean().item() if values else None
 

@@ -35,3 +35,7 @@ class UnsupportedModelError(LavenderError, TypeError):
 
 class CaptureError(LavenderError, RuntimeError):
     """Attention could not be captured although the model is supported."""
+
+
+class NotFiniteError(LavenderError, FloatingPointError):
+    """A loss became NaN or infinite."""

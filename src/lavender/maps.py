@@ -106,3 +106,10 @@ def to_distribution(maps: Tensor) -> Tensor:
 def entropy(maps: Tensor) -> Tensor:
     """Eq. 23: H = −Σ a·log a in nats, of each map (..., rows, cols) summed to 1."""
     return torch.special.entr(to_distribution(maps)).sum(dim=(-2, -1))
+
+
+def correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Pearson correlation over cells of each pair of maps (..., rows, cols). NaN for a flat map: it has none."""
+    ours, theirs = (one.double() - one.double().mean(dim=(-2, -1), keepdim=True) for one in (first, second))
+    scale = ours.square().sum(dim=(-2, -1)) * theirs.square().sum(dim=(-2, -1))
+    return (ours * theirs).sum(dim=(-2, -1)) / scale.sqrt()

@@ -57,8 +57,11 @@ class AlignmentRequest(AttentionRequest):
         same_word: for `match="root"`: whether tokens that are predicted are a form of those that stand there.
 
     Attributes:
-        matched: bool (sample, word), the words that count in the loss; known after the forward pass.
+        matched: bool (sample, word), the words that count in the loss; known after the forward pass, as what follows.
         chosen_BR: the tokens that the model predicts at the rows, where that had to be computed; else None.
+        losses: the loss of each present word, (word,), without gradient.
+        student_maps: where the student looks for each present word, mean over layers and heads before any Aligner,
+            (word, rows, cols), without gradient; of a flow, the flow.
     """
 
     learned = True
@@ -75,6 +78,7 @@ class AlignmentRequest(AttentionRequest):
         self.targets, self.present, self.weights = tensors["targets"], tensors["present"], tensors["weights"]
         self.same_word, self.chosen_BR = same_word, cast(Tensor | None, None)
         self.matched = self.present
+        self.losses, self.student_maps = self.targets.new_zeros(0), self.targets.new_zeros(0, *self.targets.shape[2:])
 
     def text_positions(self) -> Tensor:
         """Which of the text's tokens each row is, long (sample, row): a sequence's picture tokens do not count."""
@@ -135,11 +139,13 @@ class AlignmentHead(nn.Module):
             # no word: zero, yet attached to the Aligner, so that every process has the same parameters in use
             return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0.0
         losses = per_word_loss(self.maps(request), request.targets[request.present], self.config.attention_loss)
+        request.losses = losses.detach()
         return (losses * (request.weights * request.matched)[request.present]).sum()
 
     def maps(self, request: AlignmentRequest) -> Tensor:
         """The student's map of each present word, (word, rows, cols) in [0, 1]."""
         attention = self.attention(request).permute(0, 1, 3, 2, 4, 5)[:, request.present]
+        request.student_maps = attention.detach().float().mean(dim=(0, 2))
         dtype = next(self.aligner.parameters()).dtype
         return pooled(attention.to(dtype), self.config.pooling, self.aligner)
 
@@ -219,6 +225,12 @@ def _with_attention_loss(output_type: type[ModelOutput]) -> type[ModelOutput]:
     """The output class with one more field. Plain extra keys are refused by ModelOutput."""
     extra = [("attention_loss", Tensor | None, field(default=None))]
     return cast(type[ModelOutput], make_dataclass(f"{output_type.__name__}WithAlignment", extra, bases=(output_type,)))
+
+
+def without_attention_loss(output: ModelOutput) -> ModelOutput:
+    """The model's own output, of its own class."""
+    own = {name: value for name, value in output.items() if name != "attention_loss"}
+    return type(output).__bases__[0](**own) if "attention_loss" in output else output
 
 
 def _pool_heads(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

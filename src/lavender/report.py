@@ -20,16 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from lavender.drawing import faded, heat_layer, peak_of, reduced, veil
 from lavender.errors import DataError
-from lavender.maps import to_heat
 
-LARGEST_PICTURE = 512
-"""Longest side in pixels of a picture inside the page; larger ones are reduced."""
-_LARGEST_OVERLAY = 160  # a map is smooth: more pixels would only make the page heavy
 _PIXELATED_BELOW = 200  # pictures with a shorter longest side are shown with their pixels
 _TRUE_MASK = "true mask"
 _CELL_HEIGHT, _GAP, _MARGIN, _LINE = 1.18, 0.1, 0.2, 0.175  # of the figure, in inches
@@ -200,7 +196,7 @@ def _sources(panels: Sequence[Panel]) -> list[str]:
 def _panel_view(panel: Panel, sources: list[str]) -> dict[str, Any]:
     return {
         "panel": panel,
-        "picture": _png(_reduced(panel.image)),
+        "picture": _png(reduced(panel.image)),
         "pixelated": max(panel.size) < _PIXELATED_BELOW,
         "ratio": round(panel.image.width / panel.image.height, 4),
         "rows": [(row.word, [_cell_view(panel, row, source) for source in sources]) for row in panel.rows],
@@ -214,11 +210,11 @@ def _cell_view(panel: Panel, row: WordRow, source: str) -> dict[str, Any] | None
         if row.mask is None:
             return None
         alt = f"True mask of “{row.word}”, {100 * row.mask.mean():.0f} % of the picture"
-        return view | {"layer": _png(Image.fromarray(_veil(row.mask))), "alt": alt}
+        return view | {"layer": _png(Image.fromarray(veil(row.mask))), "alt": alt}
     heat = row.maps.get(source)
     if heat is None:
         return None
-    alt, peak = f"Map of “{row.word}” by {source}", _peak(heat, panel.size)
+    alt, peak = f"Map of “{row.word}” by {source}", peak_of(heat, panel.size)
     if peak is None:
         view["verdict"], alt = "all zero", f"{alt}: zero everywhere"
     else:
@@ -228,46 +224,7 @@ def _cell_view(panel: Panel, row: WordRow, source: str) -> dict[str, Any] | None
         if row.mask is not None:
             view["verdict"] = "hit" if row.mask[peak] else "miss"
             alt += f", {'inside' if row.mask[peak] else 'outside'} the true mask"
-    return view | {"layer": _png(Image.fromarray(_heat_layer(heat, panel.size))), "alt": alt}
-
-
-def _reduced(image: Image.Image) -> Image.Image:
-    picture = image.convert("RGB")
-    picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
-    return picture
-
-
-def _resized(heat: Tensor, size: tuple[int, int]) -> np.ndarray:
-    flat = heat.detach().to("cpu").double().clamp_min(0)[None, None]
-    return to_heat(F.interpolate(flat, size=size, mode="bilinear", align_corners=False)[0, 0].float()).numpy()
-
-
-def _peak(heat: Tensor, size: tuple[int, int]) -> tuple[int, int] | None:
-    """(row, column) of the maximum of a map resized to `size`; None for a map that is zero everywhere."""
-    resized = _resized(heat, size)
-    row, column = np.unravel_index(resized.argmax(), size)
-    return (int(row), int(column)) if resized.max() > 0 else None
-
-
-def _heat_layer(heat: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """A map as colours to lie over a picture of `size`: uint8 (height, width, 4), clear where it is cold."""
-    from matplotlib import colormaps
-
-    shrink = min(1.0, _LARGEST_OVERLAY / max(size))
-    resized = _resized(heat, (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink))))
-    layer = colormaps["inferno"](0.12 + 0.86 * resized)
-    layer[..., 3] = 0.9 * resized**0.75
-    return (255 * layer).round().astype(np.uint8)
-
-
-def _veil(mask: np.ndarray) -> np.ndarray:
-    """Night over everything outside the mask, with a light rim: uint8 (height, width, 4)."""
-    veil = np.zeros((*mask.shape, 4), dtype=np.uint8)
-    veil[~mask] = (20, 11, 53, 205)
-    padded = np.pad(mask, 1)
-    near = padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
-    veil[near & ~mask] = (255, 255, 255, 235)
-    return veil
+    return view | {"layer": _png(Image.fromarray(heat_layer(heat, panel.size))), "alt": alt}
 
 
 def _png(image: Image.Image) -> str:
@@ -356,7 +313,7 @@ def _draw_block(
 ) -> None:
     picture = _axes(figure, _MARGIN, top - _LINE - 0.06 - _CELL_HEIGHT, _FIRST_COLUMN)
     picture.set_anchor("W")
-    picture.imshow(_reduced(panel.image), interpolation="nearest")
+    picture.imshow(reduced(panel.image), interpolation="nearest")
     _write(figure, _MARGIN, top - _LINE / 2, textwrap.shorten(panel.title, 42), weight="bold", color="#5b3f8c")
     for index, (text, colour) in enumerate(lines):
         _write(figure, _MARGIN, top - _CELL_HEIGHT - _LINE * (index + 1.5) - 0.12, text, size=8, color=colour)
@@ -370,12 +327,11 @@ def _draw_block(
 
 def _draw_cell(axes: Any, panel: Panel, row: WordRow, column: str) -> None:
     height, width = panel.size
-    picture, heat = _reduced(panel.image), row.maps.get(column)
+    picture, heat = reduced(panel.image), row.maps.get(column)
     if column == _TRUE_MASK and row.mask is not None:
-        layers, peak = [picture, _veil(row.mask)], None
+        layers, peak = [picture, veil(row.mask)], None
     elif heat is not None:
-        faded = Image.blend(picture, picture.convert("L").convert("RGB"), 0.7).point(lambda value: round(0.85 * value))
-        layers, peak = [faded, _heat_layer(heat, panel.size)], _peak(heat, panel.size)
+        layers, peak = [faded(picture), heat_layer(heat, panel.size)], peak_of(heat, panel.size)
     else:
         axes.text(0.5, 0.5, "no map", ha="center", va="center", size=8.5, color="#6b6676")
         return

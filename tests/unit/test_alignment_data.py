@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,12 @@ def test_a_batch_of_several_none_and_one(student, store):
     assert torch.equal(found["targets"][0, 1], store.get(image_id(FIRST), DOG).maps[1])
     assert torch.equal(found["targets"][0, 2], store.get(image_id(SECOND), DOG).maps[0])
     assert found["pictures"].amax(dim=1).tolist() == [1, -1, 0]
-    assert collator.coverage == Coverage(3, 2, 4, collator.coverage.dropped)
-    assert collator.coverage.dropped == {NO_PICTURE: 1}
-    assert collator.coverage.share == 1
+    coverage = Coverage.of(found["counts"])
+    assert coverage == Coverage(3, 2, 4, Counter({NO_PICTURE: 1}))
+    assert coverage.share == 1
+    first, second = image_id(FIRST)[:12], image_id(SECOND)[:12]
+    assert found["names"][0] == f"picture {first} of 60 × 100 pixels, picture {second} of 100 × 70 pixels"
+    assert found["names"][1] == "no picture"
     assert [set(example) for example in examples] == [{"images", "messages"}] * 3  # as the caller left them
 
 
@@ -124,11 +128,11 @@ def test_text_alone_is_no_error(student, store, images):
     examples = [{"images": images, "messages": messages(DOG)}, {"messages": messages(DOG)}]
     for example in examples:
         batch = collator([example])
-        assert not batch.pop("alignment")["present"].any()
+        alignment = batch.pop("alignment")
+        assert not alignment["present"].any()
         assert all(torch.equal(batch[name], plain[name]) for name in batch)
-    assert collator.coverage == Coverage(2, 0, 0, collator.coverage.dropped)
-    assert collator.coverage.dropped == {NO_PICTURE: 2}
-    assert collator.coverage.share == 0
+        assert Coverage.of(alignment["counts"]) == Coverage(1, 0, 0, Counter({NO_PICTURE: 1}))
+        assert Coverage.of(alignment["counts"]).share == 0
 
 
 def test_words_that_do_not_see_their_picture_are_dropped(student, store):
@@ -143,7 +147,7 @@ def test_words_that_do_not_see_their_picture_are_dropped(student, store):
     found = collator([{"images": [FIRST, SECOND], "messages": asked}])["alignment"]
     assert found["word_pictures"].tolist() == [[0, 0]]
     assert found["present"].tolist() == [[True, True]]
-    assert collator.coverage.dropped == {UNSEEN: 1}
+    assert Coverage.of(found["counts"]).dropped == {UNSEEN: 1}
 
 
 def test_mllama_sees_the_last_picture_alone(captions, store):
@@ -160,7 +164,7 @@ def test_mllama_sees_the_last_picture_alone(captions, store):
     collator = collator_of(student, store)
     found = collator([{"images": [FIRST, SECOND], "messages": asked}])["alignment"]
     assert found["word_pictures"].tolist() == [[1]]
-    assert collator.coverage.dropped == {UNSEEN: 2}
+    assert Coverage.of(found["counts"]).dropped == {UNSEEN: 2}
 
 
 def test_more_pictures_than_their_places_are_refused(student, store):

@@ -34,7 +34,8 @@ def run_cells(folder: Path, cells: Iterable[Cell], jobs: int) -> dict[str, dict[
 def _run(folder: Path, cells: list[Cell], jobs: int) -> None:
     torch.set_num_threads(1)  # on busy cores torch's threads wait for each other
     folder.mkdir(parents=True, exist_ok=True)
-    for cell in tqdm(cells, desc="scenes and maps", unit="arm", leave=False):
+    sets = {(cell.seed, cell.arm.num_scenes, cell.arm.target): cell for cell in cells if cell.arm.tuning != "none"}
+    for cell in tqdm(sets.values(), desc="scenes and maps", unit="set", leave=False):
         # loaders draw bars of their own
         with (folder / "prepare.log").open("a") as log, contextlib.redirect_stderr(log):
             prepare(folder, cell)

@@ -18,7 +18,8 @@ from lavender.store import MapStore
 from lavender.world.language import caption_scene
 from lavender.world.scenes import Scene
 
-Target = Literal["teacher", "wrong-word", "wrong-image", "uniform", "centre", "masks"]
+Target = Literal["teacher", "wrong-word", "wrong-image", "uniform", "centre", "masks", "maps"]
+EVERY_WORD: Target = "maps"  # the extraction itself: adjectives and verbs too, each map with its confidence
 TARGETS: dict[Target, str] = {
     "teacher": "the teacher's map of the word",
     "wrong-word": "the teacher's map of another thing in the picture; of another picture where there is none",

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lavender.config import ALIGNER_FORMS, ALIGNER_KINDS, ALIGNER_NORMS, POOLINGS
+from lavender.config import ALIGNER_FORMS, ALIGNER_KINDS, ALIGNER_NORMS, MATCHES, POOLINGS
 from lavender.studies.cells import Arm
 from lavender.studies.page import draw_bars
 from lavender.studies.study import Finding, Scores, Study, compare
+from lavender.studies.targets import EVERY_WORD
 from lavender.world.tuning import ALIGNMENT
 
 SHOWN = ("in_domain", "other_backgrounds", "pointing")
@@ -41,6 +42,18 @@ def _study(title: str, question: str, paper: str, variants: Mapping[str, Mapping
     return Study(title, question, paper, arms, _judge, _draw)
 
 
+def _words(quick: bool) -> dict[str, Arm]:
+    things = {match: Arm("mllama", "full", "teacher", settings=(("match", match),)) for match in MATCHES}
+    every = {
+        name: Arm("mllama", "full", EVERY_WORD, settings=settings)
+        for name, settings in (
+            ("every word", ()), ("every subject and object", (("subjects_and_objects", True),)),
+            ("every word, by confidence", (("weight_by_confidence", True),)),
+        )
+    }  # fmt: skip
+    return {"plain": Arm("mllama", "full")} | things | every
+
+
 def _learning_rates(quick: bool) -> dict[str, Arm]:
     found = {}
     for rate in LEARNING_RATES[1:3] if quick else LEARNING_RATES:
@@ -63,14 +76,10 @@ VARIANTS: dict[str, Study] = {
         | {f"kind {kind}": {"aligner_kind": kind} for kind in ALIGNER_KINDS}
         | {f"norm {norm}": {"aligner_norm": norm} for norm in ALIGNER_NORMS},
     ),
-    "words": _study(
-        "Which words?", "All mapped words, those that the student predicts itself, or in another form; only nouns, "
-        "only subjects and objects; each word by the teacher's confidence.",
-        "exact matches are better than root matches (§7.1).",
-        {"exact": {"match": "exact"}, "root": {"match": "root"}, "label": {"match": "label"},
-         "exact, nouns": {"match": "exact", "parts_of_speech": ("noun",)},
-         "exact, subjects and objects": {"match": "exact", "subjects_and_objects": True},
-         "exact, by confidence": {"match": "exact", "weight_by_confidence": True}},
+    "words": Study(
+        "Which words?", "Of the words that name things: those that the student predicts itself, or in another form, or "
+        "all. Then of every mapped word, adjectives and verbs too: all, subjects and objects, or by confidence.",
+        "exact matches are better than root matches (§7.1).", _words, _judge, _draw,
     ),
     "layers": _study(
         "Which layers?", "Alignment of both cross-attention layers, or of one.",

@@ -1,0 +1,65 @@
+"""A picture with a map over it, as pixels. Maps cover the whole picture; sizes are (height, width) in pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from lavender.maps import to_heat
+
+LARGEST_PICTURE = 512
+"""Longest side in pixels of a picture that is shown; larger ones are reduced."""
+_LARGEST_OVERLAY = 160  # a map is smooth: more pixels would only make a page heavy
+
+
+def reduced(image: Image.Image, largest: int = LARGEST_PICTURE) -> Image.Image:
+    """The picture in RGB, its longest side at most `largest`."""
+    picture = image.convert("RGB")
+    picture.thumbnail((largest, largest))
+    return picture
+
+
+def faded(picture: Image.Image) -> Image.Image:
+    """A picture that leaves the colours to what lies over it."""
+    return Image.blend(picture, picture.convert("L").convert("RGB"), 0.7).point(lambda value: round(0.85 * value))
+
+
+def under_heat(picture: Image.Image, heat: Tensor) -> Image.Image:
+    """The faded picture with a map (rows, cols) over it."""
+    layer = Image.fromarray(heat_layer(heat, (picture.height, picture.width))).resize(picture.size)
+    return Image.alpha_composite(faded(picture).convert("RGBA"), layer).convert("RGB")
+
+
+def _resized(heat: Tensor, size: tuple[int, int]) -> np.ndarray:
+    flat = heat.detach().to("cpu").double().clamp_min(0)[None, None]
+    return to_heat(F.interpolate(flat, size=size, mode="bilinear", align_corners=False)[0, 0].float()).numpy()
+
+
+def peak_of(heat: Tensor, size: tuple[int, int]) -> tuple[int, int] | None:
+    """(row, column) of the maximum of a map resized to `size`; None for a map that is zero everywhere."""
+    resized = _resized(heat, size)
+    row, column = np.unravel_index(resized.argmax(), size)
+    return (int(row), int(column)) if resized.max() > 0 else None
+
+
+def heat_layer(heat: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """A map as colours to lie over a picture of `size`: uint8 (height, width, 4), clear where it is cold."""
+    from matplotlib import colormaps
+
+    shrink = min(1.0, _LARGEST_OVERLAY / max(size))
+    resized = _resized(heat, (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink))))
+    layer = colormaps["inferno"](0.12 + 0.86 * resized)
+    layer[..., 3] = 0.9 * resized**0.75
+    return (255 * layer).round().astype(np.uint8)
+
+
+def veil(mask: np.ndarray) -> np.ndarray:
+    """Night over everything outside the mask, with a light rim: uint8 (height, width, 4)."""
+    veil = np.zeros((*mask.shape, 4), dtype=np.uint8)
+    veil[~mask] = (20, 11, 53, 205)
+    padded = np.pad(mask, 1)
+    near = padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    veil[near & ~mask] = (255, 255, 255, 235)
+    return veil

@@ -1,0 +1,194 @@
+"""What is logged: the same whatever the accumulation, the batch size of evaluation and the number of workers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from invariants.test_trainer import logged, lora, run  # noqa: F401
+from lavender.alignment_data import NO_MAPS, Coverage
+from lavender.maps import WordMaps
+from lavender.metrics import Metrics
+from lavender.objective import AlignmentRequest
+from lavender.store import MapStore
+from lavender.words import content_words
+
+NUMBERS = ("vlm_loss", "attention_loss", "matched_words", "student_entropy")
+
+
+class Processes:
+    """Stands for accelerate with processes that all have the same."""
+
+    def __init__(self, num_processes: int):
+        self.num_processes = num_processes
+
+    def gather(self, one: torch.Tensor) -> torch.Tensor:
+        return one.repeat(self.num_processes, 1)
+
+
+def request_of(*maps: torch.Tensor, matched: int | None = None) -> AlignmentRequest:
+    """One sample, whose student looks where the maps say."""
+    count = len(maps)
+    present = torch.ones(1, count, dtype=torch.bool)
+    request = AlignmentRequest(
+        (0,),
+        {
+            "rows": torch.zeros(1, 1, dtype=torch.long), "shares": torch.ones(1, count, 1), "present": present,
+            "weights": present.float(), "boxes": torch.zeros(1, 1, 4),
+            "word_pictures": torch.zeros(1, count, dtype=torch.long),
+            "pictures": torch.zeros(1, 1, dtype=torch.long), "targets": torch.zeros(1, count, 2, 2),
+        },
+    )  # fmt: skip
+    request.student_maps = torch.stack(maps)
+    request.matched = present & (torch.arange(count) < (count if matched is None else matched))
+    return request
+
+
+UNIFORM, TWO, ONE = torch.ones(2, 2), torch.tensor([[3.0, 3.0], [0.0, 0.0]]), torch.tensor([[0.0, 7.0], [0.0, 0.0]])
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_golden_values_of_training(num_processes):
+    """Two steps of two micro-batches; entropies are ln 4, ln 2 and 0."""
+    metrics, accelerator = Metrics(), Processes(num_processes)
+    for vlm, attention, request in (
+        (1.0, 0.5, request_of(UNIFORM, TWO)), (2.0, 0.25, request_of(ONE)),
+        (3.0, 0.0, request_of(UNIFORM, matched=0)), (4.0, 0.125, request_of(TWO)),
+    ):  # fmt: skip
+        metrics.add_step(torch.tensor(vlm), torch.tensor(attention), request, 0.5)
+    found = metrics.take_steps(accelerator)  # ty: ignore[invalid-argument-type]
+    assert found == pytest.approx(
+        {
+            "vlm_loss": 5.0, "attention_loss": 0.4375, "matched_words": 2 * num_processes,
+            "student_entropy": (2 * torch.tensor(4.0).log() + 2 * torch.tensor(2.0).log()).item() / 5,
+        }
+    )  # fmt: skip
+    assert metrics.take_steps(accelerator) == {}  # ty: ignore[invalid-argument-type]
+
+
+def test_golden_values_of_evaluation():
+    """Batches of 2 and 1 samples; the second has 1 word of 4."""
+    metrics, accelerator = Metrics(), Processes(2)
+    first = request_of(UNIFORM, TWO, ONE)
+    first.present = torch.cat([first.present, torch.zeros(1, 3, dtype=torch.bool)])
+    metrics.add_batch(torch.tensor(1.0), torch.tensor(0.5), first)
+    metrics.add_batch(torch.tensor(4.0), torch.tensor(0.1), request_of(TWO))
+    found = metrics.take_batches(accelerator)  # ty: ignore[invalid-argument-type]
+    entropy = (torch.tensor(4.0).log() + 2 * torch.tensor(2.0).log()).item() / 4
+    expected = {"vlm_loss": 2.0, "attention_loss": 0.4, "matched_words": 8, "student_entropy": entropy}
+    assert found == pytest.approx(expected)
+
+
+def test_entropy_is_not_logged_without_a_word():
+    metrics = Metrics()
+    request = request_of(UNIFORM, matched=0)
+    request.student_maps = request.student_maps[:0]
+    metrics.add_step(torch.tensor(2.0), torch.tensor(0.0), request, 1.0)
+    assert metrics.take_steps(Processes(1)) == {  # ty: ignore[invalid-argument-type]
+        "vlm_loss": 2.0, "attention_loss": 0.0, "matched_words": 0.0,
+    }  # fmt: skip
+
+
+def test_accumulated_batches_log_one_batchs_numbers(run):  # noqa: F811
+    """Every second step is logged."""
+    settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, "logging_steps": 2}
+    settings["align_warmup"] = 0.9
+    whole = run(per_device_train_batch_size=4, **settings)
+    parts = run(per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
+    for name in NUMBERS:
+        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-6)
+        assert len(logged(whole, name)) == 2
+    assert logged(parts, "align_weight") == logged(whole, "align_weight") == pytest.approx([10 * 2 / 3.6, 10])
+
+
+def test_where_the_trainer_divides_the_loss_the_numbers_are_right(run, make_student):  # noqa: F811
+    """A model that takes no number of items: its loss is each micro-batch's mean, and the trainer divides by them."""
+    settings: dict[str, Any] = {"learning_rate": 0.0, "max_steps": 3}
+    runs = []
+    for sizes in ({"per_device_train_batch_size": 4},
+                  {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}):  # fmt: skip
+        model = make_student()
+        model.accepts_loss_kwargs = False
+        runs.append(run(model=model, **sizes, **settings))
+        parts = [logged(runs[-1], name) for name in ("loss", "vlm_loss", "attention_loss")]
+        for total, language, attention in zip(*parts, strict=True):
+            assert total == pytest.approx(language + 10 * attention, rel=1e-5)
+    for name in ("attention_loss", "matched_words", "student_entropy"):
+        assert logged(runs[1], name) == pytest.approx(logged(runs[0], name), rel=1e-5)
+
+
+def test_a_constant_weight_is_not_logged(run):  # noqa: F811
+    assert logged(run(), "align_weight") == []
+
+
+def test_the_entropy_is_that_of_the_students_own_maps(run, processor, dataset, some_scenes, captions):  # noqa: F811
+    """Through `student_maps`, another way to the same attention."""
+    from lavender.attention import Reading, student_maps
+    from lavender.maps import entropy
+
+    trainer = run(max_steps=1, per_device_train_batch_size=6, learning_rate=0.0)
+    readings = [
+        Reading(scene.image, "describe the picture.", caption, content_words(caption, ("noun",)))
+        for scene, caption in list(zip(some_scenes, captions, strict=True))[:-1]
+    ]
+    maps: list[WordMaps] = student_maps(trainer.model, processor, readings, (11, 13))
+    expected = entropy(torch.cat([one.maps for one in maps])).mean().item()
+    assert logged(trainer, "student_entropy") == [pytest.approx(expected, rel=1e-4)]
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_evaluation_does_not_depend_on_its_batches(run, dataset, peft):  # noqa: F811
+    """Of several sets too, each under its own name; the numbers of training are not among them."""
+    metrics = []
+    for size in (1, 3, 6):
+        trainer = run(peft=lora() if peft else None, per_device_eval_batch_size=size)
+        found = trainer.evaluate({"all": dataset, "last": dataset.select([4, 5])})
+        metrics.append(found)
+        for name in NUMBERS:
+            assert f"eval_all_{name}" in found
+            assert f"eval_last_{name}" in found
+            assert f"eval_{name}" not in found
+        history = [entry for entry in trainer.state.log_history if "eval_all_loss" in entry]
+        assert len(history) == 1
+        assert not {"vlm_loss", "attention_loss"} & history[0].keys()
+    for found in metrics[1:]:
+        for name in ("attention_loss", "matched_words", "student_entropy"):
+            for part in ("all", "last"):
+                assert found[f"eval_{part}_{name}"] == pytest.approx(metrics[0][f"eval_{part}_{name}"], rel=1e-5)
+    alone = metrics[-1]
+    assert alone["eval_all_loss"] == pytest.approx(
+        alone["eval_all_vlm_loss"] + 10 * alone["eval_all_attention_loss"], rel=1e-5
+    )
+    assert alone["eval_all_matched_words"] > alone["eval_last_matched_words"] > 0
+
+
+def test_a_prediction_leaves_no_number_behind(run, dataset):  # noqa: F811
+    trainer = run()
+    expected = trainer.evaluate(dataset)
+    trainer.args.prediction_loss_only = True
+    trainer.predict(dataset.select([0]))
+    assert trainer.evaluate(dataset)["eval_attention_loss"] == expected["eval_attention_loss"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_coverage_counts_what_was_trained_on(run, dataset, captions, store_path, workers):  # noqa: F811
+    """Not what was only read: the loader is a batch ahead, and with workers several."""
+    data = dataset.select([0, 5, 1, 2])
+    trainer = run(
+        data=data, max_steps=2, per_device_train_batch_size=1, train_sampling_strategy="sequential",
+        dataloader_num_workers=workers,
+    )  # fmt: skip
+    nouns = len(content_words(captions[0], ("noun",)))
+    assert trainer.coverage == Coverage(2, 1, nouns, trainer.coverage.dropped)
+    assert trainer.coverage.dropped == {NO_MAPS: 1}
+    assert len(list(MapStore.open(store_path))) == 5
+    trainer.evaluate(dataset)
+    assert trainer.coverage.samples == 2
+
+
+def test_everything_logged_is_plain_json(run):  # noqa: F811
+    for entry in run(align_warmup=0.5).state.log_history:
+        assert json.loads(json.dumps(entry)) == entry

@@ -1,0 +1,102 @@
+"""Two processes log, evaluate and count what one does, on a list and on a stream; only the main one writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+WORKER = """
+import json, sys
+import torch
+from datasets import load_dataset
+from transformers import AutoProcessor, MllamaForConditionalGeneration
+from lavender import LavenderConfig, LavenderTrainer
+
+torch.set_num_threads(1)
+folder, out, settings, stream, plant = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), *map(int, sys.argv[4:6])
+args = LavenderConfig(
+    output_dir=out, maps=sys.argv[6], max_steps=2, seed=3, bf16=False, use_cpu=True, max_length=None,
+    logging_steps=1, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, learning_rate=0.05,
+    optim="sgd", report_to="tensorboard", probe_size=3, probe_steps=1, train_sampling_strategy="sequential",
+    per_device_eval_batch_size=1, **settings,
+)
+data = load_dataset("parquet", data_files=folder + "/data.parquet", split="train", cache_dir=folder + "/cache")
+train = data.to_iterable_dataset() if stream else data
+processor = AutoProcessor.from_pretrained(folder)
+model = MllamaForConditionalGeneration.from_pretrained(folder)
+trainer = LavenderTrainer(model, args, processing_class=processor, train_dataset=train)
+if plant and args.process_index == 1:
+    collate = trainer.data_collator
+    def spoil(examples):
+        batch = collate(examples)
+        batch["pixel_values"][0] = float("nan")
+        return batch
+    trainer.data_collator = spoil
+trainer.train()
+evaluated = trainer.evaluate(data)
+coverage = trainer.coverage
+if args.process_index == 0:
+    facts = {"log": trainer.state.log_history, "eval": evaluated}
+    facts["coverage"] = [coverage.samples, coverage.mapped_samples, coverage.words, dict(coverage.dropped)]
+    print("FACTS" + json.dumps(facts))
+"""
+
+
+@pytest.fixture
+def launch(make_student, processor, dataset, store_path, tmp_path):
+    make_student().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    dataset.select([0, 1, 2, 5, 3, 4, 0, 1]).to_parquet(tmp_path / "data.parquet")
+    (tmp_path / "worker.py").write_text(WORKER)
+
+    def launch(num_processes: int, stream: bool, settings: dict[str, Any], plant: bool = False) -> Any:
+        out = tmp_path / f"out{num_processes}"
+        runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        command = [sys.executable, *(runner if num_processes > 1 else []), str(tmp_path / "worker.py"), str(tmp_path)]
+        command += [str(out), json.dumps(settings), str(int(stream)), str(int(plant)), str(store_path)]
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )  # fmt: skip
+        if plant:
+            return result
+        assert result.returncode == 0, result.stderr
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith("FACTS")]
+        return json.loads(line.removeprefix("FACTS")) | {"out": out}
+
+    return launch
+
+
+def numbers(facts: Any, name: str) -> list[float]:
+    return [entry[name] for entry in facts["log"] if name in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+def test_two_processes_log_what_one_does(launch, stream):
+    """Four samples a step either way; the stream with accumulation, each process taking every second batch."""
+    parts = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1} if stream else {}
+    one = launch(1, stream, {"per_device_train_batch_size": 4})
+    two = launch(2, stream, {"per_device_train_batch_size": 2} | parts)
+    for name in ("loss", "vlm_loss", "attention_loss", "matched_words", "student_entropy"):
+        assert numbers(two, name) == pytest.approx(numbers(one, name), rel=1e-4), name
+    for name in ("probe_map_agreement", "probe_peak_hits", "probe_attention_loss"):
+        assert len(numbers(one, name)) == 3
+        assert numbers(two, name) == pytest.approx(numbers(one, name), rel=1e-3), name
+    for name in ("attention_loss", "matched_words", "student_entropy", "vlm_loss"):
+        assert two["eval"][f"eval_{name}"] == pytest.approx(one["eval"][f"eval_{name}"], rel=1e-3), name
+    assert two["coverage"] == one["coverage"]
+    writers = {file.name.split(".")[-2] for file in two["out"].rglob("events.out.tfevents.*")}
+    assert len(writers) == 1  # the id of the main process
+
+
+@pytest.mark.slow
+def test_one_process_stops_the_others(launch):
+    """Whose sample it was says so; nobody waits for ever."""
+    result = launch(2, False, {"per_device_train_batch_size": 2}, plant=True)
+    assert result.returncode != 0
+    assert "NotFiniteError: Got a loss that is not finite, in step 1: L_VLM and L_att of " in result.stderr
