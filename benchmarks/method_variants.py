@@ -172,7 +172,7 @@ def arms(folder: Path, overrides: Sequence[str], scale: Scale, seed: int) -> dic
     whole = run_of(folder, overrides, scale, seed)
     alone = run_of(folder, [*overrides, *ALONE], scale, seed)
     (targets, weights), kind = teacher_maps(whole, folder / "held-out"), alignment_of(whole).attention_loss
-    training, _ = teacher_maps(whole, folder / f"training-{seed}")
+    training = teacher_maps(whole, folder / f"training-{seed}")
     found = {
         name: weighted(per_word_loss(trained_maps(run, folder / "held-out"), targets, kind), weights)
         for name, run in (("trained", whole), ("aligner_only", alone))
@@ -259,17 +259,20 @@ def batches(place: Path, words: AlignmentConfig) -> list[dict[str, Any]]:
     return found
 
 
-def constants(training: Tensor, targets: Tensor, weights: Tensor, kind: Any) -> dict[str, float]:
+def constants(training: tuple[Tensor, Tensor], targets: Tensor, weights: Tensor, kind: Any) -> dict[str, float]:
     """Held-out loss of one map for every word: the better mean of the training words' maps; a flat one."""
-    heat = min_max(training)
+    heat, counts = min_max(training[0]), training[1][:, None, None]
     shares = heat + FLOOR
-    shares = (shares / shares.sum(dim=(-2, -1), keepdim=True)).mean(dim=0)
-    flat = torch.full_like(heat[0], float(heat.mean()))
+    shares = (shares / shares.sum(dim=(-2, -1), keepdim=True) * counts).sum(dim=0) / counts.sum()
+    flat = torch.full_like(heat[0], float((heat * counts).mean() / counts.mean()))
 
     def loss(one: Tensor) -> float:
         return weighted(per_word_loss(one.expand_as(targets), targets, kind), weights)
 
-    return {"constant": min(loss(heat.mean(dim=0)), loss(shares / shares.max())), "uniform": loss(flat)}
+    return {
+        "constant": min(loss((heat * counts).sum(dim=0) / counts.sum()), loss(shares / shares.max())),
+        "uniform": loss(flat),
+    }
 
 
 def weighted(losses: Tensor, weights: Tensor) -> float:
