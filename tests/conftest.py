@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
     from lavender.world.scenes import Scene
 
-pytest.register_assert_rewrite("families.contract", "families.geometry", "families.batches", "families.guards")
+pytest.register_assert_rewrite(
+    "families.contract", "families.geometry", "families.batches", "families.guards", "families.parts"
+)
 
 SEED = 20250206
 PROMPT = "describe the picture."

@@ -31,9 +31,10 @@ class Aligner(nn.Sequential):
     | sim | in → width, width → width, width → in, all normalised |
     | deep | in → width and width → width normalised; two of width → width not; width → in, normalised |
 
-    An activation follows each; a last 1 × 1 layer with a bias makes one channel. With convolutions the others are
-    3 × 3 without bias, with "mlp" 1 × 1: each cell for itself. Normalisations have no parameters. At 32 heads
-    and width 32, convolutions have 18,465, 27,681 and 46,113 parameters.
+    Where there is one channel in, these end with width channels. An activation follows each; a last 1 × 1 layer with a
+    bias makes one channel. With convolutions the others are 3 × 3 without bias, with "mlp" 1 × 1: each cell for
+    itself. Normalisations have no parameters. At 32 heads and width 32, convolutions have 18,465, 27,681 and 46,113
+    parameters.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class Aligner(nn.Sequential):
         middle = {"light": [], "sim": [normed], "deep": [normed, plain, plain]}[form]
         size = 3 if kind == "convolution" else 1
         layers: list[nn.Module] = []
-        for channels_in, channels_out, is_normed in ((channels, width, True), *middle, (width, channels, True)):
+        # a single channel would leave the last layer nothing but a sign, which min–max cannot turn
+        last = channels if channels > 1 else width
+        for channels_in, channels_out, is_normed in ((channels, width, True), *middle, (width, last, True)):
             layers.append(nn.Conv2d(channels_in, channels_out, kernel_size=size, padding=size // 2, bias=False))
             layers += [_NORMS[norm](channels_out)] if is_normed else []
             layers.append(_ACTIVATIONS[activation]())
-        super().__init__(*layers, nn.Conv2d(channels, 1, kernel_size=1))
+        super().__init__(*layers, nn.Conv2d(last, 1, kernel_size=1))
 
     def forward(self, input: Tensor) -> Tensor:
         return min_max(super().forward(input).squeeze(1))

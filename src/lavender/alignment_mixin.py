@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from trl import SFTTrainer
@@ -55,7 +55,7 @@ class AlignmentMixin(_TrainerLike):
         args: training arguments that are `AlignmentArguments` too.
         processing_class: the model's processor.
         maps: the map store, or several, if `args.maps` does not name it.
-        peft_config: LoRA settings; the model itself must not be a PeftModel yet.
+        peft_config: LoRA settings, or another method's; the model itself must not be a PeftModel yet.
         kwargs: the trainer's other arguments. Data sets, streams too, need `messages` and `images`: none, one or
             several. A `data_collator` makes the batch of plain fine-tuning from them; SFTTrainer brings its own.
     """
@@ -67,7 +67,7 @@ class AlignmentMixin(_TrainerLike):
         *,
         processing_class: ProcessorMixin,
         maps: MapStore | SeveralStores | None = None,
-        peft_config: LoraConfig | None = None,
+        peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
         if maps is None and args.maps is None:
@@ -94,7 +94,8 @@ class AlignmentMixin(_TrainerLike):
                 if is_alignment_part(name):  # without a loss they would be trained by nothing, and confuse DDP
                     parameter.requires_grad_(False)
         elif peft_config is not None:
-            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *TRAINED_PARTS})
+            tuned: Any = peft_config  # of a method that tunes modules, as all but the prompts' do
+            tuned.modules_to_save = sorted({*(tuned.modules_to_save or ()), *TRAINED_PARTS})
         wrapped: nn.Module = model
         if isinstance(self, SFTTrainer):
             kwargs["peft_config"] = peft_config

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,7 +26,6 @@ from lavender.errors import ConfigError, DataError, LavenderError
 from lavender.maps import Dropped
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from transformers import ProcessorMixin
 
     from lavender.alignment_data import Coverage
@@ -61,6 +60,9 @@ class RunConfig:
         out: the run folder.
         prompt: the question put before captions that come without one.
         lora: LoRA settings, or None for full tuning.
+        peft: settings of any PEFT config, `peft_type` first, in the place of `lora`, its short form.
+        freeze: parts of which nothing is trained: vision_tower, connector, language_model.
+        image_processor: settings that replace the image processor's own, such as its `size`.
         dtype: of the loaded weights, a torch name, or "auto".
         trust_remote_code: run code that comes with the model.
         training: any setting of LavenderConfig, which is TRL's SFTConfig and alignment's.
@@ -74,9 +76,22 @@ class RunConfig:
     eval_maps: str | None = None
     prompt: str = "Describe the image."
     lora: LoraSettings | None = None
+    peft: Mapping[str, Any] | None = None
+    freeze: Sequence[str] = ()
+    image_processor: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
     trust_remote_code: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def peft_settings(self) -> Mapping[str, Any] | None:
+        """Those of `peft`, or of `lora`, its short form; None for full tuning."""
+        if self.lora is None:
+            return self.peft
+        targets = self.lora.target_modules
+        return {
+            "peft_type": "LORA", "r": self.lora.r, "lora_alpha": self.lora.alpha, "lora_dropout": self.lora.dropout,
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+        }  # fmt: skip
 
 
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -134,6 +149,10 @@ def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
         if lora is not True and not isinstance(lora, dict):
             raise ConfigError(f"lora: {lora!r} in {where}", "true, false or settings", "write for example lora: {r: 8}")
         run["lora"] = from_mapping(LoraSettings, {} if lora is True else lora, f"{where}: lora")
+    peft = run.get("peft")
+    if peft is not None and (not isinstance(peft, dict) or "lora" in run):
+        got = "lora and peft" if "lora" in run else f"peft: {peft!r}"
+        raise ConfigError(f"{got} in {where}", "one of them, with its settings", "write peft: {peft_type: LORA, r: 8}")
     return RunConfig(**run, training={key: value for key, value in settings.items() if key not in own})
 
 
@@ -153,6 +172,7 @@ def train(run: RunConfig) -> Path:
     from lavender.data import read_samples, to_dataset
     from lavender.processes import last_complete_checkpoint
     from lavender.store import MapStore
+    from lavender.trainable import check_trained, freeze, peft_config_of
     from lavender.trainer import LavenderTrainer
 
     _check_evaluation(run)
@@ -164,10 +184,14 @@ def train(run: RunConfig) -> Path:
     is_main = args.process_index == 0
     _say(notes, is_main)
     stores = SeveralStores(*(MapStore.open(path) for path in (run.maps, run.eval_maps) if path is not None))
+    model, settings = load_model(), run.peft_settings()
+    freeze(model, run.freeze)
     trainer = LavenderTrainer(
-        load_model(), args, processing_class=processor, train_dataset=to_dataset(sets[0]), maps=stores,
-        eval_dataset=to_dataset(sets[1]) if run.eval_data else None, peft_config=_lora_config(run.lora),
+        model, args, processing_class=processor, train_dataset=to_dataset(sets[0]), maps=stores,
+        eval_dataset=to_dataset(sets[1]) if run.eval_data else None,
+        peft_config=None if settings is None else peft_config_of(settings, model, run.freeze),
     )  # fmt: skip
+    _say([check_trained(trainer.accelerator.unwrap_model(trainer.model), run.freeze)], is_main)
     checkpoint, interrupted = last_complete_checkpoint(out / "trainer")
     _say([f"passed over {path}, which was not written to its end" for path in interrupted], is_main)
     _say([f"going on from {checkpoint}"] if checkpoint else [], is_main)
@@ -223,6 +247,7 @@ def _prepared(run: RunConfig, out: Path, notes: list[str]) -> tuple[ProcessorMix
         config = AutoConfig.from_pretrained(run.model, **common)
         adapter = adapter_for(config)
         processor = adapter.processor(AutoProcessor.from_pretrained(run.model, **common))
+    _set_images(processor, run.image_processor)
     try:
         args = LavenderConfig(output_dir=str(out / "trainer"), maps=run.maps, **_training_settings(run, processor))
     except LavenderError:
@@ -242,20 +267,7 @@ def _prepared(run: RunConfig, out: Path, notes: list[str]) -> tuple[ProcessorMix
 
 
 def _training_settings(run: RunConfig, processor: ProcessorMixin) -> dict[str, Any]:
-    template = cast(str, processor.chat_template or "")
-    knows_answers = "{% generation" in template.replace("{%-", "{%")
-    return {"report_to": "none", "max_length": None, "assistant_only_loss": knows_answers, **run.training}
-
-
-def _lora_config(lora: LoraSettings | None) -> LoraConfig | None:
-    from peft import LoraConfig
-
-    if lora is None:
-        return None
-    modules = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM", target_modules=modules
-    )
+    return {"report_to": "none", "max_length": None, "assistant_only_loss": _tells_answers(processor), **run.training}
 
 
 def _write_start(run: RunConfig, args: LavenderConfig, out: Path) -> None:
@@ -274,6 +286,26 @@ def _counted(coverage: Coverage, samples: Samples) -> dict[str, Any]:
         "samples": coverage.samples, "mapped_samples": coverage.mapped_samples, "words": coverage.words,
         "dropped": dict(coverage.dropped), "unreadable": [asdict(drop) for drop in samples.dropped],
     }  # fmt: skip
+
+
+def _tells_answers(processor: Any) -> bool:
+    """Whether the chat template marks the assistant's turns, or TRL has a variant of it that does."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if not processor.chat_template:
+        return False
+    try:
+        return has_generation_markers(processor.chat_template) or get_training_chat_template(processor) is not None
+    except ValueError:  # TRL's way of saying that it does not know the template
+        return False
+
+
+def _set_images(processor: Any, settings: Mapping[str, Any]) -> None:
+    """Replace settings of the image processor; those of the checkpoint that the run writes too."""
+    if settings:
+        images = processor.image_processor
+        check_keys(settings, list(images.to_dict()), "image_processor")
+        processor.image_processor = type(images).from_dict(images.to_dict() | dict(settings))
 
 
 def readable(samples: Samples) -> Samples:

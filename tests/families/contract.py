@@ -3,8 +3,8 @@
 1 logits unchanged · 2 rows exact · 3 gradients reach q and k · 4 the model is restored · 5 the place of every
 image key (`families.geometry`, also for a family's other processors) · 6 padding side and batch order change
 nothing · 7 checkpointing · 8 samples with several pictures and with none, LoRA, bfloat16 (`families.batches`) ·
-9 what would be silently wrong raises (`families.guards`). A family's further text models or towers need
-`families.core` alone, the decisive part of 1, 2, 3, 5, 6 and 7.
+9 what would be silently wrong raises (`families.guards`) · 10 parts that can be frozen (`families.parts`). A family's
+further text models or towers need `families.core` alone, the decisive part of 1, 2, 3, 5, 6 and 7.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from families.batches import Batches
 from families.core import POOLINGS, Core
 from families.geometry import GRID, batch_of
 from families.guards import Guards
+from families.parts import Parts
 from lavender.attention import Reading, capturing, student_maps
 from lavender.config import AlignmentConfig, Pooling
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
@@ -35,7 +36,7 @@ EVERY_POOLING = pytest.mark.parametrize(
 )
 
 
-class Contract(Batches, Guards, Core):
+class Contract(Batches, Guards, Parts, Core):
     """Collected as a subclass only."""
 
     # 1

@@ -15,6 +15,9 @@ from lavender.config import LayerChoice
 from lavender.errors import ConfigError, DataError
 from lavender.grids import KeyLayout
 
+PARTS = ("vision_tower", "connector", "language_model")
+"""What can be frozen: what sees, what lies between, and what reads and writes."""
+
 
 class Removable(Protocol):
     """What is to be undone by `remove`, as a hook's handle."""
@@ -32,11 +35,25 @@ class VlmAdapter(ABC):
 
     model_type: ClassVar[str]
     """`config.model_type` of the family."""
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision_tower": ("model.vision_tower",),
+        "connector": ("model.multi_modal_projector",),
+        "language_model": ("model.language_model", "lm_head"),
+    }
+    """Where the parts that can be frozen lie: beginnings of names of modules and weights; the longest one counts."""
     cross_attends: ClassVar[bool] = False
     """Whether its usable layers attend to pictures alone; else pictures are part of the sequence."""
 
     def __init__(self, config: Any):
         self.config = config
+
+    def part_of(self, name: str) -> str | None:
+        """Which of PARTS a module or weight of this name belongs to; None for what holds several."""
+        found = [
+            (len(begin), part) for part, begins in self.parts.items()
+            for begin in begins if name == begin or name.startswith(f"{begin}.")
+        ]  # fmt: skip
+        return max(found)[1] if found else None
 
     @abstractmethod
     def usable_layers(self) -> tuple[int, ...]:

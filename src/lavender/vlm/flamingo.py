@@ -98,6 +98,11 @@ class FlamingoAdapter(VlmAdapter):
     """
 
     model_type = "open_flamingo"
+    parts = {  # noqa: RUF012
+        "vision_tower": ("model.vision_tower",),
+        "connector": ("model.perceiver", "model.gated_cross_attn_layers"),
+        "language_model": ("model.language_model", "lm_head"),
+    }
     cross_attends = True
 
     def usable_layers(self) -> tuple[int, ...]:

@@ -113,6 +113,11 @@ class IdeficsAdapter(VlmAdapter):
     """
 
     model_type = "idefics"
+    parts = {  # noqa: RUF012
+        "vision_tower": ("model.vision_model",),
+        "connector": ("model.perceiver_resampler", "model.gated_cross_attn_layers"),
+        "language_model": ("model", "lm_head"),
+    }
     cross_attends = True
 
     def processor(self, published: Any) -> IdeficsChatProcessor:

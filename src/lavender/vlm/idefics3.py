@@ -28,6 +28,11 @@ class Idefics3Adapter(VlmAdapter):
     """
 
     model_type = "idefics3"
+    parts = {  # noqa: RUF012
+        "vision_tower": ("model.vision_model",),
+        "connector": ("model.connector",),
+        "language_model": ("model.text_model", "lm_head"),
+    }
 
     def usable_layers(self) -> tuple[int, ...]:
         return tuple(range(self.config.text_config.num_hidden_layers))

@@ -39,6 +39,11 @@ class LlavaNextAdapter(VlmAdapter):
     """
 
     model_type = "llava_next"
+    parts = {  # noqa: RUF012
+        "vision_tower": ("model.vision_tower",),
+        "connector": ("model.multi_modal_projector", "model.image_newline"),
+        "language_model": ("model.language_model", "lm_head"),
+    }
 
     def usable_layers(self) -> tuple[int, ...]:
         return tuple(range(self.config.text_config.num_hidden_layers))

@@ -132,6 +132,11 @@ class MiniCpmVAdapter(VlmAdapter):
     """
 
     model_type = "minicpmv"
+    parts = {  # noqa: RUF012
+        "vision_tower": ("vpm",),
+        "connector": ("resampler",),
+        "language_model": ("llm",),
+    }
 
     def processor(self, published: Any) -> MiniCpmVChatProcessor:
         if isinstance(published, MiniCpmVChatProcessor):

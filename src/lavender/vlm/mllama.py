@@ -24,6 +24,11 @@ class MllamaAdapter(VlmAdapter):
     """
 
     model_type = "mllama"
+    parts = {  # noqa: RUF012
+        "vision_tower": ("model.vision_model",),
+        "connector": ("model.multi_modal_projector",),
+        "language_model": ("model.language_model", "lm_head"),
+    }
     cross_attends = True
 
     def usable_layers(self) -> tuple[int, ...]:

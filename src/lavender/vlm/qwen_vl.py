@@ -22,6 +22,11 @@ class Qwen2VlAdapter(VlmAdapter):
     """
 
     model_type = "qwen2_vl"
+    parts = {  # noqa: RUF012
+        "vision_tower": ("model.visual",),
+        "connector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
+        "language_model": ("model.language_model", "lm_head"),
+    }
 
     def usable_layers(self) -> tuple[int, ...]:
         return tuple(range(self.config.text_config.num_hidden_layers))

@@ -1,0 +1,154 @@
+"""Which of a model's weights are trained: its parts frozen or not, LoRA or any other method of PEFT, and the counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel
+
+from lavender.config import check_keys
+from lavender.errors import ConfigError
+from lavender.objective import is_alignment_part
+from lavender.vlm.base import PARTS
+from lavender.vlm.registry import adapter_for
+
+ALIGNMENT = "alignment"
+
+
+def freeze(model: PreTrainedModel, parts: Sequence[str]) -> None:
+    """Train nothing of these parts: some of "vision_tower", "connector" and "language_model".
+
+    For PEFT pass the same parts to `peft_config_of`: a PEFT method freezes the whole model, then adds its own weights.
+
+    Raises:
+        ConfigError: an unknown part, or all three.
+    """
+    _check(parts)
+    adapter = adapter_for(model.config)
+    for name, parameter in model.named_parameters():
+        if adapter.part_of(name) in parts:
+            parameter.requires_grad_(False)
+
+
+def peft_config_of(settings: Mapping[str, Any], model: PreTrainedModel, frozen: Sequence[str] = ()) -> PeftConfig:
+    """PEFT's own config from its settings, `peft_type` first, kept out of frozen parts.
+
+    Raises:
+        ConfigError: an unknown type or setting; a type that adds tokens to the text, or that cannot spare a frozen
+            part; no target module of that name outside frozen parts.
+    """
+    _check(frozen)
+    known: dict[str, Any] = {str(one.value): config for one, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    given = dict(settings)
+    kind = str(given.pop("peft_type", None))
+    if kind not in known:
+        raise ConfigError(f"peft_type: {kind}", f"one of {sorted(known)}", "write for example peft: {peft_type: LORA}")
+    allowed = [one.name for one in dataclasses.fields(known[kind]) if one.init]
+    if not {"target_modules", "modules_to_save"} <= set(allowed):
+        raise ConfigError(
+            f"peft_type: {kind}, which does not tune chosen modules", "a method that does, such as LORA or IA3",
+            "choose another; added tokens would move the text's places, and the Aligner could not be trained beside it",
+        )  # fmt: skip
+    check_keys(given, allowed, "peft")
+    try:
+        config = known[kind](**({"task_type": "CAUSAL_LM"} | given))
+    except (TypeError, ValueError) as error:  # PEFT's own checks
+        got = f"settings of {kind} that PEFT refuses: {error}"
+        raise ConfigError(got, "values that it accepts", "change the setting") from error
+    _spare(config, model, frozen)
+    return config
+
+
+def _spare(config: Any, model: PreTrainedModel, frozen: Sequence[str]) -> None:
+    """Keep a PEFT config out of frozen parts, and see that it finds a module elsewhere."""
+    if not config.target_modules and not vars(config).get("target_parameters"):
+        raise ConfigError("peft without target_modules", "the modules to tune", "add target_modules: [q_proj, v_proj]")
+    adapter = adapter_for(model.config)
+    names = [name for name, _ in model.named_modules()]
+    spared = [name for name in names if name and adapter.part_of(name) in frozen]
+    if spared:
+        if "exclude_modules" not in vars(config):
+            raise ConfigError(
+                f"freeze with peft_type: {config.peft_type.value}, which cannot leave out modules",
+                "a method that can, such as LORA",
+                "choose another, or leave freeze out and write target_modules as a regular expression",
+            )
+        if config.exclude_modules:
+            raise ConfigError(f"freeze and exclude_modules={config.exclude_modules!r}", "one of them", "leave out one")
+        config.exclude_modules = _matching(adapter, frozen)
+    special = isinstance(config.target_modules, str) and config.target_modules == "all-linear"
+    if config.target_modules and not special and not any(check_target_module_exists(config, name) for name in names):
+        raise ConfigError(
+            f"target_modules={config.target_modules!r}" + (f" with freeze: {list(frozen)}" if frozen else ""),
+            "names of modules of what is trained", "see the model's modules, or freeze less",
+        )  # fmt: skip
+
+
+def _matching(adapter: Any, frozen: Sequence[str]) -> str:
+    """A regular expression for all that lies in frozen parts, as `part_of` has it: longer beginnings win."""
+    pieces = []
+    for part in frozen:
+        for begin in adapter.parts[part]:
+            inner = [
+                other for name, begins in adapter.parts.items() if name not in frozen
+                for other in begins if other.startswith(f"{begin}.")
+            ]  # fmt: skip
+            but = "".join(f"(?!{re.escape(one)}(\\.|$))" for one in inner)
+            pieces.append(f"{but}{re.escape(begin)}(\\..*)?")
+    return "|".join(pieces)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(trained, all) parameters of each part of a model, and of what alignment adds.
+
+    Those of PEFT count where they lie. With DeepSpeed's ZeRO-3 the sizes are those of the whole, not of a shard.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapter = adapter_for(base.config)
+    trained, whole = Counter(), Counter()
+    for name, parameter in base.named_parameters():
+        part = ALIGNMENT if is_alignment_part(name) else adapter.part_of(name)
+        size = vars(parameter).get("ds_numel", parameter.numel())
+        whole[part] += size
+        trained[part] += size if parameter.requires_grad else 0
+    return {part: (trained[part], whole[part]) for part in (*PARTS, ALIGNMENT) if whole[part]}
+
+
+def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
+    """What is trained, counted, in a line; and one more where small steps would be lost.
+
+    Raises:
+        ConfigError: something in a frozen part is trained after all, or nothing of the model is.
+    """
+    counts = trained_parameters(model)
+    moved = [part for part in frozen if counts.get(part, (0, 0))[0]]
+    if moved:
+        raise ConfigError(
+            f"freeze: {list(frozen)}, and trained weights in {moved}", "none", "look at peft's bias and modules_to_save"
+        )
+    if not any(trained for part, (trained, _) in counts.items() if part != ALIGNMENT):
+        raise ConfigError(f"freeze: {list(frozen)}, which leaves nothing to train", "a part that trains", "freeze less")
+    parts = ", ".join(f"{part} {trained:,} of {whole:,}" for part, (trained, whole) in counts.items())
+    line = f"trained parameters: {parts}"
+    if any(one.requires_grad and one.dtype in (torch.bfloat16, torch.float16) for one in model.parameters()):
+        line += (
+            "\ntrained weights of 16 bits: steps of less than about 1/500 of a weight are rounded away, unless FSDP or "
+            "DeepSpeed keeps float32 copies. With dtype: float32 and bf16: true only the computing is of 16 bits"
+        )
+    return line
+
+
+def _check(parts: Sequence[str]) -> None:
+    wrong = [one for one in parts if one not in PARTS]
+    if wrong or isinstance(parts, str):
+        raise ConfigError(f"freeze: {parts!r}", f"a list of some of {list(PARTS)}", "write for example [vision_tower]")
+    if set(parts) == set(PARTS):
+        raise ConfigError(f"freeze: {list(parts)}", "a part that trains", "leave one out")
