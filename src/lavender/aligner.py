@@ -50,7 +50,7 @@ class Aligner(nn.Sequential):
         middle = {"light": [], "sim": [normed], "deep": [normed, plain, plain]}[form]
         size = 3 if kind == "convolution" else 1
         layers: list[nn.Module] = []
-        # a single channel would leave the last layer nothing but a sign, which min–max cannot turn
+        # of a single channel the last layer is a number: min–max leaves its sign alone, which hardly ever turns
         last = channels if channels > 1 else width
         for channels_in, channels_out, is_normed in ((channels, width, True), *middle, (width, last, True)):
             layers.append(nn.Conv2d(channels_in, channels_out, kernel_size=size, padding=size // 2, bias=False))
