@@ -1,7 +1,7 @@
 """Does every variant of the method learn? Each trains a built-in student on the world, and must beat two controls.
 
-    python benchmarks/method_variants.py --quick --json variants.json     # one seed, about ten minutes on one core
-    python benchmarks/method_variants.py --json variants.json             # three seeds and four times the steps
+    python benchmarks/method_variants.py --quick --json variants.json     # one seed, about 20 minutes on one core
+    python benchmarks/method_variants.py --json variants.json             # three seeds and three times the steps
     python benchmarks/method_variants.py --quick --only pooling=learn align_weight=estimated
 
 A variant is examples/world.yaml with its overrides, run by the code of `lavender train`. Its bar, on held-out scenes,
@@ -112,7 +112,7 @@ class Scale:
 
 
 _MAPS: dict[str, Tensor] = {}  # settings of a run → what its student shows
-QUICK, FULL = Scale(32, 8, 96, 48, (1,)), Scale(200, 8, 400, 200, (1, 2, 3))
+QUICK, FULL = Scale(64, 8, 96, 48, (1,)), Scale(200, 8, 400, 200, (1, 2, 3))
 
 
 def main() -> None:
