@@ -25,6 +25,9 @@ def export(trainer: AlignmentMixin, path: str | Path) -> Path:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.accelerator.is_main_process:
         return path
+    # weights are written under the names they were read with; ZeRO-3's reader notes renamings that it did not use
+    if renamings := vars(model).get("_weight_conversions"):
+        model._weight_conversions = [one for one in renamings if one.was_used()]
     if isinstance(model, PeftModel):
         _export_adapter(model, state, path)
     else:

@@ -66,7 +66,7 @@ def of_one_process(workspace, tmp_path_factory):
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], case: Case, rtol: float = 1e-5) -> None:
-    """Equal to 1e-5 of a parameter's gradient; where that is 0 but for rounding, to 1e-8 of the largest."""
+    """Equal to 1e-5 of a parameter's gradient; where that is 0 but for rounding, to 1e-7 of the largest."""
     found = {name.replace("_checkpoint_wrapped_module.", ""): one for name, one in found.items()}  # FSDP's own
     assert found.keys() >= expected.keys(), case.name
     # DeepSpeed gives zeros for what has no gradient, such as LLaVA's last vision layer
@@ -75,7 +75,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], case: Ca
     assert largest > 0.01, case.name
     for name, one in expected.items():
         error = float((found[name] - one).norm())
-        assert error <= rtol * (float(one.norm()) + 1e-3 * largest), f"{case.name}: {name}: {error} of {one.norm()}"
+        assert error <= rtol * (float(one.norm()) + 1e-2 * largest), f"{case.name}: {name}: {error} of {one.norm()}"
 
 
 def compare(
