@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -291,6 +292,8 @@ def _train(options: argparse.Namespace) -> int:
     state = PartialState()
     if state.is_main_process:
         print(f"run folder: {folder}")
+    # a group's threads must end while Python still runs, and models that wait in cycles of references hold on to it
+    gc.collect()
     state.destroy_process_group()
     return DONE
 

@@ -72,7 +72,9 @@ def _of_latents(overlap_VPC: Tensor, views_BK: Tensor, mixing_VNP: Tensor | None
     real_BK, num_views = views_BK >= 0, overlap_VPC.shape[0]
     own_BKV = views_BK[..., None] == torch.arange(num_views, device=views_BK.device)
     order_BK = (own_BKV.cumsum(dim=1) - 1).gather(2, views_BK.clamp_min(0)[..., None])[..., 0]
-    latents = int(order_BK.max()) + 1 if real_BK.any() else 0
+    latents = int(order_BK.max()) + 1
+    if mixing_VNP is not None and not real_BK.any():  # a batch of text alone, whose model ran on a picture of nothing
+        latents = mixing_VNP.shape[1]
     expected = (num_views, latents, overlap_VPC.shape[1])
     if mixing_VNP is None or mixing_VNP.shape != expected:
         raise CaptureError(

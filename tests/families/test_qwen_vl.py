@@ -213,7 +213,12 @@ class TestQwen2Vl(Contract):
         model(**batch, attention_request=request)
         together = head.maps(request)[-1]
         alone = batch_of(family, readings[-1:])
-        tensors = {"rows": request.rows_BR, "shares": request.shares, "targets": request.targets}
+        tensors = {
+            "rows": request.rows_BR,
+            "shares": request.shares,
+            "targets": request.targets,
+            "weights": request.weights,
+        }
         tensors |= {"present": request.present, "word_pictures": request.word_pictures}
         tensors = {name: one[-1:] for name, one in tensors.items()}
         keys = Qwen2VlAdapter(model.config).key_tensors(alone, [[list(SIZES)[2]]], family.processor)

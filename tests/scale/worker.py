@@ -6,6 +6,7 @@ The same function gives the gradients of one process, inside the test's own proc
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -152,6 +153,8 @@ def main() -> None:
                                 "wrapped": type(trainer.model_wrapped).__name__, "unchanged": unchanged,
                                 "log": trainer.state.log_history})
                 )  # fmt: skip
+            del trainer, gradients
+    gc.collect()  # the threads of a process group must end while Python still runs
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
