@@ -7,7 +7,10 @@ with its name and a reason, never silently.
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -334,3 +337,31 @@ def _list(value: Any, what: str) -> list[Any]:
 
 def _text(content: list[dict[str, str]]) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def readable(samples: Samples) -> Samples:
+    """The samples whose picture can be decoded; the others are dropped now, not met at some later step."""
+    places = [
+        one.sources if one.sources and all(isinstance(source, Path) for source in one.sources) else index
+        for index, one in enumerate(samples)
+    ]
+    pictures = dict(zip(places, samples, strict=True))  # each file once, however many texts it has
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # load_image does so too, but the filters are shared by all threads
+        faults = dict(zip(pictures, pool.map(_fault, pictures.values()), strict=True))
+    kept = tuple(one for place, one in zip(places, samples, strict=True) if not faults[place])
+    dropped = tuple(
+        Dropped(one.name, faults[place]) for place, one in zip(places, samples, strict=True) if faults[place]
+    )
+    if not kept:
+        got = f"{len(samples)} samples, none with a usable picture; the first, {dropped[0].what}: {dropped[0].reason}"
+        raise DataError(got, "at least one usable sample", "repair the pictures")
+    return Samples(kept, samples.dropped + dropped)
+
+
+def _fault(sample: Sample) -> str:
+    try:
+        sample.load()
+    except DataError as error:
+        return str(error)
+    return ""

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.attention import Reading, evaluating
 from lavender.comparison import left_out, readings_of, require_limit, spread
-from lavender.data import Samples, read_samples
+from lavender.data import Samples, read_samples, readable
 from lavender.errors import DataError, UnsupportedModelError
 from lavender.grids import overlap_matrix
 from lavender.images import image_id
 from lavender.locate import WordLocator
 from lavender.maps import Word
-from lavender.run import load_run, readable
+from lavender.run import load_run
 from lavender.store import MapStore
 from lavender.vlm.base import VlmAdapter
 from lavender.vlm.registry import adapter_for

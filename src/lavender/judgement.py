@@ -10,11 +10,11 @@ import yaml
 
 from lavender.comparison import Observed, Phrase, left_out, observe, panels_of, readings_of, require_limit, spread
 from lavender.config import AlignmentConfig
-from lavender.data import Sample, Samples, read_samples
+from lavender.data import Sample, Samples, read_samples, readable
 from lavender.errors import ConfigError, DataError
 from lavender.images import image_id
 from lavender.report import Curve, Report, Table, write_report
-from lavender.run import load_run, readable
+from lavender.run import load_run
 from lavender.store import MapStore
 
 NUM_PANELS = 6

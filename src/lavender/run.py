@@ -7,12 +7,9 @@ A run folder holds `config.yaml` (resolved), `metrics.jsonl`, `environment.json`
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -22,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lavender.config import check_keys, from_mapping
-from lavender.errors import ConfigError, DataError, LavenderError
-from lavender.maps import Dropped
+from lavender.errors import ConfigError, LavenderError
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from lavender.alignment_data import Coverage
-    from lavender.data import Sample, Samples
+    from lavender.data import Samples
     from lavender.trainer import LavenderConfig
 
 PACKAGES = ("lavender-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -169,7 +165,7 @@ def train(run: RunConfig) -> Path:
     """
     from lavender.alignment_data import SeveralStores
     from lavender.checkpoints import export, save_head
-    from lavender.data import read_samples, to_dataset
+    from lavender.data import read_samples, readable, to_dataset
     from lavender.processes import last_complete_checkpoint
     from lavender.store import MapStore
     from lavender.trainable import check_trained, freeze, peft_config_of
@@ -306,36 +302,6 @@ def _set_images(processor: Any, settings: Mapping[str, Any]) -> None:
         images = processor.image_processor
         check_keys(settings, list(images.to_dict()), "image_processor")
         processor.image_processor = type(images).from_dict(images.to_dict() | dict(settings))
-
-
-def readable(samples: Samples) -> Samples:
-    """The samples whose picture can be decoded; the others are dropped now, not met at some later step."""
-    from lavender.data import Samples
-
-    places = [
-        one.sources if one.sources and all(isinstance(source, Path) for source in one.sources) else index
-        for index, one in enumerate(samples)
-    ]
-    pictures = dict(zip(places, samples, strict=True))  # each file once, however many texts it has
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("ignore")  # load_image does so too, but the filters are shared by all threads
-        faults = dict(zip(pictures, pool.map(_fault, pictures.values()), strict=True))
-    kept = tuple(one for place, one in zip(places, samples, strict=True) if not faults[place])
-    dropped = tuple(
-        Dropped(one.name, faults[place]) for place, one in zip(places, samples, strict=True) if faults[place]
-    )
-    if not kept:
-        got = f"{len(samples)} samples, none with a usable picture; the first, {dropped[0].what}: {dropped[0].reason}"
-        raise DataError(got, "at least one usable sample", "repair the pictures")
-    return Samples(kept, samples.dropped + dropped)
-
-
-def _fault(sample: Sample) -> str:
-    try:
-        sample.load()
-    except DataError as error:
-        return str(error)
-    return ""
 
 
 @contextmanager
