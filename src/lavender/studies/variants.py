@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lavender.config import ALIGNER_FORMS, ALIGNER_KINDS, ALIGNER_NORMS, MATCHES, POOLINGS
+from lavender.config import ALIGNER_FORMS, ALIGNER_KINDS, ALIGNER_NORMS, MATCHES, POOLINGS, AlignmentConfig
 from lavender.studies.cells import Arm
 from lavender.studies.page import draw_bars
 from lavender.studies.study import Finding, Scores, Study, compare
@@ -42,6 +42,11 @@ def _study(title: str, question: str, paper: str, variants: Mapping[str, Mapping
     return Study(title, question, paper, arms, _judge, _draw)
 
 
+def _setting(name: str, value: str) -> dict[str, str]:
+    """Nothing where it is the default: the arm is then the same as another study's, and runs once."""
+    return {} if getattr(AlignmentConfig, name) == value else {name: value}
+
+
 def _words(quick: bool) -> dict[str, Arm]:
     things = {match: Arm("mllama", "full", "teacher", settings=(("match", match),)) for match in MATCHES}
     every = {
@@ -67,14 +72,14 @@ VARIANTS: dict[str, Study] = {
     "pooling": _study(
         "Which pooling?", "Aligned fine-tuning with each way to make one map of many layers and heads.",
         "learned parallel attention is best and scales best; flow-multi is worst (§8.1, Fig. 19, 20).",
-        {pooling: {"pooling": pooling} for pooling in POOLINGS if "-flow-" not in pooling},
+        {pooling: _setting("pooling", pooling) for pooling in POOLINGS if "-flow-" not in pooling},
     ),
     "aligner": _study(
         "Which Aligner?", "The Aligner's depth, layers and normalisation; the default is sim, convolution, instance.",
         "convolutions are better than an MLP (§7.1, App. F.1).",
-        {f"form {form}": {"aligner": form} for form in ALIGNER_FORMS}
-        | {f"kind {kind}": {"aligner_kind": kind} for kind in ALIGNER_KINDS}
-        | {f"norm {norm}": {"aligner_norm": norm} for norm in ALIGNER_NORMS},
+        {f"form {form}": _setting("aligner", form) for form in ALIGNER_FORMS}
+        | {f"kind {kind}": _setting("aligner_kind", kind) for kind in ALIGNER_KINDS}
+        | {f"norm {norm}": _setting("aligner_norm", norm) for norm in ALIGNER_NORMS},
     ),
     "words": Study(
         "Which words?", "Of the words that name things: those that the student predicts itself, or in another form, or "
