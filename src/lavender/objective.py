@@ -200,7 +200,7 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
         *MixingCollector(model, adapter).handles,
     ]  # fmt: skip
     if config.match == "root" and model.base_model is not model:
-        choose = partial(_choose_tokens, model.get_output_embeddings())
+        choose = partial(_choose_tokens, model)
         handles.append(model.base_model.register_forward_hook(choose, with_kwargs=True))
 
     def undo() -> None:
@@ -249,12 +249,13 @@ def _pool_heads(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _choose_tokens(lm_head: nn.Module, backbone: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+def _choose_tokens(model: PreTrainedModel, base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """What the model predicts at the rows: a fused loss, TRL's default, makes no logits."""
     request = kwargs.get("attention_request")
     if isinstance(request, AlignmentRequest):
         rows_BRD = select_rows(output.last_hidden_state[:, None], request.rows_BR)[:, 0]
-        request.chosen_BR = lm_head(rows_BRD).argmax(dim=-1)
+        head = model.get_output_embeddings()  # asked each time: PEFT may have replaced it
+        request.chosen_BR = head(rows_BRD).argmax(dim=-1)
 
 
 def _add_attention_loss(

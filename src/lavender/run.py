@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lavender.trainer import LavenderConfig
 
 PACKAGES = ("lavender-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+DEFAULTS: dict[str, Any] = {"report_to": "none", "max_length": None}  # where they differ from TRL's
 EVALUATED = ("loss", "vlm_loss", "attention_loss")
 """What an evaluation gives that can say which checkpoint is best, without `eval_`."""
 
@@ -263,13 +264,13 @@ def _prepared(run: RunConfig, out: Path, notes: list[str]) -> tuple[ProcessorMix
 
 
 def _training_settings(run: RunConfig, processor: ProcessorMixin) -> dict[str, Any]:
-    return {"report_to": "none", "max_length": None, "assistant_only_loss": _tells_answers(processor), **run.training}
+    return {**DEFAULTS, "assistant_only_loss": _tells_answers(processor), **run.training}
 
 
 def _write_start(run: RunConfig, args: LavenderConfig, out: Path) -> None:
     """What is known before the first step."""
-    training = {"report_to": "none", "max_length": None, "assistant_only_loss": args.assistant_only_loss}
-    resolved = asdict(run) | {"training": training | dict(run.training)}
+    training = {**DEFAULTS, "assistant_only_loss": args.assistant_only_loss, **run.training}
+    resolved = asdict(run) | {"training": training}
     (out / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
     environment = {"python": platform.python_version(), "platform": platform.platform()}
     environment |= {name: version(name) for name in PACKAGES} | {"device": str(args.device), "seed": str(args.seed)}

@@ -123,7 +123,7 @@ def test_a_resumed_run_goes_on_with_its_variance(run, tmp_path, kind):  # noqa: 
 
 
 def test_confidence_weighs_words(run, store_path):  # noqa: F811
-    """Half of the run's words are unsure: the loss is their weighted mean, and another one than the plain mean."""
+    """The batch's weights are the store's confidences, and the loss is another one than the plain mean."""
     plain, weighted = run(max_steps=1), run(max_steps=1, weight_by_confidence=True)
     batch = next(iter(weighted.get_train_dataloader()))["alignment"]
     sure = [one for record in MapStore.open(store_path) for one in record.confidence.tolist()]
