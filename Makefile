@@ -13,7 +13,9 @@ export TOKENIZERS_PARALLELISM := false
 export DS_BUILD_OPS := 0
 
 BIN := .venv/bin
+# what users install, and what tests take beside it
 STAMP := .venv/.installed
+TESTS := .venv/.installed-for-tests
 JOBS ?= 2
 
 help: ## this list
@@ -25,10 +27,10 @@ demo: $(STAMP) ## the first run: lavender-demo/report.html and results.json
 test: lint ## style, types, import rules and the tests that are not slow
 	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
-test-all: $(STAMP) ## the slow tests: several processes, a browser, the built wheel, the demo
+test-all: $(TESTS) ## the slow tests: several processes, a browser, the built wheel, the demo
 	$(BIN)/pytest -m slow
 
-lint: $(STAMP) ## style, types and import rules only
+lint: $(TESTS) ## style, types and import rules only
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/ty check
@@ -45,7 +47,9 @@ clean: ## remove what the other targets made, except .venv and the weights
 	rm -rf build dist lavender-demo .pytest_cache .ruff_cache .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): extras := demo
+$(TESTS): extras := demo,dev,deepspeed
+$(STAMP) $(TESTS): pyproject.toml constraints.txt
 	@found=; \
 	for python in python3.11 python3; do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
@@ -57,6 +61,6 @@ $(STAMP): pyproject.toml constraints.txt
 	if [ ! -x $(BIN)/python ]; then echo "Making .venv with $$found"; $$found -m venv .venv; fi
 	@echo "Installing lavender-vlm and its pinned dependencies into .venv (some minutes, about 1.5 GB)"
 	@set -o pipefail; \
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[demo,dev,deepspeed]' \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[$(extras)]' \
 	  | grep --line-buffered -E '^(Collecting|Installing|Successfully)'
 	@touch $@

@@ -38,6 +38,7 @@ from lavender.processes import (
 )
 from lavender.stages import AlignerPretraining
 from lavender.store import MapStore
+from lavender.trainable import name_all_linear
 from lavender.vlm.registry import adapter_for
 from lavender.weighting import EstimatedWeight
 
@@ -78,6 +79,8 @@ class AlignmentMixin(_TrainerLike):
         refuse_model(model)
         if not isinstance(self, SFTTrainer):
             _refuse_in_plain_trainer(args, kwargs.get("data_collator"))
+        if peft_config is not None:
+            name_all_linear(peft_config, model)
         self.maps = MapStore.open(str(args.maps)) if maps is None else maps
         config, adapter = args.alignment(), adapter_for(model.config)
         set_seed(args.seed)  # before the Aligner is drawn; the trainer sets it again before it draws anything

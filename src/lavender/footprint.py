@@ -1,6 +1,6 @@
 """How much memory a run needs, roughly, from a model's shapes alone. An estimate, with what it assumes.
 
-Bytes; one sample a step; weights in bfloat16, as published checkpoints are.
+Bytes; one sample a step. Frozen weights are in bfloat16, as published checkpoints are.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from lavender.vlm.base import VlmAdapter
 NUM_WORDS, TOKENS_A_WORD, GRID = 16, 2, 32
 TEXT_TOKENS, ASSUMED_KEYS = 256, 1024
 HALF, SINGLE = 2, 4  # bytes of a number
+TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
+"""TRL's loss computes logits in tiles of this size, and the gradient of the output layer in float32."""
 
 
 def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: int | None) -> dict[str, Any]:
-    """Bytes of full tuning and of LoRA by part, of `pooling="learn"` in addition, and the assumptions.
+    """Bytes by part of full tuning, of the same with weights of 16 bits and of LoRA; and what they assume.
+
+    `learn` is what `pooling="learn"` needs in addition.
 
     Args:
         model: the model's modules; no weights are looked at.
@@ -33,24 +37,31 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
     parameters = sum(one.numel() for one in model.parameters())
     lora, num_lora = LoraSettings(), _lora_parameters(model)
     text = adapter.config.get_text_config()
-    shared = {"activations": _activations(text, tokens), "alignment: attention rows": _rows(adapter, keys),
-              "alignment: maps, Aligner": _maps(adapter)}  # fmt: skip
+    alignment = {"alignment: attention rows": _rows(adapter, keys), "alignment: maps, Aligner": _maps(adapter)}
+    output = SINGLE * text.vocab_size * text.hidden_size
+
+    def full(stored: int) -> dict[str, int]:
+        weights = stored * parameters
+        states = {"weights": weights, "gradients": weights, "optimiser": 2 * weights}
+        return states | {"activations": _activations(text, tokens, stored) + output} | alignment
+
     return {
-        "full": {
-            "weights": HALF * parameters, "gradients": HALF * parameters, "optimiser": 2 * HALF * parameters, **shared,
-        },
+        "full": full(SINGLE),
+        "full_16_bit": full(HALF),
         "lora": {
             "weights": HALF * parameters + SINGLE * num_lora, "gradients": SINGLE * num_lora,
-            "optimiser": 2 * SINGLE * num_lora, **shared,
+            "optimiser": 2 * SINGLE * num_lora, "activations": _activations(text, tokens, HALF), **alignment,
         },
-        "learn": 4 * HALF * _parallel_parameters(model, adapter),
+        "learn": 4 * SINGLE * _parallel_parameters(model, adapter),
         "lora_parameters": num_lora,
         "assumptions": [
             f"one sample of {tokens} tokens a step, one picture of {keys} image keys ({says})",
-            "weights in bfloat16, AdamW with two states of the trained weights' type, no sharding",
-            f"LoRA of rank {lora.r} on {', '.join(lora.target_modules)}, in float32: {num_lora:,} parameters",
-            "gradient checkpointing, TRL's default; logits in bfloat16, and twice in float32 for the loss; the vision "
-            "tower's activations are not counted",
+            "full tuning: weights, gradients and AdamW's two states in float32, computing in bfloat16 (dtype: float32, "
+            "bf16: true); of 16 bits: all in bfloat16, where small steps are rounded away; no sharding",
+            f"LoRA of rank {lora.r} on {', '.join(lora.target_modules)}, in float32: {num_lora:,} parameters; all else "
+            "in bfloat16",
+            "gradient checkpointing, TRL's default; TRL's loss, which makes logits in tiles; the vision tower's "
+            "activations are not counted",
             f"{NUM_WORDS} words of {TOKENS_A_WORD} tokens: rows × image keys × heads × layers × 4 bytes, and maps of "
             f"{GRID} × {GRID} through the default Aligner on each usable layer (fewer layers: `layers`)",
         ],
@@ -93,11 +104,11 @@ def _parallel_parameters(model: Any, adapter: VlmAdapter) -> int:
     )
 
 
-def _activations(text: Any, tokens: int) -> int:
-    """Each layer's input, one layer's own tensors while it is computed again, and the logits."""
-    inputs = HALF * tokens * text.hidden_size * text.num_hidden_layers
+def _activations(text: Any, tokens: int, stored: int) -> int:
+    """Each layer's input, of the weights' type; one layer's own tensors, computed again; a tile of logits."""
+    inputs = stored * tokens * text.hidden_size * text.num_hidden_layers
     one_layer = HALF * tokens * (8 * text.hidden_size + 4 * text.intermediate_size)
-    return inputs + one_layer + (HALF + 2 * SINGLE) * tokens * text.vocab_size
+    return inputs + one_layer + HALF * min(tokens, TILE_TOKENS) * min(text.vocab_size, TILE_VOCABULARY)
 
 
 def _rows(adapter: VlmAdapter, keys: int) -> int:

@@ -280,7 +280,7 @@ def _sample_lines(sample: dict[str, Any]) -> list[str]:
 
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
-    arms = {"full tuning": memory["full"], "LoRA": memory["lora"]}
+    arms = {"full tuning": memory["full"], "of 16 bits": memory["full_16_bit"], "LoRA": memory["lora"]}
     lines = [
         "Memory of training, a rough estimate for one GPU:",
         "  " + " " * 28 + "".join(f"{arm:>14}" for arm in arms),
@@ -290,7 +290,7 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
         lines.append(f"  {part:<28}" + "".join(f"{_size(value):>14}" for value in values))
     sums = [sum(arm.values()) for arm in arms.values()]
     lines.append(f"  {'together':<28}" + "".join(f"{_size(value):>14}" for value in sums))
-    lines.append(f"  {'pooling: learn, in addition':<28}" + f"{_size(memory['learn']):>14}" * 2)
+    lines.append(f"  {'pooling: learn, in addition':<28}" + f"{_size(memory['learn']):>14}" * len(arms))
     return [*lines, "  Assumed:", *(f"  - {one}" for one in memory["assumptions"])]
 
 

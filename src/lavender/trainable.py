@@ -13,6 +13,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lavender.config import check_keys
 from lavender.errors import ConfigError
@@ -21,6 +22,7 @@ from lavender.vlm.base import PARTS
 from lavender.vlm.registry import adapter_for
 
 ALIGNMENT = "alignment"
+ALL_LINEAR = "all-linear"
 
 
 def freeze(model: PreTrainedModel, parts: Sequence[str]) -> None:
@@ -84,12 +86,27 @@ def _spare(config: Any, model: PreTrainedModel, frozen: Sequence[str]) -> None:
         if config.exclude_modules:
             raise ConfigError(f"freeze and exclude_modules={config.exclude_modules!r}", "one of them", "leave out one")
         config.exclude_modules = _matching(adapter, frozen)
-    special = isinstance(config.target_modules, str) and config.target_modules == "all-linear"
+    special = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
     if config.target_modules and not special and not any(check_target_module_exists(config, name) for name in names):
         raise ConfigError(
             f"target_modules={config.target_modules!r}" + (f" with freeze: {list(frozen)}" if frozen else ""),
             "names of modules of what is trained", "see the model's modules, or freeze less",
         )  # fmt: skip
+
+
+def name_all_linear(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Replace PEFT's "all-linear" by the modules that it stands for, before alignment adds linear layers of its own.
+
+    Those of the output layer are left out, as PEFT leaves it out; it would itself take the inner ones of IDEFICS's.
+    """
+    chosen: Any = vars(config).get("target_modules")
+    if not isinstance(chosen, str) or chosen.lower() != ALL_LINEAR:
+        return
+    head = model.get_output_embeddings()
+    inner = set() if head is None else set(head.modules())
+    config.target_modules = {  # ty: ignore[unresolved-attribute]
+        name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D) and one not in inner
+    }
 
 
 def _matching(adapter: Any, frozen: Sequence[str]) -> str:

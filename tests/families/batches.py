@@ -20,7 +20,8 @@ from lavender.config import AlignmentConfig
 from lavender.diagnosis import logits_keeping, word_losses
 from lavender.errors import UnsupportedModelError
 from lavender.grids import KeyLayout
-from lavender.objective import AlignmentRequest, attach
+from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach
+from lavender.trainable import name_all_linear
 from lavender.vlm.capture import AttentionRequest
 from lavender.vlm.registry import adapter_for
 
@@ -220,6 +221,21 @@ class Batches(EagerRows):
         model.eval()
         request = captured(model, batch)
         torch.testing.assert_close(request.stacked(), self.eager_rows(model, batch, request), rtol=0, atol=1e-6)
+
+    def test_all_linear_of_peft(self, model, batch):
+        """LoRA on every linear layer of the model, and none on the output layer or on what alignment adds."""
+        config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=[*TRAINED_PARTS])
+        linear = {name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+        expected = {name for name in linear if "lm_head" not in name.split(".")}
+        name_all_linear(config, model)
+        attach(model, AlignmentConfig(pooling="learn", aligner_kind="mlp"))
+        tuned = get_peft_model(model, config)
+        found = {
+            name.partition(".lora_A.")[0].removeprefix("base_model.model.")
+            for name, _ in tuned.named_parameters() if ".lora_A." in name
+        }  # fmt: skip
+        assert found == expected
+        assert torch.isfinite(tuned(**batch).logits).all()
 
     @torch.no_grad()
     def test_heads_are_pooled_in_the_capture(self, model, batch):

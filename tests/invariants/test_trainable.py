@@ -17,7 +17,7 @@ from trl import chat_template_utils
 from command_line import complaint, lavender, write_run, write_scenes
 from lavender.cli import DONE, WRONG_USAGE
 from lavender.errors import ConfigError
-from lavender.run import RunConfig, _tells_answers, load_run, read_run, train
+from lavender.run import LoraSettings, RunConfig, _tells_answers, load_run, read_run, train
 from lavender.trainable import freeze, peft_config_of
 from lavender.vlm.base import PARTS
 from lavender.vlm.mllama import MllamaAdapter
@@ -109,12 +109,21 @@ def test_any_peft_method(places, tmp_path, settings):
     assert lavender("export", tmp_path, "--out", tmp_path / "model").code == DONE
 
 
+def test_every_linear_layer_under_learned_projections(places, tmp_path):
+    """PEFT's "all-linear" means the model's own layers, and none that alignment adds."""
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+    training = STEPS | {"pooling": "learn", "aligner_kind": "mlp"}
+    train(RunConfig(**places, out=str(tmp_path), peft=settings, training=training))
+    assert moved(places, tmp_path) == set(PARTS)
+    named = PeftConfig.from_pretrained(str(tmp_path / "checkpoint")).target_modules  # ty: ignore[unresolved-attribute]
+    assert "q_proj" in named
+    assert not [name for name in named if "alignment" in name or "lm_head" in name]
+
+
 def test_lora_is_the_short_form_of_peft(make_student):
     model = make_student()
     short = RunConfig("m", "d", "s", "o", lora=None)
     assert short.peft_settings() is None
-    from lavender.run import LoraSettings
-
     config: Any = peft_config_of(RunConfig("m", "d", "s", "o", lora=LoraSettings(r=3)).peft_settings() or {}, model)
     assert (config.peft_type, config.r, config.lora_alpha, config.lora_dropout) == ("LORA", 3, 32, 0.05)
     assert config.task_type == "CAUSAL_LM"
@@ -186,6 +195,21 @@ def test_small_steps_of_16_bit_weights(places, tmp_path, capsys):
         shares[dtype] = moved / sum(one.numel() for one in before.values())
         assert ("trained weights of 16 bits" in capsys.readouterr().out) == (dtype == "bfloat16")
     assert shares["bfloat16"] < 0.5 * shares["float32"]
+
+
+def test_learned_projections_of_a_16_bit_model_are_of_32(places, tmp_path):
+    """So that a step of 1e-5 moves them, beside the Aligner and LoRA, which are of 32 bits too."""
+    heads = {}
+    for rate in (1e-5, 0.0):
+        out = tmp_path / str(rate)
+        training = STEPS | {"pooling": "learn", "learning_rate": rate}
+        train(RunConfig(**places, out=str(out), dtype="bfloat16", lora=LoraSettings(), training=training))
+        heads[rate] = load_file(out / "alignment_head.safetensors")
+    projections = [name for name in heads[0.0] if "alignment_parallel" in name]
+    assert projections
+    for name in projections:
+        assert heads[0.0][name].dtype == torch.float32
+        assert (heads[1e-5][name] != heads[0.0][name]).float().mean() > 0.9
 
 
 def test_settings_of_the_image_processor(places, tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType
 from transformers import MllamaForConditionalGeneration
 
 from lavender.errors import ConfigError
-from lavender.processes import check_batches, refuse_model
+from lavender.processes import check_batches, refuse_accelerator, refuse_model
 from scale.worker import Case, run_case
 
 
@@ -35,3 +39,21 @@ def test_a_model_spread_over_devices_is_refused(workspace, tmp_path):
 def test_batches_of_one_process_are_never_uneven(workspace, tmp_path):
     trainer, _ = run_case(Case("one"), workspace, 1, tmp_path, use_cpu=True)
     check_batches(trainer.accelerator, [True, False])
+
+
+@pytest.mark.parametrize(
+    ("plan", "is_fsdp2", "message"),
+    [
+        (None, False, "Got FSDP of version 1"),
+        ({"tp_size": 2}, True, r"Got tensor, context or sequence parallelism of size \(2, 1, 1\)"),
+        ({"cp_size": 4}, True, r"of size \(1, 4, 1\)"),
+    ],
+)
+def test_ways_of_dividing_a_model_that_are_refused(plan, is_fsdp2, message):
+    """What accelerate says of itself; it makes neither of these on a CPU."""
+    plan = None if plan is None else ParallelismConfig(**plan)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=is_fsdp2, parallelism_config=plan)
+    with pytest.raises(ConfigError, match=message):
+        refuse_accelerator(accelerator)  # ty: ignore[invalid-argument-type]
+    accelerator.is_fsdp2, accelerator.parallelism_config = True, ParallelismConfig(dp_shard_size=2)
+    refuse_accelerator(accelerator)  # ty: ignore[invalid-argument-type]

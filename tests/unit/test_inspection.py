@@ -196,14 +196,21 @@ def test_bytes_by_hand(make_student):
     parameters = sum(one.numel() for one in model.parameters())
     lora = 4 * 8 * ((128 + 128) + (128 + 64)) + 4 * 8 * 2 * (96 + 96)
     assert found["lora_parameters"] == lora
-    assert [found["full"][part] for part in ("weights", "gradients", "optimiser")] == [
-        2 * parameters, 2 * parameters, 4 * parameters,
-    ]  # fmt: skip
-    assert [found["lora"][part] for part in ("weights", "gradients", "optimiser")] == [
-        2 * parameters + 4 * lora, 4 * lora, 8 * lora,
-    ]  # fmt: skip
+    states = ("weights", "gradients", "optimiser")
+    assert [found["full"][part] for part in states] == [4 * parameters, 4 * parameters, 8 * parameters]
+    assert [found["full_16_bit"][part] for part in states] == [2 * parameters, 2 * parameters, 4 * parameters]
+    assert [found["lora"][part] for part in states] == [2 * parameters + 4 * lora, 4 * lora, 8 * lora]
+    text = model.config.get_text_config()
+    # inputs of the layers, one layer's tensors, a tile of logits
+    own = (
+        256 * text.num_hidden_layers * 128,
+        2 * 256 * (8 * 128 + 4 * text.intermediate_size),
+        2 * 256 * text.vocab_size,
+    )
+    assert found["lora"]["activations"] == 2 * own[0] + own[1] + own[2]
+    assert found["full"]["activations"] == 4 * own[0] + own[1] + own[2] + 4 * text.vocab_size * 128
     assert found["full"]["alignment: attention rows"] == 4 * 32 * 130 * 8 * 2  # rows, keys, heads, usable layers
-    assert found["learn"] == 8 * 2 * (128 * 128 + 128 * 64)  # two layers; keys are made from projected states
+    assert found["learn"] == 16 * 2 * (128 * 128 + 128 * 64)  # two layers; keys are made from projected states
     assert "256 tokens a step, one picture of 130 image keys (from the config)" in found["assumptions"][0]
 
 

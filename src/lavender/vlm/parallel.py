@@ -23,20 +23,25 @@ HEAD_NORMS = (("q_norm", "k_norm"), ("q_layer_norm", "k_layer_norm"))  # Mllama,
 
 
 class ParallelProjections(nn.Module):
-    """W′_Q and W′_K of one layer, started as copies of its own or random; with bias where it has one (Qwen)."""
+    """W′_Q and W′_K of one layer, started as copies of its own or random; with bias where it has one (Qwen).
+
+    In float32, whatever the layer's own are, as adapters of PEFT: in 16 bits small steps would be rounded away.
+    """
 
     def __init__(self, attention: nn.Module, init: ParallelInit):
         super().__init__()
         own_query, own_key = cast(nn.Linear, attention.q_proj), cast(nn.Linear, attention.k_proj)
-        self.query = nn.Linear(own_query.in_features, own_query.out_features, bias=own_query.bias is not None)
-        self.key = nn.Linear(own_key.in_features, own_key.out_features, bias=own_key.bias is not None)
+        dtype = torch.promote_types(own_query.weight.dtype, torch.float32)
+        self.query, self.key = (
+            nn.Linear(own.in_features, own.out_features, bias=own.bias is not None, dtype=dtype)
+            for own in (own_query, own_key)
+        )
         copied = ((self.query, own_query), (self.key, own_key)) if init == "pretrained" else ()
         with _whole([*own_query.parameters(), *own_key.parameters()]), torch.no_grad():
             for new, own in copied:
                 new.weight.copy_(own.weight)
                 if own.bias is not None:
                     new.bias.copy_(own.bias)
-        self.to(own_query.weight.dtype)
 
     def forward(self, hidden: Tensor, context: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Queries (sample, head, row, width) of selected rows and keys (sample, group, key, width).
@@ -46,9 +51,10 @@ class ParallelProjections(nn.Module):
             context: what keys are made of; Mllama keeps tiles in the first axis, so any leading shape.
             width: of a head.
         """
-        query = self.query(hidden).unflatten(-1, (-1, width)).transpose(1, 2)
-        key = self.key(context).reshape(hidden.shape[0], -1, self.key.out_features // width, width).transpose(1, 2)
-        return query, key
+        dtype = self.query.weight.dtype
+        query, key = self.query(hidden.to(dtype)), self.key(context.to(dtype))
+        key = key.reshape(hidden.shape[0], -1, self.key.out_features // width, width)
+        return query.unflatten(-1, (-1, width)).transpose(1, 2), key.transpose(1, 2)
 
 
 def _whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
