@@ -99,12 +99,13 @@ def name_all_linear(config: PeftConfig, model: PreTrainedModel) -> None:
 
     Those of the output layer are left out, as PEFT leaves it out; it would itself take the inner ones of IDEFICS's.
     """
-    chosen: Any = vars(config).get("target_modules")
+    tuned: Any = config  # of a method that tunes modules
+    chosen = vars(tuned).get("target_modules")
     if not isinstance(chosen, str) or chosen.lower() != ALL_LINEAR:
         return
     head = model.get_output_embeddings()
     inner = set() if head is None else set(head.modules())
-    config.target_modules = {  # ty: ignore[unresolved-attribute]
+    tuned.target_modules = {
         name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D) and one not in inner
     }
 

@@ -26,13 +26,13 @@ from families.contract import Contract
 from families.flamingo_published import Flamingo
 from families.geometry import GRID, Family, batch_of, parameters_zeroed, picture, reading
 from families.test_llava import CROP, blur, view
+from families.training import train_two_steps
 from lavender.alignment_data import row_tensors
 from lavender.attention import Reading, student_maps
 from lavender.config import AlignmentConfig
 from lavender.errors import DataError, UnsupportedModelError
 from lavender.objective import AlignmentRequest, attach
 from lavender.run import load_run
-from lavender.trainer import LavenderConfig, LavenderTrainer
 from lavender.vlm.flamingo import FlamingoAdapter, FlamingoProcessor, convert, load_open_flamingo, published
 from lavender.vlm.open_flamingo import LANGUAGE_MODELS, FlamingoConfig, FlamingoForConditionalGeneration
 from lavender.words import words_of
@@ -320,18 +320,7 @@ class TestCheckpoints:
 @pytest.mark.parametrize(("kind", "pooling"), [("llama", "layer-mean"), ("mpt", "learn")])
 def test_training(captions, dataset, store_path, tmp_path, kind, pooling):
     family = family_of(captions, kind)
-    settings: dict[str, Any] = {
-        "output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 3, "learning_rate": 1e-3,
-        "report_to": "none", "bf16": False, "use_cpu": True, "max_length": None, "logging_steps": 1,
-        "save_strategy": "no", "disable_tqdm": True, "maps": str(store_path), "pooling": pooling,
-    }  # fmt: skip
-    trainer = LavenderTrainer(
-        family.make(), args=LavenderConfig(**settings), processing_class=family.processor, train_dataset=dataset
-    )
-    trainer.train()
-    losses = [entry["attention_loss"] for entry in trainer.state.log_history if "attention_loss" in entry]
-    assert len(losses) == 2
-    assert all(0 < one < 1 for one in losses)
+    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, pooling)
 
 
 def looking(processor: FlamingoProcessor, order: torch.Tensor) -> FlamingoForConditionalGeneration:

@@ -18,8 +18,8 @@ from transformers import (
 from families.asking import captured, eager_rows
 from families.contract import Contract
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture, reading
+from families.training import train_two_steps
 from lavender.errors import ConfigError, DataError
-from lavender.trainer import LavenderConfig, LavenderTrainer
 from lavender.vlm.gemma3 import Gemma3Adapter, PanAndScan, crop_frames, pan_and_scan_settings
 from lavender.vlm.registry import adapter_for
 from lavender.world.student_models import _tokenizer
@@ -337,18 +337,7 @@ def test_settings_of_the_processor_win(captions):
 def test_training(captions, dataset, store_path, tmp_path, pooling, scan):
     """TRL's collator and the trainer carry token types, and crops."""
     family = family_of(captions, **scan)
-    settings: dict[str, Any] = {
-        "output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 3, "learning_rate": 1e-3,
-        "report_to": "none", "bf16": False, "use_cpu": True, "max_length": None, "logging_steps": 1,
-        "save_strategy": "no", "disable_tqdm": True, "maps": str(store_path), "pooling": pooling,
-    }  # fmt: skip
     model, given = family.make(), []
     model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
-    trainer = LavenderTrainer(
-        model, args=LavenderConfig(**settings), processing_class=family.processor, train_dataset=dataset
-    )
-    trainer.train()
-    losses = [entry["attention_loss"] for entry in trainer.state.log_history if "attention_loss" in entry]
-    assert len(losses) == 2
-    assert all(0 < one < 1 for one in losses)
+    train_two_steps(model, family.processor, dataset, store_path, tmp_path, pooling)
     assert all((one["token_type_ids"] == (one["input_ids"] == model.config.image_token_id)).all() for one in given)

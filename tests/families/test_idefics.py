@@ -19,11 +19,11 @@ from families.asking import captured, request_of
 from families.batches import sizes_of
 from families.contract import Contract
 from families.geometry import GRID, Family, parameters_zeroed, picture
+from families.training import train_two_steps
 from lavender.alignment_data import row_tensors
 from lavender.attention import Reading, capturing, student_maps
 from lavender.config import AlignmentConfig
 from lavender.objective import AlignmentRequest, attach
-from lavender.trainer import LavenderConfig, LavenderTrainer
 from lavender.vlm.capture import AttentionRequest
 from lavender.vlm.idefics import IdeficsAdapter, IdeficsChatProcessor
 from lavender.words import words_of
@@ -343,15 +343,4 @@ def test_a_planted_patch_comes_back_through_the_latents(captions, seed):
 def test_training(captions, dataset, store_path, tmp_path, pooling):
     """TRL's collator gives the processor what it wants, and the trainer reaches the loss."""
     family = family_of(captions, LATENTS)
-    settings: dict[str, Any] = {
-        "output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 3, "learning_rate": 1e-3,
-        "report_to": "none", "bf16": False, "use_cpu": True, "max_length": None, "logging_steps": 1,
-        "save_strategy": "no", "disable_tqdm": True, "maps": str(store_path), "pooling": pooling,
-    }  # fmt: skip
-    trainer = LavenderTrainer(
-        family.make(), args=LavenderConfig(**settings), processing_class=family.processor, train_dataset=dataset
-    )
-    trainer.train()
-    losses = [entry["attention_loss"] for entry in trainer.state.log_history if "attention_loss" in entry]
-    assert len(losses) == 2
-    assert all(0 < one < 1 for one in losses)
+    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, pooling)

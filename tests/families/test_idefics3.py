@@ -23,8 +23,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from families.contract import Contract
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture
+from families.training import train_two_steps
 from lavender.errors import DataError
-from lavender.trainer import LavenderConfig, LavenderTrainer
 from lavender.vlm.idefics3 import Idefics3Adapter, tile_boxes
 from lavender.vlm.registry import adapter_for
 from lavender.world.student_models import _tokenizer
@@ -291,15 +291,4 @@ def test_boxes_by_hand():
 def test_training(captions, dataset, store_path, tmp_path, kind, pooling):
     """TRL's collator and the trainer carry pictures of different shapes."""
     family = family_of(kind, captions)
-    settings: dict[str, Any] = {
-        "output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 3, "learning_rate": 1e-3,
-        "report_to": "none", "bf16": False, "use_cpu": True, "max_length": None, "logging_steps": 1,
-        "save_strategy": "no", "disable_tqdm": True, "maps": str(store_path), "pooling": pooling,
-    }  # fmt: skip
-    trainer = LavenderTrainer(
-        family.make(), args=LavenderConfig(**settings), processing_class=family.processor, train_dataset=dataset
-    )
-    trainer.train()
-    losses = [entry["attention_loss"] for entry in trainer.state.log_history if "attention_loss" in entry]
-    assert len(losses) == 2
-    assert all(0 < one < 1 for one in losses)
+    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, pooling)

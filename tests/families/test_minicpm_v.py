@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -15,11 +14,11 @@ from families.asking import captured, request_of
 from families.contract import Contract
 from families.geometry import Family, batch_of, parameters_zeroed, picture
 from families.minicpm_v_published import MiniCPMV, MiniCPMVConfig, MiniCPMVImageProcessor
+from families.training import train_two_steps
 from lavender.attention import Reading, capturing, student_maps
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError, DataError
 from lavender.objective import attach
-from lavender.trainer import LavenderConfig, LavenderTrainer
 from lavender.vlm.minicpm_v import (
     MiniCpmVAdapter,
     MiniCpmVChatProcessor,
@@ -333,16 +332,4 @@ def test_a_planted_patch_comes_back_through_the_latents(captions):
 def test_training(captions, dataset, store_path, tmp_path, pooling):
     """TRL's collator gives the processor what it wants, and the published forward gets one dict."""
     processor = build_processor(captions)
-    settings: dict[str, Any] = {
-        "output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 3, "learning_rate": 1e-3,
-        "report_to": "none", "bf16": False, "use_cpu": True, "max_length": None, "logging_steps": 1,
-        "save_strategy": "no", "disable_tqdm": True, "maps": str(store_path), "pooling": pooling,
-    }  # fmt: skip
-    trainer = LavenderTrainer(
-        MiniCPMV(config_of(processor.tokenizer)), args=LavenderConfig(**settings), processing_class=processor,
-        train_dataset=dataset,
-    )  # fmt: skip
-    trainer.train()
-    losses = [entry["attention_loss"] for entry in trainer.state.log_history if "attention_loss" in entry]
-    assert len(losses) == 2
-    assert all(0 < one < 1 for one in losses)
+    train_two_steps(MiniCPMV(config_of(processor.tokenizer)), processor, dataset, store_path, tmp_path, pooling)
