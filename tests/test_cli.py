@@ -144,7 +144,11 @@ def test_a_setting_of_the_wrong_kind(scenes_folder, tmp_path):
 
 def test_a_model_that_is_not_there(scenes_folder, tmp_path):
     path = write_run(tmp_path, data=str(scenes_folder), model=str(tmp_path / "nowhere"))
-    assert str(tmp_path / "nowhere") in complaint(lavender("train", path), WRONG_USAGE)
+    expected = f"the model {tmp_path / 'nowhere'}, which cannot be loaded: there is no such folder. Expected"
+    assert expected in complaint(lavender("train", path), WRONG_USAGE)
+    line = complaint(lavender("inspect", "nobody/nothing"), WRONG_USAGE)
+    assert "the model nobody/nothing, which cannot be loaded: " in line
+    assert "no such folder" not in line
 
 
 def test_training_without_a_map_store(scenes_folder, tmp_path):

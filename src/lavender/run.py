@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lavender.trainer import LavenderConfig
 
 PACKAGES = ("lavender-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 DEFAULTS: dict[str, Any] = {"report_to": "none", "max_length": None}  # where they differ from TRL's
 EVALUATED = ("loss", "vlm_loss", "attention_loss")
 """What an evaluation gives that can say which checkpoint is best, without `eval_`."""
@@ -325,7 +326,9 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
                 f"the {what} {path}, which comes with its own code", "your consent to run that code",
                 "read it, then add --trust-remote-code, or trust_remote_code: true to a run",
             ) from error  # fmt: skip
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        if not Path(path).exists() and not _HUB_ID.fullmatch(str(path)):
+            reason = "there is no such folder"
         raise ConfigError(
             f"the {what} {path}, which cannot be loaded: {reason}", "a model folder or a hub id", "check the path"
         ) from error
