@@ -37,7 +37,8 @@ from lavender.vlm.registry import adapter_for
 ROOT = Path(__file__).parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.yaml"))}
 KINDS = {
-    "llama32_vision_11b_lora": "mllama", "llama32_vision_11b_full": "mllama", "minicpm_llama3_v25": "minicpmv",
+    "llama32_vision_11b_lora": "mllama", "llama32_vision_11b_full": "mllama", "llama32_vision_11b_16gb": "mllama",
+    "minicpm_llama3_v25": "minicpmv",
     "openflamingo": "open_flamingo", "qwen25_vl_7b_24gb": "qwen2_5_vl", "smolvlm_24gb": "smolvlm",
 }  # fmt: skip
 # recipe → trained parameters of the tower, between, and of the language model, by hand from the published sizes
@@ -49,6 +50,7 @@ SMOL_QKVO, SIGLIP_QKV = 24 * 16 * 4 * (2048 + 2048), 27 * 16 * 3 * (1152 + 1152)
 TRAINED: dict[str, tuple[int | None, int | None, int | None]] = {  # None: all of it
     "llama32_vision_11b_lora": (VISION_QV, 0, LLAMA_QV),
     "llama32_vision_11b_full": (None, None, None),
+    "llama32_vision_11b_16gb": (0, 0, 40 * 16 * 2 * ((4096 + 4096) + (4096 + 1024))),
     "minicpm_llama3_v25": (0, 0, LLAMA_QKVO),
     "openflamingo": (0, None, 0),
     "qwen25_vl_7b_24gb": (0, 0, QWEN_QKVO),

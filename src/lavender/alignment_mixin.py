@@ -106,7 +106,10 @@ class AlignmentMixin(_TrainerLike):
             set_seed(args.seed)  # as SFTTrainer does before adapters are drawn
             wrapped = get_peft_model(model, peft_config)
         super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
-        refuse_accelerator(self.accelerator)
+        for name, parameter in model.named_parameters():
+            if is_alignment_part(name) and parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()  # TRL makes bfloat16 of all that QLoRA trains
+        refuse_accelerator(self.accelerator, model)
         if self.is_fsdp_enabled:
             prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))
         self._pretraining = AlignerPretraining(config.aligner_pretraining)
@@ -286,6 +289,18 @@ class AlignmentMixin(_TrainerLike):
         """Also keep what was counted so far. What makes a checkpoint complete is written after this."""
         super()._save_rng_state(output_dir)
         write_counts(self.accelerator, self._counts, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the trainer's own; what is trained keeps its type, where PEFT loads adapters as float32 (QLoRA's are not).
+
+        A resumed run would go on in another precision.
+        """
+        tuned = cast(nn.Module, self.model if model is None else model)
+        before = {name: one.dtype for name, one in tuned.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, one in tuned.named_parameters():
+            if one.dtype != before[name]:
+                one.data = one.data.to(before[name])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

@@ -17,12 +17,13 @@ from lavender.vlm.base import VlmAdapter
 NUM_WORDS, TOKENS_A_WORD, GRID = 16, 2, 32
 TEXT_TOKENS, ASSUMED_KEYS = 256, 1024
 HALF, SINGLE = 2, 4  # bytes of a number
+FOUR_BITS = 0.5 + 1 / 64  # of a packed one, with a byte for each 64 of them
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 """TRL's loss computes logits in tiles of this size, and the gradient of the output layer in float32."""
 
 
 def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: int | None) -> dict[str, Any]:
-    """Bytes by part of full tuning, of the same with weights of 16 bits and of LoRA; and what they assume.
+    """Bytes by part of full tuning, of the same with weights of 16 bits, of LoRA and of QLoRA; and what they assume.
 
     `learn` is what `pooling="learn"` needs in addition.
 
@@ -40,18 +41,21 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
     alignment = {"alignment: attention rows": _rows(adapter, keys), "alignment: maps, Aligner": _maps(adapter)}
     output = SINGLE * text.vocab_size * text.hidden_size
 
-    def full(stored: int) -> dict[str, int]:
-        weights = stored * parameters
-        states = {"weights": weights, "gradients": weights, "optimiser": 2 * weights}
-        return states | {"activations": _activations(text, tokens, stored) + output} | alignment
+    def tuned(weights: int, number: int, stored: int, activations: int) -> dict[str, int]:
+        return {
+            "weights": weights, "gradients": stored * number, "optimiser": 2 * stored * number,
+            "activations": activations, **alignment,
+        }  # fmt: skip
 
+    half = _activations(text, tokens, HALF)
+    packed = round(FOUR_BITS * _packed_parameters(model))
     return {
-        "full": full(SINGLE),
-        "full_16_bit": full(HALF),
-        "lora": {
-            "weights": HALF * parameters + SINGLE * num_lora, "gradients": SINGLE * num_lora,
-            "optimiser": 2 * SINGLE * num_lora, "activations": _activations(text, tokens, HALF), **alignment,
-        },
+        "full": tuned(SINGLE * parameters, parameters, SINGLE, _activations(text, tokens, SINGLE) + output),
+        "full_16_bit": tuned(HALF * parameters, parameters, HALF, half + output),
+        "lora": tuned(HALF * parameters + SINGLE * num_lora, num_lora, SINGLE, half),
+        "qlora": tuned(
+            packed + HALF * (parameters - _packed_parameters(model) + num_lora), num_lora, HALF, half
+        ),
         "learn": 4 * SINGLE * _parallel_parameters(model, adapter),
         "lora_parameters": num_lora,
         "assumptions": [
@@ -60,6 +64,7 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
             "bf16: true); of 16 bits: all in bfloat16, where small steps are rounded away; no sharding",
             f"LoRA of rank {lora.r} on {', '.join(lora.target_modules)}, in float32: {num_lora:,} parameters; all else "
             "in bfloat16",
+            "QLoRA: linear layers but the output layer in 4 bits, quantised twice; LoRA in bfloat16, as TRL has it",
             "gradient checkpointing, TRL's default; TRL's loss, which makes logits in tiles; the vision tower's "
             "activations are not counted",
             f"{NUM_WORDS} words of {TOKENS_A_WORD} tokens: rows × image keys × heads × layers × 4 bytes, and maps of "
@@ -95,6 +100,12 @@ def _lora_parameters(model: nn.Module) -> int:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in settings.target_modules
     )
+
+
+def _packed_parameters(model: Any) -> int:
+    """Weights that bitsandbytes packs: of linear layers but the output layer."""
+    head = model.get_output_embeddings()
+    return sum(one.weight.numel() for one in model.modules() if isinstance(one, nn.Linear) and one is not head)
 
 
 def _parallel_parameters(model: Any, adapter: VlmAdapter) -> int:

@@ -280,7 +280,10 @@ def _sample_lines(sample: dict[str, Any]) -> list[str]:
 
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
-    arms = {"full tuning": memory["full"], "of 16 bits": memory["full_16_bit"], "LoRA": memory["lora"]}
+    arms = {
+        "full tuning": memory["full"], "of 16 bits": memory["full_16_bit"], "LoRA": memory["lora"],
+        "QLoRA": memory["qlora"],
+    }  # fmt: skip
     lines = [
         "Memory of training, a rough estimate for one GPU:",
         "  " + " " * 28 + "".join(f"{arm:>14}" for arm in arms),

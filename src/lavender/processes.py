@@ -57,8 +57,14 @@ def refuse_model(model: PreTrainedModel) -> None:
         )
 
 
-def refuse_accelerator(accelerator: Accelerator) -> None:
+def refuse_accelerator(accelerator: Accelerator, model: PreTrainedModel) -> None:
     """Raise ConfigError for a way of dividing a model that alignment cannot follow."""
+    shards = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if shards and vars(model).get("is_quantized"):
+        raise ConfigError(
+            f"a quantised model with {accelerator.distributed_type.value}, which has not been tried with alignment",
+            "one process, or DDP", "launch with examples/accelerate/ddp.yaml, or leave quantization out",
+        )  # fmt: skip
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError(
             "FSDP of version 1, which flattens the weights of a layer into one and hides those that TRL's fused loss "

@@ -62,6 +62,7 @@ class RunConfig:
         freeze: parts of which nothing is trained: vision_tower, connector, language_model.
         image_processor: settings that replace the image processor's own, such as its `size`.
         dtype: of the loaded weights, a torch name, or "auto".
+        quantization: settings of transformers' BitsAndBytesConfig, for QLoRA: the base's weights in 4 or 8 bits.
         trust_remote_code: run code that comes with the model.
         training: any setting of LavenderConfig, which is TRL's SFTConfig and alignment's.
     """
@@ -78,6 +79,7 @@ class RunConfig:
     freeze: Sequence[str] = ()
     image_processor: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
+    quantization: Mapping[str, Any] | None = None
     trust_remote_code: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -246,6 +248,7 @@ def _prepared(run: RunConfig, out: Path, notes: list[str]) -> tuple[ProcessorMix
         adapter = adapter_for(config)
         processor = adapter.processor(AutoProcessor.from_pretrained(run.model, **common))
     _set_images(processor, run.image_processor)
+    quantization = {} if run.quantization is None else {"quantization_config": _quantization(run)}
     try:
         args = LavenderConfig(output_dir=str(out / "trainer"), maps=run.maps, **_training_settings(run, processor))
     except LavenderError:
@@ -259,9 +262,37 @@ def _prepared(run: RunConfig, out: Path, notes: list[str]) -> tuple[ProcessorMix
     def load():
         with loading("model", run.model):
             auto = auto_class(config, run.trust_remote_code)
-            return adapter.load(auto, run.model, dtype=run.dtype, use_safetensors=True, **common)
+            return adapter.load(auto, run.model, dtype=run.dtype, use_safetensors=True, **common, **quantization)
 
     return processor, args, load
+
+
+def _quantization(run: RunConfig) -> Any:
+    """transformers' own settings of quantisation, checked."""
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    given = run.quantization
+    if not isinstance(given, Mapping) or not (given.get("load_in_4bit") or given.get("load_in_8bit")):
+        raise ConfigError(
+            f"quantization: {given!r}", "settings of BitsAndBytesConfig", "write quantization: {load_in_4bit: true}"
+        )
+    check_keys(given, list(BitsAndBytesConfig().to_dict()), "quantization")
+    if run.peft_settings() is None:
+        raise ConfigError(
+            "quantization without lora or peft", "weights of 16 bits or more that can be trained", "add lora: true"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "quantization, and no bitsandbytes", "that package", "pip install 'lavender-vlm[quantization]'"
+        )
+    try:
+        return BitsAndBytesConfig(**given)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"quantization: {given}: {error}", "values that transformers accepts", "change them"
+        ) from error
 
 
 def _training_settings(run: RunConfig, processor: ProcessorMixin) -> dict[str, Any]:

@@ -127,17 +127,24 @@ def _matching(adapter: Any, frozen: Sequence[str]) -> str:
 def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(trained, all) parameters of each part of a model, and of what alignment adds.
 
-    Those of PEFT count where they lie. With DeepSpeed's ZeRO-3 the sizes are those of the whole, not of a shard.
+    Those of PEFT count where they lie. With DeepSpeed's ZeRO-3 the sizes are those of the whole, not of a shard; of
+    quantised weights those of what is packed.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     adapter = adapter_for(base.config)
     trained, whole = Counter(), Counter()
     for name, parameter in base.named_parameters():
         part = ALIGNMENT if is_alignment_part(name) else adapter.part_of(name)
-        size = vars(parameter).get("ds_numel", parameter.numel())
+        size = _size(parameter)
         whole[part] += size
         trained[part] += size if parameter.requires_grad else 0
     return {part: (trained[part], whole[part]) for part in (*PARTS, ALIGNMENT) if whole[part]}
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter stands for."""
+    packed = vars(parameter).get("quant_state")  # of bitsandbytes' 4 bits, two in a byte
+    return vars(parameter).get("ds_numel", parameter.numel()) if packed is None else packed.shape.numel()
 
 
 def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
@@ -159,7 +166,12 @@ def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
     if any(one.requires_grad and one.dtype in (torch.bfloat16, torch.float16) for one in model.parameters()):
         line += (
             "\ntrained weights of 16 bits: steps of less than about 1/500 of a weight are rounded away, unless FSDP or "
-            "DeepSpeed keeps float32 copies. With dtype: float32 and bf16: true only the computing is of 16 bits"
+            "DeepSpeed keeps float32 copies. "
+        )
+        line += (
+            "So TRL trains the adapters of a quantised model"
+            if vars(model.get_base_model() if isinstance(model, PeftModel) else model).get("is_quantized")
+            else "With dtype: float32 and bf16: true only the computing is of 16 bits"
         )
     return line
 

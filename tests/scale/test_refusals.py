@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
-from transformers import MllamaForConditionalGeneration
+from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration
 
 from lavender.errors import ConfigError
 from lavender.processes import check_batches, refuse_accelerator, refuse_model
@@ -49,11 +49,24 @@ def test_batches_of_one_process_are_never_uneven(workspace, tmp_path):
         ({"cp_size": 4}, True, r"of size \(1, 4, 1\)"),
     ],
 )
-def test_ways_of_dividing_a_model_that_are_refused(plan, is_fsdp2, message):
+def test_ways_of_dividing_a_model_that_are_refused(plan, is_fsdp2, message, workspace):
     """What accelerate says of itself; it makes neither of these on a CPU."""
+    model = MllamaForConditionalGeneration.from_pretrained(workspace / "mllama")
     plan = None if plan is None else ParallelismConfig(**plan)
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=is_fsdp2, parallelism_config=plan)
     with pytest.raises(ConfigError, match=message):
-        refuse_accelerator(accelerator)  # ty: ignore[invalid-argument-type]
+        refuse_accelerator(accelerator, model)  # ty: ignore[invalid-argument-type]
     accelerator.is_fsdp2, accelerator.parallelism_config = True, ParallelismConfig(dp_shard_size=2)
-    refuse_accelerator(accelerator)  # ty: ignore[invalid-argument-type]
+    refuse_accelerator(accelerator, model)  # ty: ignore[invalid-argument-type]
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_quantised_model_is_not_sharded(kind, workspace):
+    model = MllamaForConditionalGeneration.from_pretrained(
+        workspace / "mllama", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=True, parallelism_config=None)
+    with pytest.raises(ConfigError, match=f"Got a quantised model with {kind.value}"):
+        refuse_accelerator(accelerator, model)  # ty: ignore[invalid-argument-type]
+    accelerator.distributed_type = DistributedType.MULTI_CPU
+    refuse_accelerator(accelerator, model)  # ty: ignore[invalid-argument-type]

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llama.modeling_llama import rotate_half
@@ -31,7 +32,7 @@ class ParallelProjections(nn.Module):
     def __init__(self, attention: nn.Module, init: ParallelInit):
         super().__init__()
         own_query, own_key = cast(nn.Linear, attention.q_proj), cast(nn.Linear, attention.k_proj)
-        dtype = torch.promote_types(own_query.weight.dtype, torch.float32)
+        dtype = torch.promote_types(own_query.weight.dtype, torch.float32)  # of quantised weights float32 too
         self.query, self.key = (
             nn.Linear(own.in_features, own.out_features, bias=own.bias is not None, dtype=dtype)
             for own in (own_query, own_key)
@@ -39,7 +40,7 @@ class ParallelProjections(nn.Module):
         copied = ((self.query, own_query), (self.key, own_key)) if init == "pretrained" else ()
         with _whole([*own_query.parameters(), *own_key.parameters()]), torch.no_grad():
             for new, own in copied:
-                new.weight.copy_(own.weight)
+                new.weight.copy_(dequantize_module_weight(own))
                 if own.bias is not None:
                     new.bias.copy_(own.bias)
 
