@@ -47,15 +47,13 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
             "activations": activations, **alignment,
         }  # fmt: skip
 
-    half = _activations(text, tokens, HALF)
-    packed = round(FOUR_BITS * _packed_parameters(model))
+    half, packed = _activations(text, tokens, HALF), _packed_parameters(model)
+    quantized = round(FOUR_BITS * packed) + HALF * (parameters - packed + num_lora)
     return {
         "full": tuned(SINGLE * parameters, parameters, SINGLE, _activations(text, tokens, SINGLE) + output),
         "full_16_bit": tuned(HALF * parameters, parameters, HALF, half + output),
         "lora": tuned(HALF * parameters + SINGLE * num_lora, num_lora, SINGLE, half),
-        "qlora": tuned(
-            packed + HALF * (parameters - _packed_parameters(model) + num_lora), num_lora, HALF, half
-        ),
+        "qlora": tuned(quantized, num_lora, HALF, half),
         "learn": 4 * SINGLE * _parallel_parameters(model, adapter),
         "lora_parameters": num_lora,
         "assumptions": [

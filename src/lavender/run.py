@@ -180,7 +180,9 @@ def train(run: RunConfig) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     sets = [readable(read_samples(path, prompt=run.prompt)) for path in (run.data, run.eval_data) if path is not None]
     notes = [f"dropped {drop.what}: {drop.reason}" for samples in sets for drop in samples.dropped]
-    processor, args, load_model = _prepared(run, out, notes)
+    processor, args, load_model = _prepared(run, out)
+    if not args.assistant_only_loss:
+        notes.append("the loss covers whole conversations, not the answers alone (assistant_only_loss is false)")
     is_main = args.process_index == 0
     _say(notes, is_main)
     stores = SeveralStores(*(MapStore.open(path) for path in (run.maps, run.eval_maps) if path is not None))
@@ -235,10 +237,11 @@ def _check_evaluation(run: RunConfig) -> None:
         raise ConfigError(f"metric_for_best_model: {metric}", f"one of {names}", "choose one of them")
 
 
-def _prepared(run: RunConfig, out: Path, notes: list[str]) -> tuple[ProcessorMixin, LavenderConfig, Callable]:
+def _prepared(run: RunConfig, out: Path) -> tuple[ProcessorMixin, LavenderConfig, Callable]:
     """Processor, settings, and what loads the model: after the settings, which say how that is divided."""
     from transformers import AutoConfig, AutoProcessor
 
+    from lavender.trainable import quantization_config
     from lavender.trainer import LavenderConfig
     from lavender.vlm.registry import adapter_for, auto_class
 
@@ -248,7 +251,9 @@ def _prepared(run: RunConfig, out: Path, notes: list[str]) -> tuple[ProcessorMix
         adapter = adapter_for(config)
         processor = adapter.processor(AutoProcessor.from_pretrained(run.model, **common))
     _set_images(processor, run.image_processor)
-    quantization = {} if run.quantization is None else {"quantization_config": _quantization(run)}
+    quantized = {}
+    if run.quantization is not None:
+        quantized["quantization_config"] = quantization_config(run.quantization, run.peft_settings() is not None)
     try:
         args = LavenderConfig(output_dir=str(out / "trainer"), maps=run.maps, **_training_settings(run, processor))
     except LavenderError:
@@ -256,43 +261,13 @@ def _prepared(run: RunConfig, out: Path, notes: list[str]) -> tuple[ProcessorMix
     except (TypeError, ValueError) as error:  # transformers' and TRL's own checks
         got = f"settings of training that LavenderConfig refuses: {error}"
         raise ConfigError(got, "values that it accepts", "change the setting") from error
-    if not args.assistant_only_loss:
-        notes.append("the loss covers whole conversations, not the answers alone (assistant_only_loss is false)")
 
     def load():
         with loading("model", run.model):
             auto = auto_class(config, run.trust_remote_code)
-            return adapter.load(auto, run.model, dtype=run.dtype, use_safetensors=True, **common, **quantization)
+            return adapter.load(auto, run.model, dtype=run.dtype, use_safetensors=True, **common, **quantized)
 
     return processor, args, load
-
-
-def _quantization(run: RunConfig) -> Any:
-    """transformers' own settings of quantisation, checked."""
-    from importlib.util import find_spec
-
-    from transformers import BitsAndBytesConfig
-
-    given = run.quantization
-    if not isinstance(given, Mapping) or not (given.get("load_in_4bit") or given.get("load_in_8bit")):
-        raise ConfigError(
-            f"quantization: {given!r}", "settings of BitsAndBytesConfig", "write quantization: {load_in_4bit: true}"
-        )
-    check_keys(given, list(BitsAndBytesConfig().to_dict()), "quantization")
-    if run.peft_settings() is None:
-        raise ConfigError(
-            "quantization without lora or peft", "weights of 16 bits or more that can be trained", "add lora: true"
-        )
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "quantization, and no bitsandbytes", "that package", "pip install 'lavender-vlm[quantization]'"
-        )
-    try:
-        return BitsAndBytesConfig(**given)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"quantization: {given}: {error}", "values that transformers accepts", "change them"
-        ) from error
 
 
 def _training_settings(run: RunConfig, processor: ProcessorMixin) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Which of a model's weights are trained: its parts frozen or not, LoRA or any other method of PEFT, and the counts."""
+"""Which of a model's weights are trained: frozen parts, any method of PEFT, the base of QLoRA; and the counts."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lavender.config import check_keys
@@ -67,6 +68,29 @@ def peft_config_of(settings: Mapping[str, Any], model: PreTrainedModel, frozen: 
         raise ConfigError(got, "values that it accepts", "change the setting") from error
     _spare(config, model, frozen)
     return config
+
+
+def quantization_config(settings: Mapping[str, Any], with_peft: bool) -> BitsAndBytesConfig:
+    """transformers' own config from its settings, for QLoRA.
+
+    Raises:
+        ConfigError: an unknown setting, or neither 4 nor 8 bits; nothing that could be trained; no bitsandbytes.
+    """
+    if not isinstance(settings, Mapping) or not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        raise ConfigError(
+            f"quantization: {settings!r}", "settings of BitsAndBytesConfig", "write quantization: {load_in_4bit: true}"
+        )
+    check_keys(settings, list(BitsAndBytesConfig().to_dict()), "quantization")
+    if not with_peft:
+        raise ConfigError("quantization without lora or peft", "something that can be trained", "add lora: true")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        do = "pip install 'lavender-vlm[quantization]'"
+        raise ConfigError("quantization, and no bitsandbytes", "that package", do)
+    try:
+        return BitsAndBytesConfig(**settings)
+    except (AttributeError, TypeError, ValueError) as error:
+        got = f"quantization: {settings}, which transformers refuses: {error}"
+        raise ConfigError(got, "values that it accepts", "change the setting") from error
 
 
 def _spare(config: Any, model: PreTrainedModel, frozen: Sequence[str]) -> None:
