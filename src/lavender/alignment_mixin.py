@@ -18,6 +18,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from lavender.alignment_data import AlignmentCollator, Coverage, SeveralStores, root_matcher
@@ -106,9 +107,11 @@ class AlignmentMixin(_TrainerLike):
             set_seed(args.seed)  # as SFTTrainer does before adapters are drawn
             wrapped = get_peft_model(model, peft_config)
         super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
+        # TRL makes bfloat16 of all that QLoRA trains; ZeRO-3 wants all of one type, and keeps copies in float32
+        dtype = model.dtype if is_deepspeed_zero3_enabled() else torch.float32
         for name, parameter in model.named_parameters():
-            if is_alignment_part(name) and parameter.dtype == torch.bfloat16:
-                parameter.data = parameter.data.float()  # TRL makes bfloat16 of all that QLoRA trains
+            if is_alignment_part(name) and parameter.dtype in (torch.float32, torch.bfloat16):
+                parameter.data = parameter.data.to(dtype)
         refuse_accelerator(self.accelerator, model)
         if self.is_fsdp_enabled:
             prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))

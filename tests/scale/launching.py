@@ -17,6 +17,7 @@ from scale.worker import Case
 
 TESTS = Path(__file__).parents[1]
 FILES = TESTS.parent / "examples" / "accelerate"
+BF16 = ("--mixed_precision", "bf16")
 KINDS = ("ddp", "fsdp2", "zero2", "zero3")
 # ZeRO knows the CPU as an accelerator of its own; the trainer's use_cpu would make DDP of it, and of FSDP2
 SETTINGS: dict[str, dict[str, object]] = {
@@ -45,8 +46,9 @@ def launch(kind: str, *command: object, processes: int = 2, code: int = 0, optio
 
 
 def train(kind: str, run: Path, *overrides: str, code: int = 0, options: Sequence[str] = ()) -> str:
-    """`lavender train` under `accelerate launch`, as a user starts it; FSDP2 by way of a stand-in for its GPUs."""
-    script = (TESTS / "scale" / "fsdp_on_cpu.py",) if kind == "fsdp2" else ("-m", "lavender.cli")
+    """`lavender train` under `accelerate launch`, as a user starts it; FSDP2 and bf16 by way of stand-ins for GPUs."""
+    stands_in = kind == "fsdp2" or BF16[1] in options
+    script = (TESTS / "scale" / "on_cpu.py", kind) if stands_in else ("-m", "lavender.cli")
     changes = [part for override in overrides for part in ("--set", override)]
     return launch(kind, *script, "train", run, *changes, code=code, options=options)
 
