@@ -196,7 +196,7 @@ class AlignmentConfig:
         min_coverage: training stops before the first step if a smaller share of samples has maps.
     """
 
-    align_weight: float | Literal["estimated"] = 10.0
+    align_weight: float | Literal["estimated"] = 2.0
     pooling: Pooling = "layer-mean"
     match: Match = "label"
     parts_of_speech: tuple[str, ...] | None = None

@@ -39,7 +39,10 @@ def _run(folder: Path, cells: list[Cell], jobs: int) -> None:
         # loaders draw bars of their own
         with (folder / "prepare.log").open("a") as log, contextlib.redirect_stderr(log):
             prepare(folder, cell)
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",  # a run each would say again that there is no torchvision
+    }  # fmt: skip
     context, failed = multiprocessing.get_context("spawn"), {}
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         running = {pool.submit(run_cell, folder, cell): cell for cell in cells}
