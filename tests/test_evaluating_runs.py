@@ -32,7 +32,7 @@ def settings(make_student, processor, some_scenes, captions, store_path, tmp_pat
         "model": str(tmp_path / "model"), "data": str(tmp_path / "train"), "eval_data": str(tmp_path / "held-out"),
         "maps": str(store_path), "prompt": "describe the picture.", "dtype": "float32", "max_steps": 2,
         "per_device_train_batch_size": 4, "logging_steps": 1, "activation_checkpointing": False, "disable_tqdm": True,
-        "learning_rate": 0.05, "lr_scheduler_type": "constant", "probe_size": 0,
+        "learning_rate": 0.05, "lr_scheduler_type": "constant", "probe_size": 0, "align_weight": 10,
     }  # fmt: skip
 
 

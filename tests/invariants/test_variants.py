@@ -57,7 +57,7 @@ def plain(make_student, processor, tmp_path_factory) -> Path:
 def test_a_variant_trains_and_leaves_no_trace(run, plain, tmp_path, settings):  # noqa: F811
     trainer = run(**settings)
     head = trainer.model.get_submodule(HEAD_NAME)
-    assert head.config == AlignmentConfig(**settings)
+    assert head.config == AlignmentConfig(**{"align_weight": 10.0} | settings)  # what `run` has
     losses = logged(trainer, "attention_loss")
     assert len(losses) == 2
     assert all(isfinite(loss) and loss > 0 for loss in losses)
