@@ -31,7 +31,8 @@ def write_run(folder: Path, workspace: Path, processes: int, **settings: Any) ->
         "model": str(workspace / "mllama"), "data": str(workspace / "pictures"), "maps": str(workspace / "maps"),
         "out": str(folder / "out"), "prompt": "describe the picture.", "dtype": "float32", "bf16": False,
         "max_steps": STEPS, "per_device_train_batch_size": BATCH // processes, "optim": "sgd", "learning_rate": 0.05,
-        "logging_steps": 1, "save_steps": 2, "activation_checkpointing": False, "disable_tqdm": True, "align_weight": 10,
+        "align_weight": 10, "logging_steps": 1, "save_steps": 2, "activation_checkpointing": False,
+        "disable_tqdm": True,
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(ours | settings))
