@@ -107,11 +107,7 @@ class AlignmentMixin(_TrainerLike):
             set_seed(args.seed)  # as SFTTrainer does before adapters are drawn
             wrapped = get_peft_model(model, peft_config)
         super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
-        # TRL makes bfloat16 of all that QLoRA trains; ZeRO-3 wants all of one type, and keeps copies in float32
-        dtype = model.dtype if is_deepspeed_zero3_enabled() else torch.float32
-        for name, parameter in model.named_parameters():
-            if is_alignment_part(name) and parameter.dtype in (torch.float32, torch.bfloat16):
-                parameter.data = parameter.data.to(dtype)
+        _set_type(model)
         refuse_accelerator(self.accelerator, model)
         if self.is_fsdp_enabled:
             prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))
@@ -323,6 +319,17 @@ class AlignmentMixin(_TrainerLike):
             super()._save(output_dir, state_dict)
         finally:
             vars(model).pop("save_pretrained", None)
+
+
+def _set_type(model: PreTrainedModel) -> None:
+    """Float32 for what alignment trains: TRL makes bfloat16 of all that QLoRA does.
+
+    With ZeRO-3 the model's own type, since DeepSpeed wants one of all; it keeps copies in float32.
+    """
+    dtype = model.dtype if is_deepspeed_zero3_enabled() else torch.float32
+    for name, parameter in model.named_parameters():
+        if is_alignment_part(name) and parameter.dtype in (torch.float32, torch.bfloat16):
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, MllamaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
-from command_line import complaint, lavender, write_run, write_scenes
+from command_line import complaint, lavender, write_run
 from lavender.cli import DONE, WRONG_USAGE
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError
@@ -34,16 +34,6 @@ STEPS: dict[str, Any] = {
     "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "seed": 3, "use_cpu": True, "bf16": False,
     "logging_steps": 1, "disable_tqdm": True,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def places(make_student, processor, some_scenes, captions, store_path, tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("run")
-    for part in (make_student(), processor):
-        part.save_pretrained(folder / "model")
-    (folder / "data").mkdir()
-    write_scenes(folder / "data", some_scenes, captions)
-    return {"model": str(folder / "model"), "data": str(folder / "data"), "maps": str(store_path)}
 
 
 @pytest.fixture

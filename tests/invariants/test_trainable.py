@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import MllamaForConditionalGeneration
 from trl import chat_template_utils
 
-from command_line import complaint, lavender, write_run, write_scenes
+from command_line import complaint, lavender, write_run
 from lavender.cli import DONE, WRONG_USAGE
 from lavender.errors import ConfigError
 from lavender.run import LoraSettings, RunConfig, _tells_answers, load_run, read_run, train
@@ -27,17 +27,6 @@ STEPS: dict[str, Any] = {
     "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
 }  # fmt: skip
 TARGETS = ["q_proj", "v_proj"]
-
-
-@pytest.fixture(scope="module")
-def places(make_student, processor, some_scenes, captions, store_path, tmp_path_factory) -> dict[str, str]:
-    """A model and data on disk."""
-    folder = tmp_path_factory.mktemp("run")
-    for part in (make_student(), processor):
-        part.save_pretrained(folder / "model")
-    (folder / "data").mkdir()
-    write_scenes(folder / "data", some_scenes, captions)
-    return {"model": str(folder / "model"), "data": str(folder / "data"), "maps": str(store_path)}
 
 
 def moved(places: dict[str, str], out: Path) -> set[str | None]:
