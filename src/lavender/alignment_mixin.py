@@ -116,14 +116,7 @@ class AlignmentMixin(_TrainerLike):
             self.add_callback(self._pretraining)
         self.data_collator = AlignmentCollator(self.data_collator, processing_class, adapter, self.maps, config)
         with random_state_kept(args.device):
-            if self.train_dataset is not None:
-                self._check_coverage(self.train_dataset, self.data_collator, config.min_coverage)
-            if (args.metric_for_best_model or "").endswith("attention_loss"):
-                several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-                for dataset in filter(None, several.values()):
-                    self._check_coverage(dataset, self.data_collator, config.min_coverage)
-            if args.probe_size:
-                self._add_probe(self.data_collator, args)
+            self._read_ahead(self.data_collator, args)
 
     @property
     def coverage(self) -> Coverage:
@@ -134,6 +127,18 @@ class AlignmentMixin(_TrainerLike):
     def eval_coverage(self) -> Coverage:
         """The same of the last evaluation, of all processes."""
         return Coverage.of(self._eval_counts)
+
+    def _read_ahead(self, collator: AlignmentCollator, args: AlignmentArguments) -> None:
+        """Check the coverage of what is trained on and of what chooses the best checkpoint; choose the probe."""
+        least = self._alignment.min_coverage
+        if self.train_dataset is not None:
+            self._check_coverage(self.train_dataset, collator, least)
+        if (args.metric_for_best_model or "").endswith("attention_loss"):
+            several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            for dataset in filter(None, several.values()):
+                self._check_coverage(dataset, collator, least)
+        if args.probe_size:
+            self._add_probe(collator, args)
 
     def _check_coverage(self, dataset: Any, collator: AlignmentCollator, least: float) -> None:
         """Read some samples as training will, of a stream the first, and stop if too few have maps."""
