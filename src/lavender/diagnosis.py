@@ -23,9 +23,9 @@ from lavender.data import Samples, read_samples, readable
 from lavender.errors import DataError, UnsupportedModelError
 from lavender.grids import overlap_matrix
 from lavender.images import image_id
+from lavender.loading import load_run
 from lavender.locate import WordLocator
 from lavender.maps import Word
-from lavender.run import load_run
 from lavender.store import MapStore
 from lavender.vlm.base import VlmAdapter
 from lavender.vlm.registry import adapter_for

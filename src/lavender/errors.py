@@ -16,6 +16,10 @@ class LavenderError(Exception):
         self.got, self.expected, self.do = got, expected, do
         super().__init__(f"Got {got}. Expected {expected}. Do this: {do}.")
 
+    def __reduce__(self) -> tuple:
+        """Keep the class and the three parts across processes: pickle would call the class with the message alone."""
+        return type(self), (self.got, self.expected, self.do)
+
 
 class ConfigError(LavenderError, ValueError):
     """A setting is unknown, out of range, or contradicts another."""

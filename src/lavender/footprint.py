@@ -11,7 +11,7 @@ from torch import nn
 
 from lavender.aligner import Aligner
 from lavender.config import AlignmentConfig
-from lavender.run import LoraSettings
+from lavender.run_config import LoraSettings
 from lavender.vlm.base import VlmAdapter
 
 NUM_WORDS, TOKENS_A_WORD, GRID = 16, 2, 32

@@ -105,7 +105,7 @@ def _config_of(target: str, trust_remote_code: bool) -> tuple[Any, bool]:
     """A model's config, and whether it is whole: one that comes with code which may not run is taken as written."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-    from lavender.run import loading
+    from lavender.loading import loading
     from lavender.vlm import registry  # noqa: F401  # makes OpenFlamingo known to AutoConfig
 
     with loading("model", target):
@@ -149,7 +149,7 @@ def _empty_model(target: str, config: Any, trust_remote_code: bool) -> Any:
     """The model without weights: shapes alone."""
     import torch
 
-    from lavender.run import loading
+    from lavender.loading import loading
     from lavender.vlm.registry import auto_class
 
     with loading("model", target), torch.device("meta"):
@@ -201,7 +201,7 @@ def _located(adapter: VlmAdapter, processor: Any) -> dict[str, Any]:
 
 def _draw_sample(target: str, picture: Path, trust_remote_code: bool) -> dict[str, Any]:
     from lavender.attention import Reading, student_maps
-    from lavender.run import load_run
+    from lavender.loading import load_run
     from lavender.words import content_words
 
     image = _photograph()

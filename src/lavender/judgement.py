@@ -13,8 +13,8 @@ from lavender.config import AlignmentConfig
 from lavender.data import Sample, Samples, read_samples, readable
 from lavender.errors import ConfigError, DataError
 from lavender.images import image_id
+from lavender.loading import load_run
 from lavender.report import Curve, Report, Table, write_report
-from lavender.run import load_run
 from lavender.store import MapStore
 
 NUM_PANELS = 6

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import platform
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lavender.config import check_keys, from_mapping
+from lavender.config import check_keys
 from lavender.errors import ConfigError, LavenderError
+from lavender.loading import export_run, load_run, loading
+from lavender.run_config import LoraSettings, RunConfig, read_overrides, read_run
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -29,137 +29,13 @@ if TYPE_CHECKING:
     from lavender.trainer import LavenderConfig
 
 PACKAGES = ("lavender-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 DEFAULTS: dict[str, Any] = {"report_to": "none", "max_length": None}  # where they differ from TRL's
 EVALUATED = ("loss", "vlm_loss", "attention_loss")
 """What an evaluation gives that can say which checkpoint is best, without `eval_`."""
 
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """LoRA as the paper used it (its adapter file's size fits r=8 on q and v)."""
-
-    r: int = 8
-    alpha: int = 32
-    dropout: float = 0.05
-    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything a run needs.
-
-    Attributes:
-        model: path or hub id of the base model.
-        data: what `lavender.data.read_samples` reads.
-        maps: the map store of that data.
-        eval_data: held-out data of the same kind, for `eval_strategy`; or None.
-        eval_maps: the map store of that data, if `maps` does not hold its maps too.
-        out: the run folder.
-        prompt: the question put before captions that come without one.
-        lora: LoRA settings, or None for full tuning.
-        peft: settings of any PEFT config, `peft_type` first, in the place of `lora`, its short form.
-        freeze: parts of which nothing is trained: vision_tower, connector, language_model.
-        image_processor: settings that replace the image processor's own, such as its `size`.
-        dtype: of the loaded weights, a torch name, or "auto".
-        quantization: settings of transformers' BitsAndBytesConfig, for QLoRA: the base's weights in 4 or 8 bits.
-        trust_remote_code: run code that comes with the model.
-        training: any setting of LavenderConfig, which is TRL's SFTConfig and alignment's.
-    """
-
-    model: str
-    data: str
-    maps: str
-    out: str
-    eval_data: str | None = None
-    eval_maps: str | None = None
-    prompt: str = "Describe the image."
-    lora: LoraSettings | None = None
-    peft: Mapping[str, Any] | None = None
-    freeze: Sequence[str] = ()
-    image_processor: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = "auto"
-    quantization: Mapping[str, Any] | None = None
-    trust_remote_code: bool = False
-    training: Mapping[str, Any] = field(default_factory=dict)
-
-    def peft_settings(self) -> Mapping[str, Any] | None:
-        """Those of `peft`, or of `lora`, its short form; None for full tuning."""
-        if self.lora is None:
-            return self.peft
-        targets = self.lora.target_modules
-        return {
-            "peft_type": "LORA", "r": self.lora.r, "lora_alpha": self.lora.alpha, "lora_dropout": self.lora.dropout,
-            "target_modules": targets if isinstance(targets, str) else list(targets),
-        }  # fmt: skip
-
-
-def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run's settings from YAML and `key=value` overrides; settings of training need no prefix.
-
-    Raises:
-        ConfigError: a missing file or key, a misspelt key (named with the nearest right one).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no file at {path}", "a YAML file", "see examples/world.yaml")
-    settings = _parsed(path.read_text(), str(path)) or {}
-    if not isinstance(settings, dict):
-        raise ConfigError(f"a {type(settings).__name__} in {path}", "keys and values", "see examples/world.yaml")
-    return _run_config(settings | read_overrides(overrides), str(path))
-
-
-def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` settings, values as YAML."""
-    settings = {}
-    for override in overrides:
-        key, sign, value = override.partition("=")
-        if not sign or not key:
-            raise ConfigError(f"--set {override!r}", "KEY=VALUE", "write for example --set align_weight=5")
-        settings[key] = _parsed(value, f"--set {override!r}")
-    return settings
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, in which 5e-4 is a text, with the numbers of YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{where}, which is not YAML: {reason}", "valid YAML", "see examples/world.yaml") from error
-
-
-def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
-    own = [one.name for one in fields(RunConfig) if one.name != "training"]
-    check_keys(settings, own + sorted(_training_keys()), where)
-    for key in ("model", "data", "maps", "out"):
-        if key not in settings:
-            raise ConfigError(f"no key {key!r} in {where}", f"{key}: …", "add it")
-    run = {key: value for key, value in settings.items() if key in own}
-    lora = run.pop("lora", None)
-    if lora is not None and lora is not False:
-        if lora is not True and not isinstance(lora, dict):
-            raise ConfigError(f"lora: {lora!r} in {where}", "true, false or settings", "write for example lora: {r: 8}")
-        run["lora"] = from_mapping(LoraSettings, {} if lora is True else lora, f"{where}: lora")
-    peft = run.get("peft")
-    if peft is not None and (not isinstance(peft, dict) or "lora" in run):
-        got = "lora and peft" if "lora" in run else f"peft: {peft!r}"
-        raise ConfigError(f"{got} in {where}", "one of them, with its settings", "write peft: {peft_type: LORA, r: 8}")
-    return RunConfig(**run, training={key: value for key, value in settings.items() if key not in own})
-
-
-def _training_keys() -> set[str]:
-    from lavender.trainer import LavenderConfig
-
-    return {one.name for one in fields(LavenderConfig) if one.init} - {"output_dir", "maps"}
+__all__ = [
+    "LoraSettings", "RunConfig", "export_run", "load_run", "loading", "read_overrides", "read_run", "train",
+]  # fmt: skip
 
 
 def train(run: RunConfig) -> Path:
@@ -310,80 +186,3 @@ def _set_images(processor: Any, settings: Mapping[str, Any]) -> None:
         images = processor.image_processor
         check_keys(settings, list(images.to_dict()), "image_processor")
         processor.image_processor = type(images).from_dict(images.to_dict() | dict(settings))
-
-
-@contextmanager
-def loading(what: str, path: str | Path) -> Iterator[None]:
-    """Say in our own words that a model cannot be loaded."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        yield
-    except LavenderError:
-        raise
-    except StrictDataclassError as error:  # a config that contradicts itself: the second line says how
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"the {what} {path}, whose config is wrong: {reason}", "a config that fits", "repair its config.json"
-        ) from error
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"the {what} {path}, which comes with its own code", "your consent to run that code",
-                "read it, then add --trust-remote-code, or trust_remote_code: true to a run",
-            ) from error  # fmt: skip
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        if not Path(path).exists() and not _HUB_ID.fullmatch(str(path)):
-            reason = "there is no such folder"
-        raise ConfigError(
-            f"the {what} {path}, which cannot be loaded: {reason}", "a model folder or a hub id", "check the path"
-        ) from error
-
-
-def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool = False):
-    """(model, processor) of a run folder's checkpoint, or of a plain model path; LoRA is merged.
-
-    Code that comes with the model runs only if `trust_remote_code`, also where the run was trained so: a run folder
-    may come from somebody else.
-    """
-    from transformers import AutoProcessor
-
-    from lavender.vlm.registry import adapter_for
-
-    checkpoint = Path(path) / "checkpoint"
-    folder = checkpoint if checkpoint.is_dir() else Path(path)
-    with loading("model", path):
-        model = _load_model(folder, dtype, trust_remote_code)
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        return model, adapter_for(model.config).processor(processor)
-
-
-def export_run(run: Path, out: Path, trust_remote_code: bool = False) -> Path:
-    """Write a run's tuned model as one ordinary checkpoint with processor, LoRA merged, in the weights' own dtype."""
-    if not (run / "checkpoint").is_dir():
-        raise ConfigError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out}, which is not empty", "a new folder", "choose another --out")
-    model, processor = load_run(run, dtype="auto", trust_remote_code=trust_remote_code)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    return out
-
-
-def _load_model(folder: Path, dtype: str, trust_remote_code: bool):
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoConfig
-
-    from lavender.vlm.registry import adapter_for, auto_class
-
-    lora = PeftConfig.from_pretrained(str(folder)) if (folder / "adapter_config.json").is_file() else None
-    base = str(folder) if lora is None else str(lora.base_model_name_or_path)
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    model = adapter_for(config).load(
-        auto_class(config, trust_remote_code), base, dtype=dtype, use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    if lora is not None:
-        lora.task_type = None  # it is merged here, and what PEFT adds for a task is not needed
-        model = PeftModel.from_pretrained(model, str(folder), config=lora).merge_and_unload()
-    return model.eval()

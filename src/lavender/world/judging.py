@@ -21,8 +21,8 @@ from lavender.evaluation.maps import (
 )
 from lavender.evaluation.text import exact_set, generate_answers, names_said, object_f1
 from lavender.images import image_id
+from lavender.loading import load_run
 from lavender.maps import WordMaps, entropy
-from lavender.run import load_run
 from lavender.words import content_words
 from lavender.world.language import Caption, caption_scene
 from lavender.world.scenes import Scene
