@@ -19,7 +19,9 @@ import yaml
 from lavender.config import check_keys
 from lavender.errors import ConfigError, LavenderError
 from lavender.loading import export_run, load_run, loading
-from lavender.run_config import LoraSettings, RunConfig, read_overrides, read_run
+from lavender.run_config import LoraSettings, RunConfig, made_folder, read_overrides, read_run
+from lavender.training_settings import refused_settings, try_optimizer
+from lavender.training_settings import training_keys as _training_keys
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -34,7 +36,7 @@ EVALUATED = ("loss", "vlm_loss", "attention_loss")
 """What an evaluation gives that can say which checkpoint is best, without `eval_`."""
 
 __all__ = [
-    "LoraSettings", "RunConfig", "export_run", "load_run", "loading", "read_overrides", "read_run", "train",
+    "LoraSettings", "RunConfig", "_training_keys", "export_run", "load_run", "loading", "read_overrides", "read_run", "train",
 ]  # fmt: skip
 
 
@@ -52,8 +54,7 @@ def train(run: RunConfig) -> Path:
     from lavender.trainer import LavenderTrainer
 
     _check_evaluation(run)
-    out = Path(run.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = made_folder("out", run.out)
     sets = [readable(read_samples(path, prompt=run.prompt)) for path in (run.data, run.eval_data) if path is not None]
     notes = [f"dropped {drop.what}: {drop.reason}" for samples in sets for drop in samples.dropped]
     processor, args, load_model = _prepared(run, out)
@@ -61,14 +62,15 @@ def train(run: RunConfig) -> Path:
         notes.append("the loss covers whole conversations, not the answers alone (assistant_only_loss is false)")
     is_main = args.process_index == 0
     _say(notes, is_main)
-    stores = SeveralStores(*(MapStore.open(path) for path in (run.maps, run.eval_maps) if path is not None))
+    stores = SeveralStores(*map(MapStore.open, run.stores()))
     model, settings = load_model(), run.peft_settings()
     freeze(model, run.freeze)
-    trainer = LavenderTrainer(
-        model, args, processing_class=processor, train_dataset=to_dataset(sets[0]), maps=stores,
-        eval_dataset=to_dataset(sets[1]) if run.eval_data else None,
-        peft_config=None if settings is None else peft_config_of(settings, model, run.freeze),
-    )  # fmt: skip
+    peft_config = None if settings is None else peft_config_of(settings, model, run.freeze)
+    with refused_settings("the trainer"):
+        trainer = LavenderTrainer(
+            model, args, processing_class=processor, train_dataset=to_dataset(sets[0]), maps=stores,
+            eval_dataset=to_dataset(sets[1]) if run.eval_data else None, peft_config=peft_config,
+        )  # fmt: skip
     _say([check_trained(trainer.accelerator.unwrap_model(trainer.model), run.freeze)], is_main)
     checkpoint, interrupted = last_complete_checkpoint(out / "trainer")
     _say([f"passed over {path}, which was not written to its end" for path in interrupted], is_main)
@@ -130,13 +132,9 @@ def _prepared(run: RunConfig, out: Path) -> tuple[ProcessorMixin, LavenderConfig
     quantized = {}
     if run.quantization is not None:
         quantized["quantization_config"] = quantization_config(run.quantization, run.peft_settings() is not None)
-    try:
-        args = LavenderConfig(output_dir=str(out / "trainer"), maps=run.maps, **_training_settings(run, processor))
-    except LavenderError:
-        raise
-    except (TypeError, ValueError) as error:  # transformers' and TRL's own checks
-        got = f"settings of training that LavenderConfig refuses: {error}"
-        raise ConfigError(got, "values that it accepts", "change the setting") from error
+    with refused_settings("LavenderConfig"):
+        args = LavenderConfig(output_dir=str(out / "trainer"), **_training_settings(run, processor))
+    try_optimizer(args)
 
     def load():
         with loading("model", run.model):
@@ -181,8 +179,23 @@ def _tells_answers(processor: Any) -> bool:
 
 
 def _set_images(processor: Any, settings: Mapping[str, Any]) -> None:
-    """Replace settings of the image processor; those of the checkpoint that the run writes too."""
-    if settings:
-        images = processor.image_processor
-        check_keys(settings, list(images.to_dict()), "image_processor")
-        processor.image_processor = type(images).from_dict(images.to_dict() | dict(settings))
+    """Replace settings of the image processor; those of the checkpoint that the run writes too.
+
+    Raises:
+        ConfigError: an unknown setting, one of another type, or one with which a picture cannot be processed.
+    """
+    from huggingface_hub.dataclasses import validate_typed_dict
+    from PIL import Image
+
+    if not settings:
+        return
+    images = processor.image_processor
+    check_keys(settings, list(images.to_dict()), "image_processor")
+    typed = getattr(images, "valid_kwargs", None)
+    with refused_settings("the image processor"):
+        if typed is not None:
+            known = {name: value for name, value in settings.items() if name in typed.__annotations__}
+            validate_typed_dict(typed, known)
+        changed = type(images).from_dict(images.to_dict() | dict(settings))
+        changed(images=[Image.new("RGB", (64, 48))], return_tensors="pt")
+    processor.image_processor = changed

@@ -7,7 +7,7 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
@@ -19,11 +19,20 @@ from transformers.pytorch_utils import Conv1D
 from lavender.config import check_keys
 from lavender.errors import ConfigError
 from lavender.objective import is_alignment_part
+from lavender.type_checks import check_type, hints_of, shown
 from lavender.vlm.base import PARTS
 from lavender.vlm.registry import adapter_for
 
 ALIGNMENT = "alignment"
 ALL_LINEAR = "all-linear"
+QUANTIZATION: dict[str, Any] = {
+    "load_in_8bit": bool, "load_in_4bit": bool, "llm_int8_threshold": float,
+    "llm_int8_skip_modules": list[str] | None, "llm_int8_enable_fp32_cpu_offload": bool,
+    "llm_int8_has_fp16_weight": bool, "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16"] | None,
+    "bnb_4bit_quant_type": Literal["fp4", "nf4"], "bnb_4bit_use_double_quant": bool,
+    "bnb_4bit_quant_storage": Literal["float16", "float32", "int8", "uint8", "float64", "bfloat16"] | None,
+}  # fmt: skip
+"""Settings of BitsAndBytesConfig, which names no types, and theirs."""
 
 
 def freeze(model: PreTrainedModel, parts: Sequence[str]) -> None:
@@ -49,11 +58,22 @@ def peft_config_of(settings: Mapping[str, Any], model: PreTrainedModel, frozen: 
             part; no target module of that name outside frozen parts.
     """
     _check(frozen)
+    config = plain_peft_config(settings)
+    _spare(config, model, frozen)
+    return config
+
+
+def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
+    """PEFT's own config from its settings, whatever the model.
+
+    Raises:
+        ConfigError: an unknown type or setting, a setting of another type, a type that tunes no chosen modules.
+    """
     known: dict[str, Any] = {str(one.value): config for one, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     given = dict(settings)
-    kind = str(given.pop("peft_type", None))
-    if kind not in known:
-        raise ConfigError(f"peft_type: {kind}", f"one of {sorted(known)}", "write for example peft: {peft_type: LORA}")
+    kind = given.pop("peft_type", None)
+    if not isinstance(kind, str) or kind not in known:
+        raise ConfigError(f"peft_type: {shown(kind)}", f"one of {sorted(known)}", "write for example peft: {peft_type: LORA}")
     allowed = [one.name for one in dataclasses.fields(known[kind]) if one.init]
     if not {"target_modules", "modules_to_save"} <= set(allowed):
         raise ConfigError(
@@ -61,13 +81,14 @@ def peft_config_of(settings: Mapping[str, Any], model: PreTrainedModel, frozen: 
             "choose another; added tokens would move the text's places, and the Aligner could not be trained beside it",
         )  # fmt: skip
     check_keys(given, allowed, "peft")
+    for name, value in given.items():
+        hint = bool | str if name == "init_lora_weights" else hints_of(known[kind])[name]  # such as pissa_niter_16
+        check_type(f"peft.{name}", value, hint)
     try:
-        config = known[kind](**({"task_type": "CAUSAL_LM"} | given))
-    except (TypeError, ValueError) as error:  # PEFT's own checks
+        return known[kind](**({"task_type": "CAUSAL_LM"} | given))
+    except Exception as error:  # PEFT's own checks
         got = f"settings of {kind} that PEFT refuses: {error}"
         raise ConfigError(got, "values that it accepts", "change the setting") from error
-    _spare(config, model, frozen)
-    return config
 
 
 def quantization_config(settings: Mapping[str, Any], with_peft: bool) -> BitsAndBytesConfig:
@@ -76,11 +97,13 @@ def quantization_config(settings: Mapping[str, Any], with_peft: bool) -> BitsAnd
     Raises:
         ConfigError: an unknown setting, or neither 4 nor 8 bits; nothing that could be trained; no bitsandbytes.
     """
-    if not isinstance(settings, Mapping) or not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+    check_keys(settings, list(QUANTIZATION), "quantization")
+    for name, value in settings.items():
+        check_type(f"quantization.{name}", value, QUANTIZATION[name])
+    if not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         raise ConfigError(
             f"quantization: {settings!r}", "settings of BitsAndBytesConfig", "write quantization: {load_in_4bit: true}"
         )
-    check_keys(settings, list(BitsAndBytesConfig().to_dict()), "quantization")
     if not with_peft:
         raise ConfigError("quantization without lora or peft", "something that can be trained", "add lora: true")
     if importlib.util.find_spec("bitsandbytes") is None:
