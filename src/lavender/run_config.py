@@ -117,6 +117,9 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
+    settings.pop("record", None)  # of a run's config.yaml: what the run was made from
+    nested = settings.pop("training", {})  # likewise: there the settings of training stand apart
+    settings = (nested if isinstance(nested, dict) else {"training": nested}) | settings
     own = [one.name for one in fields(RunConfig) if one.name != "training"]
     check_keys(settings, own + sorted(training_keys()), where)
     for key in ("model", "data", "maps", "out"):
