@@ -46,10 +46,16 @@ def _run(folder: Path, cells: list[Cell], jobs: int) -> None:
     context, failed = multiprocessing.get_context("spawn"), {}
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         running = {pool.submit(run_cell, folder, cell): cell for cell in cells}
-        for done in tqdm(as_completed(running), total=len(cells), desc="fine-tuning and scoring", unit="run"):
-            error = done.exception()
-            if error is not None:
-                failed[running[done].key] = f"{type(error).__name__}: {error}"
+        try:
+            for done in tqdm(as_completed(running), total=len(cells), desc="fine-tuning and scoring", unit="run"):
+                error = done.exception()
+                if error is not None:
+                    failed[running[done].key] = f"{type(error).__name__}: {error}"
+        except BaseException:  # stopped: the pool would first run all that waits
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     if failed:
         key, reason = next(iter(failed.items()))
         raise LavenderError(
