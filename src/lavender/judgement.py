@@ -118,8 +118,9 @@ def _differing(arms: Mapping[str, str | Path]) -> tuple[dict[str, dict[str, Any]
     Settings that a run did not record are never filled in: of those of alignment each is named, others are counted.
     """
     recorded = {
-        name: dict(flat(read_config(Path(path)))) for name, path in arms.items() if (Path(path) / CONFIG).is_file()
-    }
+        name: {key.removeprefix("record."): value for key, value in flat(read_config(Path(path)))}
+        for name, path in arms.items() if (Path(path) / CONFIG).is_file()
+    }  # fmt: skip
     every = list(dict.fromkeys(key for own in recorded.values() for key in own if not key.startswith(_UNTOLD)))
     alignment = {one.name for one in fields(AlignmentConfig)}
     differing: dict[str, dict[str, Any]] = {}
@@ -139,7 +140,7 @@ def _differing(arms: Mapping[str, str | Path]) -> tuple[dict[str, dict[str, Any]
     return differing, notes
 
 
-_UNTOLD = ("out", "record.versions.platform", "record.later_versions")
+_UNTOLD = ("out", "versions.platform", "later_versions")
 
 
 def _shown(value: Any) -> str:

@@ -111,7 +111,7 @@ def test_several_differences_are_all_named(run):
 
 @pytest.mark.parametrize("settings", [[], ["probe_size=2", "logging_steps=3", "save_steps=1", "report_to=none"]])
 def test_a_finished_run_stays_as_it_is(run, settings):
-    """Also under settings that do not change what it is; with a constant learning rate it once trained one step more."""
+    """Also under settings that do not change what it is. With a constant learning rate it once trained a step more."""
     before = content(run[1])
     ran = lavender("train", run[0], *(part for one in settings for part in ("--set", one)))
     assert ran.code == DONE, ran.err
