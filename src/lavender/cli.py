@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="fine-tune with the alignment loss")
     train.add_argument("run", type=Path, help="YAML file; see examples/world.yaml")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    train.add_argument("--restart", action="store_true", help="remove the run in its folder, and begin anew")
 
     evaluate = verbs.add_parser("eval", help="base, baseline and run side by side")
     evaluate.add_argument("run", type=Path, help="run folder, as `lavender train` writes it")
@@ -288,7 +289,7 @@ def _train(options: argparse.Namespace) -> int:
 
     from lavender.run import read_run, train
 
-    folder = train(read_run(options.run, options.overrides))
+    folder = train(read_run(options.run, options.overrides), options.restart)
     state = PartialState()
     if state.is_main_process:
         print(f"run folder: {folder}")

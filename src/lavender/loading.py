@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lavender.errors import ConfigError, LavenderError
+from lavender.whole_files import TEMPORARY
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
@@ -51,6 +53,15 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
     from lavender.vlm.registry import adapter_for
 
     checkpoint = Path(path) / "checkpoint"
+    if (
+        not checkpoint.is_dir()
+        and (Path(path) / "config.yaml").is_file()
+        and not (Path(path) / "config.json").is_file()
+    ):
+        raise ConfigError(
+            f"the run {path}, which has no checkpoint: it is not finished", "a finished run",
+            f"let it go on: lavender train {Path(path) / 'config.yaml'}",
+        )  # fmt: skip
     folder = checkpoint if checkpoint.is_dir() else Path(path)
     with loading("model", path):
         model = _load_model(folder, dtype, trust_remote_code)
@@ -62,11 +73,15 @@ def export_run(run: Path, out: Path, trust_remote_code: bool = False) -> Path:
     """Write a run's tuned model as one ordinary checkpoint with processor, LoRA merged, in the weights' own dtype."""
     if not (run / "checkpoint").is_dir():
         raise ConfigError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out}, which is not empty", "a new folder", "choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        got = f"{out}, which is {'not empty' if out.is_dir() else 'a file'}"
+        raise ConfigError(got, "a new folder", "choose another --out")
     model, processor = load_run(run, dtype="auto", trust_remote_code=trust_remote_code)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out.parent) as partial:  # whole, or not there
+        model.save_pretrained(Path(partial) / "model")
+        processor.save_pretrained(Path(partial) / "model")
+        (Path(partial) / "model").replace(out)
     return out
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from lavender.config import check_keys, from_mapping
-from lavender.errors import ConfigError, DataError
+from lavender.errors import ConfigError
 from lavender.training_settings import checked_training, training_keys
 from lavender.type_checks import check_fields, check_path, shown
 from lavender.yaml_files import parse_yaml, read_settings
@@ -86,8 +87,7 @@ class RunConfig:
         for name in ("model", "data", "out", "eval_data", "eval_maps"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_path(name, getattr(self, name)))
-        stores = [self.maps] if isinstance(self.maps, str) else list(self.maps)
-        stores = [check_path("maps", path) for path in stores]
+        stores = [check_path("maps", path) for path in (self.maps if isinstance(self.maps, list) else [self.maps])]
         if not stores:
             raise ConfigError("maps=[]", "a map store, or several", "write maps: FOLDER")
         object.__setattr__(self, "maps", stores[0] if len(stores) == 1 else stores)
@@ -97,10 +97,13 @@ class RunConfig:
             _check_peft(self.peft)
         object.__setattr__(self, "training", checked_training(self.training))
 
+    def training_stores(self) -> list[str]:
+        """The folders of `maps`."""
+        return [self.maps] if isinstance(self.maps, str) else list(self.maps)
+
     def stores(self) -> list[str]:
         """The folders of all map stores, of training and of evaluation, each once."""
-        own = self.maps if isinstance(self.maps, list) else [self.maps]
-        return list(dict.fromkeys([*own, *([] if self.eval_maps is None else [self.eval_maps])]))
+        return list(dict.fromkeys([*self.training_stores(), *([self.eval_maps] if self.eval_maps else [])]))
 
     def peft_settings(self) -> Mapping[str, Any] | None:
         """Those of `peft`, or of `lora`, its short form; None for full tuning."""
@@ -138,22 +141,17 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def made_folder(name: str, path: str | Path) -> Path:
-    """The folder at a path, made if it is not there.
+def check_out(path: str | Path) -> Path:
+    """Where a run's folder is to be; nothing is made yet.
 
     Raises:
         ConfigError: there is a file at the path or above it.
-        DataError: the folder cannot be made, as on a disk that is full or read-only.
     """
-    folder = Path(path).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"{name}={path}, at or above which is a file", "a folder", "choose another path") from error
-    except OSError as error:
-        got = f"{name}={path}, which cannot be made: {error.strerror}"
-        raise DataError(got, "a folder that can be written", "choose another path, or make room") from error
-    return folder
+    out = Path(path).expanduser()
+    there = next(one for one in (out, *out.absolute().parents) if os.path.lexists(one))
+    if not there.is_dir():
+        raise ConfigError(f"out={path}, and {there} is no folder", "a folder", "choose another out")
+    return out
 
 
 def _flat(settings: dict[str, Any], where: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lavender.config import check_keys
@@ -33,6 +33,33 @@ QUANTIZATION: dict[str, Any] = {
     "bnb_4bit_quant_storage": Literal["float16", "float32", "int8", "uint8", "float64", "bfloat16"] | None,
 }  # fmt: skip
 """Settings of BitsAndBytesConfig, which names no types, and theirs."""
+
+
+def weights_dtype(asked: str, config: PreTrainedConfig, with_peft: bool) -> str:
+    """The type of a run's weights. "auto" is float32 where the weights themselves are trained: AdamW's small steps are
+    lost in 16 bits, and its squares of gradients in float16. Under PEFT it is the type that the model's config names.
+
+    Raises:
+        ConfigError: no type of torch; float16 for trained weights.
+    """
+    if asked == "auto":
+        named = (
+            getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) if with_peft else None
+        )
+        return str(named or "float32").removeprefix("torch.")
+    dtype = getattr(torch, str(asked).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype: {asked!r}", "auto, float32, bfloat16 or float16", "write for example dtype: float32")
+    if dtype == torch.float16 and not with_peft:
+        raise _float16("dtype: float16 for full tuning")
+    return str(dtype).removeprefix("torch.")
+
+
+def _float16(got: str) -> ConfigError:
+    return ConfigError(
+        f"{got}, in which AdamW's squares of gradients become 0, and training diverges", "trained weights of float32",
+        "set dtype: float32, and bf16: true to compute in bfloat16 where the device can; or dtype: bfloat16",
+    )  # fmt: skip
 
 
 def freeze(model: PreTrainedModel, parts: Sequence[str]) -> None:
@@ -73,7 +100,9 @@ def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
     given = dict(settings)
     kind = given.pop("peft_type", None)
     if not isinstance(kind, str) or kind not in known:
-        raise ConfigError(f"peft_type: {shown(kind)}", f"one of {sorted(known)}", "write for example peft: {peft_type: LORA}")
+        raise ConfigError(
+            f"peft_type: {shown(kind)}", f"one of {sorted(known)}", "write for example peft: {peft_type: LORA}"
+        )
     allowed = [one.name for one in dataclasses.fields(known[kind]) if one.init]
     if not {"target_modules", "modules_to_save"} <= set(allowed):
         raise ConfigError(
@@ -198,8 +227,10 @@ def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
     """What is trained, counted, in a line; and one more where small steps would be lost.
 
     Raises:
-        ConfigError: something in a frozen part is trained after all, or nothing of the model is.
+        ConfigError: something in a frozen part is trained after all, or nothing of the model is; trained float16.
     """
+    if halves := [name for name, one in model.named_parameters() if one.requires_grad and one.dtype == torch.float16]:
+        raise _float16(f"trained weights of float16, such as {halves[0]}")
     counts = trained_parameters(model)
     moved = [part for part in frozen if counts.get(part, (0, 0))[0]]
     if moved:
@@ -210,7 +241,7 @@ def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
         raise ConfigError(f"freeze: {list(frozen)}, which leaves nothing to train", "a part that trains", "freeze less")
     parts = ", ".join(f"{part} {trained:,} of {whole:,}" for part, (trained, whole) in counts.items())
     line = f"trained parameters: {parts}"
-    if any(one.requires_grad and one.dtype in (torch.bfloat16, torch.float16) for one in model.parameters()):
+    if any(one.requires_grad and one.dtype == torch.bfloat16 for one in model.parameters()):
         line += (
             "\ntrained weights of 16 bits: steps of less than about 1/500 of a weight are rounded away, unless FSDP or "
             "DeepSpeed keeps float32 copies. "

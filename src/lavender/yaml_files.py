@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{said or error} in {place}", "YAML, a KEY: VALUE on each line", "mend it there") from error
 
 
+def yaml_text(settings: Mapping[str, Any]) -> str:
+    """The settings as YAML that `read_settings`, and any other reader of YAML, reads back as they were."""
+    return yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def _text_of(path: Path) -> str:
     """The file's text; never waits, as reading a pipe would."""
     try:
@@ -72,7 +78,9 @@ def _text_of(path: Path) -> str:
         raise DataError(f"no file at {path}", "a YAML file", "check the path, or write the file") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{path}, which cannot be read: {reason}", "a YAML file", "name one that can be read") from error
+        raise DataError(
+            f"{path}, which cannot be read: {reason}", "a YAML file", "name one that can be read"
+        ) from error
     if len(content) > LARGEST_FILE:
         raise ConfigError(
             f"{path}, a file of more than {LARGEST_FILE // 1024} KiB", "settings, which are shorter",
@@ -126,7 +134,9 @@ class _Loader(yaml.SafeLoader):
             if key.tag == _MERGE:
                 continue
             if key.tag != _TEXT or not isinstance(key, yaml.ScalarNode):
-                said = f"the key {key.value!r}" if isinstance(key, yaml.ScalarNode) else "a key that is a list or mapping"
+                said = (
+                    f"the key {key.value!r}" if isinstance(key, yaml.ScalarNode) else "a key that is a list or mapping"
+                )
                 raise ComposerError(None, None, f"{said}, which is no text; put it in quotes", key.start_mark)
             if key.value in first:
                 problem = f"the key {key.value[:80]!r} twice, first in line {first[key.value].line + 1}"
@@ -137,7 +147,13 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # as int("x") for !!int x
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:  # as int("x") for !!int x
             kind = node.tag.rpartition(":")[2]
             problem = f"{str(node.value)[:80]!r}, which is no {kind} that can be read"
             raise ConstructorError(None, None, problem, node.start_mark) from error
@@ -169,4 +185,11 @@ def _set_types() -> None:
     )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around a text that YAML 1.1 or `_Loader` would take for a number, a date or the like."""
+
+
 _set_types()
+for _first, _kinds in _Loader.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _kinds:
+        _Dumper.add_implicit_resolver(_tag, _pattern, [_first])
