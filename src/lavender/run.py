@@ -49,7 +49,8 @@ EVALUATED = ("loss", "vlm_loss", "attention_loss")
 """What an evaluation gives that can say which checkpoint is best, without `eval_`."""
 
 __all__ = [
-    "LoraSettings", "RunConfig", "_training_keys", "export_run", "load_run", "loading", "read_overrides", "read_run", "train",
+    "LoraSettings", "RunConfig", "_training_keys", "export_run", "load_run", "loading", "read_overrides", "read_run",
+    "train",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from lavender.type_checks import check_fields, check_path, shown
 from lavender.yaml_files import parse_yaml, read_settings
 
 Part = Literal["vision_tower", "connector", "language_model"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64", "float", "half", "double"]
 RECORD = "record"
 """A key of a run folder's config.yaml: what that run was made with. It is no setting."""
 

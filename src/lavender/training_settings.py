@@ -29,7 +29,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, 10**6), "per_device_eval_batch_size": (1, 10**6), "max_steps": (-1, _MANY),
     "gradient_accumulation_steps": (1, 10**6), "num_train_epochs": (1e-9, 1e6), "learning_rate": (0, 1e6),
     "warmup_steps": (0, _MANY), "weight_decay": (0, 1e6), "adam_beta1": (0, 1), "adam_beta2": (0, 1),
-    "adam_epsilon": (0, 1), "max_grad_norm": (0, 1e30), "label_smoothing_factor": (0, 1), "logging_steps": (1e-9, _MANY),
+    "adam_epsilon": (0, 1), "max_grad_norm": (0, 1e30), "label_smoothing_factor": (0, 1),
+    "logging_steps": (1e-9, _MANY),
     "eval_delay": (0, _MANY), "eval_steps": (1e-9, _MANY), "save_steps": (1e-9, _MANY), "save_total_limit": (0, _MANY),
     "seed": (0, 2**32 - 1), "data_seed": (0, 2**32 - 1), "dataloader_num_workers": (0, 256),
     "dataloader_prefetch_factor": (1, 1024), "ddp_timeout": (1, 10**8), "ddp_bucket_cap_mb": (1, 10**6),
@@ -91,9 +92,11 @@ def try_optimizer(args: LavenderConfig) -> None:
     import torch
     from transformers import Trainer, get_scheduler
 
+    from lavender.arguments import as_dict
+
     if args.deepspeed or args.optim_target_modules:  # made by DeepSpeed; or made for modules of the model
         return
     with refused_settings(f"the optimiser {args.optim} or the schedule {args.lr_scheduler_type}"):
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **settings)
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, dict(args.lr_scheduler_kwargs or {}))
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, as_dict(args.lr_scheduler_kwargs))

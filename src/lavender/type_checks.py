@@ -40,7 +40,7 @@ def shown(value: object) -> str:
 def hints_of(cls: type) -> dict[str, Any]:
     """Names and types of a dataclass's fields."""
     hints = get_type_hints(cls)
-    return {one.name: hints[one.name] for one in fields(cls)}
+    return {one.name: hints[one.name] for one in fields(cls)}  # ty: ignore[invalid-argument-type]
 
 
 def check_fields(settings: Any) -> None:

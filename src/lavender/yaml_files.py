@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
+from yaml.reader import ReaderError
 
 from lavender.errors import ConfigError, DataError
 
@@ -50,7 +51,7 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.reader.ReaderError as error:
+    except ReaderError as error:
         raise ConfigError(
             f"{where}, with the character {chr(error.character)!r} at place {error.position}", "text without control "
             "characters", "remove it, or write it in double quotes as \\x.., with its number",
@@ -59,7 +60,7 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1} of {where}" if mark else where
         said = " ".join(part for part in (getattr(error, "context", ""), getattr(error, "problem", "")) if part)
-        raise ConfigError(f"{said or error} in {place}", "YAML, a KEY: VALUE on each line", "mend it there") from error
+        raise ConfigError(f"{place}: {said or error}", "YAML, a KEY: VALUE on each line", "mend it there") from error
 
 
 def yaml_text(settings: Mapping[str, Any]) -> str:
@@ -71,9 +72,8 @@ def _text_of(path: Path) -> str:
     """The file's text; never waits, as reading a pipe would."""
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"{path}, which is no ordinary file", "a YAML file", "name such a file")
-            content = file.read(LARGEST_FILE + 1)
+            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            content = file.read(LARGEST_FILE + 1) if is_file else b""
     except FileNotFoundError as error:
         raise DataError(f"no file at {path}", "a YAML file", "check the path, or write the file") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
@@ -81,6 +81,8 @@ def _text_of(path: Path) -> str:
         raise DataError(
             f"{path}, which cannot be read: {reason}", "a YAML file", "name one that can be read"
         ) from error
+    if not is_file:
+        raise ConfigError(f"{path}, which is no ordinary file", "a YAML file", "name such a file")
     if len(content) > LARGEST_FILE:
         raise ConfigError(
             f"{path}, a file of more than {LARGEST_FILE // 1024} KiB", "settings, which are shorter",
@@ -134,10 +136,9 @@ class _Loader(yaml.SafeLoader):
             if key.tag == _MERGE:
                 continue
             if key.tag != _TEXT or not isinstance(key, yaml.ScalarNode):
-                said = (
-                    f"the key {key.value!r}" if isinstance(key, yaml.ScalarNode) else "a key that is a list or mapping"
-                )
-                raise ComposerError(None, None, f"{said}, which is no text; put it in quotes", key.start_mark)
+                said = f"{key.value[:80]!r}" if isinstance(key, yaml.ScalarNode) else "that is a list or mapping"
+                problem = f"a key {said}, which is no text; put it in quotes"
+                raise ComposerError(None, None, problem, key.start_mark)
             if key.value in first:
                 problem = f"the key {key.value[:80]!r} twice, first in line {first[key.value].line + 1}"
                 raise ComposerError(None, None, problem, key.start_mark)
@@ -147,13 +148,8 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ) as error:  # as int("x") for !!int x
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # int("x"), for !!int x
             kind = node.tag.rpartition(":")[2]
             problem = f"{str(node.value)[:80]!r}, which is no {kind} that can be read"
             raise ConstructorError(None, None, problem, node.start_mark) from error
