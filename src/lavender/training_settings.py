@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from functools import cache
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from lavender.config import check_keys
@@ -22,7 +23,7 @@ PATHS = ("chat_template_path", "deepspeed", "fsdp_config")
 _OTHER_TYPES: dict[str, Any] = {
     "fsdp": bool | str | list[str] | None,  # the hint leaves out what the documentation has
     "debug": str | list[str],
-    "parallelism_config": None,  # an object, which a file cannot hold
+    "parallelism_config": NoneType,  # an object, which a file cannot hold
 }
 _MANY = 10**12
 _RANGES: dict[str, tuple[float, float]] = {

@@ -163,7 +163,7 @@ def _advice(name: str, value: object, expected: Any, default: object) -> str:
         return f"leave {name} out" + (f" for its default, {shown(default)}" if known else "")
     if isinstance(value, str) and (number := _quoted(value, expected)):
         return f"write {number} without quotes"
-    if _is_listing(get_origin(expected) or expected) and isinstance(value, str | int | float) and len(str(value)) < 80:
+    if fits([value], expected) and len(shown(value)) < 80:
         return f"write {name}: [{value}]"
     return f"change {name}"
 
