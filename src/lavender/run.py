@@ -183,9 +183,10 @@ def _content(run: RunConfig, args: LavenderConfig, sets: list[Samples]) -> dict[
     from lavender.fingerprints import digest_of_data, digest_of_folder, digest_of_model, digests_of_settings
 
     content = {
-        "model": digest_of_model(run.model, vars(_config_of(run)).get("_commit_hash")), "data": digest_of_data(sets[0]),
+        "model": digest_of_model(run.model, vars(_config_of(run)).get("_commit_hash")),
+        "data": digest_of_data(sets[0]),
         "maps": digest_of_folder(Path(run.maps)),
-    }  # fmt: skip
+    }
     if run.eval_data is not None:
         content["eval_data"] = digest_of_data(sets[1])
     if run.eval_maps is not None:

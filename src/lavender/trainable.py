@@ -42,15 +42,16 @@ def weights_dtype(asked: str, config: PreTrainedConfig, with_peft: bool) -> str:
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype: {asked!r}", "auto, float32, bfloat16 or float16", "write for example dtype: float32")
     if dtype == torch.float16 and not with_peft:
-        raise _float16(f"dtype: {asked} for full tuning")
+        raise _float16("dtype: float16 for full tuning")
     return str(dtype).removeprefix("torch.")
 
 
 def _float16(got: str) -> ConfigError:
     return ConfigError(
-        f"{got}, in which AdamW's squares of gradients become 0, and training diverges", "trained weights of float32",
+        f"{got}, in which AdamW's squares of gradients become 0, and training diverges",
+        "trained weights of float32",
         "set dtype: float32, and bf16: true to compute in bfloat16 where the device can; or dtype: bfloat16",
-    )  # fmt: skip
+    )
 
 
 def freeze(model: PreTrainedModel, parts: Sequence[str]) -> None:
