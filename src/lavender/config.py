@@ -113,16 +113,26 @@ class ExtractionConfig:
             if not getattr(self, name):
                 raise ConfigError(f"{name}=()", "a list of one or more", f"leave {name} out for its default")
         _check_ranges(
-            self, ("timesteps", 0, 999), ("num_noises", 1, 1000), ("num_steps", 1, 999),
-            ("null_text_iterations", 0, 1000), ("seed", 0, 2**32 - 1), ("refine", 0, 2), ("batch_size", 1, 4096),
-            ("largest_layer", 1, 1024), ("guidance", 0, 100), ("head_share", 1e-9, 1), ("word_share", 1e-9, 1),
-        )  # fmt: skip
+            self,
+            ("timesteps", 0, 999),
+            ("num_noises", 1, 1000),
+            ("num_steps", 1, 999),
+            ("null_text_iterations", 0, 1000),
+            ("seed", 0, 2**32 - 1),
+            ("refine", 0, 2),
+            ("batch_size", 1, 4096),
+            ("largest_layer", 1, 1024),
+            ("guidance", 0, 100),
+            ("head_share", 1e-9, 1),
+            ("word_share", 1e-9, 1),
+        )
         _check_ranges(self, ("inversion_steps", 1, self.num_steps))
         if self.inversion_steps is not None and self.num_steps % self.inversion_steps:
             raise ConfigError(
                 f"inversion_steps={self.inversion_steps} with num_steps={self.num_steps}",
-                "a divisor of num_steps", "change one of them, such as 5 and 10",
-            )  # fmt: skip
+                "a divisor of num_steps",
+                "change one of them, such as 5 and 10",
+            )
         if not 2 <= min(self.grid) <= max(self.grid) <= 256:
             raise ConfigError(f"grid={self.grid}", "(rows, cols), each from 2 to 256", "use the paper's (32, 32)")
         if self.tiny_vae is not None:
@@ -216,9 +226,15 @@ class AlignmentConfig:
                 "set attention_loss to min-max or min-max-sum, or align_weight to a number",
             )  # fmt: skip
         _check_ranges(
-            self, ("layer_share", 1e-9, 1), ("aligner_width", 1, 4096), ("align_switches", 0, 1_000_000),
-            ("align_warmup", 0, 1), ("align_decay", 0, 1), ("aligner_pretraining", 0, 1), ("min_coverage", 0, 1),
-        )  # fmt: skip
+            self,
+            ("layer_share", 1e-9, 1),
+            ("aligner_width", 1, 4096),
+            ("align_switches", 0, 1_000_000),
+            ("align_warmup", 0, 1),
+            ("align_decay", 0, 1),
+            ("aligner_pretraining", 0, 1),
+            ("min_coverage", 0, 1),
+        )
 
 
 def _without_repeats(name: str, value: Sequence) -> tuple:

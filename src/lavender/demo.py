@@ -106,9 +106,15 @@ def train_arms(out: Path) -> None:
 
 def _begin(out: Path, arm: str) -> subprocess.Popen:
     settings = {
-        "model": str(STUDENT_PATH), "data": str(out / "data"), "maps": str(out / "maps"), "out": str(out / arm),
-        "prompt": CAPTION_PROMPT, "dtype": "float32", **TUNING, "align_weight": ARMS[arm],
-    }  # fmt: skip
+        "model": str(STUDENT_PATH),
+        "data": str(out / "data"),
+        "maps": str(out / "maps"),
+        "out": str(out / arm),
+        "prompt": CAPTION_PROMPT,
+        "dtype": "float32",
+        **TUNING,
+        "align_weight": ARMS[arm],
+    }
     write_whole(out / f"{arm}.yaml", yaml.safe_dump(settings, sort_keys=False))
     command = [sys.executable, "-m", "lavender.cli", "train", str(out / f"{arm}.yaml"), "--restart"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

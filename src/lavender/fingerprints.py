@@ -24,10 +24,13 @@ _UNREAD_ENDINGS = (".md", ".jsonl")
 def digest_of_folder(folder: Path) -> str:
     """Of the names and contents of all files that loading may read: not hidden ones, READMEs, or logs of a store."""
     files = [
-        path for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.name not in _UNREAD_BY_TRAINING and path.suffix not in _UNREAD_ENDINGS
-    ]  # fmt: skip
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.name not in _UNREAD_BY_TRAINING
+        and path.suffix not in _UNREAD_ENDINGS
+    ]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(digest_of_file, files)
         return _digest((str(path.relative_to(folder)), one) for path, one in zip(files, digests, strict=True))

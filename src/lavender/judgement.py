@@ -125,8 +125,9 @@ def _differing(arms: Mapping[str, str | Path]) -> tuple[dict[str, dict[str, Any]
     """
     recorded = {
         name: {key.removeprefix("record."): value for key, value in flat(read_config(Path(path)))}
-        for name, path in arms.items() if (Path(path) / CONFIG).is_file()
-    }  # fmt: skip
+        for name, path in arms.items()
+        if (Path(path) / CONFIG).is_file()
+    }
     every = list(dict.fromkeys(key for own in recorded.values() for key in own if not key.startswith(_UNTOLD)))
     alignment = {one.name for one in fields(AlignmentConfig)}
     differing: dict[str, dict[str, Any]] = {}

@@ -59,9 +59,10 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
         and not (Path(path) / "config.json").is_file()
     ):
         raise ConfigError(
-            f"the run {path}, which has no checkpoint: it is not finished", "a finished run",
+            f"the run {path}, which has no checkpoint: it is not finished",
+            "a finished run",
             f"let it go on: lavender train {Path(path) / 'config.yaml'}",
-        )  # fmt: skip
+        )
     folder = checkpoint if checkpoint.is_dir() else Path(path)
     with loading("model", path):
         model = _load_model(folder, dtype, trust_remote_code)

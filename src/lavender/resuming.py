@@ -34,8 +34,9 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """
     steps = sorted(
         (path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[1].isdigit()),
-        key=lambda path: int(path.name.split("-")[1]), reverse=True,
-    )  # fmt: skip
+        key=lambda path: int(path.name.split("-")[1]),
+        reverse=True,
+    )
     passed: dict[Path, str] = {}
     for path in steps:
         try:

@@ -111,9 +111,14 @@ def _trainer(run: RunConfig, args: LavenderConfig, processor: Any, model: Any, s
     peft_config = None if settings is None else peft_config_of(settings, model, run.freeze)
     with refused_settings("the trainer"):
         trainer = LavenderTrainer(
-            model, args, processing_class=processor, train_dataset=to_dataset(sets[0]), maps=SeveralStores(*stores),
-            eval_dataset=to_dataset(sets[1]) if run.eval_data else None, peft_config=peft_config,
-        )  # fmt: skip
+            model,
+            args,
+            processing_class=processor,
+            train_dataset=to_dataset(sets[0]),
+            maps=SeveralStores(*stores),
+            eval_dataset=to_dataset(sets[1]) if run.eval_data else None,
+            peft_config=peft_config,
+        )
     trained = check_trained(trainer.accelerator.unwrap_model(trainer.model), run.freeze)
     _say([trained], args.process_index == 0)
     return trainer
@@ -187,9 +192,10 @@ def _content(run: RunConfig, args: LavenderConfig, sets: list[Samples]) -> dict[
     from lavender.fingerprints import digest_of_data, digest_of_folder, digest_of_model, digests_of_settings
 
     content = {
-        "model": digest_of_model(run.model, vars(_config_of(run)).get("_commit_hash")), "data": digest_of_data(sets[0]),
+        "model": digest_of_model(run.model, vars(_config_of(run)).get("_commit_hash")),
+        "data": digest_of_data(sets[0]),
         "maps": "+".join(digest_of_folder(Path(path)) for path in run.training_stores()),
-    }  # fmt: skip
+    }
     if run.eval_data is not None:
         content["eval_data"] = digest_of_data(sets[1])
     if run.eval_maps is not None:

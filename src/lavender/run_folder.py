@@ -27,27 +27,67 @@ if TYPE_CHECKING:
     from lavender.trainer import LavenderConfig
 
 CONFIG, METRICS, COVERAGE, CHECKPOINT, HEAD = (
-    "config.yaml", "metrics.jsonl", "coverage.json", "checkpoint", "alignment_head.safetensors",
-)  # fmt: skip
+    "config.yaml",
+    "metrics.jsonl",
+    "coverage.json",
+    "checkpoint",
+    "alignment_head.safetensors",
+)
 TRAINER = "trainer"
 """Where the trainer writes its own checkpoints, from which a run goes on."""
 OWN = (CONFIG, METRICS, COVERAGE, CHECKPOINT, HEAD, TRAINER, "environment.json", "eval.json", "report.html")
 """All that `train`, `eval` and `report` write into a run's folder."""
 PACKAGES = (
-    "lavender-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors",
-    "numpy", "pillow",
-)  # fmt: skip
-FREE = frozenset({
-    "out", "trust_remote_code",
-    # how a run is watched: the probe keeps the state of random numbers, and its forwards change no weight
-    "probe_size", "probe_steps", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
-    "trackio_bucket_id", "trackio_static_space_id", "log_level", "log_level_replica", "log_on_each_node",
-    "logging_steps", "logging_strategy", "logging_first_step", "skip_memory_metrics",
-    # how data reach the process, and what is kept where
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "dataset_num_proc", "ddp_timeout", "save_total_limit", "save_on_each_node", "push_to_hub", "hub_model_id",
-    "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
-})  # fmt: skip
+    "lavender-vlm",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pillow",
+)
+FREE = frozenset(
+    {
+        "out",
+        "trust_remote_code",
+        # how a run is watched: the probe keeps the state of random numbers, and its forwards change no weight
+        "probe_size",
+        "probe_steps",
+        "disable_tqdm",
+        "report_to",
+        "run_name",
+        "project",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "skip_memory_metrics",
+        # how data reach the process, and what is kept where
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "dataset_num_proc",
+        "ddp_timeout",
+        "save_total_limit",
+        "save_on_each_node",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_private_repo",
+        "hub_always_push",
+        "hub_revision",
+    }
+)
 """Settings that do not change what a run is: it may go on, or be finished, under others."""
 FREE_WITHOUT_BEST = frozenset({"save_strategy", "save_steps"})
 """Likewise, unless the best of the saved checkpoints is chosen."""
@@ -66,9 +106,12 @@ def resolved_settings(run: RunConfig, args: LavenderConfig, content: Mapping[str
         value = run.training.get(name, defaults[name]) if name in _AS_GIVEN else getattr(args, name)
         training[name] = _plain(value)
     record = {
-        "versions": versions(), "content": dict(content), "processes": args.world_size,
-        "divided_by": _divided_by(args), "device": args.device.type,
-    }  # fmt: skip
+        "versions": versions(),
+        "content": dict(content),
+        "processes": args.world_size,
+        "divided_by": _divided_by(args),
+        "device": args.device.type,
+    }
     return json.loads(json.dumps(asdict(run) | {"training": training, "record": record}))
 
 
@@ -115,9 +158,10 @@ def check_place(out: Path, restart: bool = False) -> bool:
         raise ConfigError(got, "a new or empty folder, or that of a run", "choose another out")
     if not restart and (names - {TRAINER} or any((out / TRAINER).glob("checkpoint-*"))):
         raise ConfigError(
-            f"out: {out}, which holds what a run wrote, but no {CONFIG}", "the settings it was trained with",
+            f"out: {out}, which holds what a run wrote, but no {CONFIG}",
+            "the settings it was trained with",
             "choose another out, put the file back, or add --restart to begin anew",
-        )  # fmt: skip
+        )
     return False
 
 
@@ -191,8 +235,9 @@ def check_same(out: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     if "record" not in found or not isinstance(found.get("training"), dict):
         raise ConfigError(
             f"out: {out}, a run of an earlier version, which did not record all of its settings",
-            "a run that can be compared with the wanted one", "choose another out, or add --restart to begin anew",
-        )  # fmt: skip
+            "a run that can be compared with the wanted one",
+            "choose another out, or add --restart to begin anew",
+        )
     if lines := differences(found, wanted):
         raise ConfigError(f"out: {out}, which holds a run of other settings ({'; '.join(lines)})", "the same run", do)
     return found

@@ -26,12 +26,17 @@ from lavender.vlm.registry import adapter_for
 ALIGNMENT = "alignment"
 ALL_LINEAR = "all-linear"
 QUANTIZATION: dict[str, Any] = {
-    "load_in_8bit": bool, "load_in_4bit": bool, "llm_int8_threshold": float,
-    "llm_int8_skip_modules": list[str] | None, "llm_int8_enable_fp32_cpu_offload": bool,
-    "llm_int8_has_fp16_weight": bool, "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16"] | None,
-    "bnb_4bit_quant_type": Literal["fp4", "nf4"], "bnb_4bit_use_double_quant": bool,
+    "load_in_8bit": bool,
+    "load_in_4bit": bool,
+    "llm_int8_threshold": float,
+    "llm_int8_skip_modules": list[str] | None,
+    "llm_int8_enable_fp32_cpu_offload": bool,
+    "llm_int8_has_fp16_weight": bool,
+    "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16"] | None,
+    "bnb_4bit_quant_type": Literal["fp4", "nf4"],
+    "bnb_4bit_use_double_quant": bool,
     "bnb_4bit_quant_storage": Literal["float16", "float32", "int8", "uint8", "float64", "bfloat16"] | None,
-}  # fmt: skip
+}
 """Settings of BitsAndBytesConfig, which names no types, and theirs."""
 
 
@@ -57,9 +62,10 @@ def weights_dtype(asked: str, config: PreTrainedConfig, with_peft: bool) -> str:
 
 def _float16(got: str) -> ConfigError:
     return ConfigError(
-        f"{got}, in which AdamW's squares of gradients become 0, and training diverges", "trained weights of float32",
+        f"{got}, in which AdamW's squares of gradients become 0, and training diverges",
+        "trained weights of float32",
         "set dtype: float32, and bf16: true to compute in bfloat16 where the device can; or dtype: bfloat16",
-    )  # fmt: skip
+    )
 
 
 def freeze(model: PreTrainedModel, parts: Sequence[str]) -> None:

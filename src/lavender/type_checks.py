@@ -23,9 +23,15 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 12
 _NAMES = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping",
-    NoneType: "null", list: "a list", tuple: "a list",
-}  # fmt: skip
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    dict: "a mapping",
+    NoneType: "null",
+    list: "a list",
+    tuple: "a list",
+}
 
 
 def shown(value: object) -> str:
@@ -86,9 +92,11 @@ def fits(value: object, hint: Any) -> bool:
         key, item = args or (Any, Any)
         return isinstance(value, Mapping) and all(fits(k, key) and fits(v, item) for k, v in value.items())
     if _is_listing(kind):
-        return isinstance(value, list | tuple) and _length_fits(value, args) and all(
-            fits(item, _item_hint(args, index)) for index, item in enumerate(value)
-        )  # fmt: skip
+        return (
+            isinstance(value, list | tuple)
+            and _length_fits(value, args)
+            and all(fits(item, _item_hint(args, index)) for index, item in enumerate(value))
+        )
     return isinstance(value, kind)
 
 

@@ -53,9 +53,10 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, _Loader)
     except ReaderError as error:
         raise ConfigError(
-            f"{where}, with the character {chr(error.character)!r} at place {error.position}", "text without control "
-            "characters", "remove it, or write it in double quotes as \\x.., with its number",
-        ) from error  # fmt: skip
+            f"{where}, with the character {chr(error.character)!r} at place {error.position}",
+            "text without control characters",
+            "remove it, or write it in double quotes as \\x.., with its number",
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1} of {where}" if mark else where
@@ -85,16 +86,18 @@ def _text_of(path: Path) -> str:
         raise ConfigError(f"{path}, which is no ordinary file", "a YAML file", "name such a file")
     if len(content) > LARGEST_FILE:
         raise ConfigError(
-            f"{path}, a file of more than {LARGEST_FILE // 1024} KiB", "settings, which are shorter",
+            f"{path}, a file of more than {LARGEST_FILE // 1024} KiB",
+            "settings, which are shorter",
             "name the file of settings",
-        )  # fmt: skip
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}, whose byte {content[error.start]:#04x} at offset {error.start} is not UTF-8", "text in UTF-8",
+            f"{path}, whose byte {content[error.start]:#04x} at offset {error.start} is not UTF-8",
+            "text in UTF-8",
             "save the file as UTF-8; it may be in Latin-1 (ISO 8859-1, Windows-1252) or UTF-16",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _kind(value: object) -> str:
@@ -165,9 +168,10 @@ def _set_types() -> None:
     _Loader.yaml_constructors = made | {None: _Loader.construct_other}
     words = {f"tag:yaml.org,2002:{name}" for name in ("bool", "null", "merge")}
     _Loader.yaml_implicit_resolvers = {
-        first: kinds for first, all_kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: kinds
+        for first, all_kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
         if (kinds := [one for one in all_kinds if one[0] in words])
-    }  # fmt: skip
+    }
     _Loader.add_implicit_resolver(
         "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$|0x[0-9a-fA-F]+$"), list("-+0123456789")
     )

@@ -22,10 +22,19 @@ from lavender.run_folder import FREE, FREE_WITHOUT_BEST, differences, write_conf
 from lavender.trainer import LavenderConfig, LavenderTrainer
 
 STEPS: dict[str, Any] = {
-    "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "seed": 3,
-    "use_cpu": True, "bf16": False, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "disable_tqdm": True,
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "seed": 3,
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "logging_steps": 1,
+    "disable_tqdm": True,
     "probe_size": 0,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -277,12 +286,14 @@ DAMAGE = {
     "scheduler.pt": (cut, lambda path: path.write_bytes(b""), Path.unlink),
     "rng_state.pth": (cut, flip, lambda path: torch.save({"python": 1}, path), Path.unlink),
     "trainer_state.json": (
-        cut, lambda path: path.write_text("[1, 2]"), lambda path: path.write_text('{"global_step": 4}'),
+        cut,
+        lambda path: path.write_text("[1, 2]"),
+        lambda path: path.write_text('{"global_step": 4}'),
         lambda path: path.write_text('{"global_step": 4, "log_history": 3, "unknown": 1}'),
         lambda path: path.write_bytes(b"\xff\xfe"),
     ),
     "coverage_counts.json": (cut, lambda path: path.write_text("[1]"), lambda path: path.write_text('{"a": 1}')),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -331,7 +342,8 @@ def test_settings_resolve_to_themselves(finished, tmp_path):
     args = LavenderConfig(output_dir=str(tmp_path), **recorded)
     again = {name: getattr(args, name) for name in recorded}
     changed = {
-        name for name, value in recorded.items()
+        name
+        for name, value in recorded.items()
         if again[name] != value and name != "accelerator_config" and getattr(again[name], "value", None) != value
-    }  # fmt: skip
+    }
     assert changed == set()

@@ -201,10 +201,10 @@ def test_full_tuning_of_16_bit_weights_is_in_float32_unless_asked(places, tmp_pa
         torch.float32
     }
     for asked in ("float16", "half"):
-        run = RunConfig(**here, out=str(tmp_path / asked), dtype=asked, training=STEPS)
+        run = RunConfig(**here, out=str(tmp_path / f"{asked} out"), dtype=asked, training=STEPS)
         with pytest.raises(ConfigError, match="float16.* in which AdamW.* dtype: float32"):
             train(run)
-        assert not (tmp_path / asked).exists()
+        assert not (tmp_path / f"{asked} out").exists()
 
 
 def test_the_type_of_a_run_s_weights(make_student):

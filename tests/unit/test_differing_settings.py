@@ -24,9 +24,11 @@ def test_every_differing_setting_is_named(tmp_path):
     record = {"versions": {"torch": "2.7"}, "content": {"data": "1"}}
     one = folder(tmp_path / "one", training={"align_weight": 0.0, "seed": 1, "match": "label"}, record=record)
     other = folder(
-        tmp_path / "other", training={"align_weight": 5.0, "seed": 1, "match": "label"}, dtype="float32",
+        tmp_path / "other",
+        training={"align_weight": 5.0, "seed": 1, "match": "label"},
+        dtype="float32",
         record={"versions": {"torch": "2.8"}, "content": {"data": "2"}},
-    )  # fmt: skip
+    )
     differing, notes = _differing({"base": "m", "one": one, "other": other})
     assert differing == {
         "align_weight": {"one": 0.0, "other": 5.0},

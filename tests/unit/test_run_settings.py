@@ -19,9 +19,29 @@ from lavender.yaml_files import yaml_text
 
 NEEDED: dict[str, Any] = {"model": "m", "data": "d", "maps": "s", "out": "o"}
 WRONG = (
-    None, True, 5, -1, 1.5, float("nan"), float("inf"), 10**30, "", "x", "-1", "a" * 5000, "\0", [], [1], ["x"], [[1]],
-    [{}], {}, {"a": 1}, {1: 2}, "no",
-)  # fmt: skip
+    None,
+    True,
+    5,
+    -1,
+    1.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    "",
+    "x",
+    "-1",
+    "a" * 5000,
+    "\0",
+    [],
+    [1],
+    ["x"],
+    [[1]],
+    [{}],
+    {},
+    {"a": 1},
+    {1: 2},
+    "no",
+)
 
 
 def failure(**settings: Any) -> str:
@@ -47,24 +67,23 @@ def test_code_runs_only_after_a_plain_true(value):
 @pytest.mark.parametrize("value", WRONG, ids=lambda one: repr(one)[:20])
 def test_every_setting_has_its_type_or_is_refused_by_name(value):
     for name in hints_of(RunConfig):
-        try:
-            RunConfig(**(NEEDED | {name: value}))
-        except ConfigError as error:
-            assert str(error).startswith(("Got the key", "Got peft_type", f"Got {name}")) or "key of" in str(error)
+        said = refusal(lambda settings: RunConfig(**settings), NEEDED | {name: value})
+        assert not said or said.startswith((f"Got {name}", f"Got a key of {name}", "Got the key", "Got peft_type"))
     for name in hints_of(LoraSettings):
-        try:
-            LoraSettings(**{name: value})
-        except ConfigError as error:
-            assert name in str(error)
-
-
-@pytest.mark.parametrize("value", WRONG, ids=lambda one: repr(one)[:20])
-def test_every_setting_of_training_has_its_type_or_is_refused_by_name(value):
+        said = refusal(lambda settings: LoraSettings(**settings), {name: value})
+        assert not said or name in said
     for name in training_keys():
-        try:
-            checked_training({name: value})
-        except ConfigError as error:
-            assert name in str(error).partition("=")[0]
+        said = refusal(checked_training, {name: value})
+        assert not said or name in said.partition("=")[0]
+
+
+def refusal(build, settings: dict[str, Any]) -> str:
+    """What is said, or nothing where the settings are taken."""
+    try:
+        build(settings)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def test_all_defaults_of_training_are_allowed():
@@ -78,19 +97,29 @@ def test_all_defaults_of_training_are_allowed():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"learning_rate": "1e-5"}, "Got learning_rate='1e-5'. Expected a number. Do this: write 1e-05 without quotes."),
+        (
+            {"learning_rate": "1e-5"},
+            "Got learning_rate='1e-5'. Expected a number. Do this: write 1e-05 without quotes.",
+        ),
         ({"max_steps": "300"}, "Got max_steps='300'. Expected a whole number. Do this: write 300 without quotes."),
-        ({"max_steps": None}, "Got max_steps=None. Expected a whole number. Do this: leave max_steps out for its default, -1"),
+        (
+            {"max_steps": None},
+            "Got max_steps=None. Expected a whole number. Do this: leave max_steps out for its default, -1",
+        ),
         ({"max_steps": 1.5}, "Got max_steps=1.5. Expected a whole number."),
         ({"learning_rate": -1}, "Got learning_rate=-1. Expected a number from 0 to"),
         ({"seed": 10**30}, "Got seed=1000000000000000000000000000000. Expected a number from 0 to 4294967295."),
         ({"bf16": "false"}, "Got bf16='false'. Expected true or false or null."),
         ({"optim": 5}, "Got optim=5. Expected one of ('adamw_torch',"),
-        ({"heads": "x"}, "Got heads='x'."), ({"output_dir": "x"}, "Got the key 'output_dir' in training."),
+        ({"heads": "x"}, "Got heads='x'."),
+        ({"output_dir": "x"}, "Got the key 'output_dir' in training."),
         ({"parallelism_config": {"a": 1}}, "Got parallelism_config={'a': 1}. Expected null."),
-        ({"label_names": "x"}, "Got label_names='x'. Expected a list of texts or null. Do this: write label_names: [x]."),
+        (
+            {"label_names": "x"},
+            "Got label_names='x'. Expected a list of texts or null. Do this: write label_names: [x].",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_said_of_a_setting_of_training(settings, message):
     assert message in failure(training=settings)
 
@@ -98,33 +127,52 @@ def test_what_is_said_of_a_setting_of_training(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": ""}, "Got model=''. Expected a path."), ({"out": "a\0b"}, "Got out='a\\x00b'. Expected a path."),
-        ({"data": "a" * 300}, "Got data='aaa"), ({"data": ["a"]}, "Got data=['a']. Expected a text."),
-        ({"maps": []}, "Got maps=[]. Expected a map store, or several."), ({"maps": [3]}, "Got maps=3. Expected a text."),
+        ({"model": ""}, "Got model=''. Expected a path."),
+        ({"out": "a\0b"}, "Got out='a\\x00b'. Expected a path."),
+        ({"data": "a" * 300}, "Got data='aaa"),
+        ({"data": ["a"]}, "Got data=['a']. Expected a text."),
+        ({"maps": []}, "Got maps=[]. Expected a map store, or several."),
+        ({"maps": [3]}, "Got maps=3. Expected a text."),
         ({"freeze": "vision_tower"}, "Got freeze='vision_tower'. Expected a list of one of ('vision_tower',"),
         ({"freeze": [[]]}, "Got freeze=[]. Expected one of ('vision_tower', 'connector', 'language_model')."),
-        ({"dtype": "x"}, "Got dtype='x'. Expected one of ('auto', 'float32',"), ({"dtype": None}, "Got dtype=None."),
+        ({"dtype": "x"}, "Got dtype='x'. Expected one of ('auto', 'float32',"),
+        ({"dtype": None}, "Got dtype=None."),
         ({"image_processor": [1]}, "Got image_processor=[1]. Expected a mapping."),
-        ({"image_processor": None}, "leave image_processor out"), ({"quantization": True}, "Got quantization=True."),
-        ({"lora": {"r": 8}}, "Got lora={'r': 8}."), ({"peft": [1]}, "Got peft=[1]. Expected a mapping"),
-        ({"peft": {"r": 8}}, "Got peft_type: None. Expected one of"), ({"peft": {"peft_type": [1]}}, "Got peft_type: [1]."),
-        ({"peft": {"peft_type": "LORA", "r": "8"}}, "Got peft.r='8'. Expected a whole number. Do this: write 8 without"),
+        ({"image_processor": None}, "leave image_processor out"),
+        ({"quantization": True}, "Got quantization=True."),
+        ({"lora": {"r": 8}}, "Got lora={'r': 8}."),
+        ({"peft": [1]}, "Got peft=[1]. Expected a mapping"),
+        ({"peft": {"r": 8}}, "Got peft_type: None. Expected one of"),
+        ({"peft": {"peft_type": [1]}}, "Got peft_type: [1]."),
+        (
+            {"peft": {"peft_type": "LORA", "r": "8"}},
+            "Got peft.r='8'. Expected a whole number. Do this: write 8 without",
+        ),
         ({"peft": {"peft_type": "LORA", "target_modules": [1]}}, "Got peft.target_modules=1."),
         ({"lora": LoraSettings(), "peft": {"peft_type": "LORA"}}, "Got lora and peft."),
     ],
-)  # fmt: skip
+)
 def test_what_is_said_of_a_setting_of_a_run(settings, message):
     assert message in failure(**settings)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"r": 0}, {"r": True}, {"alpha": "32"}, {"dropout": 1}, {"dropout": -0.1}, {"target_modules": []},
-                 {"target_modules": [1]}, {"target_modules": None}]
-)  # fmt: skip
+    "settings",
+    [
+        {"r": 0},
+        {"r": True},
+        {"alpha": "32"},
+        {"dropout": 1},
+        {"dropout": -0.1},
+        {"target_modules": []},
+        {"target_modules": [1]},
+        {"target_modules": None},
+    ],
+)
 def test_lora(settings):
     with pytest.raises(ConfigError, match=f"Got (lora\\.)?{next(iter(settings))}"):
         LoraSettings(**settings)
-    assert LoraSettings(target_modules=["q"]).target_modules == ("q",)  # ty: ignore[invalid-argument-type]
+    assert LoraSettings(target_modules=("q",)).target_modules == ("q",)
 
 
 def test_no_means_no_for_a_strategy(tmp_path):
@@ -136,7 +184,7 @@ def test_no_means_no_for_a_strategy(tmp_path):
 
 def test_home_in_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    paths = {
+    paths: dict[str, Any] = {
         "data": "~/d",
         "maps": ["~/s", "~/t"],
         "out": "~/o",
@@ -151,7 +199,7 @@ def test_home_in_paths(tmp_path, monkeypatch):
 
 
 def test_paths_of_python(tmp_path):
-    run = RunConfig(tmp_path / "m", tmp_path, tmp_path / "s", tmp_path)  # ty: ignore[invalid-argument-type]
+    run = RunConfig(tmp_path / "m", tmp_path, tmp_path / "s", tmp_path)
     assert (run.model, run.maps) == (str(tmp_path / "m"), str(tmp_path / "s"))
 
 
@@ -163,8 +211,10 @@ def test_a_runs_own_config_is_a_run_file(tmp_path):
     run = read_run(path, ["max_steps=9", "data=other"])
     assert run == RunConfig("m", "other", "s", "o", lora=LoraSettings(r=4), training={"seed": 3, "max_steps": 9})
     for broken, message in (
-        ({"training": [1]}, "Got training=[1]"), ({"record": "x"}, "Got record='x'"), ({"seed": 1}, "Got 'seed' in"),
-    ):  # fmt: skip
+        ({"training": [1]}, "Got training=[1]"),
+        ({"record": "x"}, "Got record='x'"),
+        ({"seed": 1}, "Got 'seed' in"),
+    ):
         path.write_text(yaml_text(settings | broken))
         with pytest.raises(ConfigError) as caught:
             read_run(path)
@@ -196,10 +246,13 @@ def test_where_a_run_is_to_be(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"optim_args": "x"}, {"lr_scheduler_kwargs": {"a": 1}}, {"adam_beta1": 1.0}, {"optim": "galore_adamw"},
+        {"optim_args": "x"},
+        {"lr_scheduler_kwargs": {"a": 1}},
+        {"adam_beta1": 1.0},
+        {"optim": "galore_adamw"},
         {"lr_scheduler_type": "cosine_with_min_lr"},
     ],
-)  # fmt: skip
+)
 def test_the_optimiser_is_tried(tmp_path, settings):
     args = LavenderConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings)
     with pytest.raises(ConfigError, match="Got settings of training that the optimiser"):

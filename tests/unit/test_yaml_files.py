@@ -25,12 +25,31 @@ def failure(text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("5e-4", 5e-4), ("1E3", 1000.0), ("-3", -3), ("+4", 4), ("0", 0), ("1.", 1.0), ("-.5", -0.5), ("0x1f", 31),
-        (".inf", float("inf")), ("true", True), ("no", False), ("null", None), ("~", None), ("'1'", "1"),
-        ("1:30", "1:30"), ("017", "017"), ("1_000", "1_000"), ("2024-01-01", "2024-01-01"), ("2024-13-45", "2024-13-45"),
-        ("=", "="), ("1e5x", "1e5x"), ("[1, a]", [1, "a"]), ("{a: {b: 1}}", {"a": {"b": 1}}),
+        ("5e-4", 5e-4),
+        ("1E3", 1000.0),
+        ("-3", -3),
+        ("+4", 4),
+        ("0", 0),
+        ("1.", 1.0),
+        ("-.5", -0.5),
+        ("0x1f", 31),
+        (".inf", float("inf")),
+        ("true", True),
+        ("no", False),
+        ("null", None),
+        ("~", None),
+        ("'1'", "1"),
+        ("1:30", "1:30"),
+        ("017", "017"),
+        ("1_000", "1_000"),
+        ("2024-01-01", "2024-01-01"),
+        ("2024-13-45", "2024-13-45"),
+        ("=", "="),
+        ("1e5x", "1e5x"),
+        ("[1, a]", [1, "a"]),
+        ("{a: {b: 1}}", {"a": {"b": 1}}),
     ],
-)  # fmt: skip
+)
 def test_values(text, value):
     found = parse_yaml(text, "run.yaml")
     assert found == value
@@ -48,24 +67,36 @@ def test_aliases_and_merging_are_read():
         ("a: 1\nb: 2\na: 3\n", "Got line 3 of run.yaml: the key 'a' twice, first in line 1."),
         ("x: {a: 1, 'a': 2}", "Got line 1 of run.yaml: the key 'a' twice, first in line 1."),
         ("5: x", "Got line 1 of run.yaml: a key '5', which is no text; put it in quotes."),
-        ("true: x", "a key 'true', which is no text"), ("~: x", "a key '~', which is no text"),
-        (".nan: x", "a key '.nan', which is no text"), ("? [1]\n: x", "a key that is a list or mapping"),
+        ("true: x", "a key 'true', which is no text"),
+        ("~: x", "a key '~', which is no text"),
+        (".nan: x", "a key '.nan', which is no text"),
+        ("? [1]\n: x", "a key that is a list or mapping"),
         ("a: !!python/object/apply:os.system [x]", "the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
-        ("a: !!python/name:os.system", "the tag"), ("a: !x y", "the tag '!x'"), ("a: !!set {b}", "the tag"),
-        ("a: !!binary abc", "the tag"), ("a: !!timestamp abc", "the tag"),
+        ("a: !!python/name:os.system", "the tag"),
+        ("a: !x y", "the tag '!x'"),
+        ("a: !!set {b}", "the tag"),
+        ("a: !!binary abc", "the tag"),
+        ("a: !!timestamp abc", "the tag"),
         ("b: 1\na: !!int abc", "Got line 2 of run.yaml: 'abc', which is no int that can be read."),
-        ("a: !!float ''", "which is no float"), ("a: !!bool abc", "which is no bool"),
-        ("a: " + "9" * 5000, "which is no int that can be read"), ("<<: 5", "for merging"),
+        ("a: !!float ''", "which is no float"),
+        ("a: !!bool abc", "which is no bool"),
+        ("a: " + "9" * 5000, "which is no int that can be read"),
+        ("<<: 5", "for merging"),
         ("a: &a\n  <<: *a", "*a stands inside of what it stands for"),
-        ("&a {m: *a}", "*a stands inside of what it stands for"), ("a: *x", "undefined alias 'x'"),
-        (BOMB, f"more than {MOST_VALUES:,} values"), ("a: " + "[" * 20000, f"more than {DEEPEST} levels deep"),
+        ("&a {m: *a}", "*a stands inside of what it stands for"),
+        ("a: *x", "undefined alias 'x'"),
+        (BOMB, f"more than {MOST_VALUES:,} values"),
+        ("a: " + "[" * 20000, f"more than {DEEPEST} levels deep"),
         ("".join(" " * level + "a:\n" for level in range(3000)), f"more than {DEEPEST} levels deep"),
         ("a: [" + "x," * 100_000 + "]", f"more than {MOST_VALUES:,} values"),
-        ("a: 1\n---\nb: 1", "found another document"), ("a: [", "Got line 1 of run.yaml"), ("a: \0", "'\\x00'"),
-        ("a: x\n\t- y", "Got line 2 of run.yaml"), ("a: \ud800", "'\\ud800'"),
+        ("a: 1\n---\nb: 1", "found another document"),
+        ("a: [", "Got line 1 of run.yaml"),
+        ("a: \0", "'\\x00'"),
+        ("a: x\n\t- y", "Got line 2 of run.yaml"),
+        ("a: \ud800", "'\\ud800'"),
     ],
     ids=lambda one: one[:30],
-)  # fmt: skip
+)
 def test_what_is_refused(text, message):
     assert message in failure(text)
 
@@ -126,8 +157,9 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path):
 def test_what_is_written_is_read_back_as_it_was():
     settings = {
         "text": ["1:30", "2024-01-01", "017", "5e-4", "no", "y", "~", "1_000", "=", "<<", "café", "", "0x1f"],
-        "value": [1e-5, 5e-4, 1, 1.0, True, None, 1e30, -3], "nested": {"a": {"b": [{}, []]}},
-    }  # fmt: skip
+        "value": [1e-5, 5e-4, 1, 1.0, True, None, 1e30, -3],
+        "nested": {"a": {"b": [{}, []]}},
+    }
     text = yaml_text(settings)
     assert parse_yaml(text, "x") == settings
     assert yaml.safe_load(text) == settings  # as readers of YAML 1.1 do
