@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lavender.errors import ConfigError, LavenderError, UnsupportedModelError
 from lavender.report import Panel, WordRow, draw_figure
 from lavender.store import MapStore
+from lavender.type_checks import check_type
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,6 +38,8 @@ def inspect_target(target: str, picture: Path | None = None, trust_remote_code: 
         ConfigError: no such model or store, or a setting that does not go with it.
         UnsupportedModelError: a model without an adapter.
     """
+    check_type("trust_remote_code", trust_remote_code, bool)
+    target = os.path.expanduser(target)
     if (Path(target) / "manifest.json").is_file():
         if picture is not None:
             raise ConfigError(f"--picture with the map store {target}", "a model", "leave --picture out")

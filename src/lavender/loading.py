@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lavender.errors import ConfigError, LavenderError
+from lavender.type_checks import check_type
 from lavender.whole_files import TEMPORARY
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -52,6 +54,8 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
 
     from lavender.vlm.registry import adapter_for
 
+    check_type("trust_remote_code", trust_remote_code, bool)
+    path = os.path.expanduser(path)
     checkpoint = Path(path) / "checkpoint"
     if (
         not checkpoint.is_dir()
