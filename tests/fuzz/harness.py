@@ -6,18 +6,21 @@ The parent imports everything once, so that a case costs milliseconds. It must s
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import importlib
 import os
+import pkgutil
 import resource
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 HANG = 20.0  # seconds
-MEMORY = 6 * 2**30  # bytes of address space that a case may ask for
+MEMORY = 10 * 2**30  # bytes of address space that a case may ask for
 TRACEBACK = "Traceback (most recent call last)"
 
 
@@ -34,7 +37,7 @@ class Ended:
         from lavender.stopping import UNEXPECTED
 
         if self.hung:
-            return f"hangs for more than {HANG:.0f} s"
+            return f"hangs for more than {HANG:.0f} s: {self.printed[-900:]}"
         if TRACEBACK in self.printed or UNEXPECTED in self.printed:
             return f"a traceback: {self.last_line()}"
         return f"killed by signal {-self.code}" if self.code < 0 else ""
@@ -70,6 +73,7 @@ def _be_the_child(work: Callable[[], object], log: Path) -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
+        faulthandler.dump_traceback_later(HANG * 0.9, file=descriptor)  # where it hangs
         output = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         sys.stdout = sys.stderr = output
         sys.stdin = open(os.devnull)  # noqa: SIM115
@@ -116,26 +120,10 @@ def preload() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import lavender.annotations.extraction
-    import lavender.checkpoints
-    import lavender.cli
-    import lavender.diagnosis
-    import lavender.diffusion.teacher
-    import lavender.extraction
-    import lavender.inspection
-    import lavender.judgement
-    import lavender.run
-    import lavender.trainer
+    import lavender
+
+    for module in pkgutil.walk_packages(lavender.__path__, "lavender."):
+        importlib.import_module(module.name)
     from lavender.words import content_words
 
     content_words("a dog", ("noun",))
-
-
-def counted(kind: str, cases: Mapping[str, Callable[[], str]]) -> list[str]:
-    """The faults of named cases, each with its kind and name."""
-    return [f"{kind}: {name}: {fault}" for name, case in cases.items() if (fault := case())]
-
-
-def unlike(first: Sequence[object], second: Sequence[object]) -> bool:
-    """Whether two sequences differ, of which one may be the shorter."""
-    return len(first) != len(second) or any(one != other for one, other in zip(first, second, strict=True))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import difflib
+import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
