@@ -24,7 +24,7 @@ def try_all(count: int, seed: int, work: Path) -> list[str]:
     first = forked(verb("train", work / "run.yaml"), work / "log", limit=300)
     if first.code:
         return [f"run folders: the run itself fails: {first.last_line()}"]
-    out, whole, chance, bad = Path(settings["out"]), work / "whole", random.Random(seed), []
+    out, whole, chance, bad = Path(str(settings["out"])), work / "whole", random.Random(seed), []
     out.rename(whole)
     for _ in range(count):
         shutil.rmtree(out, ignore_errors=True)
