@@ -7,6 +7,7 @@ cannot be used is dropped with its name and a reason, never silently.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +38,21 @@ if TYPE_CHECKING:
     import datasets
 
 __all__ = [
-    "CAPTION_COLUMNS", "PICTURE_COLUMNS", "TEXT_COLUMNS", "Sample", "Samples", "Source", "read_samples", "readable",
+    "CAPTION_COLUMNS",
+    "PICTURE_COLUMNS",
+    "TEXT_COLUMNS",
+    "Sample",
+    "Samples",
+    "Source",
+    "read_samples",
+    "readable",
     "to_dataset",
-]  # fmt: skip
+]
 
 Source = Path | bytes | Image.Image
 
 _PIECE_ROWS, _PIECE_BYTES = 1000, 10**9  # the most of a table: one Arrow array of bytes holds 2 GB
+_COLUMN = re.compile(r"\w[\w .\-]{0,39}")
 _MAX_THREADS = 8  # that decode at once: a picture of the largest size takes up to 1 GB
 
 
@@ -165,12 +174,13 @@ def read_samples(path: str | Path | datasets.Dataset, prompt: str = "Describe th
 
 def _without_pictures(label: str, samples: list[Sample], dropped: list[Dropped], columns: dict[str, None]) -> DataError:
     """Why a data set without a picture is none."""
-    first = f"first fault: {dropped[0].what}: {dropped[0].reason}" if dropped else ""
     if not columns and not dropped:
         return DataError(f"{label}, which has no row", "at least one usable row", "check the file")
-    if not (columns.keys() & set(PICTURE_COLUMNS) and columns.keys() & set(TEXT_COLUMNS)):
-        return unknown_layout(f"{label} with the columns {shown(list(columns))}" + (f", {first}" if first else ""))
-    first = f"; the {first}" if first else ""
+    if columns and not (columns.keys() & set(PICTURE_COLUMNS) and columns.keys() & set(TEXT_COLUMNS)):
+        # What looks like no name of a column may be the content of a file that is no table.
+        names = [name if _COLUMN.fullmatch(name) else "…" for name in columns]
+        return unknown_layout(f"{label} with the columns {shown(names)}")
+    first = f"; the first, {dropped[0].what}: {dropped[0].reason}" if dropped else ""
     if samples:
         got = f"{label} with {len(samples)} samples, none with a picture, and {len(dropped)} rows dropped{first}"
         return DataError(got, "a sample with a picture", f"name pictures in a column {' or '.join(PICTURE_COLUMNS)}")

@@ -14,19 +14,24 @@ from typing import Any, BinaryIO
 
 from lavender.errors import DataError
 
+MISSING = "no such file"
+"""How the fault of a path begins where nothing is."""
 _LONGEST_NAME = 300  # characters of a path in a message
 _HALF = re.compile("[\ud800-\udfff]")
 _FAULTS = {
-    errno.ENOENT: "no such file",
-    errno.ENOTDIR: "no such file",
+    errno.ENOENT: MISSING,
+    errno.ENOTDIR: MISSING,
     errno.ELOOP: "links that lead in a circle",
     errno.ENAMETOOLONG: "a name too long for a file",
     errno.EACCES: "no permission to read",
 }
 _KINDS = {
-    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
-}  # fmt: skip
+}
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 _SPACE = re.compile(r"[ \t\n\r]*")
 

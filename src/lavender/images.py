@@ -21,7 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from lavender.errors import DataError
-from lavender.files import expanded, fault_of, printable, read_plain
+from lavender.files import MISSING, expanded, fault_of, printable, read_plain
 
 MIN_SIDE = 8
 """The shortest side of a usable picture, in pixels."""
@@ -39,10 +39,14 @@ _FIX_FILE = "repair or replace the file, or remove its row from the data set"
 _BEGINNINGS = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF|GIF8|BM|II\*\0|MM\0\*|P[1-6]\s")
 _MIN_BASE64 = 64  # characters of the smallest picture
 _TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+}
 
 
 def load_image(source: Image.Image | Path | str | bytes | Mapping, name: str) -> Image.Image:
@@ -167,13 +171,21 @@ def _open(source: Image.Image | Path | str | bytes | Mapping, name: str) -> Imag
     if encoded is None:
         raise DataError(f"{name}, whose struct has neither bytes nor path", "one of the two", _FIX_FILE)
     if isinstance(encoded, (str, Path)):
-        path = expanded(encoded)
-        if fault := fault_of(path):
-            raise DataError(f"{name} at {fault}", "a picture file", "check the path")
-        encoded = read_plain(path, MAX_BYTES)
+        encoded = _content(expanded(encoded), name)
     if not isinstance(encoded, bytes):
         raise DataError(f"{name}, which is a {type(encoded).__name__}", "a path or an encoded picture", _FIX_FILE)
     return open_encoded(encoded, name)
+
+
+def _content(path: Path, name: str) -> bytes:
+    if fault := fault_of(path):
+        is_missing = fault.startswith(MISSING)
+        got = f"{name}, whose file {printable(path)} does not exist" if is_missing else f"{name}: {fault}"
+        raise DataError(got, "a picture file", "check the path")
+    try:
+        return read_plain(path, MAX_BYTES)
+    except DataError as error:
+        raise DataError(f"{name}: {error.got}", error.expected, error.do) from error
 
 
 def _size(image: Image.Image) -> str:

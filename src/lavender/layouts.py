@@ -14,11 +14,13 @@ import os
 import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lavender.errors import DataError
 from lavender.files import (
+    MISSING,
     JsonError,
     expanded,
     fault_of,
@@ -71,7 +73,8 @@ def find_rows(path: str | Path | datasets.Dataset) -> tuple[Iterable[Row], Path]
     if os.path.isdir(path):
         return _folder_rows(path), path
     if fault := fault_of(path):
-        raise DataError(fault, "a file or folder of data", "check the path")
+        got = f"{printable(path)}, which does not exist" if fault.startswith(MISSING) else fault
+        raise DataError(got, "a file or folder of data", "check the path")
     if path.suffix.lower() not in _READERS:
         raise unknown_layout(f"the file {printable(path)}")
     return _READERS[path.suffix.lower()](path), path.parent
@@ -112,12 +115,13 @@ def _check_shards(folder: Path, names: Sequence[str]) -> None:
         raise DataError(f"{label} with shards of {counts} in all", "one set of shards", "remove those of the other")
     for (split, count), found in numbers.items():
         is_from_one = 0 not in found and int(count) in found
-        missing = [one for one in range(is_from_one, int(count) + is_from_one) if one not in found]
-        if missing:
-            said = ", ".join(f"{one:0{len(count)}}" for one in missing[:8]) + (" …" if len(missing) > 8 else "")
-            got = f"{label} without {len(missing)} of the {int(count)} shards of {split!r}: {said} of {count}"
+        expected = range(is_from_one, int(count) + is_from_one)
+        if num_missing := len(expected) - sum(one in expected for one in found):
+            first = islice((f"{one:0{len(count)}}" for one in expected if one not in found), 8)
+            said = ", ".join(first) + (" …" if num_missing > 8 else "")
+            got = f"{label} without {num_missing} of the {int(count)} shards of {split!r}: {said} of {count}"
             raise DataError(got, "all of its shards", "download the missing ones; to read some, give a file's path")
-        if strange := [one for one, times in found.items() if times > 1 or one >= int(count) + is_from_one]:
+        if strange := [one for one, times in found.items() if times > 1 or one not in expected]:
             got = f"{label} with the shard {strange[0]} of {count} twice or beyond its count"
             raise DataError(got, "each shard once", "remove what does not belong there")
 

@@ -169,9 +169,9 @@ def test_masks_that_cannot_be_used_drop_their_texts_by_name(coco, tmp_path):
     Image.new("L", (WIDTH, HEIGHT)).save(mask)
     assert all("in the mode 'L'" in reason for reason in reasons("mode"))
     mask.write_bytes(mask.read_bytes()[:40])
-    assert all("cannot be decoded" in reason for reason in reasons("cut"))
+    assert all("or only its beginning" in reason for reason in reasons("cut"))
     mask.unlink()
-    assert all(f"{mask} does not exist" in reason for reason in reasons("missing"))
+    assert all(f"no such file: {mask}" in reason for reason in reasons("missing"))
 
 
 def test_a_missing_picture_an_empty_caption_and_a_picture_without_one(coco):
@@ -229,7 +229,7 @@ def test_coco_files_that_are_not_of_the_layout(coco):
     with pytest.raises(DataError, match="no folder of pictures: none of .*train2017"):
         CocoPanoptic(coco.root / "annotations" / "panoptic_train2017.json")
     path.write_text(json.dumps(coco.panoptic | {"annotations": [{"image_id": 139, "segmentation": []}]}))
-    with pytest.raises(DataError, match="an entry that lacks or mistakes 'file_name'"):
+    with pytest.raises(DataError, match=r"panoptic_val2017.json with the entry {'image_id': 139"):
         CocoPanoptic(path)
     path.write_text("[]")
     with pytest.raises(DataError, match="a JSON list"):
