@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lavender.files import JsonError, half_character, parse_json, shown
+from lavender.data_files import JsonError, half_character, parse_json, shown
 from lavender.layouts import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, VIDEO_COLUMNS
 
 Message = dict[str, Any]

@@ -28,8 +28,8 @@ from lavender.conversations import (
     pictures_of,
     text_of,
 )
+from lavender.data_files import expanded, fault_of, half_character, printable, shown
 from lavender.errors import DataError
-from lavender.files import expanded, fault_of, half_character, printable, shown
 from lavender.images import embedded, load_image
 from lavender.layouts import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, Row, find_rows, unknown_layout
 from lavender.maps import Dropped
@@ -169,7 +169,7 @@ def read_samples(path: str | Path | datasets.Dataset, prompt: str = "Describe th
             dropped.append(Dropped(row.name, str(error)))
     if not any(sample.sources for sample in samples):
         raise _without_pictures(label, samples, dropped, columns)
-    return Samples(tuple(samples), tuple(dropped), tuple(folder.outside))
+    return Samples(tuple(samples), tuple(dropped), outside=tuple(folder.outside))
 
 
 def _without_pictures(label: str, samples: list[Sample], dropped: list[Dropped], columns: dict[str, None]) -> DataError:
@@ -300,7 +300,7 @@ def readable(samples: Samples) -> Samples:
     if not kept:
         got = f"{len(samples)} samples, none with a usable picture; the first, {dropped[0].what}: {dropped[0].reason}"
         raise DataError(got, "at least one usable sample", "repair the pictures")
-    return Samples(kept, samples.dropped + dropped, samples.outside)
+    return Samples(kept, samples.dropped + dropped, outside=samples.outside)
 
 
 def _fault(sample: Sample) -> str:

@@ -20,8 +20,8 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import ExifTags, Image
 
+from lavender.data_files import MISSING, expanded, fault_of, printable, read_plain
 from lavender.errors import DataError
-from lavender.files import MISSING, expanded, fault_of, printable, read_plain
 
 MIN_SIDE = 8
 """The shortest side of a usable picture, in pixels."""

@@ -18,8 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lavender.errors import DataError
-from lavender.files import (
+from lavender.data_files import (
     MISSING,
     JsonError,
     expanded,
@@ -31,6 +30,7 @@ from lavender.files import (
     read_plain,
     shown,
 )
+from lavender.errors import DataError
 
 if TYPE_CHECKING:
     import datasets

@@ -17,8 +17,8 @@ from PIL import Image
 
 from lavender import layouts
 from lavender.data import Samples, read_samples, readable, to_dataset
+from lavender.data_files import json_items, parse_json, printable, shown
 from lavender.errors import DataError
-from lavender.files import json_items, parse_json, printable, shown
 from lavender.images import image_id, load_image
 
 GOOD = {"image": "a.png", "text": "A dog."}

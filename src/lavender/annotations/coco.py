@@ -24,8 +24,8 @@ from lavender.annotations.layout import (
 from lavender.annotations.names import COCO_SYNONYMS, CategoryNames, digest
 from lavender.annotations.regions import Region, mask_region
 from lavender.data import Sample, Samples
+from lavender.data_files import expanded, fault_of, half_character, printable, read_plain, shown
 from lavender.errors import DataError
-from lavender.files import expanded, fault_of, half_character, printable, read_plain, shown
 from lavender.images import MAX_BYTES, decoding, open_encoded
 from lavender.maps import Dropped, Word
 from lavender.words import words_of
@@ -138,7 +138,7 @@ class CocoPanoptic(Layout):
         if not samples:
             first = f"; the first, {dropped[0].what}: {dropped[0].reason}" if dropped else ""
             raise DataError(f"{self.path} with no usable picture and caption{first}", "at least one", "check the paths")
-        return Samples(tuple(samples), tuple(dropped), tuple(outside))
+        return Samples(tuple(samples), tuple(dropped), outside=tuple(outside))
 
     def key(self, picture: Path) -> str:
         """The picture's file name; the names of the releases of 2014 and 2015 serve too."""

@@ -24,8 +24,8 @@ from lavender.annotations.layout import (
 )
 from lavender.annotations.regions import PixelBox, Region, Size, box_region
 from lavender.data import Sample, Samples
+from lavender.data_files import expanded, fault_of, printable
 from lavender.errors import DataError
-from lavender.files import expanded, fault_of, printable
 from lavender.maps import Dropped, Word
 from lavender.words import content_words
 
@@ -160,7 +160,7 @@ class Flickr30kEntities(Layout):
         if not samples:
             first = f"; the first, {dropped[0].what}: {dropped[0].reason}" if dropped else ""
             raise DataError(f"{self.path} with no usable sentence{first}", "at least one", "check the paths")
-        return Samples(tuple(samples), tuple(dropped), tuple(outside))
+        return Samples(tuple(samples), tuple(dropped), outside=tuple(outside))
 
     def key(self, picture: Path) -> str:
         """The picture's file name without its ending."""

@@ -12,8 +12,8 @@ from typing import Any
 from lavender.annotations.regions import Region, Size
 from lavender.config import ExtractionConfig
 from lavender.data import Sample, Samples
+from lavender.data_files import JsonError, expanded, half_character, parse_json, printable, read_plain
 from lavender.errors import DataError
-from lavender.files import JsonError, expanded, half_character, parse_json, printable, read_plain
 from lavender.maps import Dropped, Word
 
 
