@@ -259,7 +259,7 @@ class _Folder:
             raise UnusableError(f"the picture is a {type(picture).__name__}, not a path or an encoded picture")
         if fault := half_character(picture):
             raise UnusableError(f"the picture's name has {fault}")
-        path = self._path / expanded(picture)
+        path = self._path / (expanded(picture) if picture.startswith("~") else picture)
         fault = fault_of(path)
         if not fault:
             if self._is_outside(path):
@@ -277,8 +277,8 @@ class _Folder:
         raise UnusableError(fault)
 
     def _is_outside(self, path: Path) -> bool:
-        folder = os.path.join(self._real_folder(path.parent), path.name)
-        real = os.path.realpath(folder) if os.path.islink(path) else folder
+        folder, name = os.path.split(path)
+        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(self._real_folder(folder), name)
         return not real.startswith(os.path.join(self._real, ""))
 
 

@@ -180,8 +180,9 @@ def _lines(path: Path) -> Iterator[_Line]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
+    label = printable(path.name)
     for line in _lines(path):
-        name = f"{printable(path.name)} line {line.number}"
+        name = f"{label} line {line.number}"
         if line.fault:
             yield Row(name, {}, line.fault)
         elif line.text.strip():
@@ -192,16 +193,16 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    content = read_plain(path, _MAX_JSON)
+    content, label = read_plain(path, _MAX_JSON), printable(path.name)
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise _unreadable(path, "it is UTF-16, by its first two bytes; save it as UTF-8")
     text = content.decode("utf-8-sig", "surrogateescape")  # a byte that is not UTF-8 costs its row alone
     try:
-        if text.lstrip()[:1] != "[":
+        if not re.match(r"\s*\[", text):
             kind = type(parse_json(text)).__name__
             raise unknown_layout(f"{printable(path)}, a JSON {kind} where a list of rows should be")
         for index, (values, fault) in enumerate(json_items(text)):
-            name = f"{printable(path.name)} row {index}"
+            name = f"{label} row {index}"
             yield Row(name, {}, fault) if fault else _object_row(name, values)
     except JsonError as error:
         raise _unreadable(path, error) from error
@@ -215,7 +216,7 @@ def _object_row(name: str, values: Any) -> Row:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     """Rows of a comma-separated file, or of Flickr30k's results.csv."""
-    records = _csv_records(_lines(path))
+    records, label = _csv_records(_lines(path)), printable(path.name)
     _, columns, fault = next(records, (1, [], ""))
     if fault:
         raise _unreadable(path, f"its header is {fault}")
@@ -224,7 +225,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         return
     _refuse_twice(path, columns)
     for number, fields, fault in records:
-        name = f"{printable(path.name)} line {number}"
+        name = f"{label} line {number}"
         if fault:
             yield Row(name, {}, fault)
         elif len(fields) == len(columns):
@@ -274,15 +275,23 @@ def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
         raise DataError(got, "each column once", "rename or remove one of them")
 
 
+def _names_in(folder: Path) -> set[str]:
+    """Of a file, or of a folder that may not be read, none: pictures there are dropped as missing."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
+
+
 def _flickr_rows(path: Path) -> Iterator[Row]:
     """`name.jpg| 0| A caption .`, not quoted, the pictures beside the file or in a folder beside it.
 
     The published file has one row that lacks a bar; it is dropped, not repaired.
     """
-    contents: dict[Path, set[str]] = {path.parent: set()}
-    for folder in (path.parent, *sorted(path.parent / name for name in os.listdir(path.parent))):
-        if os.path.isdir(folder) and os.access(folder, os.R_OK):  # pictures in others are dropped as missing
-            contents[folder] = set(os.listdir(folder))
+    contents = {path.parent: _names_in(path.parent)}
+    for name in sorted(contents[path.parent]):
+        if names := _names_in(path.parent / name):
+            contents[path.parent / name] = names
     for line in _lines(path):
         name = f"{printable(path.name)} line {line.number}"
         fields = [field.strip() for field in line.text.split("|", 2)]

@@ -45,7 +45,7 @@ def _run_some(start: int, count: int, seed: int, work: Path, bad: list[str]) -> 
     ):
         assert child.stdout is not None
         at, said = start - 1, ""
-        deadline = time.monotonic() + 120  # the imports
+        deadline = time.monotonic() + 300  # the imports, also on a busy machine
         while select.select([child.stdout], [], [], max(deadline - time.monotonic(), 0))[0]:
             line = child.stdout.readline().decode()
             if not line:
