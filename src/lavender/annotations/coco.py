@@ -125,13 +125,11 @@ class CocoPanoptic(Layout):
             for number, caption in own:
                 text = caption.strip() if isinstance(caption, str) else ""
                 name = f"{printable(entry.picture)} caption {number}"
-                fault = half_character(text)
-                if text and not fault:
-                    samples.append(caption_sample(name, picture, text))
+                fault = half_character(text) if text else f"empty caption: {shown(caption)}"
+                if fault:
+                    dropped.append(Dropped(name, fault))
                 else:
-                    dropped.append(
-                        Dropped(name, f"a caption with {fault}" if text else f"empty caption: {shown(caption)}")
-                    )
+                    samples.append(caption_sample(name, picture, text))
         for image_id, own in captions.items():
             reason = f"its picture {image_id} has no annotation in {self.path.name}"
             dropped += [Dropped(f"{self.captions.name} caption {number}", reason) for number, _ in own]
