@@ -83,7 +83,7 @@ BAD_PICTURES = {  # file: what its reason must say
     "missing.png": "no such file",
     "empty.png": "0 bytes",
     "truncated.png": "cannot be decoded",
-    "animated.gif": "3 frames",
+    "animated.gif": "several frames",
     "dot.png": "1 × 1 pixels",
     "vast.png": "at most 100,000,000 pixels",
     "text.png": "no picture",

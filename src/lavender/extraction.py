@@ -59,8 +59,8 @@ def extract(
     """
     began, summary = time.monotonic(), Summary(dropped=list(samples.dropped))
     summary.without_picture = sum(not sample.sources for sample in samples)
-    if strict and samples.dropped:
-        _refuse(samples.dropped[0])
+    if strict:
+        samples.check_strict()
     config = teacher.config
     identity = {"teacher": teacher.name, **config.identity()}
     info = {name: version(name) for name in ("lavender-vlm", "diffusers", "torch")}

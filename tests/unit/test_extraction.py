@@ -155,7 +155,9 @@ def test_bad_pictures_are_counted_and_named(teacher, tmp_path):
     assert sum(progress) == 6
     assert [one.what for one in summary.dropped] == [f"row {row}" for row in range(5)]
     for drop, reason in zip(
-        summary.dropped, ["does not exist", "0 bytes", "cannot be decoded", "2 frames", "1 × 1 pixels"], strict=True
+        summary.dropped,
+        ["does not exist", "0 bytes", "cannot be decoded", "several frames", "1 × 1 pixels"],
+        strict=True,
     ):
         assert reason in drop.reason
         assert f"the picture of {drop.what}" in drop.reason

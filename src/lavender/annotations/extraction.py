@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
@@ -22,13 +21,12 @@ from lavender.annotations.regions import Region, cell_shares, turn_upright
 from lavender.config import ExtractionConfig
 from lavender.data import Sample, Samples
 from lavender.errors import ConfigError, DataError
-from lavender.images import image_id
+from lavender.images import image_id, stored_frame
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.store import MapStore, StoreWriter
 from lavender.summary import FLUSH_SECONDS, Summary
 
 LAYOUTS = (CocoPanoptic.name, Flickr30kEntities.name)
-_ORIENTATION = 0x0112  # the EXIF tag
 _FLAT = 1e-6
 
 
@@ -95,8 +93,8 @@ def extract_annotations(
     began, summary = time.monotonic(), Summary(dropped=list(samples.dropped))
     summary.without_picture = sum(not sample.sources for sample in samples)
     grid = ExtractionConfig(grid=grid).grid  # its check
-    if strict and samples.dropped:
-        _refuse(samples.dropped[0])
+    if strict:
+        samples.check_strict()
     identity = {"teacher": "annotations", "layout": layout.name, "grid": list(grid), **layout.identity()}
     info = {"lavender-vlm": version("lavender-vlm"), "annotations": layout.label}
     with MapStore.writer(out, identity, info, grid) as writer:
@@ -218,10 +216,7 @@ def _frame(path: Path, upright: tuple[int, int], annotated: tuple[int, int]) -> 
     Tools differ in whether they show a picture as it is stored or upright, and no file says which it was; its size
     does, unless both have the same.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged EXIF
-        with Image.open(path) as image:
-            orientation, stored = image.getexif().get(_ORIENTATION, 1), (image.height, image.width)
+    orientation, stored = stored_frame(path, str(path))
     is_turned = orientation in range(2, 9)
     if annotated == upright and (not is_turned or annotated != stored):
         return 1
@@ -249,7 +244,3 @@ def _write_rows(path: Path, texts: dict[tuple[str, str], Path]) -> None:
 def _refuse_setting(setting: str, value: object, layout: str) -> None:
     if value is not None:
         raise ConfigError(f"{setting}={value!r} with {layout}", "no such setting there", f"leave {setting} out")
-
-
-def _refuse(drop: Dropped) -> None:
-    raise DataError(f"{drop.what}: {drop.reason}", "every sample to be usable, as strict asks", "mend or remove it")
