@@ -251,7 +251,6 @@ class Shard:
         """Raises StoreError for a damaged shard, and for one of another store or number."""
         self._folder, self._number, self._manifest = folder, number, manifest
         self._path, self._seed = str(maps_path(folder, number)), _seed(manifest, number)
-        self._check_table()
         file = self.open_file()
         try:
             self._read_header(file)
@@ -261,6 +260,7 @@ class Shard:
             raise self._damaged(f"{Path(self._path).name}: {error}") from error
         finally:
             os.close(file)
+        self._check_table()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -336,9 +336,9 @@ class Shard:
         header = json.loads(os.pread(file, min(length, 2**16), 8))
         said = header.pop("__metadata__")
         if (said["store"], said["shard"]) != (self._manifest.store, str(self._number)):
-            raise ValueError(
-                "it is of another store" if said["store"] != self._manifest.store else f"it is shard {said['shard']}"
-            )
+            what = f"shard {said['shard']}" if said["store"] == self._manifest.store else "a shard of another store"
+            do = f"put the files back where they were written, or {self._redo()}"
+            raise StoreError(f"{self._path}, which was written as {what}", "the files of one store", do)
         (rows,), (number,), (size,) = (header[name]["shape"] for name in ("scale", "crc32", "records"))
         wanted = {
             "maps": ("U8", [rows, *self._manifest.grid]), "scale": ("F32", [rows]), "records": ("U8", [size]),
@@ -367,10 +367,12 @@ class Shard:
         self._cells, self.num_words = math.prod(self._manifest.grid), rows
 
     def _damaged(self, reason: str) -> StoreError:
-        index, maps = index_path(self._folder, self._number).name, maps_path(self._folder, self._number).name
-        do = f"delete {index} and {maps} and extract again: only their records are redone"
         got = f"shard-{self._number:05d} of {self._folder}, which is damaged: {reason}"
-        return StoreError(got, "a whole shard", do)
+        return StoreError(got, "a whole shard", self._redo())
+
+    def _redo(self) -> str:
+        index, maps = index_path(self._folder, self._number).name, maps_path(self._folder, self._number).name
+        return f"delete {index} and {maps} and extract again: only their records are redone"
 
 
 def unreadable(path: Path, error: OSError) -> StoreError:

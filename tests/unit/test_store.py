@@ -318,7 +318,9 @@ def test_shards_in_another_place_are_refused(tmp_path):
             swap(ours / f"shard-00001.{kind}", theirs / f"shard-00001.{kind}")
     assert len(MapStore.open(ours, verify=True)) == 11
     swap(ours / "manifest.json", theirs / "manifest.json")
-    assert "is not that of what was written for this shard" in failure(MapStore.open, ours)
+    message = failure(MapStore.open, ours)
+    assert f"Got {ours / 'shard-00000.safetensors'}, which was written as a shard of another store." in message
+    assert "Do this: put the files back where they were written, or delete shard-00000.parquet and shard-" in message
 
 
 @pytest.mark.parametrize(
@@ -371,6 +373,13 @@ def test_a_confidence_out_of_range_is_refused(tmp_path, confidence):
         )
         assert store.add(one)
     assert len(MapStore.open(tmp_path)) == 1
+
+
+def test_a_text_that_looks_like_a_checksum_is_a_text(tmp_path):
+    texts = ["blake2b:" + "0" * 32, "", "blake2b:"]
+    fill(tmp_path, [WordMaps("ab", text, (), torch.zeros(0, *GRID)) for text in texts])
+    assert [one.text for one in MapStore.open(tmp_path, verify=True)] == texts
+    assert pq.read_table(tmp_path / "shard-00000.parquet")["text"].to_pylist() == texts
 
 
 def test_half_a_character_is_refused(tmp_path):
