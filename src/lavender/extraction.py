@@ -22,7 +22,7 @@ from lavender.errors import DataError
 from lavender.images import image_id
 from lavender.maps import Dropped, WordMaps
 from lavender.store import MapStore, StoreWriter
-from lavender.summary import FLUSH_SECONDS, Summary
+from lavender.summary import FLUSH_SECONDS, History, Summary
 from lavender.words import content_words
 
 READ_AHEAD = 4  # batches of pictures, small already, that wait for the teacher
@@ -66,6 +66,7 @@ def extract(
     info = {name: version(name) for name in ("lavender-vlm", "diffusers", "torch")}
     info["dtype"] = str(teacher.family.dtype).removeprefix("torch.")
     with MapStore.writer(out, identity, info, config.grid) as writer:
+        history = History(out)
         items = _ahead(_read(samples, teacher, writer, strict), config.batch_size * READ_AHEAD)
         first, flushed = True, began
         for batch in _batches(_jobs(items, writer, summary, on_progress), config.batch_size):
@@ -83,8 +84,9 @@ def extract(
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 writer.flush()
                 flushed = time.monotonic()
+        in_store = len(writer)
     summary.seconds = time.monotonic() - began
-    summary.write(Path(out) / "extraction.json")
+    history.add(summary, in_store)
     return summary
 
 

@@ -20,11 +20,12 @@ from lavender.annotations.layout import Found, Layout, PictureAnnotations
 from lavender.annotations.regions import Region, cell_shares, turn_upright
 from lavender.config import ExtractionConfig
 from lavender.data import Sample, Samples
+from lavender.disk import write_whole
 from lavender.errors import ConfigError, DataError
 from lavender.images import image_id, stored_frame
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.store import MapStore, StoreWriter
-from lavender.summary import FLUSH_SECONDS, Summary
+from lavender.summary import FLUSH_SECONDS, History, Summary
 
 LAYOUTS = (CocoPanoptic.name, Flickr30kEntities.name)
 _FLAT = 1e-6
@@ -98,6 +99,7 @@ def extract_annotations(
     identity = {"teacher": "annotations", "layout": layout.name, "grid": list(grid), **layout.identity()}
     info = {"lavender-vlm": version("lavender-vlm"), "annotations": layout.label}
     with MapStore.writer(out, identity, info, grid) as writer:
+        history = History(out)
         work = _Work(layout, writer, summary, grid)
         flushed = time.monotonic()
         for sample in samples:
@@ -112,11 +114,12 @@ def extract_annotations(
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 writer.flush()
                 flushed = time.monotonic()
+        in_store = len(writer)
     summary.dropped += work.counted()
     if data_file is not None:
         _write_rows(Path(data_file), work.texts)
     summary.seconds = time.monotonic() - began
-    summary.write(Path(out) / "extraction.json")
+    history.add(summary, in_store)
     return summary
 
 
@@ -231,14 +234,16 @@ def _frame(path: Path, upright: tuple[int, int], annotated: tuple[int, int]) -> 
 
 def _write_rows(path: Path, texts: dict[tuple[str, str], Path]) -> None:
     """A row for each text, with paths relative to the file; there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.parent.resolve()
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        for (_, text), picture in texts.items():
-            row = {"image": os.path.relpath(picture.absolute(), folder), "text": text}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = path.parent.resolve()
+        rows = [
+            {"image": os.path.relpath(picture.absolute(), folder), "text": text} for (_, text), picture in texts.items()
+        ]
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    except OSError as error:
+        got = f"{path}, which cannot be written: {error.strerror or error}; the maps are all written"
+        raise DataError(got, "space and the right to write", "free space or choose another path") from error
 
 
 def _refuse_setting(setting: str, value: object, layout: str) -> None:
