@@ -165,15 +165,17 @@ def subjects_and_objects(text: str) -> frozenset[int]:
 
 def same_root(one: str, other: str) -> bool:
     """Whether the first words of two texts are forms of one word: "dogs" and "Dog." are."""
-    first, second = _root(one[:_CACHED]), _root(other[:_CACHED])
+    first, second = (_remembered_root(text) if len(text) <= _CACHED else _root(text) for text in (one, other))
     return first is not None and first == second
 
 
-@lru_cache(maxsize=16384)
 def _root(text: str) -> str | None:
-    """The lemma of a text's first word; kept apart, so that what models predict does not crowd out captions."""
+    """The lemma of a text's first word."""
     first = next(iter(_tag(text)), None)
     return first.word.lemma if first else None
+
+
+_remembered_root = lru_cache(maxsize=16384)(_root)  # apart from captions, which what models predict would crowd out
 
 
 def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
