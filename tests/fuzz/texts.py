@@ -14,6 +14,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -43,6 +44,7 @@ _WRITTEN = (
 _SPECIAL = ("<|endoftext|>", "<|startoftext|>", "<|im_end|>")
 _LONG = ("x" * 65, "ab-" * 40, "x" * 6000, "ACGT" * 100, "\u72d7" * 100, "1234567890" * 20, "e\u0301" * 99)
 PARTS = (*_WRITTEN.split("|"), *_SPECIAL, *_LONG)
+FORMS: tuple[Literal["NFC", "NFD", "NFKC"], ...] = ("NFC", "NFD", "NFKC")
 TEMPLATE = (
     "{{- bos_token }}{%- for message in messages %}{{- message['role'] + ': ' }}{%- for part in message['content'] %}"
     "{%- if part['type'] == 'image' %}{{- '<start><image></start>' }}{%- else %}{{- part['text'] }}{%- endif %}"
@@ -82,8 +84,7 @@ def odd_text(chance: random.Random) -> str:
     """A few or many parts, with or without spaces between them, sometimes in another form of Unicode."""
     parts = [_part(chance) for _ in range(chance.choice([1, 2, 3, 5, 10, 40]))]
     text = chance.choice(["", " ", " ", " "]).join(parts)
-    form = chance.choice(["", "", "NFC", "NFD", "NFKC"])
-    return unicodedata.normalize(form, text) if form else text
+    return text if chance.random() < 0.4 else unicodedata.normalize(chance.choice(FORMS), text)
 
 
 def _part(chance: random.Random) -> str:

@@ -377,7 +377,7 @@ def test_words_that_a_tokenizer_changes_are_counted(kind, changed):
     assert dropped == ({CHANGED: len(changed)} if changed else {})
     for word, rows in found:
         said = unicodedata.normalize("NFKC", str(tokenizer.decode(ids[[row + 1 for row in rows]])))
-        assert unicodedata.normalize("NFKC", word.text) in said
+        assert unicodedata.normalize("NFKC", word.text).replace("\u200b", "") in said.replace("\u200b", "")
 
 
 def test_a_text_with_half_characters_has_no_rows(tokenizer):
