@@ -16,7 +16,7 @@ from lavender.config import AlignmentConfig
 from lavender.errors import DataError
 from lavender.grids import KeyLayout
 from lavender.images import image_id, load_image
-from lavender.locate import BEYOND, UNKNOWN, UNSEEN, WordLocator, text_of
+from lavender.locate import BEYOND, CHANGED, UNKNOWN, UNSEEN, WordLocator, text_of
 from lavender.maps import Word, WordMaps
 from lavender.store import MapStore
 from lavender.vlm.base import VlmAdapter
@@ -24,7 +24,7 @@ from lavender.words import same_root, subjects_and_objects
 
 NO_PICTURE = "sample without a picture"
 NO_MAPS = "sample without maps in the store"
-REASONS = (NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN)
+REASONS = (NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN, CHANGED)
 """Why a sample or a word has no map; the order in which a batch carries their counts."""
 
 

@@ -193,6 +193,15 @@ def test_a_text_without_content_words_is_recorded_without_maps(teacher, tmp_path
     assert maps.shape == (0, 11, 13)
 
 
+@pytest.mark.parametrize(("rest", "mapped"), [(" near a dog", 1), ("", 0)])
+def test_a_word_longer_than_any_is_named_in_the_summary(teacher, tmp_path, rest, mapped):
+    text = "x" * 6000 + rest
+    summary = extract(Samples((sample("row 7", shade(1), text),)), teacher, tmp_path / "maps")
+    assert (summary.records, summary.words) == (1, mapped)
+    drop = Dropped(f"'{'x' * 20}…' in '{'x' * 60}'", "a word of more than 64 characters")
+    assert [one for one in summary.dropped if not one.what.startswith("row 7")] == [drop]
+
+
 def test_what_the_reader_dropped_is_in_the_summary(teacher, tmp_path):
     drop = Dropped("row 0", "an empty answer")
     summary = extract(Samples((sample("row 1", shade(1), "a dog"),), (drop,)), teacher, tmp_path / "maps")
