@@ -1,8 +1,8 @@
 """What alignment adds to a trainer of the `transformers.Trainer` kind: its loss, normalised, metrics, guard and probe.
 
-All mathematics is in `objective`; this module only carries tensors to it and its loss back. Losses
-are normalised by the number of mapped words of the whole accumulated batch over all processes, so
-batch 4 × accumulation 1 equals 1 × 4.
+All mathematics is in `objective`; this module only carries tensors to it and its loss back. Losses are divided by the
+words that count in the whole accumulated batch over all processes (`normalisation`), so batch 4 × accumulation 1 equals
+1 × 4.
 """
 
 from __future__ import annotations
@@ -23,11 +23,20 @@ from trl import SFTTrainer
 
 from lavender.alignment_data import AlignmentCollator, Coverage, SeveralStores, root_matcher
 from lavender.arguments import AlignmentArguments
+from lavender.attention import random_state_kept
 from lavender.errors import ConfigError, DataError
 from lavender.guard import Health, answers_finite, fault
-from lavender.metrics import Metrics
-from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach, is_alignment_part, without_attention_loss
-from lavender.probe import OwnAttention, Probe, choose, random_state_kept
+from lavender.metrics import Metrics, check_choice
+from lavender.normalisation import LEAST_WEIGHT, Divisor
+from lavender.objective import (
+    TRAINED_PARTS,
+    AlignmentRequest,
+    attach,
+    is_alignment_part,
+    matched_weight,
+    without_attention_loss,
+)
+from lavender.probe import OwnAttention, Probe, choose
 from lavender.processes import (
     check_batches,
     prepare_for_fsdp,
@@ -44,7 +53,6 @@ from lavender.vlm.registry import adapter_for
 from lavender.weighting import EstimatedWeight
 
 NUM_COVERAGE_SAMPLES = 256
-LEAST_WEIGHT = 1e-6  # of a batch's words; below it, their sum is 0
 
 # the mixin leans on Trainer's attributes; at run time the class it is mixed into brings them
 _TrainerLike = Trainer if TYPE_CHECKING else object
@@ -93,6 +101,7 @@ class AlignmentMixin(_TrainerLike):
         if self._estimate is not None:
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._estimate]
         self._root_matcher = root_matcher(processing_class) if config.match == "root" else None
+        self._divisor = Divisor(cast(Trainer, self), config.match == "label", self._root_matcher)
         if config.align_weight == 0:
             for name, parameter in model.named_parameters():
                 if is_alignment_part(name):  # without a loss they would be trained by nothing, and confuse DDP
@@ -179,13 +188,13 @@ class AlignmentMixin(_TrainerLike):
         self._counts = self.accelerator.gather(self._counts.to(self.accelerator.device)[None]).sum(dim=0)
         return result
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        weight = sum((batch["alignment"]["weights"].sum() for batch in batch_samples), start=torch.zeros(()))
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """As the trainer's own; the micro-batches of one step, whose words are counted together."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._divisor.begin(batches)
         if self.args.world_size > 1:
-            weight = self.accelerator.gather(weight.to(device)[None]).sum()
-            self._check_pictures(*(batch["alignment"]["pictures"] for batch in batch_samples))
-        self._weight_in_batch = float(weight)
-        return super()._get_num_items_in_batch(batch_samples, device)
+            self._check_pictures(*(batch["alignment"]["pictures"] for batch in batches))
+        return batches, num_items
 
     def _check_pictures(self, *pictures: Tensor) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -203,10 +212,10 @@ class AlignmentMixin(_TrainerLike):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plain_loss, outputs = cast(tuple[Tensor, Any], result if return_outputs else (result, None))
         total = seen[0].attention_loss
-        attention_loss = self._normalise(total, request, model.training, num_items_in_batch)
+        attention_loss = self._normalised(total, request, model.training, num_items_in_batch)
         if self._estimate is not None and model.training:
             cells = request.targets[0, 0].numel() if self._alignment.attention_loss == "min-max-sum" else 1
-            self._estimate.add(total / cells, (request.weights * request.matched).sum())
+            self._estimate.add(total / cells, matched_weight(request))
         weight = self._align_weight(model.training)
         if model.training:
             parts = self.current_gradient_accumulation_steps
@@ -217,7 +226,7 @@ class AlignmentMixin(_TrainerLike):
             # not the request, which holds attention rows: they shall be gone when the next batch comes
             self._health = Health(answers_finite(seen[0], labels), request.present, request.losses)
         else:
-            self._eval_metrics.add_batch(plain_loss, attention_loss, request)
+            self._eval_metrics.add_batch(plain_loss, total, request)
             self._eval_counts = self._eval_counts.to(alignment["counts"].device) + alignment["counts"]
         # without alignment nothing is added, not even 0 times something: that would reorder sums of gradients
         loss = plain_loss + weight * attention_loss if self._alignment.align_weight else plain_loss
@@ -228,6 +237,7 @@ class AlignmentMixin(_TrainerLike):
 
         Here the trainer waits for the loss anyway, to filter what it logs.
         """
+        self._divisor.look_ahead(model)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite():
             raise fault(
@@ -249,17 +259,12 @@ class AlignmentMixin(_TrainerLike):
             weight *= min(1.0, (1 - done) / config.align_decay) if config.align_decay else 1.0
         return weight
 
-    def _normalise(self, total: Tensor, request: AlignmentRequest, training: bool, num_items_in_batch) -> Tensor:
-        """Weighted sum over words → mean over the words of the whole accumulated batch.
-
-        Data parallelism averages gradients over processes, so each process's share is multiplied by
-        their number; and where the trainer will divide by the accumulation steps, that is undone first.
-        """
+    def _normalised(self, total: Tensor, request: AlignmentRequest, training: bool, num_items_in_batch) -> Tensor:
+        """Weighted sum over words → mean: in training over the accumulated batch, in evaluation over this one."""
         if not training:
-            return total / request.weights.sum().clamp_min(LEAST_WEIGHT)
-        scale = self.accelerator.num_processes / max(LEAST_WEIGHT, self._weight_in_batch)
-        divided_later = self._is_divided_later(num_items_in_batch)
-        return total * scale * (self.current_gradient_accumulation_steps if divided_later else 1)
+            return total / matched_weight(request).clamp_min(LEAST_WEIGHT)
+        share = self._divisor.share(total, request)
+        return share * self.current_gradient_accumulation_steps if self._is_divided_later(num_items_in_batch) else share
 
     def _is_divided_later(self, num_items_in_batch) -> bool:
         """Whether the trainer will divide this micro-batch's loss by the accumulation steps: its own rule."""
@@ -286,8 +291,16 @@ class AlignmentMixin(_TrainerLike):
         counts = self._eval_counts.to(self.accelerator.device)
         self._eval_counts = self.accelerator.gather(counts[None]).sum(dim=0).cpu()
         metrics = cast(dict[str, float], output.metrics)
+        if self._alignment.align_weight and f"{metric_key_prefix}_loss" in metrics and numbers:
+            attention_loss = numbers["attention_loss"] if numbers["matched_words"] else 0.0
+            numbers["loss"] = numbers["vlm_loss"] + self._align_weight(training=False) * attention_loss
         metrics.update({f"{metric_key_prefix}_{name}": value for name, value in numbers.items()})
         return output
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As the trainer's own, which would pass over NaN, or take a loss that no word counted in for a low one."""
+        check_choice(metrics, self.args.metric_for_best_model, aligns=bool(self._alignment.align_weight))
+        return super()._determine_best_metric(metrics, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Also keep what was counted so far. What makes a checkpoint complete is written after this."""
