@@ -7,13 +7,11 @@ words that count in the whole accumulated batch over all processes (`normalisati
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
-import datasets
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from trl import SFTTrainer
 from lavender.alignment_data import AlignmentCollator, Coverage, SeveralStores, root_matcher
 from lavender.arguments import AlignmentArguments
 from lavender.attention import random_state_kept
-from lavender.errors import ConfigError, DataError
+from lavender.errors import ConfigError
 from lavender.guard import Health, answers_finite, fault
 from lavender.metrics import Metrics, check_choice
 from lavender.normalisation import LEAST_WEIGHT, Divisor
@@ -35,6 +33,18 @@ from lavender.objective import (
     is_alignment_part,
     matched_weight,
     without_attention_loss,
+)
+from lavender.preflight import (
+    NUM_NAMED,
+    Refused,
+    check_coverage,
+    counts_of,
+    first_of,
+    is_stream,
+    refuse_in_plain_trainer,
+    refused_of,
+    told,
+    without,
 )
 from lavender.probe import OwnAttention, Probe, choose
 from lavender.processes import (
@@ -51,8 +61,6 @@ from lavender.store import MapStore
 from lavender.trainable import name_all_linear
 from lavender.vlm.registry import adapter_for
 from lavender.weighting import EstimatedWeight
-
-NUM_COVERAGE_SAMPLES = 256
 
 # the mixin leans on Trainer's attributes; at run time the class it is mixed into brings them
 _TrainerLike = Trainer if TYPE_CHECKING else object
@@ -87,7 +95,7 @@ class AlignmentMixin(_TrainerLike):
         refuse_settings(args, with_peft=peft_config is not None)
         refuse_model(model)
         if not isinstance(self, SFTTrainer):
-            _refuse_in_plain_trainer(args, kwargs.get("data_collator"))
+            refuse_in_plain_trainer(args, kwargs.get("data_collator"))
         if peft_config is not None:
             name_all_linear(peft_config, model)
         self.maps = MapStore.open(str(args.maps)) if maps is None else maps
@@ -96,7 +104,7 @@ class AlignmentMixin(_TrainerLike):
         self._alignment_layers, self._alignment = attach(model, config).layers, config
         self._train_metrics, self._eval_metrics = Metrics(), Metrics()
         self._counts = self._eval_counts = torch.zeros_like(Coverage().counts())
-        self._last_align_weight = 0.0
+        self._last_align_weight, self._told = 0.0, set[str]()
         self._estimate = EstimatedWeight() if config.align_weight == "estimated" else None
         if self._estimate is not None:
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._estimate]
@@ -129,8 +137,8 @@ class AlignmentMixin(_TrainerLike):
 
     @property
     def coverage(self) -> Coverage:
-        """What this training was on, counted: by all processes once it has ended. Before it there is nothing."""
-        return Coverage.of(self._counts)
+        """What this training was on, counted: by all processes once it has ended; and, once each, what was refused."""
+        return Coverage.of(self._counts.cpu() + counts_of(self.refused))
 
     @property
     def eval_coverage(self) -> Coverage:
@@ -138,37 +146,35 @@ class AlignmentMixin(_TrainerLike):
         return Coverage.of(self._eval_counts)
 
     def _read_ahead(self, collator: AlignmentCollator, args: AlignmentArguments) -> None:
-        """Check the coverage of what is trained on and of what chooses the best checkpoint; choose the probe."""
-        least = self._alignment.min_coverage
-        if self.train_dataset is not None:
-            self._check_coverage(self.train_dataset, collator, least)
-        if (args.metric_for_best_model or "").endswith("attention_loss"):
-            several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-            for dataset in filter(None, several.values()):
-                self._check_coverage(dataset, collator, least)
-        if args.probe_size:
-            self._add_probe(collator, args)
+        """Leave out what the model refuses; check the coverage of what trains and what chooses; choose the probe."""
+        self.train_dataset, self.refused = self._without_refused(self.train_dataset)
+        several = isinstance(self.eval_dataset, dict)
+        evaluated = self.eval_dataset if several else {"": self.eval_dataset}
+        taken = {name: self._without_refused(one) for name, one in evaluated.items()}
+        self.eval_refused = [one for _, refused in taken.values() for one in refused]
+        evaluated = {name: dataset for name, (dataset, _) in taken.items()}
+        self.eval_dataset = evaluated if several else evaluated[""]
+        chooses = (args.metric_for_best_model or "").endswith("attention_loss")
+        for dataset in (self.train_dataset, *(evaluated.values() if chooses else ())):
+            if dataset is not None:
+                check_coverage(dataset, collator, self._alignment.min_coverage)
+        looked_at = next((one for one in (*evaluated.values(), self.train_dataset) if one is not None), None)
+        if args.probe_size and looked_at is not None:
+            self._add_probe(choose(first_of(looked_at, collator), collator, args.probe_size), args)
 
-    def _check_coverage(self, dataset: Any, collator: AlignmentCollator, least: float) -> None:
-        """Read some samples as training will, of a stream the first, and stop if too few have maps."""
-        found = torch.zeros_like(self._counts)
-        for example in _some_of(dataset):
-            found += collator([example])["alignment"]["counts"]
-        coverage = Coverage.of(found)
-        if coverage.share < least:
-            raise DataError(
-                f"maps for {coverage.mapped_samples} of {coverage.samples} samples ({dict(coverage.dropped)})",
-                f"at least a share of {least}",
-                "extract maps for this data set (pictures and answers must be the same), or lower min_coverage",
-            )
+    def _without_refused(self, dataset: Any) -> tuple[Any, list[Refused]]:
+        """A data set without the samples that the model refuses, and these. Of a stream the collator drops them."""
+        collator = cast(AlignmentCollator, self.data_collator)
+        if dataset is None or is_stream(dataset):
+            collator.drops |= dataset is not None
+            return dataset, []
+        refused = refused_of(dataset, collator, self.accelerator, with_bar=not self.args.disable_tqdm)
+        if self.accelerator.is_main_process:
+            for line in told(refused, len(dataset)):
+                print(line)
+        return without(dataset, refused), refused
 
-    def _add_probe(self, collator: AlignmentCollator, args: AlignmentArguments) -> None:
-        dataset = self.eval_dataset or self.train_dataset
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
-        if dataset is None:
-            return
-        examples = choose(islice(_each_of(dataset), NUM_COVERAGE_SAMPLES), collator, args.probe_size)
+    def _add_probe(self, examples: list[Any], args: AlignmentArguments) -> None:
         # where a forward needs every process, all must look at as many
         sizes = self.accelerator.gather(torch.tensor([len(examples)], device=self.accelerator.device))
         if int(sizes.min()):
@@ -222,6 +228,7 @@ class AlignmentMixin(_TrainerLike):
             shown = 1 / parts if self._is_divided_later(num_items_in_batch) else 1.0
             self._train_metrics.add_step(plain_loss * shown, attention_loss * shown, request, 1 / parts)
             self._counts = self._counts.to(alignment["counts"].device) + alignment["counts"]
+            self._tell(alignment["faults"])
             self._last_align_weight = weight
             # not the request, which holds attention rows: they shall be gone when the next batch comes
             self._health = Health(answers_finite(seen[0], labels), request.present, request.losses)
@@ -246,6 +253,14 @@ class AlignmentMixin(_TrainerLike):
         if self.args.world_size > 1 and self.accelerator.sync_gradients and self._pretraining.is_on(self.state):
             self._pretraining.drop_gradients(model)
         return loss
+
+    def _tell(self, faults: list[str]) -> None:
+        """Print what was left out of a batch, the first few; `coverage` counts all."""
+        new = [one for one in faults if one not in self._told]
+        self._told.update(new[: NUM_NAMED - len(self._told)])
+        for one in new:
+            if one in self._told:
+                print(f"left out of a batch, or of its alignment: {one}")
 
     def _align_weight(self, training: bool) -> float:
         """λ at this step: it may be estimated, rise at the start, fall at the end, be switched off."""
@@ -373,33 +388,3 @@ def _carried(model: nn.Module, request: AlignmentRequest) -> Iterator[list[Any]]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _each_of(dataset: Any) -> Iterable[Any]:
-    """The examples of a data set in order; a stream is begun anew, and begins anew for whoever reads it next."""
-    if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
-        return dataset
-    return (dataset[index] for index in range(len(dataset)))
-
-
-def _some_of(dataset: Any) -> Iterable[Any]:
-    """Examples from all over a data set, or the first of a stream."""
-    if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
-        return islice(dataset, NUM_COVERAGE_SAMPLES)
-    return (dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // NUM_COVERAGE_SAMPLES)))
-
-
-def _refuse_in_plain_trainer(args: AlignmentArguments, collator: Any) -> None:
-    """What SFTTrainer looks after itself."""
-    if collator is None:
-        raise ConfigError(
-            "no data_collator", "one that makes a batch of plain fine-tuning from `messages` and `images`",
-            "pass data_collator=..., such as TRL's DataCollatorForVisionLanguageModeling(processor)",
-        )  # fmt: skip
-    liger = args.liger_kernel_config or {}
-    if args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True) and args.match == "exact":
-        raise ConfigError(
-            "match='exact' with Liger's fused cross-entropy, which makes no logits while training",
-            "the model's predictions",
-            "set match='label' or 'root', or liger_kernel_config={'fused_linear_cross_entropy': False}",
-        )

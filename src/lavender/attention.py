@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.alignment_data import row_tensors
 from lavender.grids import KeyLayout
-from lavender.images import image_id
+from lavender.images import image_id, load_image
 from lavender.locate import WordLocator
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.pooling import to_grid, word_attention
@@ -27,12 +27,18 @@ from lavender.vlm.registry import adapter_for
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """One picture, the question asked, the answer read teacher-forced, and the words to map."""
+    """One picture, the question asked, the answer read teacher-forced, and the words to map.
+
+    The picture becomes what `load_image` makes of it: upright, RGB. So it may also be what that takes, such as a path.
+    """
 
     image: Image.Image
     prompt: str
     answer: str
     words: tuple[Word, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", load_image(self.image, "a picture to read"))
 
     def messages(self) -> list[dict]:
         return [

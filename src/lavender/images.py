@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from lavender.errors import DataError
 
@@ -54,6 +54,25 @@ def load_image(source: Image.Image | Path | str | bytes | Mapping, name: str) ->
             Exception
         ) as error:  # on damaged bytes a decoder may raise anything: OSError, SyntaxError, struct.error …
             raise DataError(f"{name}, which cannot be decoded: {error}", "a whole picture file", _FIX_FILE) from error
+
+
+def picture_size(source: Image.Image | Path | str | bytes | Mapping, name: str) -> tuple[int, int]:
+    """(height, width) of a picture as `load_image` returns it, from its header: nothing is decoded.
+
+    Raises:
+        DataError: what `load_image` refuses, but for what only decoding shows.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = _open(source, name)
+            _check_header(image, name)
+            lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{name}, whose header cannot be read: {error}", "a picture file", _FIX_FILE) from error
+    return (image.width, image.height) if lies else (image.height, image.width)
 
 
 def image_id(image: Image.Image) -> str:

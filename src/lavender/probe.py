@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from lavender.alignment_data import images_of, word_text
+from lavender.alignment_data import word_text
 from lavender.attention import evaluating, random_state_kept
 from lavender.drawing import reduced, under_heat
 from lavender.images import load_image
 from lavender.maps import correlation
 from lavender.objective import AlignmentRequest
+from lavender.samples import images_of
 
 HIGH_SHARE = 0.1
 """The share of a teacher's map that `peak_hits` calls high."""
