@@ -300,10 +300,11 @@ class AlignmentCollator:
     def _target(self, maps: WordMaps, place: int, sample: _Sample) -> tuple[Tensor, float]:
         """A word's map and weight. Raises StoreError for numbers that would spoil the loss."""
         confidence = float(maps.confidence[place])
-        if not (0 <= confidence <= 1 and bool(maps.maps[place].isfinite().all())):  # also true of NaN
+        is_sure = 0 <= confidence <= 1  # NaN is not
+        if not (is_sure and maps.maps[place].isfinite().all()):
             raise StoreError(
-                f"a map of {maps.words[place].text!r} with confidence {confidence}, or not finite, for "
-                f"{describe(sample.example)}",
+                f"{'a map that is not finite' if is_sure else f'a confidence of {confidence}'} for "
+                f"{maps.words[place].text!r} in the map store, of {describe(sample.example)}",
                 "finite maps, and confidences from 0 to 1",
                 "run `lavender inspect` on the store, and extract what is damaged anew",
             )

@@ -175,8 +175,8 @@ def test_more_pictures_than_their_places_are_refused(student, store):
     with pytest.raises(DataError) as caught:
         collator_of(student, store)([{"images": [FIRST, SECOND], "messages": asked}])
     assert str(caught.value) == (
-        "Got the sample 'a dog and a cat' with a picture of 100 × 60 pixels, a picture of 70 × 100 pixels, messages with "
-        "1 place for a picture, and 2 pictures. Expected a place for each picture. Do this: put a "
+        "Got the sample 'a dog and a cat' with a picture of 100 × 60 pixels, a picture of 70 × 100 pixels, messages "
+        "with 1 place for a picture, and 2 pictures. Expected a place for each picture. Do this: put a "
         "part {'type': 'image'} where each picture belongs, or leave the content plain text."
     )
 
