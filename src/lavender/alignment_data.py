@@ -202,7 +202,7 @@ class AlignmentCollator:
                 )
             )
             return SampleError(
-                f"{describe(example)}: {said[0]}", *said[1:], CUT if self.screen.is_long(example) else REFUSED
+                f"{describe(example)}: {said[0]}", *said[1:], reason=CUT if self.screen.is_long(example) else REFUSED
             )
         return None
 
@@ -238,7 +238,7 @@ class AlignmentCollator:
         try:
             images = [load_image(one, f"{name}: its picture") for one in images]
         except DataError as error:
-            raise SampleError(error.got, error.expected, error.do, UNREADABLE) from error
+            raise SampleError(error.got, error.expected, error.do, reason=UNREADABLE) from error
         own = {key: value for key, value in example.items() if key != "image"} | {"images": images}
         sizes = [(one.height, one.width) for one in images]
         return _Sample(own, self.screen.messages(own, name), [image_id(one) for one in images], sizes)

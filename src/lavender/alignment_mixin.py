@@ -1,7 +1,7 @@
 """What alignment adds to a trainer of the `transformers.Trainer` kind: its loss, normalised, metrics, guard and probe.
 
 All mathematics is in `objective`; this module only carries tensors to it and its loss back. Losses are divided by the
-words that count in the whole accumulated batch over all processes (`normalisation`), so batch 4 × accumulation 1 equals
+words that count in the whole accumulated batch over all processes (`divisor`), so batch 4 × accumulation 1 equals
 1 × 4.
 """
 
@@ -22,10 +22,10 @@ from trl import SFTTrainer
 from lavender.alignment_data import AlignmentCollator, Coverage, SeveralStores, root_matcher
 from lavender.arguments import AlignmentArguments
 from lavender.attention import random_state_kept
+from lavender.divisor import LEAST_WEIGHT, Divisor
 from lavender.errors import ConfigError
 from lavender.guard import Health, answers_finite, fault
 from lavender.metrics import Metrics, check_choice
-from lavender.normalisation import LEAST_WEIGHT, Divisor
 from lavender.objective import (
     TRAINED_PARTS,
     AlignmentRequest,

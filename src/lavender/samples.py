@@ -33,12 +33,12 @@ _MARGIN = 16  # tokens by which the estimate of a sample's length may be wrong
 class SampleError(DataError):
     """One sample cannot be used; `reason` is one of `REFUSALS`."""
 
-    def __init__(self, got: str, expected: str, do: str, reason: str = REFUSED):
-        super().__init__(got, expected, do)
+    def __init__(self, got: str, *others: str, reason: str = REFUSED):
+        super().__init__(got, *others)
         self.reason = reason
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.got, self.expected, self.do, self.reason)
+        return type(self), (self.got, self.expected, self.do), {"reason": self.reason}
 
 
 class Screen:
@@ -55,7 +55,7 @@ class Screen:
     def __init__(
         self, processor: ProcessorMixin, adapter: VlmAdapter, template: str | None = None, max_length: int | None = None
     ):
-        own = template or processor.chat_template or processor.tokenizer.chat_template
+        own = template or getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
         if not own:
             raise ConfigError(
                 "a processor without a chat template, as base models have",
@@ -78,7 +78,7 @@ class Screen:
             try:
                 height, width = picture_size(image, f"{name}: its picture")
             except DataError as error:
-                raise SampleError(error.got, error.expected, error.do, UNREADABLE) from error
+                raise SampleError(error.got, error.expected, error.do, reason=UNREADABLE) from error
             is_odd = max(height, width) > _LONG * min(height, width) or min(height, width) < _SHORT
             fault = self._size_fault(height, width) if is_odd else None
             if fault is not None:
@@ -86,7 +86,7 @@ class Screen:
                     f"{name}, with a picture of {width} × {height} pixels: {fault}",
                     "a size that the model's image processor takes",
                     "crop it, or leave the sample out",
-                    SIZE,
+                    reason=SIZE,
                 )
 
     def is_long(self, example: Mapping[str, Any]) -> bool:
@@ -110,7 +110,7 @@ class Screen:
                     f"{name}, whose text holds {held[0]!r}, the model's token for a picture",
                     "pictures beside the text",
                     "take it out of the text, or put a part {'type': 'image'} there",
-                    HOLDS_TOKEN,
+                    reason=HOLDS_TOKEN,
                 )
         return messages
 
@@ -123,7 +123,7 @@ class Screen:
                 f"{name}, which the chat template refuses: {line_of(error)}",
                 "turns as the template wants them",
                 "change their roles or order, or leave the sample out",
-                TEMPLATE,
+                reason=TEMPLATE,
             ) from error
 
     def _counted(self, height: int, width: int) -> int:
@@ -185,7 +185,7 @@ def messages_of(example: Mapping[str, Any]) -> list[dict]:
                 f"{describe(example)}: {line_of(error)}",
                 "turns of user, assistant, system and tool",
                 "rename the roles, or leave the sample out",
-                TEMPLATE,
+                reason=TEMPLATE,
             ) from error
         raise SampleError(
             f"{describe(example)}, messages with {places} place{'' if places == 1 else 's'} for a picture, and "

@@ -267,10 +267,8 @@ def test_numbers_that_would_spoil_the_loss_stop(build, spoilt):
         return found
 
     trainer.data_collator._store = type("Planted", (), {"get": staticmethod(planted), "grid": (11, 13)})()
-    with pytest.raises(
-        StoreError,
-        match=rf"Got {'a confidence of nan' if spoilt == 'confidence' else 'a map that is not finite'} for 'a' in",
-    ):
+    wrong = {"confidence": "a confidence of nan", "map": "a map that is not finite"}[spoilt]
+    with pytest.raises(StoreError, match=f"Got {wrong} for 'a' in the map store"):
         trainer.data_collator([in_memory(0)])
 
 
