@@ -144,9 +144,8 @@ def _fault(plain: Any, dataset: Any, index: int, collator: AlignmentCollator) ->
     try:
         example = plain[index]
     except Exception as error:  # a data set's own code, and the decoders in it
-        return SampleError(
-            f"a sample that the data set cannot give: {error}", "a sample", "repair it", reason=UNREADABLE
-        )
+        got = f"a sample that the data set cannot give: {error}"
+        return SampleError(got, "a sample", "repair it", reason=UNREADABLE)
     try:
         collator.screen.check(example)
         is_long = collator.screen.is_long(example)

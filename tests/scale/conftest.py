@@ -27,7 +27,8 @@ def _own_folder_of_extensions(tmp_path_factory) -> Generator[None, None, None]:
 
 @pytest.fixture(scope="session")
 def workspace(make_student, processor, some_scenes, captions, store_path, tmp_path_factory) -> Path:
-    """Folders: `mllama`, `llava`, `llava_tied`, `taught` (students; the last knows some words), `maps`, `data` (a Dataset), `pictures` (four, captioned).
+    """Folders: `mllama`, `llava`, `llava_tied`, `taught` (students; the last knows some words), `maps`, `data` (a
+    Dataset), `pictures` (four, captioned).
 
     The data set's rows: 0 to 4 have maps, 5 has none, 6 and 7 are text alone.
     """

@@ -19,11 +19,8 @@ CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True}
 PARTS: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 NO_WORD = (0, 1, 5, 5)  # the second process has pictures, but no word with a map
 
-QUICK = [
-    Case("full"),
-    Case("exact match, two micro-batches", model="taught", settings={"match": "exact"} | PARTS),
-    Case("lora, learn, checkpointed", lora=True, settings=LEARN | CHECKPOINTED),
-]
+EXACT_IN_PARTS = Case("exact match, two micro-batches", model="taught", settings={"match": "exact"} | PARTS)
+QUICK = [Case("full"), EXACT_IN_PARTS, Case("lora, learn, checkpointed", lora=True, settings=LEARN | CHECKPOINTED)]
 EVERYWHERE = [
     Case("full"),
     Case("full, checkpointed", settings=CHECKPOINTED),
@@ -39,13 +36,8 @@ EVERYWHERE = [
     Case("two micro-batches", settings=PARTS),
     Case("flow", settings={"pooling": "flow-sum"}),
     Case("exact match", model="taught", settings={"match": "exact"}),
-    Case("exact match, two micro-batches", model="taught", settings={"match": "exact"} | PARTS),
-    Case(
-        "root match, two micro-batches, learn, lora",
-        lora=True,
-        model="taught",
-        settings={"match": "root"} | PARTS | LEARN,
-    ),
+    EXACT_IN_PARTS,
+    Case("root match in parts, lora, learn", lora=True, model="taught", settings={"match": "root"} | PARTS | LEARN),
     Case("root match, λ estimated", model="taught", settings={"match": "root", "align_weight": "estimated"}),
     Case("llava", model="llava"),
     Case("llava, learn", model="llava", settings=LEARN),
