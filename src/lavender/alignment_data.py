@@ -15,7 +15,7 @@ from lavender.config import AlignmentConfig
 from lavender.errors import DataError, LavenderError, StoreError
 from lavender.grids import KeyLayout
 from lavender.images import image_id, load_image
-from lavender.locate import BEYOND, UNKNOWN, UNSEEN, WordLocator, text_of
+from lavender.locate import BEYOND, CHANGED, UNKNOWN, UNSEEN, WordLocator, text_of
 from lavender.maps import Word, WordMaps
 from lavender.samples import CUT, REFUSALS, REFUSED, UNREADABLE, SampleError, Screen, describe, images_of, line_of
 from lavender.store import MapStore
@@ -28,7 +28,7 @@ NO_WORDS = "sample none of whose mapped words is aligned"
 UNPLACED = "sample whose answer is not found in its tokens"
 WITHOUT = (NO_PICTURE, NO_MAPS, NO_WORDS, UNPLACED)
 """Why a sample that is trained on has no mapped word."""
-REASONS = (NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN, NO_WORDS, UNPLACED, *REFUSALS)
+REASONS = (NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN, CHANGED, NO_WORDS, UNPLACED, *REFUSALS)
 """Why a sample or a word has no map; the order in which a batch carries their counts.
 
 Every sample is mapped or has one reason of `WITHOUT` or `REFUSALS`; the others are of words.

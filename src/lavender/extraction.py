@@ -23,7 +23,7 @@ from lavender.images import image_id
 from lavender.maps import Dropped, WordMaps
 from lavender.store import MapStore, StoreWriter
 from lavender.summary import FLUSH_SECONDS, Summary
-from lavender.words import content_words
+from lavender.words import content_words, too_long
 
 READ_AHEAD = 4  # batches of pictures, small already, that wait for the teacher
 
@@ -74,7 +74,7 @@ def extract(
                 writer.add(maps)
                 summary.records += 1
                 summary.words += len(maps.words)
-                summary.dropped += [Dropped(f"{one.what!r} in {maps.text[:60]!r}", one.reason) for one in maps.dropped]
+                summary.dropped += _words_dropped(maps)
             if first:
                 seconds = time.monotonic() - started
                 on_estimate(_estimate(samples, summary.already_there, batch, seconds, config))
@@ -142,7 +142,11 @@ def _pairs(
         drop = Dropped(f"{sample.name}: {answer[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}")
         if strict:
             _refuse(drop)
-        yield _Item(drop=drop, mapless=WordMaps(*key, (), torch.zeros(0, *config.grid)))
+        yield _Item(drop=drop, mapless=WordMaps(*key, (), torch.zeros(0, *config.grid), too_long(answer)))
+
+
+def _words_dropped(maps: WordMaps) -> list[Dropped]:
+    return [Dropped(f"{one.what!r} in {maps.text[:60]!r}", one.reason) for one in maps.dropped]
 
 
 def _jobs(
@@ -159,6 +163,7 @@ def _jobs(
             summary.dropped.append(item.drop)
         if item.mapless is not None:
             writer.add(item.mapless)
+            summary.dropped += _words_dropped(item.mapless)
             summary.records += 1
         on_progress(item.texts)
 

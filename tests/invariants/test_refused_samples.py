@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from tokenizers import normalizers
 from transformers import Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -20,6 +21,7 @@ from lavender.alignment_mixin import AlignmentMixin
 from lavender.arguments import AlignmentArguments
 from lavender.errors import ConfigError, DataError, StoreError
 from lavender.images import image_id
+from lavender.locate import CHANGED
 from lavender.maps import WordMaps, to_heat
 from lavender.preflight import Refused, counts_of, refused_of, told, without
 from lavender.samples import CUT, HOLDS_TOKEN, REFUSALS, REFUSED, SIZE, TEMPLATE, UNREADABLE, SampleError
@@ -284,6 +286,16 @@ def test_an_answer_that_cannot_be_placed_is_counted(build):
     assert Coverage.of(alignment["counts"]).dropped == {UNPLACED: 1}
     assert alignment["faults"][0].endswith("90 × 60 pixels: tokens that are not this conversation's")
     assert not alignment["present"].any()
+
+
+def test_words_that_a_tokenizer_changes_are_counted(build):
+    """As one does that writes an accent and its letter as one, where the caption has them apart."""
+    trainer = build("llava", Dataset.from_list([good(0), good(1)], features=FEATURES))
+    tokenizer = trainer.processing_class.tokenizer
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("dog", "god")
+    found = Coverage.of(trainer.data_collator([in_memory(0)])["alignment"]["counts"])
+    assert found.dropped == {CHANGED: 1}
+    assert found.words == len(WORDS) - 1
 
 
 def test_every_sample_is_mapped_or_has_one_reason(build):

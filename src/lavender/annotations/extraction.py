@@ -26,6 +26,7 @@ from lavender.images import image_id
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.store import MapStore, StoreWriter
 from lavender.summary import FLUSH_SECONDS, Summary
+from lavender.words import too_long
 
 LAYOUTS = (CocoPanoptic.name, Flickr30kEntities.name)
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -192,7 +193,7 @@ class _Picture:
     def maps(self, found: Found, text: str, grid: tuple[int, int]) -> WordMaps:
         words: list[Word] = []
         maps = []
-        dropped = list(found.dropped)
+        dropped = [*found.dropped, *too_long(text)]
         for word, region in found.words:
             heat = self._heat_of(region, grid)
             if heat.min() > 1 - _FLAT:

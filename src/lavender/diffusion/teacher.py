@@ -6,6 +6,7 @@ The maps' frame is always the whole picture; `ExtractionConfig.geometry` says ho
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from lavender.diffusion.registry import family_of, load_family
 from lavender.diffusion.windows import Window, indicator, window_of, windows
 from lavender.errors import CaptureError, ConfigError
 from lavender.maps import Dropped, Word, WordMaps, to_heat
+from lavender.words import too_long
 
 CACHED = 256  # latents and text states that are kept for the next captions of a picture, and for repeated texts
 V = TypeVar("V")
@@ -140,10 +142,12 @@ class Teacher:
         rows, lost = [], []
         for index, job in enumerate(jobs):
             lost.append([])
+            words = sorted(job.words, key=lambda word: word.start)
+            starts = [word.start for word in words]
             for start, end in self.windows(job.text):
-                words = [word for word in job.words if start <= word.start < end]
+                own = words[bisect_left(starts, start) : bisect_left(starts, end)]
                 row, without = window_of(
-                    self.family.pipeline.tokenizer, index, job.text[start:end], start, words, self.config.carrier,
+                    self.family.pipeline.tokenizer, index, job.text[start:end], start, own, self.config.carrier,
                     self.family.max_tokens,
                 )  # fmt: skip
                 rows.append(row)
@@ -152,6 +156,7 @@ class Teacher:
 
     def _result(self, job: Job, found: list[tuple[Word, Tensor, float]], lost: list[Word]) -> WordMaps:
         dropped = [Dropped(word.text, "the teacher's text encoder has no token for it") for word in lost]
+        dropped += too_long(job.text)
         found = sorted(found, key=lambda one: one[0].start)
         if self.config.word_share < 1 and found:
             kept = max(1, round(self.config.word_share * len(found)))
