@@ -144,6 +144,19 @@ def _from_base64(text: str) -> bytes | None:
         return None
 
 
+def picture_size(source: Image.Image | Path | str | bytes | Mapping, name: str) -> tuple[int, int]:
+    """(height, width) of a picture as `load_image` returns it, from its header: nothing is decoded.
+
+    Raises:
+        DataError: what `load_image` refuses, but for what only decoding shows.
+    """
+    with decoding(name):
+        image = _open(source, name)
+        _check_header(image, name)
+        lies = _orientation(image) in (5, 6, 7, 8)
+    return (image.width, image.height) if lies else (image.height, image.width)
+
+
 def image_id(image: Image.Image) -> str:
     """32 hexadecimal digits of the picture's content: size and RGB pixels. Joins maps with samples.
 

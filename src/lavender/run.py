@@ -79,9 +79,10 @@ def train(run: RunConfig) -> Path:
     if is_main:
         with (out / "metrics.jsonl").open("w") as lines:
             lines.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
-        coverage = _counted(trainer.coverage, sets[0])
+        coverage = _counted(trainer.coverage, sets[0]) | {"refused": [one._asdict() for one in trainer.refused]}
         if run.eval_data:
             own = coverage["evaluation"] = _counted(trainer.eval_coverage, sets[1])
+            own["refused"] = [one._asdict() for one in trainer.eval_refused]
             print(f"maps for {own['mapped_samples']} of {own['samples']} samples of the evaluation")
         (out / "coverage.json").write_text(json.dumps(coverage, indent=1))
     export(trainer, out / "checkpoint")

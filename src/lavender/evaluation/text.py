@@ -14,6 +14,7 @@ from PIL import Image
 
 from lavender.attention import evaluating
 from lavender.errors import DataError
+from lavender.images import load_image
 
 _GAP = re.compile(r"[\s\-]+")
 
@@ -91,11 +92,10 @@ def generate_answers(
     answers: list[str] = []
     with torch.inference_mode(), evaluating(model), _padding_left(processor.tokenizer):
         for start in range(0, len(images), batch_size):
+            pictures = [load_image(one, "a picture to ask about") for one in images[start : start + batch_size]]
             conversations = [
                 [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
-                for image, prompt in zip(
-                    images[start : start + batch_size], prompts[start : start + batch_size], strict=True
-                )
+                for image, prompt in zip(pictures, prompts[start : start + batch_size], strict=True)
             ]
             answers += _answer(model, processor, conversations, max_new_tokens)
             if progress:
