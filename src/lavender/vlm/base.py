@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from lavender.config import LayerChoice
 from lavender.errors import ConfigError, DataError
 from lavender.grids import KeyLayout
+from lavender.weights import load_weights
 
 PARTS = ("vision_tower", "connector", "language_model")
 """What can be frozen: what sees, what lies between, and what reads and writes."""
@@ -110,8 +111,13 @@ class VlmAdapter(ABC):
         return published
 
     def load(self, auto: Any, path: str, **settings: Any) -> Any:
-        """The model, by the Auto class that fits it; `settings` are those of `from_pretrained`."""
-        return auto.from_pretrained(path, **settings)
+        """The model, by the Auto class that fits it; `settings` are those of `from_pretrained`.
+
+        Raises:
+            ModelError: see `lavender.weights.load_weights`.
+        """
+        trust = settings.get("trust_remote_code") is True
+        return load_weights(auto, path, lambda: auto.from_config(self.config, trust_remote_code=trust), **settings)
 
     def num_heads(self) -> int:
         """How many heads a usable layer's attention has."""
