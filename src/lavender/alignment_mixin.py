@@ -42,6 +42,7 @@ from lavender.store import MapStore
 from lavender.trainable import name_all_linear
 from lavender.vlm.registry import adapter_for
 from lavender.weighting import EstimatedWeight
+from lavender.weights import spare_packing
 
 NUM_COVERAGE_SAMPLES = 256
 LEAST_WEIGHT = 1e-6  # of a batch's words; below it, their sum is 0
@@ -78,6 +79,7 @@ class AlignmentMixin(_TrainerLike):
             raise ConfigError("a PeftModel", "the base model", "pass the base model and peft_config=...")
         refuse_settings(args, with_peft=peft_config is not None)
         refuse_model(model)
+        spare_packing(model)
         if not isinstance(self, SFTTrainer):
             _refuse_in_plain_trainer(args, kwargs.get("data_collator"))
         if peft_config is not None:

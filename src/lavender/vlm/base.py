@@ -192,6 +192,22 @@ class VlmAdapter(ABC):
         return wanted
 
 
+def check_pixels(inputs: Mapping[str, Tensor], side: int) -> None:
+    """See that the pictures of a batch are squares of `side` pixels, the only ones that the model's tower takes.
+
+    Raises:
+        ConfigError: the image processor makes others.
+    """
+    pixels = inputs.get("pixel_values")
+    if pixels is not None and tuple(pixels.shape[-2:]) != (side, side):
+        height, width = pixels.shape[-2:]
+        raise ConfigError(
+            f"an image processor that makes pictures {height} px high and {width} px wide",
+            f"{side} × {side} px, as the model's tower takes them",
+            "load the model's own processor, or set its sizes (image_processor in a run)",
+        )  # fmt: skip
+
+
 def padded_keys(places: Tensor) -> Tensor:
     """Positions of what is true in each row of (sample, token): long (sample, key), ascending, padded with -1."""
     return pad_sequence([own.nonzero()[:, 0] for own in places], batch_first=True, padding_value=-1)
