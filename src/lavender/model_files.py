@@ -123,7 +123,8 @@ def _of_hub(got: str, path: str, error: Exception) -> tuple[str, str, str]:
             got + elsewhere + "HF_HUB_OFFLINE is set, and the hub's cache does not hold it",
             "a model folder, or a model in the cache", "check the path; for a hub id unset HF_HUB_OFFLINE",
         )  # fmt: skip
-    if has(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, ConnectionError):
+    client = getattr(errors, "HTTPError", ConnectionError)  # of the library that the hub is asked with
+    if has(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, client, ConnectionError):
         return (
             got + elsewhere + f"the hub at {constants.ENDPOINT} is out of reach: {one_line(chain[-1])}",
             "a model folder, or a network", "check the path; for a hub id check network and proxy",

@@ -47,16 +47,10 @@ def load_weights(cls: Any, path: str | Path, empty: Callable[[], nn.Module] | No
                 "repair its config.json, or get the folder once more",
             )  # fmt: skip
     model, found = cls.from_pretrained(path, output_loading_info=True, **settings)
-    if not _waits_for_weights(model):
-        _check_found(found, path)
-        check_finite(model, path)
+    _check_found(found, path)
+    check_finite(model, path)
     spare_packing(model)
     return model
-
-
-def _waits_for_weights(model: nn.Module) -> bool:
-    """Whether another process sends the weights (FSDP)."""
-    return any(one.is_meta for one in model.parameters())
 
 
 def _check_found(found: Mapping[str, Any], path: str | Path) -> None:
@@ -105,7 +99,7 @@ def check_finite(model: nn.Module, path: str | Path) -> None:
 
 
 def refuse_not_finite(name: str, numbers: Tensor, path: str | Path) -> None:
-    """Raise ModelError if one of a weight's numbers is NaN or infinite."""
+    """Raise ModelError if one of a weight's numbers is NaN or infinite. One on the meta device comes later (FSDP)."""
     if not numbers.is_floating_point() or not numbers.numel() or numbers.is_meta:
         return
     wide = numbers.float() if numbers.element_size() == 1 else numbers  # of 8 bits, which have no order

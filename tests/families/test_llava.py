@@ -22,6 +22,7 @@ from families.geometry import Family, Geometry, batch_of, parameters_zeroed, rea
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
 from lavender.grids import grid_boxes
+from lavender.inspection import inspect_target
 from lavender.objective import attach
 from lavender.vlm.llava import LlavaAdapter, seen_frame
 from lavender.vlm.registry import adapter_for
@@ -217,7 +218,7 @@ def interpolating(texts: list[str], told: int) -> Family:
     def make() -> LlavaForConditionalGeneration:
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            config = plain.make().config
+            config: Any = plain.make().config
             config.vision_config = vision
             return LlavaForConditionalGeneration(config).eval()
 
@@ -225,19 +226,24 @@ def interpolating(texts: list[str], told: int) -> Family:
 
 
 @pytest.mark.parametrize("told", [56, 224])
-def test_a_tower_that_interpolates_places_has_the_grid_of_its_pixels(captions, told):
+def test_a_tower_that_interpolates_places_has_the_grid_of_its_pixels(captions, told, tmp_path):
     """And so has the estimate of memory: keys are those of the sample, whatever the config's size."""
     family = interpolating(captions, told)
     model, sizes = family.make(), [(300, 500), (133, 97)]
     readings = [reading(size, "a dog", seed) for seed, size in enumerate(sizes)]
     batch = batch_of(family, readings)
-    adapter = adapter_for(model.config)
+    adapter = LlavaAdapter(model.config)
     keys, layout = adapter.image_keys(batch), adapter.image_boxes(batch, [[size] for size in sizes], family.processor)
     assert keys.shape == (2, SIDE * SIDE)
     torch.testing.assert_close(layout.boxes[1], grid_boxes(SIDE, SIDE).float())
     rows = keys[:, -1:] + 1
     assert captured(model, batch, rows=rows).stacked().shape[-1] == SIDE * SIDE
     assert f"{told // PATCH} × {told // PATCH} if that is {told} px as in the config" in adapter.describe_keys()
+    for part in (model.config, family.processor):
+        part.save_pretrained(tmp_path)
+    facts = inspect_target(str(tmp_path))
+    assert facts["sample"]["image_keys"] == SIDE * SIDE
+    assert f"{SIDE * SIDE} image keys (in the sample)" in facts["memory"]["assumptions"][0]
 
 
 class TestOtherSquares(Geometry):

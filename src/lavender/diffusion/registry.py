@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import transformers
 from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers.utils import logging
 from torch import nn
 
 from lavender.diffusion.base import TeacherFamily
@@ -54,13 +57,29 @@ def load_family(path: str, **options: Any) -> TeacherFamily:
         if part not in family.optional_parts and isinstance(value, list | tuple) and value[0] is not None
     }
     models = {part: one for part, one in parts.items() if one is not None}
-    return family(family.pipeline_class.from_pretrained(folder, **models, **family.optional_parts, **options))
+    with _quiet():
+        return family(family.pipeline_class.from_pretrained(folder, **models, **family.optional_parts, **options))
 
 
 def load_tiny_vae(path: str, **options: Any) -> AutoencoderTiny:
     """Load a tiny autoencoder in the place of a teacher's own. Raises ModelError as `load_family`."""
     check_files(path)
     return load_weights(AutoencoderTiny, path, _empty(AutoencoderTiny, path), use_safetensors=True, **options)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' remarks, and its bars outside a terminal, as `lavender.model_files.loading` has it."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _load_part(folder: Path, named: Any, **options: Any) -> nn.Module | None:

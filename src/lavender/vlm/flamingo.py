@@ -142,9 +142,7 @@ class FlamingoAdapter(VlmAdapter):
         for sample, sizes in enumerate(image_sizes):
             views.append([(sample * most + index, index) for index in range(len(sizes))])
             for (view, _), size in zip(views[-1], sizes, strict=True):
-                boxes[view] = grid_boxes(
-                    side, side, seen_frame(size, processor.image_processor, covered)
-                ).float()
+                boxes[view] = grid_boxes(side, side, seen_frame(size, processor.image_processor, covered)).float()
         return latent_layout(boxes, views, self.config.perceiver_latents, most * self.config.perceiver_latents)
 
     def seen_from(self, inputs: Mapping[str, Tensor], layout: KeyLayout) -> Tensor:
