@@ -46,7 +46,8 @@ def load_weights(cls: Any, path: str | Path, empty: Callable[[], nn.Module] | No
                 f"a config of {told:,} parameters in {path}, whose weights are {held:,}", "a config of these weights",
                 "repair its config.json, or get the folder once more",
             )  # fmt: skip
-    model, found = cls.from_pretrained(path, output_loading_info=True, **settings)
+    # other shapes are told in what was found, by name; else they are an error that names none
+    model, found = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
     _check_found(found, path)
     check_finite(model, path)
     spare_packing(model)
