@@ -61,6 +61,7 @@ from lavender.store import MapStore
 from lavender.trainable import name_all_linear
 from lavender.vlm.registry import adapter_for
 from lavender.weighting import EstimatedWeight
+from lavender.weights import spare_packing
 
 # the mixin leans on Trainer's attributes; at run time the class it is mixed into brings them
 _TrainerLike = Trainer if TYPE_CHECKING else object
@@ -94,6 +95,7 @@ class AlignmentMixin(_TrainerLike):
             raise ConfigError("a PeftModel", "the base model", "pass the base model and peft_config=...")
         refuse_settings(args, with_peft=peft_config is not None)
         refuse_model(model)
+        spare_packing(model)
         if not isinstance(self, SFTTrainer):
             refuse_in_plain_trainer(args, kwargs.get("data_collator"))
         if peft_config is not None:

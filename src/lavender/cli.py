@@ -213,7 +213,7 @@ def _extract_teacher(options: argparse.Namespace) -> int:
     from lavender.data import read_samples
     from lavender.diffusion.teacher import Teacher
     from lavender.extraction import Estimate, extract
-    from lavender.run import loading, read_overrides
+    from lavender.run import read_overrides
 
     settings = {
         "mode": options.mode, "timesteps": options.timesteps, "num_steps": options.steps, "seed": options.seed,
@@ -231,8 +231,7 @@ def _extract_teacher(options: argparse.Namespace) -> int:
 
         path = str(TEACHER_PATH)
     hide_loading_bars(path)
-    with loading("teacher", path):
-        teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
+    teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
     total = sum(len(sample.pairs) for sample in samples)
     with writing(options.out), tqdm(total=total, unit="text", desc="maps") as bar:
 

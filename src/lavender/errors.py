@@ -37,6 +37,10 @@ class DataError(LavenderError, ValueError):
     """A data set, picture or text cannot be used as it is."""
 
 
+class ModelError(LavenderError, ValueError):
+    """A model, processor, adapter or teacher is missing, damaged or out of reach."""
+
+
 class StoreError(LavenderError):
     """A map store is missing, damaged, or made with other settings."""
 

@@ -18,7 +18,8 @@ import yaml
 
 from lavender.config import check_keys
 from lavender.errors import ConfigError, LavenderError
-from lavender.loading import export_run, load_run, loading
+from lavender.loading import export_run, load_config, load_model, load_processor, load_run, loading
+from lavender.model_files import IN_RUN_FILE
 from lavender.run_config import LoraSettings, RunConfig, read_overrides, read_run
 
 if TYPE_CHECKING:
@@ -116,17 +117,14 @@ def _check_evaluation(run: RunConfig) -> None:
 
 def _prepared(run: RunConfig, out: Path) -> tuple[ProcessorMixin, LavenderConfig, Callable]:
     """Processor, settings, and what loads the model: after the settings, which say how that is divided."""
-    from transformers import AutoConfig, AutoProcessor
-
     from lavender.trainable import quantization_config
     from lavender.trainer import LavenderConfig
-    from lavender.vlm.registry import adapter_for, auto_class
+    from lavender.vlm.registry import adapter_for
 
-    common = {"trust_remote_code": run.trust_remote_code}
-    with loading("model", run.model):
-        config = AutoConfig.from_pretrained(run.model, **common)
-        adapter = adapter_for(config)
-        processor = adapter.processor(AutoProcessor.from_pretrained(run.model, **common))
+    common: dict[str, Any] = {"trust_remote_code": run.trust_remote_code}
+    with loading("model", run.model, IN_RUN_FILE):
+        adapter = adapter_for(load_config(run.model, **common))
+        processor = load_processor(adapter, run.model, **common)
     _set_images(processor, run.image_processor)
     quantized = {}
     if run.quantization is not None:
@@ -140,9 +138,8 @@ def _prepared(run: RunConfig, out: Path) -> tuple[ProcessorMixin, LavenderConfig
         raise ConfigError(got, "values that it accepts", "change the setting") from error
 
     def load():
-        with loading("model", run.model):
-            auto = auto_class(config, run.trust_remote_code)
-            return adapter.load(auto, run.model, dtype=run.dtype, use_safetensors=True, **common, **quantized)
+        with loading("model", run.model, IN_RUN_FILE):
+            return load_model(adapter, run.model, processor, dtype=run.dtype, **common, **quantized)
 
     return processor, args, load
 

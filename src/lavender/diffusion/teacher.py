@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -25,10 +25,11 @@ from lavender.diffusion.base import Condition, Layer, LayerWeights
 from lavender.diffusion.capture import WordCapture, capture_words
 from lavender.diffusion.frames import Box, Frame, frame
 from lavender.diffusion.modes import Batch, read_maps
-from lavender.diffusion.registry import family_of, load_family
+from lavender.diffusion.registry import family_of, load_family, load_tiny_vae
 from lavender.diffusion.windows import Window, indicator, window_of, windows
 from lavender.errors import CaptureError, ConfigError
 from lavender.maps import Dropped, Word, WordMaps, to_heat
+from lavender.model_files import loading
 from lavender.words import too_long
 
 CACHED = 256  # latents and text states that are kept for the next captions of a picture, and for repeated texts
@@ -89,10 +90,17 @@ class Teacher:
 
         Args:
             channels_last: lay convolutions out for tensor cores; changes a map in the last digits.
+
+        Raises:
+            ModelError: a part is missing, damaged, not finite, or of another pipeline.
+            UnsupportedModelError: no known family.
         """
-        family = load_family(str(path), dtype=dtype)
-        if config.tiny_vae is not None:
-            family.pipeline.vae = AutoencoderTiny.from_pretrained(config.tiny_vae, use_safetensors=True, dtype=dtype)
+        with loading("teacher", path, consent=None):
+            family = load_family(str(path), dtype=dtype)
+            if config.tiny_vae is not None:
+                with loading("tiny_vae", config.tiny_vae, consent=None):
+                    family.pipeline.vae = load_tiny_vae(config.tiny_vae, dtype=dtype)
+            family.check_parts()
         family.pipeline.to(device)
         if dtype == torch.float16 and family.pipeline.vae.config.get("force_upcast"):
             family.pipeline.vae.to(torch.float32)  # as its config asks: it overflows in float16
