@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lavender.config import ATTENTION_LOSSES, PARTS_OF_SPEECH, POOLINGS, AlignmentConfig
 from lavender.errors import ConfigError
+from lavender.type_checks import check_type
 
 # the settings lean on TrainingArguments' attributes; at run time the class they are put before brings them
 _ArgumentsLike = TrainingArguments if TYPE_CHECKING else object
@@ -81,6 +82,11 @@ class AlignmentArguments(_ArgumentsLike):
         return AlignmentConfig(**{one.name: getattr(self, one.name) for one in fields(AlignmentConfig)})
 
     def __post_init__(self) -> None:
+        self.alignment()
+        for name, least in (("probe_size", 0), ("probe_steps", 1)):
+            check_type(name, getattr(self, name), int)
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)!r}", f"a number from {least} on", f"change {name}")
         try:
             super().__post_init__()
         except ValueError as error:
@@ -91,10 +97,6 @@ class AlignmentArguments(_ArgumentsLike):
                 "set bf16: false, and use_cpu: true to train on the CPU",
             ) from error  # fmt: skip
         check_reports(cast("list[str]", self.report_to))
-        self.alignment()
-        for name, least in (("probe_size", 0), ("probe_steps", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)!r}", f"a number from {least} on", f"change {name}")
         accelerator = cast(AcceleratorConfig, self.accelerator_config)
         if accelerator.dispatch_batches:
             raise ConfigError(

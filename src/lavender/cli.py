@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="fine-tune with the alignment loss")
     train.add_argument("run", type=Path, help="YAML file; see examples/world.yaml")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    train.add_argument("--restart", action="store_true", help="remove the run in its folder, and begin anew")
 
     evaluate = verbs.add_parser("eval", help="base, baseline and run side by side")
     evaluate.add_argument("run", type=Path, help="run folder, as `lavender train` writes it")
@@ -306,7 +307,7 @@ def _train(options: argparse.Namespace) -> int:
     run = read_run(options.run, options.overrides)
     hide_loading_bars(run.model)
     with writing(run.out):
-        folder = train(run)
+        folder = train(run, options.restart)
     state = PartialState()
     if state.is_main_process:
         print(f"run folder: {folder}")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from lavender.alignment_data import SeveralStores
 from lavender.attention import Reading, student_maps
 from lavender.data import Sample
 from lavender.errors import ConfigError, DataError, NotFiniteError
@@ -80,7 +81,7 @@ def _hindrance(sample: Sample) -> str:
     return "" if shows else "whose picture is not in the first question"
 
 
-def readings_of(samples: Sequence[Sample], store: MapStore | None) -> list[Reading]:
+def readings_of(samples: Sequence[Sample], store: MapStore | SeveralStores | None) -> list[Reading]:
     """First question and answer of each sample with one picture; the words the teacher mapped, else content words."""
     readings = []
     for sample in samples:
@@ -97,7 +98,7 @@ def observe(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     readings: Sequence[Reading],
-    store: MapStore | None,
+    store: MapStore | SeveralStores | None,
     max_new_tokens: int = 64,
 ) -> Observed:
     """Run one model over the readings."""
@@ -116,7 +117,7 @@ def observe(
     return Observed(answers, maps, scores)
 
 
-def map_agreement(maps: Sequence[WordMaps], store: MapStore) -> float | None:
+def map_agreement(maps: Sequence[WordMaps], store: MapStore | SeveralStores) -> float | None:
     """Mean Pearson correlation of a student's and the teacher's maps of the same words."""
     values = []
     for own in maps:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
 from lavender.errors import ConfigError
+from lavender.type_checks import check_fields, check_path, fits, hints_of, shown
 
 MODES = ("noise", "ddim", "null-text")
 GEOMETRIES = ("squash", "crop", "letterbox", "aspect")
@@ -43,6 +44,7 @@ AlignerKind = Literal["convolution", "mlp"]
 AlignerNorm = Literal["instance", "batch", "group", "none"]
 AlignerActivation = Literal["relu6", "leaky-relu"]
 AttentionLoss = Literal["min-max", "min-max-sum", "mse", "kl", "js"]
+PartOfSpeech = Literal["noun", "adjective", "verb", "other"]
 T = TypeVar("T")
 
 
@@ -101,43 +103,40 @@ class ExtractionConfig:
     tiny_vae: str | None = None
     grid: tuple[int, int] = (32, 32)
     batch_size: int = 8
-    parts_of_speech: tuple[str, ...] = ("noun", "adjective", "verb")
+    parts_of_speech: tuple[PartOfSpeech, ...] = ("noun", "adjective", "verb")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.grid, (tuple, list)):
-            raise ConfigError(f"grid={self.grid!r}", "(rows, cols)", "use the paper's (32, 32)")
-        if not isinstance(self.timesteps, (tuple, list)) or not self.timesteps:
-            raise ConfigError(f"timesteps={self.timesteps!r}", "a list of one or more", "write timesteps: [50]")
+        check_fields(self)
         for name in ("grid", "timesteps", "parts_of_speech"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, options in (
-            ("mode", MODES), ("geometry", GEOMETRIES), ("competition", COMPETITIONS), ("carrier", CARRIERS),
-        ):  # fmt: skip
-            _one_of(name, getattr(self, name), options)
-        for timestep in self.timesteps:
-            _whole("timesteps", timestep, 0, 999)
-        for name, low, high in (
-            ("num_noises", 1, 1000), ("num_steps", 1, 999), ("null_text_iterations", 0, 1000),
-            ("seed", 0, 2**32 - 1), ("refine", 0, 2), ("batch_size", 1, 4096),
-        ):  # fmt: skip
-            _whole(name, getattr(self, name), low, high)
-        for name, low, high in (("guidance", 0, 100), ("head_share", 1e-9, 1), ("word_share", 1e-9, 1)):
-            _between(name, getattr(self, name), low, high)
-        if not isinstance(self.flip, bool):
-            raise ConfigError(f"flip={self.flip!r}", "true or false", "change flip")
-        if self.largest_layer is not None:
-            _whole("largest_layer", self.largest_layer, 1, 1024)
-        if self.inversion_steps is not None:
-            _whole("inversion_steps", self.inversion_steps, 1, self.num_steps)
-            if self.num_steps % self.inversion_steps:
-                raise ConfigError(
-                    f"inversion_steps={self.inversion_steps} with num_steps={self.num_steps}",
-                    "a divisor of num_steps", "change one of them, such as 5 and 10",
-                )  # fmt: skip
-        if len(self.grid) != 2 or min(self.grid) < 2 or max(self.grid) > 256:
+        for name in ("timesteps", "parts_of_speech"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name}=()", "a list of one or more", f"leave {name} out for its default")
+        _check_ranges(
+            self,
+            ("timesteps", 0, 999),
+            ("num_noises", 1, 1000),
+            ("num_steps", 1, 999),
+            ("null_text_iterations", 0, 1000),
+            ("seed", 0, 2**32 - 1),
+            ("refine", 0, 2),
+            ("batch_size", 1, 4096),
+            ("largest_layer", 1, 1024),
+            ("guidance", 0, 100),
+            ("head_share", 1e-9, 1),
+            ("word_share", 1e-9, 1),
+        )
+        _check_ranges(self, ("inversion_steps", 1, self.num_steps))
+        if self.inversion_steps is not None and self.num_steps % self.inversion_steps:
+            raise ConfigError(
+                f"inversion_steps={self.inversion_steps} with num_steps={self.num_steps}",
+                "a divisor of num_steps",
+                "change one of them, such as 5 and 10",
+            )
+        if not 2 <= min(self.grid) <= max(self.grid) <= 256:
             raise ConfigError(f"grid={self.grid}", "(rows, cols), each from 2 to 256", "use the paper's (32, 32)")
-        for part in self.parts_of_speech:
-            _one_of("parts_of_speech", part, PARTS_OF_SPEECH)
+        if self.tiny_vae is not None:
+            object.__setattr__(self, "tiny_vae", check_path("tiny_vae", self.tiny_vae))
         _check_layer_weights(self.layer_weights)
 
     def identity(self) -> dict[str, Any]:
@@ -145,16 +144,11 @@ class ExtractionConfig:
         return {key: value for key, value in asdict(self).items() if key != "batch_size"}
 
 
-def _check_layer_weights(weights: object) -> None:
-    if weights is None:
-        return
-    numbers = [
-        one for weight in (weights.values() if isinstance(weights, Mapping) else [None])
-        for one in (weight if isinstance(weight, (list, tuple)) and weight else [weight])
-    ]  # fmt: skip
-    if any(isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 <= one < 1e9 for one in numbers):
+def _check_layer_weights(weights: Mapping[str, float | Sequence[float]] | None) -> None:
+    lists = [list(one) if isinstance(one, Sequence) else [one] for one in (weights or {}).values()]
+    if any(not numbers or not 0 <= min(numbers) <= max(numbers) < 1e9 for numbers in lists):
         raise ConfigError(
-            f"layer_weights={weights!r}", "numbers from 0 on, one or a list of one a head, by beginnings of names",
+            f"layer_weights={shown(weights)}", "numbers from 0 on, one or a list of one a head, by beginnings of names",
             "write them like {up_blocks.1: 1.0, down_blocks: 0.5}",
         )  # fmt: skip
 
@@ -199,7 +193,7 @@ class AlignmentConfig:
     align_weight: float | Literal["estimated"] = 2.0
     pooling: Pooling = "layer-mean"
     match: Match = "label"
-    parts_of_speech: tuple[str, ...] | None = None
+    parts_of_speech: tuple[PartOfSpeech, ...] | None = None
     subjects_and_objects: bool = False
     weight_by_confidence: bool = False
     attention_loss: AttentionLoss = "min-max"
@@ -219,45 +213,35 @@ class AlignmentConfig:
     min_coverage: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, str):
-            _one_of("layers", self.layers, LAYER_CHOICES)
+        check_fields(self)
         for name in ("layers", "heads", "parts_of_speech"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, _as_tuple(name, value))
-        for part in () if self.parts_of_speech is None else _as_tuple("parts_of_speech", self.parts_of_speech):
-            _one_of("parts_of_speech", part, PARTS_OF_SPEECH)
-        for name in ("subjects_and_objects", "weight_by_confidence"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r}", "true or false", f"change {name}")
-        _one_of("pooling", self.pooling, POOLINGS)
-        _one_of("match", self.match, MATCHES)
-        _one_of("attention_loss", self.attention_loss, ATTENTION_LOSSES)
-        _one_of("aligner", self.aligner, ALIGNER_FORMS)
-        _one_of("aligner_kind", self.aligner_kind, ALIGNER_KINDS)
-        _one_of("aligner_norm", self.aligner_norm, ALIGNER_NORMS)
-        _one_of("aligner_activation", self.aligner_activation, ALIGNER_ACTIVATIONS)
-        _one_of("parallel_init", self.parallel_init, PARALLEL_INITS)
+                object.__setattr__(self, name, _without_repeats(name, value))
         if self.align_weight != "estimated":
-            _between("align_weight", self.align_weight, 0, 1e9)
+            _check_ranges(self, ("align_weight", 0, 1e9))
         elif self.attention_loss not in ("min-max", "min-max-sum"):
             raise ConfigError(
                 f"align_weight='estimated' with attention_loss={self.attention_loss!r}", "squared residuals of maps",
                 "set attention_loss to min-max or min-max-sum, or align_weight to a number",
             )  # fmt: skip
-        _between("layer_share", self.layer_share, 1e-9, 1)
-        _whole("aligner_width", self.aligner_width, 1, 4096)
-        _whole("align_switches", self.align_switches, 0, 1_000_000)
-        for name in ("align_warmup", "align_decay", "aligner_pretraining"):
-            _between(name, getattr(self, name), 0, 1)
-        _between("min_coverage", self.min_coverage, 0, 1)
+        _check_ranges(
+            self,
+            ("layer_share", 1e-9, 1),
+            ("aligner_width", 1, 4096),
+            ("align_switches", 0, 1_000_000),
+            ("align_warmup", 0, 1),
+            ("align_decay", 0, 1),
+            ("aligner_pretraining", 0, 1),
+            ("min_coverage", 0, 1),
+        )
 
 
-def _as_tuple(name: str, value: object) -> tuple:
-    if not isinstance(value, (tuple, list)):
-        raise ConfigError(f"{name}={value!r}", "a list", f"write {name}: [{value}]")
+def _without_repeats(name: str, value: Sequence) -> tuple:
     if not value or len({*value}) < len(value):
-        raise ConfigError(f"{name}={value!r}", "one or more, none twice", f"change {name}, or leave it out for all")
+        raise ConfigError(
+            f"{name}={shown(value)}", "one or more, none twice", f"change {name}, or leave it out for all"
+        )
     return tuple(value)
 
 
@@ -271,25 +255,20 @@ def check_keys(settings: Mapping[str, Any], allowed: list[str], where: str) -> N
     """Raise ConfigError for a key that is not allowed, with the nearest one that is."""
     for key in settings:
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=3)
+            near = difflib.get_close_matches(key[:100], allowed, n=3) if isinstance(key, str) else []
             hint = f"write {near[0]!r} instead" if near else "remove it, or look it up in the documentation"
             known = sorted(set(near if near and len(allowed) > 20 else allowed))
-            raise ConfigError(f"the key {key!r} in {where}", f"a known key, such as {', '.join(known)}", hint)
+            raise ConfigError(f"the key {shown(key)} in {where}", f"a known key, such as {', '.join(known)}", hint)
 
 
-def _one_of(name: str, value: object, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ConfigError(f"{name}={value!r}", f"one of {options}", f"set {name} to one of them")
-
-
-def _between(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"{name}={value!r}", f"a number from {low} to {high}", f"change {name}")
-
-
-def _whole(name: str, value: float, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name}={value!r}", f"a whole number from {low} to {high}", f"change {name}")
+def _check_ranges(settings: Any, *ranges: tuple[str, float, float]) -> None:
+    """Check that each named field, or each item of one that is a list, is from `low` to `high`, or None."""
+    for name, low, high in ranges:
+        value, hint = getattr(settings, name), hints_of(type(settings))[name]
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None and not low <= one <= high:
+                kind = "a number" if fits(0.5, hint) else "a whole number"
+                raise ConfigError(f"{name}={shown(one)}", f"{kind} from {low} to {high}", f"change {name}")
 
 
 assert get_args(Mode) == MODES
@@ -305,3 +284,4 @@ assert get_args(AlignerKind) == ALIGNER_KINDS
 assert get_args(AlignerNorm) == ALIGNER_NORMS
 assert get_args(AlignerActivation) == ALIGNER_ACTIVATIONS
 assert get_args(AttentionLoss) == ATTENTION_LOSSES
+assert get_args(PartOfSpeech) == PARTS_OF_SPEECH

@@ -30,7 +30,7 @@ from lavender.conversations import (
 )
 from lavender.data_files import expanded, fault_of, half_character, printable, shown
 from lavender.errors import DataError
-from lavender.images import embedded, load_image
+from lavender.images import embedded, image_id, load_image
 from lavender.layouts import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, Row, find_rows, unknown_layout
 from lavender.maps import Dropped
 
@@ -118,11 +118,13 @@ class Samples:
     Attributes:
         outside: the pictures that are read although they lie outside the folder of the data: by an absolute path,
             by "..", or by a link.
+        identities: of each sample the `image_id` of each of its pictures; known after `readable`, () before.
     """
 
     samples: tuple[Sample, ...]
     dropped: tuple[Dropped, ...] = ()
     outside: tuple[Dropped, ...] = ()
+    identities: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -283,7 +285,7 @@ class _Folder:
 
 
 def readable(samples: Samples) -> Samples:
-    """The samples whose picture can be decoded; the others are dropped now, not met at some later step."""
+    """The samples whose pictures can be decoded, and what identifies these; the others are dropped before training."""
     places = [
         one.sources if one.sources and all(isinstance(source, Path) for source in one.sources) else index
         for index, one in enumerate(samples)
@@ -292,20 +294,20 @@ def readable(samples: Samples) -> Samples:
     threads = min(os.cpu_count() or 1, _MAX_THREADS)
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")  # load_image does so too, but the filters are shared by all threads
-        faults = dict(zip(pictures, pool.map(_fault, pictures.values()), strict=True))
-    kept = tuple(one for place, one in zip(places, samples, strict=True) if not faults[place])
-    dropped = tuple(
-        Dropped(one.name, faults[place]) for place, one in zip(places, samples, strict=True) if faults[place]
-    )
+        found = dict(zip(pictures, pool.map(_identities, pictures.values()), strict=True))
+    seen = [(one, found[place]) for place, one in zip(places, samples, strict=True)]
+    kept = tuple(one for one, ids in seen if not isinstance(ids, str))
+    identities = tuple(ids for _, ids in seen if not isinstance(ids, str))
+    dropped = tuple(Dropped(one.name, reason) for one, reason in seen if isinstance(reason, str))
     if not kept:
         got = f"{len(samples)} samples, none with a usable picture; the first, {dropped[0].what}: {dropped[0].reason}"
         raise DataError(got, "at least one usable sample", "repair the pictures")
-    return Samples(kept, samples.dropped + dropped, outside=samples.outside)
+    return Samples(kept, samples.dropped + dropped, samples.outside, identities)
 
 
-def _fault(sample: Sample) -> str:
+def _identities(sample: Sample) -> tuple[str, ...] | str:
+    """Of each of its pictures, or why one cannot be used."""
     try:
-        sample.load()
+        return tuple(image_id(picture) for picture in sample.load())
     except DataError as error:
         return str(error)
-    return ""

@@ -24,6 +24,7 @@ from lavender.data import read_samples
 from lavender.diffusion.teacher import Teacher
 from lavender.evaluation.maps import MapScores, best_threshold, score_maps
 from lavender.extraction import extract
+from lavender.files import write_whole
 from lavender.report import Curve, Report, Table, draw_figure, write_report
 from lavender.world import STUDENT_PATH
 from lavender.world.judging import job_of, judge_teacher, reading_of, score_student
@@ -36,6 +37,8 @@ NUM_TRAINING, NUM_HELD_OUT, NUM_PANELS = 800, 200, 6
 TUNING: dict[str, Any] = (
     TRAINING | ALIGNMENT | {"learning_rate": LEARNING_RATES["mllama", "full"], "max_steps": 200, "seed": 0}
 )
+STOP_SECONDS = 10.0
+"""For how long a training may clean up after it was told to end."""
 ARMS = {"plain": 0.0, "aligned": TUNING["align_weight"]}
 
 
@@ -67,7 +70,7 @@ def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str,
         draw_figure(panels[:3], out / "figure.png")
         write_report(_page(results, panels, out), out / "report.html")
     results["seconds"] = watch.seconds
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    write_whole(out / "results.json", json.dumps(results, indent=1))
     print(f"\nOpen {out / 'report.html'}. One seed; `lavender study main` tells what holds over seeds.")
     return results
 
@@ -89,21 +92,47 @@ class Stopwatch:
 
 def train_arms(out: Path) -> None:
     """`lavender train` for each arm, side by side, one core each. The arms differ in align_weight alone."""
-    running = []
-    for arm, align_weight in ARMS.items():
-        settings = {
-            "model": str(STUDENT_PATH), "data": str(out / "data"), "maps": str(out / "maps"), "out": str(out / arm),
-            "prompt": CAPTION_PROMPT, "dtype": "float32", **TUNING, "align_weight": align_weight,
-        }  # fmt: skip
-        (out / f"{arm}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        log = (out / f"{arm}.log").open("w")
-        command = [sys.executable, "-m", "lavender.cli", "train", str(out / f"{arm}.yaml")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        running.append((arm, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)))
-    failed = [arm for arm, process in running if process.wait() != 0]
+    running: list[tuple[str, subprocess.Popen]] = []
+    try:
+        for arm in ARMS:
+            running.append((arm, _begin(out, arm)))
+        failed = [arm for arm, process in running if process.wait() != 0]
+    finally:
+        stop([process for _, process in running])
     if failed:
         tail = (out / f"{failed[0]}.log").read_text()[-2000:]
         raise RuntimeError(f"training of {failed} failed; the end of its log:\n{tail}")
+
+
+def _begin(out: Path, arm: str) -> subprocess.Popen:
+    settings = {
+        "model": str(STUDENT_PATH),
+        "data": str(out / "data"),
+        "maps": str(out / "maps"),
+        "out": str(out / arm),
+        "prompt": CAPTION_PROMPT,
+        "dtype": "float32",
+        **TUNING,
+        "align_weight": ARMS[arm],
+    }
+    write_whole(out / f"{arm}.yaml", yaml.safe_dump(settings, sort_keys=False))
+    command = [sys.executable, "-m", "lavender.cli", "train", str(out / f"{arm}.yaml"), "--restart"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (out / f"{arm}.log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def stop(processes: Sequence[subprocess.Popen]) -> None:
+    """End those that still run, as they are when the demo itself is stopped: they would go on without it."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def score_teacher(teacher: Teacher, drawn: Sequence[Scene]) -> MapScores:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from lavender.errors import ConfigError, ModelError
+from lavender.files import TEMPORARY
 from lavender.model_files import check_files, check_sizes, check_weight_files, loading, one_line, read_json
 from lavender.vlm.base import VlmAdapter
 from lavender.weights import refuse_not_finite
@@ -108,6 +110,16 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
     from lavender.vlm.registry import adapter_for
 
     checkpoint = Path(path) / "checkpoint"
+    if (
+        not checkpoint.is_dir()
+        and (Path(path) / "config.yaml").is_file()
+        and not (Path(path) / "config.json").is_file()
+    ):
+        raise ConfigError(
+            f"the run {path}, which has no checkpoint: it is not finished",
+            "a finished run",
+            f"let it go on: lavender train {Path(path) / 'config.yaml'}",
+        )
     folder = checkpoint if checkpoint.is_dir() else Path(path)
     with loading("model", path):
         lora = _adapter_config(folder) if (folder / "adapter_config.json").is_file() else None
@@ -126,11 +138,15 @@ def export_run(run: Path, out: Path, trust_remote_code: bool = False) -> Path:
     """Write a run's tuned model as one ordinary checkpoint with processor, LoRA merged, in the weights' own dtype."""
     if not (run / "checkpoint").is_dir():
         raise ConfigError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out}, which is not empty", "a new folder", "choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        got = f"{out}, which is {'not empty' if out.is_dir() else 'a file'}"
+        raise ConfigError(got, "a new folder", "choose another --out")
     model, processor = load_run(run, dtype="auto", trust_remote_code=trust_remote_code)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out.parent) as partial:  # whole, or not there
+        model.save_pretrained(Path(partial) / "model")
+        processor.save_pretrained(Path(partial) / "model")
+        (Path(partial) / "model").replace(out)
     return out
 
 

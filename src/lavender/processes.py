@@ -143,27 +143,3 @@ def read_counts(accelerator: Accelerator, counts: Tensor, folder: str | None) ->
     saved = json.loads(path.read_text())
     saved += [0] * (len(counts) - len(saved))  # of reasons that an older version did not know
     return counts + torch.tensor(saved, device=counts.device)
-
-
-def last_complete_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The last checkpoint from which training can go on, and those after it that were not written to the end.
-
-    transformers writes a checkpoint file by file, `trainer_state.json` last. One without that file, or with half of it,
-    was interrupted, and transformers itself would go on from it with what is there.
-    """
-    steps = sorted(
-        (path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[1].isdigit()),
-        key=lambda path: int(path.name.split("-")[1]), reverse=True,
-    )  # fmt: skip
-    for index, path in enumerate(steps):
-        if _is_complete(path):
-            return path, steps[:index]
-    return None, steps
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        state: Any = json.loads((checkpoint / "trainer_state.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return state["global_step"] == int(checkpoint.name.split("-")[1]) and (checkpoint / "scheduler.pt").is_file()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lavender.drawing import faded, heat_layer, peak_of, reduced, veil
 from lavender.errors import DataError
+from lavender.files import write_whole
 
 _PIXELATED_BELOW = 200  # pictures with a shorter longest side are shown with their pixels
 _TRUE_MASK = "true mask"
@@ -145,7 +146,7 @@ def render_report(report: Report) -> str:
 
 def write_report(report: Report, path: Path) -> None:
     """Write the page to `path`, in UTF-8."""
-    path.write_text(render_report(report), encoding="utf-8")
+    write_whole(path, render_report(report))
 
 
 def draw_figure(panels: list[Panel], path: Path) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, Literal
 
 from lavender.config import check_keys, from_mapping
 from lavender.errors import ConfigError
+from lavender.training_settings import checked_training, training_keys
+from lavender.type_checks import check_fields, check_path, shown
+from lavender.yaml_files import parse_yaml, read_settings
+
+Part = Literal["vision_tower", "connector", "language_model"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64", "float", "half", "double"]
+RECORD = "record"
+"""A key of a run folder's config.yaml: what that run was made with. It is no setting."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,20 @@ class LoraSettings:
     dropout: float = 0.05
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, high in (("r", 65536), ("alpha", 10**6)):
+            if not 1 <= getattr(self, name) <= high:
+                raise ConfigError(
+                    f"lora.{name}={getattr(self, name)}", f"a whole number from 1 to {high}", f"change {name}"
+                )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout={self.dropout}", "a number from 0 to less than 1", "change dropout")
+        if not self.target_modules:
+            raise ConfigError("lora.target_modules, empty", "the modules to tune", "leave it out for q_proj and v_proj")
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -31,7 +51,7 @@ class RunConfig:
     Attributes:
         model: path or hub id of the base model.
         data: what `lavender.data.read_samples` reads.
-        maps: the map store of that data.
+        maps: the map store of that data, or a list of several.
         eval_data: held-out data of the same kind, for `eval_strategy`; or None.
         eval_maps: the map store of that data, if `maps` does not hold its maps too.
         out: the run folder.
@@ -48,19 +68,42 @@ class RunConfig:
 
     model: str
     data: str
-    maps: str
+    maps: str | list[str]
     out: str
     eval_data: str | None = None
     eval_maps: str | None = None
     prompt: str = "Describe the image."
     lora: LoraSettings | None = None
     peft: Mapping[str, Any] | None = None
-    freeze: Sequence[str] = ()
+    freeze: Sequence[Part] = ()
     image_processor: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     quantization: Mapping[str, Any] | None = None
     trust_remote_code: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("model", "data", "out", "eval_data", "eval_maps"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_path(name, getattr(self, name)))
+        stores = [check_path("maps", path) for path in (self.maps if isinstance(self.maps, list) else [self.maps])]
+        if not stores:
+            raise ConfigError("maps=[]", "a map store, or several", "write maps: FOLDER")
+        object.__setattr__(self, "maps", stores[0] if len(stores) == 1 else stores)
+        if self.lora is not None and self.peft is not None:
+            raise ConfigError("lora and peft", "one of them", "leave out lora; peft: {peft_type: LORA} is the same")
+        if self.peft is not None:
+            _check_peft(self.peft)
+        object.__setattr__(self, "training", checked_training(self.training))
+
+    def training_stores(self) -> list[str]:
+        """The folders of `maps`."""
+        return [self.maps] if isinstance(self.maps, str) else list(self.maps)
+
+    def stores(self) -> list[str]:
+        """The folders of all map stores, of training and of evaluation, each once."""
+        return list(dict.fromkeys([*self.training_stores(), *([self.eval_maps] if self.eval_maps else [])]))
 
     def peft_settings(self) -> Mapping[str, Any] | None:
         """Those of `peft`, or of `lora`, its short form; None for full tuning."""
@@ -76,16 +119,15 @@ class RunConfig:
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """A run's settings from YAML and `key=value` overrides; settings of training need no prefix.
 
+    The config.yaml of a run folder is such a file too.
+
     Raises:
-        ConfigError: a missing file or key, a misspelt key (named with the nearest right one).
+        DataError: there is no such file, or it cannot be read.
+        ConfigError: a missing key, a misspelt key (named with the nearest right one), a value of another type.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no file at {path}", "a YAML file", "see examples/world.yaml")
-    settings = _parsed(path.read_text(), str(path)) or {}
-    if not isinstance(settings, dict):
-        raise ConfigError(f"a {type(settings).__name__} in {path}", "keys and values", "see examples/world.yaml")
-    return _run_config(settings | read_overrides(overrides), str(path))
+    path = Path(path).expanduser()
+    settings = _flat(read_settings(path), str(path)) | _flat(read_overrides(overrides), "--set")
+    return _run_config(settings, str(path))
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -94,26 +136,34 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign or not key:
-            raise ConfigError(f"--set {override!r}", "KEY=VALUE", "write for example --set align_weight=5")
-        settings[key] = _parsed(value, f"--set {override!r}")
+            raise ConfigError(f"--set {shown(override)}", "KEY=VALUE", "write for example --set align_weight=5")
+        settings[key] = parse_yaml(value, f"--set {shown(override)}")
     return settings
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, in which 5e-4 is a text, with the numbers of YAML 1.2."""
+def check_out(path: str | Path) -> Path:
+    """Where a run's folder is to be; nothing is made yet.
+
+    Raises:
+        ConfigError: there is a file at the path or above it.
+    """
+    out = Path(path).expanduser()
+    there = next(one for one in (out, *out.absolute().parents) if os.path.lexists(one))
+    if not there.is_dir():
+        raise ConfigError(f"out={path}, and {there} is no folder", "a folder", "choose another out")
+    return out
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{where}, which is not YAML: {reason}", "valid YAML", "see examples/world.yaml") from error
+def _flat(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """Settings of training without the `training:` that config.yaml puts them under, and without its `record:`."""
+    own = {key: value for key, value in settings.items() if key not in ("training", RECORD)}
+    for key in ("training", RECORD):
+        if not isinstance(settings.get(key, {}), dict):
+            raise ConfigError(f"{key}={shown(settings[key])} in {where}", "a mapping", f"remove {key}")
+    training = settings.get("training", {})
+    if twice := sorted(own.keys() & training.keys()):
+        raise ConfigError(f"{twice[0]!r} in {where} and in its training", "each setting once", "remove one of the two")
+    return own | training
 
 
 def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
@@ -126,16 +176,14 @@ def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
     lora = run.pop("lora", None)
     if lora is not None and lora is not False:
         if lora is not True and not isinstance(lora, dict):
-            raise ConfigError(f"lora: {lora!r} in {where}", "true, false or settings", "write for example lora: {r: 8}")
+            raise ConfigError(
+                f"lora={shown(lora)} in {where}", "true, false or settings", "write for example lora: {r: 8}"
+            )
         run["lora"] = from_mapping(LoraSettings, {} if lora is True else lora, f"{where}: lora")
-    peft = run.get("peft")
-    if peft is not None and (not isinstance(peft, dict) or "lora" in run):
-        got = "lora and peft" if "lora" in run else f"peft: {peft!r}"
-        raise ConfigError(f"{got} in {where}", "one of them, with its settings", "write peft: {peft_type: LORA, r: 8}")
     return RunConfig(**run, training={key: value for key, value in settings.items() if key not in own})
 
 
-def training_keys() -> set[str]:
-    from lavender.trainer import LavenderConfig
+def _check_peft(settings: Mapping[str, Any]) -> None:
+    from lavender.trainable import plain_peft_config
 
-    return {one.name for one in fields(LavenderConfig) if one.init} - {"output_dir", "maps"}
+    plain_peft_config(settings)

@@ -33,8 +33,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import save
 
-from lavender.disk import read_whole
 from lavender.errors import StoreError
+from lavender.files import read_whole
 from lavender.maps import Dropped, Word, WordMaps
 
 FORMAT = 3  # 3: a checksum for each record, the manifest and the index; 2: a confidence for each word

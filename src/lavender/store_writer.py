@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lavender.disk import TEMPORARY, write_whole
 from lavender.errors import ConfigError, StoreError
+from lavender.files import TEMPORARY, write_whole
 from lavender.maps import WordMaps
 from lavender.store_format import (
     MANIFEST,

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lavender.disk import read_whole, write_whole
 from lavender.errors import StoreError
+from lavender.files import read_whole, write_whole
 from lavender.maps import Dropped
 
 FLUSH_SECONDS = 20.0

@@ -7,23 +7,65 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lavender.config import check_keys
 from lavender.errors import ConfigError
 from lavender.objective import is_alignment_part
+from lavender.type_checks import check_type, hints_of, shown
 from lavender.vlm.base import PARTS
 from lavender.vlm.registry import adapter_for
 
 ALIGNMENT = "alignment"
 ALL_LINEAR = "all-linear"
+QUANTIZATION: dict[str, Any] = {
+    "load_in_8bit": bool,
+    "load_in_4bit": bool,
+    "llm_int8_threshold": float,
+    "llm_int8_skip_modules": list[str] | None,
+    "llm_int8_enable_fp32_cpu_offload": bool,
+    "llm_int8_has_fp16_weight": bool,
+    "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16"] | None,
+    "bnb_4bit_quant_type": Literal["fp4", "nf4"],
+    "bnb_4bit_use_double_quant": bool,
+    "bnb_4bit_quant_storage": Literal["float16", "float32", "int8", "uint8", "float64", "bfloat16"] | None,
+}
+"""Settings of BitsAndBytesConfig, which names no types, and theirs."""
+
+
+def weights_dtype(asked: str, config: PreTrainedConfig, with_peft: bool) -> str:
+    """The type of a run's weights. "auto" is float32 where the weights themselves are trained: AdamW's small steps are
+    lost in 16 bits, and its squares of gradients in float16. Under PEFT it is the type that the model's config names.
+
+    Raises:
+        ConfigError: no type of torch; float16 for trained weights.
+    """
+    if asked == "auto":
+        named = (
+            getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) if with_peft else None
+        )
+        return str(named or "float32").removeprefix("torch.")
+    dtype = getattr(torch, str(asked).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype: {asked!r}", "auto, float32, bfloat16 or float16", "write for example dtype: float32")
+    if dtype == torch.float16 and not with_peft:
+        raise _float16("dtype: float16 for full tuning")
+    return str(dtype).removeprefix("torch.")
+
+
+def _float16(got: str) -> ConfigError:
+    return ConfigError(
+        f"{got}, in which AdamW's squares of gradients become 0, and training diverges",
+        "trained weights of float32",
+        "set dtype: float32, and bf16: true to compute in bfloat16 where the device can; or dtype: bfloat16",
+    )
 
 
 def freeze(model: PreTrainedModel, parts: Sequence[str]) -> None:
@@ -49,11 +91,24 @@ def peft_config_of(settings: Mapping[str, Any], model: PreTrainedModel, frozen: 
             part; no target module of that name outside frozen parts.
     """
     _check(frozen)
+    config = plain_peft_config(settings)
+    _spare(config, model, frozen)
+    return config
+
+
+def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
+    """PEFT's own config from its settings, whatever the model.
+
+    Raises:
+        ConfigError: an unknown type or setting, a setting of another type, a type that tunes no chosen modules.
+    """
     known: dict[str, Any] = {str(one.value): config for one, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     given = dict(settings)
-    kind = str(given.pop("peft_type", None))
-    if kind not in known:
-        raise ConfigError(f"peft_type: {kind}", f"one of {sorted(known)}", "write for example peft: {peft_type: LORA}")
+    kind = given.pop("peft_type", None)
+    if not isinstance(kind, str) or kind not in known:
+        raise ConfigError(
+            f"peft_type: {shown(kind)}", f"one of {sorted(known)}", "write for example peft: {peft_type: LORA}"
+        )
     allowed = [one.name for one in dataclasses.fields(known[kind]) if one.init]
     if not {"target_modules", "modules_to_save"} <= set(allowed):
         raise ConfigError(
@@ -61,13 +116,14 @@ def peft_config_of(settings: Mapping[str, Any], model: PreTrainedModel, frozen: 
             "choose another; added tokens would move the text's places, and the Aligner could not be trained beside it",
         )  # fmt: skip
     check_keys(given, allowed, "peft")
+    for name, value in given.items():
+        hint = bool | str if name == "init_lora_weights" else hints_of(known[kind])[name]  # such as pissa_niter_16
+        check_type(f"peft.{name}", value, hint)
     try:
-        config = known[kind](**({"task_type": "CAUSAL_LM"} | given))
-    except (TypeError, ValueError) as error:  # PEFT's own checks
+        return known[kind](**({"task_type": "CAUSAL_LM"} | given))
+    except Exception as error:  # PEFT's own checks
         got = f"settings of {kind} that PEFT refuses: {error}"
         raise ConfigError(got, "values that it accepts", "change the setting") from error
-    _spare(config, model, frozen)
-    return config
 
 
 def quantization_config(settings: Mapping[str, Any], with_peft: bool) -> BitsAndBytesConfig:
@@ -76,11 +132,13 @@ def quantization_config(settings: Mapping[str, Any], with_peft: bool) -> BitsAnd
     Raises:
         ConfigError: an unknown setting, or neither 4 nor 8 bits; nothing that could be trained; no bitsandbytes.
     """
-    if not isinstance(settings, Mapping) or not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+    check_keys(settings, list(QUANTIZATION), "quantization")
+    for name, value in settings.items():
+        check_type(f"quantization.{name}", value, QUANTIZATION[name])
+    if not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         raise ConfigError(
             f"quantization: {settings!r}", "settings of BitsAndBytesConfig", "write quantization: {load_in_4bit: true}"
         )
-    check_keys(settings, list(BitsAndBytesConfig().to_dict()), "quantization")
     if not with_peft:
         raise ConfigError("quantization without lora or peft", "something that can be trained", "add lora: true")
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -175,8 +233,10 @@ def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
     """What is trained, counted, in a line; and one more where small steps would be lost.
 
     Raises:
-        ConfigError: something in a frozen part is trained after all, or nothing of the model is.
+        ConfigError: something in a frozen part is trained after all, or nothing of the model is; trained float16.
     """
+    if halves := [name for name, one in model.named_parameters() if one.requires_grad and one.dtype == torch.float16]:
+        raise _float16(f"trained weights of float16, such as {halves[0]}")
     counts = trained_parameters(model)
     moved = [part for part in frozen if counts.get(part, (0, 0))[0]]
     if moved:
@@ -187,7 +247,7 @@ def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
         raise ConfigError(f"freeze: {list(frozen)}, which leaves nothing to train", "a part that trains", "freeze less")
     parts = ", ".join(f"{part} {trained:,} of {whole:,}" for part, (trained, whole) in counts.items())
     line = f"trained parameters: {parts}"
-    if any(one.requires_grad and one.dtype in (torch.bfloat16, torch.float16) for one in model.parameters()):
+    if any(one.requires_grad and one.dtype == torch.bfloat16 for one in model.parameters()):
         line += (
             "\ntrained weights of 16 bits: steps of less than about 1/500 of a weight are rounded away, unless FSDP or "
             "DeepSpeed keeps float32 copies. "

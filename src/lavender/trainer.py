@@ -35,3 +35,11 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
             model = create_model_from_path(model, **as_dict(args.model_init_kwargs))
             args.model_init_kwargs = None
         super().__init__(model, args, **kwargs)
+
+    def _run_epoch(self, *args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> None:
+        """As the trainer's own, which would train one more step from a checkpoint of the last one."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return
+        self._load_rng_state(resume_from_checkpoint)  # and what was counted
+        self.control.should_training_stop = True

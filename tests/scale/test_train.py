@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from command_line import lavender
-from lavender.processes import last_complete_checkpoint
 from scale.launching import BF16, KINDS, SETTINGS, launch, train
 from scale.worker import Case
 
@@ -103,6 +102,7 @@ def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning,
 
     broken = tmp_path / "broken"
     (broken / "trainer").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", broken)
     for step in ("checkpoint-2", "checkpoint-4"):
         shutil.copytree(run / "trainer" / step, broken / "trainer" / step)
     (broken / "trainer" / "checkpoint-4" / "trainer_state.json").unlink()
@@ -169,18 +169,3 @@ def test_text_alone_on_one_process_stops_sharded_training(workspace, tmp_path):
     (tmp_path / "order.json").write_text(json.dumps(order))
     said = launch("fsdp2", Path(__file__).parent / "worker.py", tmp_path / "order.json", code=1)
     assert "Got a batch of text alone on one process and a batch with pictures on another" in said
-
-
-def test_the_last_complete_checkpoint_is_found(tmp_path):
-    assert last_complete_checkpoint(tmp_path / "nowhere") == (None, [])
-    for step in (2, 9, 10, 11, 12):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "scheduler.pt").touch()
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_step": 1')  # cut off
-    (tmp_path / "checkpoint-11" / "trainer_state.json").unlink()
-    (tmp_path / "checkpoint-10" / "scheduler.pt").unlink()
-    found, passed = last_complete_checkpoint(tmp_path)
-    assert found == tmp_path / "checkpoint-9"
-    assert [path.name for path in passed] == ["checkpoint-12", "checkpoint-11", "checkpoint-10"]

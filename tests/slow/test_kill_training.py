@@ -90,6 +90,9 @@ def test_killed_at_random_it_ends_with_the_same_weights(kind, folder, store_path
     assert ended == 0, said[-3000:]
     assert f"passed over {last}, which was not written to its end" in said
     assert "going on from" in said
+    assert len((broken / "metrics.jsonl").read_text().splitlines()) == len(
+        (whole / "metrics.jsonl").read_text().splitlines()
+    )
 
     expected, found = weights(whole), weights(broken)
     assert found.keys() == expected.keys()
@@ -97,9 +100,11 @@ def test_killed_at_random_it_ends_with_the_same_weights(kind, folder, store_path
     counted = [json.loads((out / "coverage.json").read_text()) for out in (whole, broken)]
     assert counted[0] == counted[1]
     assert counted[0]["samples"] == 2 * STEPS
+    lines = [(out / "metrics.jsonl").read_text().splitlines() for out in (whole, broken)]
+    assert len(lines[0]) == len(lines[1])
     logged = [
-        [(one["step"], one["loss"], one["matched_words"]) for one in map(json.loads, lines) if "loss" in one]
-        for lines in ((out / "metrics.jsonl").read_text().splitlines() for out in (whole, broken))
+        [(one["step"], one["loss"], one["matched_words"]) for one in map(json.loads, own) if "loss" in one]
+        for own in lines
     ]
     assert logged[0] == logged[1]
     assert [step for step, *_ in logged[0]] == list(range(1, STEPS + 1))

@@ -8,6 +8,7 @@ import pytest
 
 from lavender.config import AlignmentConfig, ExtractionConfig, check_keys, from_mapping
 from lavender.errors import ConfigError, LavenderError
+from lavender.type_checks import fits, hints_of
 
 
 def failure(build, **settings) -> str:
@@ -64,7 +65,7 @@ def test_right_keys_build_the_config():
         ({"timesteps": (True,)}, "Got timesteps=True."),
         ({"timesteps": ("100",)}, "Got timesteps='100'."),
         ({"timesteps": (float("nan"),)}, "Got timesteps=nan."),
-        ({"timesteps": 50}, "Got timesteps=50. Expected a list of one or more. Do this: write timesteps: [50]."),
+        ({"timesteps": 50}, "Got timesteps=50. Expected a list of whole numbers. Do this: write timesteps: [50]."),
         ({"timesteps": ()}, "Got timesteps=(). Expected a list of one or more."),
         ({"num_noises": 0}, "Got num_noises=0. Expected a whole number from 1 to 1000."),
         ({"num_steps": 0}, "Got num_steps=0. Expected a whole number from 1 to 999."),
@@ -82,11 +83,11 @@ def test_right_keys_build_the_config():
         ({"seed": -1}, "Got seed=-1. Expected a whole number from 0 to 4294967295."),
         ({"geometry": "stretch"}, "Got geometry='stretch'. Expected one of ('squash', 'crop', 'letterbox', 'aspect')."),
         ({"largest_layer": 0}, "Got largest_layer=0. Expected a whole number from 1 to 1024."),
-        ({"layer_weights": 3}, "Got layer_weights=3. Expected numbers from 0 on, one or a list of one a head,"),
+        ({"layer_weights": 3}, "Got layer_weights=3. Expected a mapping of a number or a list of numbers or null."),
         ({"layer_weights": {"up": -1}}, "Got layer_weights={'up': -1}."),
         ({"layer_weights": {"up": []}}, "Got layer_weights={'up': []}."),
-        ({"layer_weights": {"up": [1, True]}}, "Got layer_weights={'up': [1, True]}."),
-        ({"layer_weights": {"up": float("nan")}}, "Got layer_weights={'up': nan}."),
+        ({"layer_weights": {"up": [1, True]}}, "Got layer_weights.up=True. Expected a number."),
+        ({"layer_weights": {"up": float("nan")}}, "Got layer_weights.up=nan. Expected a number or a list of numbers."),
         ({"competition": "softmax"}, "Got competition='softmax'. Expected one of ('none', 'share', 'contrast')."),
         ({"carrier": "next"}, "Got carrier='next'. Expected one of ('own', 'own+next')."),
         ({"refine": 3}, "Got refine=3. Expected a whole number from 0 to 2."),
@@ -96,7 +97,20 @@ def test_right_keys_build_the_config():
         ({"batch_size": 0}, "Got batch_size=0."),
         ({"grid": (1, 32)}, "Got grid=(1, 32). Expected (rows, cols), each from 2 to 256."),
         ({"grid": (32, 257)}, "Got grid=(32, 257)."),
-        ({"grid": (32,)}, "Got grid=(32,)."),
+        ({"grid": (32,)}, "Got grid=(32,). Expected a list of 2 whole numbers."),
+        ({"grid": (2.5, 3)}, "Got grid=2.5. Expected a whole number."),
+        ({"grid": {}}, "Got grid={}. Expected a list of 2 whole numbers."),
+        ({"timesteps": [[50]]}, "Got timesteps=[50]. Expected a whole number."),
+        ({"parts_of_speech": "noun"}, "Got parts_of_speech='noun'. Expected a list of one of ('noun', 'adjective',"),
+        ({"parts_of_speech": [{}]}, "Got parts_of_speech={}. Expected one of ('noun', 'adjective', 'verb', 'other')."),
+        ({"parts_of_speech": ()}, "Got parts_of_speech=(). Expected a list of one or more."),
+        ({"seed": 10**5000}, "Got seed=int of very many digits."),
+        ({"seed": True}, "Got seed=True. Expected a whole number."),
+        ({"seed": None}, "Got seed=None. Expected a whole number. Do this: leave seed out for its default, 0."),
+        ({"seed": "7"}, "Got seed='7'. Expected a whole number. Do this: write 7 without quotes."),
+        ({"tiny_vae": 3}, "Got tiny_vae=3. Expected a text or null."),
+        ({"tiny_vae": ""}, "Got tiny_vae=''. Expected a path."),
+        ({"layer_weights": {1: 2.0}}, "Got a key of layer_weights=1. Expected a text."),
         ({"parts_of_speech": ("noun", "adverb")}, "Got parts_of_speech='adverb'. Expected one of ('noun',"),
     ],
 )
@@ -124,7 +138,26 @@ def test_extraction_ranges(settings, message):
         ({"aligner_norm": None}, "Got aligner_norm=None."),
         ({"aligner_activation": "relu"}, "Got aligner_activation='relu'. Expected one of ('relu6', 'leaky-relu')."),
         ({"align_weight": -0.1}, "Got align_weight=-0.1. Expected a number from 0 to 1000000000.0."),
-        ({"align_weight": "10"}, "Got align_weight='10'."),
+        (
+            {"align_weight": "10"},
+            "Got align_weight='10'. Expected a number or 'estimated'. Do this: write 10 without quotes.",
+        ),
+        ({"align_weight": float("nan")}, "Got align_weight=nan."),
+        ({"align_weight": 10**400}, "Got align_weight=1000"),
+        ({"align_weight": [2]}, "Got align_weight=[2]."),
+        ({"heads": "x"}, "Got heads='x'. Expected a list of whole numbers or null. Do this: change heads."),
+        ({"heads": 2}, "Got heads=2. Expected a list of whole numbers or null. Do this: write heads: [2]."),
+        ({"heads": [0, 0]}, "Got heads=[0, 0]. Expected one or more, none twice."),
+        ({"heads": [[0]]}, "Got heads=[0]. Expected a whole number."),
+        ({"heads": [True]}, "Got heads=True. Expected a whole number."),
+        ({"heads": []}, "Got heads=[]. Expected one or more, none twice."),
+        ({"layers": "some"}, "Got layers='some'. Expected a list of whole numbers or one of ('all', 'first',"),
+        ({"layers": [1.0]}, "Got layers=1.0. Expected a whole number."),
+        ({"layers": 3}, "Got layers=3. Expected a list of whole numbers or one of"),
+        ({"layers": {"a": 1}}, "Got layers={'a': 1}."),
+        ({"parts_of_speech": "noun"}, "Got parts_of_speech='noun'."),
+        ({"pooling": ["learn"]}, "Got pooling=['learn']."),
+        ({"subjects_and_objects": "no"}, "Got subjects_and_objects='no'. Expected true or false."),
         ({"aligner_width": 0}, "Got aligner_width=0."),
         ({"min_coverage": 1.1}, "Got min_coverage=1.1. Expected a number from 0 to 1."),
     ],
@@ -136,6 +169,59 @@ def test_alignment_ranges(settings, message):
 @pytest.mark.parametrize("settings", [{"num_noises": 100.5}, {"num_steps": 2.5}, {"batch_size": 1.5}])
 def test_a_count_is_a_whole_number(settings):
     assert f"Got {next(iter(settings))}=" in failure(ExtractionConfig, **settings)
+
+
+WRONG = (
+    None,
+    True,
+    5,
+    -1,
+    1.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    "",
+    "x",
+    "1",
+    "a" * 5000,
+    "\0",
+    b"x",
+    [],
+    [1],
+    ["x"],
+    [[1]],
+    [{}],
+    {},
+    {"a": 1},
+    {1: 2},
+    {"a": [[]]},
+    (),
+    ({},),
+    object(),
+)
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda one: repr(one)[:20])
+@pytest.mark.parametrize("kind", [ExtractionConfig, AlignmentConfig])
+def test_a_setting_has_its_type_or_is_refused_by_name(kind, value):
+    refused = 0
+    for name, hint in hints_of(kind).items():
+        said = refusal(kind, name, value)
+        if said is None:
+            assert fits(value, hint)
+        else:
+            assert said.startswith((f"Got {name}", f"Got a key of {name}"))
+            assert len(said) < 1000
+            refused += 1
+    assert refused > len(hints_of(kind)) / 3
+
+
+def refusal(kind, name: str, value: object) -> str | None:
+    try:
+        kind(**{name: value})
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def test_the_edges_are_allowed():

@@ -20,8 +20,8 @@ from lavender.annotations.layout import Found, Layout, PictureAnnotations
 from lavender.annotations.regions import Region, cell_shares, turn_upright
 from lavender.config import ExtractionConfig
 from lavender.data import Sample, Samples
-from lavender.disk import write_whole
 from lavender.errors import ConfigError, DataError
+from lavender.files import write_whole
 from lavender.images import image_id, stored_frame
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.store import MapStore, StoreWriter

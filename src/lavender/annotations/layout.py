@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lavender.annotations.regions import Region, Size
-from lavender.config import ExtractionConfig
+from lavender.config import ExtractionConfig, from_mapping
 from lavender.data import Sample, Samples
 from lavender.data_files import JsonError, expanded, half_character, parse_json, printable, read_plain
 from lavender.errors import DataError
@@ -78,7 +78,7 @@ def caption_sample(name: str, picture: Path, text: str) -> Sample:
 
 def checked_parts(parts_of_speech: Sequence[str]) -> tuple[str, ...]:
     """Parts of speech, each one known. Raises ConfigError."""
-    return ExtractionConfig(parts_of_speech=tuple(parts_of_speech)).parts_of_speech
+    return from_mapping(ExtractionConfig, {"parts_of_speech": parts_of_speech}, "parts of speech").parts_of_speech
 
 
 MAX_BYTES = 2**33

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from tqdm import tqdm
 
 from lavender.errors import LavenderError
 from lavender.studies.cells import Cell, prepare, result_path, run_cell
+
+STOP_SECONDS = 10.0
+"""For how long a run may clean up after it was told to end."""
 
 
 def run_cells(folder: Path, cells: Iterable[Cell], jobs: int) -> dict[str, dict[str, Any]]:
@@ -46,10 +50,15 @@ def _run(folder: Path, cells: list[Cell], jobs: int) -> None:
     context, failed = multiprocessing.get_context("spawn"), {}
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         running = {pool.submit(run_cell, folder, cell): cell for cell in cells}
-        for done in tqdm(as_completed(running), total=len(cells), desc="fine-tuning and scoring", unit="run"):
-            error = done.exception()
-            if error is not None:
-                failed[running[done].key] = f"{type(error).__name__}: {error}"
+        try:
+            for done in tqdm(as_completed(running), total=len(cells), desc="fine-tuning and scoring", unit="run"):
+                error = done.exception()
+                if error is not None:
+                    failed[running[done].key] = f"{type(error).__name__}: {error}"
+        except BaseException:  # stopped: the pool would first run all that waits
+            pool.shutdown(wait=False, cancel_futures=True)
+            _end(multiprocessing.active_children())
+            raise
     if failed:
         key, reason = next(iter(failed.items()))
         raise LavenderError(
@@ -57,3 +66,12 @@ def _run(folder: Path, cells: list[Cell], jobs: int) -> None:
             "runs that end",
             f"see {folder / 'cells' / key}.log, then start the study again: finished runs are kept",
         )
+
+
+def _end(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(STOP_SECONDS)
+        process.kill()
+        process.join()

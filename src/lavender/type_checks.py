@@ -1,0 +1,204 @@
+"""Whether a setting has the type that its dataclass says, and how to say that it has not.
+
+Written here because what settings files need is in no library that is at hand: a whole number is a number, true is
+not 1, a list may stand for a tuple, NaN and infinity are refused, and the error names the innermost wrong value.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from functools import lru_cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lavender.errors import ConfigError
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 12
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    dict: "a mapping",
+    NoneType: "null",
+    list: "a list",
+    tuple: "a list",
+}
+
+
+def shown(value: object) -> str:
+    """The value as Python writes it, cut where it is long."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of more than some thousand digits
+        return f"{type(value).__name__} of very many digits"
+
+
+@lru_cache(maxsize=64)
+def hints_of(cls: type) -> dict[str, Any]:
+    """Names and types of a dataclass's fields."""
+    hints = get_type_hints(cls)
+    return {one.name: hints[one.name] for one in fields(cls)}  # ty: ignore[invalid-argument-type]
+
+
+def check_fields(settings: Any) -> None:
+    """Check the types of all fields of a dataclass's object.
+
+    Raises:
+        ConfigError: a field is of another type; names it and the innermost wrong value.
+    """
+    for one in fields(settings):
+        check_type(one.name, getattr(settings, one.name), hints_of(type(settings))[one.name], one.default)
+
+
+def check_type(name: str, value: object, hint: Any, default: object = MISSING) -> None:
+    """Check one setting. `default` is what the advice names where the value is None.
+
+    Raises:
+        ConfigError: the value is of another type.
+    """
+    if not fits(value, hint):
+        name, inner, expected = _innermost(name, value, hint)
+        raise ConfigError(f"{name}={shown(inner)}", named(expected), _advice(name, inner, expected, default))
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a type, as settings are: see the module."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in args)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in args)
+    if hint in (None, NoneType):
+        return value is None
+    if hint is float:
+        return _is_number(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str | os.PathLike) and not isinstance(value, enum.Enum)
+    kind = origin or hint
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        key, item = args or (Any, Any)
+        return isinstance(value, Mapping) and all(fits(k, key) and fits(v, item) for k, v in value.items())
+    if _is_listing(kind):
+        return (
+            isinstance(value, list | tuple)
+            and _length_fits(value, args)
+            and all(fits(item, _item_hint(args, index)) for index, item in enumerate(value))
+        )
+    return isinstance(value, kind)
+
+
+def named(hint: Any) -> str:
+    """A type in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(named(one) for one in args))
+    if origin is Literal:
+        return f"one of {args}" if len(args) > 1 else shown(args[0])
+    kind = origin or hint
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return "a mapping" + (f" of {_plural(args[1])}" if args and args[1] is not Any else "")
+    if _is_listing(kind):
+        if len(args) > 1 and args[-1] is not Ellipsis:
+            return f"a list of {len(args)} {_plural(args[0])}"
+        return "a list" + (f" of {_plural(args[0])}" if args and args[0] is not Any else "")
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return f"one of {tuple(one.value for one in kind)}"
+    return _NAMES.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _plural(hint: Any) -> str:
+    plurals = {str: "texts", int: "whole numbers", float: "numbers", bool: "true or false"}
+    return plurals.get(hint, named(hint))
+
+
+def _is_number(value: object) -> bool:
+    """Finite, and no larger than a float can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _is_listing(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Sequence) and not issubclass(kind, str | bytes)
+
+
+def _item_hint(args: tuple, index: int) -> Any:
+    if not args:
+        return Any
+    return args[index] if len(args) > 1 and args[-1] is not Ellipsis else args[0]
+
+
+def _length_fits(value: Sequence, args: tuple) -> bool:
+    return len(args) < 2 or args[-1] is Ellipsis or len(value) == len(args)
+
+
+def _innermost(name: str, value: object, hint: Any) -> tuple[str, object, Any]:
+    """The name, value and type of what is wrong in a list or mapping; else of the whole."""
+    for one in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+        kind, args = get_origin(one) or one, get_args(one)
+        if isinstance(value, list | tuple) and _is_listing(kind) and _length_fits(value, args):
+            parts = [(name, item, _item_hint(args, index)) for index, item in enumerate(value)]
+        elif isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, Mapping) and args:
+            parts = [(f"a key of {name}", key, args[0]) for key in value]
+            parts += [(f"{name}.{key}", item, args[1]) for key, item in value.items()]
+        else:
+            continue
+        for part in parts:
+            if not fits(part[1], part[2]):
+                return _innermost(*part)
+    return name, value, hint
+
+
+def _advice(name: str, value: object, expected: Any, default: object) -> str:
+    if value is None:
+        known = default is not MISSING and default is not None
+        return f"leave {name} out" + (f" for its default, {shown(default)}" if known else "")
+    if isinstance(value, str) and (number := _quoted(value, expected)):
+        return f"write {number} without quotes"
+    if fits([value], expected) and len(shown(value)) < 80:
+        return f"write {name}: [{value}]"
+    return f"change {name}"
+
+
+def _quoted(text: str, expected: Any) -> str:
+    """The number that a text holds and its setting wants, as YAML would write it; else empty."""
+    members = get_args(expected) or (expected,)
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except (ValueError, OverflowError):
+            continue
+        if kind in members or (kind is int and float in members):
+            return str(number) if math.isfinite(number) else ""
+    return ""
+
+
+def check_path(name: str, path: str) -> str:
+    """A path as a text with `~` put in; the folder or file need not be there.
+
+    Raises:
+        ConfigError: it is empty, or no file system could have it.
+    """
+    try:
+        inside = [len(os.fsencode(part)) for part in Path(path).parts]
+    except UnicodeEncodeError:
+        inside = [256]
+    if not str(path).strip() or "\0" in str(path) or max(inside, default=0) > 255 or sum(inside) > 4000:
+        raise ConfigError(f"{name}={shown(str(path))}", "a path", f"write the path of a file or folder for {name}")
+    return os.path.expanduser(path)
