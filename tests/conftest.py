@@ -11,6 +11,8 @@ import os
 # Read once, when the libraries are imported; child processes inherit both.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# An error that the library did not foresee shows its traceback, and warnings of other libraries fail a test.
+os.environ["LAVENDER_DEBUG"] = "1"
 
 import random
 import sys

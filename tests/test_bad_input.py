@@ -45,13 +45,18 @@ def extract(data: Path, out: Path, *more: object) -> Ran:
         (("--grid", "1"), "(1, 1)"),
         (("--batch-size", "0"), "batch_size=0"),
         (("--device", "warp"), "'warp'"),
-        (("--teacher", "/nowhere"), "/nowhere"),
         (("--data", "/nowhere/at/all"), None),
     ],
 )
 def test_extract_refuses_settings_before_it_writes(arguments, named, scenes_folder, tmp_path):
     line = complaint(extract(scenes_folder, tmp_path / "maps", *arguments), WRONG_USAGE if named else FAILED)
     assert (named or "/nowhere/at/all") in line
+    assert not (tmp_path / "maps").exists()
+
+
+def test_extract_names_a_teacher_that_is_not_there_before_it_writes(scenes_folder, tmp_path):
+    line = complaint(extract(scenes_folder, tmp_path / "maps", "--teacher", "/nowhere"), FAILED)
+    assert "the teacher /nowhere, which cannot be loaded: there is no such folder" in line
     assert not (tmp_path / "maps").exists()
 
 
@@ -83,7 +88,7 @@ BAD_PICTURES = {  # file: what its reason must say
     "missing.png": "no such file",
     "empty.png": "0 bytes",
     "truncated.png": "cannot be decoded",
-    "animated.gif": "3 frames",
+    "animated.gif": "several frames",
     "dot.png": "1 × 1 pixels",
     "vast.png": "at most 100,000,000 pixels",
     "text.png": "no picture",

@@ -203,11 +203,11 @@ def test_inspect_names_a_family_that_is_not_supported(model_type, tmp_path):
 def test_inspect_of_what_is_no_model(config, tmp_path):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    assert str(tmp_path) in complaint(lavender("inspect", tmp_path), WRONG_USAGE)
+    assert str(tmp_path) in complaint(lavender("inspect", tmp_path), FAILED)
 
 
 def test_inspect_of_a_path_that_is_not_there(tmp_path):
-    assert str(tmp_path / "nowhere") in complaint(lavender("inspect", tmp_path / "nowhere"), WRONG_USAGE)
+    assert str(tmp_path / "nowhere") in complaint(lavender("inspect", tmp_path / "nowhere"), FAILED)
 
 
 def test_inspect_a_map_store(store_path):

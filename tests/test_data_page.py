@@ -10,7 +10,7 @@ from datasets import Dataset
 from PIL import Image
 
 from lavender.data import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, Samples, read_samples
-from lavender.images import MAX_PIXELS, MIN_SIDE
+from lavender.images import FORMATS, MAX_BYTES, MAX_PIXELS, MIN_SIDE
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 EXAMPLES = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", PAGE, re.M | re.S))
@@ -62,6 +62,9 @@ def test_the_tables_name_every_column_in_order():
 
 def test_the_limits_are_those_of_the_code():
     assert f"a side under {MIN_SIDE} pixels, or more than {MAX_PIXELS:,} pixels" in PAGE
+    assert f"at most {MAX_BYTES // 2**30} GiB" in PAGE
+    *formats, last = FORMATS
+    assert f"none of {', '.join(formats)} and {last}".lower() in PAGE.lower()
 
 
 def test_the_papers_data_become_one_folder(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
@@ -79,9 +81,28 @@ TOKENIZERS = {
 }  # fmt: skip
 
 
+def normalising(make: Callable[[], Tokenizer], *steps: normalizers.Normalizer) -> Tokenizer:
+    """The same tokenizer, which changes a text before it cuts it."""
+    backend = make()
+    backend.normalizer = normalizers.Sequence(list(steps))
+    return backend
+
+
+NORMALISING: dict[str, Callable[[], Tokenizer]] = {
+    "NFC": lambda: normalising(byte_level, normalizers.NFC()),  # as Qwen2's
+    "NFD": lambda: normalising(byte_level, normalizers.NFD()),
+    "NFKC": lambda: normalising(lambda: unigram("first"), normalizers.NFKC()),  # as sentencepiece's by default
+    "no accents": lambda: normalising(  # as BERT's
+        byte_level, normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()
+    ),
+    "ASCII alone": lambda: normalising(byte_level, normalizers.Replace(Regex(r"[^\x00-\x7f]"), "")),
+}
+
+
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    backend = (TOKENIZERS | NORMALISING)[kind]()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=TOKENIZERS[kind](), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
     tokenizer.add_special_tokens({"additional_special_tokens": MARKERS[3:]})
     return tokenizer

@@ -10,22 +10,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
 
 from lavender.config import AlignmentConfig
-from lavender.errors import DataError
+from lavender.errors import DataError, LavenderError, StoreError
 from lavender.grids import KeyLayout
 from lavender.images import image_id, load_image
-from lavender.locate import BEYOND, UNKNOWN, UNSEEN, WordLocator, text_of
+from lavender.locate import BEYOND, CHANGED, UNKNOWN, UNSEEN, WordLocator, text_of
 from lavender.maps import Word, WordMaps
+from lavender.samples import CUT, REFUSALS, REFUSED, UNREADABLE, SampleError, Screen, describe, images_of, line_of
 from lavender.store import MapStore
 from lavender.vlm.base import VlmAdapter
 from lavender.words import same_root, subjects_and_objects
 
 NO_PICTURE = "sample without a picture"
 NO_MAPS = "sample without maps in the store"
-REASONS = (NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN)
-"""Why a sample or a word has no map; the order in which a batch carries their counts."""
+NO_WORDS = "sample none of whose mapped words is aligned"
+UNPLACED = "sample whose answer is not found in its tokens"
+WITHOUT = (NO_PICTURE, NO_MAPS, NO_WORDS, UNPLACED)
+"""Why a sample that is trained on has no mapped word."""
+REASONS = (NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN, CHANGED, NO_WORDS, UNPLACED, *REFUSALS)
+"""Why a sample or a word has no map; the order in which a batch carries their counts.
+
+Every sample is mapped or has one reason of `WITHOUT` or `REFUSALS`; the others are of words.
+"""
 
 
 class MappedWord(NamedTuple):
@@ -35,6 +42,31 @@ class MappedWord(NamedTuple):
     picture: int
     map: Tensor
     weight: float
+
+
+class _Sample(NamedTuple):
+    """A sample with its pictures loaded, the conversation as TRL renders it, and its pictures' ids and (h, w)."""
+
+    example: dict[str, Any]
+    messages: list[dict]
+    identities: list[str]
+    sizes: list[tuple[int, int]]
+
+    @property
+    def name(self) -> str:
+        """What a person can find it by, without its text."""
+        own = [
+            f"picture {one[:12]} of {h} × {w} pixels" for one, (h, w) in zip(self.identities, self.sizes, strict=True)
+        ]
+        return ", ".join(own) or "no picture"
+
+
+class _Made(NamedTuple):
+    """The base collator's batch, what an adapter says of its pictures' keys, and which token sees which picture."""
+
+    batch: dict[str, Any]
+    keys: dict[str, Tensor]
+    seen: Tensor
 
 
 @dataclass
@@ -48,8 +80,8 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Share of the samples with a picture that have at least one mapped word."""
-        with_picture = self.samples - self.dropped[NO_PICTURE]
+        """Share of the samples with a picture, of those that the model takes, that have at least one mapped word."""
+        with_picture = self.samples - sum(self.dropped[reason] for reason in (NO_PICTURE, *REFUSALS))
         return self.mapped_samples / with_picture if with_picture else 0.0
 
     def counts(self) -> Tensor:
@@ -91,9 +123,16 @@ class SeveralStores:
 class AlignmentCollator:
     """Wraps the collator of plain fine-tuning: its batch unchanged, plus `alignment`.
 
-    That is a dict: the tensors of an `AlignmentRequest`; `counts`, this batch's `Coverage` as a tensor; and `names`,
-    a text for each sample by which a person can find it: content and size of its pictures. All of it travels with the
-    batch, so it is right with data loader workers, several processes and read-ahead. The collator keeps no state.
+    That is a dict: the tensors of an `AlignmentRequest`; `counts`, this batch's `Coverage` as a tensor; `names`, a text
+    for each sample by which a person can find it: content and size of its pictures; and `faults`, a text for each
+    sample that was left out of the batch or of alignment. All of it travels with the batch, so it is right with data
+    loader workers, several processes and read-ahead.
+
+    The base collator gets the pictures as `load_image` makes them, so the student sees the pixels that the teacher saw.
+
+    Attributes:
+        drops: whether a sample that the model refuses is left out and counted, as a stream needs, instead of an error
+            that names it. Where a whole batch is refused, the last good sample stands in for it.
 
     Args:
         base: the trainer's collator, for examples with `messages` and `images` (or `image`): none, one or several.
@@ -115,52 +154,119 @@ class AlignmentCollator:
         self._base, self._processor, self._adapter, self._store = base, processor, adapter, store
         self._config = config or AlignmentConfig()
         self._locator = WordLocator(processor, adapter)
+        self.screen = Screen(
+            processor, adapter, getattr(base, "chat_template", None), getattr(base, "max_length", None)
+        )
+        self.drops = False
+        self._stand_in: Mapping[str, Any] | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        examples = [dict(example) | {"images": images_of(example)} for example in examples]
-        for example in examples:
-            example.pop("image", None)
-        pictures = [[load_image(one, "a training picture") for one in example["images"]] for example in examples]
-        conversations = [_messages_of(example) for example in examples]
-        batch = self._base([dict(example) for example in examples])
-        sizes = [[(picture.height, picture.width) for picture in own] for own in pictures]
-        keys = self._adapter.key_tensors(batch, sizes, self._processor)
-        seen = self._adapter.seen_from(batch, KeyLayout(keys["boxes"], keys["pictures"], keys.get("views")))
-        identities = [[image_id(picture) for picture in own] for own in pictures]
-        coverage = Coverage()
+        samples, (batch, keys, seen), refused = self._taken(examples)
+        coverage = Coverage(len(refused), dropped=Counter(error.reason for error in refused))
+        faults = [error.got for error in refused]
         words = [
             self._mapped_words(
-                own, messages, batch["input_ids"][index], batch["attention_mask"][index], seen[index], coverage
+                one, batch["input_ids"][index], batch["attention_mask"][index], seen[index], coverage, faults
             )
-            for index, (own, messages) in enumerate(zip(identities, conversations, strict=True))
+            for index, one in enumerate(samples)
         ]
         rows = row_tensors(
             [[one.rows for one in own] for own in words], [[one.picture for one in own] for own in words]
         )
         rows["weights"][rows["present"]] = torch.tensor([one.weight for own in words for one in own])
         targets = _pad_targets([[one.map for one in own] for own in words], rows["present"], self._store.grid)
-        names = [_name(*one) for one in zip(identities, sizes, strict=True)]
-        batch["alignment"] = rows | keys | {"targets": targets, "counts": coverage.counts(), "names": names}
+        found = {"targets": targets, "counts": coverage.counts(), "names": [one.name for one in samples]}
+        batch["alignment"] = rows | keys | found | {"faults": faults}
         return batch
+
+    def fault_of(self, example: Mapping[str, Any]) -> SampleError | None:
+        """Why the model refuses a sample, tried in full; None if it takes it."""
+        try:
+            if self.drops:
+                self.screen.check(example)
+            sample = self._read(example)
+        except SampleError as error:
+            return error
+        try:
+            self._made([sample])
+        except Exception as error:  # a processor may raise whatever it likes
+            if not _is_of_a_sample(error):
+                raise
+            said = (
+                (error.got, error.expected, error.do)
+                if isinstance(error, DataError)
+                else (
+                    line_of(error),
+                    "what the model's processor takes",
+                    "repair it, or leave the sample out",
+                )
+            )
+            return SampleError(
+                f"{describe(example)}: {said[0]}", *said[1:], reason=CUT if self.screen.is_long(example) else REFUSED
+            )
+        return None
+
+    def _taken(self, examples: Sequence[Mapping[str, Any]]) -> tuple[list[_Sample], _Made, list[SampleError]]:
+        """The samples, read and as a batch, and why others were refused."""
+        refused: list[SampleError] = []
+        try:
+            if self.drops:
+                for example in examples:
+                    self.screen.check(example)
+            samples = [self._read(example) for example in examples]
+            made = self._made(samples)
+        except Exception as error:
+            if not _is_of_a_sample(error):
+                raise
+            faults = [self.fault_of(example) for example in examples]
+            refused = [fault for fault in faults if fault is not None]
+            if not refused:
+                raise
+            examples = [example for example, fault in zip(examples, faults, strict=True) if fault is None]
+            examples = examples or ([] if self._stand_in is None else [self._stand_in])
+            if not self.drops or not examples:
+                raise refused[0] from error
+            samples = [self._read(example) for example in examples]
+            made = self._made(samples)
+        if self.drops:
+            self._stand_in = examples[-1]
+        return samples, made, refused
+
+    def _read(self, example: Mapping[str, Any]) -> _Sample:
+        """A sample with its pictures loaded. Raises SampleError if it is not one that can be read."""
+        images, name = images_of(example), describe(example)
+        try:
+            images = [load_image(one, f"{name}: its picture") for one in images]
+        except DataError as error:
+            raise SampleError(error.got, error.expected, error.do, reason=UNREADABLE) from error
+        own = {key: value for key, value in example.items() if key != "image"} | {"images": images}
+        sizes = [(one.height, one.width) for one in images]
+        return _Sample(own, self.screen.messages(own, name), [image_id(one) for one in images], sizes)
+
+    def _made(self, samples: Sequence[_Sample]) -> _Made:
+        batch = self._base([dict(one.example) for one in samples])
+        keys = self._adapter.key_tensors(batch, [one.sizes for one in samples], self._processor)
+        seen = self._adapter.seen_from(batch, KeyLayout(keys["boxes"], keys["pictures"], keys.get("views")))
+        return _Made(batch, keys, seen)
 
     def _mapped_words(
         self,
-        identities: list[str],
-        messages: list[dict],
+        sample: _Sample,
         ids: Tensor,
         attention_mask: Tensor,
         seen: Tensor,
         coverage: Coverage,
+        faults: list[str],
     ) -> list[MappedWord]:
         """One sample's words that have both rows and a map, picture by picture. `seen`: bool (picture, token)."""
         coverage.samples += 1
-        if not identities:
+        if not sample.identities:
             coverage.dropped[NO_PICTURE] += 1
             return []
-        texts = [text_of(message) if message["role"] == "assistant" else None for message in messages]
+        texts = [text_of(message) if message["role"] == "assistant" else None for message in sample.messages]
         known = [
             (index, turn, maps)
-            for index, identity in enumerate(identities)
+            for index, identity in enumerate(sample.identities)
             for turn, text in enumerate(texts)
             if text is not None and (maps := self._store.get(identity, text)) is not None
         ]
@@ -168,22 +274,41 @@ class AlignmentCollator:
             coverage.dropped[NO_MAPS] += 1
             return []
         answers = [(turn, maps.text, self._wanted(maps)) for _, turn, maps in known]
-        located = self._locator.rows_by_answer(
-            messages, answers, ids, attention_mask, coverage.dropped, [index for index, _, _ in known]
-        )
+        dropped: Counter[str] = Counter()
+        try:
+            located = self._locator.rows_by_answer(
+                sample.messages, answers, ids, attention_mask, dropped, [index for index, _, _ in known]
+            )
+        except DataError as error:
+            coverage.dropped[UNPLACED] += 1
+            faults.append(f"{describe(sample.example)}: {error.got}")
+            return []
         found = []
         for (index, _, maps), own in zip(known, located, strict=True):
             places = {word.start: place for place, word in enumerate(maps.words)}
             for word, rows in own:
                 if seen[index, list(rows)].all():
-                    place = places[word.start]
-                    weight = float(maps.confidence[place]) if self._config.weight_by_confidence else 1.0
-                    found.append(MappedWord(rows, index, maps.maps[place], weight))
+                    found.append(MappedWord(rows, index, *self._target(maps, places[word.start], sample)))
                 else:
-                    coverage.dropped[UNSEEN] += 1
+                    dropped[UNSEEN] += 1
+        coverage.dropped += dropped
+        coverage.dropped[NO_WORDS] += int(not found)
         coverage.mapped_samples += bool(found)
         coverage.words += len(found)
         return found
+
+    def _target(self, maps: WordMaps, place: int, sample: _Sample) -> tuple[Tensor, float]:
+        """A word's map and weight. Raises StoreError for numbers that would spoil the loss."""
+        confidence = float(maps.confidence[place])
+        is_sure = 0 <= confidence <= 1  # NaN is not
+        if not (is_sure and maps.maps[place].isfinite().all()):
+            raise StoreError(
+                f"{'a map that is not finite' if is_sure else f'a confidence of {confidence}'} for "
+                f"{maps.words[place].text!r} in the map store, of {describe(sample.example)}",
+                "finite maps, and confidences from 0 to 1",
+                "run `lavender inspect` on the store, and extract what is damaged anew",
+            )
+        return maps.maps[place], confidence if self._config.weight_by_confidence else 1.0
 
     def _wanted(self, maps: WordMaps) -> list[Word]:
         parts = self._config.parts_of_speech
@@ -205,42 +330,11 @@ def word_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor, alignment: Mappin
     return str(tokenizer.decode(ids[rows + 1])).strip()
 
 
-def _name(identities: list[str], sizes: list[tuple[int, int]]) -> str:
-    own = [f"picture {one[:12]} of {h} × {w} pixels" for one, (h, w) in zip(identities, sizes, strict=True)]
-    return ", ".join(own) or "no picture"
-
-
-def images_of(example: Mapping[str, Any]) -> list[Any]:
-    """A sample's pictures as they came; [] where there are none."""
-    images = [example["image"]] if "image" in example else example.get("images") or []
-    return [one for one in images if one is not None]
-
-
-def _messages_of(example: Mapping[str, Any]) -> list[dict]:
-    """The conversation with its picture parts, as TRL renders it."""
-    if "messages" not in example:
-        raise DataError(
-            f"an example with the columns {sorted(example)}",
-            "`images` and `messages`",
-            "convert it with lavender.data.read_samples and to_dataset",
-        )
-    try:
-        return prepare_multimodal_messages(example["messages"], images=example["images"])
-    except ValueError as error:
-        places = sum(part["type"] == "image" for one in example["messages"] for part in _parts(one))
-        if places == len(example["images"]):
-            raise
-        raise DataError(
-            f"messages with {places} place{'' if places == 1 else 's'} for a picture, and "
-            f"{len(example['images'])} pictures",
-            "a place for each picture",
-            "put a part {'type': 'image'} where each picture belongs, or leave the content plain text",
-        ) from error
-
-
-def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    content = message.get("content")
-    return [] if content is None or isinstance(content, str) else list(content)
+def _is_of_a_sample(error: Exception) -> bool:
+    """Whether an error may come of one sample, and not of memory, settings or the map store."""
+    if isinstance(error, LavenderError):
+        return isinstance(error, DataError)
+    return not isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def row_tensors(

@@ -1,19 +1,17 @@
 """What alignment adds to a trainer of the `transformers.Trainer` kind: its loss, normalised, metrics, guard and probe.
 
-All mathematics is in `objective`; this module only carries tensors to it and its loss back. Losses
-are normalised by the number of mapped words of the whole accumulated batch over all processes, so
-batch 4 × accumulation 1 equals 1 × 4.
+All mathematics is in `objective`; this module only carries tensors to it and its loss back. Losses are divided by the
+words that count in the whole accumulated batch over all processes (`divisor`), so batch 4 × accumulation 1 equals
+1 × 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
-import datasets
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -23,11 +21,32 @@ from trl import SFTTrainer
 
 from lavender.alignment_data import AlignmentCollator, Coverage, SeveralStores, root_matcher
 from lavender.arguments import AlignmentArguments
-from lavender.errors import ConfigError, DataError
+from lavender.attention import random_state_kept
+from lavender.divisor import LEAST_WEIGHT, Divisor
+from lavender.errors import ConfigError
 from lavender.guard import Health, answers_finite, fault
-from lavender.metrics import Metrics
-from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach, is_alignment_part, without_attention_loss
-from lavender.probe import OwnAttention, Probe, choose, random_state_kept
+from lavender.metrics import Metrics, check_choice
+from lavender.objective import (
+    TRAINED_PARTS,
+    AlignmentRequest,
+    attach,
+    is_alignment_part,
+    matched_weight,
+    without_attention_loss,
+)
+from lavender.preflight import (
+    NUM_NAMED,
+    Refused,
+    check_coverage,
+    counts_of,
+    first_of,
+    is_stream,
+    refuse_in_plain_trainer,
+    refused_of,
+    told,
+    without,
+)
+from lavender.probe import OwnAttention, Probe, choose
 from lavender.processes import (
     check_batches,
     prepare_for_fsdp,
@@ -42,9 +61,7 @@ from lavender.store import MapStore
 from lavender.trainable import name_all_linear
 from lavender.vlm.registry import adapter_for
 from lavender.weighting import EstimatedWeight
-
-NUM_COVERAGE_SAMPLES = 256
-LEAST_WEIGHT = 1e-6  # of a batch's words; below it, their sum is 0
+from lavender.weights import spare_packing
 
 # the mixin leans on Trainer's attributes; at run time the class it is mixed into brings them
 _TrainerLike = Trainer if TYPE_CHECKING else object
@@ -78,8 +95,9 @@ class AlignmentMixin(_TrainerLike):
             raise ConfigError("a PeftModel", "the base model", "pass the base model and peft_config=...")
         refuse_settings(args, with_peft=peft_config is not None)
         refuse_model(model)
+        spare_packing(model)
         if not isinstance(self, SFTTrainer):
-            _refuse_in_plain_trainer(args, kwargs.get("data_collator"))
+            refuse_in_plain_trainer(args, kwargs.get("data_collator"))
         if peft_config is not None:
             name_all_linear(peft_config, model)
         self.maps = MapStore.open(str(args.maps)) if maps is None else maps
@@ -88,11 +106,12 @@ class AlignmentMixin(_TrainerLike):
         self._alignment_layers, self._alignment = attach(model, config).layers, config
         self._train_metrics, self._eval_metrics = Metrics(), Metrics()
         self._counts = self._eval_counts = torch.zeros_like(Coverage().counts())
-        self._last_align_weight = 0.0
+        self._last_align_weight, self._told = 0.0, set[str]()
         self._estimate = EstimatedWeight() if config.align_weight == "estimated" else None
         if self._estimate is not None:
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._estimate]
         self._root_matcher = root_matcher(processing_class) if config.match == "root" else None
+        self._divisor = Divisor(cast(Trainer, self), config.match == "label", self._root_matcher)
         if config.align_weight == 0:
             for name, parameter in model.named_parameters():
                 if is_alignment_part(name):  # without a loss they would be trained by nothing, and confuse DDP
@@ -120,8 +139,8 @@ class AlignmentMixin(_TrainerLike):
 
     @property
     def coverage(self) -> Coverage:
-        """What this training was on, counted: by all processes once it has ended. Before it there is nothing."""
-        return Coverage.of(self._counts)
+        """What this training was on, counted: by all processes once it has ended; and, once each, what was refused."""
+        return Coverage.of(self._counts.cpu() + counts_of(self.refused))
 
     @property
     def eval_coverage(self) -> Coverage:
@@ -129,37 +148,35 @@ class AlignmentMixin(_TrainerLike):
         return Coverage.of(self._eval_counts)
 
     def _read_ahead(self, collator: AlignmentCollator, args: AlignmentArguments) -> None:
-        """Check the coverage of what is trained on and of what chooses the best checkpoint; choose the probe."""
-        least = self._alignment.min_coverage
-        if self.train_dataset is not None:
-            self._check_coverage(self.train_dataset, collator, least)
-        if (args.metric_for_best_model or "").endswith("attention_loss"):
-            several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-            for dataset in filter(None, several.values()):
-                self._check_coverage(dataset, collator, least)
-        if args.probe_size:
-            self._add_probe(collator, args)
+        """Leave out what the model refuses; check the coverage of what trains and what chooses; choose the probe."""
+        self.train_dataset, self.refused = self._without_refused(self.train_dataset)
+        several = isinstance(self.eval_dataset, dict)
+        evaluated = self.eval_dataset if several else {"": self.eval_dataset}
+        taken = {name: self._without_refused(one) for name, one in evaluated.items()}
+        self.eval_refused = [one for _, refused in taken.values() for one in refused]
+        evaluated = {name: dataset for name, (dataset, _) in taken.items()}
+        self.eval_dataset = evaluated if several else evaluated[""]
+        chooses = (args.metric_for_best_model or "").endswith("attention_loss")
+        for dataset in (self.train_dataset, *(evaluated.values() if chooses else ())):
+            if dataset is not None:
+                check_coverage(dataset, collator, self._alignment.min_coverage)
+        looked_at = next((one for one in (*evaluated.values(), self.train_dataset) if one is not None), None)
+        if args.probe_size and looked_at is not None:
+            self._add_probe(choose(first_of(looked_at, collator), collator, args.probe_size), args)
 
-    def _check_coverage(self, dataset: Any, collator: AlignmentCollator, least: float) -> None:
-        """Read some samples as training will, of a stream the first, and stop if too few have maps."""
-        found = torch.zeros_like(self._counts)
-        for example in _some_of(dataset):
-            found += collator([example])["alignment"]["counts"]
-        coverage = Coverage.of(found)
-        if coverage.share < least:
-            raise DataError(
-                f"maps for {coverage.mapped_samples} of {coverage.samples} samples ({dict(coverage.dropped)})",
-                f"at least a share of {least}",
-                "extract maps for this data set (pictures and answers must be the same), or lower min_coverage",
-            )
+    def _without_refused(self, dataset: Any) -> tuple[Any, list[Refused]]:
+        """A data set without the samples that the model refuses, and these. Of a stream the collator drops them."""
+        collator = cast(AlignmentCollator, self.data_collator)
+        if dataset is None or is_stream(dataset):
+            collator.drops |= dataset is not None
+            return dataset, []
+        refused = refused_of(dataset, collator, self.accelerator, with_bar=not self.args.disable_tqdm)
+        if self.accelerator.is_main_process:
+            for line in told(refused, len(dataset)):
+                print(line)
+        return without(dataset, refused), refused
 
-    def _add_probe(self, collator: AlignmentCollator, args: AlignmentArguments) -> None:
-        dataset = self.eval_dataset or self.train_dataset
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
-        if dataset is None:
-            return
-        examples = choose(islice(_each_of(dataset), NUM_COVERAGE_SAMPLES), collator, args.probe_size)
+    def _add_probe(self, examples: list[Any], args: AlignmentArguments) -> None:
         # where a forward needs every process, all must look at as many
         sizes = self.accelerator.gather(torch.tensor([len(examples)], device=self.accelerator.device))
         if int(sizes.min()):
@@ -179,13 +196,13 @@ class AlignmentMixin(_TrainerLike):
         self._counts = self.accelerator.gather(self._counts.to(self.accelerator.device)[None]).sum(dim=0)
         return result
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        weight = sum((batch["alignment"]["weights"].sum() for batch in batch_samples), start=torch.zeros(()))
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """As the trainer's own; the micro-batches of one step, whose words are counted together."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._divisor.begin(batches)
         if self.args.world_size > 1:
-            weight = self.accelerator.gather(weight.to(device)[None]).sum()
-            self._check_pictures(*(batch["alignment"]["pictures"] for batch in batch_samples))
-        self._weight_in_batch = float(weight)
-        return super()._get_num_items_in_batch(batch_samples, device)
+            self._check_pictures(*(batch["alignment"]["pictures"] for batch in batches))
+        return batches, num_items
 
     def _check_pictures(self, *pictures: Tensor) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -203,21 +220,22 @@ class AlignmentMixin(_TrainerLike):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plain_loss, outputs = cast(tuple[Tensor, Any], result if return_outputs else (result, None))
         total = seen[0].attention_loss
-        attention_loss = self._normalise(total, request, model.training, num_items_in_batch)
+        attention_loss = self._normalised(total, request, model.training, num_items_in_batch)
         if self._estimate is not None and model.training:
             cells = request.targets[0, 0].numel() if self._alignment.attention_loss == "min-max-sum" else 1
-            self._estimate.add(total / cells, (request.weights * request.matched).sum())
+            self._estimate.add(total / cells, matched_weight(request))
         weight = self._align_weight(model.training)
         if model.training:
             parts = self.current_gradient_accumulation_steps
             shown = 1 / parts if self._is_divided_later(num_items_in_batch) else 1.0
             self._train_metrics.add_step(plain_loss * shown, attention_loss * shown, request, 1 / parts)
             self._counts = self._counts.to(alignment["counts"].device) + alignment["counts"]
+            self._tell(alignment["faults"])
             self._last_align_weight = weight
             # not the request, which holds attention rows: they shall be gone when the next batch comes
             self._health = Health(answers_finite(seen[0], labels), request.present, request.losses)
         else:
-            self._eval_metrics.add_batch(plain_loss, attention_loss, request)
+            self._eval_metrics.add_batch(plain_loss, total, request)
             self._eval_counts = self._eval_counts.to(alignment["counts"].device) + alignment["counts"]
         # without alignment nothing is added, not even 0 times something: that would reorder sums of gradients
         loss = plain_loss + weight * attention_loss if self._alignment.align_weight else plain_loss
@@ -228,6 +246,7 @@ class AlignmentMixin(_TrainerLike):
 
         Here the trainer waits for the loss anyway, to filter what it logs.
         """
+        self._divisor.look_ahead(model)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite():
             raise fault(
@@ -236,6 +255,14 @@ class AlignmentMixin(_TrainerLike):
         if self.args.world_size > 1 and self.accelerator.sync_gradients and self._pretraining.is_on(self.state):
             self._pretraining.drop_gradients(model)
         return loss
+
+    def _tell(self, faults: list[str]) -> None:
+        """Print what was left out of a batch, the first few; `coverage` counts all."""
+        new = [one for one in faults if one not in self._told]
+        self._told.update(new[: NUM_NAMED - len(self._told)])
+        for one in new:
+            if one in self._told:
+                print(f"left out of a batch, or of its alignment: {one}")
 
     def _align_weight(self, training: bool) -> float:
         """λ at this step: it may be estimated, rise at the start, fall at the end, be switched off."""
@@ -249,17 +276,12 @@ class AlignmentMixin(_TrainerLike):
             weight *= min(1.0, (1 - done) / config.align_decay) if config.align_decay else 1.0
         return weight
 
-    def _normalise(self, total: Tensor, request: AlignmentRequest, training: bool, num_items_in_batch) -> Tensor:
-        """Weighted sum over words → mean over the words of the whole accumulated batch.
-
-        Data parallelism averages gradients over processes, so each process's share is multiplied by
-        their number; and where the trainer will divide by the accumulation steps, that is undone first.
-        """
+    def _normalised(self, total: Tensor, request: AlignmentRequest, training: bool, num_items_in_batch) -> Tensor:
+        """Weighted sum over words → mean: in training over the accumulated batch, in evaluation over this one."""
         if not training:
-            return total / request.weights.sum().clamp_min(LEAST_WEIGHT)
-        scale = self.accelerator.num_processes / max(LEAST_WEIGHT, self._weight_in_batch)
-        divided_later = self._is_divided_later(num_items_in_batch)
-        return total * scale * (self.current_gradient_accumulation_steps if divided_later else 1)
+            return total / matched_weight(request).clamp_min(LEAST_WEIGHT)
+        share = self._divisor.share(total, request)
+        return share * self.current_gradient_accumulation_steps if self._is_divided_later(num_items_in_batch) else share
 
     def _is_divided_later(self, num_items_in_batch) -> bool:
         """Whether the trainer will divide this micro-batch's loss by the accumulation steps: its own rule."""
@@ -286,8 +308,16 @@ class AlignmentMixin(_TrainerLike):
         counts = self._eval_counts.to(self.accelerator.device)
         self._eval_counts = self.accelerator.gather(counts[None]).sum(dim=0).cpu()
         metrics = cast(dict[str, float], output.metrics)
+        if self._alignment.align_weight and f"{metric_key_prefix}_loss" in metrics and numbers:
+            attention_loss = numbers["attention_loss"] if numbers["matched_words"] else 0.0
+            numbers["loss"] = numbers["vlm_loss"] + self._align_weight(training=False) * attention_loss
         metrics.update({f"{metric_key_prefix}_{name}": value for name, value in numbers.items()})
         return output
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As the trainer's own, which would pass over NaN, or take a loss that no word counted in for a low one."""
+        check_choice(metrics, self.args.metric_for_best_model, aligns=bool(self._alignment.align_weight))
+        return super()._determine_best_metric(metrics, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Also keep what was counted so far. What makes a checkpoint complete is written after this."""
@@ -360,33 +390,3 @@ def _carried(model: nn.Module, request: AlignmentRequest) -> Iterator[list[Any]]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _each_of(dataset: Any) -> Iterable[Any]:
-    """The examples of a data set in order; a stream is begun anew, and begins anew for whoever reads it next."""
-    if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
-        return dataset
-    return (dataset[index] for index in range(len(dataset)))
-
-
-def _some_of(dataset: Any) -> Iterable[Any]:
-    """Examples from all over a data set, or the first of a stream."""
-    if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
-        return islice(dataset, NUM_COVERAGE_SAMPLES)
-    return (dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // NUM_COVERAGE_SAMPLES)))
-
-
-def _refuse_in_plain_trainer(args: AlignmentArguments, collator: Any) -> None:
-    """What SFTTrainer looks after itself."""
-    if collator is None:
-        raise ConfigError(
-            "no data_collator", "one that makes a batch of plain fine-tuning from `messages` and `images`",
-            "pass data_collator=..., such as TRL's DataCollatorForVisionLanguageModeling(processor)",
-        )  # fmt: skip
-    liger = args.liger_kernel_config or {}
-    if args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True) and args.match == "exact":
-        raise ConfigError(
-            "match='exact' with Liger's fused cross-entropy, which makes no logits while training",
-            "the model's predictions",
-            "set match='label' or 'root', or liger_kernel_config={'fused_linear_cross_entropy': False}",
-        )

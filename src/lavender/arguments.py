@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lavender.config import ATTENTION_LOSSES, PARTS_OF_SPEECH, POOLINGS, AlignmentConfig
@@ -85,7 +87,16 @@ class AlignmentArguments(_ArgumentsLike):
             check_type(name, getattr(self, name), int)
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)!r}", f"a number from {least} on", f"change {name}")
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "bf16/gpu" not in str(error):
+                raise
+            raise ConfigError(
+                "bf16, which is the default, without a GPU that computes in it", "such a GPU, or float32",
+                "set bf16: false, and use_cpu: true to train on the CPU",
+            ) from error  # fmt: skip
+        check_reports(cast("list[str]", self.report_to))
         accelerator = cast(AcceleratorConfig, self.accelerator_config)
         if accelerator.dispatch_batches:
             raise ConfigError(
@@ -106,6 +117,24 @@ class AlignmentArguments(_ArgumentsLike):
             # transformers keeps the old names as mirrors, which TRL still reads
             options["use_reentrant"] = False
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = options
+
+
+def check_reports(names: Sequence[str]) -> None:
+    """See that what a run reports to is known and installed, which transformers finds amid its work.
+
+    Raises:
+        ConfigError: an unknown name, or a package that is missing.
+    """
+    known, installed = sorted(INTEGRATION_TO_CALLBACK), {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"report_to: {name}", f"none, or some of {known}", "correct it")
+        if name not in installed:
+            package = name.replace("_", "-")
+            raise ConfigError(
+                f"report_to: {name}, which is not installed", f"the package {package}",
+                f"pip install {package}, or set report_to: none",
+            )  # fmt: skip
 
 
 def as_dict(options: dict[str, Any] | str | None) -> dict[str, Any]:

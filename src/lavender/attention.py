@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.alignment_data import row_tensors
 from lavender.grids import KeyLayout
-from lavender.images import image_id
+from lavender.images import image_id, load_image
 from lavender.locate import WordLocator
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.pooling import to_grid, word_attention
@@ -25,12 +27,18 @@ from lavender.vlm.registry import adapter_for
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """One picture, the question asked, the answer read teacher-forced, and the words to map."""
+    """One picture, the question asked, the answer read teacher-forced, and the words to map.
+
+    The picture becomes what `load_image` makes of it: upright, RGB. So it may also be what that takes, such as a path.
+    """
 
     image: Image.Image
     prompt: str
     answer: str
     words: tuple[Word, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", load_image(self.image, "a picture to read"))
 
     def messages(self) -> list[dict]:
         return [
@@ -49,6 +57,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextlib.contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Afterwards every generator of random numbers stands where it stood."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @contextlib.contextmanager

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavender import __version__
-from lavender.errors import LavenderError
+from lavender.errors import ConfigError, LavenderError
+from lavender.files import file_error, writing
+from lavender.quiet import debugging, hide_loading_bars, only_our_lines
+from lavender.stopping import Stopped, signals_stop, unexpected
 
 if TYPE_CHECKING:
     from lavender.summary import Summary
@@ -138,33 +141,45 @@ def _add_extract(verbs: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; its exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Run a verb; its exit code: 0 done, 1 failed, 2 wrong usage or settings, 130 and 143 stopped by a signal."""
     options = build_parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # accelerate imports DeepSpeed where it is installed, which then says on stdout, a verb's own, that it has no GPU
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    try:
+        with signals_stop(), only_our_lines():
+            return _ended_well(options)
+    except Stopped as stop:
+        print("\nstopped; what was written stays", file=sys.stderr)
+        return stop.exit_code
+
+
+def _ended_well(options: argparse.Namespace) -> int:
+    """The verb's exit code; what goes wrong is one line on stderr."""
     try:
         return VERBS[options.verb](options)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except LavenderError as error:
-        from lavender.errors import ConfigError
-
-        print(f"lavender {options.verb}: {error}", file=sys.stderr)
-        return WRONG_USAGE if isinstance(error, ConfigError) else FAILED
-    except KeyboardInterrupt:
-        print("\nstopped; what was written stays", file=sys.stderr)
-        return 130
+        wrong = error
+    except OSError as error:
+        wrong = file_error(error, getattr(options, "out", None))
+    except Exception as error:
+        if debugging():
+            raise
+        wrong = unexpected(error)
+    print(f"lavender {options.verb}: {wrong}", file=sys.stderr)
+    return WRONG_USAGE if isinstance(wrong, ConfigError) else FAILED
 
 
 def _demo(options: argparse.Namespace) -> int:
     from lavender.demo import run_demo
 
-    run_demo(options.out)
+    with writing(options.out):
+        run_demo(options.out)
     return DONE
 
 
 def _extract(options: argparse.Namespace) -> int:
-    from lavender.errors import ConfigError
-
     if options.annotations is not None:
         if options.source is None:
             raise ConfigError("--annotations without --from", "--from PATH", "say where the annotations are")
@@ -190,7 +205,8 @@ def _extract_annotations(options: argparse.Namespace) -> int:
     )  # fmt: skip
     samples = layout.samples() if options.data is None else read_samples(options.data)
     data_file = options.out / f"{layout.label}.jsonl" if options.data is None else None
-    with tqdm(total=sum(len(sample.pairs) for sample in samples), unit="text", desc="maps") as bar:
+    total = sum(len(sample.pairs) for sample in samples)
+    with writing(options.out), tqdm(total=total, unit="text", desc="maps") as bar:
         summary = extract_annotations(
             samples, layout, options.out, grid=(options.grid, options.grid), data_file=data_file,
             strict=options.strict, on_progress=bar.update,
@@ -209,7 +225,7 @@ def _extract_teacher(options: argparse.Namespace) -> int:
     from lavender.data import read_samples
     from lavender.diffusion.teacher import Teacher
     from lavender.extraction import Estimate, extract
-    from lavender.run import loading, read_overrides
+    from lavender.run import read_overrides
 
     settings = {
         "mode": options.mode, "timesteps": options.timesteps, "num_steps": options.steps, "seed": options.seed,
@@ -218,18 +234,18 @@ def _extract_teacher(options: argparse.Namespace) -> int:
     settings = {name: value for name, value in settings.items() if value is not None}
     settings |= read_overrides(options.overrides)
     config = from_mapping(ExtractionConfig, settings, "--set")
-    samples = read_samples(options.data)
     device = _device(options.device)
+    samples = read_samples(options.data)
     dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
     path = options.teacher
     if path == "world":
         from lavender.world import TEACHER_PATH
 
         path = str(TEACHER_PATH)
-    with loading("teacher", path):
-        teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
+    hide_loading_bars(path)
+    teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
     total = sum(len(sample.pairs) for sample in samples)
-    with tqdm(total=total, unit="text", desc="maps") as bar:
+    with writing(options.out), tqdm(total=total, unit="text", desc="maps") as bar:
 
         def show(estimate: Estimate) -> None:
             bar.write(
@@ -251,8 +267,6 @@ def _device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        from lavender.errors import ConfigError
-
         raise ConfigError(f"--device {name!r}, which cannot be used here", "cpu, or cuda with such a device",
                           "choose another, or leave it out") from error  # fmt: skip
     return name
@@ -284,6 +298,7 @@ def _print_summary(summary: Summary, out: Path) -> None:
 def _check(options: argparse.Namespace) -> int:
     from lavender.diagnosis import check_model
 
+    hide_loading_bars(options.model)
     found = check_model(options.model, options.data, options.maps, options.limit, options.trust_remote_code)
     print(json.dumps(found, indent=1))
     error = found["gain_standard_error"] or 0.0
@@ -300,7 +315,10 @@ def _train(options: argparse.Namespace) -> int:
 
     from lavender.run import read_run, train
 
-    folder = train(read_run(options.run, options.overrides), options.restart)
+    run = read_run(options.run, options.overrides)
+    hide_loading_bars(run.model)
+    with writing(run.out):
+        folder = train(run, options.restart)
     state = PartialState()
     if state.is_main_process:
         print(f"run folder: {folder}")
@@ -313,9 +331,11 @@ def _train(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     from lavender.judgement import evaluate_runs
 
-    result = evaluate_runs(
-        options.run, options.against, options.data, options.maps, options.limit, options.trust_remote_code
-    )
+    hide_loading_bars(options.run, *options.against)
+    with writing(options.run):
+        result = evaluate_runs(
+            options.run, options.against, options.data, options.maps, options.limit, options.trust_remote_code
+        )
     names = list(next(iter(result["arms"].values())))
     print(f"{result['samples']} samples of {result['data']}")
     print("  ".join(["arm".ljust(16), *(name.rjust(14) for name in names)]))
@@ -336,7 +356,8 @@ def _study(options: argparse.Namespace) -> int:
     said += ["--seeds", *map(str, seeds)] if seeds else []
     said += ["--split", options.split] if options.split else []
     jobs = (os.cpu_count() or 1) if options.jobs is None else options.jobs
-    results = run_study(options.name, options.out, scale, jobs, " ".join(said))
+    with writing(options.out):
+        results = run_study(options.name, options.out, scale, jobs, " ".join(said))
     folder = options.out / options.name
     print(json.dumps(results, indent=1) if options.json else (folder / "page.md").read_text())
     print(f"written: {folder / 'page.md'}, results.json, plot.png", file=sys.stderr)
@@ -346,21 +367,29 @@ def _study(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from lavender.judgement import report_run
 
-    print(f"report: {report_run(options.run, options.out, options.trust_remote_code)}")
+    hide_loading_bars(options.run)
+    with writing(options.out or options.run):
+        page = report_run(options.run, options.out, options.trust_remote_code)
+    print(f"report: {page}")
     return DONE
 
 
 def _export(options: argparse.Namespace) -> int:
     from lavender.run import export_run
 
-    print(f"model: {export_run(options.run, options.out, options.trust_remote_code)}")
+    hide_loading_bars(options.run)
+    with writing(options.out):
+        folder = export_run(options.run, options.out, options.trust_remote_code)
+    print(f"model: {folder}")
     return DONE
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from lavender.inspection import as_text, inspect_target
 
-    facts = inspect_target(options.target, options.picture, options.trust_remote_code)
+    hide_loading_bars(options.target)
+    with writing(options.picture or options.target):
+        facts = inspect_target(options.target, options.picture, options.trust_remote_code)
     page = sys.stdout.isatty() and not options.json
     print(as_text(facts) if page else json.dumps(facts, indent=1, ensure_ascii=False))
     return DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from lavender.alignment_data import SeveralStores
 from lavender.attention import Reading, student_maps
 from lavender.data import Sample
-from lavender.errors import ConfigError, DataError
+from lavender.errors import ConfigError, DataError, NotFiniteError
 from lavender.evaluation.text import generate_answers
 from lavender.images import image_id
 from lavender.locate import text_of
@@ -135,7 +136,11 @@ def map_agreement(maps: Sequence[WordMaps], store: MapStore | SeveralStores) -> 
 def answer_nll(
     model: PreTrainedModel, processor: ProcessorMixin, readings: Sequence[Reading], batch_size: int = 16
 ) -> float:
-    """Mean negative log-likelihood of the reference answers' tokens (with their end token), nats a token."""
+    """Mean negative log-likelihood of the reference answers' tokens (with their end token), nats a token.
+
+    Raises:
+        NotFiniteError: the model's loss is NaN or infinite.
+    """
     total, count = 0.0, 0
     for start in range(0, len(readings), batch_size):
         group = readings[start : start + batch_size]
@@ -154,6 +159,11 @@ def answer_nll(
                 logits[index, end - len(tail) - 1 : end - 1], target, reduction="sum"
             ).item()
             count += len(tail)
+    if not math.isfinite(total):
+        raise NotFiniteError(
+            f"NaN or infinity in the loss of {model.config.name_or_path or type(model).__name__}", "a finite loss",
+            "leave this model out: no score of it means anything",
+        )  # fmt: skip
     return total / count
 
 

@@ -158,8 +158,8 @@ class AlignmentConfig:
     """How the student's attention is pulled towards the maps: L = L_VLM + align_weight · L_att.
 
     Attributes:
-        align_weight: the paper's λ, on the mean over cells and words with a map (those that `match` leaves out
-            count as zero); 0 is plain fine-tuning. "estimated": λ = 1/(2σ²) (App. C), σ² the mean squared residual of
+        align_weight: the paper's λ, on the mean over cells and the words that count (of "exact" and "root" those
+            that match); 0 is plain fine-tuning. "estimated": λ = 1/(2σ²) (App. C), σ² the mean squared residual of
             a cell over the steps before; see `lavender.weighting`.
         pooling: "layer-mean" ("layer-max") sends each layer's heads through the Aligner and takes the mean (maximum)
             over layers; "learn" does the same with new query and key projections beside the pretrained ones

@@ -24,8 +24,8 @@ from lavender.data import read_samples
 from lavender.diffusion.teacher import Teacher
 from lavender.evaluation.maps import MapScores, best_threshold, score_maps
 from lavender.extraction import extract
+from lavender.files import write_whole
 from lavender.report import Curve, Report, Table, draw_figure, write_report
-from lavender.whole_files import write_whole
 from lavender.world import STUDENT_PATH
 from lavender.world.judging import job_of, judge_teacher, reading_of, score_student
 from lavender.world.language import caption_scene, write_scenes

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from lavender.attention import Reading, evaluating
 from lavender.comparison import left_out, readings_of, require_limit, spread
 from lavender.data import Samples, read_samples, readable
-from lavender.errors import DataError, UnsupportedModelError
+from lavender.errors import DataError, NotFiniteError, UnsupportedModelError
 from lavender.grids import overlap_matrix
 from lavender.images import image_id
 from lavender.loading import load_run
@@ -51,6 +51,11 @@ def check_model(
     `gain`: what an oracle of place would save, the loss from the whole picture less that from the patches `there`.
     `cost_without`: what taking those patches away costs. A gain near zero says that alignment has little to give; a
     cost near zero that this model does not store things where they are.
+
+    Raises:
+        NotFiniteError: a loss is NaN or infinite.
+        DataError: no mapped word to ask for.
+        ModelError: the model is missing or damaged.
     """
     require_limit(limit)
     store = MapStore.open(maps)
@@ -60,6 +65,7 @@ def check_model(
     cases = _cases(readings_of(samples, store), store)
     dropped: Counter[str] = Counter()
     losses = word_losses(model, processor, cases, dropped)
+    _refuse_no_verdict(model_path, losses, dropped)
     means = {kept: losses[kept].mean().item() for kept in KEPT}
     gains = losses["whole"] - losses["there"]
     error = (gains.std() / len(gains) ** 0.5).item() if len(gains) > 1 else None
@@ -69,6 +75,21 @@ def check_model(
         "gain": gains.mean().item(), "gain_standard_error": error,
         "cost_without": (losses["elsewhere"] - losses["whole"]).mean().item(),
     }  # fmt: skip
+
+
+def _refuse_no_verdict(model_path: str | Path, losses: Mapping[str, Tensor], dropped: Counter[str]) -> None:
+    """A verdict needs losses, and finite ones."""
+    if not len(losses["whole"]):
+        raise DataError(
+            f"no mapped word that {model_path} could be asked for, {dict(dropped)} left out", "one at least",
+            "see why they are left out, and check other data",
+        )  # fmt: skip
+    wrong = [kept for kept, own in losses.items() if not own.isfinite().all()]
+    if wrong:
+        raise NotFiniteError(
+            f"NaN or infinity in the loss of {model_path} from the patches: {', '.join(wrong)}", "finite losses",
+            "check the model's weights; one that was trained to NaN is of no use",
+        )  # fmt: skip
 
 
 def _cases(readings: Sequence[Reading], store: MapStore) -> list[_Case]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
+_PARTS = re.compile(r".*\bGot (.*?)\. Expected (.*)\. Do this: (.*)\.\s*", re.DOTALL)
+
 
 class LavenderError(Exception):
     """The base of every error that a user's input or setting can cause.
 
     Args:
-        got: what was found, with the value.
+        got: what was found, with the value; or, without the other two, a whole message that ends with the three parts.
+            torch makes the error of a data loader's worker again so, with the worker's traceback before the parts.
         expected: what would have been right.
         do: one thing the user can do now.
     """
 
-    def __init__(self, got: str, expected: str, do: str):
+    def __init__(self, got: str, expected: str | None = None, do: str | None = None):
+        if expected is None or do is None:
+            parts = _PARTS.fullmatch(got)
+            got, expected, do = parts.groups() if parts else (got, "none", "read the message")
         self.got, self.expected, self.do = got, expected, do
         super().__init__(f"Got {got}. Expected {expected}. Do this: {do}.")
 
@@ -29,6 +37,10 @@ class DataError(LavenderError, ValueError):
     """A data set, picture or text cannot be used as it is."""
 
 
+class ModelError(LavenderError, ValueError):
+    """A model, processor, adapter or teacher is missing, damaged or out of reach."""
+
+
 class StoreError(LavenderError):
     """A map store is missing, damaged, or made with other settings."""
 
@@ -43,3 +55,7 @@ class CaptureError(LavenderError, RuntimeError):
 
 class NotFiniteError(LavenderError, FloatingPointError):
     """A loss became NaN or infinite."""
+
+
+class FileError(LavenderError):
+    """A file or folder cannot be read or written: no space, no right, no such place."""

@@ -22,8 +22,8 @@ from lavender.errors import DataError
 from lavender.images import image_id
 from lavender.maps import Dropped, WordMaps
 from lavender.store import MapStore, StoreWriter
-from lavender.summary import FLUSH_SECONDS, Summary
-from lavender.words import content_words
+from lavender.summary import FLUSH_SECONDS, History, Summary
+from lavender.words import content_words, too_long
 
 READ_AHEAD = 4  # batches of pictures, small already, that wait for the teacher
 
@@ -59,13 +59,14 @@ def extract(
     """
     began, summary = time.monotonic(), Summary(dropped=list(samples.dropped))
     summary.without_picture = sum(not sample.sources for sample in samples)
-    if strict and samples.dropped:
-        _refuse(samples.dropped[0])
+    if strict:
+        samples.check_strict()
     config = teacher.config
     identity = {"teacher": teacher.name, **config.identity()}
     info = {name: version(name) for name in ("lavender-vlm", "diffusers", "torch")}
     info["dtype"] = str(teacher.family.dtype).removeprefix("torch.")
     with MapStore.writer(out, identity, info, config.grid) as writer:
+        history = History(out)
         items = _ahead(_read(samples, teacher, writer, strict), config.batch_size * READ_AHEAD)
         first, flushed = True, began
         for batch in _batches(_jobs(items, writer, summary, on_progress), config.batch_size):
@@ -74,7 +75,7 @@ def extract(
                 writer.add(maps)
                 summary.records += 1
                 summary.words += len(maps.words)
-                summary.dropped += [Dropped(f"{one.what!r} in {maps.text[:60]!r}", one.reason) for one in maps.dropped]
+                summary.dropped += _words_dropped(maps)
             if first:
                 seconds = time.monotonic() - started
                 on_estimate(_estimate(samples, summary.already_there, batch, seconds, config))
@@ -83,8 +84,9 @@ def extract(
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 writer.flush()
                 flushed = time.monotonic()
+        in_store = len(writer)
     summary.seconds = time.monotonic() - began
-    summary.write(Path(out) / "extraction.json")
+    history.add(summary, in_store)
     return summary
 
 
@@ -142,7 +144,11 @@ def _pairs(
         drop = Dropped(f"{sample.name}: {answer[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}")
         if strict:
             _refuse(drop)
-        yield _Item(drop=drop, mapless=WordMaps(*key, (), torch.zeros(0, *config.grid)))
+        yield _Item(drop=drop, mapless=WordMaps(*key, (), torch.zeros(0, *config.grid), too_long(answer)))
+
+
+def _words_dropped(maps: WordMaps) -> list[Dropped]:
+    return [Dropped(f"{one.what!r} in {maps.text[:60]!r}", one.reason) for one in maps.dropped]
 
 
 def _jobs(
@@ -159,6 +165,7 @@ def _jobs(
             summary.dropped.append(item.drop)
         if item.mapless is not None:
             writer.add(item.mapless)
+            summary.dropped += _words_dropped(item.mapless)
             summary.records += 1
         on_progress(item.texts)
 

@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavender.errors import ConfigError, LavenderError, UnsupportedModelError
+from lavender.errors import ConfigError, UnsupportedModelError
+from lavender.model_files import one_line
 from lavender.report import Panel, WordRow, draw_figure
 from lavender.store import MapStore
 from lavender.type_checks import check_type
@@ -35,7 +36,9 @@ def inspect_target(target: str, picture: Path | None = None, trust_remote_code: 
         trust_remote_code: run the code that comes with the model.
 
     Raises:
-        ConfigError: no such model or store, or a setting that does not go with it.
+        ConfigError: a setting that does not go with it.
+        ModelError: no such model, or a damaged one.
+        StoreError: a damaged store.
         UnsupportedModelError: a model without an adapter.
     """
     check_type("trust_remote_code", trust_remote_code, bool)
@@ -62,7 +65,14 @@ def _inspect_store(path: Path) -> dict[str, Any]:
 
 def _inspect_model(target: str, picture: Path | None, trust_remote_code: bool) -> dict[str, Any]:
     """From the config alone (no weights); with `picture`, loads the model and draws one map."""
-    folder = _model_folder(target)
+    from lavender.loading import loading
+
+    folder, trust_remote_code = _model_folder(target), trust_remote_code is True
+    with loading("model", folder):
+        return _model_facts(target, folder, picture, trust_remote_code)
+
+
+def _model_facts(target: str, folder: str, picture: Path | None, trust_remote_code: bool) -> dict[str, Any]:
     config, is_whole = _config_of(folder, trust_remote_code)
     adapter = _adapter_of(config)
     try:
@@ -88,7 +98,7 @@ def _measured(
     """What takes the model's modules, without weights, and its processor."""
     from lavender.footprint import footprint
 
-    model = _empty_model(folder, config, trust_remote_code)
+    model = _empty_model(config, trust_remote_code)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sample = _sample(folder, adapter, trust_remote_code)
     if picture is not None:
@@ -107,17 +117,16 @@ def _model_folder(target: str) -> str:
 
 def _config_of(target: str, trust_remote_code: bool) -> tuple[Any, bool]:
     """A model's config, and whether it is whole: one that comes with code which may not run is taken as written."""
-    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING
 
-    from lavender.loading import loading
-    from lavender.vlm import registry  # noqa: F401  # makes OpenFlamingo known to AutoConfig
+    from lavender.loading import load_config, read_config
+    from lavender.vlm import registry  # noqa: F401  # makes OpenFlamingo known
 
-    with loading("model", target):
-        raw, _ = PreTrainedConfig.get_config_dict(target)
-        own_code = "AutoConfig" in (raw.get("auto_map") or {}) and raw.get("model_type") not in CONFIG_MAPPING
-        if own_code and not trust_remote_code:
-            return _as_written(raw), False
-        return AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code), True
+    raw = read_config(target)
+    own_code = "AutoConfig" in (raw.get("auto_map") or {}) and raw.get("model_type") not in CONFIG_MAPPING
+    if own_code and not trust_remote_code:
+        return _as_written(raw), False
+    return load_config(target, trust_remote_code), True
 
 
 def _as_written(raw: dict[str, Any]) -> Any:
@@ -149,28 +158,26 @@ def _adapter_of(config: Any) -> VlmAdapter:
         raise UnsupportedModelError(error.got + reason, error.expected, do) from error
 
 
-def _empty_model(target: str, config: Any, trust_remote_code: bool) -> Any:
+def _empty_model(config: Any, trust_remote_code: bool) -> Any:
     """The model without weights: shapes alone."""
     import torch
 
-    from lavender.loading import loading
     from lavender.vlm.registry import auto_class
 
-    with loading("model", target), torch.device("meta"):
+    with torch.device("meta"):
         return auto_class(config, trust_remote_code).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _sample(target: str, adapter: VlmAdapter, trust_remote_code: bool) -> dict[str, Any]:
     """What the processor makes of one conversation: words, their tokens and rows. Says why where it cannot."""
-    from transformers import AutoProcessor
+    from lavender.loading import load_processor
 
     if Path(target).is_dir() and not any((Path(target) / name).is_file() for name in _PROCESSOR_FILES):
         return {"missing": "the folder has no processor and no tokenizer"}
     try:
-        processor = AutoProcessor.from_pretrained(target, trust_remote_code=trust_remote_code)
-        return _located(adapter, adapter.processor(processor))
-    except (OSError, ValueError, ImportError, AttributeError, LavenderError) as error:
-        return {"missing": f"its processor does not make a sample here: {str(error).strip().splitlines()[0]}"}
+        return _located(adapter, load_processor(adapter, target, trust_remote_code))
+    except Exception as error:  # whatever a damaged or absent processor raises
+        return {"missing": f"its processor does not make a sample here: {one_line(error)}"}
 
 
 def _located(adapter: VlmAdapter, processor: Any) -> dict[str, Any]:

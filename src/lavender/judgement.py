@@ -13,12 +13,12 @@ from lavender.comparison import Observed, Phrase, left_out, observe, panels_of, 
 from lavender.config import AlignmentConfig
 from lavender.data import Sample, Samples, read_samples, readable
 from lavender.errors import ConfigError, DataError
+from lavender.files import write_whole
 from lavender.images import image_id
 from lavender.loading import load_run
 from lavender.report import Curve, Report, Table, write_report
 from lavender.run_folder import CONFIG, METRICS, NOT_RECORDED, flat, read_config
 from lavender.store import MapStore
-from lavender.whole_files import write_whole
 
 NUM_PANELS = 6
 

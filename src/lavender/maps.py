@@ -62,7 +62,7 @@ class WordMaps:
     confidence: Tensor = field(default_factory=lambda: torch.ones(0))
 
     def __post_init__(self) -> None:
-        if not len(self.confidence):
+        if not self.confidence.shape[0]:
             object.__setattr__(self, "confidence", torch.ones(len(self.words)))
         if self.confidence.shape != (len(self.words),):
             raise ValueError(f"Got {tuple(self.confidence.shape)} confidences for {len(self.words)} words.")
@@ -71,7 +71,7 @@ class WordMaps:
                 f"Got maps {tuple(self.maps.shape)} for {len(self.words)} words; expected (word, rows, cols)."
             )
         for word in self.words:
-            if self.text[word.start : word.end] != word.text:
+            if not 0 <= word.start < word.end <= len(self.text) or self.text[word.start : word.end] != word.text:
                 raise ValueError(f"Got word {word.text!r} at {word.start}:{word.end}, which is not in {self.text!r}.")
 
     @property

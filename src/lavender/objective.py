@@ -46,7 +46,7 @@ class AlignmentRequest(AttentionRequest):
     """An attention request with what its rows shall be compared to.
 
     Args:
-        layers: decoder layers to capture.
+        layers: decoder layers to capture; of none only `matched` is found, and no loss.
         tensors: `rows` long (sample, row); `shares` float (sample, word, row), 1/n at a word's n rows;
             `boxes`, `pictures` and for a resampler `views`: a `KeyLayout`;
             `keys` long (sample, key), if the pictures' keys are part of a longer sequence;
@@ -118,6 +118,11 @@ class AlignmentRequest(AttentionRequest):
             own_R = own_R[self.rows_BR[sample, own_R].argsort()]
             chosen, true = chosen_BR[sample, own_R].tolist(), true_BR[sample, own_R].tolist()
             self.matched[sample, word] = same_word(chosen, true)
+
+
+def matched_weight(request: AlignmentRequest) -> Tensor:
+    """The weights of a micro-batch's words that count, summed: a scalar. Known after its forward."""
+    return (request.weights * request.matched).sum()
 
 
 class AlignmentHead(nn.Module):
@@ -270,5 +275,7 @@ def _add_attention_loss(
             raise CaptureError("match='root' without same_word", "a request that knows the words", "pass same_word")
         inputs = kwargs.get("data", kwargs)  # as MiniCPM-V's own code wants them
         request.match_predicted(output, inputs["input_ids"])
+    if not request.layers:
+        return None
     loss = head(request)
     return _with_attention_loss(type(output))(**output, attention_loss=loss)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -15,12 +13,13 @@ from torch import Tensor
 from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from lavender.alignment_data import images_of, word_text
-from lavender.attention import evaluating
+from lavender.alignment_data import word_text
+from lavender.attention import evaluating, random_state_kept
 from lavender.drawing import reduced, under_heat
 from lavender.images import load_image
 from lavender.maps import correlation
 from lavender.objective import AlignmentRequest
+from lavender.samples import images_of
 
 HIGH_SHARE = 0.1
 """The share of a teacher's map that `peak_hits` calls high."""
@@ -69,18 +68,6 @@ def peak_hits(student: Tensor, teacher: Tensor) -> float:
     at_peak = heights.gather(1, student.flatten(1).argmax(dim=1, keepdim=True))
     rank = (heights > at_peak).double().mean(dim=1) + (heights == at_peak).double().mean(dim=1) / 2
     return (rank < HIGH_SHARE).double().mean().item()
-
-
-@contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Afterwards every generator of random numbers stands where it stood."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def choose(examples: Iterable[Any], collate: Callable[[list[Any]], Mapping[str, Any]], size: int) -> list[Any]:

@@ -140,4 +140,6 @@ def read_counts(accelerator: Accelerator, counts: Tensor, folder: str | None) ->
     path = Path(folder or "") / COUNTS_FILE
     if folder is None or not accelerator.is_main_process or not path.is_file():
         return counts
-    return counts + torch.tensor(json.loads(path.read_text()), device=counts.device)
+    saved = json.loads(path.read_text())
+    saved += [0] * (len(counts) - len(saved))  # of reasons that an older version did not know
+    return counts + torch.tensor(saved, device=counts.device)

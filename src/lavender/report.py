@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lavender.drawing import faded, heat_layer, peak_of, reduced, veil
 from lavender.errors import DataError
-from lavender.whole_files import write_whole
+from lavender.files import write_whole
 
 _PIXELATED_BELOW = 200  # pictures with a shorter longest side are shown with their pixels
 _TRUE_MASK = "true mask"

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from lavender.config import check_keys
 from lavender.errors import ConfigError
-from lavender.loading import export_run, load_run, loading
+from lavender.files import TEMPORARY, write_whole
+from lavender.loading import export_run, load_config, load_model, load_processor, load_run, loading
+from lavender.model_files import IN_RUN_FILE
 from lavender.run_config import LoraSettings, RunConfig, check_out, read_overrides, read_run
 from lavender.run_folder import (
     CHECKPOINT,
@@ -34,7 +36,6 @@ from lavender.run_folder import (
 )
 from lavender.training_settings import refused_settings, try_optimizer
 from lavender.training_settings import training_keys as _training_keys
-from lavender.whole_files import TEMPORARY, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, ProcessorMixin
@@ -161,10 +162,11 @@ def _finish(trainer: LavenderTrainer, out: Path, sets: list[Samples], is_main: b
         shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
         for name, path in partial.items():
             path.replace(out / name)
-        coverage = _counted(trainer.coverage, sets[0])
+        coverage = _counted(trainer.coverage, sets[0]) | {"refused": [one._asdict() for one in trainer.refused]}
         print(_covered(coverage, "training"))
         if trainer.eval_dataset is not None:
-            coverage["evaluation"] = _counted(trainer.eval_coverage, sets[1])
+            refused = [one._asdict() for one in trainer.eval_refused]
+            coverage["evaluation"] = _counted(trainer.eval_coverage, sets[1]) | {"refused": refused}
             print(_covered(coverage["evaluation"], "evaluation"))
         write_whole(out / COVERAGE, json.dumps(coverage, indent=1))
     trainer.accelerator.wait_for_everyone()
@@ -204,10 +206,8 @@ def _content(run: RunConfig, args: LavenderConfig, sets: list[Samples]) -> dict[
 
 
 def _config_of(run: RunConfig) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    with loading("model", run.model):
-        return AutoConfig.from_pretrained(run.model, trust_remote_code=run.trust_remote_code)
+    with loading("model", run.model, IN_RUN_FILE):
+        return load_config(run.model, trust_remote_code=run.trust_remote_code)
 
 
 def _weights_dtype(run: RunConfig) -> str:
@@ -241,17 +241,15 @@ def _check_evaluation(run: RunConfig) -> None:
 
 def _prepared(run: RunConfig, out: Path) -> tuple[ProcessorMixin, LavenderConfig, Callable]:
     """Processor, settings, and what loads the model: after the settings, which say how that is divided."""
-    from transformers import AutoProcessor
-
     from lavender.trainable import quantization_config
     from lavender.trainer import LavenderConfig
-    from lavender.vlm.registry import adapter_for, auto_class
+    from lavender.vlm.registry import adapter_for
 
-    common = {"trust_remote_code": run.trust_remote_code}
-    config, dtype = _config_of(run), _weights_dtype(run)
-    with loading("model", run.model):
-        adapter = adapter_for(config)
-        processor = adapter.processor(AutoProcessor.from_pretrained(run.model, **common))
+    common: dict[str, Any] = {"trust_remote_code": run.trust_remote_code}
+    dtype = _weights_dtype(run)
+    with loading("model", run.model, IN_RUN_FILE):
+        adapter = adapter_for(load_config(run.model, **common))
+        processor = load_processor(adapter, run.model, **common)
     _set_images(processor, run.image_processor)
     quantized = {}
     if run.quantization is not None:
@@ -261,9 +259,8 @@ def _prepared(run: RunConfig, out: Path) -> tuple[ProcessorMixin, LavenderConfig
     try_optimizer(args)
 
     def load():
-        with loading("model", run.model):
-            auto = auto_class(config, run.trust_remote_code)
-            return adapter.load(auto, run.model, dtype=dtype, use_safetensors=True, **common, **quantized)
+        with loading("model", run.model, IN_RUN_FILE):
+            return load_model(adapter, run.model, processor, dtype=dtype, **common, **quantized)
 
     return processor, args, load
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavender.errors import ConfigError
+from lavender.files import TEMPORARY, write_whole
 from lavender.run_config import RunConfig
 from lavender.training_settings import training_keys
-from lavender.whole_files import TEMPORARY, write_whole
 from lavender.yaml_files import read_settings, yaml_text
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lavender.whole_files import write_whole
+from lavender.files import write_whole
 
 
 class RunLog(TrainerCallback):

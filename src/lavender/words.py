@@ -1,25 +1,47 @@
 """The words of a text: spans of characters, lemmas and parts of speech; and spans of tokens.
 
 Offline, by HanTa (a hidden-Markov tagger). English; other languages in Latin letters are tagged as
-well as an English tagger can, and text without Latin letters has no content word.
+well as an English tagger can, and text without Latin letters has no content word. What is read as one
+word, and what is none, is settled by `lavender.normalisation`; spans and texts of words are those of
+the text as written.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from lavender.maps import Word
+from lavender.maps import Dropped, Word
+from lavender.normalisation import plain
 
 if TYPE_CHECKING:
     from HanTa.HanoverTagger import HanoverTagger
 
-_WORD = re.compile(r"[^\W\d_]+(?:['’\-][^\W\d_]+)*")
-_LATIN = re.compile(r"[A-Za-zÀ-ɏ]")
+LONGEST = 64  # characters of a word: the tagger's cost grows with their square
+_CACHED = 500  # characters: longer texts are tagged anew each time, so that the cache stays small
+_WORD = re.compile(r"[^\W\d_]+(?:['\-][^\W\d_]+)*")
+_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]")
 _CLAUSE_END = re.compile(r"[.;:!?]")
 _PARTS = {"NN": "noun", "NP": "noun", "UN": "noun", "AJ": "adjective", "VV": "verb"}  # the tagger's BNC C5 tags
+_VERBS = ("VB", "VD", "VH", "VM", "VV")
+
+# The tagger has learned "is" and "n't", "dog" and "'s" as words of their own. So are some texts written: "dog 's".
+_CONTRACTION = re.compile(r"(.*?)(n't|'(?:s|m|d|re|ve|ll))", re.IGNORECASE)
+_CLITIC = re.compile(r"(?:s|m|d|re|ve|ll|t)(?![\w'])", re.IGNORECASE)
+_NAMELESS = re.compile(  # what the tagger may take for a noun before "'s" or "'ll"
+    r"(?:any|every|no|some)(?:body|one|thing)|each|else|he|here|how|i|it|let|one|other|she|th(?:at|ere|ese|ey|is|ose)|we"
+    r"|wh(?:at|en|ere|ich|o|y)|you",
+    re.IGNORECASE,
+)
+_WITHOUT_APOSTROPHE = re.compile(
+    r"(ai|are|ca|could|did|do|does|had|has|have|is|must|need|should|was|were|wo|would)(nt)|(can)(not)"
+    r"|(he|here|she|that|there|what|where|who)(s)|(i)(m)|(they|you)(re)|(i|they|we|you)(ve)|(it|that|they|you)(ll)"
+    r"|(gon|wan)(na)|(got)(ta)|(y')(all)|(c')(mon)",
+    re.IGNORECASE,
+)
+_APART = {"nt": "n't", "s": "'s", "m": "'m", "re": "'re", "ve": "'ve", "ll": "'ll"}
 
 
 @lru_cache(maxsize=1)
@@ -29,24 +51,83 @@ def _tagger() -> HanoverTagger:
     return hanta.HanoverTagger("morphmodel_en.pgz")
 
 
-@lru_cache(maxsize=65536)
-def _tagged(text: str) -> tuple[tuple[Word, str], ...]:
-    """Every word of a text, in order, and its C5 tag."""
-    spans = [match for match in _WORD.finditer(text) if _LATIN.search(match.group())]
-    if not spans:
-        return ()
-    found = []
+class _Tagged(NamedTuple):
+    """A word, its C5 tag, that of its clitic ("" without one), and whether a clause ended before it."""
+
+    word: Word
+    tag: str
+    clitic: str
+    begins_clause: bool
+
+
+def _tagged(text: str) -> tuple[_Tagged, ...]:
+    """Every word of a text, in order."""
+    return _remembered(text) if len(text) <= _CACHED else _tag(text)
+
+
+def _tag(text: str) -> tuple[_Tagged, ...]:
+    read = plain(text)
+    spans = [span for span in _spans(read.text) if span.end() - span.start() <= LONGEST]
+    pieces = [_pieces(read.text, span) for span in spans]
+    found: list[tuple[str, str, str]] = []
     for start in range(0, len(spans), 64):  # the tagger's cost grows with the length of a sentence
-        found += _tagger().tag_sent([span.group() for span in spans[start : start + 64]])
-    return tuple(
-        (Word(span.group(), span.start(), span.end(), lemma.lower(), _PARTS.get(tag[:2], "other")), tag)
-        for span, (_, lemma, tag) in zip(spans, found, strict=True)
-    )
+        found += _tagger().tag_sent([piece for own in pieces[start : start + 64] for piece in own])
+    tagged, at, end_before = [], 0, 0
+    for span, own in zip(spans, pieces, strict=True):
+        _, lemma, tag = found[at]
+        clitic = found[at + 1][2] if len(own) > 1 else ""
+        start, end = read.written(*span.span())
+        word = Word(text[start:end], start, end, lemma.lower(), _part_of_speech(own, tag))
+        begins = _CLAUSE_END.search(read.text, end_before, span.start()) is not None
+        tagged.append(_Tagged(word, tag, clitic, begins))
+        at, end_before = at + len(own), span.end()
+    return tuple(tagged)
+
+
+_remembered = lru_cache(maxsize=1024)(_tag)
+
+
+def _spans(read: str) -> Iterator[re.Match[str]]:
+    """Runs of letters of a plain text, some of them Latin."""
+    return (match for match in _WORD.finditer(read) if _LATIN.search(match.group()))
+
+
+def _pieces(read: str, span: re.Match[str]) -> tuple[str, ...]:
+    """A word as the tagger takes it: its clitic apart."""
+    word = span.group()
+    if found := _CONTRACTION.fullmatch(word) or _WITHOUT_APOSTROPHE.fullmatch(word):
+        base, clitic = (piece for piece in found.groups() if piece is not None)
+        clitic = clitic.lower()
+        return (base, _APART.get(clitic, clitic)) if base else (clitic,)
+    start = span.start()
+    stands_alone = read[start - 1 : start] == "'" and (start == 1 or read[start - 2].isspace())
+    return (f"'{word.lower()}",) if stands_alone and _CLITIC.match(read, start) else (word,)
+
+
+def _part_of_speech(pieces: tuple[str, ...], tag: str) -> str:
+    part = _PARTS.get(tag[:2], "other")
+    if len(pieces) > 1:  # "dog's" names a dog; "isn't", "let's" and "there's" name nothing
+        is_named = part == "noun" and pieces[1].startswith("'") and not _NAMELESS.fullmatch(pieces[0])
+        return "noun" if is_named else "other"
+    return "other" if pieces[0].startswith(("'", "n't")) else part
 
 
 def words_of(text: str) -> tuple[Word, ...]:
-    """Every word of a text, in order, with lemma and part of speech. Numbers and signs are not words."""
-    return tuple(word for word, _ in _tagged(text))
+    """Every word of a text, in order, with lemma and part of speech. Numbers and signs are not words.
+
+    A possessive is one word, with the lemma of its noun: "dog's" is of "dog". A contraction such as "isn't" is one word
+    and no content word. A word of more than `LONGEST` characters is left out, see `too_long`.
+    """
+    return tuple(one.word for one in _tagged(text))
+
+
+def too_long(text: str) -> tuple[Dropped, ...]:
+    """The words that `words_of` leaves out, as runs of letters of such a length are not words of a language."""
+    return tuple(
+        Dropped(f"{span.group()[:20]}…", f"a word of more than {LONGEST} characters")
+        for span in _spans(plain(text).text)
+        if span.end() - span.start() > LONGEST
+    )
 
 
 def content_words(text: str, parts_of_speech: Sequence[str]) -> tuple[Word, ...]:
@@ -61,28 +142,40 @@ def subjects_and_objects(text: str) -> frozenset[int]:
     governs all nouns up to the next verb or sign that ends a clause. In "a photo of a cat" that is the photo alone.
     """
     heads: list[int] = []
-    governed, noun_before, end_before = False, False, 0
-    for word, tag in _tagged(text):
-        if _CLAUSE_END.search(text, end_before, word.start):
+    governed = noun_before = False
+    for word, tag, clitic, begins_clause in _tagged(text):
+        if begins_clause:
             governed = noun_before = False
+        if tag == "POS":  # the "'s" of "dog 's", apart from its noun
+            continue
         is_noun = word.part_of_speech == "noun"
         if tag[:2] == "PR":
             governed = True
-        elif tag[:2] in ("VB", "VD", "VH", "VM", "VV"):
+        elif tag[:2] in _VERBS:
             governed = False
         if is_noun and not governed:
             if noun_before:  # of a compound, the last noun is the head
                 heads.pop()
             heads.append(word.start)
-        noun_before, end_before = is_noun and not governed, word.end
+        noun_before = is_noun and not governed
+        if clitic[:2] in _VERBS:  # "there's a dog"
+            governed = noun_before = False
     return frozenset(heads)
 
 
-@lru_cache(maxsize=65536)
 def same_root(one: str, other: str) -> bool:
     """Whether the first words of two texts are forms of one word: "dogs" and "Dog." are."""
-    first, second = words_of(one)[:1], words_of(other)[:1]
-    return bool(first and second) and first[0].lemma == second[0].lemma
+    first, second = (_remembered_root(text) if len(text) <= _CACHED else _root(text) for text in (one, other))
+    return first is not None and first == second
+
+
+def _root(text: str) -> str | None:
+    """The lemma of a text's first word."""
+    first = next(iter(_tag(text)), None)
+    return first.word.lemma if first else None
+
+
+_remembered_root = lru_cache(maxsize=16384)(_root)  # apart from captions, which what models predict would crowd out
 
 
 def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:

@@ -24,10 +24,12 @@ class MiniCPMVConfig(LlamaConfig):
     model_type = "minicpmv"
 
     def __init__(
-        self, query_num=96, batch_vision_input=True, vision_config=None, image_token_id=128002, heads=4, **kwargs
-    ):
+        self, query_num=96, batch_vision_input=True, vision_config=None, image_token_id=128002, heads=4,
+        version="2.5", **kwargs,
+    ):  # fmt: skip
         super().__init__(**kwargs)
         self.heads_for_tests = heads  # the published: a head for each 128 numbers
+        self.version = version
         self.query_num, self.batch_vision_input, self.image_token_id = query_num, batch_vision_input, image_token_id
         self.vision_config = Idefics2VisionConfig(**(vision_config or {}))
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaImageProcessorPil, LlavaProcessor
+from transformers import (
+    CLIPImageProcessorPil,
+    Dinov2Config,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+)
 
 from families.asking import captured, eager_rows, request_of
 from families.contract import POOLINGS, Contract
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, reading
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
+from lavender.grids import grid_boxes
+from lavender.inspection import inspect_target
 from lavender.objective import attach
 from lavender.vlm.llava import LlavaAdapter, seen_frame
 from lavender.vlm.registry import adapter_for
@@ -175,8 +184,8 @@ class TestLlava(Contract):
         with pytest.raises(DataError) as caught:
             adapter.image_keys({"input_ids": ids})
         assert str(caught.value) == (
-            f"Got {count} picture tokens in a sample. Expected 144 for each picture, which are 96 px wide. "
-            "Do this: raise max_length (or set it to None) if it cuts pictures."
+            f"Got {count} picture tokens in a sample. Expected 144 for each picture, of 12 × 12 patches. "
+            "Do this: raise max_length (or set it to None) if it cuts pictures; else load the model's own processor."
         )
 
     def test_keys_with_a_class_token_are_refused(self, model, batch):
@@ -184,13 +193,57 @@ class TestLlava(Contract):
         with pytest.raises(UnsupportedModelError) as caught:
             adapter_for(model.config).image_keys(batch)
         assert str(caught.value) == (
-            "Got vision_feature_select_strategy='full'. Expected 'default', which leaves the class token out. "
-            "Do this: load a model with that strategy."
+            "Got vision_feature_select_strategy='full' with a clip_vision_model. Expected 'default', which leaves the "
+            "class token out. Do this: load a model with that strategy."
         )
 
     def test_what_people_read(self, model):
         line = adapter_for(model.config).describe_keys()
         assert line == "one square of 96 px, 12 × 12 patches among the text's tokens"
+
+    def test_pictures_of_another_size_than_the_towers_are_refused(self, family, model, batch):
+        """Its tower knows places of 12 × 12 patches; transformers itself refuses them amid training."""
+        batch["pixel_values"] = batch["pixel_values"][..., :64, :64]
+        with pytest.raises(ConfigError, match=r"pictures 64 px high and 64 px wide\. Expected 96 × 96 px"):
+            adapter_for(model.config).image_keys(batch)
+
+
+def interpolating(texts: list[str], told: int) -> Family:
+    """A LLaVA whose tower is DINOv2, as told for pictures of so many pixels, and gets squares of 96."""
+    plain = family_of(texts, SQUASH, sizes=SIZES, blur=blur)
+    vision = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=told, patch_size=PATCH
+    )
+
+    def make() -> LlavaForConditionalGeneration:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            config: Any = plain.make().config
+            config.vision_config = vision
+            return LlavaForConditionalGeneration(config).eval()
+
+    return dataclasses.replace(plain, make=make)
+
+
+@pytest.mark.parametrize("told", [56, 224])
+def test_a_tower_that_interpolates_places_has_the_grid_of_its_pixels(captions, told, tmp_path):
+    """And so has the estimate of memory: keys are those of the sample, whatever the config's size."""
+    family = interpolating(captions, told)
+    model, sizes = family.make(), [(300, 500), (133, 97)]
+    readings = [reading(size, "a dog", seed) for seed, size in enumerate(sizes)]
+    batch = batch_of(family, readings)
+    adapter = LlavaAdapter(model.config)
+    keys, layout = adapter.image_keys(batch), adapter.image_boxes(batch, [[size] for size in sizes], family.processor)
+    assert keys.shape == (2, SIDE * SIDE)
+    torch.testing.assert_close(layout.boxes[1], grid_boxes(SIDE, SIDE).float())
+    rows = keys[:, -1:] + 1
+    assert captured(model, batch, rows=rows).stacked().shape[-1] == SIDE * SIDE
+    assert f"{told // PATCH} × {told // PATCH} if that is {told} px as in the config" in adapter.describe_keys()
+    for part in (model.config, family.processor):
+        part.save_pretrained(tmp_path)
+    facts = inspect_target(str(tmp_path))
+    assert facts["sample"]["image_keys"] == SIDE * SIDE
+    assert f"{SIDE * SIDE} image keys (in the sample)" in facts["memory"]["assumptions"][0]
 
 
 class TestOtherSquares(Geometry):
@@ -232,12 +285,12 @@ class TestOtherSquares(Geometry):
     ],
 )  # fmt: skip
 def test_seen_frame_by_hand(images, size, frame):
-    assert seen_frame(size, images, SQUARE) == pytest.approx(frame)
+    assert seen_frame(size, images, (SQUARE, SQUARE)) == pytest.approx(frame)
 
 
 def test_a_border_that_no_patch_fits_is_not_seen():
     images = CLIPImageProcessorPil(size={"height": 100, "width": 100}, do_center_crop=False)
-    assert seen_frame((300, 500), images, 96) == pytest.approx((0, 0, 0.96, 0.96))
+    assert seen_frame((300, 500), images, (96, 96)) == pytest.approx((0, 0, 0.96, 0.96))
 
 
 @pytest.mark.parametrize(
@@ -258,5 +311,5 @@ def test_a_border_that_no_patch_fits_is_not_seen():
 )
 def test_other_ways_to_a_square_are_refused(settings, message):
     with pytest.raises(ConfigError) as caught:
-        seen_frame((300, 500), CLIPImageProcessorPil(crop_size=FIXED, **settings), SQUARE)
+        seen_frame((300, 500), CLIPImageProcessorPil(crop_size=FIXED, **settings), (SQUARE, SQUARE))
     assert str(caught.value).startswith(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -70,16 +71,30 @@ def test_golden_values_of_training(num_processes):
 
 
 def test_golden_values_of_evaluation():
-    """Batches of 2 and 1 samples; the second has 1 word of 4."""
+    """Batches of 2, 1 and 1 samples, which match 2 words of 3, 1 of 1 and 0 of 1; the losses sum to 1, 0.2 and 0."""
     metrics, accelerator = Metrics(), Processes(2)
-    first = request_of(UNIFORM, TWO, ONE)
+    first = request_of(UNIFORM, TWO, ONE, matched=2)
     first.present = torch.cat([first.present, torch.zeros(1, 3, dtype=torch.bool)])
-    metrics.add_batch(torch.tensor(1.0), torch.tensor(0.5), first)
-    metrics.add_batch(torch.tensor(4.0), torch.tensor(0.1), request_of(TWO))
+    metrics.add_batch(torch.tensor(1.0), torch.tensor(1.0), first)
+    metrics.add_batch(torch.tensor(4.0), torch.tensor(0.2), request_of(TWO))
+    metrics.add_batch(torch.tensor(6.0), torch.tensor(0.0), request_of(ONE, matched=0))
     found = metrics.take_batches(accelerator)  # ty: ignore[invalid-argument-type]
-    entropy = (torch.tensor(4.0).log() + 2 * torch.tensor(2.0).log()).item() / 4
-    expected = {"vlm_loss": 2.0, "attention_loss": 0.4, "matched_words": 8, "student_entropy": entropy}
-    assert found == pytest.approx(expected)
+    entropy = (torch.tensor(4.0).log() + 2 * torch.tensor(2.0).log()).item() / 5
+    expected = {"vlm_loss": 3.0, "attention_loss": 0.4, "matched_words": 6, "matched_share": 0.6}
+    assert found == pytest.approx(expected | {"student_entropy": entropy})
+    metrics.add_batch(torch.tensor(6.0), torch.tensor(0.0), request_of(ONE, matched=0))
+    none = metrics.take_batches(accelerator)  # ty: ignore[invalid-argument-type]
+    assert math.isnan(none["attention_loss"])
+    assert none["matched_share"] == none["matched_words"] == 0
+
+
+def test_words_weigh_what_they_weigh_in_an_evaluation():
+    metrics = Metrics()
+    request = request_of(UNIFORM, TWO, ONE, matched=2)
+    request.weights = torch.tensor([[0.25, 0.5, 0.125]])
+    metrics.add_batch(torch.tensor(1.0), torch.tensor(0.3), request)
+    found = metrics.take_batches(Processes(1))  # ty: ignore[invalid-argument-type]
+    assert found["attention_loss"] == pytest.approx(0.4)
 
 
 def test_entropy_is_not_logged_without_a_word():

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig
@@ -36,6 +37,13 @@ STEPS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.fixture(params=[True, False], ids=["a CPU with avx512_bf16", "a CPU without"])
+def packing(request, monkeypatch) -> bool:
+    """Whether bitsandbytes takes this CPU for one whose kernel wants weights packed anew: both, on every machine."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: request.param)
+    return request.param
+
+
 @pytest.fixture
 def quantized(places) -> Any:
     return AutoModelForImageTextToText.from_pretrained(places["model"], quantization_config=BitsAndBytesConfig(**NF4))
@@ -43,7 +51,7 @@ def quantized(places) -> Any:
 
 @pytest.mark.parametrize("settings", [NF4, INT8], ids=["4 bits", "8 bits"])
 @pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
-def test_a_run(places, tmp_path, settings, pooling, capsys):
+def test_a_run(places, tmp_path, settings, pooling, packing, capsys):
     """Adapters learn; what alignment adds stays of 32 bits; the export is an ordinary checkpoint of the base's type."""
     train(RunConfig(
         **places, out=str(tmp_path), quantization=settings, lora=LoraSettings(), training=STEPS | {"pooling": pooling},
@@ -62,7 +70,25 @@ def test_a_run(places, tmp_path, settings, pooling, capsys):
     assert moved == {"q_proj", "v_proj"}
 
 
-def test_weight_zero_is_plain_qlora_step_for_step(places, processor, dataset, store_path, tmp_path):
+def test_weights_stay_as_they_were_packed_whatever_the_cpu(places, packing):
+    """bitsandbytes packs them anew at a forward in evaluation, for good; no gradient goes through its kernel then."""
+    plain = AutoModelForImageTextToText.from_pretrained(places["model"], quantization_config=BitsAndBytesConfig(**NF4))
+    layers = [one for one in plain.modules() if isinstance(one, bitsandbytes.nn.Linear4bit)]
+    assert {one.support_avx512bf16_for_cpu for one in layers} == {packing}
+    model = adapter_for(plain.config).load(
+        AutoModelForImageTextToText, str(places["model"]), quantization_config=BitsAndBytesConfig(**NF4)
+    )
+    layer = next(
+        one for one in model.modules()
+        if isinstance(one, bitsandbytes.nn.Linear4bit) and one.in_features % one.weight.quant_state.blocksize
+    )  # fmt: skip
+    before, states = layer.weight.data.clone(), torch.ones(1, layer.in_features)
+    layer.eval()(states)
+    assert torch.equal(layer.weight.data, before)
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+
+def test_weight_zero_is_plain_qlora_step_for_step(packing, places, processor, dataset, store_path, tmp_path):
     trained = {}
     for name, trainer_class, config_class, more in (
         ("plain", SFTTrainer, SFTConfig, {}),

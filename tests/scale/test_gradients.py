@@ -16,9 +16,11 @@ from scale.worker import Case, run_case
 
 LEARN: dict[str, Any] = {"pooling": "learn"}
 CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True}
+PARTS: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 NO_WORD = (0, 1, 5, 5)  # the second process has pictures, but no word with a map
 
-QUICK = [Case("full"), Case("lora, learn, checkpointed", lora=True, settings=LEARN | CHECKPOINTED)]
+EXACT_IN_PARTS = Case("exact match, two micro-batches", model="taught", settings={"match": "exact"} | PARTS)
+QUICK = [Case("full"), EXACT_IN_PARTS, Case("lora, learn, checkpointed", lora=True, settings=LEARN | CHECKPOINTED)]
 EVERYWHERE = [
     Case("full"),
     Case("full, checkpointed", settings=CHECKPOINTED),
@@ -31,10 +33,12 @@ EVERYWHERE = [
     Case("no word, learn", samples=NO_WORD, settings=LEARN),
     Case("no word on the first, learn, checkpointed", samples=NO_WORD[::-1], settings=LEARN | CHECKPOINTED),
     Case("no word, lora", lora=True, samples=NO_WORD),
-    Case("two micro-batches", settings={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
+    Case("two micro-batches", settings=PARTS),
     Case("flow", settings={"pooling": "flow-sum"}),
-    Case("exact match", settings={"match": "exact"}),
-    Case("root match, λ estimated", settings={"match": "root", "align_weight": "estimated"}),
+    Case("exact match", model="taught", settings={"match": "exact"}),
+    EXACT_IN_PARTS,
+    Case("root match in parts, lora, learn", lora=True, model="taught", settings={"match": "root"} | PARTS | LEARN),
+    Case("root match, λ estimated", model="taught", settings={"match": "root", "align_weight": "estimated"}),
     Case("llava", model="llava"),
     Case("llava, learn", model="llava", settings=LEARN),
     Case("llava, tied embeddings", model="llava_tied"),
@@ -92,6 +96,7 @@ def test_two_processes_are_one(workspace, of_one_process, tmp_path):
     assert {one["wrapped"] for one in about.values()} == {"DistributedDataParallel"}
     logged = about["full"]["log"][0]
     assert logged["matched_words"] == 15  # of both
+    assert 0 < about["exact match, two micro-batches"]["log"][0]["matched_words"] < 15
 
 
 @pytest.mark.slow

@@ -175,13 +175,14 @@ def test_more_pictures_than_their_places_are_refused(student, store):
     with pytest.raises(DataError) as caught:
         collator_of(student, store)([{"images": [FIRST, SECOND], "messages": asked}])
     assert str(caught.value) == (
-        "Got messages with 1 place for a picture, and 2 pictures. Expected a place for each picture. Do this: put a "
+        "Got the sample 'a dog and a cat' with a picture of 100 × 60 pixels, a picture of 70 × 100 pixels, messages "
+        "with 1 place for a picture, and 2 pictures. Expected a place for each picture. Do this: put a "
         "part {'type': 'image'} where each picture belongs, or leave the content plain text."
     )
 
 
 def test_a_picture_that_cannot_be_read_is_refused(student, store):
-    with pytest.raises(DataError, match="Got a training picture with 3 × 3 pixels"):
+    with pytest.raises(DataError, match="Got the sample 'a dog and a cat' with .*: its picture with 3 × 3 pixels"):
         collator_of(student, store)([{"images": [FIRST, Image.new("RGB", (3, 3))], "messages": messages(DOG)}])
 
 

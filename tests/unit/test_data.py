@@ -368,9 +368,11 @@ def test_other_failures(folder):
     message = failure(folder / "a.jsonl", {"image": "no.png", "text": "A"}, {"image": "no.png", "text": "B"})
     assert "2 rows, none usable; the first, a.jsonl line 1: no such file" in message
     (folder / "b.json").write_text("[{]", encoding="utf-8")
-    assert "b.json, which cannot be read: Expecting property name" in failure(folder / "b.json")
+    assert "b.json, which cannot be read: not JSON: Expecting property name" in failure(folder / "b.json")
     (folder / "b.jsonl").write_bytes(b'{"text": "\xff"}')
-    assert "b.jsonl, which cannot be read: 'utf-8' codec" in failure(folder / "b.jsonl")
+    assert "b.jsonl line 1: not UTF-8: byte 0xff at character 10; save the file as UTF-8" in failure(folder / "b.jsonl")
+    (folder / "b.jsonl").write_text("")
+    assert "b.jsonl, which has no row" in failure(folder / "b.jsonl")
     (folder / "b.parquet").write_bytes(b"PAR1 no PAR1")
     assert "b.parquet, which cannot be read: " in failure(folder / "b.parquet")
     (folder / "metadata.csv").touch()

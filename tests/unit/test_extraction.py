@@ -155,7 +155,9 @@ def test_bad_pictures_are_counted_and_named(teacher, tmp_path):
     assert sum(progress) == 6
     assert [one.what for one in summary.dropped] == [f"row {row}" for row in range(5)]
     for drop, reason in zip(
-        summary.dropped, ["does not exist", "0 bytes", "cannot be decoded", "2 frames", "1 × 1 pixels"], strict=True
+        summary.dropped,
+        ["does not exist", "0 bytes", "cannot be decoded", "several frames", "1 × 1 pixels"],
+        strict=True,
     ):
         assert reason in drop.reason
         assert f"the picture of {drop.what}" in drop.reason
@@ -189,6 +191,15 @@ def test_a_text_without_content_words_is_recorded_without_maps(teacher, tmp_path
     words, _, maps = records(tmp_path / "maps")[image_id(shade(1)), text]
     assert words == ()
     assert maps.shape == (0, 11, 13)
+
+
+@pytest.mark.parametrize(("rest", "mapped"), [(" near a dog", 1), ("", 0)])
+def test_a_word_longer_than_any_is_named_in_the_summary(teacher, tmp_path, rest, mapped):
+    text = "x" * 6000 + rest
+    summary = extract(Samples((sample("row 7", shade(1), text),)), teacher, tmp_path / "maps")
+    assert (summary.records, summary.words) == (1, mapped)
+    drop = Dropped(f"'{'x' * 20}…' in '{'x' * 60}'", "a word of more than 64 characters")
+    assert [one for one in summary.dropped if not one.what.startswith("row 7")] == [drop]
 
 
 def test_what_the_reader_dropped_is_in_the_summary(teacher, tmp_path):

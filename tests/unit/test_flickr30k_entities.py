@@ -156,6 +156,12 @@ def test_boxes_outside_ids_without_annotation_and_broken_sentences_are_named(fli
         (xml([thing("1", BOX.format("a", 1, 2, 3))]), "could not convert string to float"),
         ("<annotation></annotation>", "no <size>"),
         (xml(THINGS, (500, 333)), "of 14 × 10 pixels, annotated at 500 × 333"),
+        (xml([thing("1", BOX.format("nan", 1, 2, 3))]), "<xmin> of nan"),
+        (xml([thing("1", BOX.format(1, "-1e999", 2, 3))]), "<ymin> of -inf"),
+        (xml([thing("1", BOX.format(1, 1, 2, 3))] * 1001), "more than 1,000 boxes of one entity"),
+        ('<!DOCTYPE a [<!ENTITY a "a"><!ENTITY b "&a;&a;&a;">]>' + xml(THINGS), "a document type, which may define"),
+        ('<!DOCTYPE a SYSTEM "file:///etc/passwd">' + xml(THINGS), "a document type, which may define"),
+        ("x" * 5_000_000, "Expected at most 4,194,304 bytes"),
         (None, "an XML file for each picture"),
     ],
 )
@@ -180,3 +186,29 @@ def test_the_grid_is_checked(flickr, tmp_path):
     assert isinstance(layout, Flickr30kEntities)
     with pytest.raises(ConfigError, match="grid"):
         extract_annotations(layout.samples(), layout, tmp_path / "maps", grid=(1, 500))
+
+
+def test_a_sentence_ends_at_a_line_feed_alone(flickr):
+    first, second = SENTENCES.splitlines()
+    (flickr / "Sentences" / "36979.txt").write_text(f"{first[:-1]}\u2028\x85\x0c.\r\n{second}\n")
+    samples = Flickr30kEntities(flickr).samples()
+    assert samples.samples[0].answers[0] == "A young girl in a red dress sings \u2028\x85\x0c."
+    assert [one.name for one in samples] == ["36979.txt line 1", "36979.txt line 2"]
+
+
+def test_a_sentence_of_absurd_length_is_dropped_by_name(flickr):
+    (flickr / "Sentences" / "36979.txt").write_text(SENTENCES + "[/EN#1/" * 50_000 + "\n")
+    (drop,) = Flickr30kEntities(flickr).samples().dropped
+    assert drop.what == "36979.txt line 3"
+    assert "a sentence of 350,000 characters" in drop.reason
+
+
+def test_names_in_a_split_stay_inside_the_folder(flickr):
+    (flickr / "val.txt").write_text("../../outside\n/etc/passwd\n36979\n" + "x" * 300 + "\n")
+    samples = Flickr30kEntities(flickr, split="val").samples()
+    assert [one.reason.split(":")[0] for one in samples.dropped] == [
+        "no name of a picture", "no name of a picture", "a name too long for a file",
+    ]  # fmt: skip
+    (flickr / "val.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(DataError, match="val.txt, which is not UTF-8 at byte 3"):
+        Flickr30kEntities(flickr, split="val")

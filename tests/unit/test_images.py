@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import os
 import zlib
 from io import BytesIO
 
@@ -106,7 +108,7 @@ def test_grey_out_of_range_is_refused():
 
 def test_missing_and_empty(tmp_path):
     assert f"{tmp_path / 'no.png'} does not exist" in refusal(tmp_path / "no.png")
-    assert "does not exist" in refusal(tmp_path)
+    assert f"a folder, not a file: {tmp_path}" in refusal(tmp_path)
     (tmp_path / "empty.png").touch()
     assert "which is empty (0 bytes)" in refusal(tmp_path / "empty.png")
     assert "which is empty (0 bytes)" in refusal(b"")
@@ -115,7 +117,7 @@ def test_missing_and_empty(tmp_path):
 
 def test_not_a_picture():
     message = refusal(b"<html>404 not found</html>")
-    assert "which is no picture, or only its beginning: it begins with b'<html>40'" in message
+    assert "26 bytes that are no picture of a known format, or only its beginning. Expected one of PNG, JPEG" in message
     assert "Do this: repair or replace the file" in message
 
 
@@ -123,15 +125,15 @@ def test_not_a_picture():
 def test_truncated(form):
     content = encoded(noise(67, 61), form)
     message = refusal(content[: len(content) // 2])
-    assert "cannot be decoded" in message or "begins with" in message
+    assert "cannot be decoded" in message or "only its beginning" in message
 
 
 def test_several_frames():
     frames = [noise(), Image.new("RGB", (13, 11), RED), Image.new("RGB", (13, 11), BLUE)]
     message = refusal(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
-    assert "a GIF of 3 frames" in message
+    assert "a GIF of several frames" in message
     assert "Expected a still picture" in message
-    assert "a WEBP of 3 frames" in refusal(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
+    assert "a WEBP of several frames" in refusal(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
     phone = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
     assert load_image(phone, "a").size == (13, 11)
 
@@ -168,3 +170,95 @@ def test_image_id_is_of_size_and_pixels():
     assert image_id(Image.new("RGB", (2, 3))) != image_id(Image.new("RGB", (3, 2)))
     with pytest.raises(ValueError, match="mode 'L'; expected RGB"):
         image_id(Image.new("L", (2, 3)))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n0 0 64 64 rectfill\nshowpage\n%%EOF\n"
+
+
+def test_an_eps_starts_no_program(tmp_path, monkeypatch):
+    """Pillow gives it to Ghostscript, whatever the ending of its name."""
+    started, program = tmp_path / "started", tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\necho ran >> {started}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "a.png").write_bytes(EPS)
+    opened = Image.open(BytesIO(EPS))
+    for source in (EPS, tmp_path / "a.png", {"bytes": EPS, "path": "a.png"}):
+        assert "no picture of a known format" in refusal(source)
+    assert "an EPS not yet decoded" in refusal(opened)
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("form", ["ICO", "TGA", "PCX", "JPEG2000", "PDF", "SGI", "DDS"])
+def test_formats_that_are_not_named_are_refused(form):
+    assert "Expected one of PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM" in refusal(encoded(noise(32, 32), form))
+
+
+@pytest.mark.parametrize("form", images.FORMATS)
+def test_formats_that_are_named_are_read(form):
+    assert load_image(encoded(noise(), form), "a").size == (13, 11)
+
+
+def test_what_is_no_plain_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.symlink("/dev/zero", tmp_path / "zero.png")
+    os.symlink("loop.png", tmp_path / "loop.png")
+    assert "a pipe, not a file" in refusal(tmp_path / "pipe.png")
+    assert "a device, not a file" in refusal(tmp_path / "zero.png")
+    assert "links that lead in a circle" in refusal(str(tmp_path / "loop.png"))
+    assert "a name too long for a file" in refusal(tmp_path / ("x" * 300))
+    assert "a name that no file can have" in refusal("a\0b")
+    assert "which is a int" in refusal({"bytes": None, "path": 5})
+
+
+def test_files_larger_than_the_limit_are_not_read(tmp_path, monkeypatch):
+    (tmp_path / "sparse.png").touch()
+    os.truncate(tmp_path / "sparse.png", 300 * 2**30)
+    assert "Expected at most 1,073,741,824 bytes" in refusal(tmp_path / "sparse.png")
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    assert "Expected at most 100 bytes" in refusal(encoded(noise()))
+
+
+def test_a_jpeg_of_very_many_passes_is_refused(monkeypatch):
+    content = encoded(noise(64, 64), "JPEG", progressive=True)
+    assert load_image(content, "a").size == (64, 64)
+    monkeypatch.setattr(images, "_MAX_JPEG_WORK", 64 * 64 * 3)
+    assert "a JPEG of 64 × 64 pixels (width × height) in" in refusal(content)
+
+
+def test_lab_is_refused_by_its_name():
+    assert "in the mode 'LAB'" in refusal(encoded(Image.new("LAB", (11, 13)), "TIFF"))
+
+
+def test_nothing_of_the_metadata_stays():
+    """Else an orientation would be applied once more, by whoever looks at the loaded picture."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "s3cret"
+    loaded = load_image(encoded(noise(), "JPEG", exif=exif, comment=b"hi", dpi=(72, 72)), "a")
+    assert loaded.size == (11, 13)
+    assert loaded.info == {}
+    assert not loaded.getexif()
+    source = noise()
+    source.info["dpi"] = (1, 1)
+    load_image(source, "a")
+    assert source.info == {"dpi": (1, 1)}
+
+
+def test_odd_metadata_harm_no_pixel():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "x" * 100
+    content = exif.tobytes()
+    assert load_image(encoded(noise(), "JPEG", exif=content), "a").size == (11, 13)
+    assert load_image(encoded(noise(), "JPEG", exif=content[:40]), "a").size == (11, 13)
+    exif[0x0112] = 99
+    assert load_image(encoded(noise(), "JPEG", exif=exif), "a").size == (13, 11)
+
+
+def test_embedded_pictures():
+    content = encoded(noise())
+    code = base64.b64encode(content).decode()
+    assert images.embedded(code) == images.embedded(f"data:image/png;base64,{code}") == content
+    assert images.embedded("train/0001.png") is None
+    assert images.embedded("A" * 400) is None  # base64, but of no picture
+    with pytest.raises(ValueError, match="which holds no base64"):
+        images.embedded("data:text/plain,hello")

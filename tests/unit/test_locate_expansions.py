@@ -6,6 +6,7 @@ sees the token ids and the conversation alone.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from lavender.errors import DataError
-from lavender.locate import BEYOND, UNKNOWN, UNSEEN, WordLocator
+from lavender.locate import BEYOND, CHANGED, UNKNOWN, UNSEEN, WordLocator
 from lavender.maps import Word
 from lavender.words import words_of
 from tokenizer_kinds import TOKENIZERS, tokenizer_of
@@ -347,6 +348,55 @@ def test_unknown_letters_have_no_tokens_that_are_text():
     found, dropped = rows_of(locator_of(tokenizer, expansion), messages, all_answers(messages), ids)
     assert [word.start for word, _ in found] == [0, 8]
     assert dropped == {UNKNOWN: 1}
+
+
+ODD = "a cafe\u0301 dog, a nai\u0308ve \ufb01sh, a do\u200bg"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("NFC", []),
+        ("NFD", []),
+        ("NFKC", []),
+        ("byte-level", []),
+        ("gemma", []),
+        ("no accents", ["cafe\u0301", "nai\u0308ve"]),
+        ("ASCII alone", ["cafe\u0301", "nai\u0308ve", "\ufb01sh"]),
+    ],
+)
+def test_words_that_a_tokenizer_changes_are_counted(kind, changed):
+    tokenizer, expansion = tokenizer_of(kind), EXPANSIONS["qwen"]
+    messages = [turn("user", None, "what?"), turn("assistant", ODD)]
+    ids, _ = encoded(tokenizer, written(messages, expansion)[0])
+    found, dropped = rows_of(locator_of(tokenizer, expansion), messages, all_answers(messages), ids)
+    words = words_of(ODD)
+    assert len(words) == 8
+    kept = [word for word, _ in found]
+    assert [word.text for word in words if word not in kept] == changed
+    assert dropped == ({CHANGED: len(changed)} if changed else {})
+    for word, rows in found:
+        said = unicodedata.normalize("NFKC", str(tokenizer.decode(ids[[row + 1 for row in rows]])))
+        assert unicodedata.normalize("NFKC", word.text).replace("\u200b", "") in said.replace("\u200b", "")
+
+
+def test_a_text_with_half_characters_has_no_rows(tokenizer):
+    """No tokenizer takes it, so that the sequence is of another text."""
+    messages = [turn("user", None), turn("assistant", "a \ud800 dog")]
+    expansion = EXPANSIONS["qwen"]
+    ids, _ = encoded(tokenizer, written(messages, expansion)[0].replace("\ud800", "?"))
+    found, dropped = rows_of(locator_of(tokenizer, expansion), messages, all_answers(messages), ids)
+    assert (found, dropped) == ([], {CHANGED: 2})
+
+
+def test_an_answer_of_private_characters(tokenizer):
+    """Templates are tried with such a character; it is one that no text has."""
+    answer = "\ue000\ue000\ue000\ue001 dog \ue000\ue001"
+    messages = [turn("user", None, "\ue002\ue000"), turn("assistant", answer)]
+    expansion = EXPANSIONS["qwen"]
+    ids, _ = encoded(tokenizer, written(messages, expansion)[0])
+    found, _ = rows_of(locator_of(tokenizer, expansion), messages, all_answers(messages), ids)
+    assert [word.text for word, _ in found] == ["dog"]
 
 
 def test_words_of_another_text_are_refused(tokenizer):

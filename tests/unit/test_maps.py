@@ -71,6 +71,12 @@ def test_a_word_must_stand_at_its_span():
         WordMaps("ab", TEXT, (Word("dog", 5, 8, "dog", "noun"),), torch.zeros(1, 5, 7))
 
 
+@pytest.mark.parametrize(("text", "start", "end"), [("", 3, 3), ("do", -3, -1), ("red dog", 2, 99)])
+def test_a_span_must_be_of_the_text(text, start, end):
+    with pytest.raises(ValueError, match="which is not in 'a red dog'"):
+        WordMaps("ab", TEXT, (Word(text, start, end, "dog", "noun"),), torch.zeros(1, 5, 7))
+
+
 def test_map_of_a_span_is_the_mean_of_its_words():
     maps = torch.stack([torch.full((5, 7), 0.25), torch.full((5, 7), 0.75)])
     word_maps = WordMaps("ab", TEXT, (RED, DOG), maps)

@@ -118,12 +118,18 @@ def test_a_repeated_word_has_a_map_for_each_occurrence(pipeline, some_scenes):
 
 def test_a_word_beyond_the_text_encoder_is_dropped_and_named(pipeline, some_scenes):
     """Without a space there is no place to cut: the beginning stands for a word that is too long, the next is lost."""
-    text = "xq" * 90 + "/dog and cat"
+    text = "xq" * 30 + "/dog and cat"
     maps = Teacher(pipeline, CONFIG)([job(some_scenes[0], text)])[0]
-    assert [word.text for word in maps.words] == ["xq" * 90, "and", "cat"]
+    assert [word.text for word in maps.words] == ["xq" * 30, "and", "cat"]
     assert [(one.what, one.reason) for one in maps.dropped] == [
         ("dog", "the teacher's text encoder has no token for it")
     ]
+
+
+def test_a_word_longer_than_any_is_dropped_and_named(pipeline, some_scenes):
+    maps = Teacher(pipeline, CONFIG)([job(some_scenes[0], f"a dog {'x' * 6000} cat")])[0]
+    assert [word.text for word in maps.words] == ["a", "dog", "cat"]
+    assert [(one.what, one.reason) for one in maps.dropped] == [("x" * 20 + "…", "a word of more than 64 characters")]
 
 
 def test_the_least_confident_words_are_dropped_by_name(pipeline, some_scenes):

@@ -83,11 +83,31 @@ def test_words_stand_where_they_stand_in_the_whole_text(tokenizer):
 
 
 def test_a_word_beyond_the_limit_is_lost_and_told(tokenizer):
-    text = "xq" * 90 + "-dog and cat"
+    text = "xq" * 30 + "-dog and cat"
     row, lost = window(tokenizer, text)
-    assert [word.text for word in row.words] == ["xq" * 90 + "-dog"]
+    assert [word.text for word in row.words] == ["xq" * 30 + "-dog"]
     assert [word.text for word in lost] == ["and", "cat"]
     assert max(row.tokens[0]) == LIMIT - 2
+
+
+@pytest.mark.parametrize(
+    "text", ["a \ud800 dog", "\udfffdog", "a cafe\u0301 dog", "\ufeffa d\u00adog\x00", "a \u0130 dog"]
+)
+def test_words_of_odd_texts_have_their_tokens(tokenizer, text):
+    assert windows(tokenizer, text, LIMIT) == [(0, len(text))]
+    row, lost = window(tokenizer, text)
+    assert [word.text for word in (*row.words, *lost)] == [word.text for word in words_of(text)]
+    assert not lost
+    row.text.encode()
+
+
+def test_a_text_that_tokens_of_pieces_overfill_is_still_filled(tokenizer):
+    """Signs side by side may be one token where each has its own by itself."""
+    text = "a dog.) " * 20
+    spans = windows(tokenizer, text, 19)
+    counts = [len(tokenizer(text[start:end])["input_ids"]) for start, end in spans]
+    assert max(counts) <= 19
+    assert all(len(tokenizer(text[start : end + 8])["input_ids"]) > 19 for start, end in spans[:-1])
 
 
 def test_indicator_by_hand():

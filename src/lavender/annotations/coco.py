@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from lavender.annotations.layout import (
     Found,
@@ -17,12 +17,16 @@ from lavender.annotations.layout import (
     caption_sample,
     checked_parts,
     first_folder,
+    is_name,
+    is_outside,
     read_json,
 )
 from lavender.annotations.names import COCO_SYNONYMS, CategoryNames, digest
 from lavender.annotations.regions import Region, mask_region
 from lavender.data import Sample, Samples
+from lavender.data_files import expanded, fault_of, half_character, printable, read_plain, shown
 from lavender.errors import DataError
+from lavender.images import MAX_BYTES, decoding, open_encoded
 from lavender.maps import Dropped, Word
 from lavender.words import words_of
 
@@ -70,7 +74,7 @@ class CocoPanoptic(Layout):
         parts_of_speech: Sequence[str] | None = None,
         synonyms: Mapping[str, Sequence[str]] = COCO_SYNONYMS,
     ):
-        self.path = _panoptic_file(Path(path))
+        self.path = _panoptic_file(expanded(path))
         self.label = self.path.stem
         content = read_json(self.path, ("images", "annotations", "categories"))
         split, folder = self.path.stem.removeprefix("panoptic_"), self.path.parent
@@ -83,17 +87,12 @@ class CocoPanoptic(Layout):
             beside if masks is None else [Path(masks)], "PNG masks", f"unpack {self.path.stem}.zip beside {self.path}"
         )
         beside_file = folder / f"captions_{split}.json"
-        self.captions = Path(captions) if captions is not None else beside_file if beside_file.is_file() else None
+        beside_file = beside_file if os.path.isfile(beside_file) else None
+        self.captions = beside_file if captions is None else expanded(captions)
         self._parts = checked_parts(("noun",) if parts_of_speech is None else parts_of_speech)
         self._synonyms = synonyms
-        try:
-            self._categories = {one["id"]: one["name"] for one in content["categories"]}
-            things = [(one["name"], bool(one.get("isthing", 1))) for one in content["categories"]]
-            entries = _entries(content)
-        except (KeyError, TypeError) as error:
-            got = f"{self.path} with an entry that lacks or mistakes {error}"
-            do = "check that it is COCO's panoptic format, not its instances or stuff"
-            raise DataError(got, "images, annotations with segments_info, and categories", do) from error
+        self._categories, things = _categories(content, self.path)
+        entries = _entries(content, self.path)
         self._names = CategoryNames(things, synonyms)
         self._entries: dict[str, _Entry] = {}
         for entry in entries:
@@ -111,34 +110,33 @@ class CocoPanoptic(Layout):
         if self.captions is None:
             got = f"no captions_*.json beside {self.path}"
             raise DataError(got, "texts on the pictures", "give COCO's captions file, or a data set of your own")
-        captions: dict[int, list[tuple[int, Any]]] = {}
-        for one in read_json(self.captions, ("annotations",))["annotations"]:
-            if not isinstance(one, dict) or not {"image_id", "id", "caption"} <= one.keys():
-                got = f"{self.captions} with the annotation {str(one)[:80]}"
-                raise DataError(got, "image_id, id and caption", "give a captions_*.json, not instances or keypoints")
-            captions.setdefault(one["image_id"], []).append((one["id"], one["caption"]))
+        captions = _captions(self.captions)
         samples: list[Sample] = []
         dropped: list[Dropped] = []
+        outside: list[Dropped] = []
         for entry in self._entries.values():
             picture, own = self.pictures / entry.picture, captions.pop(entry.image_id, [])
-            if not picture.is_file() or not own:
-                reason = f"no such file: {picture}" if own else f"no caption in {self.captions.name}"
-                dropped.append(Dropped(entry.picture, reason))
+            fault = fault_of(picture) if own else f"no caption in {self.captions.name}"
+            if fault:
+                dropped.append(Dropped(printable(entry.picture), fault))
                 continue
+            if is_outside(picture, self.pictures):
+                outside.append(Dropped(entry.picture, f"it lies outside the folder {self.pictures}"))
             for number, caption in own:
                 text = caption.strip() if isinstance(caption, str) else ""
-                name = f"{entry.picture} caption {number}"
-                if text:
-                    samples.append(caption_sample(name, picture, text))
+                name = f"{printable(entry.picture)} caption {number}"
+                fault = half_character(text) if text else f"empty caption: {shown(caption)}"
+                if fault:
+                    dropped.append(Dropped(name, fault))
                 else:
-                    dropped.append(Dropped(name, f"empty caption: {caption!r}"))
+                    samples.append(caption_sample(name, picture, text))
         for image_id, own in captions.items():
             reason = f"its picture {image_id} has no annotation in {self.path.name}"
             dropped += [Dropped(f"{self.captions.name} caption {number}", reason) for number, _ in own]
         if not samples:
             first = f"; the first, {dropped[0].what}: {dropped[0].reason}" if dropped else ""
             raise DataError(f"{self.path} with no usable picture and caption{first}", "at least one", "check the paths")
-        return Samples(tuple(samples), tuple(dropped))
+        return Samples(tuple(samples), tuple(dropped), outside=tuple(outside))
 
     def key(self, picture: Path) -> str:
         """The picture's file name; the names of the releases of 2014 and 2015 serve too."""
@@ -210,7 +208,7 @@ class _Panoptic(PictureAnnotations):
 
 def _panoptic_file(path: Path) -> Path:
     """The file itself, or the one panoptic_*.json of a folder or of its folder `annotations`."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     found = sorted([*path.glob("panoptic_*.json"), *(path / "annotations").glob("panoptic_*.json")])
     if len(found) != 1:
@@ -219,26 +217,75 @@ def _panoptic_file(path: Path) -> Path:
     return found[0]
 
 
-def _entries(content: Mapping[str, Any]) -> list[_Entry]:
-    pictures = {one["id"]: one["file_name"] for one in content["images"]}
-    return [
-        _Entry(
-            pictures[one["image_id"]], one["file_name"], one["image_id"],
-            tuple((segment["id"], segment["category_id"]) for segment in one["segments_info"]),
-        )
-        for one in content["annotations"]
-    ]  # fmt: skip
+def _captions(path: Path) -> dict[int, list[tuple[str, Any]]]:
+    """(number, caption) of each picture by its id."""
+    captions: dict[int, list[tuple[str, Any]]] = {}
+    for one in read_json(path, ("annotations",))["annotations"]:
+        if not isinstance(one, dict) or not {"image_id", "id", "caption"} <= one.keys() or not _is_id(one["image_id"]):
+            got = f"{path} with the annotation {shown(one)}"
+            raise DataError(got, "image_id, id and caption", "give a captions_*.json, not instances or keypoints")
+        captions.setdefault(one["image_id"], []).append((shown(one["id"]), one["caption"]))
+    return captions
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wrong(path: Path, entry: object) -> DataError:
+    got = f"{printable(path)} with the entry {shown(entry)}"
+    do = "check that it is COCO's panoptic format, not its instances or stuff"
+    return DataError(got, "images, annotations with segments_info, and categories", do)
+
+
+def _twice(path: Path, what: str) -> DataError:
+    return DataError(f"{printable(path)} with {what} twice", "each once", "remove one of them")
+
+
+def _categories(content: Mapping[str, Any], path: Path) -> tuple[dict[int, str], list[tuple[str, bool]]]:
+    """Names by id, and (name, whether it is a thing)."""
+    names: dict[int, str] = {}
+    things = []
+    for one in content["categories"]:
+        if not isinstance(one, dict) or not _is_id(one.get("id")) or not is_name(one.get("name")):
+            raise _wrong(path, one)
+        if one["id"] in names:
+            raise _twice(path, f"the category {one['id']}")
+        names[one["id"]] = one["name"]
+        things.append((one["name"], bool(one.get("isthing", 1))))
+    return names, things
+
+
+def _entries(content: Mapping[str, Any], path: Path) -> list[_Entry]:
+    pictures: dict[int, str] = {}
+    for one in content["images"]:
+        if not isinstance(one, dict) or not _is_id(one.get("id")) or not is_name(one.get("file_name")):
+            raise _wrong(path, one)
+        if pictures.setdefault(one["id"], one["file_name"]) != one["file_name"]:
+            raise _twice(path, f"the picture {one['id']}")
+    return [_entry(one, pictures, path) for one in content["annotations"]]
+
+
+def _entry(one: Any, pictures: Mapping[int, str], path: Path) -> _Entry:
+    if not isinstance(one, dict) or not _is_id(one.get("image_id")) or not is_name(one.get("file_name")):
+        raise _wrong(path, one)
+    found = one.get("segments_info")
+    if one["image_id"] not in pictures or not isinstance(found, list):
+        raise _wrong(path, one)
+    for segment in found:
+        if not isinstance(segment, dict) or not _is_id(segment.get("id")) or not _is_id(segment.get("category_id")):
+            raise _wrong(path, segment)
+    segments = tuple((segment["id"], segment["category_id"]) for segment in found)
+    return _Entry(pictures[one["image_id"]], one["file_name"], one["image_id"], segments)
 
 
 def _segment_ids(path: Path) -> np.ndarray:
     """int32 (height, width)."""
-    if not path.is_file():
-        raise DataError(f"no mask: {path} does not exist", "a PNG for each annotation", "unpack all of the masks")
-    try:
-        with Image.open(path) as image:
-            mode, colours = image.mode, np.asarray(image)
-    except Exception as error:  # on damaged bytes a decoder may raise anything
-        raise DataError(f"{path}, which cannot be decoded: {error}", "a whole PNG", "unpack it again") from error
+    if fault := fault_of(path):
+        raise DataError(f"no mask: {fault}", "a PNG for each annotation", "unpack all of the masks")
+    with decoding(printable(path)):
+        image = open_encoded(read_plain(path, MAX_BYTES), printable(path), ("PNG",))
+        mode, colours = image.mode, np.asarray(image)
     if mode != "RGB":
         got = f"{path} in the mode {mode!r}"
         raise DataError(got, "a panoptic PNG in RGB", "take the panoptic masks, not the semantic ones")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
@@ -22,13 +21,14 @@ from lavender.annotations.regions import Region, cell_shares, turn_upright
 from lavender.config import ExtractionConfig
 from lavender.data import Sample, Samples
 from lavender.errors import ConfigError, DataError
-from lavender.images import image_id
+from lavender.files import write_whole
+from lavender.images import image_id, stored_frame
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.store import MapStore, StoreWriter
-from lavender.summary import FLUSH_SECONDS, Summary
+from lavender.summary import FLUSH_SECONDS, History, Summary
+from lavender.words import too_long
 
 LAYOUTS = (CocoPanoptic.name, Flickr30kEntities.name)
-_ORIENTATION = 0x0112  # the EXIF tag
 _FLAT = 1e-6
 
 
@@ -95,11 +95,12 @@ def extract_annotations(
     began, summary = time.monotonic(), Summary(dropped=list(samples.dropped))
     summary.without_picture = sum(not sample.sources for sample in samples)
     grid = ExtractionConfig(grid=grid).grid  # its check
-    if strict and samples.dropped:
-        _refuse(samples.dropped[0])
+    if strict:
+        samples.check_strict()
     identity = {"teacher": "annotations", "layout": layout.name, "grid": list(grid), **layout.identity()}
     info = {"lavender-vlm": version("lavender-vlm"), "annotations": layout.label}
     with MapStore.writer(out, identity, info, grid) as writer:
+        history = History(out)
         work = _Work(layout, writer, summary, grid)
         flushed = time.monotonic()
         for sample in samples:
@@ -114,11 +115,12 @@ def extract_annotations(
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 writer.flush()
                 flushed = time.monotonic()
+        in_store = len(writer)
     summary.dropped += work.counted()
     if data_file is not None:
         _write_rows(Path(data_file), work.texts)
     summary.seconds = time.monotonic() - began
-    summary.write(Path(out) / "extraction.json")
+    history.add(summary, in_store)
     return summary
 
 
@@ -192,7 +194,7 @@ class _Picture:
     def maps(self, found: Found, text: str, grid: tuple[int, int]) -> WordMaps:
         words: list[Word] = []
         maps = []
-        dropped = list(found.dropped)
+        dropped = [*found.dropped, *too_long(text)]
         for word, region in found.words:
             heat = self._heat_of(region, grid)
             if heat.min() > 1 - _FLAT:
@@ -218,10 +220,7 @@ def _frame(path: Path, upright: tuple[int, int], annotated: tuple[int, int]) -> 
     Tools differ in whether they show a picture as it is stored or upright, and no file says which it was; its size
     does, unless both have the same.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged EXIF
-        with Image.open(path) as image:
-            orientation, stored = image.getexif().get(_ORIENTATION, 1), (image.height, image.width)
+    orientation, stored = stored_frame(path, str(path))
     is_turned = orientation in range(2, 9)
     if annotated == upright and (not is_turned or annotated != stored):
         return 1
@@ -236,20 +235,18 @@ def _frame(path: Path, upright: tuple[int, int], annotated: tuple[int, int]) -> 
 
 def _write_rows(path: Path, texts: dict[tuple[str, str], Path]) -> None:
     """A row for each text, with paths relative to the file; there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.parent.resolve()
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        for (_, text), picture in texts.items():
-            row = {"image": os.path.relpath(picture.absolute(), folder), "text": text}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = path.parent.resolve()
+        rows = [
+            {"image": os.path.relpath(picture.absolute(), folder), "text": text} for (_, text), picture in texts.items()
+        ]
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    except OSError as error:
+        got = f"{path}, which cannot be written: {error.strerror or error}; the maps are all written"
+        raise DataError(got, "space and the right to write", "free space or choose another path") from error
 
 
 def _refuse_setting(setting: str, value: object, layout: str) -> None:
     if value is not None:
         raise ConfigError(f"{setting}={value!r} with {layout}", "no such setting there", f"leave {setting} out")
-
-
-def _refuse(drop: Dropped) -> None:
-    raise DataError(f"{drop.what}: {drop.reason}", "every sample to be usable, as strict asks", "mend or remove it")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +18,13 @@ from lavender.annotations.layout import (
     caption_sample,
     checked_parts,
     first_folder,
+    is_name,
+    is_outside,
+    read_text,
 )
 from lavender.annotations.regions import PixelBox, Region, Size, box_region
 from lavender.data import Sample, Samples
+from lavender.data_files import expanded, fault_of, printable
 from lavender.errors import DataError
 from lavender.maps import Dropped, Word
 from lavender.words import content_words
@@ -26,6 +32,9 @@ from lavender.words import content_words
 _PHRASE = re.compile(r"\[/EN#(\d+)(?:/[^\s\]/]+)*\s+([^\[\]]*)\]")
 _NOT_VISUAL = "0"
 _MARK = "[/EN#"
+_MAX_SENTENCE = 10_000  # characters, and
+_MAX_BOXES = 1000  # of an entity: the published ones are far below
+_MAX_FILE = 2**22  # bytes of the files of one picture
 _PICTURE_FOLDERS = ("flickr30k-images", "flickr30k_images", "images", "Images")
 
 
@@ -49,8 +58,11 @@ def parse_sentence(line: str) -> Sentence:
     """A line such as "[/EN#283585/people A girl] sings ." as its plain text and phrases.
 
     Raises:
-        DataError: marks that do not close, or text that is empty.
+        DataError: marks that do not close, text that is empty, or more than 10,000 characters.
     """
+    if len(line) > _MAX_SENTENCE:
+        got = f"a sentence of {len(line):,} characters"
+        raise DataError(got, f"at most {_MAX_SENTENCE:,}", "take the file from the published archive")
     text, phrases, end = "", [], 0
     line = line.strip()
     for match in _PHRASE.finditer(line):
@@ -93,9 +105,9 @@ class Flickr30kEntities(Layout):
         split: str | None = None,
         parts_of_speech: Sequence[str] | None = None,
     ):
-        self.path = Path(path)
+        self.path = expanded(path)
         for folder in ("Sentences", "Annotations"):
-            if not (self.path / folder).is_dir():
+            if not os.path.isdir(self.path / folder):
                 got = f"{self.path} without the folder {folder}"
                 raise DataError(got, "Flickr30k Entities, unpacked", "unpack annotations.zip there, or check the path")
         near = [root / name for root in (self.path, self.path.absolute().parent) for name in _PICTURE_FOLDERS]
@@ -110,13 +122,13 @@ class Flickr30kEntities(Layout):
     def _listed(self, split: str | None) -> tuple[str, ...]:
         """The names of the pictures of a split, or of all."""
         if split is None:
-            names = [file.stem for file in (self.path / "Sentences").glob("*.txt")]
+            names = [name.removesuffix(".txt") for name in _listdir(self.path / "Sentences") if name.endswith(".txt")]
             return tuple(sorted(names, key=lambda name: (len(name), name)))  # numbers in their order
         file = self.path / f"{split}.txt"
-        if not file.is_file():
+        if not os.path.isfile(file):
             found = ", ".join(sorted(one.stem for one in self.path.glob("*.txt"))) or "none"
             raise DataError(f"no {file}", "a list of picture names, one a line", f"use a split that is there: {found}")
-        return tuple(dict.fromkeys(file.read_text(encoding="utf-8-sig").split()))
+        return tuple(dict.fromkeys(read_text(file).split()))
 
     def identity(self) -> dict[str, Any]:
         """See `Layout.identity`."""
@@ -126,11 +138,15 @@ class Flickr30kEntities(Layout):
         """The sentences of each picture, in the order of the pictures' numbers or of the split."""
         samples: list[Sample] = []
         dropped: list[Dropped] = []
+        outside: list[Dropped] = []
         for key in self._keys:
             picture = self.pictures / f"{key}.jpg"
-            if not picture.is_file():
-                dropped.append(Dropped(key, f"no such file: {picture}"))
+            fault = fault_of(picture) if is_name(key) else "no name of a picture"
+            if fault:
+                dropped.append(Dropped(printable(key), fault))
                 continue
+            if is_outside(picture, self.pictures):
+                outside.append(Dropped(key, f"it lies outside the folder {self.pictures}"))
             try:
                 lines = self._lines(key)
             except DataError as error:
@@ -144,7 +160,7 @@ class Flickr30kEntities(Layout):
         if not samples:
             first = f"; the first, {dropped[0].what}: {dropped[0].reason}" if dropped else ""
             raise DataError(f"{self.path} with no usable sentence{first}", "at least one", "check the paths")
-        return Samples(tuple(samples), tuple(dropped))
+        return Samples(tuple(samples), tuple(dropped), outside=tuple(outside))
 
     def key(self, picture: Path) -> str:
         """The picture's file name without its ending."""
@@ -164,15 +180,17 @@ class Flickr30kEntities(Layout):
         return _Entities(key, sentences, _boxes(self.path / "Annotations" / f"{key}.xml"), self._parts, faults)
 
     def _lines(self, key: str) -> list[tuple[int, str]]:
-        """Numbered from 1, without empty ones."""
-        file = self.path / "Sentences" / f"{key}.txt"
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{file}, which cannot be read: {error}", "sentences in UTF-8", "unpack it again"
-            ) from error
+        """Numbered from 1, without empty ones. Only a line feed ends a line: a sentence may hold other separators."""
+        lines = read_text(self.path / "Sentences" / f"{key}.txt", _MAX_FILE).split("\n")
         return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _listdir(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        got = f"{printable(folder)}, which cannot be read: {error.strerror}"
+        raise DataError(got, "a folder that you may read", "change its permissions") from error
 
 
 class _Marked(NamedTuple):
@@ -254,10 +272,13 @@ def _is_inside(box: PixelBox, size: Size) -> bool:
 
 def _boxes(path: Path) -> _Marked:
     """Read an XML file. VOC counts pixels from 1 and the last one in: xmin 1, xmax 2 is two pixels wide."""
-    if not path.is_file():
-        raise DataError(f"no {path}", "an XML file for each picture", "unpack all of the annotations")
+    if fault := fault_of(path):
+        raise DataError(f"no {path.name}: {fault}", "an XML file for each picture", "unpack all of the annotations")
+    text = read_text(path, _MAX_FILE)
     try:
-        root = ElementTree.parse(path).getroot()
+        if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities may grow without end, or name other files
+            raise ValueError("it has a document type, which may define entities")
+        root = ElementTree.fromstring(text)
         boxes: dict[str, list[PixelBox]] = {}
         boxless: dict[str, str] = {}
         for thing in root.iter("object"):
@@ -271,12 +292,14 @@ def _boxes(path: Path) -> _Marked:
                     boxless[entity] = "its phrase is the scene as a whole"
                 else:
                     boxless[entity] = "its phrase has no box"
+        if any(len(own) > _MAX_BOXES for own in boxes.values()):
+            raise ValueError(f"more than {_MAX_BOXES:,} boxes of one entity")
         size = root.find("size")
         if size is None:
             raise ValueError("no <size>")
         return _Marked((int(_number(size, "height")), int(_number(size, "width"))), boxes, boxless)
     except (ElementTree.ParseError, ValueError) as error:
-        got = f"{path}, which cannot be read: {error}"
+        got = f"{path}, which cannot be read: {printable(error)}"
         raise DataError(got, "the XML of Flickr30k Entities", "unpack it again") from error
 
 
@@ -284,4 +307,6 @@ def _number(parent: ElementTree.Element, tag: str) -> float:
     value = parent.findtext(tag)
     if value is None:
         raise ValueError(f"<{parent.tag}> has no <{tag}>")
-    return float(value)
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"<{tag}> of {number}")
+    return number

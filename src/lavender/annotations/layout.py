@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any
 from lavender.annotations.regions import Region, Size
 from lavender.config import ExtractionConfig, from_mapping
 from lavender.data import Sample, Samples
+from lavender.data_files import JsonError, expanded, half_character, parse_json, printable, read_plain
 from lavender.errors import DataError
 from lavender.maps import Dropped, Word
 
@@ -80,25 +81,49 @@ def checked_parts(parts_of_speech: Sequence[str]) -> tuple[str, ...]:
     return from_mapping(ExtractionConfig, {"parts_of_speech": parts_of_speech}, "parts of speech").parts_of_speech
 
 
+MAX_BYTES = 2**33
+"""The most bytes of a file of annotations, which is held in memory whole."""
+
+
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """A file in UTF-8, with or without a byte order mark. Raises DataError."""
+    try:
+        return read_plain(path, max_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        got = f"{printable(path)}, which is not UTF-8 at byte {error.start}"
+        raise DataError(got, "a text in UTF-8", "unpack it again, or save it as UTF-8") from error
+
+
 def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """A JSON object with these lists. Raises DataError."""
-    if not path.is_file():
-        raise DataError(f"{path}, which does not exist", "a JSON file", "check the path")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(f"{path}, which cannot be read: {error}", "a valid JSON file", "replace it") from error
+        content = parse_json(read_text(path))
+    except JsonError as error:
+        got = f"{printable(path)}, which cannot be read: {error}"
+        raise DataError(got, "a valid JSON file", "replace it") from error
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            found = sorted(content) if isinstance(content, dict) else f"a JSON {type(content).__name__}"
+            found = printable(sorted(content)) if isinstance(content, dict) else f"a JSON {type(content).__name__}"
             raise DataError(f"{path} without a list {key!r}: {found}", f"the lists {', '.join(keys)}", "check the file")
     return content
 
 
+def is_name(name: object) -> bool:
+    """Whether this names a file inside a folder, or of a folder in it, and can be written in a message."""
+    if not isinstance(name, str) or not name or half_character(name) or "\0" in name:
+        return False
+    return not os.path.isabs(name) and ".." not in Path(name).parts
+
+
+def is_outside(path: Path, folder: Path) -> bool:
+    """Whether links lead from a path to somewhere outside a folder."""
+    return not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
+
+
 def first_folder(candidates: Sequence[Path], what: str, do: str) -> Path:
     """The first of these folders that exists. Raises DataError that names them all."""
-    for folder in candidates:
-        if folder.is_dir():
+    for folder in map(expanded, candidates):
+        if os.path.isdir(folder):
             return folder
-    tried = ", ".join(str(folder) for folder in candidates)
+    tried = ", ".join(printable(folder) for folder in candidates)
     raise DataError(f"no folder of {what}: none of {tried} exists", f"a folder of {what}", do)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 from lavender.maps import Word
+from lavender.normalisation import plain
 
 COCO_SYNONYMS: Mapping[str, Sequence[str]] = {
     "person": (
@@ -95,9 +96,9 @@ class CategoryNames:
         best, tokens = (start, ()), []
         for end in range(start + 1, len(words) + 1):
             word = words[end - 1]
-            if end - start > 1 and not re.fullmatch(r"[\s\-]+", text[words[end - 2].end : word.start]):
+            if end - start > 1 and not re.fullmatch(r"[\s\-]+", plain(text[words[end - 2].end : word.start]).text):
                 break  # a comma stands between them
-            parts = word.text.lower().split("-")
+            parts = plain(word.text).text.lower().removesuffix("'s").split("-")
             tokens += parts
             if len(tokens) > self._longest:
                 break

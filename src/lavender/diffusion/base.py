@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from torch import Tensor, nn
 
-from lavender.errors import ConfigError, UnsupportedModelError
+from lavender.errors import ConfigError, ModelError, UnsupportedModelError
 
 Condition = dict[str, Tensor]
 """What the backbone gets of a text, by name; the first axis of each tensor is the row of the batch."""
@@ -63,6 +63,35 @@ class TeacherFamily(ABC):
                 "a fast tokenizer, which knows where in the text a token stands",
                 "convert it: CLIPTokenizerFast.from_pretrained(folder) and save it beside the pipeline",
             )
+
+    def check_parts(self) -> None:
+        """See that the parts fit each other, as those of one pipeline do.
+
+        Raises:
+            ModelError: a length of texts that the text encoder has not, latents or text states of another width.
+        """
+        places = self.pipeline.text_encoder.config.max_position_embeddings
+        latents, wanted = self.pipeline.vae.config.latent_channels, self.in_channels
+        if not 2 < self.max_tokens <= places:
+            wrong = f"the tokenizer's model_max_length {self.max_tokens} beside a text encoder of {places} tokens"
+        elif latents != wanted:
+            wrong = f"latents of {latents} channels beside a backbone that takes {wanted}"
+        elif (width := self.encode_texts([""])["states"].shape[-1]) != self.text_width:
+            wrong = f"text states of width {width} beside a backbone that takes {self.text_width}"
+        else:
+            return
+        raise ModelError(f"{wrong}, in {self.pipeline.name_or_path}", "parts that fit", "get all parts of one pipeline")
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the latents that the backbone takes."""
+        config: Any = self.backbone.config
+        return config.in_channels
+
+    @property
+    @abstractmethod
+    def text_width(self) -> int:
+        """Width of the text's states that the backbone takes."""
 
     @property
     @abstractmethod

@@ -18,6 +18,10 @@ class StableDiffusion3(TeacherFamily):
     optional_parts: ClassVar[Mapping[str, Any]] = {"text_encoder_3": None, "tokenizer_3": None}
 
     @property
+    def text_width(self) -> int:
+        return self.pipeline.transformer.config.joint_attention_dim
+
+    @property
     def backbone(self) -> nn.Module:
         return self.pipeline.transformer
 

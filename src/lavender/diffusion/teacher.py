@@ -6,6 +6,7 @@ The maps' frame is always the whole picture; `ExtractionConfig.geometry` says ho
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -24,10 +25,12 @@ from lavender.diffusion.base import Condition, Layer, LayerWeights
 from lavender.diffusion.capture import WordCapture, capture_words
 from lavender.diffusion.frames import Box, Frame, frame
 from lavender.diffusion.modes import Batch, read_maps
-from lavender.diffusion.registry import family_of, load_family
+from lavender.diffusion.registry import family_of, load_family, load_tiny_vae
 from lavender.diffusion.windows import Window, indicator, window_of, windows
 from lavender.errors import CaptureError, ConfigError
 from lavender.maps import Dropped, Word, WordMaps, to_heat
+from lavender.model_files import loading
+from lavender.words import too_long
 
 CACHED = 256  # latents and text states that are kept for the next captions of a picture, and for repeated texts
 V = TypeVar("V")
@@ -87,10 +90,17 @@ class Teacher:
 
         Args:
             channels_last: lay convolutions out for tensor cores; changes a map in the last digits.
+
+        Raises:
+            ModelError: a part is missing, damaged, not finite, or of another pipeline.
+            UnsupportedModelError: no known family.
         """
-        family = load_family(str(path), dtype=dtype)
-        if config.tiny_vae is not None:
-            family.pipeline.vae = AutoencoderTiny.from_pretrained(config.tiny_vae, use_safetensors=True, dtype=dtype)
+        with loading("teacher", path, consent=None):
+            family = load_family(str(path), dtype=dtype)
+            if config.tiny_vae is not None:
+                with loading("tiny_vae", config.tiny_vae, consent=None):
+                    family.pipeline.vae = load_tiny_vae(config.tiny_vae, dtype=dtype)
+            family.check_parts()
         family.pipeline.to(device)
         if dtype == torch.float16 and family.pipeline.vae.config.get("force_upcast"):
             family.pipeline.vae.to(torch.float32)  # as its config asks: it overflows in float16
@@ -140,10 +150,12 @@ class Teacher:
         rows, lost = [], []
         for index, job in enumerate(jobs):
             lost.append([])
+            words = sorted(job.words, key=lambda word: word.start)
+            starts = [word.start for word in words]
             for start, end in self.windows(job.text):
-                words = [word for word in job.words if start <= word.start < end]
+                own = words[bisect_left(starts, start) : bisect_left(starts, end)]
                 row, without = window_of(
-                    self.family.pipeline.tokenizer, index, job.text[start:end], start, words, self.config.carrier,
+                    self.family.pipeline.tokenizer, index, job.text[start:end], start, own, self.config.carrier,
                     self.family.max_tokens,
                 )  # fmt: skip
                 rows.append(row)
@@ -152,6 +164,7 @@ class Teacher:
 
     def _result(self, job: Job, found: list[tuple[Word, Tensor, float]], lost: list[Word]) -> WordMaps:
         dropped = [Dropped(word.text, "the teacher's text encoder has no token for it") for word in lost]
+        dropped += too_long(job.text)
         found = sorted(found, key=lambda one: one[0].start)
         if self.config.word_share < 1 and found:
             kept = max(1, round(self.config.word_share * len(found)))

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from lavender.diffusion.base import Condition, Layer, TeacherFamily
-from lavender.errors import CaptureError
+from lavender.errors import CaptureError, ModelError
 
 _BLOCK = re.compile(r"(down_blocks|mid_block|up_blocks)\.?(\d*)")
 
@@ -30,6 +30,20 @@ class StableDiffusion(TeacherFamily):
         self._scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False
         )
+
+    def check_parts(self) -> None:
+        super().check_parts()
+        steps = self.alphas_cumprod
+        if len(steps) != 1000 or not ((steps > 0) & (steps <= 1)).all():  # of NaN neither holds
+            raise ModelError(
+                f"a noise schedule of {len(steps)} steps, ᾱ from {steps.max():.3g} to {steps.min():.3g}, in "
+                f"{self.pipeline.name_or_path}",
+                "1000 steps between 1 and 0", "get scheduler_config.json once more",
+            )  # fmt: skip
+
+    @property
+    def text_width(self) -> int:
+        return self.pipeline.unet.config.cross_attention_dim
 
     @property
     def backbone(self) -> nn.Module:

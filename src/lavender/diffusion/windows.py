@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lavender.config import Carrier
 from lavender.maps import Word
+from lavender.normalisation import encodable
 from lavender.words import token_span
 
 _SENTENCE = re.compile(r"[^.!?;\n]*[.!?;\n]+\s*|[^.!?;\n]+$")
+_WITH_SPACE = re.compile(r"\s*\S+\s*")
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> list[tuple[int, int]]:
@@ -23,27 +25,31 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> l
     Args:
         max_tokens: of the encoder, its two special tokens included.
     """
-
-    def count(part: str) -> int:
-        return len(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
-
-    limit = max_tokens - 2
+    text, limit = encodable(text), max_tokens - 2
+    sentences = [sentence.span() for sentence in _SENTENCE.finditer(text)]
     pieces: list[tuple[int, int]] = []
-    for sentence in _SENTENCE.finditer(text):
-        if count(sentence.group()) <= limit:
-            pieces.append(sentence.span())
-        else:
-            pieces += [
-                (sentence.start() + one.start(), sentence.start() + one.end())
-                for one in re.finditer(r"\s*\S+\s*", sentence.group())
-            ]
+    for (start, end), tokens in zip(sentences, _counts(tokenizer, text, sentences), strict=True):
+        fits = tokens <= limit
+        pieces += [(start, end)] if fits else [one.span() for one in _WITH_SPACE.finditer(text, start, end)]
     spans: list[tuple[int, int]] = []
-    for start, end in pieces:
-        if spans and count(text[spans[-1][0] : end]) <= limit:
+    filled = 0  # tokens of the last span, or a few more: a cut never makes tokens fewer
+    for (start, end), tokens in zip(pieces, _counts(tokenizer, text, pieces), strict=True):
+        filled += tokens
+        if spans and filled > limit:
+            filled = next(_counts(tokenizer, text, [(spans[-1][0], end)]))
+        if spans and filled <= limit:
             spans[-1] = (spans[-1][0], end)
         else:
             spans.append((start, end))
+            filled = tokens
     return spans
+
+
+def _counts(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]) -> Iterator[int]:
+    """How many tokens each part of a text has by itself."""
+    for first in range(0, len(spans), 1024):
+        parts = [text[start:end] for start, end in spans[first : first + 1024]]
+        yield from map(len, tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +58,7 @@ class Window:
 
     Attributes:
         job: the job's index.
-        text: the window's own characters.
+        text: the window's own characters, as the text encoder takes them.
         words: its words.
         tokens: the positions of the tokens that carry each word.
         content: the positions of all of the text's tokens, special ones left out.
@@ -75,6 +81,7 @@ def window_of(
         text: the window's characters, which begin at `start` of the job's text.
         words: the words that begin in the window.
     """
+    text = encodable(text)
     encoded = tokenizer(text, truncation=True, max_length=max_tokens, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"]
     content = tuple(index for index, (first, last) in enumerate(offsets) if last > first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import lru_cache
@@ -13,6 +14,7 @@ from PIL import Image
 
 from lavender.attention import evaluating
 from lavender.errors import DataError
+from lavender.images import load_image
 
 _GAP = re.compile(r"[\s\-]+")
 
@@ -24,13 +26,13 @@ def names_said(text: str, names: Iterable[str]) -> set[str]:
     where it cannot be another name: "dogs" says "dog", but "grapes" never "grape" if both are names.
     """
     pattern, name_of = _spellings(tuple(names))
-    return {name_of[_GAP.sub(" ", found.lower())] for found in pattern.findall(text)}
+    return {name_of[_GAP.sub(" ", found.lower())] for found in pattern.findall(_composed(text))}
 
 
 @lru_cache(maxsize=64)
 def _spellings(names: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
     """A pattern of every way to write the names, and the name each way means."""
-    name_of = {_GAP.sub(" ", name.lower()): name for name in names}
+    name_of = {_GAP.sub(" ", _composed(name).lower()): name for name in names}
     plurals = {f"{spelling}s": name for spelling, name in name_of.items() if not spelling.endswith("s")}
     name_of = plurals | name_of  # a name itself wins over the plural of another
     longest_first = sorted(name_of, key=len, reverse=True)
@@ -90,11 +92,10 @@ def generate_answers(
     answers: list[str] = []
     with torch.inference_mode(), evaluating(model), _padding_left(processor.tokenizer):
         for start in range(0, len(images), batch_size):
+            pictures = [load_image(one, "a picture to ask about") for one in images[start : start + batch_size]]
             conversations = [
                 [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
-                for image, prompt in zip(
-                    images[start : start + batch_size], prompts[start : start + batch_size], strict=True
-                )
+                for image, prompt in zip(pictures, prompts[start : start + batch_size], strict=True)
             ]
             answers += _answer(model, processor, conversations, max_new_tokens)
             if progress:
@@ -132,7 +133,12 @@ def _padding_left(tokenizer: Any) -> Iterator[None]:
 
 
 def _plain(text: str) -> str:
-    return text.strip().removesuffix(".").rstrip().casefold()
+    return _composed(text).strip().removesuffix(".").rstrip().casefold()
+
+
+def _composed(text: str) -> str:
+    """A text with its accents in its letters: the same word may be written either way."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _require_pairs(ours: Sized, theirs: Sized) -> None:

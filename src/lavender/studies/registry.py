@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -56,7 +57,9 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
     Studies in one `out` share their runs: an arm that two of them have is trained once.
     """
     if name not in STUDIES:
-        raise ConfigError(f"the study {name!r}", f"one of {', '.join(STUDIES)}", "name one of them")
+        near = difflib.get_close_matches(name, STUDIES, n=1)
+        hint = f"write {near[0]!r} instead" if near else "name one of them"
+        raise ConfigError(f"the study {name!r}", f"one of {', '.join(STUDIES)}", hint)
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}", "at least 1", "leave it out to use every core")
     began, study = time.monotonic(), STUDIES[name]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from lavender.config import LayerChoice
 from lavender.errors import ConfigError, DataError
 from lavender.grids import KeyLayout
+from lavender.weights import load_weights
 
 PARTS = ("vision_tower", "connector", "language_model")
 """What can be frozen: what sees, what lies between, and what reads and writes."""
@@ -110,8 +111,13 @@ class VlmAdapter(ABC):
         return published
 
     def load(self, auto: Any, path: str, **settings: Any) -> Any:
-        """The model, by the Auto class that fits it; `settings` are those of `from_pretrained`."""
-        return auto.from_pretrained(path, **settings)
+        """The model, by the Auto class that fits it; `settings` are those of `from_pretrained`.
+
+        Raises:
+            ModelError: see `lavender.weights.load_weights`.
+        """
+        trust = settings.get("trust_remote_code") is True
+        return load_weights(auto, path, lambda: auto.from_config(self.config, trust_remote_code=trust), **settings)
 
     def num_heads(self) -> int:
         """How many heads a usable layer's attention has."""
@@ -184,6 +190,22 @@ class VlmAdapter(ABC):
                 f"layers={wanted}, of which {wrong} do not see the picture", f"some of {usable}", "drop them"
             )
         return wanted
+
+
+def check_pixels(inputs: Mapping[str, Tensor], side: int) -> None:
+    """See that the pictures of a batch are squares of `side` pixels, the only ones that the model's tower takes.
+
+    Raises:
+        ConfigError: the image processor makes others.
+    """
+    pixels = inputs.get("pixel_values")
+    if pixels is not None and tuple(pixels.shape[-2:]) != (side, side):
+        height, width = pixels.shape[-2:]
+        raise ConfigError(
+            f"an image processor that makes pictures {height} px high and {width} px wide",
+            f"{side} × {side} px, as the model's tower takes them",
+            "load the model's own processor, or set its sizes (image_processor in a run)",
+        )  # fmt: skip
 
 
 def padded_keys(places: Tensor) -> Tensor:

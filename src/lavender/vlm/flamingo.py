@@ -21,7 +21,7 @@ from transformers import (
 
 from lavender.errors import DataError, UnsupportedModelError
 from lavender.grids import KeyLayout, grid_boxes
-from lavender.vlm.base import VlmAdapter
+from lavender.vlm.base import VlmAdapter, check_pixels
 from lavender.vlm.latents import latent_layout, over_patches
 from lavender.vlm.llava import seen_frame
 from lavender.vlm.open_flamingo import (
@@ -135,7 +135,8 @@ class FlamingoAdapter(VlmAdapter):
                 f"{found} pictures in the inputs", f"{numbers}", "pass the pictures the inputs were made of"
             )
         most, side = inputs["pixel_values"].shape[1], self._side()
-        covered = side * self.config.vision_config.patch_size
+        check_pixels(inputs, self.config.vision_config.image_size)
+        covered = (side * self.config.vision_config.patch_size,) * 2
         boxes = torch.zeros(len(numbers) * most, side * side, 4)
         views: list[list[tuple[int, int]]] = []
         for sample, sizes in enumerate(image_sizes):

@@ -13,7 +13,7 @@ from transformers import Gemma3ImageProcessorPil, PreTrainedModel, ProcessorMixi
 
 from lavender.errors import ConfigError, DataError
 from lavender.grids import KeyLayout, grid_boxes, key_layout
-from lavender.vlm.base import VlmAdapter, padded_keys
+from lavender.vlm.base import VlmAdapter, check_pixels, padded_keys
 
 Box = tuple[float, float, float, float]
 
@@ -60,6 +60,7 @@ class Gemma3Adapter(VlmAdapter):
     def image_boxes(
         self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
     ) -> KeyLayout:
+        check_pixels(inputs, self.config.vision_config.image_size)
         found, whole = self._num_views(inputs), (0.0, 0.0, 1.0, 1.0)
         settings = pan_and_scan_settings(processor)
         boxes = []

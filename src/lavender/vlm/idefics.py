@@ -22,7 +22,7 @@ from transformers.models.idefics.processing_idefics import (
 
 from lavender.errors import ConfigError, DataError
 from lavender.grids import EMPTY_BOX, KeyLayout, grid_boxes
-from lavender.vlm.base import Removable, VlmAdapter
+from lavender.vlm.base import Removable, VlmAdapter, check_pixels
 from lavender.vlm.latents import latent_layout, over_patches
 
 IDEFICS_TEMPLATE = (
@@ -155,6 +155,7 @@ class IdeficsAdapter(VlmAdapter):
                 "use lavender.vlm.idefics.IdeficsChatProcessor(processor.image_processor, processor.tokenizer)",
             )  # fmt: skip
         most, side = inputs["pixel_values"].shape[1], self._side()
+        check_pixels(inputs, self.config.vision_config.image_size)
         numbers = [len(own) for own in image_sizes]
         found = inputs["image_attention_mask"].bool().any(dim=1).sum(dim=1).tolist()
         if found != numbers:

@@ -10,7 +10,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
 from lavender.grids import KeyLayout, grid_boxes, key_layout
-from lavender.vlm.base import VlmAdapter, padded_keys
+from lavender.vlm.base import VlmAdapter, check_pixels, padded_keys
+
+STRATEGIES = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+"""Whether a tower's first state is a class token, which the model must leave out: "default" does, "full" does not."""
+FIXED_TOWERS = tuple(STRATEGIES)
+"""Towers that take pictures of the config's size alone; others interpolate their patches' places."""
 
 
 class LlavaAdapter(VlmAdapter):
@@ -31,44 +36,58 @@ class LlavaAdapter(VlmAdapter):
     def describe_keys(self) -> str:
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
+        if vision.model_type not in FIXED_TOWERS:
+            return (
+                f"patches of {vision.patch_size} px of what the processor makes of the picture, {side} × {side} if "
+                f"that is {vision.image_size} px as in the config, among the text's tokens"
+            )
         return f"one square of {vision.image_size} px, {side} × {side} patches among the text's tokens"
 
     def image_token_id(self) -> int:
         return self.config.image_token_index
 
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        vision = self.config.vision_config
-        expected = (vision.image_size // vision.patch_size) ** 2
+        (rows, cols), tower = self._grid(inputs), self.config.vision_config.model_type
         places = inputs["input_ids"] == self.config.image_token_index
         counts = places.sum(dim=1).tolist()
-        wrong = [count for count in counts if count % expected]
-        if self.config.vision_feature_select_strategy != "default":
+        wrong = [count for count in counts if count % (rows * cols)]
+        strategy, needed = self.config.vision_feature_select_strategy, STRATEGIES.get(tower, "default")
+        if strategy != needed:
+            what = "leaves the class token out" if needed == "default" else "leaves nothing out: it has no class token"
             raise UnsupportedModelError(
-                f"vision_feature_select_strategy={self.config.vision_feature_select_strategy!r}",
-                "'default', which leaves the class token out", "load a model with that strategy",
+                f"vision_feature_select_strategy={strategy!r} with a {tower}", f"{needed!r}, which {what}",
+                "load a model with that strategy",
             )  # fmt: skip
         if wrong:
             raise DataError(
                 f"{wrong[0]} picture tokens in a sample",
-                f"{expected} for each picture, which are {vision.image_size} px wide",
-                "raise max_length (or set it to None) if it cuts pictures",
+                f"{rows * cols} for each picture, of {rows} × {cols} patches",
+                "raise max_length (or set it to None) if it cuts pictures; else load the model's own processor",
             )
         return padded_keys(places)
 
     def image_boxes(
         self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
     ) -> KeyLayout:
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
+        (rows, cols), patch = self._grid(inputs), self.config.vision_config.patch_size
 
         def boxes(size: tuple[int, int]) -> Tensor:
-            return grid_boxes(side, side, seen_frame(size, processor.image_processor, side * vision.patch_size))
+            return grid_boxes(rows, cols, seen_frame(size, processor.image_processor, (rows * patch, cols * patch)))
 
         return key_layout([[boxes(size) for size in own] for own in image_sizes])
 
+    def _grid(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
+        """(rows, cols) of each picture's patches: of the pixels that the processor made, which a tower may take so."""
+        vision = self.config.vision_config
+        if vision.model_type in FIXED_TOWERS:
+            check_pixels(inputs, vision.image_size)
+        pixels = inputs.get("pixel_values")
+        height, width = (vision.image_size, vision.image_size) if pixels is None else pixels.shape[-2:]
+        return height // vision.patch_size, width // vision.patch_size
 
-def seen_frame(image_size: tuple[int, int], images: Any, covered: int) -> tuple[float, float, float, float]:
-    """Where in the picture the first `covered` pixels of the model's input lie, as shares: (top, left, bottom, right).
+
+def seen_frame(image_size: tuple[int, int], images: Any, covered: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Where in the picture the first `covered` rows and columns of the model's pixels lie: (top, left, bottom, right).
 
     Follows the image processor's steps (pad to a square, resize, centre crop). An axis of the picture
     begins at `origin` pixels of the canvas and is `extent` pixels long; a share is (pixel − origin) / extent.
@@ -93,7 +112,7 @@ def seen_frame(image_size: tuple[int, int], images: Any, covered: int) -> tuple[
         crop = (images.crop_size["height"], images.crop_size["width"])
         origin = [value - (old - new) // 2 for value, old, new in zip(origin, canvas, crop, strict=True)]
     top, left = (-value / size for value, size in zip(origin, extent, strict=True))
-    bottom, right = ((covered - value) / size for value, size in zip(origin, extent, strict=True))
+    bottom, right = ((last - value) / size for last, value, size in zip(covered, origin, extent, strict=True))
     return top, left, bottom, right
 
 

@@ -18,9 +18,7 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
 from lavender.grids import KeyLayout, grid_boxes, key_layout
 from lavender.vlm.base import VlmAdapter, padded_keys
-
-# whether a tower's first state is a class token, which the model must leave out: "default" does, "full" does not
-STRATEGIES = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+from lavender.vlm.llava import STRATEGIES
 
 
 class Picture(NamedTuple):

@@ -17,11 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from lavender.errors import ConfigError, DataError
+from lavender.errors import ConfigError, DataError, UnsupportedModelError
 from lavender.grids import KeyLayout, grid_boxes
 from lavender.vlm.base import Removable, VlmAdapter
 from lavender.vlm.latents import latent_layout
 
+VERSION = "2.5"
 PLACEHOLDER = "(<image>./</image>)"
 IMAGE_TOKEN, IMAGE_TOKEN_ID = "<unk>", 128002  # of the published tokenizer
 MINICPM_V_TEMPLATE = (
@@ -138,6 +139,16 @@ class MiniCpmVAdapter(VlmAdapter):
         "language_model": ("llm",),
     }
 
+    def __init__(self, config: Any):
+        version = getattr(config, "version", None)
+        if str(version) != VERSION:
+            name = "MiniCPM-V 2 or older, which names no version" if version is None else f"MiniCPM-V {version}"
+            raise UnsupportedModelError(
+                f"{name}: its model type is MiniCPM-Llama3-V-2.5's, {self.model_type!r}, and its parts are others",
+                f"version: {VERSION} in its config", "use MiniCPM-Llama3-V-2.5, or another family",
+            )  # fmt: skip
+        super().__init__(config)
+
     def processor(self, published: Any) -> MiniCpmVChatProcessor:
         if isinstance(published, MiniCpmVChatProcessor):
             return published
@@ -150,10 +161,10 @@ class MiniCpmVAdapter(VlmAdapter):
 
         And 5 leaves buffers that no checkpoint holds as they come from memory: the patches' places are set again.
         """
-        assert settings["trust_remote_code"], "without it AutoConfig has refused this model"
+        assert settings["trust_remote_code"] is True, "without it AutoConfig has refused this model"
         own: Any = get_class_from_dynamic_module(self.config.auto_map[auto.__name__], path)
         own.all_tied_weights_keys = {}
-        model = auto.from_pretrained(path, **settings)
+        model = super().load(auto, path, **settings)
         places = model.resampler.pos_embed
         model.resampler._set_2d_pos_cache(model.resampler.max_size, places.device)
         model.resampler.pos_embed = model.resampler.pos_embed.to(places)

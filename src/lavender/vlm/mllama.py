@@ -13,7 +13,7 @@ from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from lavender.errors import DataError
 from lavender.grids import KeyLayout, grid_boxes, key_layout
-from lavender.vlm.base import VlmAdapter
+from lavender.vlm.base import VlmAdapter, check_pixels
 
 
 class MllamaAdapter(VlmAdapter):
@@ -56,6 +56,7 @@ class MllamaAdapter(VlmAdapter):
         self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
     ) -> KeyLayout:
         vision = self.config.vision_config
+        check_pixels(inputs, vision.image_size)
         ratios = inputs.get("aspect_ratio_ids", torch.zeros(len(image_sizes), 0, dtype=torch.long))
         found, given = (ratios > 0).sum(dim=1).tolist(), [len(own) for own in image_sizes]  # 0 where there is none
         if found != given:
