@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from lavender.alignment_mixin import AlignmentMixin
+from lavender.data_files import expanded
 from lavender.objective import TRAINED_PARTS, is_alignment_part
 
 
@@ -20,7 +21,7 @@ def export(trainer: AlignmentMixin, path: str | Path) -> Path:
     Full tuning writes what `from_pretrained` loads; LoRA writes an adapter for `PeftModel.from_pretrained`.
     With several processes every one must call this, to give its share of the weights; the main process writes.
     """
-    path = Path(path)
+    path = expanded(path)
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.accelerator.is_main_process:
@@ -48,7 +49,7 @@ def save_head(trainer: AlignmentMixin, path: str | Path) -> None:
         return
     own = {name: value for name, value in state.items() if is_alignment_part(name) and "original_module" not in name}
     saved = {name.replace(".modules_to_save.default", ""): value.contiguous() for name, value in own.items()}
-    save_file(saved, str(path), metadata={"format": "pt"})
+    save_file(saved, str(expanded(path)), metadata={"format": "pt"})
 
 
 def _export_adapter(model: PeftModel, state: dict[str, Tensor], path: Path) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
+from lavender.data_files import shown
 from lavender.errors import ConfigError
-from lavender.type_checks import check_fields, check_path, fits, hints_of, shown
+from lavender.type_checks import check_fields, check_path, fits, hints_of
 
 MODES = ("noise", "ddim", "null-text")
 GEOMETRIES = ("squash", "crop", "letterbox", "aspect")

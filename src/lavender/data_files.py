@@ -46,7 +46,10 @@ class JsonError(ValueError):
 
 def shown(value: Any) -> str:
     """The repr of a value as a message has it: short, whatever its length and depth, and printable."""
-    return printable(_short.repr(value))
+    try:
+        return printable(_short.repr(value))
+    except ValueError:  # Python writes no number of more than some thousand digits
+        return f"{type(value).__name__} of very many digits"
 
 
 def printable(text: object) -> str:

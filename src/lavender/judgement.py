@@ -12,6 +12,7 @@ from lavender.alignment_data import SeveralStores
 from lavender.comparison import Observed, Phrase, left_out, observe, panels_of, readings_of, require_limit, spread
 from lavender.config import AlignmentConfig
 from lavender.data import Sample, Samples, read_samples, readable
+from lavender.data_files import expanded
 from lavender.errors import ConfigError, DataError
 from lavender.files import write_whole
 from lavender.images import image_id
@@ -33,6 +34,7 @@ def evaluate_runs(
 ) -> dict[str, Any]:
     """Scores of the run, of its base and of the runs beside it, on the same samples; also in RUN/eval.json."""
     require_limit(limit)
+    run, against = expanded(run), [expanded(path) for path in against]
     config = read_config(run)
     prompt = _prompt_of(config, run)
     arm_paths = _arms(config, run, against)
@@ -58,6 +60,7 @@ def evaluate_runs(
 
 def report_run(run: Path, out: Path | None = None, trust_remote_code: bool = False) -> Path:
     """Write a page about a run: its losses, what `eval` found, and pictures with everyone's maps."""
+    run = expanded(run)
     config = read_config(run)
     found = _found_by_eval(run)
     data, maps = (found["data"], found["maps"]) if found else (config["data"], config["maps"])
@@ -90,7 +93,7 @@ def report_run(run: Path, out: Path | None = None, trust_remote_code: bool = Fal
     align_weight = dict(flat(config)).get("align_weight", NOT_RECORDED)
     lead = f"{config['model']} fine-tuned on {config['data']}, align_weight {align_weight}."
     page = Report(f"Run {run.name}", lead, tables, panels, notes, config, _curves(run))
-    out = out or run / "report.html"
+    out = expanded(out or run / "report.html")
     write_report(page, out)
     return out
 

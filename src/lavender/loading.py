@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lavender.data_files import expanded
 from lavender.errors import ConfigError, ModelError
 from lavender.files import TEMPORARY
 from lavender.model_files import check_files, check_sizes, check_weight_files, loading, one_line, read_json
@@ -112,7 +113,7 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
     from lavender.vlm.registry import adapter_for
 
     check_type("trust_remote_code", trust_remote_code, bool)
-    path = os.path.expanduser(path)
+    path = os.path.expanduser(path)  # a hub id stays as it is
     checkpoint = Path(path) / "checkpoint"
     if (
         not checkpoint.is_dir()
@@ -140,6 +141,7 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
 
 def export_run(run: Path, out: Path, trust_remote_code: bool = False) -> Path:
     """Write a run's tuned model as one ordinary checkpoint with processor, LoRA merged, in the weights' own dtype."""
+    run, out = expanded(run), expanded(out)
     if not (run / "checkpoint").is_dir():
         raise ConfigError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lavender.config import check_keys, from_mapping
+from lavender.data_files import expanded, shown
 from lavender.errors import ConfigError
 from lavender.training_settings import checked_training, training_keys
-from lavender.type_checks import check_fields, check_path, shown
+from lavender.type_checks import check_fields, check_path
 from lavender.yaml_files import parse_yaml, read_settings
 
 Part = Literal["vision_tower", "connector", "language_model"]
@@ -125,7 +126,7 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         DataError: there is no such file, or it cannot be read.
         ConfigError: a missing key, a misspelt key (named with the nearest right one), a value of another type.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     settings = _flat(read_settings(path), str(path)) | _flat(read_overrides(overrides), "--set")
     return _run_config(settings, str(path))
 
@@ -147,7 +148,7 @@ def check_out(path: str | Path) -> Path:
     Raises:
         ConfigError: there is a file at the path or above it.
     """
-    out = Path(path).expanduser()
+    out = expanded(path)
     there = next(one for one in (out, *out.absolute().parents) if os.path.lexists(one))
     if not there.is_dir():
         above = "" if there == out else f"above which {there} stands, "

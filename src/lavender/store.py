@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lavender.data_files import expanded
 from lavender.errors import StoreError
 from lavender.maps import WordMaps
 from lavender.store_format import Manifest, Shard, key_of, read_manifest, shard_numbers, unreadable
@@ -56,7 +57,7 @@ class MapStore:
         Raises:
             StoreError: no store, another format, or a missing or damaged shard (named).
         """
-        path = Path(path)
+        path = expanded(path)
         manifest = read_manifest(path)
         try:
             numbers = shard_numbers(path)
@@ -81,7 +82,7 @@ class MapStore:
         records_per_shard: int = 256,
     ) -> StoreWriter:
         """Create a store, or reopen one to add to it; see `StoreWriter`."""
-        return StoreWriter(Path(path), identity, info, grid, records_per_shard)
+        return StoreWriter(expanded(path), identity, info, grid, records_per_shard)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MapStore.open, (self.path,)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lavender.data_files import expanded
 from lavender.errors import StoreError
 from lavender.files import read_whole, write_whole
 from lavender.maps import Dropped
@@ -47,7 +48,7 @@ class History:
     """
 
     def __init__(self, folder: str | Path):
-        self._path = Path(folder) / "extraction.json"
+        self._path = expanded(folder) / "extraction.json"
         self._before: dict[str, Any] = {"dropped": [], "dropped_before": [], "runs": []}
         if not os.path.lexists(self._path):
             return

@@ -17,9 +17,10 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lavender.config import check_keys
+from lavender.data_files import shown
 from lavender.errors import ConfigError
 from lavender.objective import is_alignment_part
-from lavender.type_checks import check_type, hints_of, shown
+from lavender.type_checks import check_type, hints_of
 from lavender.vlm.base import PARTS
 from lavender.vlm.registry import adapter_for
 

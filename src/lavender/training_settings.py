@@ -10,8 +10,9 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from lavender.config import check_keys
+from lavender.data_files import shown
 from lavender.errors import ConfigError, LavenderError
-from lavender.type_checks import check_path, check_type, hints_of, shown
+from lavender.type_checks import check_path, check_type, hints_of
 
 if TYPE_CHECKING:
     from lavender.trainer import LavenderConfig

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import math
 import os
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import lru_cache
@@ -17,11 +16,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from lavender.data_files import expanded, shown
 from lavender.errors import ConfigError
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 120
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 12
 _NAMES = {
     bool: "true or false",
     int: "a whole number",
@@ -32,14 +29,6 @@ _NAMES = {
     list: "a list",
     tuple: "a list",
 }
-
-
-def shown(value: object) -> str:
-    """The value as Python writes it, cut where it is long."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python writes no number of more than some thousand digits
-        return f"{type(value).__name__} of very many digits"
 
 
 @lru_cache(maxsize=64)
@@ -201,4 +190,4 @@ def check_path(name: str, path: str) -> str:
         inside = [256]
     if not str(path).strip() or "\0" in str(path) or max(inside, default=0) > 255 or sum(inside) > 4000:
         raise ConfigError(f"{name}={shown(str(path))}", "a path", f"write the path of a file or folder for {name}")
-    return os.path.expanduser(path)
+    return str(expanded(path)) if str(path).startswith("~") else str(path)

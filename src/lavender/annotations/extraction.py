@@ -20,6 +20,7 @@ from lavender.annotations.layout import Found, Layout, PictureAnnotations
 from lavender.annotations.regions import Region, cell_shares, turn_upright
 from lavender.config import ExtractionConfig
 from lavender.data import Sample, Samples
+from lavender.data_files import expanded
 from lavender.errors import ConfigError, DataError
 from lavender.files import write_whole
 from lavender.images import image_id, stored_frame
@@ -118,7 +119,7 @@ def extract_annotations(
         in_store = len(writer)
     summary.dropped += work.counted()
     if data_file is not None:
-        _write_rows(Path(data_file), work.texts)
+        _write_rows(expanded(data_file), work.texts)
     summary.seconds = time.monotonic() - began
     history.add(summary, in_store)
     return summary

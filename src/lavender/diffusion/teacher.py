@@ -6,6 +6,7 @@ The maps' frame is always the whole picture; `ExtractionConfig.geometry` says ho
 from __future__ import annotations
 
 import hashlib
+import os
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -96,7 +97,7 @@ class Teacher:
             UnsupportedModelError: no known family.
         """
         with loading("teacher", path, consent=None):
-            family = load_family(str(path), dtype=dtype)
+            family = load_family(os.path.expanduser(path), dtype=dtype)
             if config.tiny_vae is not None:
                 with loading("tiny_vae", config.tiny_vae, consent=None):
                     family.pipeline.vae = load_tiny_vae(config.tiny_vae, dtype=dtype)
