@@ -4,7 +4,7 @@
     python benchmarks/teacher_quality.py --arms levers --json levers.json    # every lever and a sweep of t, 900 scenes
     python benchmarks/teacher_quality.py --split sealed --arms modes --json sealed.json
     python benchmarks/teacher_quality.py --arms null-text --scenes 6 --jobs 1 --keep parts --json null_text.json
-    python benchmarks/teacher_quality.py --quick --json smoke.json       # that it runs: one seed, two scenes
+    python benchmarks/teacher_quality.py --quick --json smoke.json       # that it runs: one seed, one scene
     python benchmarks/teacher_quality.py --draw levers.json sealed.json --plot quality.png
 
 The built-in world's teacher on the built-in world's scenes. A seed has its own scenes and its own noise; all
@@ -337,13 +337,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true",
-                        help="that it runs: the modes alone, one seed, two scenes")  # fmt: skip
+                        help="that it runs: the modes alone, one seed, one scene")  # fmt: skip
     parser.add_argument("--arms", choices=("modes", "null-text", "levers", "all"), default="all",
                         help="levers: they and the sweep beside the default mode; null-text: its settings beside the "
                         "other modes, without the controls (minutes for each scene)")  # fmt: skip
     parser.add_argument("--split", choices=("development", "sealed"), default="development")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 40 41 42; sealed 1 2 3")
-    parser.add_argument("--scenes", type=int, default=None, help="a seed; default 300, with --quick 2")
+    parser.add_argument("--scenes", type=int, default=None, help="a seed; default 300, with --quick 1")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
     parser.add_argument("--keep", type=Path, default=None, metavar="FOLDER",
                         help="write each arm's part here as it is done; a later run goes on from there")  # fmt: skip
@@ -362,7 +362,7 @@ def main() -> None:
     from lavender.config import ExtractionConfig
 
     seeds = options.seeds or ((1, 2, 3) if options.split == "sealed" else (40,) if options.quick else (40, 41, 42))
-    count = options.scenes or (2 if options.quick else 300)
+    count = options.scenes or (1 if options.quick else 300)
     levers = {"noise": MODES["noise"]} | LEVERS | SWEEP
     wanted = "modes" if options.quick else options.arms
     arms = {"modes": MODES, "null-text": MODES | NULL_TEXTS, "levers": levers, "all": MODES | levers}[wanted]

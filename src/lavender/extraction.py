@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from PIL import Image
@@ -61,7 +62,7 @@ def extract(
     summary.without_picture = sum(not sample.sources for sample in samples)
     if strict and samples.dropped:
         _refuse(samples.dropped[0])
-    config = teacher.config
+    config, led_before = teacher.config, len(teacher.reconstruction)
     identity = {"teacher": teacher.name, **config.identity()}
     info = {name: version(name) for name in ("lavender-vlm", "diffusers", "torch")}
     info["dtype"] = str(teacher.family.dtype).removeprefix("torch.")
@@ -84,6 +85,8 @@ def extract(
                 writer.flush()
                 flushed = time.monotonic()
     summary.seconds = time.monotonic() - began
+    if led_back := teacher.reconstruction[led_before:]:
+        summary.reconstruction = fmean(led_back)
     summary.write(Path(out) / "extraction.json")
     return summary
 

@@ -19,6 +19,8 @@ class Summary:
     Attributes:
         records: texts written, one for each picture that they are mapped on.
         without_picture: samples of text alone, which need no map.
+        reconstruction: of null-text, the mean squared error of the latents that its way back ended with; latents of a
+            picture vary by about 1. None where nothing was led back.
         dropped: names every sample and word that should have a map and got none, with the reason.
     """
 
@@ -27,6 +29,7 @@ class Summary:
     already_there: int = 0
     without_picture: int = 0
     seconds: float = 0.0
+    reconstruction: float | None = None
     dropped: list[Dropped] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
