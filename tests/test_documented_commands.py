@@ -17,8 +17,12 @@ from lavender.world import STUDENT_PATH, TEACHER_PATH
 ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 EXAMPLES = {path: path.read_text() for path in sorted((ROOT / "examples").rglob("*.yaml"))}
-BLOCK = re.compile(r"^```(?:sh|bash)?\n(.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
 ON_SEVERAL_GPUS = "accelerate launch"  # tests/scale
+
+
+def shells(page: str) -> list[str]:
+    return [text for language, text in BLOCK.findall(page) if language in ("", "sh", "bash")]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -33,10 +37,10 @@ def commands(text: str) -> list[list[str]]:
 
 
 def documented() -> list[str]:
-    shells = [block for page in PAGES.values() for block in BLOCK.findall(page)]
+    blocks = [block for page in PAGES.values() for block in shells(page)]
     comments = ["\n".join(line for line in one.splitlines() if line.startswith("#")) for one in EXAMPLES.values()]
     studies = [one for page in PAGES.values() for one in re.findall(r"`(lavender study [^`]+)`", page)]
-    return sorted({shlex.join(one) for text in (*shells, *comments, *studies) for one in commands(text)})
+    return sorted({shlex.join(one) for text in (*blocks, *comments, *studies) for one in commands(text)})
 
 
 @pytest.mark.parametrize("command", documented())
@@ -81,11 +85,11 @@ def test_the_commands_of_the_readme_run(some_scenes, captions, tmp_path):
     short += ["--set", "maps=maps", "--set", "match=label"]
     run = EXAMPLES[ROOT / "examples" / "world.yaml"]
     (tmp_path / "run.yaml").write_text(run)
-    page = next(block for block in BLOCK.findall(PAGES[ROOT / "README.md"]) if "lavender extract" in block)
+    page = next(block for block in shells(PAGES[ROOT / "README.md"]) if "lavender extract" in block)
     readme = commands("\n".join(line for line in page.splitlines() if ON_SEVERAL_GPUS not in line))
     assert [one[0] for one in readme] == ["extract", "check", "train", "eval", "report"]
-    plain = next(one for one in commands(run) if "align_weight=0" in one)
-    more = [one for block in BLOCK.findall(PAGES[ROOT / "docs" / "method.md"]) for one in commands(block)]
+    (plain,) = commands(re.findall(r"lavender train .*align_weight=0.*", run)[0])
+    more = [one for block in shells(PAGES[ROOT / "docs" / "method.md"]) for one in commands(block)]
     for command in (*readme[:3], plain, *readme[3:], *more):
         ran = subprocess.run(
             [sys.executable, "-m", "lavender.cli", *command, *(short if command[0] == "train" else [])],
