@@ -66,6 +66,7 @@ def test_a_documented_benchmark_has_its_options(command):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # eight processes, one after the other
 def test_the_commands_of_the_readme_run(some_scenes, captions, tmp_path):
     """As they stand, in a folder with what they name: the built-in world's models are in the places of the published.
 
