@@ -45,7 +45,7 @@ lint: $(TESTS) ## style, types and import rules only
 	$(BIN)/lint-imports --no-logo
 
 audit: $(TESTS) ## known advisories of the pinned versions; needs the network, and says so without it
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet pip-audit \
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt pip-audit \
 	  || { echo "audit: pip-audit could not be installed: this needs the network" >&2; exit 1; }
 	@$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
 	  || { echo "audit: an advisory above, or the database (pypi.org) is out of reach" >&2; exit 1; }
