@@ -62,8 +62,11 @@ def test_wrong_usage_exits_with_two(arguments, capsys):
     assert "usage: lavender" in capsys.readouterr().err
 
 
-def test_a_wrong_setting_exits_with_two(tmp_path, capsys):
-    assert cli.main(["train", str(tmp_path / "no.yaml")]) == 2
+def test_a_wrong_setting_exits_with_two_and_a_missing_file_with_one(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("trust_remote_code: 'no'\nmodel: m\ndata: d\nmaps: s\nout: o\n")
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("lavender train: Got trust_remote_code='no'. Expected true or false.")
+    assert cli.main(["train", str(tmp_path / "no.yaml")]) == 1
     assert capsys.readouterr().err.startswith(f"lavender train: Got no file at {tmp_path / 'no.yaml'}. Expected a YAML")
 
 

@@ -35,43 +35,47 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     demo = verbs.add_parser("demo", help="the whole method on the built-in world, some minutes on a CPU")
-    demo.add_argument("--out", type=Path, default=Path("lavender-demo"), help="folder to write (default: %(default)s)")
+    demo.add_argument("--out", type=_path, default=Path("lavender-demo"), help="folder to write (default: %(default)s)")
 
     _add_extract(verbs)
 
     check = verbs.add_parser("check", help="can alignment help this model? What knowing where is worth, before tuning")
-    check.add_argument("model", help="model folder or hub id, or run folder")
-    check.add_argument("--data", type=Path, required=True)
-    check.add_argument("--maps", type=Path, required=True, help="map store of that data")
+    check.add_argument("model", type=os.path.expanduser, help="model folder or hub id, or run folder")
+    check.add_argument("--data", type=_path, required=True)
+    check.add_argument("--maps", type=_path, required=True, help="map store of that data")
     check.add_argument("--limit", type=int, default=64, help="samples to look at (default: %(default)s)")
 
     train = verbs.add_parser("train", help="fine-tune with the alignment loss")
-    train.add_argument("run", type=Path, help="YAML file; see examples/world.yaml")
+    train.add_argument(
+        "run", type=_path, help="YAML file: model, data, maps, out and other settings, or a run's config.yaml"
+    )
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     train.add_argument("--restart", action="store_true", help="remove the run in its folder, and begin anew")
 
     evaluate = verbs.add_parser("eval", help="base, baseline and run side by side")
-    evaluate.add_argument("run", type=Path, help="run folder, as `lavender train` writes it")
-    evaluate.add_argument("--against", type=Path, action="append", default=[], help="another run folder or checkpoint")
-    evaluate.add_argument("--data", type=Path, default=None, help="held-out data; default: the run's own training data")
-    evaluate.add_argument("--maps", type=Path, default=None, help="map store of that data")
+    evaluate.add_argument("run", type=_path, help="run folder, as `lavender train` writes it")
+    evaluate.add_argument("--against", type=_path, action="append", default=[], help="another run folder or checkpoint")
+    evaluate.add_argument(
+        "--data", type=_path, default=None, help="held-out data; default: the run's own training data"
+    )
+    evaluate.add_argument("--maps", type=_path, default=None, help="map store of that data")
     evaluate.add_argument("--limit", type=int, default=64, help="samples to look at (default: %(default)s)")
 
     _add_study(verbs)
 
     report = verbs.add_parser("report", help="one HTML page of a run")
-    report.add_argument("run", type=Path, help="run folder; what `lavender eval` found is shown if it was run")
-    report.add_argument("--out", type=Path, default=None, help="default: RUN/report.html")
+    report.add_argument("run", type=_path, help="run folder; what `lavender eval` found is shown if it was run")
+    report.add_argument("--out", type=_path, default=None, help="default: RUN/report.html")
 
     export = verbs.add_parser("export", help="a run's tuned model as one ordinary checkpoint, LoRA merged")
-    export.add_argument("run", type=Path, help="run folder, as `lavender train` writes it")
-    export.add_argument("--out", type=Path, required=True, help="new folder")
+    export.add_argument("run", type=_path, help="run folder, as `lavender train` writes it")
+    export.add_argument("--out", type=_path, required=True, help="new folder")
 
     inspect = verbs.add_parser("inspect", help="what the library sees in a model or a map store")
-    inspect.add_argument("target", help="model folder or hub id, or map store")
+    inspect.add_argument("target", type=os.path.expanduser, help="model folder or hub id, or map store")
     inspect.add_argument(
         "--picture",
-        type=Path,
+        type=_path,
         default=None,
         help="load the weights; write a picture with the model's maps over it here",
     )
@@ -81,6 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    """A path as it is written; the shell leaves `~` in `--out=~/x` as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def _add_study(verbs: argparse._SubParsersAction) -> None:
     study = verbs.add_parser("study", help="does it work, and why? A study of the built-in world, over seeds")
     study.add_argument(
@@ -88,7 +97,7 @@ def _add_study(verbs: argparse._SubParsersAction) -> None:
         help="main, teacher-controls, entropy, scaling, pooling, aligner, words, layers, "
         "pretraining, lambda, learning-rate or switching",
     )
-    study.add_argument("--out", type=Path, default=Path("lavender-studies"), help="folder (default: %(default)s)")
+    study.add_argument("--out", type=_path, default=Path("lavender-studies"), help="folder (default: %(default)s)")
     study.add_argument("--quick", action="store_true", help="smaller, one seed, on development scenes; not a result")
     study.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 1 2 3; with --quick 40")
     study.add_argument("--split", choices=("development", "sealed"), default=None,
@@ -99,19 +108,21 @@ def _add_study(verbs: argparse._SubParsersAction) -> None:
 
 def _add_extract(verbs: argparse._SubParsersAction) -> None:
     extract = verbs.add_parser("extract", help="pictures and texts → per-word maps, resumable")
-    extract.add_argument("--data", type=Path, default=None, help="folder or file; see docs/data.md for the layouts")
+    extract.add_argument("--data", type=_path, default=None, help="folder or file; see docs/data.md for the layouts")
     makers = extract.add_mutually_exclusive_group(required=True)
     makers.add_argument(
-        "--teacher", help="folder or hub id of a Stable Diffusion 1, 2, XL or 3 pipeline; `world` is the built-in one"
+        "--teacher",
+        type=os.path.expanduser,
+        help="folder or hub id of a Stable Diffusion 1, 2, XL or 3 pipeline; `world` is the built-in one",
     )
     makers.add_argument("--annotations", choices=("coco-panoptic", "flickr30k-entities"),
                         help="maps from people's masks or boxes instead")  # fmt: skip
-    extract.add_argument("--from", type=Path, default=None, dest="source", metavar="PATH",
+    extract.add_argument("--from", type=_path, default=None, dest="source", metavar="PATH",
                          help="of --annotations: the panoptic JSON, or the Entities folder")  # fmt: skip
-    extract.add_argument("--pictures", type=Path, default=None, help="of --annotations, if not in the usual place")
-    extract.add_argument("--captions", type=Path, default=None, help="of coco-panoptic, likewise")
+    extract.add_argument("--pictures", type=_path, default=None, help="of --annotations, if not in the usual place")
+    extract.add_argument("--captions", type=_path, default=None, help="of coco-panoptic, likewise")
     extract.add_argument("--split", default=None, help="of flickr30k-entities: train, val or test")
-    extract.add_argument("--out", type=Path, required=True, help="folder of the map store")
+    extract.add_argument("--out", type=_path, required=True, help="folder of the map store")
     extract.add_argument("--mode", choices=("noise", "ddim", "null-text"), default="noise",
                          help="one noising (default), DDIM inversion, or the paper's null-text inversion")  # fmt: skip
     extract.add_argument("--timesteps", type=int, nargs="+", default=None, metavar="T",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from lavender.errors import ConfigError, UnsupportedModelError
 from lavender.model_files import one_line
 from lavender.report import Panel, WordRow, draw_figure
 from lavender.store import MapStore
+from lavender.type_checks import check_type
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +41,8 @@ def inspect_target(target: str, picture: Path | None = None, trust_remote_code: 
         StoreError: a damaged store.
         UnsupportedModelError: a model without an adapter.
     """
+    check_type("trust_remote_code", trust_remote_code, bool)
+    target = os.path.expanduser(target)
     if (Path(target) / "manifest.json").is_file():
         if picture is not None:
             raise ConfigError(f"--picture with the map store {target}", "a model", "leave --picture out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from lavender.errors import ConfigError, FileError, ModelError
 from lavender.files import TEMPORARY
 from lavender.model_files import check_files, check_sizes, check_weight_files, loading, one_line, read_json
+from lavender.type_checks import check_type
 from lavender.vlm.base import VlmAdapter
 from lavender.weights import refuse_not_finite
 
@@ -109,6 +111,8 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
     """
     from lavender.vlm.registry import adapter_for
 
+    check_type("trust_remote_code", trust_remote_code, bool)
+    path = os.path.expanduser(path)
     checkpoint = Path(path) / "checkpoint"
     if (
         not checkpoint.is_dir()

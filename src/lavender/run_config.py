@@ -150,7 +150,8 @@ def check_out(path: str | Path) -> Path:
     out = Path(path).expanduser()
     there = next(one for one in (out, *out.absolute().parents) if os.path.lexists(one))
     if not there.is_dir():
-        raise ConfigError(f"out={path}, and {there} is no folder", "a folder", "choose another out")
+        above = "" if there == out else f"above which {there} stands, "
+        raise ConfigError(f"out={path}, {above}which is a file", "a folder", "choose another out")
     return out
 
 

@@ -76,7 +76,7 @@ def _text_of(path: Path) -> str:
             is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             content = file.read(LARGEST_FILE + 1) if is_file else b""
     except FileNotFoundError as error:
-        raise DataError(f"no file at {path}", "a YAML file", "check the path, or write the file") from error
+        raise DataError(f"no file at {path}", "a YAML file", "check the path") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(

@@ -240,7 +240,7 @@ def test_texts_that_look_like_numbers_stay_texts(tmp_path, places):
 
 def test_which_settings_are_free():
     """Each is one, and is no setting of the loss; when to save is free unless the best checkpoint is chosen."""
-    assert training_keys() | {"out"} >= FREE | FREE_WITHOUT_BEST
+    assert training_keys() | {"out", "trust_remote_code"} >= FREE | FREE_WITHOUT_BEST
     assert not FREE & {one.name for one in fields(AlignmentConfig)}
     best = {"training": {"load_best_model_at_end": True, "save_steps": 1}}
     assert differences(best, {"training": {"load_best_model_at_end": True, "save_steps": 2}}) == ["save_steps: 1 → 2"]

@@ -237,7 +237,7 @@ def test_files_and_overrides(tmp_path):
 def test_where_a_run_is_to_be(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "x" / "y"):
-        with pytest.raises(ConfigError, match=r"file is no folder"):
+        with pytest.raises(ConfigError, match=r"file(, which is| stands, which is) a file"):
             check_out(path)
     assert check_out(tmp_path / "new" / "x") == tmp_path / "new" / "x"
     assert os.listdir(tmp_path) == ["file"]

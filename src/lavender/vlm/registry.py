@@ -58,6 +58,6 @@ def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
 
     OpenFlamingo is known to them since this module was imported.
     """
-    offered = config.to_dict().get("auto_map") or {} if trust_remote_code else {}
+    offered = config.to_dict().get("auto_map") or {} if trust_remote_code is True else {}
     classes = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModel)
     return next((one for one in classes if one.__name__ in offered), AutoModelForImageTextToText)
