@@ -2,7 +2,7 @@
 # after the installation no network.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence test test-all weights lint clean
+.PHONY: help demo evidence test test-cpu test-all audit weights lint clean
 .DELETE_ON_ERROR:
 
 SHELL := bash
@@ -17,6 +17,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TESTS := .venv/.installed-for-tests
 JOBS ?= 2
+# what computes; the rest of the tests does not depend on the processor
+CPU_TESTS ?= tests/families tests/invariants tests/teachers tests/unit
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -27,6 +29,12 @@ demo: $(STAMP) ## the first run: lavender-demo/report.html and results.json
 test: lint ## style, types, import rules and the tests that are not slow
 	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
+test-cpu: $(TESTS) ## the tests that compute, once more as on an older processor (AVX2): with one thread, and with two
+	@for threads in 1 2; do \
+	  OMP_NUM_THREADS=$$threads OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	    $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile $(CPU_TESTS) || exit; \
+	done
+
 test-all: $(TESTS) ## the slow tests: several processes, a browser, the built wheel, the demo
 	$(BIN)/pytest -m slow
 
@@ -35,6 +43,12 @@ lint: $(TESTS) ## style, types and import rules only
 	$(BIN)/ruff format --check
 	$(BIN)/ty check
 	$(BIN)/lint-imports --no-logo
+
+audit: $(TESTS) ## known advisories of the pinned versions; needs the network, and says so without it
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt pip-audit \
+	  || { echo "audit: pip-audit could not be installed: this needs the network" >&2; exit 1; }
+	@$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
+	  || { echo "audit: an advisory above, or the database (pypi.org) is out of reach" >&2; exit 1; }
 
 evidence: $(STAMP) ## the studies behind the README's table: main and teacher-controls (an hour or more on two cores)
 	$(BIN)/lavender study main

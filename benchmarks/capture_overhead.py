@@ -1,6 +1,7 @@
 """What capture costs a training step: time and memory, beside the same step without it and beside eager attention.
 
-    python benchmarks/capture_overhead.py --quick --json overhead.json
+    python benchmarks/capture_overhead.py --tokens 1024 2048 --words 32 --eager-runs 3 --json overhead.json
+    python benchmarks/capture_overhead.py --quick --json smoke.json   # that it runs
 
 One decoder with random weights and one sample, on one CPU thread: 8 layers of Llama, 512 wide, 16 heads, 4 key heads;
 576 of the tokens are a picture's keys. A step is forward and backward of the language loss; with capture also of a
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -171,17 +173,21 @@ def measured(model: LlamaForCausalLM, tokens: int, words: int, runs: int, eager_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1,024 and 2,048 tokens, 32 words; few eager runs")
+    parser.add_argument("--quick", action="store_true", help="that it runs: 640 tokens, 8 words, two runs")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--words", type=int, nargs="+", default=WORDS)
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--runs", type=int, default=20, help="rounds of a row (20)")
+    parser.add_argument("--eager-runs", type=int, default=None, help="rounds with eager attention (as --runs)")
     options = parser.parse_args()
+    if options.quick:
+        options.tokens, options.words, options.runs, options.eager_runs = [640], [8], 2, 1
     torch.set_num_threads(1)
     model = build_model()
     install(model)
-    sizes = [(1024, 32), (2048, 32)] if options.quick else [(tokens, words) for tokens in TOKENS for words in WORDS]
     rows = []
-    for tokens, words in sizes:
-        eager_runs = 0 if tokens > EAGER_UP_TO else 3 if options.quick else options.runs
+    for tokens, words in product(options.tokens, options.words):
+        eager_runs = 0 if tokens > EAGER_UP_TO else options.eager_runs or options.runs
         rows.append(measured(model, tokens, words, options.runs, eager_runs))
         print(json.dumps(rows[-1]), flush=True)
     if options.json:

@@ -6,15 +6,17 @@ everything (`Materialise`, the way of DAAM and prompt-to-prompt). Overheads are 
 on a noisy machine; with one thread they are of the thread's own time. Images a second do not hold there. Weights are
 random where a model is not the world's own: time does not depend on them.
 
-    python benchmarks/extraction_speed.py --quick --json PATH      # one core, at most 8 minutes: tiny, SD1.x at 256²
+    python benchmarks/extraction_speed.py --side 256 --json PATH   # one core, at most 8 minutes: tiny, SD1.x at 256²
     python benchmarks/extraction_speed.py --json PATH              # SD1.x at 512²: about 40 minutes on one core
     python benchmarks/extraction_speed.py --device cuda --json PATH  # SD1.4, SDXL, SD3-medium at full size, bfloat16
+    python benchmarks/extraction_speed.py --quick --json PATH      # that it runs: tiny alone, few pairs
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import threading
 import time
@@ -26,6 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at import: the profiler's own lines are no part of the figures
 
 import numpy as np
 import torch
@@ -51,7 +55,8 @@ PICTURE = (640, 480)  # (width, height) of the files that the whole extraction r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="SD1.x at 256² instead of 512²")
+    parser.add_argument("--quick", action="store_true", help="that it runs: the world's teacher alone, few pairs")
+    parser.add_argument("--side", type=int, choices=(256, 512), default=512, help="of SD1.x on the CPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--json", type=Path, default=None)
@@ -60,7 +65,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     with torch.no_grad():
-        found = on_gpu(options.device) if options.device != "cpu" else on_cpu(options.quick)
+        found = on_gpu(options.device) if options.device != "cpu" else on_cpu(options.side, options.quick)
         found["tflop"] = {name: tflop(name) for name in SIDES}
     found["machine"] = {
         "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu", "threads": options.threads,
@@ -73,16 +78,22 @@ def main() -> None:
     print(text)
 
 
-def on_cpu(quick: bool) -> dict[str, Any]:
-    """The world's teacher and one of SD1.x's size in float32; the latter's figures are the headline."""
+def on_cpu(side: int, quick: bool) -> dict[str, Any]:
+    """The world's teacher and one of SD1.x's size in float32; the latter's figures are the headline.
+
+    Args:
+        quick: without the latter.
+    """
     tiny = StableDiffusionPipeline.from_pretrained(TEACHER_PATH, safety_checker=None, use_safetensors=True)
-    models = {"tiny": measure(tiny, ExtractionConfig(), pairs=60, others=20, images=64, batch=8)}
-    # half the side, half the largest layer: the same layers are read as at 512²
-    side, largest = (256, 16) if quick else (512, 32)
-    config = ExtractionConfig(largest_layer=largest, batch_size=1)
-    models["sd1"] = measure(build("sd1", side), config, pairs=32, others=4, images=4)
+    if quick:
+        models = {"tiny": measure(tiny, ExtractionConfig(), pairs=2, others=1, images=2)}
+    else:
+        models = {"tiny": measure(tiny, ExtractionConfig(), pairs=60, others=20, images=64, batch=8)}
+        # half the side, half the largest layer: the same layers are read as at 512²
+        config = ExtractionConfig(largest_layer=side // 16, batch_size=1)
+        models["sd1"] = measure(build("sd1", side), config, pairs=32, others=4, images=4)
     headline = ("capture_overhead", "materialised_overhead", "unet_forwards", "images_per_second", "vae_share")
-    return {name: models["sd1"][name] for name in headline} | {"models": models}
+    return {name: list(models.values())[-1][name] for name in headline} | {"models": models}
 
 
 def on_gpu(device: str) -> dict[str, Any]:
@@ -300,7 +311,8 @@ def written(folder: Path, count: int) -> tuple[Sample, ...]:
     for seed in range(count):
         scene = draw_scene(seed)
         scene.image.resize(PICTURE).save(folder / f"{seed}.jpg")
-        samples.append(Sample(f"{seed}", folder / f"{seed}.jpg", conversation("what?", caption_scene(scene).text)))
+        messages = conversation("what?", caption_scene(scene).text)
+        samples.append(Sample(f"{seed}", (folder / f"{seed}.jpg",), messages))
     return tuple(samples)
 
 

@@ -6,6 +6,7 @@ patches are replaced by the mean patch: none (`all`), all that do not show the t
 caption names first, which no picture tells; with one thing it tells the place alone.
 
     python benchmarks/place.py --json PATH
+    python benchmarks/place.py --quick --json PATH    # that it runs: two scenes of each kind
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ SHOWS = 0.15  # a patch shows a thing that covers this share of it
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="that it runs: two scenes of each kind")
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     drawn = list(scenes("development", options.scenes))
     groups = {"one thing": [scene for scene in drawn if len(scene.things) == 1]}
     groups["several things"] = [scene for scene in drawn if len(scene.things) > 1]
+    if options.quick:
+        groups = {name: own[:2] for name, own in groups.items()}
     results = {name: {group: probabilities(name, own) for group, own in groups.items()} for name in STUDENTS}
     if options.json:
         counts = {group: len(own) for group, own in groups.items()}

@@ -1,8 +1,10 @@
 """How good are the teacher's maps, by mode, by lever and by amount of noise, against truth and controls?
 
-    python benchmarks/teacher_quality.py --quick --json quality.json     # the modes, 210 development scenes
+    python benchmarks/teacher_quality.py --arms modes --scenes 70 --json quality.json   # 210 development scenes
     python benchmarks/teacher_quality.py --arms levers --json levers.json    # every lever and a sweep of t, 900 scenes
     python benchmarks/teacher_quality.py --split sealed --arms modes --json sealed.json
+    python benchmarks/teacher_quality.py --arms null-text --scenes 6 --jobs 1 --keep parts --json null_text.json
+    python benchmarks/teacher_quality.py --quick --json smoke.json       # that it runs: one seed, one scene
     python benchmarks/teacher_quality.py --draw levers.json sealed.json --plot quality.png
 
 The built-in world's teacher on the built-in world's scenes. A seed has its own scenes and its own noise; all
@@ -11,11 +13,15 @@ other development scenes. Captions name every thing of a scene; a thing's map is
 
 Controls: another word of the caption (wrong word), a word added to the caption whose thing is not in the picture
 (absent word), the same caption on another picture (wrong image), a uniform map, the picture's centre.
+
+Null-text also says how well its way back reconstructs: the latents' mean squared error, and the PSNR of the decoded
+picture against the one that was encoded. `vae_psnr` is that of the clean latents: no inversion can do better.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -34,7 +40,12 @@ MODES: dict[str, dict[str, Any]] = {
     "ddim": {"mode": "ddim", "num_steps": 10},
     "null-text": NULL_TEXT,
 }
-SECOND_READING = {"null-text, 5 inversion steps": NULL_TEXT | {"inversion_steps": 5}}
+NULL_TEXTS: dict[str, dict[str, Any]] = {
+    "null-text, 5 inversion steps": NULL_TEXT | {"inversion_steps": 5},
+    "null-text, 10 steps × 50 iterations": NULL_TEXT | {"null_text_iterations": 50},
+    "null-text, 50 steps × 10 iterations": NULL_TEXT | {"num_steps": 50, "null_text_iterations": 10},
+}
+"""The other reading of the paper's steps, and those with as many iterations as the tuning needs to converge."""
 LEVERS: dict[str, dict[str, Any]] = {
     "geometry squash": {"geometry": "squash"},
     "geometry letterbox": {"geometry": "letterbox"},
@@ -55,9 +66,20 @@ NUM_CALIBRATION = 40
 FIRST_SCENE = 10_000  # of a split, for seed 0; each seed has 1,000 scenes of its own
 
 
-def arm(*settings: Any) -> bytes:
-    """`run_arm` in another process: as bytes, for each tensor that is sent holds an open file."""
-    return pickle.dumps(run_arm(*settings))
+def arm(keep: Path | None, *settings: Any) -> bytes:
+    """`run_arm` in another process: as bytes, for each tensor that is sent holds an open file.
+
+    What `keep` holds of an earlier run with the same settings is not measured again.
+    """
+    kept = keep and keep / f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.pickle"
+    if kept and kept.is_file():
+        return kept.read_bytes()
+    found = pickle.dumps(run_arm(*settings))
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.with_suffix(".part").write_bytes(found)
+        kept.with_suffix(".part").rename(kept)
+    return found
 
 
 def run_arm(settings: dict[str, Any], split: str, start: int, count: int, seed: int, controls: int) -> dict[str, Any]:
@@ -66,20 +88,51 @@ def run_arm(settings: dict[str, Any], split: str, start: int, count: int, seed: 
 
     torch.set_num_threads(1)
     from lavender.config import ExtractionConfig
-    from lavender.diffusion.teacher import Teacher
     from lavender.world import TEACHER_PATH
     from lavender.world.scenes import scenes
 
     config = ExtractionConfig(seed=seed, batch_size=10, **settings)
-    teacher = Teacher.from_pretrained(TEACHER_PATH, config)
+    teacher = watched_teacher().from_pretrained(TEACHER_PATH, config)
     drawn = list(scenes(split, count, start=start))
     judged, right, confident = judged_maps(teacher, drawn)
     forwards = teacher.family.forwards / len(drawn)
     found = {"judged": judged, "forwards": forwards, "confidence": list(zip(confident, right, strict=True))}
+    found |= {
+        "latent_mse": list(teacher.reconstruction),
+        "psnr": list(teacher.psnr),
+        "vae_psnr": list(teacher.vae_psnr),
+    }
     if controls:
         found["wrong_image"] = wrong_image(teacher, drawn[:controls])
         found["absent_word"] = absent_word(teacher, drawn[:controls])
     return found
+
+
+def watched_teacher() -> type:
+    """A teacher that also decodes what null-text's way back ends with."""
+    import torch
+
+    from lavender.diffusion.teacher import Teacher
+
+    class Watched(Teacher):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            self.pixels, self.psnr, self.vae_psnr = {}, [], []
+
+        def __call__(self, jobs):
+            self.pixels = {job.image_id: torch.from_numpy(self.frame(job.image).pixels.copy()) for job in jobs}
+            return super().__call__(jobs)
+
+        def reconstructed(self, batch, led_back, image_ids):
+            super().reconstructed(batch, led_back, image_ids)
+            vae = self.pipeline.vae
+            for latents, found in ((led_back, self.psnr), (batch.latents, self.vae_psnr)):
+                decoded = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1).permute(0, 2, 3, 1)
+                for name, picture in zip(image_ids, decoded, strict=True):
+                    error = (picture - (self.pixels[name] / 127.5 - 1)).square().mean()
+                    found.append(float(10 * torch.log10(4 / error)))
+
+    return Watched
 
 
 def judged_maps(teacher, drawn) -> tuple[list, list[bool], list[float]]:
@@ -163,6 +216,11 @@ def scores_of(runs: Sequence[dict[str, Any]], threshold: float, reference: Seque
         "seeds": [{name: one[name] for name in shown} for one in seeds],
         "confidence_auroc": ranking([pair for run in runs for pair in run["confidence"]]),
     }
+    for name in ("latent_mse", "psnr", "vae_psnr"):
+        if all(run.get(name) for run in runs):
+            scores[name] = fmean(one for run in runs for one in run[name])
+            for one, run in zip(scores["seeds"], runs, strict=True):
+                one[name] = fmean(run[name])
     for control in ("wrong_image", "absent_word"):
         points = [point for run in runs for point in run.get(control, [])]
         scores |= {f"{control}_pointing": fmean(points), f"num_{control}": len(points)} if points else {}
@@ -203,39 +261,52 @@ def cheapest(modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(
-    arms: dict[str, dict[str, Any]], split: str, seeds: Sequence[int], count: int, jobs: int, quick: bool
-) -> dict[str, Any]:
-    """All arms' scores. Costly arms first, so that no core waits at the end."""
+    arms: dict[str, dict[str, Any]], split: str, seeds: Sequence[int], count: int, jobs: int, controls: bool,
+    keep: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """All arms' scores; seed by seed, and of each seed the costly arms first, so that no core waits at the end.
+
+    The longer null-text arms take the threshold of the default null-text: calibrating each would double their cost.
+    """
     from lavender.evaluation.maps import best_threshold
 
     os.environ["OMP_NUM_THREADS"] = "1"
     order = sorted(arms, key=lambda name: arms[name].get("mode") != "null-text")
+    num_calibration = min(NUM_CALIBRATION, count)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         calibrations = {
-            name: pool.submit(arm, arms[name], "development", 500_000, NUM_CALIBRATION, 0, 0) for name in order
-        }
+            name: pool.submit(arm, keep, arms[name], "development", 500_000, num_calibration, 0, 0)
+            for name in order if name not in NULL_TEXTS
+        }  # fmt: skip
         runs = {
-            name: [
-                pool.submit(
-                    arm, arms[name], split, FIRST_SCENE + 1000 * seed, count, seed,
-                    count // (7 if quick else 3) if name.startswith("null-text") else count if name in MODES else 0,
-                )
-                for seed in seeds
-            ]
-            for name in order
+            (name, seed): pool.submit(
+                arm, keep, arms[name], split, FIRST_SCENE + 1000 * seed, count, seed,
+                num_controls(name, count) if controls else 0,
+            )
+            for seed in seeds for name in order
         }  # fmt: skip
         done = {}
         for name in order:
-            done[name] = [pickle.loads(run.result()) for run in runs[name]]
+            done[name] = [pickle.loads(runs[name, seed].result()) for seed in seeds]
             print(f"{name}: done", flush=True)
         thresholds = {
             name: best_threshold(pickle.loads(one.result())["judged"])[0] for name, one in calibrations.items()
         }
     reference = done.get("null-text")
     return {
-        name: scores_of(done[name], thresholds[name], None if "word_share" in arms[name] else reference)
+        name: scores_of(
+            done[name], thresholds["null-text" if name in NULL_TEXTS else name],
+            None if "word_share" in arms[name] else reference,
+        )
         for name in arms
     }  # fmt: skip
+
+
+def num_controls(name: str, count: int) -> int:
+    """On how many of a seed's scenes the controls are measured, which cost as much as the arm itself."""
+    if name == "null-text":
+        return count // 3
+    return count if name in MODES else 0
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -265,13 +336,17 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the modes alone, 70 scenes a seed")
-    parser.add_argument("--arms", choices=("modes", "levers", "all"), default="all",
-                        help="levers: they and the sweep beside the default mode; --quick is modes")  # fmt: skip
+    parser.add_argument("--quick", action="store_true",
+                        help="that it runs: the modes alone, one seed, one scene")  # fmt: skip
+    parser.add_argument("--arms", choices=("modes", "null-text", "levers", "all"), default="all",
+                        help="levers: they and the sweep beside the default mode; null-text: its settings beside the "
+                        "other modes, without the controls (minutes for each scene)")  # fmt: skip
     parser.add_argument("--split", choices=("development", "sealed"), default="development")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 40 41 42; sealed 1 2 3")
-    parser.add_argument("--scenes", type=int, default=None, help="a seed; default 300, with --quick 70")
+    parser.add_argument("--scenes", type=int, default=None, help="a seed; default 300, with --quick 1")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
+    parser.add_argument("--keep", type=Path, default=None, metavar="FOLDER",
+                        help="write each arm's part here as it is done; a later run goes on from there")  # fmt: skip
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None)
     parser.add_argument("--draw", type=Path, nargs="+", default=None, metavar="JSON",
@@ -286,12 +361,12 @@ def main() -> None:
         return
     from lavender.config import ExtractionConfig
 
-    seeds = options.seeds or ((1, 2, 3) if options.split == "sealed" else (40, 41, 42))
-    count = options.scenes or (70 if options.quick else 300)
+    seeds = options.seeds or ((1, 2, 3) if options.split == "sealed" else (40,) if options.quick else (40, 41, 42))
+    count = options.scenes or (1 if options.quick else 300)
     levers = {"noise": MODES["noise"]} | LEVERS | SWEEP
     wanted = "modes" if options.quick else options.arms
-    arms = {"modes": MODES, "levers": levers, "all": MODES | SECOND_READING | levers}[wanted]
-    scores = measure(arms, options.split, seeds, count, options.jobs, options.quick)
+    arms = {"modes": MODES, "null-text": MODES | NULL_TEXTS, "levers": levers, "all": MODES | levers}[wanted]
+    scores = measure(arms, options.split, seeds, count, options.jobs, wanted != "null-text", options.keep)
     modes = {name: one for name, one in scores.items() if name.split(",")[0] in MODES}
     found = {
         "default": asdict(ExtractionConfig()), "split": options.split, "seeds": list(seeds), "scenes_a_seed": count,

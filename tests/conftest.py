@@ -1,4 +1,6 @@
-"""What every test can rely on: no network, the same random numbers each time, one thread for torch, tiny models.
+"""What every test can rely on: no network, the same random numbers each time, tiny models.
+
+torch has one thread, or as many as OMP_NUM_THREADS says.
 
 The models are real ones with random weights, made in the process. Fixtures of a session are shared: a test
 that changes a model takes its own from `make_student`.
@@ -37,7 +39,16 @@ pytest.register_assert_rewrite(
 )
 
 SEED = 20250206
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)
 PROMPT = "describe the picture."
+
+
+def pytest_report_header() -> str:
+    """What the numbers of this run may depend on; the instruction sets are those in force, not the processor's."""
+    import torch
+
+    cpu, isa = torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA", "not limited")
+    return f"torch {torch.__version__}: {cpu} kernels, oneDNN {isa}, {THREADS} thread(s)"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,12 +60,12 @@ def _no_network() -> Generator[None, None, None]:
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
-    """Seed every generator, and keep torch to one thread: its sums then have one order."""
+    """Seed every generator, and set torch's threads: its sums then have one order."""
     random.seed(SEED)
     np.random.seed(SEED)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(SEED)
-        torch.set_num_threads(1)
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MllamaForConditionalGeneration
 
+from closeness import close
 from command_line import complaint, lavender, write_run, write_scenes
 from lavender.cli import DONE, FAILED, WRONG_USAGE
 from lavender.maps import WordMaps
@@ -84,7 +85,8 @@ def test_maps_of_the_evaluation_come_from_a_store_of_their_own(settings, store_p
         assert ran.code == DONE, ran.err
         losses.append(evaluations(tmp_path / name)[1])
     for key in ("eval_vlm_loss", "eval_attention_loss", "eval_matched_words"):
-        assert losses[0][key] == losses[1][key] > 0
+        assert losses[0][key] == close(losses[1][key])  # two models, made apart
+        assert losses[0][key] > 0
 
 
 @pytest.mark.parametrize(

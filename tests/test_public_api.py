@@ -76,8 +76,8 @@ def test_data_that_are_missing_exit_with_one(tmp_path, capsys):
     assert f"lavender extract: Got {tmp_path / 'no'}, which does not exist" in capsys.readouterr().err
 
 
-def test_inspecting_what_does_not_exist_is_wrong_usage(tmp_path, capsys):
-    assert cli.main(["inspect", str(tmp_path / "no")]) == 2
+def test_inspecting_what_does_not_exist_exits_with_one(tmp_path, capsys):
+    assert cli.main(["inspect", str(tmp_path / "no")]) == 1
     assert capsys.readouterr().err.startswith("lavender inspect: Got ")
 
 

@@ -279,6 +279,11 @@ def _print_summary(summary: Summary, out: Path) -> None:
         f"{summary.records} texts with {summary.words} word maps written to {out} in {_duration(summary.seconds)}; "
         f"{summary.already_there} were already there; {len(summary.dropped)} dropped"
     )
+    if summary.reconstruction is not None:
+        print(
+            f"  null-text led back to latents with a mean squared error of {summary.reconstruction:.3f}, "
+            "where 0 is the picture: more null_text_iterations or num_steps bring it down"
+        )
     if summary.without_picture:
         print(f"  samples without a picture, which need no map: {summary.without_picture}")
     for drop in summary.dropped[:SHOWN_DROPS]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from PIL import Image
@@ -61,7 +62,7 @@ def extract(
     summary.without_picture = sum(not sample.sources for sample in samples)
     if strict:
         samples.check_strict()
-    config = teacher.config
+    config, led_before = teacher.config, len(teacher.reconstruction)
     identity = {"teacher": teacher.name, **config.identity()}
     info = {name: version(name) for name in ("lavender-vlm", "diffusers", "torch")}
     info["dtype"] = str(teacher.family.dtype).removeprefix("torch.")
@@ -86,6 +87,8 @@ def extract(
                 flushed = time.monotonic()
         in_store = len(writer)
     summary.seconds = time.monotonic() - began
+    if led_back := teacher.reconstruction[led_before:]:
+        summary.reconstruction = fmean(led_back)
     history.add(summary, in_store)
     return summary
 

@@ -13,7 +13,7 @@ from lavender.comparison import Observed, Phrase, left_out, observe, panels_of, 
 from lavender.config import AlignmentConfig
 from lavender.data import Sample, Samples, read_samples, readable
 from lavender.data_files import expanded
-from lavender.errors import ConfigError, DataError
+from lavender.errors import DataError
 from lavender.files import write_whole
 from lavender.images import image_id
 from lavender.loading import load_run
@@ -117,7 +117,7 @@ def _opened(maps: str | Path | list[str] | None) -> list[MapStore]:
 
 def _prompt_of(config: Mapping[str, Any], run: Path) -> str:
     if "prompt" not in config:
-        raise ConfigError(f"{run / CONFIG}, which does not say `prompt`", "the question it was trained with", "add it")
+        raise DataError(f"{run / CONFIG}, which does not say `prompt`", "the question it was trained with", "add it")
     return config["prompt"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lavender.data_files import expanded
-from lavender.errors import ConfigError, ModelError
+from lavender.errors import ConfigError, FileError, ModelError
 from lavender.files import TEMPORARY
 from lavender.model_files import check_files, check_sizes, check_weight_files, loading, one_line, read_json
 from lavender.type_checks import check_type
@@ -120,7 +120,7 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
         and (Path(path) / "config.yaml").is_file()
         and not (Path(path) / "config.json").is_file()
     ):
-        raise ConfigError(
+        raise FileError(
             f"the run {path}, which has no checkpoint: it is not finished",
             "a finished run",
             f"let it go on: lavender train {Path(path) / 'config.yaml'}",
@@ -143,7 +143,7 @@ def export_run(run: Path, out: Path, trust_remote_code: bool = False) -> Path:
     """Write a run's tuned model as one ordinary checkpoint with processor, LoRA merged, in the weights' own dtype."""
     run, out = expanded(run), expanded(out)
     if not (run / "checkpoint").is_dir():
-        raise ConfigError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
+        raise FileError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         got = f"{out}, which is {'not empty' if out.is_dir() else 'a file'}"
         raise ConfigError(got, "a new folder", "choose another --out")

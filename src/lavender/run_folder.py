@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, DataError, FileError
 from lavender.files import TEMPORARY, write_whole
 from lavender.run_config import RunConfig
 from lavender.training_settings import training_keys
@@ -169,15 +169,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """What a run's config.yaml says, and nothing else: what is not there was not recorded.
 
     Raises:
-        ConfigError: no such file, or one that no run wrote.
+        FileError: no such file.
+        DataError: one that no run wrote.
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise ConfigError(f"no {CONFIG} in {folder}", "a run folder that `lavender train` wrote", "name such a folder")
+        raise FileError(f"no {CONFIG} in {folder}", "a run folder that `lavender train` wrote", "name such a folder")
     found = read_settings(path)
     lacks = [key for key in ("model", "data", "maps") if key not in found]
     if lacks:
-        raise ConfigError(
+        raise DataError(
             f"{path}, which does not say {lacks[0]!r}", f"the {CONFIG} of a run", "name the folder of a run"
         )
     return found

@@ -26,6 +26,8 @@ class Summary:
     Attributes:
         records: texts written, one for each picture that they are mapped on.
         without_picture: samples of text alone, which need no map.
+        reconstruction: of null-text, the mean squared error of the latents that its way back ended with; latents of a
+            picture vary by about 1. None where nothing was led back.
         dropped: names every sample and word that should have a map and got none, with the reason.
     """
 
@@ -34,6 +36,7 @@ class Summary:
     already_there: int = 0
     without_picture: int = 0
     seconds: float = 0.0
+    reconstruction: float | None = None
     dropped: list[Dropped] = field(default_factory=list)
 
 
@@ -65,15 +68,17 @@ class History:
     def add(self, summary: Summary, in_store: int) -> None:
         """Write the file anew with one more run. Raises StoreError if it cannot be written: the maps are whole."""
         now = {name: getattr(summary, name) for name in _COUNTS}
+        led_back = {} if summary.reconstruction is None else {"reconstruction": summary.reconstruction}
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         again = {(one.what, one.reason) for one in summary.dropped}
         content = {
             **now,
             **self._sums([now]),
+            **led_back,
             "in_store": in_store,
             "dropped": [asdict(one) for one in summary.dropped],
             "dropped_before": [one for one in self._drops_before() if (one["what"], one["reason"]) not in again],
-            "runs": [*self._before["runs"], {"finished": finished, **now, "dropped": len(summary.dropped)}],
+            "runs": [*self._before["runs"], {"finished": finished, **now, **led_back, "dropped": len(summary.dropped)}],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False)
         try:

@@ -197,7 +197,8 @@ class TestFlamingo(Contract):
         loaded, processor = load_run(tmp_path)
         again = batch_of(replace(family, processor=processor), readings)
         with torch.no_grad():
-            assert torch.equal(loaded(**again).logits, model(**batch).logits)
+            # two copies of the weights: not the same bits on every CPU
+            torch.testing.assert_close(loaded(**again).logits, model(**batch).logits, rtol=0, atol=1e-5)
 
     def test_what_people_read(self, model):
         assert FlamingoAdapter(model.config).describe_keys() == "10 latents that look at 12 × 12 patches"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from closeness import close
 from invariants.test_trainer import logged, lora, run  # noqa: F401
 from lavender.alignment_data import NO_MAPS, Coverage
 from lavender.maps import WordMaps
@@ -114,7 +115,7 @@ def test_accumulated_batches_log_one_batchs_numbers(run):  # noqa: F811
     whole = run(per_device_train_batch_size=4, **settings)
     parts = run(per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
     for name in NUMBERS:
-        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-6)
+        assert logged(parts, name) == close(logged(whole, name))
         assert len(logged(whole, name)) == 2
     assert logged(parts, "align_weight") == logged(whole, "align_weight") == pytest.approx([10 * 2 / 3.6, 10])
 
@@ -132,7 +133,7 @@ def test_where_the_trainer_divides_the_loss_the_numbers_are_right(run, make_stud
         for total, language, attention in zip(*parts, strict=True):
             assert total == pytest.approx(language + 10 * attention, rel=1e-5)
     for name in ("attention_loss", "matched_words", "student_entropy"):
-        assert logged(runs[1], name) == pytest.approx(logged(runs[0], name), rel=1e-5)
+        assert logged(runs[1], name) == close(logged(runs[0], name))
 
 
 def test_a_constant_weight_is_not_logged(run):  # noqa: F811
@@ -172,7 +173,7 @@ def test_evaluation_does_not_depend_on_its_batches(run, dataset, peft):  # noqa:
     for found in metrics[1:]:
         for name in ("attention_loss", "matched_words", "student_entropy"):
             for part in ("all", "last"):
-                assert found[f"eval_{part}_{name}"] == pytest.approx(metrics[0][f"eval_{part}_{name}"], rel=1e-5)
+                assert found[f"eval_{part}_{name}"] == close(metrics[0][f"eval_{part}_{name}"])
     alone = metrics[-1]
     assert alone["eval_all_loss"] == pytest.approx(
         alone["eval_all_vlm_loss"] + 10 * alone["eval_all_attention_loss"], rel=1e-5

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from closeness import close, moved
 from invariants.test_trainer import KINDS, LOSSES, logged, lora, run  # noqa: F401
 from lavender.errors import ConfigError
 from lavender.maps import to_heat
@@ -75,11 +76,10 @@ def test_training_does_not_notice_it(run, kind):  # noqa: F811
     timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
     for one, other in zip(plain, without.state.log_history, strict=True):
         assert one.keys() == other.keys()
-        assert {key: value for key, value in one.items() if key not in timed} == {
-            key: value for key, value in other.items() if key not in timed
-        }
-    expected, found = without.model.state_dict(), looked.model.state_dict()
-    assert [name for name, one in expected.items() if not torch.equal(found[name], one)] == []
+        assert {key: value for key, value in one.items() if key not in timed} == close(
+            {key: value for key, value in other.items() if key not in timed}
+        )
+    assert moved(without.model.state_dict(), looked.model.state_dict()) == []
 
 
 def test_when_it_looks(run):  # noqa: F811
@@ -92,7 +92,7 @@ def test_plain_fine_tuning_is_looked_at_too(run):  # noqa: F811
     """The baseline of a comparison. The numbers of the first look are those of the aligned run."""
     plain, aligned = run(0.0), run(10.0)
     for name in PROBE:
-        assert logged(plain, name)[0] == logged(aligned, name)[0]
+        assert logged(plain, name)[0] == close(logged(aligned, name)[0])
         assert len(logged(plain, name)) == 2
 
 
@@ -125,7 +125,7 @@ def test_of_learned_projections_it_looks_at_the_students_own(run):  # noqa: F811
                 parameter.normal_()
     for trainer in (first, second):
         trainer.train()
-    assert logged(first, "probe_map_agreement") == logged(second, "probe_map_agreement")
+    assert logged(first, "probe_map_agreement") == close(logged(second, "probe_map_agreement"))
     assert logged(first, "probe_attention_loss") != logged(second, "probe_attention_loss")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from closeness import close
 from invariants.test_plain_trainer import run_plain  # noqa: F401
 from invariants.test_trainer import KINDS, logged, lora, run  # noqa: F401
 from lavender.data import Sample, to_dataset
@@ -117,7 +118,7 @@ def test_a_loss_function_of_the_users(make_student, processor, dataset, store_pa
         trainer.train()
         runs.append(trainer)
     for name in ("loss", "vlm_loss", "attention_loss", "matched_words"):
-        assert logged(runs[1], name) == pytest.approx(logged(runs[0], name), rel=1e-5)
+        assert logged(runs[1], name) == close(logged(runs[0], name))
 
 
 def test_predictions_of_trl(run, dataset):  # noqa: F811

@@ -6,9 +6,9 @@ from math import isfinite
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 
+from closeness import close, moved
 from invariants.test_trainer import logged, lora, own_head, run  # noqa: F401
 from lavender.checkpoints import export
 from lavender.config import (
@@ -100,9 +100,9 @@ def test_accumulated_batches_have_one_weight_and_one_variance(run):  # noqa: F81
     whole = run(per_device_train_batch_size=4, **settings)
     parts = run(per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
     assert whole._estimate.variance != 0.05
-    assert parts._estimate.variance == pytest.approx(whole._estimate.variance, rel=1e-6)
+    assert parts._estimate.variance == close(whole._estimate.variance)
     for name in ("loss", "attention_loss"):
-        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-5)
+        assert logged(parts, name) == close(logged(whole, name))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -116,10 +116,10 @@ def test_a_resumed_run_goes_on_with_its_variance(run, tmp_path, kind):  # noqa: 
             )
         )  # fmt: skip
     whole, resumed = trainers
-    assert resumed._estimate.variance == whole._estimate.variance
-    assert logged(resumed, "loss") == logged(whole, "loss")
+    assert resumed._estimate.variance == close(whole._estimate.variance)
+    assert logged(resumed, "loss") == close(logged(whole, "loss"))
     expected = whole.model.state_dict()
-    assert [name for name, one in resumed.model.state_dict().items() if not torch.equal(expected[name], one)] == []
+    assert moved(expected, resumed.model.state_dict()) == []
 
 
 def test_confidence_weighs_words(run, store_path):  # noqa: F811
@@ -141,6 +141,6 @@ def test_resuming_keeps_what_batch_normalisation_has_seen(run, tmp_path, kind): 
         out = str(tmp_path / str(len(trainers)))
         trainers.append(run(peft=lora() if kind == "lora" else None, output_dir=out, resume=resume, **settings))
     whole, resumed = (own_head(trainer) for trainer in trainers)
-    assert logged(trainers[1], "attention_loss") == logged(trainers[0], "attention_loss")
+    assert logged(trainers[1], "attention_loss") == close(logged(trainers[0], "attention_loss"))
     assert [name for name, one in whole.items() if "running" in name]
-    assert [name for name, one in whole.items() if not torch.equal(resumed[name], one)] == []
+    assert moved(whole, resumed) == []

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from closeness import moved
 from command_line import lavender
 from scale.launching import BF16, KINDS, SETTINGS, launch, train
 from scale.worker import Case
@@ -110,8 +111,7 @@ def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning,
     assert said.count(f"passed over {broken / 'trainer' / 'checkpoint-4'}") == 1
     assert said.count(f"going on from {broken / 'trainer' / 'checkpoint-2'}") == 1
     assert_same_folder(broken, run)
-    again = weights(broken)
-    assert [name for name, one in found.items() if not torch.equal(again[name], one)] == []
+    assert moved(found, weights(broken), step=1e-2 if tuning == "qlora" else 1e-4) == []
 
 
 @pytest.mark.slow
@@ -139,8 +139,7 @@ def test_two_processes_in_bfloat16(kind, tuning, workspace, tmp_path):
 def test_one_process_under_accelerate_writes_the_same(workspace, of_one_process, tmp_path):
     file = write_run(tmp_path, workspace, 1, use_cpu=True)
     launch("one_gpu", "-m", "lavender.cli", "train", file, processes=1, options=["--cpu"])
-    expected, found = weights(of_one_process["full"]), weights(tmp_path / "out")
-    assert [name for name, one in expected.items() if not torch.equal(found[name], one)] == []
+    assert moved(weights(of_one_process["full"]), weights(tmp_path / "out"), step=1e-4) == []
 
 
 @pytest.mark.slow

@@ -182,7 +182,8 @@ class Contract(Limits):
         assert loaded.name == str(tmp_path / "teacher")
         assert type(loaded.pipeline) is type(pipeline)
         for one, other in zip(loaded(jobs()), Teacher(pipeline, plain())(jobs()), strict=True):
-            same(one, other, atol=0)
+            # another copy of the model, whose weights are where the file has them: not the same bits on every CPU
+            same(one, other, atol=1e-5)
         renamed = Teacher.from_pretrained(tmp_path / "teacher", plain(), name="mine")
         assert renamed.name == "mine"
 

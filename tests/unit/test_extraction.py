@@ -6,6 +6,7 @@ The teacher is the real class on the tiny pipeline.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,25 @@ def test_records_words_and_summary(teacher, samples, tmp_path):
     written = json.loads((tmp_path / "maps" / "extraction.json").read_text())
     assert (written["records"], written["words"]) == (9, summary.words)
     assert written["dropped"] == [vars(one) for one in summary.dropped]
+
+
+def test_null_text_says_how_far_from_the_picture_it_led_back(pipeline, samples, tmp_path):
+    def error(mode: Any, iterations: int) -> float | None:
+        config = ExtractionConfig(
+            grid=(11, 13), mode=mode, num_steps=2, null_text_iterations=iterations, guidance=30.0, batch_size=2
+        )
+        teacher, out = Teacher(pipeline, config), tmp_path / f"{mode}-{iterations}"
+        extract(Samples(tuple(samples)[:1]), teacher, out)  # its error is no part of the second's
+        summary = extract(Samples(tuple(samples)[:3]), teacher, out)
+        assert json.loads((out / "extraction.json").read_text())["reconstruction"] == summary.reconstruction
+        assert len(teacher.reconstruction) == (3 if mode == "null-text" else 0)
+        return summary.reconstruction
+
+    untuned, tuned = error("null-text", 0), error("null-text", 20)
+    assert untuned is not None
+    assert tuned is not None
+    assert 0 < tuned < 0.9 * untuned
+    assert error("noise", 0) is None
 
 
 def test_the_maps_are_the_teachers(teacher, samples, tmp_path, pipeline):

@@ -191,7 +191,7 @@ def test_the_loss_is_that_of_the_matched_words_alone(model, batch, processor, so
     alone, _ = attention_loss(*common, [[first], [third]], "label", targets[:, :1])
     every, _ = attention_loss(*common, [[first, second], [third]], "label", targets)
     assert alone.attention_loss.item() > 0.01
-    torch.testing.assert_close(output.attention_loss, alone.attention_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(output.attention_loss, alone.attention_loss, rtol=1e-4, atol=0)  # other shapes
     assert every.attention_loss > output.attention_loss + 0.01
     assert torch.equal(output.logits, every.logits)
 

@@ -19,16 +19,16 @@ def said(folder: Path) -> dict:
 
 
 def test_a_second_run_adds_to_what_the_first_said(tmp_path):
-    History(tmp_path).add(Summary(5, 11, 0, 2, 1.5, [BROKEN, WORDLESS]), in_store=5)
+    History(tmp_path).add(Summary(5, 11, 0, 2, 1.5, dropped=[BROKEN, WORDLESS]), in_store=5)
     first = said(tmp_path)
     assert (first["records"], first["words"], first["in_store"]) == (5, 11, 5)
     assert first["dropped"] == [vars(BROKEN), vars(WORDLESS)]
     assert first["dropped_before"] == []
-    History(tmp_path).add(Summary(0, 0, 5, 2, 0.5, [BROKEN]), in_store=5)
+    History(tmp_path).add(Summary(0, 0, 5, 2, 0.5, dropped=[BROKEN]), in_store=5)
     second = said(tmp_path)
     assert (second["records"], second["words"], second["already_there"], second["seconds"]) == (5, 11, 5, 2.0)
     assert (second["dropped"], second["dropped_before"]) == ([vars(BROKEN)], [vars(WORDLESS)])
-    History(tmp_path).add(Summary(1, 3, 5, 2, 0.5, []), in_store=6)
+    History(tmp_path).add(Summary(1, 3, 5, 2, 0.5, dropped=[]), in_store=6)
     third = said(tmp_path)
     assert (third["records"], third["words"], third["in_store"]) == (6, 14, 6)
     assert third["dropped_before"] == [vars(WORDLESS), vars(BROKEN)]

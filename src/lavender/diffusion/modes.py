@@ -30,6 +30,7 @@ class Batch:
         image_size: (height, width) in pixels of what the latents encode.
         noise: (row, noise, timestep, channel, height, width), of `mode="noise"`.
         empty: the condition of the empty text; of `mode="null-text"`.
+        led_back: like `latents`, what the way back of `mode="null-text"` ends with; equal to them if it converged.
     """
 
     latents: Tensor
@@ -37,6 +38,7 @@ class Batch:
     image_size: tuple[int, int]
     noise: Tensor | None = None
     empty: Condition | None = None
+    led_back: Tensor | None = None
 
 
 def levels(num_steps: int) -> list[int]:
@@ -125,6 +127,7 @@ def _null_text(family: TeacherFamily, config: ExtractionConfig, batch: Batch, re
         if after in path:
             empty = _tuned(step, empty, path[after], config.null_text_iterations, index)
         sample = step(empty).to(batch.latents.dtype)
+    batch.led_back = sample
 
 
 @dataclass

@@ -63,6 +63,10 @@ class Teacher:
         pipeline: a pipeline of a known family (`lavender.diffusion.registry`); used as it is and never changed.
         config: mode, noise, geometry, levers, grid.
         name: what to write into a store (the path or hub id it came from).
+
+    Attributes:
+        reconstruction: of `mode="null-text"`, for each text so far the mean squared error of the latents that its way
+            back ended with; those of a picture have a variance of about 1.
     """
 
     def __init__(self, pipeline: Any, config: ExtractionConfig, name: str = "unnamed"):
@@ -76,6 +80,7 @@ class Teacher:
             _ = self.family.alphas_cumprod
         self._pictures: OrderedDict[Hashable, _Seen] = OrderedDict()
         self._texts: OrderedDict[Hashable, Condition] = OrderedDict()
+        self.reconstruction: list[float] = []
 
     @classmethod
     def from_pretrained(
@@ -233,7 +238,13 @@ class Teacher:
         )  # fmt: skip
         reader = _Reader(self, rows, [one.view for one in own], batch)
         read_maps(family, config, batch, reader)
+        if batch.led_back is not None:
+            self.reconstructed(batch, batch.led_back, ids)
         return reader.result()
+
+    def reconstructed(self, batch: Batch, led_back: Tensor, image_ids: Sequence[str]) -> None:
+        """Note how far from each row's clean latents the way back of null-text ended."""
+        self.reconstruction += (led_back.float() - batch.latents.float()).square().flatten(1).mean(dim=1).tolist()
 
     def _noises(self, image_ids: Sequence[str], shape: Sequence[int]) -> Tensor:
         """(row, noise, timestep, *shape): a pure function of the picture's content and the seed, never of the batch."""

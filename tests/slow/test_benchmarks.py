@@ -1,0 +1,37 @@
+"""Every benchmark runs: `--quick` is its smallest size, and `--json` writes what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+TEXTS = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
+BENCHMARKS = [name for name, text in TEXTS.items() if '__name__ == "__main__"' in text]
+# of PyTorch's profiler, and of what a program prints that ends badly or warns of what comes
+FOREIGN = re.compile(r"kineto|profiler|STAGE:|Traceback|\w+Warning:", re.IGNORECASE)
+
+
+def test_what_is_no_benchmark_is_part_of_one():
+    for name in TEXTS.keys() - set(BENCHMARKS):
+        assert any(f"from {name} import" in TEXTS[one] for one in BENCHMARKS), name
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_runs_at_its_smallest_size(name, tmp_path):
+    out = tmp_path / "found.json"
+    ran = subprocess.run(
+        [sys.executable, FOLDER / f"{name}.py", "--quick", "--json", out],
+        capture_output=True, text=True, timeout=500, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert json.loads(out.read_text())
+    assert [line for line in (ran.stdout + ran.stderr).splitlines() if FOREIGN.search(line)] == []
