@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from lavender.data_files import shown
 from lavender.errors import ConfigError
-from lavender.type_checks import check_fields, check_path, fits, hints_of
+from lavender.type_checks import check_fields, check_path, fits, hints_of, write_paths_as_texts
 
 MODES = ("noise", "ddim", "null-text")
 GEOMETRIES = ("squash", "crop", "letterbox", "aspect")
@@ -107,6 +107,7 @@ class ExtractionConfig:
     parts_of_speech: tuple[PartOfSpeech, ...] = ("noun", "adjective", "verb")
 
     def __post_init__(self) -> None:
+        write_paths_as_texts(self, ["tiny_vae"])
         check_fields(self)
         for name in ("grid", "timesteps", "parts_of_speech"):
             object.__setattr__(self, name, tuple(getattr(self, name)))

@@ -12,11 +12,12 @@ from lavender.config import check_keys, from_mapping
 from lavender.data_files import expanded, shown
 from lavender.errors import ConfigError
 from lavender.training_settings import checked_training, training_keys
-from lavender.type_checks import check_fields, check_path
+from lavender.type_checks import check_fields, check_path, write_paths_as_texts
 from lavender.yaml_files import parse_yaml, read_settings
 
 Part = Literal["vision_tower", "connector", "language_model"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64", "float", "half", "double"]
+PATHS = ("model", "data", "out", "eval_data", "eval_maps")
 RECORD = "record"
 """A key of a run folder's config.yaml: what that run was made with. It is no setting."""
 
@@ -84,8 +85,9 @@ class RunConfig:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        write_paths_as_texts(self, ["maps", *PATHS])
         check_fields(self)
-        for name in ("model", "data", "out", "eval_data", "eval_maps"):
+        for name in PATHS:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_path(name, getattr(self, name)))
         stores = [check_path("maps", path) for path in (self.maps if isinstance(self.maps, list) else [self.maps])]

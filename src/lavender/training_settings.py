@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -26,6 +27,8 @@ _OTHER_TYPES: dict[str, Any] = {
     "debug": str | list[str],
     "parallelism_config": NoneType,  # an object, which a file cannot hold
 }
+_OF_SETTINGS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""What an OSError is about where a setting names a file; transformers raises some of its own, without a number."""
 _MANY = 10**12
 _RANGES: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, 10**6),
@@ -97,12 +100,19 @@ def checked_training(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def refused_settings(where: str) -> Iterator[None]:
-    """Say in one sentence that transformers, TRL or PEFT refuses a setting, in whichever way it does."""
+    """Say in one sentence that transformers, TRL or PEFT refuses a setting, in whichever way it does.
+
+    What memory and disk refuse stays what it is.
+    """
+    import torch
+
     try:
         yield
-    except LavenderError:
+    except (LavenderError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # they raise nearly all of Python's own
+        if isinstance(error, OSError) and error.errno not in _OF_SETTINGS:
+            raise
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         got = f"settings of training that {where} refuses: {reason}"
         raise ConfigError(got, "settings that it accepts", "change or leave out the setting") from error

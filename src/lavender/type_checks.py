@@ -75,7 +75,7 @@ def fits(value: object, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is str:
-        return isinstance(value, str | os.PathLike) and not isinstance(value, enum.Enum)
+        return isinstance(value, str) and not isinstance(value, enum.Enum)
     kind = origin or hint
     if isinstance(kind, type) and issubclass(kind, Mapping):
         key, item = args or (Any, Any)
@@ -188,6 +188,14 @@ def check_path(name: str, path: str) -> str:
         inside = [len(os.fsencode(part)) for part in Path(path).parts]
     except UnicodeEncodeError:
         inside = [256]
-    if not str(path).strip() or "\0" in str(path) or max(inside, default=0) > 255 or sum(inside) > 4000:
-        raise ConfigError(f"{name}={shown(str(path))}", "a path", f"write the path of a file or folder for {name}")
-    return str(expanded(path)) if str(path).startswith("~") else str(path)
+    if not path.strip() or "\0" in path or max(inside, default=0) > 255 or sum(inside) > 4000:
+        raise ConfigError(f"{name}={shown(path)}", "a path", f"write the path of a file or folder for {name}")
+    return str(expanded(path)) if path.startswith("~") else path
+
+
+def write_paths_as_texts(settings: Any, names: Sequence[str]) -> None:
+    """Replace the paths in these fields of a frozen dataclass's object, such as `pathlib.Path`, by texts."""
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, os.PathLike):
+            object.__setattr__(settings, name, os.fspath(value))
