@@ -125,7 +125,7 @@ def test_lora_is_the_short_form_of_peft(make_student):
     ("settings", "words"),
     [
         ({"r": 8}, "Got peft_type: None. Expected one of ['ADALORA'"),
-        ({"peft_type": "LORRA"}, "Got peft_type: LORRA"),
+        ({"peft_type": "LORRA"}, "Got peft_type: 'LORRA'"),
         ({"peft_type": "LORA", "rank": 8, "target_modules": TARGETS}, "Got the key 'rank' in peft"),
         ({"peft_type": "LORA", "r": 8}, "Got peft without target_modules"),
         ({"peft_type": "LORA", "target_modules": ["q_projj"]}, "Got target_modules="),
@@ -167,7 +167,7 @@ def test_what_a_method_trains_in_a_frozen_part_is_noticed(places, tmp_path):
 def test_lora_and_peft_in_one_file(tmp_path):
     line = complaint(lavender("train", write_run(tmp_path, lora=True, peft={"peft_type": "IA3"})), WRONG_USAGE)
     assert "Got lora and peft" in line
-    with pytest.raises(ConfigError, match="Got peft: 'lora'"):
+    with pytest.raises(ConfigError, match="Got peft='lora'"):
         read_run(write_run(tmp_path, peft="lora"))
     assert read_run(write_run(tmp_path), ["freeze=[connector]"]).freeze == ["connector"]
 

@@ -1,0 +1,90 @@
+"""Run files, trained: several map stores, home in paths, settings of the image processor, and code without consent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import complaint, lavender
+from lavender.cli import DONE, FAILED, WRONG_USAGE
+from lavender.errors import ConfigError
+from lavender.inspection import inspect_target
+from lavender.judgement import evaluate_runs
+from lavender.run import RunConfig, load_run, read_run, train
+from lavender.store import MapStore
+from lavender.yaml_files import read_settings, yaml_text
+
+STEP: dict[str, Any] = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 2,
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "probe_size": 0,
+}
+
+
+@pytest.fixture
+def halves(places, tmp_path) -> list[str]:
+    """The maps of `places` in two stores, each with half of the records."""
+    whole = list(MapStore.open(places["maps"]))
+    folders = [str(tmp_path / "first"), str(tmp_path / "second")]
+    for folder, records in zip(folders, (whole[::2], whole[1::2]), strict=True):
+        with MapStore.writer(folder, {"teacher": "test"}, {}, whole[0].grid) as writer:
+            for one in records:
+                writer.add(one)
+    return folders
+
+
+def test_several_map_stores(places, halves, tmp_path):
+    one = train(RunConfig(**places, out=str(tmp_path / "one"), training=STEP))
+    several = train(RunConfig(**places | {"maps": halves}, out=str(tmp_path / "several"), training=STEP))
+    covered = [json.loads((out / "coverage.json").read_text())["words"] for out in (one, several)]
+    assert covered[0] == covered[1] > 0
+    assert read_settings(several / "config.yaml")["maps"] == halves
+    assert evaluate_runs(several, [], limit=2)["maps"] == halves
+    assert train(read_run(several / "config.yaml")) == several  # finished: the same run
+
+
+def test_home_in_paths(places, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml_text({**places, **STEP, "out": "~/runs/x"}))
+    assert lavender("train", "~/run.yaml").code == DONE
+    assert (tmp_path / "runs" / "x" / "checkpoint").is_dir()
+    assert lavender("export", "~/runs/x", "--out=~/exported").code == DONE
+    assert load_run("~/exported")[0] is not None
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"size": "large"}, {"image_mean": ["a", "b", "c"]}, {"do_resize": "no"}, {"size": {"height": -3, "width": 8}}],
+    ids=str,
+)
+def test_settings_of_the_image_processor_are_tried(places, tmp_path, settings):
+    run = RunConfig(**places, out=str(tmp_path / "out"), image_processor=settings, training=STEP)
+    with pytest.raises(ConfigError, match="Got settings of training that the image processor refuses"):
+        train(run)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["false", "no", "true", 1, None, [0]])
+def test_code_needs_a_plain_true_in_python_too(places, value):
+    for call in (load_run, inspect_target):
+        with pytest.raises(ConfigError, match="Got trust_remote_code="):
+            call(places["model"], trust_remote_code=value)
+
+
+def test_exit_codes(places, tmp_path):
+    """2 for a wrong setting, 1 for a file that is not there."""
+    assert "Got no file at" in complaint(lavender("train", tmp_path / "no.yaml"), FAILED)
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml_text({**places, **STEP, "out": str(tmp_path / Path(out))}))
+        assert "which is a file" in complaint(lavender("train", path), WRONG_USAGE)
