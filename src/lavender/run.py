@@ -36,6 +36,7 @@ from lavender.run_folder import (
 )
 from lavender.training_settings import refused_settings, try_optimizer
 from lavender.training_settings import training_keys as _training_keys
+from lavender.type_checks import check_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, ProcessorMixin
@@ -300,12 +301,15 @@ def _set_images(processor: Any, settings: Mapping[str, Any]) -> None:
     if not settings:
         return
     images = processor.image_processor
-    check_keys(settings, list(images.to_dict()), "image_processor")
-    typed = getattr(images, "valid_kwargs", None)
+    own, typed = images.to_dict(), getattr(images, "valid_kwargs", None)
+    check_keys(settings, list(own), "image_processor")
+    named = {name: value for name, value in settings.items() if typed and name in typed.__annotations__}
+    for name in settings.keys() - named.keys():
+        if own[name] is not None:
+            check_type(f"image_processor.{name}", settings[name], type(own[name]))
     with refused_settings("the image processor"):
-        if typed is not None:
-            known = {name: value for name, value in settings.items() if name in typed.__annotations__}
-            validate_typed_dict(typed, known)
-        changed = type(images).from_dict(images.to_dict() | dict(settings))
+        if typed:
+            validate_typed_dict(typed, named)
+        changed = type(images).from_dict(own | dict(settings))
         changed(images=[Image.new("RGB", (64, 48))], return_tensors="pt")
     processor.image_processor = changed

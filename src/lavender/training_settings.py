@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from functools import cache
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lavender.config import check_keys
 from lavender.data_files import shown
@@ -26,6 +26,7 @@ _OTHER_TYPES: dict[str, Any] = {
     "fsdp": bool | str | list[str] | None,  # the hint leaves out what the documentation has
     "debug": str | list[str],
     "parallelism_config": NoneType,  # an object, which a file cannot hold
+    "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
 }
 _OF_SETTINGS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 """What an OSError is about where a setting names a file; transformers raises some of its own, without a number."""
@@ -85,12 +86,13 @@ def checked_training(settings: Mapping[str, Any]) -> dict[str, Any]:
     from lavender.trainer import LavenderConfig
 
     check_keys(settings, sorted(training_keys()), "training")
-    defaults = {one.name: one.default for one in fields(LavenderConfig)}
-    checked = {}
+    known, checked = {one.name: one for one in fields(LavenderConfig)}, {}
     for name, value in settings.items():
         value = "no" if name in STRATEGIES and value is False else value
-        hint = _OTHER_TYPES.get(name, hints_of(LavenderConfig)[name])
-        check_type(name, value, hint, MISSING if defaults[name] is None else defaults[name])
+        check_type(name, value, _OTHER_TYPES.get(name, hints_of(LavenderConfig)[name]), known[name].default)
+        choices = known[name].metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            raise ConfigError(f"{name}={shown(value)}", f"one of {tuple(choices)}", f"set {name} to one of them")
         low, high = _RANGES.get(name, (None, None))
         if low is not None and isinstance(value, int | float) and not low <= value <= high:
             raise ConfigError(f"{name}={shown(value)}", f"a number from {low} to {high}", f"change {name}")

@@ -113,6 +113,12 @@ def test_all_defaults_of_training_are_allowed():
         ({"optim": 5}, "Got optim=5. Expected one of ('adamw_torch',"),
         ({"heads": "x"}, "Got heads='x'."),
         ({"output_dir": "x"}, "Got the key 'output_dir' in training."),
+        ({"log_level": "loud"}, "Got log_level='loud'. Expected one of ('detail', 'debug',"),
+        ({"loss_type": "x"}, "Got loss_type='x'. Expected one of ('nll',"),
+        (
+            {"include_num_input_tokens_seen": "x"},
+            "Got include_num_input_tokens_seen='x'. Expected true or false or one",
+        ),
         ({"parallelism_config": {"a": 1}}, "Got parallelism_config={'a': 1}. Expected null."),
         (
             {"label_names": "x"},
