@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavender.errors import ConfigError, UnsupportedModelError
+from lavender.files import writing
 from lavender.model_files import one_line
 from lavender.report import Panel, WordRow, draw_figure
 from lavender.store import MapStore
@@ -220,7 +221,8 @@ def _draw_sample(target: str, picture: Path, trust_remote_code: bool) -> dict[st
     reading = Reading(image, QUESTION, ANSWER, content_words(ANSWER, ("noun", "adjective", "verb")))
     maps = student_maps(model, processor, [reading])[0]
     rows = [WordRow(word.text, {"attention": one}) for word, one in zip(maps.words, maps.maps, strict=True)]
-    draw_figure([Panel(image, "attention on a photograph, before any tuning", rows, {})], picture)
+    with writing(picture):
+        draw_figure([Panel(image, "attention on a photograph, before any tuning", rows, {})], picture)
     return {"text": ANSWER, "words": [word.text for word in maps.words], "grid": maps.grid, "picture": str(picture)}
 
 
