@@ -175,7 +175,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise FileError(f"no {CONFIG} in {folder}", "a run folder that `lavender train` wrote", "name such a folder")
-    found = read_settings(path)
+    try:
+        found = read_settings(path)
+    except ConfigError as error:  # what a run wrote is no setting of the user's
+        raise DataError(error.got, error.expected, f"put back what the run wrote to {path}") from error
     lacks = [key for key in ("model", "data", "maps") if key not in found]
     if lacks:
         raise DataError(

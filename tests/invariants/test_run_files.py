@@ -74,9 +74,7 @@ def test_home_in_paths(places, tmp_path, monkeypatch):
 )
 def test_settings_of_the_image_processor_are_tried(places, tmp_path, settings):
     run = RunConfig(**places, out=str(tmp_path / "out"), image_processor=settings, training=STEP)
-    with pytest.raises(
-        ConfigError, match="Got (settings of training that the image processor refuses|image_processor.)"
-    ):
+    with pytest.raises(ConfigError, match=r"Got (settings .* the image processor refuses|image_processor\.)"):
         train(run)
     assert not (tmp_path / "out").exists()
 

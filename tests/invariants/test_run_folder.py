@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from command_line import complaint, lavender, write_run
-from lavender.cli import DONE, WRONG_USAGE
+from lavender.cli import DONE, FAILED, WRONG_USAGE
 from lavender.config import AlignmentConfig
 from lavender.run import read_run, train
 from lavender.run_config import training_keys
@@ -209,11 +209,11 @@ def test_folders_that_hold_something_else(run, tmp_path):
         (old, "a run of an earlier version, which did not record all of its settings"),
         (other, "which does not say 'model'"),
     ):
-        before = content(tmp_path)
-        assert said in complaint(lavender("train", file, "--set", f"out={place}"), WRONG_USAGE)
+        before, code = content(tmp_path), FAILED if place == other else WRONG_USAGE
+        assert said in complaint(lavender("train", file, "--set", f"out={place}"), code)
         assert content(tmp_path) == before
-    for place in (foreign, other):
-        assert lavender("train", file, "--restart", "--set", f"out={place}").code == WRONG_USAGE
+    for place, code in ((foreign, WRONG_USAGE), (other, FAILED)):
+        assert lavender("train", file, "--restart", "--set", f"out={place}").code == code
         assert content(tmp_path) == before
 
 

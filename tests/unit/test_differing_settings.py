@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lavender.errors import ConfigError, DataError
+from lavender.errors import DataError
 from lavender.judgement import _differing, report_run
 from lavender.run_folder import read_config
 
@@ -52,7 +52,7 @@ def test_what_a_run_did_not_record_is_not_filled_in(tmp_path):
 @pytest.mark.parametrize("text", ["a: [", "- 1", "model: m", "model: m\x00", "{}"])
 def test_a_damaged_config(text, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"config\.yaml"):
+    with pytest.raises(DataError, match=r"config\.yaml"):
         read_config(tmp_path)
 
 

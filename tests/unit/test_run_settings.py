@@ -117,7 +117,7 @@ def test_all_defaults_of_training_are_allowed():
         ({"loss_type": "x"}, "Got loss_type='x'. Expected one of ('nll',"),
         (
             {"include_num_input_tokens_seen": "x"},
-            "Got include_num_input_tokens_seen='x'. Expected true or false or one",
+            "Got include_num_input_tokens_seen='x'. Expected true or false",
         ),
         ({"parallelism_config": {"a": 1}}, "Got parallelism_config={'a': 1}. Expected null."),
         (
