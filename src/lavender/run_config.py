@@ -96,8 +96,7 @@ class RunConfig:
         object.__setattr__(self, "maps", stores[0] if len(stores) == 1 else stores)
         if self.lora is not None and self.peft is not None:
             raise ConfigError("lora and peft", "one of them", "leave out lora; peft: {peft_type: LORA} is the same")
-        if self.peft is not None:
-            _check_peft(self.peft)
+        _check_methods(self.peft, self.quantization)
         object.__setattr__(self, "training", checked_training(self.training))
 
     def training_stores(self) -> list[str]:
@@ -187,7 +186,10 @@ def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
     return RunConfig(**run, training={key: value for key, value in settings.items() if key not in own})
 
 
-def _check_peft(settings: Mapping[str, Any]) -> None:
-    from lavender.trainable import plain_peft_config
+def _check_methods(peft: Mapping[str, Any] | None, quantization: Mapping[str, Any] | None) -> None:
+    from lavender.trainable import check_quantization, plain_peft_config
 
-    plain_peft_config(settings)
+    if peft is not None:
+        plain_peft_config(peft)
+    if quantization is not None:
+        check_quantization(quantization)

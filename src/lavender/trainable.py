@@ -127,12 +127,8 @@ def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
         raise ConfigError(got, "values that it accepts", "change the setting") from error
 
 
-def quantization_config(settings: Mapping[str, Any], with_peft: bool) -> BitsAndBytesConfig:
-    """transformers' own config from its settings, for QLoRA.
-
-    Raises:
-        ConfigError: an unknown setting, or neither 4 nor 8 bits; nothing that could be trained; no bitsandbytes.
-    """
+def check_quantization(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an unknown setting, one of another type, or neither 4 nor 8 bits."""
     check_keys(settings, list(QUANTIZATION), "quantization")
     for name, value in settings.items():
         check_type(f"quantization.{name}", value, QUANTIZATION[name])
@@ -140,6 +136,15 @@ def quantization_config(settings: Mapping[str, Any], with_peft: bool) -> BitsAnd
         raise ConfigError(
             f"quantization: {settings!r}", "settings of BitsAndBytesConfig", "write quantization: {load_in_4bit: true}"
         )
+
+
+def quantization_config(settings: Mapping[str, Any], with_peft: bool) -> BitsAndBytesConfig:
+    """transformers' own config from its settings, for QLoRA.
+
+    Raises:
+        ConfigError: as `check_quantization`; nothing that could be trained; no bitsandbytes.
+    """
+    check_quantization(settings)
     if not with_peft:
         raise ConfigError("quantization without lora or peft", "something that can be trained", "add lora: true")
     if importlib.util.find_spec("bitsandbytes") is None:

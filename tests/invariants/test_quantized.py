@@ -162,10 +162,13 @@ def test_the_estimate_of_its_weights(quantized, places):
     ("settings", "words"),
     [
         ({"quantization": NF4}, "Got quantization without lora or peft"),
-        ({"quantization": "4bit", "lora": True}, "Got quantization: '4bit'. Expected settings of BitsAndBytesConfig"),
+        ({"quantization": "4bit", "lora": True}, "Got quantization='4bit'. Expected a mapping or null."),
         ({"quantization": {"bnb_4bit_quant_type": "nf4"}, "lora": True}, "Do this: write quantization: {load_in_4bit"),
         ({"quantization": NF4 | {"quant_type": "nf4"}, "lora": True}, "Got the key 'quant_type' in quantization"),
-        ({"quantization": NF4 | {"bnb_4bit_compute_dtype": "bf17"}, "lora": True}, "Got quantization: {"),
+        (
+            {"quantization": NF4 | {"bnb_4bit_compute_dtype": "bf17"}, "lora": True},
+            "Got quantization.bnb_4bit_compute_dtype='bf17'. Expected one of",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(places, tmp_path, settings, words):
