@@ -87,8 +87,9 @@ def train(run: RunConfig, restart: bool = False) -> Path:
     wanted = resolved_settings(run, args, _content(run, args, sets))
     is_main = args.process_index == 0
     if holds_run and not restart:
-        wanted, changed = gone_on(check_same(out, wanted), wanted)
-        if is_finished(out):
+        found = check_same(out, wanted)
+        wanted, changed = gone_on(found, wanted)
+        if is_finished(out, found, wanted):
             _say([f"finished: {out} holds this run, trained to its end; --restart trains it anew"], is_main)
             return out
         notes += changed
@@ -144,6 +145,7 @@ def _begin(trainer: LavenderTrainer, out: Path, wanted: dict[str, Any], restart:
         out.mkdir(parents=True, exist_ok=True)
         write_config(out, wanted)
         write_environment(out, wanted)
+        (out / COVERAGE).unlink(missing_ok=True)  # of a run that is made longer, and so is not finished any more
         set_aside(passed)
     trainer.accelerator.wait_for_everyone()
     trainer.add_callback(RunLog(out / METRICS))

@@ -221,7 +221,9 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     return lines
 
 
-_UNCOMPARED = ("record.device", "record.later_versions")
+LENGTH = ("max_steps", "num_train_epochs")
+"""Settings that may grow: the run is made longer then, and its record says so."""
+_UNCOMPARED = ("record.device", "record.later_versions", "record.made_longer", *LENGTH)
 
 
 def _shown(value: Any) -> str:
@@ -242,14 +244,24 @@ def check_same(out: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
             "a run that can be compared with the wanted one",
             "choose another out, or add --restart to begin anew",
         )
-    if lines := differences(found, wanted):
+    lengths = _lengths(found, wanted).items()
+    lines = [f"{name}: {before} → {after}" for name, (before, after) in lengths if not 0 < before < after]
+    lines += differences(found, wanted)
+    if lines:
         raise ConfigError(f"out: {out}, which holds a run of other settings ({'; '.join(lines)})", "the same run", do)
     return found
 
 
-def is_finished(out: Path) -> bool:
+def _lengths(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Each setting of the length that differs, before and after. Steps count before epochs where both are given."""
+    names = ("max_steps",) if max(one["training"].get("max_steps", 0) for one in (found, wanted)) > 0 else LENGTH
+    pairs = {name: (found["training"].get(name, 0), wanted["training"].get(name, 0)) for name in names}
+    return {name: (before, after) for name, (before, after) in pairs.items() if before != after}
+
+
+def is_finished(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether the run in the folder was trained to its end and exported: coverage.json is written last."""
-    return (out / COVERAGE).is_file() and (out / CHECKPOINT).is_dir()
+    return not _lengths(found, wanted) and (out / COVERAGE).is_file() and (out / CHECKPOINT).is_dir()
 
 
 def remove_run(out: Path) -> None:
@@ -274,7 +286,11 @@ def write_environment(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def gone_on(found: Mapping[str, Any], wanted: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """config.yaml of a run that goes on: its record is that of its beginning; and a note where versions differ."""
+    """config.yaml of a run that goes on, with the record of its beginning; notes where versions or length differ.
+
+    A run that is made longer is not the run that would have had this length from the beginning: what the learning rate
+    and the weight of alignment did until now followed the shorter one. So the record keeps it.
+    """
     record = dict(found["record"])
     before, now = record.get("versions", {}), wanted["record"]["versions"]
     notes = []
@@ -282,4 +298,7 @@ def gone_on(found: Mapping[str, Any], wanted: dict[str, Any]) -> tuple[dict[str,
         listed = ", ".join(f"{name} {before.get(name, NOT_RECORDED)} → {now[name]}" for name in changed)
         notes.append(f"going on under other versions than it began with: {listed}")
         record["later_versions"] = [*record.get("later_versions", []), {name: now[name] for name in changed}]
+    for name, (before, after) in _lengths(found, wanted).items():
+        notes.append(f"made longer, {name}: {before} → {after}; schedules follow the new length from here")
+        record["made_longer"] = [*record.get("made_longer", []), {name: [before, after]}]
     return wanted | {"record": record}, notes

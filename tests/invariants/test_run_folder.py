@@ -90,7 +90,8 @@ def unfinish(out: Path) -> None:
     [
         ("learning_rate=0.02", "learning_rate: 0.01 → 0.02"),
         ("seed=4", "seed: 3 → 4"),
-        ("max_steps=6", "max_steps: 4 → 6"),
+        ("max_steps=3", "max_steps: 4 → 3"),
+        ("max_steps=-1", "max_steps: 4 → -1"),
         ("align_weight=0", "align_weight: 2.0 → 0"),
         ("pooling=learn", 'pooling: "layer-mean" → "learn"'),
         ("lora={r: 2}", "lora.r: not recorded → 2"),
@@ -110,6 +111,21 @@ def test_other_settings_are_refused_by_name(run, setting, said):
         if state == "finished":
             unfinish(out)
             before = content(out)
+
+
+def test_a_run_may_be_made_longer_and_says_so(run):
+    """It goes on from its last checkpoint; its record keeps that its schedules once followed the shorter length."""
+    file, out = run
+    ran = lavender("train", file, "--set", "max_steps=6")
+    assert ran.code == DONE, ran.err
+    assert "made longer, max_steps: 4 → 6" in ran.out
+    assert f"going on from {out / 'trainer' / 'checkpoint-4'}" in ran.out
+    found = yaml.safe_load((out / "config.yaml").read_text())
+    assert found["training"]["max_steps"] == 6
+    assert found["record"]["made_longer"] == [{"max_steps": [4, 6]}]
+    steps = [one["step"] for one in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in one]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert "finished" in lavender("train", file, "--set", "max_steps=6").out
 
 
 def test_several_differences_are_all_named(run):
