@@ -36,7 +36,7 @@ test-cpu: $(TESTS) ## the tests that compute, once more as on an older processor
 	done
 
 test-all: $(TESTS) ## the slow tests: several processes, a browser, the built wheel, the demo
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --numprocesses $(JOBS) --dist loadfile --durations 40
 
 lint: $(TESTS) ## style, types and import rules only
 	$(BIN)/ruff check

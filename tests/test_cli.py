@@ -67,7 +67,7 @@ def scenes_folder(some_scenes, captions, tmp_path_factory) -> Path:
 
 
 def test_a_missing_run_file(tmp_path):
-    assert str(tmp_path / "run.yaml") in complaint(lavender("train", tmp_path / "run.yaml"), WRONG_USAGE)
+    assert str(tmp_path / "run.yaml") in complaint(lavender("train", tmp_path / "run.yaml"), FAILED)
 
 
 @pytest.mark.parametrize("text", ["model: [a", "- model\n- data\n", "a: b: c"])
@@ -145,8 +145,8 @@ def test_a_setting_of_the_wrong_kind(scenes_folder, tmp_path):
 def test_a_model_that_is_not_there(scenes_folder, tmp_path):
     path = write_run(tmp_path, data=str(scenes_folder), model=str(tmp_path / "nowhere"))
     expected = f"the model {tmp_path / 'nowhere'}, which cannot be loaded: there is no such folder. Expected"
-    assert expected in complaint(lavender("train", path), WRONG_USAGE)
-    line = complaint(lavender("inspect", "nobody/nothing"), WRONG_USAGE)
+    assert expected in complaint(lavender("train", path), FAILED)
+    line = complaint(lavender("inspect", "nobody/nothing"), FAILED)
     assert "the model nobody/nothing, which cannot be loaded: " in line
     assert "no such folder" not in line
 
@@ -158,7 +158,7 @@ def test_training_without_a_map_store(scenes_folder, tmp_path):
 
 @pytest.mark.parametrize("verb", ["eval", "report"])
 def test_a_folder_that_is_no_run(verb, tmp_path):
-    line = complaint(lavender(verb, tmp_path), WRONG_USAGE)
+    line = complaint(lavender(verb, tmp_path), FAILED)
     assert f"no config.yaml in {tmp_path}" in line
 
 

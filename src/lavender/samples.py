@@ -33,8 +33,8 @@ _MARGIN = 16  # tokens by which the estimate of a sample's length may be wrong
 class SampleError(DataError):
     """One sample cannot be used; `reason` is one of `REFUSALS`."""
 
-    def __init__(self, got: str, *others: str, reason: str = REFUSED):
-        super().__init__(got, *others)
+    def __init__(self, got: str, expected: str | None = None, do: str | None = None, *, reason: str = REFUSED):
+        super().__init__(got, expected, do)
         self.reason = reason
 
     def __reduce__(self) -> tuple:
@@ -198,7 +198,7 @@ def messages_of(example: Mapping[str, Any]) -> list[dict]:
             f"{describe(example)}, whose messages are no conversation: {type(error).__name__} {line_of(error)}",
             "a list of {'role': …, 'content': text or parts}",
             "repair it, or leave the sample out",
-            TEMPLATE,
+            reason=TEMPLATE,
         ) from error
 
 

@@ -305,9 +305,10 @@ def test_crops_by_hand(size, crops):
 
 def test_a_border_that_no_whole_cell_fits_is_not_seen(captions):
     """100 pixels are 25 patches of 4, of which 24 make 12 cells: 96 pixels."""
-    processor = build_processor(captions)
+    processor: Any = build_processor(captions)
     config: Any = config_of(processor.tokenizer)
     config.vision_config.image_size = 100
+    processor.image_processor.size = {"height": 100, "width": 100}
     adapter, sizes = Gemma3Adapter(config), [[(300, 500)]]
     boxes = adapter.image_boxes(several(processor, sizes), sizes, processor).boxes[0]
     assert boxes[0].tolist() == pytest.approx([0, 0, 0.08, 0.08])

@@ -119,6 +119,7 @@ def test_resuming_is_no_interruption(places, tmp_path):
     whole = train(RunConfig(**common, out=str(tmp_path / "whole"), training=training))
     broken = tmp_path / "broken"
     (broken / "trainer").mkdir(parents=True)
+    (broken / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
     (whole / "trainer" / "checkpoint-2").rename(broken / "trainer" / "checkpoint-2")
     train(RunConfig(**common, out=str(broken), training=training))
     for file in ("checkpoint/adapter_model.safetensors", "alignment_head.safetensors"):

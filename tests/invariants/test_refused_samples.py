@@ -132,7 +132,7 @@ def bad_samples(kind: str) -> list[tuple[dict[str, Any], str, str]]:
         (sample(2, turn("system", "be short"), turn("user", None, "and?"), turn("assistant", ANSWER)), TEMPLATE,
          "which the chat template refuses: no system turn here"),
         (sample(3, turn("human", None, "what is it?"), turn("gpt", ANSWER)), TEMPLATE, "Invalid role"),
-        (sample(4, image=b"no picture at all"), UNREADABLE, "which is no picture"),
+        (sample(4, image=b"no picture at all"), UNREADABLE, "no picture of a known format"),
         (sample(5, image=encoded(picture((3, 90)))), UNREADABLE, "with 90 × 3 pixels"),
         (sample(5, turn("user", None, None, "what is it?"), turn("assistant", ANSWER)), REFUSED,
          "messages with 2 places for a picture, and 1 pictures"),
@@ -225,7 +225,7 @@ def test_a_stream_leaves_them_out_as_they_come(build, capsys):
     assert printed.count("left out of a batch, or of its alignment: the sample ") == 3
 
 
-@pytest.mark.parametrize(("place", "said"), [(0, "whose text holds '<image>'"), (4, "which is no picture")])
+@pytest.mark.parametrize(("place", "said"), [(0, "whose text holds '<image>'"), (4, "no picture of a known format")])
 def test_what_is_met_later_names_its_sample(build, place, said):
     """Data that nobody has looked at before, such as a set that is evaluated on later."""
     trainer = build("llava", Dataset.from_list([good(0), good(1)], features=FEATURES))

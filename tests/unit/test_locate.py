@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from lavender.attention import Reading
 from lavender.errors import DataError
@@ -215,5 +216,5 @@ def test_text_of_messages():
 
 
 def test_a_reading_asks_about_one_picture():
-    messages = Reading(None, "what?", "a dog", ()).messages()  # ty: ignore[invalid-argument-type]
+    messages = Reading(Image.new("RGB", (16, 16)), "what?", "a dog", ()).messages()
     assert messages == conversation("what?", "a dog")

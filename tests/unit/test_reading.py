@@ -345,7 +345,7 @@ def test_readable_keeps_classes_of_errors(folder, monkeypatch):
     def fails(sample):
         raise MemoryError(threading.current_thread().name)
 
-    monkeypatch.setattr(data, "_fault", fails)
+    monkeypatch.setattr(data, "_identities", fails)
     with pytest.raises(MemoryError, match="ThreadPool"):
         readable(samples)
 

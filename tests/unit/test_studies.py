@@ -401,7 +401,7 @@ def test_an_unknown_study_and_no_jobs_are_refused(tmp_path: Path):
         run_study("mian", tmp_path / "out", Scale.of(True, None, None), 1, "")
     assert str(caught.value) == (
         "Got the study 'mian'. Expected one of main, teacher-controls, entropy, scaling, pooling, aligner, words, "
-        "layers, pretraining, lambda, switching, learning-rate. Do this: name one of them."
+        "layers, pretraining, lambda, switching, learning-rate. Do this: write 'main' instead."
     )
     with pytest.raises(ConfigError) as caught:
         run_study("main", tmp_path / "out", Scale.of(True, None, None), 0, "")
