@@ -16,7 +16,7 @@ from lavender import __version__
 from lavender.data_files import expanded
 from lavender.errors import ConfigError, LavenderError
 from lavender.files import file_error, writing
-from lavender.quiet import debugging, hide_loading_bars, only_our_lines
+from lavender.quiet import debugging, only_our_lines
 from lavender.stopping import Stopped, signals_stop, unexpected
 
 if TYPE_CHECKING:
@@ -234,7 +234,6 @@ def _extract_teacher(options: argparse.Namespace) -> int:
         from lavender.world import TEACHER_PATH
 
         path = str(TEACHER_PATH)
-    hide_loading_bars(path)
     teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
     total = sum(len(sample.pairs) for sample in samples)
     with writing(options.out), tqdm(total=total, unit="text", desc="maps") as bar:
@@ -295,7 +294,6 @@ def _print_summary(summary: Summary, out: Path) -> None:
 def _check(options: argparse.Namespace) -> int:
     from lavender.diagnosis import check_model
 
-    hide_loading_bars(options.model)
     found = check_model(options.model, options.data, options.maps, options.limit, options.trust_remote_code)
     print(json.dumps(found, indent=1))
     error = found["gain_standard_error"] or 0.0
@@ -313,7 +311,6 @@ def _train(options: argparse.Namespace) -> int:
     from lavender.run import read_run, train
 
     run = read_run(options.run, options.overrides)
-    hide_loading_bars(run.model)
     with writing(run.out):
         folder = train(run, options.restart)
     state = PartialState()
@@ -328,7 +325,6 @@ def _train(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     from lavender.judgement import evaluate_runs
 
-    hide_loading_bars(options.run, *options.against)
     with writing(options.run):
         result = evaluate_runs(
             options.run, options.against, options.data, options.maps, options.limit, options.trust_remote_code
@@ -364,7 +360,6 @@ def _study(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from lavender.judgement import report_run
 
-    hide_loading_bars(options.run)
     with writing(options.out or options.run):
         page = report_run(options.run, options.out, options.trust_remote_code)
     print(f"report: {page}")
@@ -374,7 +369,6 @@ def _report(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from lavender.run import export_run
 
-    hide_loading_bars(options.run)
     with writing(options.out):
         folder = export_run(options.run, options.out, options.trust_remote_code)
     print(f"model: {folder}")
@@ -384,7 +378,6 @@ def _export(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from lavender.inspection import as_text, inspect_target
 
-    hide_loading_bars(options.target)
     with writing(options.picture or options.target):
         facts = inspect_target(options.target, options.picture, options.trust_remote_code)
     page = sys.stdout.isatty() and not options.json

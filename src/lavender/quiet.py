@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 def debugging() -> bool:
@@ -36,16 +35,3 @@ def only_our_lines() -> Iterator[None]:
         logging.disable(before)
         for name in added:
             del os.environ[name]
-
-
-def hide_loading_bars(*models: str | Path) -> None:
-    """No progress bars of transformers and diffusers where every model is a folder; a download shows its bar."""
-    if debugging() or not all(Path(model).expanduser().exists() for model in models):
-        return
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    if "diffusers" in sys.modules:
-        from diffusers.utils.logging import disable_progress_bar as disable_bar_of_diffusers
-
-        disable_bar_of_diffusers()
