@@ -129,7 +129,9 @@ def _add_extract(verbs: argparse._SubParsersAction) -> None:
                          help="any other setting, such as geometry=letterbox; see docs/teachers.md")  # fmt: skip
     extract.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     extract.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"))
-    extract.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be used")
+    extract.add_argument(
+        "--strict", action="store_true", help="stop at what cannot be used, and at pictures outside the data's folder"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
