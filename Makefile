@@ -19,6 +19,9 @@ TESTS := .venv/.installed-for-tests
 JOBS ?= 2
 # what computes; the rest of the tests does not depend on the processor
 CPU_TESTS ?= tests/families tests/invariants tests/teachers tests/unit
+# what computes with large enough tensors for a second thread
+THREADED_TESTS ?= tests/invariants tests/teachers
+AVX2 := OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -30,10 +33,8 @@ test: lint ## style, types, import rules and the tests that are not slow
 	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 test-cpu: $(TESTS) ## the tests that compute, once more as on an older processor (AVX2): with one thread, and with two
-	@for threads in 1 2; do \
-	  OMP_NUM_THREADS=$$threads OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
-	    $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile $(CPU_TESTS) || exit; \
-	done
+	OMP_NUM_THREADS=1 $(AVX2) $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile $(CPU_TESTS)
+	OMP_NUM_THREADS=2 $(AVX2) $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile $(THREADED_TESTS)
 
 test-all: $(TESTS) ## the slow tests: several processes, a browser, the built wheel, the demo
 	$(BIN)/pytest -m slow --numprocesses $(JOBS) --dist loadfile --durations 40
