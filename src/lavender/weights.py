@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lavender.errors import ModelError
 from lavender.model_files import check_weight_files
@@ -38,7 +39,7 @@ def load_weights(cls: Any, path: str | Path, empty: Callable[[], nn.Module] | No
             shape, or not finite.
     """
     held = check_weight_files(path)
-    if held and empty is not None:
+    if held and empty is not None and not is_deepspeed_zero3_enabled():  # which divides weights as they are built
         with torch.device("meta"):
             told = sum(one.numel() for one in empty().parameters())
         if told > MOST_AS_HELD * held:

