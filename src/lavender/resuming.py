@@ -58,6 +58,9 @@ def set_aside(passed: dict[Path, str]) -> None:
 def _check(checkpoint: Path) -> None:
     _check_state(checkpoint)
     _check_counts(checkpoint)
+    for path in sorted(checkpoint.glob("*.json")):
+        if path.name != COUNTS_FILE:
+            _json(path)
     weights = sorted(checkpoint.glob("*.safetensors"))
     for path in weights:
         _check_weights(path)

@@ -308,6 +308,7 @@ DAMAGE = {
         lambda path: path.write_text('{"global_step": 4, "log_history": 3, "unknown": 1}'),
         lambda path: path.write_bytes(b"\xff\xfe"),
     ),
+    "config.json": (cut, lambda path: path.write_text("[1]")),
     "coverage_counts.json": (cut, lambda path: path.write_text("[1]"), lambda path: path.write_text('{"a": 1}')),
 }
 
