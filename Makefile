@@ -19,8 +19,8 @@ TESTS := .venv/.installed-for-tests
 JOBS ?= 2
 # what computes; the rest of the tests does not depend on the processor
 CPU_TESTS ?= tests/families tests/invariants tests/teachers tests/unit
-# what computes with large enough tensors for a second thread
-THREADED_TESTS ?= tests/invariants tests/teachers
+# of these, with a second thread too
+THREADED_TESTS ?= tests/teachers
 AVX2 := OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
 help: ## this list
