@@ -167,8 +167,8 @@ _WAITS = """
 import os, signal, sys, time
 import lavender.cli
 def wait(options):
-    print('ready', flush=True)
     try:
+        print('ready', flush=True)  # inside: a signal right after this line must find the clean-up in place
         time.sleep(60)
     finally:
         if {slow}:
