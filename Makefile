@@ -56,7 +56,7 @@ evidence: $(STAMP) ## the studies behind the README's table: main and teacher-co
 	$(BIN)/lavender study teacher-controls
 
 weights: $(STAMP) ## train the weights of the built-in world anew (hours on a CPU)
-	$(BIN)/python -m lavender.world.weights all --out src/lavender/world/weights
+	$(BIN)/python -m lavender.world.training.make all --out src/lavender/world/weights
 
 clean: ## remove what the other targets made, except .venv and the weights
 	rm -rf build dist lavender-demo .pytest_cache .ruff_cache .import_linter_cache

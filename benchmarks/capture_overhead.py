@@ -30,11 +30,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lavender.alignment_data import row_tensors
+from lavender.alignment.objective import AlignmentHead, AlignmentRequest
 from lavender.config import AlignmentConfig
-from lavender.grids import grid_boxes
-from lavender.objective import AlignmentHead, AlignmentRequest
-from lavender.vlm.capture import AttentionRequest, install, set_kernel
+from lavender.students.capture import AttentionRequest, install, row_tensors, set_kernel
+from lavender.students.image_keys import grid_boxes
 
 LAYERS, HEADS, FIRST_KEY, SIDE, GRID = 8, 16, 11, 24, (32, 32)
 TOKENS, WORDS = (1024, 2048, 4096, 8192), (8, 32, 128)
@@ -71,9 +70,14 @@ class Case:
 def build_model() -> LlamaForCausalLM:
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=512, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=4,
-        intermediate_size=1408, max_position_embeddings=max(TOKENS),
-    )  # fmt: skip
+        vocab_size=1024,
+        hidden_size=512,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=4,
+        intermediate_size=1408,
+        max_position_embeddings=max(TOKENS),
+    )
     return LlamaForCausalLM(config).train()
 
 
@@ -88,9 +92,10 @@ def aligner_step(words: int) -> Step:
     """The objective from captured rows on: words, grid, Aligner, loss."""
     head = AlignmentHead(HEADS, tuple(range(LAYERS)), AlignmentConfig()).train()
     tensors = row_tensors([[(100 + index,) for index in range(words)]]) | {
-        "boxes": grid_boxes(SIDE, SIDE).float()[None], "pictures": torch.zeros(1, SIDE**2, dtype=torch.long),
+        "boxes": grid_boxes(SIDE, SIDE).float()[None],
+        "pictures": torch.zeros(1, SIDE**2, dtype=torch.long),
         "targets": torch.rand(1, words, *GRID),
-    }  # fmt: skip
+    }
     captured = torch.rand(LAYERS, 1, HEADS, words, SIDE**2).softmax(dim=-1).requires_grad_()
 
     def step() -> Tensor:
@@ -139,8 +144,10 @@ def measured(model: LlamaForCausalLM, tokens: int, words: int, runs: int, eager_
     ours = f"lavender_{model.config._attn_implementation.removeprefix('lavender_')}"
     base = ours.removeprefix("lavender_")
     steps: dict[str, tuple[str, Step]] = {
-        "plain": (base, case.plain), "capture": (ours, case.with_capture), "aligner": (base, aligner),
-    }  # fmt: skip
+        "plain": (base, case.plain),
+        "capture": (ours, case.with_capture),
+        "aligner": (base, aligner),
+    }
     if eager_runs:
         steps["eager"] = ("eager", case.eager)
     memory = {
@@ -158,13 +165,16 @@ def measured(model: LlamaForCausalLM, tokens: int, words: int, runs: int, eager_
     set_kernel(model, ours)
     plain = times["plain"]
     row = {
-        "tokens": tokens, "words": words, "plain_seconds": median(plain),
+        "tokens": tokens,
+        "words": words,
+        "plain_seconds": median(plain),
         "capture_time_vs_plain": ratio(times["capture"], plain),
         "aligner_time_vs_plain": ratio(times["aligner"], plain),
         "extra_mib_per_layer": (memory["capture"] - memory["plain"]) / LAYERS / MIB,
         "rows_mib_per_layer": case.weights.nbytes / LAYERS / MIB,
-        "eager_time_vs_plain": None, "eager_extra_mib_per_layer": None,
-    }  # fmt: skip
+        "eager_time_vs_plain": None,
+        "eager_extra_mib_per_layer": None,
+    }
     if eager_runs:
         row["eager_time_vs_plain"] = ratio(times["eager"], plain[: len(times["eager"])])
         row["eager_extra_mib_per_layer"] = (memory["eager"] - memory["plain"]) / LAYERS / MIB

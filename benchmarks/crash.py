@@ -29,9 +29,9 @@ from unittest import mock
 
 import torch
 
+from lavender.data.store import MapStore
 from lavender.errors import StoreError
 from lavender.maps import Dropped, Word, WordMaps
-from lavender.store import MapStore
 
 GRID, SHARD = (16, 16), 7
 NAMES = ("dog", "hat", "sky")

@@ -37,14 +37,14 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from extraction_ways import SIDES, Forward, build, check_same_maps
 from torch.utils.flop_counter import FlopCounterMode
 
-import lavender.extraction
+import lavender.teachers.extract
 from lavender.config import ExtractionConfig
-from lavender.data import Sample, Samples
-from lavender.diffusion.aggregate import Aggregate
-from lavender.diffusion.capture import WordCapture, capture_words
-from lavender.diffusion.teacher import Teacher
-from lavender.extraction import extract
-from lavender.store import StoreWriter
+from lavender.data.samples import Sample, Samples
+from lavender.data.store import StoreWriter
+from lavender.teachers.diffusion.aggregate import Aggregate
+from lavender.teachers.diffusion.capture import WordCapture, capture_words
+from lavender.teachers.diffusion.teacher import Teacher
+from lavender.teachers.extract import extract
 from lavender.world import TEACHER_PATH
 from lavender.world.language import caption_scene
 from lavender.world.scenes import draw_scene
@@ -68,10 +68,13 @@ def main() -> None:
         found = on_gpu(options.device) if options.device != "cpu" else on_cpu(options.side, options.quick)
         found["tflop"] = {name: tflop(name) for name in SIDES}
     found["machine"] = {
-        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu", "threads": options.threads,
-        "torch": version("torch"), "diffusers": version("diffusers"), "seconds": round(time.monotonic() - began),
+        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
+        "threads": options.threads,
+        "torch": version("torch"),
+        "diffusers": version("diffusers"),
+        "seconds": round(time.monotonic() - began),
         "cpu_seconds": round(time.process_time()),
-    }  # fmt: skip
+    }
     text = json.dumps(rounded(found), indent=1)
     if options.json:
         options.json.write_text(text + "\n")
@@ -130,15 +133,21 @@ def measure(pipeline: Any, config: ExtractionConfig, pairs: int, others: int, im
         first = compare({"bare": forward.bare, "captured": forward.captured}, pairs)
     rest = compare(ways, others)
     found: dict[str, Any] = {
-        "parameters": sum(one.numel() for one in family.backbone.parameters()), "dtype": str(family.dtype)[6:],
-        "image_size": forward.image_size, "latents": forward.size, "batch": batch, "pairs": pairs, "rounds": others,
-        "layers_read": len(forward.layers), "layers": len(family.layers(forward.size)),
+        "parameters": sum(one.numel() for one in family.backbone.parameters()),
+        "dtype": str(family.dtype)[6:],
+        "image_size": forward.image_size,
+        "latents": forward.size,
+        "batch": batch,
+        "pairs": pairs,
+        "rounds": others,
+        "layers_read": len(forward.layers),
+        "layers": len(family.layers(forward.size)),
         "words": int((forward.values[0].sum(0) > 0).sum()) - 1,
         "capture_overhead": interval(first["captured"], first["bare"], less=1),
         "capture_inside": watch.seconds["capture"] / (sum(first["captured"]) - watch.seconds["capture"]),
         "stopped_share": interval(rest["stopped"], rest["bare"]),
         "seconds": {"bare": float(np.median(first["bare"])), "captured": float(np.median(first["captured"]))},
-    }  # fmt: skip
+    }
     memory = {"captured": forward.captured, **ways}
     peaks = {name: peak_bytes(run, family.device) for name, run in memory.items()}
     found["extra_peak_megabytes"] = {name: (peak - peaks["bare"]) / 1e6 for name, peak in peaks.items()}
@@ -273,9 +282,13 @@ class Stopwatch:
 
 CAPTURING = ((WordCapture, "see", "capture"), (Aggregate, "maps", "capture"), (Aggregate, "agreement", "capture"))
 READING = (
-    (Sample, "load", "io"), (lavender.extraction, "image_id", "io"), (Teacher, "frame", "io"),
-    (StoreWriter, "add", "io"), (StoreWriter, "flush", "io"), (lavender.extraction, "content_words", "words"),
-)  # fmt: skip
+    (Sample, "load", "io"),
+    (lavender.teachers.extract, "image_id", "io"),
+    (Teacher, "frame", "io"),
+    (StoreWriter, "add", "io"),
+    (StoreWriter, "flush", "io"),
+    (lavender.teachers.extract, "content_words", "words"),
+)
 
 
 def whole_extraction(teacher: Teacher, images: int, bare: float) -> dict[str, Any]:
@@ -297,12 +310,16 @@ def whole_extraction(teacher: Teacher, images: int, bare: float) -> dict[str, An
         stored = sum(file.stat().st_size for file in (Path(folder) / "store").glob("shard-*"))
     shares = {part: seconds / computing for part, seconds in watch.seconds.items()}
     return {
-        "images": images, "words_per_image": summary.words / images, "images_per_second": images / summary.seconds,
+        "images": images,
+        "words_per_image": summary.words / images,
+        "images_per_second": images / summary.seconds,
         "images_per_second_of_computing": images / computing,
-        "unet_forwards": (family.forwards - forwards) / images, "forward_equivalents": computing / images / bare,
-        **{f"{part}_share": share for part, share in shares.items()}, "other_share": 1 - sum(shares.values()),
+        "unet_forwards": (family.forwards - forwards) / images,
+        "forward_equivalents": computing / images / bare,
+        **{f"{part}_share": share for part, share in shares.items()},
+        "other_share": 1 - sum(shares.values()),
         "store_kilobytes_per_image": stored / images / 1e3,
-    }  # fmt: skip
+    }
 
 
 def written(folder: Path, count: int) -> tuple[Sample, ...]:

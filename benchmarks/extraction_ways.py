@@ -20,15 +20,15 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lavender.config import ExtractionConfig
-from lavender.diffusion.aggregate import Aggregate
-from lavender.diffusion.base import Condition, Layer, TeacherFamily
-from lavender.diffusion.capture import WordCapture, capture_words
-from lavender.diffusion.frames import WHOLE
-from lavender.diffusion.teacher import Teacher
-from lavender.diffusion.windows import indicator, window_of
+from lavender.teachers.diffusion.aggregate import Aggregate
+from lavender.teachers.diffusion.base import Condition, Layer, TeacherFamily
+from lavender.teachers.diffusion.capture import WordCapture, capture_words
+from lavender.teachers.diffusion.teacher import Teacher
+from lavender.teachers.diffusion.text_windows import indicator, window_of
+from lavender.teachers.diffusion.views import WHOLE
 from lavender.words import content_words
 from lavender.world import TEACHER_PATH
-from lavender.world.teacher_training import build_scheduler
+from lavender.world.training.teacher import build_scheduler
 
 TEXT = "a small brown dog runs beside a red bicycle in front of an old house"
 SIDES = {"sd1": 512, "sdxl": 1024, "sd3": 1024}
@@ -38,10 +38,13 @@ def build(name: str, side: int, device: str = "cpu") -> Any:
     """A pipeline of the real configuration with random weights. Only SD1.x has its text encoder."""
     with torch.device(device):
         vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16 if name == "sd3" else 4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16 if name == "sd3" else 4,
             sample_size=side,
-        ).eval()  # fmt: skip
+        ).eval()
         backbone = {"sd1": _sd1, "sdxl": _sdxl, "sd3": _sd3}[name](side // 8).eval()
     tokenizer = CLIPTokenizer.from_pretrained(TEACHER_PATH / "tokenizer", model_max_length=77)
     if name == "sd3":
@@ -53,10 +56,16 @@ def build(name: str, side: int, device: str = "cpu") -> Any:
             vae, None, None, tokenizer, tokenizer, backbone, build_scheduler(), add_watermarker=False
         )
     with torch.device(device):
-        encoder = CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_attention_heads=12,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        )).eval()  # fmt: skip
+        encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=768,
+                intermediate_size=3072,
+                num_attention_heads=12,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        ).eval()
     return StableDiffusionPipeline(
         vae, encoder, tokenizer, backbone, build_scheduler(), None, None, requires_safety_checker=False
     )
@@ -68,19 +77,29 @@ def _sd1(latents: int) -> torch.nn.Module:
 
 def _sdxl(latents: int) -> torch.nn.Module:
     return UNet2DConditionModel(
-        sample_size=latents, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+        sample_size=latents,
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
 
 
 def _sd3(latents: int) -> torch.nn.Module:
     return SD3Transformer2DModel(
-        sample_size=latents, num_layers=24, num_attention_heads=24, joint_attention_dim=4096,
-        caption_projection_dim=1536, pos_embed_max_size=192,
-    )  # fmt: skip
+        sample_size=latents,
+        num_layers=24,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pos_embed_max_size=192,
+    )
 
 
 def random_condition(family: TeacherFamily, rows: int) -> Condition:

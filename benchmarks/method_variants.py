@@ -41,7 +41,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from lavender.alignment_data import AlignmentCollator
+from lavender.alignment.collator import AlignmentCollator
+from lavender.alignment.losses import FLOOR, per_word_loss
+from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.config import (
     ALIGNER_ACTIVATIONS,
     ALIGNER_FORMS,
@@ -53,15 +55,13 @@ from lavender.config import (
     POOLINGS,
     AlignmentConfig,
 )
-from lavender.data import read_samples, to_dataset
+from lavender.data.samples import read_samples, to_dataset
+from lavender.data.store import MapStore
 from lavender.errors import LavenderError
-from lavender.extraction import extract
-from lavender.losses import FLOOR, per_word_loss
 from lavender.maps import min_max
-from lavender.objective import AlignmentRequest, attach
-from lavender.run import RunConfig, load_run, read_run, train
-from lavender.store import MapStore
-from lavender.vlm.registry import adapter_for
+from lavender.students.registry import adapter_for
+from lavender.teachers.extract import extract
+from lavender.training.run import RunConfig, load_run, read_run, train
 from lavender.world import STUDENT_PATH
 from lavender.world.language import write_scenes
 from lavender.world.scenes import scenes
@@ -154,9 +154,13 @@ def measure(folder: Path, names: Sequence[str], scale: Scale, json_path: Path | 
         mean = {key: fmean(one[key] for one in by_seed) for key in by_seed[0]}
         ok = all(one["trained"] < min(one["aligner_only"], one["constant"]) for one in by_seed)  # NaN is not
         results[name] = {
-            "overrides": VARIANTS[name], "ok": ok, **mean, "by_seed": by_seed, "steps": own.steps,
+            "overrides": VARIANTS[name],
+            "ok": ok,
+            **mean,
+            "by_seed": by_seed,
+            "steps": own.steps,
             "seconds": round(time.monotonic() - began, 1),
-        }  # fmt: skip
+        }
         if json_path:
             json_path.write_text(json.dumps({"scale": vars(scale), "variants": results}, indent=1))
         numbers = " ".join(f"{mean[key]:9.4f}" for key in ("trained", "aligner_only", "constant", "uniform"))
@@ -202,10 +206,17 @@ def run_of(folder: Path, overrides: Sequence[str], scale: Scale, seed: int) -> R
     """examples/world.yaml as `lavender train --set …` reads it."""
     place = folder / f"training-{seed}"
     own = {
-        "model": STUDENT_PATH, "data": place / "data", "maps": place / "maps", "out": folder / "run", "seed": seed,
-        "max_steps": scale.steps, "per_device_train_batch_size": scale.batch, "warmup_steps": scale.steps // 20,
-        "save_strategy": "'no'", "disable_tqdm": "true",
-    }  # fmt: skip
+        "model": STUDENT_PATH,
+        "data": place / "data",
+        "maps": place / "maps",
+        "out": folder / "run",
+        "seed": seed,
+        "max_steps": scale.steps,
+        "per_device_train_batch_size": scale.batch,
+        "warmup_steps": scale.steps // 20,
+        "save_strategy": "'no'",
+        "disable_tqdm": "true",
+    }
     return read_run(RUN, [*(f"{key}={value}" for key, value in own.items()), *overrides])
 
 
@@ -244,9 +255,10 @@ def words_of(run: RunConfig) -> AlignmentConfig:
     """The settings that choose words and weigh them, alone: variants that share them share batches."""
     config = alignment_of(run)
     return AlignmentConfig(
-        parts_of_speech=config.parts_of_speech, subjects_and_objects=config.subjects_and_objects,
+        parts_of_speech=config.parts_of_speech,
+        subjects_and_objects=config.subjects_and_objects,
         weight_by_confidence=config.weight_by_confidence,
-    )  # fmt: skip
+    )
 
 
 @cache

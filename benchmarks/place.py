@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lavender.diagnosis import logits_keeping
-from lavender.grids import overlap_matrix
-from lavender.run import load_run
-from lavender.vlm.registry import adapter_for
+from lavender.evaluation.check import logits_keeping
+from lavender.students.image_keys import overlap_matrix
+from lavender.students.registry import adapter_for
+from lavender.training.run import load_run
 from lavender.world import STUDENT_PATHS
 from lavender.world.scenes import Scene, scenes
 from lavender.world.student_models import CAPTION_PROMPT, STUDENTS, text_batch
@@ -67,8 +67,11 @@ def probabilities(name: str, drawn: Sequence[Scene]) -> dict[str, float]:
     own = torch.stack([_shows(scene, box) for scene, box in zip(drawn, boxes, strict=True)])
     found = {}
     for kept, mask in (
-        ("all", torch.ones_like(own)), ("thing", own), ("rest", ~own), ("none", torch.zeros_like(own)),
-    ):  # fmt: skip
+        ("all", torch.ones_like(own)),
+        ("thing", own),
+        ("rest", ~own),
+        ("none", torch.zeros_like(own)),
+    ):
         logits = logits_keeping(model, adapter, batch | images, mask).log_softmax(dim=-1)
         found[kept] = _name_probability(processor, drawn, labels, logits)
     return found

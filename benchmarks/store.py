@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 
+from lavender.data.store import MapStore
 from lavender.errors import StoreError
 from lavender.maps import Dropped, Word, WordMaps
-from lavender.store import MapStore
 
 GRID, NAMES = (32, 32), ("dog", "hat", "sky", "cup", "bed")
 IDENTITY = {"teacher": "random", "grid": list(GRID), "seed": 0}
@@ -104,10 +104,17 @@ def _content(folder: Path) -> tuple:
     """All that reading a store gives, to compare."""
     store = MapStore.open(folder)
     records = [
-        (one.image_id, one.text, one.words, one.dropped, one.confidence.numpy().tobytes(), one.maps.shape,
-         one.maps.numpy().tobytes())
+        (
+            one.image_id,
+            one.text,
+            one.words,
+            one.dropped,
+            one.confidence.numpy().tobytes(),
+            one.maps.shape,
+            one.maps.numpy().tobytes(),
+        )
         for one in store
-    ]  # fmt: skip
+    ]
     for one in records:
         if store.get(*one[:2]) is None:
             records.append(("lost", *one[:2]))

@@ -112,7 +112,7 @@ def watched_teacher() -> type:
     """A teacher that also decodes what null-text's way back ends with."""
     import torch
 
-    from lavender.diffusion.teacher import Teacher
+    from lavender.teachers.diffusion.teacher import Teacher
 
     class Watched(Teacher):
         def __init__(self, *given, **named):
@@ -137,7 +137,7 @@ def watched_teacher() -> type:
 
 def judged_maps(teacher, drawn) -> tuple[list, list[bool], list[float]]:
     """Judged maps of all things, whether each points right, and its confidence."""
-    from lavender.evaluation.maps import pointing
+    from lavender.evaluation.map_scores import pointing
     from lavender.world.judging import job_of, judge
     from lavender.world.language import caption_scene
 
@@ -149,9 +149,7 @@ def judged_maps(teacher, drawn) -> tuple[list, list[bool], list[float]]:
         for (scene, caption), maps in zip(group, found, strict=True):
             judged += judge(scene, caption, maps)
             for mention in caption.mentions:
-                inside = [
-                    place for place, word in enumerate(maps.words) if mention.start <= word.start < mention.end
-                ]  # fmt: skip
+                inside = [place for place, word in enumerate(maps.words) if mention.start <= word.start < mention.end]
                 if inside:
                     right.append(pointing(maps.map_of(mention.start, mention.end), scene.mask_of(mention.name)))
                     confident.append(float(maps.confidence[inside].mean()))
@@ -160,9 +158,9 @@ def judged_maps(teacher, drawn) -> tuple[list, list[bool], list[float]]:
 
 def wrong_image(teacher, drawn) -> list[bool]:
     """Whether a thing's map points at it when the teacher saw the next scene's picture instead."""
-    from lavender.diffusion.teacher import Job
-    from lavender.evaluation.maps import pointing
-    from lavender.images import image_id
+    from lavender.data.images import image_id
+    from lavender.evaluation.map_scores import pointing
+    from lavender.teachers.diffusion.teacher import Job
     from lavender.words import content_words
     from lavender.world.language import caption_scene
 
@@ -182,9 +180,9 @@ def wrong_image(teacher, drawn) -> list[bool]:
 
 def absent_word(teacher, drawn) -> list[bool]:
     """Whether the map of a name that was added to the caption, its thing in no place, points at a thing named."""
-    from lavender.diffusion.teacher import Job
-    from lavender.evaluation.maps import pointing
-    from lavender.images import image_id
+    from lavender.data.images import image_id
+    from lavender.evaluation.map_scores import pointing
+    from lavender.teachers.diffusion.teacher import Job
     from lavender.words import content_words
     from lavender.world.language import caption_scene
     from lavender.world.sprites import NAMES
@@ -206,7 +204,7 @@ def absent_word(teacher, drawn) -> list[bool]:
 
 def scores_of(runs: Sequence[dict[str, Any]], threshold: float, reference: Sequence[dict] | None) -> dict[str, Any]:
     """An arm's scores: over all of its seeds, and each seed's own."""
-    from lavender.evaluation.maps import score_maps
+    from lavender.evaluation.map_scores import score_maps
 
     every = score_maps([one for run in runs for one in run["judged"]], threshold).to_dict()
     seeds = [score_maps(run["judged"], threshold).to_dict() for run in runs]
@@ -261,14 +259,19 @@ def cheapest(modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(
-    arms: dict[str, dict[str, Any]], split: str, seeds: Sequence[int], count: int, jobs: int, controls: bool,
+    arms: dict[str, dict[str, Any]],
+    split: str,
+    seeds: Sequence[int],
+    count: int,
+    jobs: int,
+    controls: bool,
     keep: Path | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """All arms' scores; seed by seed, and of each seed the costly arms first, so that no core waits at the end.
 
     The longer null-text arms take the threshold of the default null-text: calibrating each would double their cost.
     """
-    from lavender.evaluation.maps import best_threshold
+    from lavender.evaluation.map_scores import best_threshold
 
     os.environ["OMP_NUM_THREADS"] = "1"
     order = sorted(arms, key=lambda name: arms[name].get("mode") != "null-text")
@@ -276,15 +279,23 @@ def measure(
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         calibrations = {
             name: pool.submit(arm, keep, arms[name], "development", 500_000, num_calibration, 0, 0)
-            for name in order if name not in NULL_TEXTS
-        }  # fmt: skip
+            for name in order
+            if name not in NULL_TEXTS
+        }
         runs = {
             (name, seed): pool.submit(
-                arm, keep, arms[name], split, FIRST_SCENE + 1000 * seed, count, seed,
+                arm,
+                keep,
+                arms[name],
+                split,
+                FIRST_SCENE + 1000 * seed,
+                count,
+                seed,
                 num_controls(name, count) if controls else 0,
             )
-            for seed in seeds for name in order
-        }  # fmt: skip
+            for seed in seeds
+            for name in order
+        }
         done = {}
         for name in order:
             done[name] = [pickle.loads(runs[name, seed].result()) for seed in seeds]
@@ -295,11 +306,12 @@ def measure(
     reference = done.get("null-text")
     return {
         name: scores_of(
-            done[name], thresholds["null-text" if name in NULL_TEXTS else name],
+            done[name],
+            thresholds["null-text" if name in NULL_TEXTS else name],
             None if "word_share" in arms[name] else reference,
         )
         for name in arms
-    }  # fmt: skip
+    }
 
 
 def num_controls(name: str, count: int) -> int:
@@ -336,21 +348,35 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true",
-                        help="that it runs: the modes alone, one seed, one scene")  # fmt: skip
-    parser.add_argument("--arms", choices=("modes", "null-text", "levers", "all"), default="all",
-                        help="levers: they and the sweep beside the default mode; null-text: its settings beside the "
-                        "other modes, without the controls (minutes for each scene)")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="that it runs: the modes alone, one seed, one scene")
+    parser.add_argument(
+        "--arms",
+        choices=("modes", "null-text", "levers", "all"),
+        default="all",
+        help="levers: they and the sweep beside the default mode; null-text: its settings beside the "
+        "other modes, without the controls (minutes for each scene)",
+    )
     parser.add_argument("--split", choices=("development", "sealed"), default="development")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 40 41 42; sealed 1 2 3")
     parser.add_argument("--scenes", type=int, default=None, help="a seed; default 300, with --quick 1")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
-    parser.add_argument("--keep", type=Path, default=None, metavar="FOLDER",
-                        help="write each arm's part here as it is done; a later run goes on from there")  # fmt: skip
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="write each arm's part here as it is done; a later run goes on from there",
+    )
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None)
-    parser.add_argument("--draw", type=Path, nargs="+", default=None, metavar="JSON",
-                        help="measure nothing: --plot of what --json wrote")  # fmt: skip
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        nargs="+",
+        default=None,
+        metavar="JSON",
+        help="measure nothing: --plot of what --json wrote",
+    )
     options = parser.parse_args()
     if options.quick and options.split == "sealed":
         parser.error("--quick uses development scenes; the sealed ones are for the number that is reported")
@@ -369,12 +395,16 @@ def main() -> None:
     scores = measure(arms, options.split, seeds, count, options.jobs, wanted != "null-text", options.keep)
     modes = {name: one for name, one in scores.items() if name.split(",")[0] in MODES}
     found = {
-        "default": asdict(ExtractionConfig()), "split": options.split, "seeds": list(seeds), "scenes_a_seed": count,
-        "cheapest": cheapest(modes) if "null-text" in modes else None, "modes": modes,
+        "default": asdict(ExtractionConfig()),
+        "split": options.split,
+        "seeds": list(seeds),
+        "scenes_a_seed": count,
+        "cheapest": cheapest(modes) if "null-text" in modes else None,
+        "modes": modes,
         "controls": {name: modes["noise"][name] for name in ("uniform_pointing", "centre_pointing")},
         "levers": {name: scores[name] for name in LEVERS if name in scores},
         "sweep": {name: scores[name] for name in SWEEP if name in scores},
-    }  # fmt: skip
+    }
     for name, one in scores.items():
         print(
             f"{name:30s} forwards {one['unet_forwards']:6.1f}  pointing {one['pointing']:.3f}  "

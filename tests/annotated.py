@@ -10,21 +10,26 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lavender.annotations.coco import CocoPanoptic
-from lavender.annotations.extraction import extract_annotations
-from lavender.annotations.layout import Layout
+from lavender.data.store import MapStore
 from lavender.maps import WordMaps
-from lavender.store import MapStore
+from lavender.teachers.annotations.base import Layout
+from lavender.teachers.annotations.coco import CocoPanoptic
+from lavender.teachers.annotations.extract import extract_annotations
 
 GRID = (3, 5)
 WIDTH, HEIGHT = 14, 10
 CATEGORIES: list[dict[str, Any]] = [
-    {"id": 1, "name": "person", "isthing": 1}, {"id": 18, "name": "dog", "isthing": 1},
-    {"id": 11, "name": "fire hydrant", "isthing": 1}, {"id": 58, "name": "hot dog", "isthing": 1},
-    {"id": 55, "name": "orange", "isthing": 1}, {"id": 35, "name": "skis", "isthing": 1},
-    {"id": 171, "name": "wall-brick", "isthing": 0}, {"id": 176, "name": "wall-tile", "isthing": 0},
-    {"id": 187, "name": "sky-other-merged", "isthing": 0}, {"id": 193, "name": "grass-merged", "isthing": 0},
-]  # fmt: skip
+    {"id": 1, "name": "person", "isthing": 1},
+    {"id": 18, "name": "dog", "isthing": 1},
+    {"id": 11, "name": "fire hydrant", "isthing": 1},
+    {"id": 58, "name": "hot dog", "isthing": 1},
+    {"id": 55, "name": "orange", "isthing": 1},
+    {"id": 35, "name": "skis", "isthing": 1},
+    {"id": 171, "name": "wall-brick", "isthing": 0},
+    {"id": 176, "name": "wall-tile", "isthing": 0},
+    {"id": 187, "name": "sky-other-merged", "isthing": 0},
+    {"id": 193, "name": "grass-merged", "isthing": 0},
+]
 
 
 def near(maps: torch.Tensor, expected: Any) -> None:
@@ -60,15 +65,17 @@ class Coco:
         for number, name in enumerate(self.ids):
             picture(100 + number).save(root / "val2017" / f"{name}.png")
         segments = {
-            "000000000139": [(70_001, 18, 0), (258, 18, 1), (9, 171, 0), (5, 176, 0)], "000000000285": [(3, 193, 0)],
-        }  # fmt: skip
+            "000000000139": [(70_001, 18, 0), (258, 18, 1), (9, 171, 0), (5, 176, 0)],
+            "000000000285": [(3, 193, 0)],
+        }
         self.panoptic = {
             "images": [
                 {"id": int(name), "file_name": f"{name}.png", "width": WIDTH, "height": HEIGHT} for name in self.ids
             ],
             "annotations": [
                 {
-                    "image_id": int(name), "file_name": f"{name}.png",
+                    "image_id": int(name),
+                    "file_name": f"{name}.png",
                     "segments_info": [
                         {"id": one, "category_id": category, "iscrowd": crowd, "bbox": [0, 0, 1, 1], "area": 1}
                         for one, category, crowd in own
@@ -77,7 +84,7 @@ class Coco:
                 for name, own in segments.items()
             ],
             "categories": CATEGORIES,
-        }  # fmt: skip
+        }
         captions = [(139, 1, "A dog by a brick wall. \n"), (285, 2, "Grass."), (139, 3, "Nothing but a cat and dogs")]
         self.captions = {
             "images": self.panoptic["images"],

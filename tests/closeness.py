@@ -24,9 +24,10 @@ def moved(expected: Weights, found: Weights, step: float = 1e-3) -> list[str]:
     """
     assert found.keys() == expected.keys()
     return [
-        name for name, one in expected.items()
+        name
+        for name, one in expected.items()
         if not (found[name].double() - one.double()).square().mean().sqrt() <= step / 100  # NaN is a move, too
-    ]  # fmt: skip
+    ]
 
 
 def close(numbers: Any) -> Any:

@@ -63,8 +63,12 @@ def write_run(folder: Path, **settings: object) -> Path:
     """A run's YAML file, of the built-in student on the CPU; unless set, its `data` and `maps` are not there."""
     path = folder / "run.yaml"
     ours = {
-        "model": str(STUDENT_PATH), "data": str(folder / "data"), "maps": str(folder / "maps"),
-        "out": str(folder / "out"), "use_cpu": True, "bf16": False,
-    }  # fmt: skip
+        "model": str(STUDENT_PATH),
+        "data": str(folder / "data"),
+        "maps": str(folder / "maps"),
+        "out": str(folder / "out"),
+        "use_cpu": True,
+        "bf16": False,
+    }
     path.write_text(yaml.safe_dump(ours | settings))
     return path

@@ -115,22 +115,22 @@ def pipeline() -> StableDiffusionPipeline:
     from transformers import CLIPTokenizer
 
     from lavender.world import TEACHER_PATH
-    from lavender.world.teacher_training import (
-        build_scheduler,
-        build_text_encoder,
-        build_unet,
-        build_vae,
-    )
+    from lavender.world.training.teacher import build_scheduler, build_text_encoder, build_unet, build_vae
 
     # the shipped one: a tokenizer trained anew differs from process to process
     tokenizer = CLIPTokenizer.from_pretrained(TEACHER_PATH / "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         return StableDiffusionPipeline(
-            vae=build_vae().eval(), unet=build_unet().eval(), text_encoder=build_text_encoder(tokenizer).eval(),
-            tokenizer=tokenizer, scheduler=build_scheduler(), safety_checker=None, feature_extractor=None,
+            vae=build_vae().eval(),
+            unet=build_unet().eval(),
+            text_encoder=build_text_encoder(tokenizer).eval(),
+            tokenizer=tokenizer,
+            scheduler=build_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
             requires_safety_checker=False,
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture(scope="session")
@@ -138,9 +138,9 @@ def store_path(some_scenes, captions, tmp_path_factory) -> Path:
     """A store with a random map, 11 × 13, for each noun of the captions of all scenes but the last; each unsure."""
     import torch
 
-    from lavender.images import image_id
+    from lavender.data.images import image_id
+    from lavender.data.store import MapStore
     from lavender.maps import WordMaps, to_heat
-    from lavender.store import MapStore
     from lavender.words import content_words
 
     path = tmp_path_factory.mktemp("store") / "maps"
@@ -157,7 +157,7 @@ def store_path(some_scenes, captions, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(some_scenes, captions) -> Dataset:
     """The scenes with their captions as TRL wants them: `images` and `messages`."""
-    from lavender.data import Sample, to_dataset
+    from lavender.data.samples import Sample, to_dataset
     from lavender.world.student_models import conversation
 
     return to_dataset(

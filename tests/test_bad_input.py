@@ -17,8 +17,8 @@ import yaml
 from PIL import Image
 
 from command_line import Ran, complaint, lavender, write_metadata, write_run, write_scenes
-from lavender.cli import DONE, FAILED, WRONG_USAGE
-from lavender.store import MapStore
+from lavender.cli.main import DONE, FAILED, WRONG_USAGE
+from lavender.data.store import MapStore
 
 GRID = "16"  # the built-in teacher's own
 
@@ -162,7 +162,7 @@ def test_time_and_disk_are_told_before_the_work(extracted):
 
 
 def test_good_and_unusual_input_is_all_there(extracted, bad_folder, captions):
-    from lavender.images import image_id, load_image
+    from lavender.data.images import image_id, load_image
 
     store = MapStore.open(extracted[1], verify=True)
 
@@ -237,8 +237,16 @@ def test_strict_is_content_with_good_input(scenes_folder, tmp_path):
 
 def test_a_picture_that_breaks_while_training_is_named_before_training(extracted, bad_folder, tmp_path):
     """Training drops what extraction dropped: a skip that is counted, not a crash at some step."""
-    run = write_run(tmp_path, data=str(bad_folder), maps=str(extracted[1]), max_steps=1, per_device_train_batch_size=2,
-                    save_strategy="no", disable_tqdm=True, activation_checkpointing=False)  # fmt: skip
+    run = write_run(
+        tmp_path,
+        data=str(bad_folder),
+        maps=str(extracted[1]),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        disable_tqdm=True,
+        activation_checkpointing=False,
+    )
     ran = lavender("train", run, "--set", "dtype=float32")
     assert ran.code == DONE, ran.err
     coverage = json.loads((run.parent / "out" / "coverage.json").read_text())
@@ -254,8 +262,8 @@ def test_a_picture_that_breaks_while_training_is_named_before_training(extracted
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch) -> Callable[..., dict]:
     """Evaluates `a/run` against others of tmp_path on some data; returns eval.json and notes what was looked at."""
-    from lavender import judgement
-    from lavender.comparison import Observed
+    from lavender.evaluation import runs as judgement
+    from lavender.evaluation.compare import Observed
 
     def observe(arms, samples, store, trust_remote_code):
         return {name: Observed([], [], {"num_samples": float(len(samples))}) for name in arms}, []
@@ -293,23 +301,28 @@ def test_eval_looks_at_samples_of_one_picture_and_counts_the_others(evaluate, sc
     later = [*turns, {"role": "user", "content": "<image>?"}, turns[1]]
     image = next(str(one) for one in sorted(scenes_folder.iterdir()) if one.suffix == ".png")
     rows = [
-        {"images": [image, image], "messages": two}, {"messages": turns}, {"image": image, "messages": turns},
-        {"messages": turns}, {"image": image, "messages": later}, {"image": image, "messages": [turns[1], *turns]},
-    ]  # fmt: skip
+        {"images": [image, image], "messages": two},
+        {"messages": turns},
+        {"image": image, "messages": turns},
+        {"messages": turns},
+        {"image": image, "messages": later},
+        {"image": image, "messages": [turns[1], *turns]},
+    ]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = evaluate(tmp_path / "mixed.jsonl")
     assert result["arms"]["base"]["num_samples"] == result["samples"] == 1
     assert result["notes"] == [
-        "left out 1 sample with several pictures", "left out 2 samples without a picture",
+        "left out 1 sample with several pictures",
+        "left out 2 samples without a picture",
         "left out 1 sample whose picture is not in the first question",
         "left out 1 sample not beginning with a question and its answer",
-    ]  # fmt: skip
+    ]
 
 
 def test_eval_refuses_data_without_a_sample_of_one_picture(tmp_path, scenes_folder):
-    from lavender.comparison import spread
-    from lavender.data import read_samples
+    from lavender.data.samples import read_samples
     from lavender.errors import DataError
+    from lavender.evaluation.compare import spread
 
     image = next(str(one) for one in sorted(scenes_folder.iterdir()) if one.suffix == ".png")
     turns = [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "A dog."}]

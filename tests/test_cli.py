@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from command_line import complaint, lavender, write_run, write_scenes
-from lavender.cli import DONE, FAILED, VERBS, WRONG_USAGE
-from lavender.store import MapStore
+from lavender.cli.main import DONE, FAILED, VERBS, WRONG_USAGE
+from lavender.data.store import MapStore
 
 # help and wrong usage
 
@@ -117,7 +117,7 @@ def test_lora_that_is_no_mapping(lora, tmp_path):
 
 def test_numbers_with_an_exponent_are_numbers(tmp_path):
     """YAML 1.1 reads 5e-4 as a text."""
-    from lavender.run import read_run
+    from lavender.training.run import read_run
 
     path = write_run(tmp_path)
     path.write_text(path.read_text() + "learning_rate: 5e-4\nweight_decay: 1E3\n")

@@ -8,10 +8,10 @@ import pytest
 
 from annotated import Coco
 from command_line import complaint, lavender
-from lavender.cli import DONE, FAILED, WRONG_USAGE
-from lavender.data import read_samples
-from lavender.images import image_id
-from lavender.store import MapStore
+from lavender.cli.main import DONE, FAILED, WRONG_USAGE
+from lavender.data.images import image_id
+from lavender.data.samples import read_samples
+from lavender.data.store import MapStore
 
 
 @pytest.fixture
@@ -43,8 +43,17 @@ def test_texts_of_ones_own_on_annotated_pictures(panoptic, tmp_path):
     rows = [{"file_name": f"{panoptic.parent.parent}/val2017/000000000139.png", "text": "The wall behind a dog"}]
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "metadata.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    ran = lavender("extract", "--annotations", "coco-panoptic", "--from", panoptic, "--data", tmp_path / "own",
-                   "--out", tmp_path / "maps")  # fmt: skip
+    ran = lavender(
+        "extract",
+        "--annotations",
+        "coco-panoptic",
+        "--from",
+        panoptic,
+        "--data",
+        tmp_path / "own",
+        "--out",
+        tmp_path / "maps",
+    )
     assert ran.code == DONE, ran.err
     assert "data set:" not in ran.out
     (maps,) = MapStore.open(tmp_path / "maps")

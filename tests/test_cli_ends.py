@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from command_line import complaint, lavender
 from lavender import errors
-from lavender.cli import FAILED, VERBS, WRONG_USAGE
+from lavender.cli.main import FAILED, VERBS, WRONG_USAGE
+from lavender.cli.stopping import UNEXPECTED
 from lavender.errors import FileError, LavenderError, StoreError
 from lavender.files import writing
-from lavender.stopping import UNEXPECTED
 from lavender.world import STUDENT_PATH
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LavenderError)]
@@ -165,7 +165,7 @@ def test_debugging_shows_the_traceback(monkeypatch):
 
 _WAITS = """
 import os, signal, sys, time
-import lavender.cli
+from lavender.cli.main import VERBS, main
 def wait(options):
     try:
         print('ready', flush=True)  # inside: a signal right after this line must find the clean-up in place
@@ -173,8 +173,8 @@ def wait(options):
     finally:
         if {slow}:
             time.sleep(60)
-lavender.cli.VERBS['demo'] = wait
-sys.exit(lavender.cli.main(['demo']))
+VERBS['demo'] = wait
+sys.exit(main(['demo']))
 """
 
 
@@ -207,9 +207,9 @@ def test_a_second_signal_ends_it_at_once():
 
 def test_a_reader_that_has_gone_is_no_error():
     script = (
-        "import sys, lavender.cli\n"
-        "lavender.cli.VERBS['demo'] = lambda options: [print('x' * 1000) for _ in range(10000)] and 0\n"
-        "sys.exit(lavender.cli.main(['demo']))"
+        "import sys; from lavender.cli.main import VERBS, main\n"
+        "VERBS['demo'] = lambda options: [print('x' * 1000) for _ in range(10000)] and 0\n"
+        "sys.exit(main(['demo']))"
     )
     ran = subprocess.run(
         f'{sys.executable} -c "{script}" | head -n 1; echo ${{PIPESTATUS[0]}}',

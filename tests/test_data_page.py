@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from lavender.data import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, Samples, read_samples
-from lavender.images import FORMATS, MAX_BYTES, MAX_PIXELS, MIN_SIDE
+from lavender.data.images import FORMATS, MAX_BYTES, MAX_PIXELS, MIN_SIDE
+from lavender.data.samples import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, Samples, read_samples
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 EXAMPLES = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", PAGE, re.M | re.S))
@@ -34,8 +34,11 @@ def test_every_layout_has_an_example_that_is_read_whole(read):
     assert list(read) == ["metadata.jsonl", "results.csv", "train.jsonl", "several.jsonl"]
     assert not [drop for samples in read.values() for drop in samples.dropped]
     assert {name: len(samples) for name, samples in read.items()} == {
-        "metadata.jsonl": 3, "results.csv": 2, "train.jsonl": 4, "several.jsonl": 3,
-    }  # fmt: skip
+        "metadata.jsonl": 3,
+        "results.csv": 2,
+        "train.jsonl": 4,
+        "several.jsonl": 3,
+    }
 
 
 def test_the_forms_of_a_conversation_mean_the_same(read):
@@ -53,8 +56,10 @@ def test_several_pictures_and_none(read):
 
 
 def test_the_tables_name_every_column_in_order():
-    picture, text = (re.findall(r"`(\w+)`", re.search(rf"^\| {row} \| (.*) \|$", PAGE, re.M)[1])  # ty: ignore
-                     for row in ("picture", "text"))  # fmt: skip
+    picture, text = (
+        re.findall(r"`(\w+)`", re.search(rf"^\| {row} \| (.*) \|$", PAGE, re.M)[1])  # ty: ignore
+        for row in ("picture", "text")
+    )
     assert tuple(picture) == PICTURE_COLUMNS
     assert tuple(name for name in text if name != "prompt") == TEXT_COLUMNS
     assert tuple(text[-2:]) == CAPTION_COLUMNS
@@ -73,11 +78,14 @@ def test_the_papers_data_become_one_folder(tmp_path, monkeypatch):
     picture = Image.new("RGB", (16, 12), "red")
     for name, row in {
         "rlaif": {"ds_name": "x", "image": picture, "question": "What is it?", "chosen": "A cat.", "rejected": "No."},
-        "ocr": {"images": [picture], "texts": [
-            {"user": "Who wrote it?", "assistant": "Ann.", "source": "ocrvqa"},
-            {"user": "When?", "assistant": "2019.", "source": "ocrvqa"},
-        ]},
-    }.items():  # fmt: skip
+        "ocr": {
+            "images": [picture],
+            "texts": [
+                {"user": "Who wrote it?", "assistant": "Ann.", "source": "ocrvqa"},
+                {"user": "When?", "assistant": "2019.", "source": "ocrvqa"},
+            ],
+        },
+    }.items():
         Dataset.from_list([row]).to_parquet(f"{name}.parquet")
     (tmp_path / "flickr30k").mkdir()
     picture.save("flickr30k/36979.jpg")
@@ -94,6 +102,9 @@ def test_the_papers_data_become_one_folder(tmp_path, monkeypatch):
     samples = read_samples(tmp_path / "paper")
     assert not samples.dropped
     assert [[answer for _, answer in one.pairs] for one in samples] == [
-        ["A cat."], ["Ann.", "2019."], ["A group of friends plays cards ."], ["Friends around a table ."],
-    ]  # fmt: skip
+        ["A cat."],
+        ["Ann.", "2019."],
+        ["A group of friends plays cards ."],
+        ["Friends around a table ."],
+    ]
     assert {one.load()[0].size for one in samples} == {(16, 12)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lavender.cli import build_parser
+from lavender.cli.main import build_parser
 from lavender.world import STUDENT_PATH, TEACHER_PATH
 
 ROOT = Path(__file__).parents[1]
@@ -94,8 +94,12 @@ def test_the_commands_of_the_readme_run(some_scenes, captions, tmp_path):
     for command in (*readme[:3], plain, *readme[3:], *more):
         ran = subprocess.run(
             [sys.executable, "-m", "lavender.cli", *command, *(short if command[0] == "train" else [])],
-            capture_output=True, text=True, timeout=500, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=500,
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         assert ran.returncode == 0, f"{command}\n{ran.stderr[-3000:]}"
         assert "Traceback" not in ran.stderr
     assert (tmp_path / "runs" / "aligned" / "report.html").is_file()

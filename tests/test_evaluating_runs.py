@@ -13,9 +13,9 @@ from transformers import MllamaForConditionalGeneration
 
 from closeness import close
 from command_line import complaint, lavender, write_run, write_scenes
-from lavender.cli import DONE, FAILED, WRONG_USAGE
+from lavender.cli.main import DONE, FAILED, WRONG_USAGE
+from lavender.data.store import MapStore
 from lavender.maps import WordMaps
-from lavender.store import MapStore
 
 EVALUATING: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 BEST: dict[str, Any] = EVALUATING | {"load_best_model_at_end": True}
@@ -30,11 +30,22 @@ def settings(make_student, processor, some_scenes, captions, store_path, tmp_pat
         (tmp_path / name).mkdir()
         write_scenes(tmp_path / name, some_scenes[part], captions[part])
     return {
-        "model": str(tmp_path / "model"), "data": str(tmp_path / "train"), "eval_data": str(tmp_path / "held-out"),
-        "maps": str(store_path), "prompt": "describe the picture.", "dtype": "float32", "max_steps": 2,
-        "per_device_train_batch_size": 4, "logging_steps": 1, "activation_checkpointing": False, "disable_tqdm": True,
-        "learning_rate": 0.05, "lr_scheduler_type": "constant", "probe_size": 0, "align_weight": 10,
-    }  # fmt: skip
+        "model": str(tmp_path / "model"),
+        "data": str(tmp_path / "train"),
+        "eval_data": str(tmp_path / "held-out"),
+        "maps": str(store_path),
+        "prompt": "describe the picture.",
+        "dtype": "float32",
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "probe_size": 0,
+        "align_weight": 10,
+    }
 
 
 def evaluations(out: Path) -> dict[int, dict[str, float]]:

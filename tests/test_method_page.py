@@ -9,13 +9,20 @@ import pytest
 
 from lavender import config
 from lavender.config import AlignmentConfig
-from lavender.run import read_run
+from lavender.training.run import read_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
 OPTIONS = (
-    "POOLINGS", "MATCHES", "LAYER_CHOICES", "PARALLEL_INITS", "ALIGNER_FORMS", "ALIGNER_NORMS", "ALIGNER_KINDS",
-    "ALIGNER_ACTIVATIONS", "ATTENTION_LOSSES",
-)  # fmt: skip
+    "POOLINGS",
+    "MATCHES",
+    "LAYER_CHOICES",
+    "PARALLEL_INITS",
+    "ALIGNER_FORMS",
+    "ALIGNER_NORMS",
+    "ALIGNER_KINDS",
+    "ALIGNER_ACTIVATIONS",
+    "ATTENTION_LOSSES",
+)
 
 
 @pytest.mark.parametrize("name", [one.name for one in fields(AlignmentConfig)])

@@ -8,13 +8,27 @@ import sys
 import pytest
 
 import lavender
-from lavender import cli
+from lavender.cli.main import VERBS as OURS
+from lavender.cli.main import main
 
 NAMES = [
-    "AlignmentArguments", "AlignmentConfig", "AlignmentMixin", "ExtractionConfig", "LavenderConfig",
-    "LavenderTrainer", "MapStore", "Reading", "Teacher", "WordMaps", "__version__", "export", "extract",
-    "read_samples", "student_maps", "to_dataset",
-]  # fmt: skip
+    "AlignmentArguments",
+    "AlignmentConfig",
+    "AlignmentMixin",
+    "ExtractionConfig",
+    "LavenderConfig",
+    "LavenderTrainer",
+    "MapStore",
+    "Reading",
+    "Teacher",
+    "WordMaps",
+    "__version__",
+    "export",
+    "extract",
+    "read_samples",
+    "student_maps",
+    "to_dataset",
+]
 VERBS = ["check", "demo", "eval", "export", "extract", "inspect", "report", "study", "train"]
 HEAVY = ["torch", "transformers", "diffusers", "datasets", "trl", "numpy", "PIL"]
 
@@ -37,9 +51,9 @@ def test_another_name_is_an_error():
 
 
 def test_verbs_are_these(capsys):
-    assert sorted(cli.VERBS) == VERBS
+    assert sorted(OURS) == VERBS
     with pytest.raises(SystemExit) as caught:
-        cli.main(["--help"])
+        main(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     listed = [line.split()[0] for line in shown.splitlines() if line.startswith("    ") and line[4] != " "]
@@ -49,7 +63,7 @@ def test_verbs_are_these(capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main([verb, "--help"])
+        main([verb, "--help"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: lavender {verb}")
 
@@ -57,27 +71,27 @@ def test_every_verb_has_help(verb, capsys):
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["extract"], ["extract", "--data", "x"], ["demo", "--no"]])
 def test_wrong_usage_exits_with_two(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
+        main(arguments)
     assert caught.value.code == 2
     assert "usage: lavender" in capsys.readouterr().err
 
 
 def test_a_wrong_setting_exits_with_two_and_a_missing_file_with_one(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("trust_remote_code: 'no'\nmodel: m\ndata: d\nmaps: s\nout: o\n")
-    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
+    assert main(["train", str(tmp_path / "run.yaml")]) == 2
     assert capsys.readouterr().err.startswith("lavender train: Got trust_remote_code='no'. Expected true or false.")
-    assert cli.main(["train", str(tmp_path / "no.yaml")]) == 1
+    assert main(["train", str(tmp_path / "no.yaml")]) == 1
     assert capsys.readouterr().err.startswith(f"lavender train: Got no file at {tmp_path / 'no.yaml'}. Expected a YAML")
 
 
 def test_data_that_are_missing_exit_with_one(tmp_path, capsys):
     out = str(tmp_path / "out")
-    assert cli.main(["extract", "--data", str(tmp_path / "no"), "--teacher", "world", "--out", out]) == 1
+    assert main(["extract", "--data", str(tmp_path / "no"), "--teacher", "world", "--out", out]) == 1
     assert f"lavender extract: Got {tmp_path / 'no'}, which does not exist" in capsys.readouterr().err
 
 
 def test_inspecting_what_does_not_exist_exits_with_one(tmp_path, capsys):
-    assert cli.main(["inspect", str(tmp_path / "no")]) == 1
+    assert main(["inspect", str(tmp_path / "no")]) == 1
     assert capsys.readouterr().err.startswith("lavender inspect: Got ")
 
 
@@ -85,7 +99,7 @@ def test_inspecting_what_does_not_exist_exits_with_one(tmp_path, capsys):
     "code",
     [
         "import lavender",
-        "import lavender.cli; lavender.cli.build_parser()",
+        "import lavender.cli; from lavender.cli.main import build_parser; build_parser()",
         "import lavender.cli\ntry: lavender.cli.main(['--help'])\nexcept SystemExit: pass",
         "import lavender; lavender.AlignmentConfig; lavender.ExtractionConfig()",
     ],

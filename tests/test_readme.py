@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavender.data import read_samples, to_dataset
-from lavender.images import image_id
+from lavender.data.images import image_id
+from lavender.data.samples import read_samples, to_dataset
+from lavender.data.store import MapStore
 from lavender.maps import WordMaps
-from lavender.store import MapStore
 from lavender.world.language import caption_scene
 from lavender.world.scenes import scenes
 from lavender.world.student_models import build_mllama, build_mllama_processor

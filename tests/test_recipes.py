@@ -29,18 +29,22 @@ from command_line import write_scenes
 from families.minicpm_v_published import MiniCPMV, MiniCPMVConfig, save_as_published
 from families.published_configs import PUBLISHED
 from lavender.config import AlignmentConfig
-from lavender.run import load_run, read_run, train
-from lavender.trainable import check_trained, freeze, peft_config_of, trained_parameters
-from lavender.vlm.base import PARTS
-from lavender.vlm.registry import adapter_for
+from lavender.students.base import PARTS
+from lavender.students.registry import adapter_for
+from lavender.training.run import load_run, read_run, train
+from lavender.training.trainable import check_trained, freeze, peft_config_of, trained_parameters
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.yaml"))}
 KINDS = {
-    "llama32_vision_11b_lora": "mllama", "llama32_vision_11b_full": "mllama", "llama32_vision_11b_16gb": "mllama",
+    "llama32_vision_11b_lora": "mllama",
+    "llama32_vision_11b_full": "mllama",
+    "llama32_vision_11b_16gb": "mllama",
     "minicpm_llama3_v25": "minicpmv",
-    "openflamingo": "open_flamingo", "qwen25_vl_7b_24gb": "qwen2_5_vl", "smolvlm_24gb": "smolvlm",
-}  # fmt: skip
+    "openflamingo": "open_flamingo",
+    "qwen25_vl_7b_24gb": "qwen2_5_vl",
+    "smolvlm_24gb": "smolvlm",
+}
 # recipe → trained parameters of the tower, between, and of the language model, by hand from the published sizes
 VISION_QV = 40 * 2 * 8 * (1280 + 1280)
 LLAMA_QV = 40 * 8 * ((4096 + 4096) + (4096 + 1024))
@@ -128,8 +132,10 @@ def test_the_page_of_recipes(tmp_path):
 def test_the_size_of_the_published_lora_file():
     """Of both towers, in float32: 23.6 MB. That of the text model alone would have 17.0 MB."""
     assert (VISION_QV + LLAMA_QV, round(4e-6 * (VISION_QV + LLAMA_QV), 1), round(4e-6 * LLAMA_QV, 1)) == (
-        5_898_240, 23.6, 17.0,
-    )  # fmt: skip
+        5_898_240,
+        23.6,
+        17.0,
+    )
 
 
 @pytest.fixture
@@ -180,10 +186,21 @@ def test_a_recipe_trains(name, on_disk, some_scenes, captions, store_path, tmp_p
     data.mkdir()
     write_scenes(data, some_scenes, captions)
     small = {
-        "model": str(folder), "data": str(data), "maps": str(store_path), "out": str(out), "dtype": "float32",
-        "bf16": False, "use_cpu": True, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "disable_tqdm": True,
-        "warmup_steps": 0, "prompt": "describe the picture.", **changed,
-    }  # fmt: skip
+        "model": str(folder),
+        "data": str(data),
+        "maps": str(store_path),
+        "out": str(out),
+        "dtype": "float32",
+        "bf16": False,
+        "use_cpu": True,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "disable_tqdm": True,
+        "warmup_steps": 0,
+        "prompt": "describe the picture.",
+        **changed,
+    }
     run = read_run(RECIPES[name], [f"{key}={json.dumps(value)}" for key, value in small.items()])
     train(run)
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

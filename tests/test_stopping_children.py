@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from lavender import demo
-from lavender.studies import runner
-from lavender.studies.cells import Arm, Cell, Scoring, result_path
+from lavender.world import demo
+from lavender.world.studies import runner
+from lavender.world.studies.cells import Arm, Cell, Scoring, result_path
 
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"

@@ -16,9 +16,17 @@ TEXTS = [
     "看见一只狗",
 ] * 4
 MARKERS = [
-    "<bos>", "<eos>", "<pad>", "<image>", "<start>", "</start>", "<patch>", "<row_1_col_1>", "<row_1_col_2>",
+    "<bos>",
+    "<eos>",
+    "<pad>",
+    "<image>",
+    "<start>",
+    "</start>",
+    "<patch>",
+    "<row_1_col_1>",
+    "<row_1_col_2>",
     "<global>",
-]  # fmt: skip
+]
 # Llama-3's and Qwen's way to cut a text before merging: a full stop takes the newlines after it along.
 CUT = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -26,9 +34,12 @@ CUT = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[
 def byte_level() -> Tokenizer:
     """As Qwen, Llama 3 and Idefics3: merges of bytes, a space belongs to the word after it."""
     backend = Tokenizer(BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(CUT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CUT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(TEXTS, BpeTrainer(vocab_size=340, initial_alphabet=alphabet, show_progress=False))
@@ -49,9 +60,13 @@ def gemma_like() -> Tokenizer:
     )
     backend = Tokenizer(learned.model)
     backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-    ])  # fmt: skip
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+        ]
+    )
     backend.add_tokens([AddedToken("\n" * count, normalized=False) for count in (1, 2, 3)])
     return backend
 
@@ -69,16 +84,23 @@ def unigram(scheme: str) -> Tokenizer:
     pieces += [(piece, -2.0 - rank / 50) for rank, piece in enumerate(scores) if piece != "<unk>"]
     backend = Tokenizer(Unigram(pieces, unk_id=0, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    backend.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
-    ])  # fmt: skip
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     return backend
 
 
 TOKENIZERS = {
-    "byte-level": byte_level, "gemma": gemma_like, "unigram, first": lambda: unigram("first"),
+    "byte-level": byte_level,
+    "gemma": gemma_like,
+    "unigram, first": lambda: unigram("first"),
     "unigram, always": lambda: unigram("always"),
-}  # fmt: skip
+}
 
 
 def normalising(make: Callable[[], Tokenizer], *steps: normalizers.Normalizer) -> Tokenizer:

@@ -10,43 +10,56 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavender.alignment_mixin import AlignmentMixin
-    from lavender.arguments import AlignmentArguments
-    from lavender.attention import Reading, student_maps
-    from lavender.checkpoints import export
     from lavender.config import AlignmentConfig, ExtractionConfig
-    from lavender.data import read_samples, to_dataset
-    from lavender.diffusion.teacher import Teacher
-    from lavender.extraction import extract
+    from lavender.data.samples import read_samples, to_dataset
+    from lavender.data.store import MapStore
     from lavender.maps import WordMaps
-    from lavender.store import MapStore
-    from lavender.trainer import LavenderConfig, LavenderTrainer
+    from lavender.students.word_maps import Reading, student_maps
+    from lavender.teachers.diffusion.teacher import Teacher
+    from lavender.teachers.extract import extract
+    from lavender.training.arguments import AlignmentArguments
+    from lavender.training.export import export
+    from lavender.training.mixin import AlignmentMixin
+    from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
 __version__ = version("lavender-vlm")
 
 _HOMES = {
-    "AlignmentArguments": "arguments",
+    "AlignmentArguments": "training.arguments",
     "AlignmentConfig": "config",
-    "AlignmentMixin": "alignment_mixin",
+    "AlignmentMixin": "training.mixin",
     "ExtractionConfig": "config",
-    "LavenderConfig": "trainer",
-    "LavenderTrainer": "trainer",
-    "MapStore": "store",
-    "Reading": "attention",
-    "Teacher": "diffusion.teacher",
+    "LavenderConfig": "training.trainer",
+    "LavenderTrainer": "training.trainer",
+    "MapStore": "data.store",
+    "Reading": "students.word_maps",
+    "Teacher": "teachers.diffusion.teacher",
     "WordMaps": "maps",
-    "export": "checkpoints",
-    "extract": "extraction",
-    "read_samples": "data",
-    "student_maps": "attention",
-    "to_dataset": "data",
+    "export": "training.export",
+    "extract": "teachers.extract",
+    "read_samples": "data.samples",
+    "student_maps": "students.word_maps",
+    "to_dataset": "data.samples",
 }
 
 __all__ = [
-    "AlignmentArguments", "AlignmentConfig", "AlignmentMixin", "ExtractionConfig", "LavenderConfig",
-    "LavenderTrainer", "MapStore", "Reading", "Teacher", "WordMaps", "__version__", "export", "extract",
-    "read_samples", "student_maps", "to_dataset",
-]  # fmt: skip
+    "AlignmentArguments",
+    "AlignmentConfig",
+    "AlignmentMixin",
+    "ExtractionConfig",
+    "LavenderConfig",
+    "LavenderTrainer",
+    "MapStore",
+    "Reading",
+    "Teacher",
+    "WordMaps",
+    "__version__",
+    "export",
+    "extract",
+    "read_samples",
+    "student_maps",
+    "to_dataset",
+]
 
 
 def __getattr__(name: str) -> Any:

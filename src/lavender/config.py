@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
-from lavender.data_files import shown
 from lavender.errors import ConfigError
+from lavender.files import shown
 from lavender.type_checks import check_fields, check_path, fits, hints_of, write_paths_as_texts
 
 MODES = ("noise", "ddim", "null-text")
@@ -16,9 +16,20 @@ GEOMETRIES = ("squash", "crop", "letterbox", "aspect")
 COMPETITIONS = ("none", "share", "contrast")
 CARRIERS = ("own", "own+next")
 POOLINGS = (
-    "layer-mean", "layer-max", "mean-mean", "max-mean", "mean-max", "max-max", "flow-sum", "flow-multi",
-    "mean-flow-sum", "max-flow-sum", "mean-flow-multi", "max-flow-multi", "learn",
-)  # fmt: skip
+    "layer-mean",
+    "layer-max",
+    "mean-mean",
+    "max-mean",
+    "mean-max",
+    "max-max",
+    "flow-sum",
+    "flow-multi",
+    "mean-flow-sum",
+    "max-flow-sum",
+    "mean-flow-multi",
+    "max-flow-multi",
+    "learn",
+)
 MATCHES = ("label", "exact", "root")
 LAYER_CHOICES = ("all", "first", "middle", "last")
 PARALLEL_INITS = ("pretrained", "random")
@@ -34,9 +45,20 @@ Geometry = Literal["squash", "crop", "letterbox", "aspect"]
 Competition = Literal["none", "share", "contrast"]
 Carrier = Literal["own", "own+next"]
 Pooling = Literal[
-    "layer-mean", "layer-max", "mean-mean", "max-mean", "mean-max", "max-max", "flow-sum", "flow-multi",
-    "mean-flow-sum", "max-flow-sum", "mean-flow-multi", "max-flow-multi", "learn",
-]  # fmt: skip
+    "layer-mean",
+    "layer-max",
+    "mean-mean",
+    "max-mean",
+    "mean-max",
+    "max-max",
+    "flow-sum",
+    "flow-multi",
+    "mean-flow-sum",
+    "max-flow-sum",
+    "mean-flow-multi",
+    "max-flow-multi",
+    "learn",
+]
 Match = Literal["label", "exact", "root"]
 LayerChoice = Literal["all", "first", "middle", "last"]
 ParallelInit = Literal["pretrained", "random"]
@@ -150,9 +172,10 @@ def _check_layer_weights(weights: Mapping[str, float | Sequence[float]] | None) 
     lists = [list(one) if isinstance(one, Sequence) else [one] for one in (weights or {}).values()]
     if any(not numbers or not 0 <= min(numbers) <= max(numbers) < 1e9 for numbers in lists):
         raise ConfigError(
-            f"layer_weights={shown(weights)}", "numbers from 0 on, one or a list of one a head, by beginnings of names",
+            f"layer_weights={shown(weights)}",
+            "numbers from 0 on, one or a list of one a head, by beginnings of names",
             "write them like {up_blocks.1: 1.0, down_blocks: 0.5}",
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -162,7 +185,7 @@ class AlignmentConfig:
     Attributes:
         align_weight: the paper's λ, on the mean over cells and the words that count (of "exact" and "root" those
             that match); 0 is plain fine-tuning. "estimated": λ = 1/(2σ²) (App. C), σ² the mean squared residual of
-            a cell over the steps before; see `lavender.weighting`.
+            a cell over the steps before; see `lavender.training.schedule`.
         pooling: "layer-mean" ("layer-max") sends each layer's heads through the Aligner and takes the mean (maximum)
             over layers; "learn" does the same with new query and key projections beside the pretrained ones
             (Eq. 15–16); "max-mean" and its kin pool heads by the first word and layers by the second before the
@@ -172,7 +195,7 @@ class AlignmentConfig:
         subjects_and_objects: of these only the heads of noun phrases that no preposition governs, see
             `lavender.words.subjects_and_objects`.
         weight_by_confidence: whether a word counts by how sure the teacher's map is, instead of as 1.
-        attention_loss: see `lavender.losses.per_word_loss`; "min-max" is the authors'.
+        attention_loss: see `lavender.alignment.losses.per_word_loss`; "min-max" is the authors'.
         match: "label" aligns every word of the answer that has a map; "exact" (the paper's) only those that the
             student predicts at that moment: where it is about to say something else, its attention is left alone;
             "root" also those of which it predicts another form ("dog" for "dogs").
@@ -181,7 +204,7 @@ class AlignmentConfig:
         layer_share: share of the layers that "first", "middle" and "last" are.
         heads: indices of the attention heads to align, in each layer; None is all.
         parallel_init: how the projections of "learn" begin: as copies of the pretrained ones, or random.
-        aligner, aligner_kind, aligner_norm, aligner_activation: form of the Aligner, see `lavender.aligner`.
+        aligner, aligner_kind, aligner_norm, aligner_activation: form of the Aligner, see `lavender.alignment.aligner`.
         aligner_width: channels of the Aligner's hidden layers, d_h.
         align_warmup, align_decay: shares of the steps over which the weight rises from 0 at the start, and falls to 0
             at the end.
@@ -224,9 +247,10 @@ class AlignmentConfig:
             _check_ranges(self, ("align_weight", 0, 1e9))
         elif self.attention_loss not in ("min-max", "min-max-sum"):
             raise ConfigError(
-                f"align_weight='estimated' with attention_loss={self.attention_loss!r}", "squared residuals of maps",
+                f"align_weight='estimated' with attention_loss={self.attention_loss!r}",
+                "squared residuals of maps",
                 "set attention_loss to min-max or min-max-sum, or align_weight to a number",
-            )  # fmt: skip
+            )
         _check_ranges(
             self,
             ("layer_share", 1e-9, 1),

@@ -46,7 +46,7 @@ class WordMaps:
     """Heat maps (max 1, or all zero) of some words of one text on one picture.
 
     Attributes:
-        image_id: `lavender.images.image_id` of the picture: its content, not its name.
+        image_id: `lavender.data.images.image_id` of the picture: its content, not its name.
         text: the text whose words are mapped (in training: the answer, or label).
         words: the mapped words, in order of appearance; one entry for each occurrence.
         maps: float32 (word, rows, cols) in [0, 1].

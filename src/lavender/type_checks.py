@@ -16,8 +16,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lavender.data_files import expanded, shown
 from lavender.errors import ConfigError
+from lavender.files import expanded, shown
 
 _NAMES = {
     bool: "true or false",

@@ -10,11 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from families.geometry import GRID, Family
-from lavender.alignment_data import row_tensors
-from lavender.attention import Reading, capturing
-from lavender.objective import AlignmentRequest
-from lavender.vlm.capture import AttentionRequest, real_keys
-from lavender.vlm.registry import adapter_for
+from lavender.alignment.objective import AlignmentRequest
+from lavender.students.capture import AttentionRequest, real_keys, row_tensors
+from lavender.students.registry import adapter_for
+from lavender.students.word_maps import Reading, capturing
 
 
 def request_of(family: Family, model, batch: Mapping[str, Tensor], readings: list[Reading], layers) -> AlignmentRequest:

@@ -14,16 +14,15 @@ from torch import Tensor
 from families.asking import captured, cast
 from families.core import EagerRows
 from families.geometry import GRID, Family, laid, picture
-from lavender.alignment_data import row_tensors
-from lavender.attention import capturing
+from lavender.alignment.objective import TRAINED_PARTS, AlignmentRequest, attach
 from lavender.config import AlignmentConfig
-from lavender.diagnosis import logits_keeping, word_losses
 from lavender.errors import UnsupportedModelError
-from lavender.grids import KeyLayout
-from lavender.objective import TRAINED_PARTS, AlignmentRequest, attach
-from lavender.trainable import name_all_linear
-from lavender.vlm.capture import AttentionRequest
-from lavender.vlm.registry import adapter_for
+from lavender.evaluation.check import logits_keeping, word_losses
+from lavender.students.capture import AttentionRequest, row_tensors
+from lavender.students.image_keys import KeyLayout
+from lavender.students.registry import adapter_for
+from lavender.students.word_maps import capturing
+from lavender.training.trainable import name_all_linear
 
 BFLOAT16 = 0.06  # of a row's mass: eager rounds to 8 bits, and so do the layers before, in another order
 
@@ -42,10 +41,14 @@ def batch_of_many(family: Family, samples: list[tuple[list[Image.Image], str]], 
     images = [own for own, _ in samples]
     return dict(
         family.processor(
-            images=images if any(images) else None, text=texts, padding=True, padding_side=side,
-            add_special_tokens=False, return_tensors="pt",
+            images=images if any(images) else None,
+            text=texts,
+            padding=True,
+            padding_side=side,
+            add_special_tokens=False,
+            return_tensors="pt",
         )
-    )  # fmt: skip
+    )
 
 
 def sizes_of(samples: list[tuple[list[Image.Image], str]]) -> list[list[tuple[int, int]]]:
@@ -232,8 +235,9 @@ class Batches(EagerRows):
         tuned = get_peft_model(model, config)
         found = {
             name.partition(".lora_A.")[0].removeprefix("base_model.model.")
-            for name, _ in tuned.named_parameters() if ".lora_A." in name
-        }  # fmt: skip
+            for name, _ in tuned.named_parameters()
+            if ".lora_A." in name
+        }
         assert found == expected
         assert torch.isfinite(tuned(**batch).logits).all()
 

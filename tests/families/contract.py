@@ -21,12 +21,12 @@ from families.core import POOLINGS, Core
 from families.geometry import GRID, batch_of
 from families.guards import Guards
 from families.parts import Parts
-from lavender.attention import Reading, capturing, student_maps
+from lavender.alignment.objective import HEAD_NAME, attach, detach
 from lavender.config import AlignmentConfig, Pooling
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
-from lavender.objective import HEAD_NAME, attach, detach
-from lavender.vlm.capture import install, set_kernel
-from lavender.vlm.registry import adapter_for
+from lavender.students.capture import install, set_kernel
+from lavender.students.registry import adapter_for
+from lavender.students.word_maps import Reading, capturing, student_maps
 from lavender.words import words_of
 
 EVERY_POOLING = pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from families.asking import captured, eager_rows, request_of
 from families.geometry import Geometry, batch_of, reading
-from lavender.attention import Reading, capturing
+from lavender.alignment.objective import attach
 from lavender.config import AlignmentConfig, Pooling
-from lavender.objective import attach
-from lavender.vlm.capture import AttentionRequest
-from lavender.vlm.registry import adapter_for
+from lavender.students.capture import AttentionRequest
+from lavender.students.registry import adapter_for
+from lavender.students.word_maps import Reading, capturing
 
 ANSWERS = ("a dog and a cat", "one red apple near the tiny house", "sun")
 POOLINGS = pytest.mark.parametrize("pooling", ["layer-mean", "learn"])

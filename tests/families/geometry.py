@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from lavender.attention import Reading
-from lavender.grids import KeyLayout
-from lavender.pooling import to_grid
-from lavender.vlm.registry import adapter_for
+from lavender.students.image_keys import KeyLayout, to_grid
+from lavender.students.registry import adapter_for
+from lavender.students.word_maps import Reading
 from lavender.words import words_of
 
 GRID = (11, 13)
@@ -79,10 +78,14 @@ def batch_of(family: Family, readings: list[Reading], side: str = "right") -> di
     texts = [family.processor.apply_chat_template(one.messages(), tokenize=False) for one in readings]
     return dict(
         family.processor(
-            images=[[one.image] for one in readings], text=texts, padding=True, padding_side=side,
-            add_special_tokens=False, return_tensors="pt",
+            images=[[one.image] for one in readings],
+            text=texts,
+            padding=True,
+            padding_side=side,
+            add_special_tokens=False,
+            return_tensors="pt",
         )
-    )  # fmt: skip
+    )
 
 
 def laid(attention: Tensor, boxes: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -7,11 +7,11 @@ import torch
 from transformers.masking_utils import AttentionMaskInterface
 
 from families.asking import request_of
+from lavender.alignment.objective import attach
 from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError, LavenderError
-from lavender.objective import attach
-from lavender.vlm.capture import install, kernel_name, set_kernel
-from lavender.vlm.registry import adapter_for
+from lavender.students.capture import install, kernel_name, set_kernel
+from lavender.students.registry import adapter_for
 
 
 class Guards:

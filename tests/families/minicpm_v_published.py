@@ -24,9 +24,15 @@ class MiniCPMVConfig(LlamaConfig):
     model_type = "minicpmv"
 
     def __init__(
-        self, query_num=96, batch_vision_input=True, vision_config=None, image_token_id=128002, heads=4,
-        version="2.5", **kwargs,
-    ):  # fmt: skip
+        self,
+        query_num=96,
+        batch_vision_input=True,
+        vision_config=None,
+        image_token_id=128002,
+        heads=4,
+        version="2.5",
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.heads_for_tests = heads  # the published: a head for each 128 numbers
         self.version = version
@@ -139,9 +145,13 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
                 patches = array.unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).permute(0, 2, 1, 3, 4)
                 pixels.append(patches.flatten(2))  # (3, patch, rows · cols · patch), patch after patch
                 sizes.append([rows, cols])
-        return BatchFeature({
-            "pixel_values": [pixels], "image_sizes": [[one.size for one in images]], "tgt_sizes": [np.array(sizes)],
-        })  # fmt: skip
+        return BatchFeature(
+            {
+                "pixel_values": [pixels],
+                "image_sizes": [[one.size for one in images]],
+                "tgt_sizes": [np.array(sizes)],
+            }
+        )
 
     def slice_image(self, image):
         """The source image and its patches, as PIL images, and the grid (columns, rows)."""
@@ -207,10 +217,12 @@ def save_as_published(folder, model, processor) -> None:
     shutil.copy(code, folder)
     names = {
         "config.json": {
-            "AutoConfig": MiniCPMVConfig, "AutoModel": MiniCPMV, "AutoModelForCausalLM": MiniCPMV,
+            "AutoConfig": MiniCPMVConfig,
+            "AutoModel": MiniCPMV,
+            "AutoModelForCausalLM": MiniCPMV,
         },
         "preprocessor_config.json": {"AutoProcessor": MiniCPMVProcessor, "AutoImageProcessor": MiniCPMVImageProcessor},
-    }  # fmt: skip
+    }
     for file, classes in names.items():
         settings = json.loads((folder / file).read_text())
         settings["auto_map"] = {name: f"{code.stem}.{one.__name__}" for name, one in classes.items()}

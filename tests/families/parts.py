@@ -7,11 +7,11 @@ from peft import get_peft_model
 from torch import nn
 
 from families.asking import request_of
+from lavender.alignment.objective import attach, is_alignment_part
 from lavender.config import AlignmentConfig
-from lavender.objective import attach, is_alignment_part
-from lavender.trainable import check_trained, freeze, peft_config_of, trained_parameters
-from lavender.vlm.base import PARTS
-from lavender.vlm.registry import adapter_for
+from lavender.students.base import PARTS
+from lavender.students.registry import adapter_for
+from lavender.training.trainable import check_trained, freeze, peft_config_of, trained_parameters
 
 
 class Parts:
@@ -43,9 +43,10 @@ class Parts:
         output = model(**batch, attention_request=request_of(family, model, batch, readings, head.layers))
         output.attention_loss.backward()
         moved = [
-            name for name, one in model.named_parameters()
+            name
+            for name, one in model.named_parameters()
             if one.grad is not None and one.grad.abs().max() > 0 and not is_alignment_part(name)
-        ]  # fmt: skip
+        ]
         assert moved
         assert {adapter.part_of(name) for name in moved} == {trains}
         still = [one for name, one in model.named_parameters() if adapter.part_of(name) in frozen]

@@ -27,14 +27,20 @@ from families.flamingo_published import Flamingo
 from families.geometry import GRID, Family, batch_of, parameters_zeroed, picture, reading
 from families.test_llava import CROP, blur, view
 from families.training import train_two_steps
-from lavender.alignment_data import row_tensors
-from lavender.attention import Reading, student_maps
+from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.config import AlignmentConfig
 from lavender.errors import DataError, UnsupportedModelError
-from lavender.objective import AlignmentRequest, attach
-from lavender.run import load_run
-from lavender.vlm.flamingo import FlamingoAdapter, FlamingoProcessor, convert, load_open_flamingo, published
-from lavender.vlm.open_flamingo import LANGUAGE_MODELS, FlamingoConfig, FlamingoForConditionalGeneration
+from lavender.students.capture import row_tensors
+from lavender.students.families.flamingo import (
+    FlamingoAdapter,
+    FlamingoProcessor,
+    convert,
+    load_open_flamingo,
+    published,
+)
+from lavender.students.families.flamingo_model import LANGUAGE_MODELS, FlamingoConfig, FlamingoForConditionalGeneration
+from lavender.students.word_maps import Reading, student_maps
+from lavender.training.run import load_run
 from lavender.words import words_of
 from lavender.world.student_models import _tokenizer
 
@@ -59,9 +65,14 @@ def language_config(kind: str, vocabulary: int) -> Any:
     if kind == "mpt":
         return MptConfig(vocab_size=vocabulary, d_model=64, n_layers=4, n_heads=4, bos_token_id=0, eos_token_id=1)
     sizes: Any = {
-        "vocab_size": vocabulary, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
-    }  # fmt: skip
+        "vocab_size": vocabulary,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
     if kind == "llama":
         return LlamaConfig(intermediate_size=128, num_key_value_heads=2, **sizes)
     if kind == "gpt_neox":
@@ -100,9 +111,13 @@ def patches(inputs) -> torch.Tensor:
 def family_of(texts: list[str], kind: str = "llama") -> Family:
     processor = build_processor(texts)
     config = FlamingoConfig(
-        language_config(kind, len(processor.tokenizer)), vision_config(), processor.image_token_id,
-        cross_attn_every_n_layers=2, perceiver_depth=2, perceiver_latents=LATENTS,
-    )  # fmt: skip
+        language_config(kind, len(processor.tokenizer)),
+        vision_config(),
+        processor.image_token_id,
+        cross_attn_every_n_layers=2,
+        perceiver_depth=2,
+        perceiver_latents=LATENTS,
+    )
 
     def make() -> FlamingoForConditionalGeneration:
         with torch.random.fork_rng():
@@ -254,11 +269,17 @@ class TestCheckpoints:
         for layer in range(every - 1, 4, every):
             ours, their = f"model.gated_cross_attn_layers.{layer}", f"{layers}.{layer}.gated_cross_attn_layer"
             for here, there in {
-                "norm.weight": "attn.norm.weight", "norm.bias": "attn.norm.bias", "attn.q_proj.weight":
-                "attn.to_q.weight", "attn.o_proj.weight": "attn.to_out.weight", "attn_gate": "attn_gate",
-                "ff.0.weight": "ff.0.weight", "ff.0.bias": "ff.0.bias", "ff.1.weight": "ff.1.weight",
-                "ff.3.weight": "ff.3.weight", "ff_gate": "ff_gate",
-            }.items():  # fmt: skip
+                "norm.weight": "attn.norm.weight",
+                "norm.bias": "attn.norm.bias",
+                "attn.q_proj.weight": "attn.to_q.weight",
+                "attn.o_proj.weight": "attn.to_out.weight",
+                "attn_gate": "attn_gate",
+                "ff.0.weight": "ff.0.weight",
+                "ff.0.bias": "ff.0.bias",
+                "ff.1.weight": "ff.1.weight",
+                "ff.3.weight": "ff.3.weight",
+                "ff_gate": "ff_gate",
+            }.items():
                 assert converted[f"{ours}.{here}"] is checkpoint[f"{their}.{there}"]
             both = torch.cat([converted[f"{ours}.attn.{part}_proj.weight"] for part in "kv"])
             assert torch.equal(both, checkpoint[f"{their}.attn.to_kv.weight"])
@@ -267,8 +288,10 @@ class TestCheckpoints:
     def test_there_and_back(self, kind, every, tmp_path):
         theirs, vision, language = tiny_published(kind, every, 50, 49)
         checkpoint = theirs.checkpoint()
-        torch.save({"epoch": 3, "model_state_dict": {f"module.{name}": one for name, one in checkpoint.items()}},
-                   tmp_path / "checkpoint_3.pt")  # fmt: skip
+        torch.save(
+            {"epoch": 3, "model_state_dict": {f"module.{name}": one for name, one in checkpoint.items()}},
+            tmp_path / "checkpoint_3.pt",
+        )
         back = published(load_open_flamingo(tmp_path / "checkpoint_3.pt", vision, language, 49, every))
         assert {name for name in checkpoint if "embed" not in name} <= set(back)
         for name, one in back.items():
@@ -331,9 +354,12 @@ def looking(processor: FlamingoProcessor, order: torch.Tensor) -> FlamingoForCon
     """
     config = FlamingoConfig(
         language_config("llama", len(processor.tokenizer)),
-        vision_config(hidden_size=64, image_size=48, num_hidden_layers=1), processor.image_token_id,
-        cross_attn_every_n_layers=2, perceiver_depth=1, perceiver_latents=36,
-    )  # fmt: skip
+        vision_config(hidden_size=64, image_size=48, num_hidden_layers=1),
+        processor.image_token_id,
+        cross_attn_every_n_layers=2,
+        perceiver_depth=1,
+        perceiver_latents=36,
+    )
     model = FlamingoForConditionalGeneration(config).eval()
     vision, (attention, mlp) = model.model.vision_tower, model.model.perceiver.layers[0]
     with torch.no_grad():

@@ -20,16 +20,14 @@ from families.contract import Contract
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture, reading
 from families.training import train_two_steps
 from lavender.errors import ConfigError, DataError
-from lavender.vlm.gemma3 import Gemma3Adapter, PanAndScan, crop_frames, pan_and_scan_settings
-from lavender.vlm.registry import adapter_for
+from lavender.students.families.gemma3 import Gemma3Adapter, PanAndScan, crop_frames, pan_and_scan_settings
+from lavender.students.registry import adapter_for
 from lavender.world.student_models import _tokenizer
 
 SQUARE, PATCH, SIDE, WINDOW = 96, 4, 12, 200
 CELLS = SIDE * SIDE
 SIZES = ((300, 500), (500, 300), (120, 900), (200, 200), (37, 23), (97, 133))
-SPECIAL_TOKENS = (
-    "<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"
-)  # fmt: skip
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>")
 TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
@@ -47,20 +45,26 @@ TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{%- endif %}"
 )
 SCAN = {
-    "do_pan_and_scan": True, "pan_and_scan_min_crop_size": 50, "pan_and_scan_max_num_crops": 4,
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 50,
+    "pan_and_scan_max_num_crops": 4,
     "pan_and_scan_min_ratio_to_activate": 1.2,
-}  # fmt: skip
+}
 
 
 def build_processor(texts: list[str], **images_kwargs: Any) -> Gemma3Processor:
     """Newlines merge as in Gemma's vocabulary: those before a picture are one token with the text's own."""
-    roles: Any = {
-        "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"
-    }  # fmt: skip
+    roles: Any = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
     tokenizer = _tokenizer(
-        [*texts, *["\n\n\n"] * 50], 310, SPECIAL_TOKENS, "<image_soft_token>", bos_token="<bos>",
-        eos_token="<end_of_turn>", pad_token="<pad>", extra_special_tokens=roles,
-    )  # fmt: skip
+        [*texts, *["\n\n\n"] * 50],
+        310,
+        SPECIAL_TOKENS,
+        "<image_soft_token>",
+        bos_token="<bos>",
+        eos_token="<end_of_turn>",
+        pad_token="<pad>",
+        extra_special_tokens=roles,
+    )
     images = Gemma3ImageProcessorPil(size={"height": SQUARE, "width": SQUARE})
     processor: Any = Gemma3Processor(images, tokenizer, chat_template=TEMPLATE, image_seq_length=CELLS)
     processor.images_kwargs = processor.images_kwargs | images_kwargs
@@ -70,21 +74,39 @@ def build_processor(texts: list[str], **images_kwargs: Any) -> Gemma3Processor:
 def config_of(tokenizer) -> Gemma3Config:
     """Two layers that see, four that read, of which one sees everything; heads wider than hidden / heads."""
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "head_dim": 16, "query_pre_attn_scalar": 16, "intermediate_size": 192,
-        "sliding_window": WINDOW, "max_position_embeddings": 1024,
+        "vocab_size": len(tokenizer),
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "intermediate_size": 192,
+        "sliding_window": WINDOW,
+        "max_position_embeddings": 1024,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+    }
     vision = {
-        "model_type": "siglip_vision_model", "image_size": SQUARE, "patch_size": PATCH, "hidden_size": 32,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vision_use_head": False,
-    }  # fmt: skip
+        "model_type": "siglip_vision_model",
+        "image_size": SQUARE,
+        "patch_size": PATCH,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vision_use_head": False,
+    }
     return Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=CELLS, image_token_index=tokenizer.image_token_id,
-        boi_token_index=tokenizer.boi_token_id, eoi_token_index=tokenizer.eoi_token_id,
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=CELLS,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+    )
 
 
 def local_states(model, inputs) -> torch.Tensor:
@@ -99,9 +121,9 @@ def local_states(model, inputs) -> torch.Tensor:
     handle = attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     model(**inputs)
     handle.remove()
-    return torch.stack([
-        states[ids == model.config.image_token_id] for states, ids in zip(seen[0], inputs["input_ids"], strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [states[ids == model.config.image_token_id] for states, ids in zip(seen[0], inputs["input_ids"], strict=True)]
+    )
 
 
 def patches(inputs) -> torch.Tensor:
@@ -145,9 +167,14 @@ def several(processor: Gemma3Processor, images: list[list[tuple[int, int]]], **k
     texts = ["<start_of_turn>user\n" + "<start_of_image>" * len(own) + "what is it?<end_of_turn>\n" for own in images]
     pictures = [[picture(size, seed) for seed, size in enumerate(own)] for own in images]
     inputs = processor(
-        images=pictures, text=texts, padding=True, padding_side="right", add_special_tokens=False,
-        return_tensors="pt", **kwargs,
-    )  # fmt: skip
+        images=pictures,
+        text=texts,
+        padding=True,
+        padding_side="right",
+        add_special_tokens=False,
+        return_tensors="pt",
+        **kwargs,
+    )
     return dict(inputs)
 
 

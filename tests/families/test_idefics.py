@@ -20,12 +20,11 @@ from families.batches import sizes_of
 from families.contract import Contract
 from families.geometry import GRID, Family, parameters_zeroed, picture
 from families.training import train_two_steps
-from lavender.alignment_data import row_tensors
-from lavender.attention import Reading, capturing, student_maps
+from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.config import AlignmentConfig
-from lavender.objective import AlignmentRequest, attach
-from lavender.vlm.capture import AttentionRequest
-from lavender.vlm.idefics import IdeficsAdapter, IdeficsChatProcessor
+from lavender.students.capture import AttentionRequest, row_tensors
+from lavender.students.families.idefics import IdeficsAdapter, IdeficsChatProcessor
+from lavender.students.word_maps import Reading, capturing, student_maps
 from lavender.words import words_of
 from lavender.world.student_models import _tokenizer
 
@@ -37,9 +36,15 @@ MARK = "<fake_token_around_image><image><fake_token_around_image>"
 def build_processor(texts: list[str]) -> IdeficsChatProcessor:
     """Its special tokens are the last of the vocabulary, in the order of the published ones."""
     tokenizer = _tokenizer(
-        texts, 300, ("<unk>", "<s>", "</s>"), "<fake_token_around_image>",
-        unk_token="<unk>", pad_token="<unk>", bos_token="<s>", eos_token="</s>",
-    )  # fmt: skip
+        texts,
+        300,
+        ("<unk>", "<s>", "</s>"),
+        "<fake_token_around_image>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
     tokenizer.add_tokens(["<image>", "<end_of_utterance>"], special_tokens=True)
     return IdeficsChatProcessor(IdeficsImageProcessorPil(image_size=SQUARE), tokenizer)
 
@@ -47,17 +52,37 @@ def build_processor(texts: list[str]) -> IdeficsChatProcessor:
 def config_of(tokenizer, latents: int | None = LATENTS, **rest: Any) -> IdeficsConfig:
     """Four layers, of which the first and the third follow one that sees; gates opened."""
     return IdeficsConfig(
-        vocab_size=len(tokenizer) - 3, additional_vocab_size=3, hidden_size=64, intermediate_size=128,
-        num_hidden_layers=4, num_attention_heads=4, cross_layer_interval=2, alpha_initializer="ones",
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        use_resampler=latents is not None, initializer_range=0.1,
-        vision_config={"embed_dim": 64, "image_size": SQUARE, "patch_size": PATCH, "num_hidden_layers": 2,
-                       "num_attention_heads": 4, "intermediate_size": 128},
-        perceiver_config={"use_resampler": latents is not None, "resampler_n_latents": latents or 1,
-                          "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 16,
-                          "qk_layer_norms_perceiver": True},
+        vocab_size=len(tokenizer) - 3,
+        additional_vocab_size=3,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        cross_layer_interval=2,
+        alpha_initializer="ones",
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        use_resampler=latents is not None,
+        initializer_range=0.1,
+        vision_config={
+            "embed_dim": 64,
+            "image_size": SQUARE,
+            "patch_size": PATCH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+        },
+        perceiver_config={
+            "use_resampler": latents is not None,
+            "resampler_n_latents": latents or 1,
+            "resampler_depth": 2,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 16,
+            "qk_layer_norms_perceiver": True,
+        },
         **({"qk_layer_norms": True, "alpha_type": "vector"} | rest),  # ty: ignore[invalid-argument-type]
-    )  # fmt: skip
+    )
 
 
 def patch_states(model, inputs) -> torch.Tensor:
@@ -95,9 +120,14 @@ def family_of(texts: list[str], latents: int | None) -> Family:
         return found if latents else torch.cat([torch.zeros_like(found[:1]), found])
 
     return Family(
-        make, processor, SIZES, patches=patches, blur=blur, clear=0.4,
+        make,
+        processor,
+        SIZES,
+        patches=patches,
+        blur=blur,
+        clear=0.4,
         local_states=lambda model, inputs: patch_states(model, inputs)[:, 1 if latents else 0 :],
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()

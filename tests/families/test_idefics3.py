@@ -25,14 +25,20 @@ from families.contract import Contract
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture
 from families.training import train_two_steps
 from lavender.errors import DataError
-from lavender.vlm.idefics3 import Idefics3Adapter, tile_boxes
-from lavender.vlm.registry import adapter_for
+from lavender.students.families.idefics3 import Idefics3Adapter, tile_boxes
+from lavender.students.registry import adapter_for
 from lavender.world.student_models import _tokenizer
 
 MOST = 3  # tiles along the longer side
 # (height, width) → (rows, cols) of tiles, by hand: the longer side has three, the other what it needs of its own
-SIZES = {(300, 500): (2, 3), (120, 900): (1, 3), (200, 200): (3, 3), (500, 300): (3, 2), (37, 23): (3, 2),
-         (170, 47): (3, 1)}  # fmt: skip
+SIZES = {
+    (300, 500): (2, 3),
+    (120, 900): (1, 3),
+    (200, 200): (3, 3),
+    (500, 300): (3, 2),
+    (37, 23): (3, 2),
+    (170, 47): (3, 1),
+}
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 LABELS = tuple(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7))
 TEMPLATE = (  # as SmolVLM has it
@@ -61,9 +67,14 @@ class PicturesProcessor(SmolVLMProcessor):
 def build_processor(kind: str, texts: list[str], tile: int, cells: int, labels=LABELS, **images: Any):
     """With the real settings, but for the sizes."""
     tokenizer = _tokenizer(
-        texts, 340, SPECIAL_TOKENS + labels, "<image>", bos_token="<|im_start|>", eos_token="<end_of_utterance>",
+        texts,
+        340,
+        SPECIAL_TOKENS + labels,
+        "<image>",
+        bos_token="<|im_start|>",
+        eos_token="<end_of_utterance>",
         pad_token="<|im_end|>",
-    )  # fmt: skip
+    )
     settings: dict[str, Any] = {
         "size": {"longest_edge": MOST * tile},
         "max_image_size": {"longest_edge": tile},
@@ -79,20 +90,33 @@ def build_processor(kind: str, texts: list[str], tile: int, cells: int, labels=L
 def config_of(kind: str, tokenizer, tile: int, patch: int, scale: int) -> Idefics3Config | SmolVLMConfig:
     """Two layers that see, three that read."""
     vision: dict[str, Any] = {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
-        "image_size": tile // patch * patch, "patch_size": patch,
-    }  # fmt: skip
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "image_size": tile // patch * patch,
+        "patch_size": patch,
+    }
     text: dict[str, Any] = {
-        "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 128, "num_hidden_layers": 3,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 256, "max_position_embeddings": 1024,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 256,
+        "max_position_embeddings": 1024,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+    }
     config_class = Idefics3Config if kind == "idefics3" else SmolVLMConfig
     return config_class(
-        vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=scale,
-    )  # fmt: skip
+    )
 
 
 def local_states(model, inputs) -> torch.Tensor:
@@ -106,9 +130,9 @@ def local_states(model, inputs) -> torch.Tensor:
     handle = attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     model(**inputs)
     handle.remove()
-    return torch.stack([
-        states[ids == model.config.image_token_id] for states, ids in zip(seen[0], inputs["input_ids"], strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [states[ids == model.config.image_token_id] for states, ids in zip(seen[0], inputs["input_ids"], strict=True)]
+    )
 
 
 def family_of(kind: str, texts: list[str], tile: int = 32, patch: int = 4, scale: int = 2, **rest) -> Family:

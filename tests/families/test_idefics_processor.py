@@ -11,7 +11,7 @@ from transformers import AutoProcessor, IdeficsProcessor
 from families.geometry import picture
 from families.test_idefics import MARK, SQUARE, build_processor, config_of
 from lavender.errors import ConfigError, DataError
-from lavender.vlm.idefics import IdeficsAdapter, IdeficsChatProcessor
+from lavender.students.families.idefics import IdeficsAdapter, IdeficsChatProcessor
 
 
 class TestProcessor:
@@ -54,7 +54,7 @@ class TestProcessor:
             IdeficsAdapter(config).image_boxes(processor(**inputs), [[(9, 9)]], plain)
         assert str(caught.value) == (
             "Got IdeficsProcessor, which sets pictures behind the text. Expected IdeficsChatProcessor. Do this: use "
-            "lavender.vlm.idefics.IdeficsChatProcessor(processor.image_processor, processor.tokenizer)."
+            "lavender.students.families.idefics.IdeficsChatProcessor(processor.image_processor, processor.tokenizer)."
         )
 
     @pytest.mark.parametrize(("marks", "count"), [(1, 2), (2, 1), (0, 1), (1, 0)])

@@ -23,16 +23,22 @@ from families.core import Core
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture, reading
 from families.training import train_two_steps
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
-from lavender.vlm.internvl import InternVlAdapter, tile_boxes, tile_settings
-from lavender.vlm.registry import adapter_for
+from lavender.students.families.internvl import InternVlAdapter, tile_boxes, tile_settings
+from lavender.students.registry import adapter_for
 from lavender.world.student_models import _tokenizer
 
 TILE, PATCH, SIDE = 48, 4, 6
 CELLS = SIDE * SIDE
 # (height, width) → (rows, cols) of tiles, 1 to 6, by hand: the nearest aspect; of equal ones the one of more tiles,
 # if they have at most twice the picture's pixels. 1.67 is nearest to 3:2, 7.5 to 6:1, 1 to 1:1 and 2:2.
-SIZES = {(300, 500): (2, 3), (500, 300): (3, 2), (97, 190): (1, 2), (120, 900): (1, 6), (200, 200): (2, 2),
-         (41, 44): (1, 1)}  # fmt: skip
+SIZES = {
+    (300, 500): (2, 3),
+    (500, 300): (3, 2),
+    (97, 190): (1, 2),
+    (120, 900): (1, 6),
+    (200, 200): (2, 2),
+    (41, 44): (1, 1),
+}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<video>")
 TEMPLATE = (
     "{%- for message in messages %}"
@@ -68,13 +74,20 @@ class PicturesProcessor(InternVLProcessor):
 
 def build_processor(texts: list[str], **images: Any) -> PicturesProcessor:
     roles: Any = {
-        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
-    }  # fmt: skip
+    }
     tokenizer = _tokenizer(
-        texts, 300, SPECIAL_TOKENS, "<IMG_CONTEXT>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        texts,
+        300,
+        SPECIAL_TOKENS,
+        "<IMG_CONTEXT>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
         extra_special_tokens=roles,
-    )  # fmt: skip
+    )
     settings: dict[str, Any] = {"size": {"height": TILE, "width": TILE}, "min_patches": 1, "max_patches": 6}
     return PicturesProcessor(GotOcr2ImageProcessorPil(**settings | images), tokenizer, TEMPLATE)
 
@@ -82,15 +95,29 @@ def build_processor(texts: list[str], **images: Any) -> PicturesProcessor:
 def config_of(tokenizer, kind: str = "qwen2") -> InternVLConfig:
     """Two layers that see, three that read: Qwen2's as in InternVL 2.5 and 3, Qwen3's as in 3.5."""
     text = {
-        "model_type": kind, "vocab_size": len(tokenizer), "hidden_size": 128, "num_hidden_layers": 3,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 256,
-        "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+        "model_type": kind,
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "intermediate_size": 256,
+        "max_position_embeddings": 1024,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+    }
     vision = {
-        "image_size": [TILE, TILE], "patch_size": [PATCH, PATCH], "hidden_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "intermediate_size": 96, "attention_bias": True, "layer_scale_init_value": 1.0,
-    }  # fmt: skip
+        "image_size": [TILE, TILE],
+        "patch_size": [PATCH, PATCH],
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "attention_bias": True,
+        "layer_scale_init_value": 1.0,
+    }
     return InternVLConfig(
         text_config=text, vision_config=vision, image_token_id=tokenizer.context_image_token_id, image_seq_length=CELLS
     )
@@ -107,9 +134,9 @@ def local_states(model, inputs) -> torch.Tensor:
     handle = attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     model.model(**inputs, use_cache=False)
     handle.remove()
-    return torch.stack([
-        states[ids == model.config.image_token_id] for states, ids in zip(seen[0], inputs["input_ids"], strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [states[ids == model.config.image_token_id] for states, ids in zip(seen[0], inputs["input_ids"], strict=True)]
+    )
 
 
 def family_of(
@@ -151,10 +178,17 @@ def several(processor: ProcessorMixin, images: list[list[tuple[int, int]]], **kw
     """A batch with as many pictures a sample as there are sizes."""
     texts = ["<|im_start|>user\n" + "<IMG_CONTEXT>\n" * len(own) + "what is it?<|im_end|>\n" for own in images]
     pictures = [[picture(size, seed) for seed, size in enumerate(own)] for own in images]
-    return dict(processor(
-        images=pictures, text=texts, padding=True, padding_side="right", add_special_tokens=False,
-        return_tensors="pt", **kwargs,
-    ))  # fmt: skip
+    return dict(
+        processor(
+            images=pictures,
+            text=texts,
+            padding=True,
+            padding_side="right",
+            add_special_tokens=False,
+            return_tensors="pt",
+            **kwargs,
+        )
+    )
 
 
 class TestInternVl(Contract):

@@ -19,13 +19,13 @@ from transformers import (
 from families.asking import captured, eager_rows, request_of
 from families.contract import POOLINGS, Contract
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, reading
+from lavender.alignment.objective import attach
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
-from lavender.grids import grid_boxes
-from lavender.inspection import inspect_target
-from lavender.objective import attach
-from lavender.vlm.llava import LlavaAdapter, seen_frame
-from lavender.vlm.registry import adapter_for
+from lavender.evaluation.inspect import inspect_target
+from lavender.students.families.llava import LlavaAdapter, seen_frame
+from lavender.students.image_keys import grid_boxes
+from lavender.students.registry import adapter_for
 from lavender.world.student_models import build_llava, build_llava_processor
 
 SQUARE, PATCH, SIDE = 96, 8, 12
@@ -90,19 +90,25 @@ def local_states(model, inputs) -> torch.Tensor:
     handle = attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     model(**inputs)
     handle.remove()
-    return torch.stack([
-        states[ids == model.config.image_token_index]
-        for states, ids in zip(seen[0], inputs["input_ids"], strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            states[ids == model.config.image_token_index]
+            for states, ids in zip(seen[0], inputs["input_ids"], strict=True)
+        ]
+    )
 
 
 def family_of(texts: list[str], images, **rest) -> Family:
     """A LLaVA whose pictures an image processor makes square."""
     processor = build_llava_processor(texts, vocabulary=300)
     processor = LlavaProcessor(
-        images, processor.tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=processor.chat_template,
-    )  # fmt: skip
+        images,
+        processor.tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=processor.chat_template,
+    )
     with torch.random.fork_rng():
         config = build_llava(processor).config
     vision: Any = config.vision_config
@@ -283,7 +289,7 @@ class TestOtherSquares(Geometry):
         (CLIPImageProcessorPil(size={"shortest_edge": 50}, crop_size=FIXED), (200, 100), (0.02, -0.46, 0.98, 1.46)),
         (CLIPImageProcessorPil(do_resize=False, do_center_crop=False), (96, 96), (0, 0, 1, 1)),
     ],
-)  # fmt: skip
+)
 def test_seen_frame_by_hand(images, size, frame):
     assert seen_frame(size, images, (SQUARE, SQUARE)) == pytest.approx(frame)
 

@@ -28,16 +28,23 @@ from families.contract import Contract
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture, reading
 from families.training import train_two_steps
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
-from lavender.vlm.llava_next import LlavaNextAdapter, tile_boxes
-from lavender.vlm.registry import adapter_for
+from lavender.students.families.llava_next import LlavaNextAdapter, tile_boxes
+from lavender.students.registry import adapter_for
 from lavender.world.student_models import build_llava_processor
 
 PATCH, SIDE = 8, 6
 Strategy = Literal["default", "full"]
 # (height, width) → canvas in tiles, rows and columns of cells without padding: by hand
-SIZES = {(300, 500): ((2, 2), (8, 12)), (120, 900): ((1, 3), (2, 18)), (200, 200): ((2, 2), (12, 12)),
-         (500, 300): ((2, 2), (12, 8)), (90, 40): ((2, 1), (12, 6)), (40, 90): ((1, 2), (6, 12)),
-         (170, 47): ((3, 1), (18, 4)), (37, 23): ((1, 2), (6, 4))}  # fmt: skip
+SIZES = {
+    (300, 500): ((2, 2), (8, 12)),
+    (120, 900): ((1, 3), (2, 18)),
+    (200, 200): ((2, 2), (12, 12)),
+    (500, 300): ((2, 2), (12, 8)),
+    (90, 40): ((2, 1), (12, 6)),
+    (40, 90): ((1, 2), (6, 12)),
+    (170, 47): ((3, 1), (18, 4)),
+    (37, 23): ((1, 2), (6, 4)),
+}
 
 
 def pinpoints(tile: int) -> list[list[int]]:
@@ -50,14 +57,18 @@ def build_processor(texts: list[str], tile: int, strategy: Strategy, **images: A
     llava = build_llava_processor(texts, vocabulary=300)
     square = {"height": tile, "width": tile}
     settings: dict[str, Any] = {
-        "size": {"shortest_edge": tile} if strategy == "default" else square, "crop_size": square,
+        "size": {"shortest_edge": tile} if strategy == "default" else square,
+        "crop_size": square,
         "image_grid_pinpoints": pinpoints(tile),
-    }  # fmt: skip
+    }
     return LlavaNextProcessor(
-        LlavaNextImageProcessorPil(**settings | images), llava.tokenizer, patch_size=PATCH,
-        vision_feature_select_strategy=strategy, num_additional_image_tokens=int(strategy == "default"),
+        LlavaNextImageProcessorPil(**settings | images),
+        llava.tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(strategy == "default"),
         chat_template=llava.chat_template,
-    )  # fmt: skip
+    )
 
 
 def config_of(tokenizer, tile: int, strategy: Strategy) -> LlavaNextConfig:
@@ -65,19 +76,28 @@ def config_of(tokenizer, tile: int, strategy: Strategy) -> LlavaNextConfig:
     sizes: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
     seeing: dict[str, Any] = {"hidden_size": 64, "image_size": tile, "patch_size": PATCH}
     reading: dict[str, Any] = {
-        "vocab_size": len(tokenizer), "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "max_position_embeddings": 1024, "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     if strategy == "default":
         vision, text, layers = CLIPVisionConfig(**sizes | seeing), LlamaConfig(**sizes | reading), -2
     else:
         vision, layers = SiglipVisionConfig(**sizes | seeing, vision_use_head=False), [-2, -1]
         text = GraniteConfig(**sizes | reading, attention_multiplier=0.2)
     return LlavaNextConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_select_strategy=strategy, vision_feature_layer=layers, image_grid_pinpoints=pinpoints(tile),
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy=strategy,
+        vision_feature_layer=layers,
+        image_grid_pinpoints=pinpoints(tile),
+    )
 
 
 def local_states(model, inputs) -> torch.Tensor:
@@ -91,10 +111,12 @@ def local_states(model, inputs) -> torch.Tensor:
     handle = attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     model(**inputs)
     handle.remove()
-    return torch.stack([
-        states[ids == model.config.image_token_index]
-        for states, ids in zip(seen[0], inputs["input_ids"], strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            states[ids == model.config.image_token_index]
+            for states, ids in zip(seen[0], inputs["input_ids"], strict=True)
+        ]
+    )
 
 
 def family_of(texts: list[str], tile: int, strategy: Strategy) -> Family:
@@ -209,7 +231,7 @@ class TestLlavaNext(Contract):
             (1, "Got 139 picture tokens in a sample. Expected 140: its pictures have [(37, 23), (120, 900)] px."),
             (74, "Got 1 pictures without tokens, of [(120, 900)] px. Expected tokens in the text for each picture."),
         ],
-    )  # fmt: skip
+    )
     def test_a_cut_picture_is_refused(self, family, model, cut, message):
         inputs = inputs_of(family, [[(37, 23), (120, 900)]])
         places = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
@@ -230,12 +252,18 @@ class TestLlavaNext(Contract):
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"size": {"shortest_edge": 56}}, "size {'shortest_edge': 56} and crop_size {'height': 48, 'width': 48}. "
-             "Expected 48 px for both, the side of the model's tiles. Do this: load the model's own processor."),
-            ({"image_grid_pinpoints": [[96, 96]]}, "image_grid_pinpoints [[96, 96]]. Expected the model's, [[48, 96], "
-             "[96, 48], [96, 96], [144, 48], [48, 144]]. Do this: load the model's own processor."),
+            (
+                {"size": {"shortest_edge": 56}},
+                "size {'shortest_edge': 56} and crop_size {'height': 48, 'width': 48}. "
+                "Expected 48 px for both, the side of the model's tiles. Do this: load the model's own processor.",
+            ),
+            (
+                {"image_grid_pinpoints": [[96, 96]]},
+                "image_grid_pinpoints [[96, 96]]. Expected the model's, [[48, 96], "
+                "[96, 48], [96, 96], [144, 48], [48, 144]]. Do this: load the model's own processor.",
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_a_processor_of_another_model_is_refused(self, family, model, captions, settings, message):
         inputs = inputs_of(family, [[(200, 200)]])
         other = build_processor(captions, 48, "default", **settings)

@@ -27,8 +27,8 @@ from families.geometry import BRIGHT, Family, Geometry, coordinates, picture
 from families.test_llava_next import local_states
 from families.training import train_two_steps
 from lavender.errors import DataError, UnsupportedModelError
-from lavender.vlm.llava_next import square_boxes, tile_boxes
-from lavender.vlm.registry import adapter_for
+from lavender.students.families.llava_next import square_boxes, tile_boxes
+from lavender.students.registry import adapter_for
 from lavender.world.student_models import build_llava_processor
 
 TILE, PATCH, SIDE = 50, 8, 6  # a border of 2 pixels that no cell shows
@@ -59,13 +59,20 @@ def family_of(texts: list[str], most: str = "anyres_max_9", sizes=SIZES) -> Fami
             **layers, hidden_size=64, image_size=TILE, patch_size=PATCH, vision_use_head=False
         ),
         text_config=Qwen2Config(
-            **layers, vocab_size=len(processor.tokenizer), hidden_size=128, num_key_value_heads=2,
-            max_position_embeddings=1024, bos_token_id=None, eos_token_id=processor.tokenizer.eos_token_id,
+            **layers,
+            vocab_size=len(processor.tokenizer),
+            hidden_size=128,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            bos_token_id=None,
+            eos_token_id=processor.tokenizer.eos_token_id,
             pad_token_id=processor.tokenizer.pad_token_id,
         ),
-        image_token_index=processor.image_token_id, video_token_index=len(processor.tokenizer) - 2,
-        image_grid_pinpoints=PINPOINTS, vision_aspect_ratio=most,
-    )  # fmt: skip
+        image_token_index=processor.image_token_id,
+        video_token_index=len(processor.tokenizer) - 2,
+        image_grid_pinpoints=PINPOINTS,
+        vision_aspect_ratio=most,
+    )
 
     def make() -> LlavaOnevisionForConditionalGeneration:
         with torch.random.fork_rng():

@@ -15,10 +15,10 @@ from families.minicpm_v_published import MiniCPMV, save_as_published, sincos
 from families.test_flamingo import tiny_published
 from families.test_minicpm_v import build_processor as minicpm_processor
 from families.test_minicpm_v import config_of
-from lavender.cli import DONE, FAILED, WRONG_USAGE
+from lavender.cli.main import DONE, FAILED, WRONG_USAGE
 from lavender.errors import ConfigError, ModelError
-from lavender.run import load_run
-from lavender.vlm.open_flamingo import FlamingoForConditionalGeneration
+from lavender.students.families.flamingo_model import FlamingoForConditionalGeneration
+from lavender.training.run import load_run
 from lavender.world.student_models import _tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs" / "add-a-vlm.md"

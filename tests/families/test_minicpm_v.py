@@ -15,11 +15,10 @@ from families.contract import Contract
 from families.geometry import Family, batch_of, parameters_zeroed, picture
 from families.minicpm_v_published import MiniCPMV, MiniCPMVConfig, MiniCPMVImageProcessor
 from families.training import train_two_steps
-from lavender.attention import Reading, capturing, student_maps
+from lavender.alignment.objective import attach
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError, DataError
-from lavender.objective import attach
-from lavender.vlm.minicpm_v import (
+from lavender.students.families.minicpm_v import (
     MiniCpmVAdapter,
     MiniCpmVChatProcessor,
     SliceSettings,
@@ -27,6 +26,7 @@ from lavender.vlm.minicpm_v import (
     slice_grid,
     slices_of,
 )
+from lavender.students.word_maps import Reading, capturing, student_maps
 from lavender.words import words_of
 from lavender.world.student_models import _tokenizer
 
@@ -34,32 +34,62 @@ LATENTS, PATCH, RESOLUTION = 8, 8, 48
 # (height, width) → (rows, cols) of slices, by hand: the shape nearest the picture's among one part fewer or more
 SIZES = {(300, 500): (2, 4), (97, 83): (2, 2), (60, 50): (2, 1), (120, 900): (1, 8), (40, 45): None, (23, 61): None}
 SPECIAL_TOKENS = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<image>",
-    "</image>", "<slice>", "</slice>",
-)  # fmt: skip
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<image>",
+    "</image>",
+    "<slice>",
+    "</slice>",
+)
 PUBLISHED = SliceSettings(9, 448, 14)
 
 
 def build_processor(texts: list[str]) -> MiniCpmVChatProcessor:
     tokenizer = _tokenizer(
-        texts, 300, SPECIAL_TOKENS, "<unk>",
-        bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|end_of_text|>",
-    )  # fmt: skip
+        texts,
+        300,
+        SPECIAL_TOKENS,
+        "<unk>",
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|end_of_text|>",
+    )
     images = MiniCPMVImageProcessor(scale_resolution=RESOLUTION, patch_size=PATCH, image_feature_size=LATENTS)
     return MiniCpmVChatProcessor(images, tokenizer)
 
 
 def config_of(tokenizer, **rest) -> MiniCPMVConfig:
     return MiniCPMVConfig(
-        vocab_size=len(tokenizer), intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=1024, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.1,
+        vocab_size=len(tokenizer),
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,
         image_token_id=tokenizer.convert_tokens_to_ids("<unk>"),
-        **({"hidden_size": 64, "num_key_value_heads": 2, "query_num": LATENTS, "vision_config": {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "image_size": 560, "patch_size": PATCH,
-        }} | rest),
-    )  # fmt: skip
+        **(
+            {
+                "hidden_size": 64,
+                "num_key_value_heads": 2,
+                "query_num": LATENTS,
+                "vision_config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "image_size": 560,
+                    "patch_size": PATCH,
+                },
+            }
+            | rest
+        ),
+    )
 
 
 class Flat(MiniCPMV):

@@ -11,18 +11,27 @@ from transformers.models.mllama.image_processing_pil_mllama import get_all_suppo
 
 from families.contract import Contract
 from families.geometry import Family, batch_of, parameters_zeroed, picture, reading
-from lavender.attention import capturing
 from lavender.errors import CaptureError, DataError, UnsupportedModelError
-from lavender.vlm.capture import AttentionRequest
-from lavender.vlm.mllama import tile_boxes
-from lavender.vlm.registry import FAMILIES, adapter_for
+from lavender.students.capture import AttentionRequest
+from lavender.students.families.mllama import tile_boxes
+from lavender.students.registry import FAMILIES, adapter_for
+from lavender.students.word_maps import capturing
 
 TILE, PATCH, MAX_TILES, SIDE = 64, 8, 4, 8
 # (height, width) → (rows, cols) of tiles: all eight arrangements, with pictures smaller than a tile and much larger.
 SIZES = {
-    (300, 500): (2, 2), (110, 60): (2, 1), (61, 170): (1, 3), (500, 300): (2, 2), (120, 900): (1, 4),
-    (200, 200): (2, 2), (60, 110): (1, 2), (170, 61): (3, 1), (290, 67): (4, 1), (60, 50): (1, 1), (37, 23): (1, 1),
-}  # fmt: skip
+    (300, 500): (2, 2),
+    (110, 60): (2, 1),
+    (61, 170): (1, 3),
+    (500, 300): (2, 2),
+    (120, 900): (1, 4),
+    (200, 200): (2, 2),
+    (60, 110): (1, 2),
+    (170, 61): (3, 1),
+    (290, 67): (4, 1),
+    (60, 50): (1, 1),
+    (37, 23): (1, 1),
+}
 
 
 def resized(size: tuple[int, int]) -> tuple[int, int]:

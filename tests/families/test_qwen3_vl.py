@@ -19,16 +19,23 @@ from families.asking import captured, eager_rows
 from families.contract import Contract
 from families.geometry import Family, batch_of, parameters_zeroed, reading
 from families.test_qwen_vl import MERGE, PATCH, SPECIAL_TOKENS, TEMPLATE, local_states
-from lavender.diagnosis import logits_keeping
 from lavender.errors import DataError
-from lavender.vlm.capture import real_keys
-from lavender.vlm.qwen3_vl import Qwen3VlAdapter
-from lavender.vlm.registry import adapter_for
+from lavender.evaluation.check import logits_keeping
+from lavender.students.capture import real_keys
+from lavender.students.families.qwen_vl import Qwen3VlAdapter
+from lavender.students.registry import adapter_for
 from lavender.world.student_models import _tokenizer
 
 # (height, width) → (rows, cols) of keys, by hand, as for Qwen2-VL: cells of 8 px, 36 to 144 of them
-SIZES = {(300, 500): (9, 15), (97, 83): (12, 10), (51, 96): (6, 12), (120, 900): (4, 32), (500, 300): (15, 9),
-         (200, 200): (12, 12), (37, 23): (8, 5)}  # fmt: skip
+SIZES = {
+    (300, 500): (9, 15),
+    (97, 83): (12, 10),
+    (51, 96): (6, 12),
+    (120, 900): (4, 32),
+    (500, 300): (15, 9),
+    (200, 200): (12, 12),
+    (37, 23): (8, 5),
+}
 
 
 class PicturesProcessor(Qwen3VLProcessor):
@@ -47,32 +54,51 @@ def build_processor(texts: list[str]) -> PicturesProcessor:
         texts, 300, SPECIAL_TOKENS, "<|image_pad|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     images = Qwen2VLImageProcessorPil(
-        patch_size=PATCH, merge_size=MERGE, size={"shortest_edge": 48 * 48, "longest_edge": 96 * 96},
-        image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5],
-    )  # fmt: skip
+        patch_size=PATCH,
+        merge_size=MERGE,
+        size={"shortest_edge": 48 * 48, "longest_edge": 96 * 96},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
     return PicturesProcessor(images, tokenizer, TEMPLATE)
 
 
 def config_of(tokenizer) -> Qwen3VLConfig:
     """Two layers that see, both of whose states reach the text's; three that read. Heads wider than hidden / heads."""
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 192, "max_position_embeddings": 1024,
-        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "vocab_size": len(tokenizer),
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "intermediate_size": 192,
+        "max_position_embeddings": 1024,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]},
-    }  # fmt: skip
+    }
     vision = {
-        "depth": 2, "num_heads": 4, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 96,
-        "patch_size": PATCH, "spatial_merge_size": MERGE, "num_position_embeddings": 144,
+        "depth": 2,
+        "num_heads": 4,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "out_hidden_size": 96,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "num_position_embeddings": 144,
         "deepstack_visual_indexes": [0, 1],
-    }  # fmt: skip
+    }
     tokens = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
         for name, token in (
-            ("image", "image_pad"), ("video", "video_pad"),
-            ("vision_start", "vision_start"), ("vision_end", "vision_end"),
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
         )
-    }  # fmt: skip
+    }
     return Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
 
 

@@ -21,18 +21,24 @@ from families.asking import captured, eager_rows, request_of
 from families.contract import Contract
 from families.geometry import Family, batch_of, parameters_zeroed, reading
 from families.training import train_two_steps
+from lavender.alignment.objective import AlignmentRequest, attach, detach
 from lavender.config import AlignmentConfig
 from lavender.errors import DataError
-from lavender.objective import AlignmentRequest, attach, detach
-from lavender.vlm.capture import real_keys
-from lavender.vlm.qwen_vl import Qwen2VlAdapter
+from lavender.students.capture import real_keys
+from lavender.students.families.qwen_vl import Qwen2VlAdapter
 from lavender.world.student_models import _tokenizer
 
 PATCH, MERGE = 4, 2
 # (height, width) → (rows, cols) of keys, by hand: the nearest whole cells, or the most of that shape within 96² pixels;
 # pictures below 48² pixels are enlarged.
-SIZES = {(300, 500): (9, 15), (97, 83): (12, 10), (51, 96): (6, 12), (120, 700): (4, 28), (200, 200): (12, 12),
-         (37, 23): (8, 5)}  # fmt: skip
+SIZES = {
+    (300, 500): (9, 15),
+    (97, 83): (12, 10),
+    (51, 96): (6, 12),
+    (120, 700): (4, 28),
+    (200, 200): (12, 12),
+    (37, 23): (8, 5),
+}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 TEMPLATE = (
     "{%- for message in messages %}"
@@ -76,27 +82,39 @@ def build_processor(texts: list[str]) -> PicturesProcessor:
 def config_of(kind: str, tokenizer) -> Qwen2VLConfig | Qwen2_5_VLConfig:
     """Two layers that see, three that read; Qwen2.5 looks through windows of 4 × 4 cells first."""
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "intermediate_size": 256, "max_position_embeddings": 1024,
-        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 256,
+        "max_position_embeddings": 1024,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
+    }
     vision = {"depth": 2, "num_heads": 4, "patch_size": PATCH, "spatial_merge_size": MERGE}
     tokens = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
         for name, token in (
-            ("image", "image_pad"), ("video", "video_pad"),
-            ("vision_start", "vision_start"), ("vision_end", "vision_end"),
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
         )
-    }  # fmt: skip
+    }
     if kind == "qwen2_vl":
         return Qwen2VLConfig(
             text_config=text, vision_config=vision | {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}, **tokens
         )
     windows = {
-        "hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128, "window_size": 32,
+        "hidden_size": 64,
+        "out_hidden_size": 128,
+        "intermediate_size": 128,
+        "window_size": 32,
         "fullatt_block_indexes": [1],
-    }  # fmt: skip
+    }
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision | windows, **tokens)
 
 
@@ -111,9 +129,9 @@ def local_states(model, inputs) -> torch.Tensor:
     handle = attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     model(**inputs)
     handle.remove()
-    return torch.stack([
-        states[ids == model.config.image_token_id] for states, ids in zip(seen[0], inputs["input_ids"], strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [states[ids == model.config.image_token_id] for states, ids in zip(seen[0], inputs["input_ids"], strict=True)]
+    )
 
 
 def patches(inputs) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
-from lavender.trainer import LavenderConfig, LavenderTrainer
+from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
 
 def train_two_steps(
@@ -15,10 +15,20 @@ def train_two_steps(
 ) -> None:
     """Both steps have an alignment loss between 0 and 1."""
     args = LavenderConfig(
-        output_dir=str(out), max_steps=2, per_device_train_batch_size=3, learning_rate=1e-3, report_to="none",
-        bf16=False, use_cpu=True, max_length=None, logging_steps=1, save_strategy="no", disable_tqdm=True,
-        maps=str(maps), pooling=pooling,
-    )  # fmt: skip
+        output_dir=str(out),
+        max_steps=2,
+        per_device_train_batch_size=3,
+        learning_rate=1e-3,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        max_length=None,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        maps=str(maps),
+        pooling=pooling,
+    )
     trainer = LavenderTrainer(model, args=args, processing_class=processor, train_dataset=dataset)
     trainer.train()
     losses = [entry["attention_loss"] for entry in trainer.state.log_history if "attention_loss" in entry]

@@ -202,7 +202,7 @@ def _folder(rng: random.Random, folder: Path) -> Path:
 
 def _accounted(path: Path, number: int | None) -> str:
     """Read a data set, and count its rows: each is a sample or a drop."""
-    from lavender.data import read_samples, readable, to_dataset
+    from lavender.data.samples import read_samples, readable, to_dataset
     from lavender.errors import DataError
 
     try:
@@ -347,8 +347,8 @@ def special(rng: random.Random, folder: Path) -> str:
     if kind == "parquet" and place != "file":
         path = path.with_name("metadata.parquet")
     if place == "picture":
+        from lavender.data.images import load_image
         from lavender.errors import DataError
-        from lavender.images import load_image
 
         name = rng.choice(("f.png", "loop.png", "zero.png", "d.png", "out.png", "x" * 300, "a\0b", "\ud800"))
         source: Any = rng.choice((folder / "data" / name, str(folder / "data" / name), {"bytes": None, "path": name}))
@@ -383,8 +383,8 @@ def pictures(rng: random.Random, folder: Path) -> str:
     """Pictures of each format and mode, damaged; headers that promise much; formats that start programs."""
     from PIL import Image
 
+    from lavender.data.images import load_image
     from lavender.errors import DataError
-    from lavender.images import load_image
 
     form, mode = rng.choice(
         (
@@ -534,8 +534,8 @@ def coco(rng: random.Random, folder: Path) -> str:
     import numpy as np
     from PIL import Image
 
-    from lavender.annotations.coco import CocoPanoptic
     from lavender.errors import DataError
+    from lavender.teachers.annotations.coco import CocoPanoptic
 
     _folder(rng, folder)
     annotations = folder / "annotations"
@@ -579,8 +579,8 @@ def entities(rng: random.Random, folder: Path) -> str:
     """The files of Flickr30k Entities with one thing in them changed."""
     from PIL import Image
 
-    from lavender.annotations.flickr import Flickr30kEntities
     from lavender.errors import DataError
+    from lavender.teachers.annotations.flickr import Flickr30kEntities
 
     for name in ("Sentences", "Annotations", "images"):
         (folder / name).mkdir()
@@ -618,8 +618,8 @@ def entities(rng: random.Random, folder: Path) -> str:
 
 
 def _read_layout(layout: Any) -> str:
-    from lavender.annotations.regions import cell_shares
     from lavender.errors import DataError
+    from lavender.teachers.annotations.regions import cell_shares
 
     samples = layout.samples()
     for sample in samples:

@@ -34,7 +34,7 @@ class Ended:
 
     def fault(self) -> str:
         """Why this is no good end; "" for an end as it should be."""
-        from lavender.stopping import UNEXPECTED
+        from lavender.cli.stopping import UNEXPECTED
 
         if self.hung:
             return f"hangs for more than {HANG:.0f} s: {self.printed[-900:]}"

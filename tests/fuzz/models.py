@@ -21,18 +21,35 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from lavender.config import ExtractionConfig
-from lavender.diffusion.teacher import Teacher
 from lavender.errors import ConfigError, LavenderError
-from lavender.inspection import inspect_target
-from lavender.loading import load_run
+from lavender.evaluation.inspect import inspect_target
+from lavender.students.loading import load_run
+from lavender.teachers.diffusion.teacher import Teacher
 from lavender.world import STUDENT_PATHS, TEACHER_PATH
 
 SECONDS = 20
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 21000000\n"
 ODD: tuple[Any, ...] = (
-    None, True, "x", "", -1, 0, 3, 1e30, 2.5, float("nan"), float("inf"), 10**9, 10**5, 10**40, [], {}, [1, "a"],
-    {"a": {}}, ["os", "system"],
-)  # fmt: skip
+    None,
+    True,
+    "x",
+    "",
+    -1,
+    0,
+    3,
+    1e30,
+    2.5,
+    float("nan"),
+    float("inf"),
+    10**9,
+    10**5,
+    10**40,
+    [],
+    {},
+    [1, "a"],
+    {"a": {}},
+    ["os", "system"],
+)
 TEMPLATES = (
     "{% for",
     "{{ 1 / 0 }}",
@@ -133,12 +150,14 @@ def _replace(content: bytes, path: Path) -> None:
 
 
 def _plain(chance: random.Random) -> tuple[str, Damage, bool]:
-    return chance.choice([
-        ("a cut", partial(_cut, chance.random()), True),
-        ("nothing", partial(_replace, b""), True),
-        ("a Git LFS pointer", partial(_replace, POINTER), True),
-        ("noise", partial(_replace, chance.randbytes(chance.randint(1, 3000))), True),
-    ])  # fmt: skip
+    return chance.choice(
+        [
+            ("a cut", partial(_cut, chance.random()), True),
+            ("nothing", partial(_replace, b""), True),
+            ("a Git LFS pointer", partial(_replace, POINTER), True),
+            ("noise", partial(_replace, chance.randbytes(chance.randint(1, 3000))), True),
+        ]
+    )
 
 
 def _json(chance: random.Random) -> tuple[str, Damage, bool]:

@@ -11,10 +11,19 @@ from fuzz.harness import forked, preload, verb, verb_fault
 NUMBERS = ("0", "-1", "1.5", "x", "", "99999999999999999999", "nan")
 OPTIONS = {
     "extract": {
-        "--grid": NUMBERS, "--steps": NUMBERS, "--seed": NUMBERS, "--batch-size": NUMBERS, "--timesteps": NUMBERS,
-        "--mode": ("x", "", "ddim"), "--words": ("x", "", "noun"), "--device": ("x", "cuda:99", "", "meta", "mps"),
-        "--dtype": ("x", "int8"), "--set": ("x", "=", "x=1", "grid=[", "mode=5", "flip=maybe", "geometry=~"),
-        "--split": ("train",), "--pictures": (".",), "--captions": (".",),
+        "--grid": NUMBERS,
+        "--steps": NUMBERS,
+        "--seed": NUMBERS,
+        "--batch-size": NUMBERS,
+        "--timesteps": NUMBERS,
+        "--mode": ("x", "", "ddim"),
+        "--words": ("x", "", "noun"),
+        "--device": ("x", "cuda:99", "", "meta", "mps"),
+        "--dtype": ("x", "int8"),
+        "--set": ("x", "=", "x=1", "grid=[", "mode=5", "flip=maybe", "geometry=~"),
+        "--split": ("train",),
+        "--pictures": (".",),
+        "--captions": (".",),
     },
     "check": {"--limit": NUMBERS},
     "eval": {"--limit": NUMBERS, "--against": ("x", ".", ""), "--data": ("x", ".")},
@@ -23,7 +32,7 @@ OPTIONS = {
     "inspect": {"--picture": ("", "/", ".", "/no/such/place.png", "x.xyz")},
     "train": {"--set": ("x", "=", "model=", "lora=[", "x=1", "maps=5")},
     "export": {"--out": ("", "/", ".", "/dev/null")},
-}  # fmt: skip
+}
 
 
 def try_all(count: int, seed: int, work: Path) -> list[str]:

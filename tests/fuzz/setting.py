@@ -14,24 +14,74 @@ import yaml
 from fuzz.harness import forked, preload, verb, verb_fault
 
 VALUES: list[Any] = [
-    None, 5, -1, 0, 1.5, "", "x", "-1", "nan", [], [1], ["x"], [[1]], {}, {"a": 1}, {1: 2}, float("nan"),
-    float("inf"), -1e9, 1e30, 10**30, True, "a" * 5000, "no", "\u202e\u0000", "'1e-5'", [None], [{}], "~", "../..",
-]  # fmt: skip
+    None,
+    5,
+    -1,
+    0,
+    1.5,
+    "",
+    "x",
+    "-1",
+    "nan",
+    [],
+    [1],
+    ["x"],
+    [[1]],
+    {},
+    {"a": 1},
+    {1: 2},
+    float("nan"),
+    float("inf"),
+    -1e9,
+    1e30,
+    10**30,
+    True,
+    "a" * 5000,
+    "no",
+    "\u202e\u0000",
+    "'1e-5'",
+    [None],
+    [{}],
+    "~",
+    "../..",
+]
 RAW: dict[str, str | bytes] = {
-    "empty": "", "a list": "- 1", "a text": "x", "a tab": "model:\tx\n\t- y", "not closed": "model: [",
-    "a key twice": "model: a\nmodel: b\n", "a number as key": "5: x\n", "null as key": "~: x\n",
-    "a list as key": "[1]: x\n? {a: 1}\n: y\n", "a date as key": "2024-01-01: x\n", "no date": "model: 2024-13-45\n",
-    "no number": "model: !!int abc\n", "no float": "model: !!float abc\n", "no truth": "model: !!bool abc\n",
-    "no binary": "model: !!binary abc\n", "no time": "model: !!timestamp abc\n", "sixties": "max_steps: 1:30\n",
-    "a huge number": "max_steps: " + "9" * 5000 + "\n", "deep": "model: " + "[" * 20000 + "\n",
-    "deep keys": "".join(" " * level + "a:\n" for level in range(3000)), "a wrong merge": "<<: 5\n",
-    "itself": "&a {model: *a}\n", "a merge of itself": "a: &a\n  <<: *a\n", "no anchor": "model: *x\n",
-    "two documents": "model: x\n---\nmodel: y\n", "Latin-1": b"prompt: caf\xe9\n",
+    "empty": "",
+    "a list": "- 1",
+    "a text": "x",
+    "a tab": "model:\tx\n\t- y",
+    "not closed": "model: [",
+    "a key twice": "model: a\nmodel: b\n",
+    "a number as key": "5: x\n",
+    "null as key": "~: x\n",
+    "a list as key": "[1]: x\n? {a: 1}\n: y\n",
+    "a date as key": "2024-01-01: x\n",
+    "no date": "model: 2024-13-45\n",
+    "no number": "model: !!int abc\n",
+    "no float": "model: !!float abc\n",
+    "no truth": "model: !!bool abc\n",
+    "no binary": "model: !!binary abc\n",
+    "no time": "model: !!timestamp abc\n",
+    "sixties": "max_steps: 1:30\n",
+    "a huge number": "max_steps: " + "9" * 5000 + "\n",
+    "deep": "model: " + "[" * 20000 + "\n",
+    "deep keys": "".join(" " * level + "a:\n" for level in range(3000)),
+    "a wrong merge": "<<: 5\n",
+    "itself": "&a {model: *a}\n",
+    "a merge of itself": "a: &a\n  <<: *a\n",
+    "no anchor": "model: *x\n",
+    "two documents": "model: x\n---\nmodel: y\n",
+    "Latin-1": b"prompt: caf\xe9\n",
     "UTF-16": "model: x".encode("utf-16"),
-    "a null byte": b"model: \0\n", "all bytes": bytes(range(256)), "a BOM": b"\xef\xbb\xbfmodel: x\n",
-    "a set": "model: !!set {a, b}\n", "an omap": "model: !!omap [a: 1]\n", "a long key": "a" * 100000 + ": 1\n",
-    "1 MB": "prompt: " + "x" * 1_000_000 + "\n", "an unknown tag": "model: !x y\n",
-}  # fmt: skip
+    "a null byte": b"model: \0\n",
+    "all bytes": bytes(range(256)),
+    "a BOM": b"\xef\xbb\xbfmodel: x\n",
+    "a set": "model: !!set {a, b}\n",
+    "an omap": "model: !!omap [a: 1]\n",
+    "a long key": "a" * 100000 + ": 1\n",
+    "1 MB": "prompt: " + "x" * 1_000_000 + "\n",
+    "an unknown tag": "model: !x y\n",
+}
 CODE = (
     "model: !!python/object/apply:os.system ['touch {0}']\n",
     "model: !!python/name:os.system\n",
@@ -64,7 +114,7 @@ def try_all(count: int, seed: int, work: Path) -> list[str]:
 def _cases(good: dict[str, Any], canary: Path, seed: int) -> list[tuple[str, str | bytes]]:
     """Raw files, alias bombs, code, then every setting with every wrong value, in an order of the seed."""
     from lavender.config import AlignmentConfig
-    from lavender.run_config import LoraSettings, RunConfig, training_keys
+    from lavender.training.run_config import LoraSettings, RunConfig, training_keys
 
     first: list[tuple[str, str | bytes]] = [(f"a file with {name}", text) for name, text in RAW.items()]
     first += [("code in a file", text.format(canary)) for text in CODE]
@@ -101,9 +151,9 @@ def good_settings(work: Path) -> dict[str, Any]:
     import torch
     from PIL import Image
 
-    from lavender.images import image_id, load_image
+    from lavender.data.images import image_id, load_image
+    from lavender.data.store import MapStore
     from lavender.maps import WordMaps
-    from lavender.store import MapStore
     from lavender.words import content_words
     from lavender.world import STUDENT_PATH
 
@@ -119,17 +169,25 @@ def good_settings(work: Path) -> dict[str, Any]:
             identity = image_id(load_image(data / row["file_name"], "a picture"))
             writer.add(WordMaps(identity, row["text"], words, torch.rand(len(words), 8, 8)))
     return {
-        "model": str(STUDENT_PATH), "data": str(data), "maps": str(work / "maps"), "out": str(work / "out"),
-        "max_steps": 1, "use_cpu": True, "bf16": False, "activation_checkpointing": False, "disable_tqdm": True,
-        "save_strategy": "no", "dtype": "float32",
-    }  # fmt: skip
+        "model": str(STUDENT_PATH),
+        "data": str(data),
+        "maps": str(work / "maps"),
+        "out": str(work / "out"),
+        "max_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "dtype": "float32",
+    }
 
 
 def _stubbed() -> Callable[[Path], int]:
     """`lavender train` up to the trainer, with model, config and processor loaded once, in the parent."""
     import transformers
 
-    from lavender.vlm.base import VlmAdapter
+    from lavender.students.base import VlmAdapter
     from lavender.world import STUDENT_PATH
 
     kinds = ("AutoConfig", "AutoProcessor")
@@ -137,7 +195,7 @@ def _stubbed() -> Callable[[Path], int]:
     model = transformers.AutoModelForImageTextToText.from_pretrained(STUDENT_PATH)
 
     def run(path: Path) -> int:
-        import lavender.trainer
+        import lavender.training.trainer
 
         class Reached:
             def __init__(self, *args: Any, **kwargs: Any):
@@ -147,7 +205,7 @@ def _stubbed() -> Callable[[Path], int]:
             kind = getattr(transformers, name)
             kind.from_pretrained = _first_kept(kind.from_pretrained, kept[name], str(STUDENT_PATH))
         setattr(VlmAdapter, "load", lambda self, *args, **kwargs: model)  # noqa: B010
-        setattr(lavender.trainer, "LavenderTrainer", Reached)  # noqa: B010
+        setattr(lavender.training.trainer, "LavenderTrainer", Reached)  # noqa: B010
         return verb("train", path)()
 
     return run

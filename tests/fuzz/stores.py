@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from fuzz.harness import forked, preload
+from lavender.data.store import MapStore
 from lavender.errors import StoreError
 from lavender.maps import Dropped, Word, WordMaps
-from lavender.store import MapStore
 
 RECORDS = 24
 
@@ -135,5 +135,10 @@ def _noise(store: Path, chance: random.Random, others: list[Path]) -> str:
 
 
 DAMAGE: dict[str, Callable[[Path, random.Random, list[Path]], str]] = {
-    "flipped": _flip, "cut": _cut, "swapped": _swap, "of another store": _foreign, "gone": _gone, "noise": _noise,
-}  # fmt: skip
+    "flipped": _flip,
+    "cut": _cut,
+    "swapped": _swap,
+    "of another store": _foreign,
+    "gone": _gone,
+    "noise": _noise,
+}

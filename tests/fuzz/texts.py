@@ -21,10 +21,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from lavender.config import ExtractionConfig
-from lavender.diffusion.teacher import Job, Teacher
-from lavender.locate import WordLocator
-from lavender.normalisation import encodable
-from lavender.words import content_words, same_root, subjects_and_objects, too_long, words_of
+from lavender.students.locate import WordLocator
+from lavender.teachers.diffusion.teacher import Job, Teacher
+from lavender.words import content_words, encodable, same_root, subjects_and_objects, too_long, words_of
 from lavender.world import TEACHER_PATH
 from tokenizer_kinds import NORMALISING, TOKENIZERS, tokenizer_of
 

@@ -62,10 +62,22 @@ def kinds(folder: Path) -> dict[str, tuple[Any, np.ndarray]]:
         "CMYK": (cmyk, np.asarray(cmyk.convert("RGB"))),
         "grey": (Image.fromarray(grey), as_grey),
         "RGB": (picture(SIZE, 4), colours),
-    }  # fmt: skip
+    }
 
 
 NAMES = (
-    "16-bit grey PNG", "float TIFF", "turned, decoded", "turned, a path", "turned, bytes", "turned, a struct",
-    "turned, a struct with a path", "RGBA", "RGBA, a path", "LA", "palette with transparency", "CMYK", "grey", "RGB",
-)  # fmt: skip
+    "16-bit grey PNG",
+    "float TIFF",
+    "turned, decoded",
+    "turned, a path",
+    "turned, bytes",
+    "turned, a struct",
+    "turned, a struct with a path",
+    "RGBA",
+    "RGBA, a path",
+    "LA",
+    "palette with transparency",
+    "CMYK",
+    "grey",
+    "RGB",
+)

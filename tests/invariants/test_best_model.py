@@ -12,9 +12,9 @@ import torch
 from closeness import close, moved
 from invariants.test_plain_trainer import run_plain  # noqa: F401
 from invariants.test_trainer import KINDS, logged, lora, run  # noqa: F401
-from lavender.checkpoints import export, save_head
-from lavender.objective import is_alignment_part
-from lavender.trainer import LavenderConfig, LavenderTrainer
+from lavender.alignment.objective import is_alignment_part
+from lavender.training.export import export, save_head
+from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
 STEPS = 4
 
@@ -36,10 +36,17 @@ def climbing(trainer: Any, name: str, best: int) -> None:
 def test_the_best_weights_are_back(run_plain, dataset, tmp_path, kind, trainer_kind):  # noqa: F811
     """Step 2 of 4 is best: afterwards all is as after a run that has done two steps of the same schedule."""
     settings: dict[str, Any] = {
-        "max_steps": STEPS, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
-        "pooling": "learn" if kind == "learn" else "layer-mean", "lr_scheduler_type": "constant", "evaluated": dataset,
-        "metric_for_best_model": "eval_vlm_loss", "per_device_eval_batch_size": 6,
-    }  # fmt: skip
+        "max_steps": STEPS,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "pooling": "learn" if kind == "learn" else "layer-mean",
+        "lr_scheduler_type": "constant",
+        "evaluated": dataset,
+        "metric_for_best_model": "eval_vlm_loss",
+        "per_device_eval_batch_size": 6,
+    }
     if trainer_kind == "trl":
         settings |= {"bf16": False, "gradient_checkpointing": False, "max_length": None}
         settings |= {"classes": (LavenderTrainer, LavenderConfig)}
@@ -67,15 +74,32 @@ def test_the_best_weights_are_back(run_plain, dataset, tmp_path, kind, trainer_k
 def test_the_best_is_the_lowest_language_loss(run, dataset, make_student, processor, store_path, tmp_path):  # noqa: F811
     """Not the lowest `eval_loss`: of two sets, the one that is named."""
     args = LavenderConfig(
-        output_dir=str(tmp_path), maps=str(store_path), max_steps=STEPS, seed=3, report_to="none", bf16=False,
-        use_cpu=True, max_length=None, logging_steps=1, gradient_checkpointing=False, disable_tqdm=True,
-        learning_rate=0.1, eval_strategy="steps", eval_steps=1, save_strategy="best", load_best_model_at_end=True,
-        metric_for_best_model="eval_mapped_vlm_loss", save_total_limit=1,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        maps=str(store_path),
+        max_steps=STEPS,
+        seed=3,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        max_length=None,
+        logging_steps=1,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        learning_rate=0.1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_mapped_vlm_loss",
+        save_total_limit=1,
+    )
     trainer = LavenderTrainer(
-        make_student(), args, processing_class=processor, train_dataset=dataset,
+        make_student(),
+        args,
+        processing_class=processor,
+        train_dataset=dataset,
         eval_dataset={"mapped": dataset.select(range(5)), "unmapped": dataset.select([5])},
-    )  # fmt: skip
+    )
     trainer.train()
     values = logged(trainer, "eval_mapped_vlm_loss")
     assert len(values) == STEPS

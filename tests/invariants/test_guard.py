@@ -9,9 +9,9 @@ import torch
 
 from invariants.test_plain_trainer import run_plain  # noqa: F401
 from invariants.test_trainer import logged, lora, run  # noqa: F401
+from lavender.data.images import image_id
 from lavender.errors import NotFiniteError
-from lavender.guard import answers_finite
-from lavender.images import image_id
+from lavender.training.not_finite import answers_finite
 
 
 class Planting:

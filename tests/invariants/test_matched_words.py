@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from invariants.test_trainer import logged, lora, run  # noqa: F401
+from lavender.alignment.objective import AlignmentRequest
 from lavender.errors import NotFiniteError
-from lavender.metrics import check_choice
-from lavender.objective import AlignmentRequest
+from lavender.training.metrics import check_choice
 
 NUMBERS = ("loss", "vlm_loss", "attention_loss", "matched_words")
 STILL: dict[str, Any] = {"learning_rate": 0.0, "max_steps": 1, "train_sampling_strategy": "sequential"}
@@ -23,13 +23,25 @@ STILL: dict[str, Any] = {"learning_rate": 0.0, "max_steps": 1, "train_sampling_s
 @pytest.fixture(scope="module")
 def knowing(make_student, processor, dataset, store_path, tmp_path_factory) -> dict[str, torch.Tensor]:
     """Weights of a student that predicts some of the words."""
-    from lavender.trainer import LavenderConfig, LavenderTrainer
+    from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
     args = LavenderConfig(
-        output_dir=str(tmp_path_factory.mktemp("taught")), maps=str(store_path), align_weight=0.0, max_steps=25, seed=3,
-        learning_rate=3e-3, per_device_train_batch_size=4, report_to="none", bf16=False, use_cpu=True, max_length=None,
-        save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, probe_size=0,
-    )  # fmt: skip
+        output_dir=str(tmp_path_factory.mktemp("taught")),
+        maps=str(store_path),
+        align_weight=0.0,
+        max_steps=25,
+        seed=3,
+        learning_rate=3e-3,
+        per_device_train_batch_size=4,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        max_length=None,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        probe_size=0,
+    )
     model = make_student()
     LavenderTrainer(model, args, processing_class=processor, train_dataset=dataset.select(range(4))).train()
     return {name: one.clone() for name, one in model.state_dict().items() if "alignment" not in name}
@@ -94,9 +106,16 @@ def test_looking_ahead_draws_what_training_draws(run, taught, dataset):  # noqa:
     peft = lora()
     peft.lora_dropout = 0.3
     trainer = run(
-        model=taught(), data=dataset.select(range(4)), peft=peft, match="exact", per_device_train_batch_size=1,
-        gradient_accumulation_steps=4, build_only=True, max_steps=2, learning_rate=0.0,
-    )  # fmt: skip
+        model=taught(),
+        data=dataset.select(range(4)),
+        peft=peft,
+        match="exact",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        build_only=True,
+        max_steps=2,
+        learning_rate=0.0,
+    )
     with torch.no_grad():  # a fresh adapter adds nothing, whatever is dropped
         for name, one in trainer.model.named_parameters():
             if "lora_B" in name:
@@ -148,17 +167,25 @@ def test_a_student_that_predicts_nothing_has_no_attention_loss(run, dataset, mat
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        ("eval_attention_loss", "Got eval_attention_loss = nan, where none of the mapped words matched (0%). Expected "
-         "a number to choose the best checkpoint by. Do this: set metric_for_best_model: eval_vlm_loss."),
+        (
+            "eval_attention_loss",
+            "Got eval_attention_loss = nan, where none of the mapped words matched (0%). Expected "
+            "a number to choose the best checkpoint by. Do this: set metric_for_best_model: eval_vlm_loss.",
+        ),
         ("loss", "with L_att in it. Do this: set metric_for_best_model: eval_vlm_loss."),
         ("eval_vlm_loss", None),
     ],
-)  # fmt: skip
+)
 def test_it_is_never_chosen_as_the_best(run, dataset, metric, message, tmp_path):  # noqa: F811
     trainer = run(
-        match="exact", build_only=True, eval_strategy="no", save_strategy="best", metric_for_best_model=metric,
-        learning_rate=0.0, output_dir=str(tmp_path),
-    )  # fmt: skip
+        match="exact",
+        build_only=True,
+        eval_strategy="no",
+        save_strategy="best",
+        metric_for_best_model=metric,
+        learning_rate=0.0,
+        output_dir=str(tmp_path),
+    )
     trainer.args.eval_strategy, trainer.args.eval_steps, trainer.eval_dataset = "steps", 1, dataset
     silent(trainer)
     if message is None:

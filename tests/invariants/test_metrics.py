@@ -11,11 +11,11 @@ import torch
 
 from closeness import close
 from invariants.test_trainer import logged, lora, run  # noqa: F401
-from lavender.alignment_data import NO_MAPS, Coverage
+from lavender.alignment.collator import NO_MAPS, Coverage
+from lavender.alignment.objective import AlignmentRequest
+from lavender.data.store import MapStore
 from lavender.maps import WordMaps
-from lavender.metrics import Metrics
-from lavender.objective import AlignmentRequest
-from lavender.store import MapStore
+from lavender.training.metrics import Metrics
 from lavender.words import content_words
 
 NUMBERS = ("vlm_loss", "attention_loss", "matched_words", "student_entropy")
@@ -38,12 +38,16 @@ def request_of(*maps: torch.Tensor, matched: int | None = None) -> AlignmentRequ
     request = AlignmentRequest(
         (0,),
         {
-            "rows": torch.zeros(1, 1, dtype=torch.long), "shares": torch.ones(1, count, 1), "present": present,
-            "weights": present.float(), "boxes": torch.zeros(1, 1, 4),
+            "rows": torch.zeros(1, 1, dtype=torch.long),
+            "shares": torch.ones(1, count, 1),
+            "present": present,
+            "weights": present.float(),
+            "boxes": torch.zeros(1, 1, 4),
             "word_pictures": torch.zeros(1, count, dtype=torch.long),
-            "pictures": torch.zeros(1, 1, dtype=torch.long), "targets": torch.zeros(1, count, 2, 2),
+            "pictures": torch.zeros(1, 1, dtype=torch.long),
+            "targets": torch.zeros(1, count, 2, 2),
         },
-    )  # fmt: skip
+    )
     request.student_maps = torch.stack(maps)
     request.matched = present & (torch.arange(count) < (count if matched is None else matched))
     return request
@@ -57,17 +61,21 @@ def test_golden_values_of_training(num_processes):
     """Two steps of two micro-batches; entropies are ln 4, ln 2 and 0."""
     metrics, accelerator = Metrics(), Processes(num_processes)
     for vlm, attention, request in (
-        (1.0, 0.5, request_of(UNIFORM, TWO)), (2.0, 0.25, request_of(ONE)),
-        (3.0, 0.0, request_of(UNIFORM, matched=0)), (4.0, 0.125, request_of(TWO)),
-    ):  # fmt: skip
+        (1.0, 0.5, request_of(UNIFORM, TWO)),
+        (2.0, 0.25, request_of(ONE)),
+        (3.0, 0.0, request_of(UNIFORM, matched=0)),
+        (4.0, 0.125, request_of(TWO)),
+    ):
         metrics.add_step(torch.tensor(vlm), torch.tensor(attention), request, 0.5)
     found = metrics.take_steps(accelerator)  # ty: ignore[invalid-argument-type]
     assert found == pytest.approx(
         {
-            "vlm_loss": 5.0, "attention_loss": 0.4375, "matched_words": 2 * num_processes,
+            "vlm_loss": 5.0,
+            "attention_loss": 0.4375,
+            "matched_words": 2 * num_processes,
             "student_entropy": (2 * torch.tensor(4.0).log() + 2 * torch.tensor(2.0).log()).item() / 5,
         }
-    )  # fmt: skip
+    )
     assert metrics.take_steps(accelerator) == {}  # ty: ignore[invalid-argument-type]
 
 
@@ -104,8 +112,10 @@ def test_entropy_is_not_logged_without_a_word():
     request.student_maps = request.student_maps[:0]
     metrics.add_step(torch.tensor(2.0), torch.tensor(0.0), request, 1.0)
     assert metrics.take_steps(Processes(1)) == {  # ty: ignore[invalid-argument-type]
-        "vlm_loss": 2.0, "attention_loss": 0.0, "matched_words": 0.0,
-    }  # fmt: skip
+        "vlm_loss": 2.0,
+        "attention_loss": 0.0,
+        "matched_words": 0.0,
+    }
 
 
 def test_accumulated_batches_log_one_batchs_numbers(run):  # noqa: F811
@@ -124,8 +134,10 @@ def test_where_the_trainer_divides_the_loss_the_numbers_are_right(run, make_stud
     """A model that takes no number of items: its loss is each micro-batch's mean, and the trainer divides by them."""
     settings: dict[str, Any] = {"learning_rate": 0.0, "max_steps": 3}
     runs = []
-    for sizes in ({"per_device_train_batch_size": 4},
-                  {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}):  # fmt: skip
+    for sizes in (
+        {"per_device_train_batch_size": 4},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    ):
         model = make_student()
         model.accepts_loss_kwargs = False
         runs.append(run(model=model, **sizes, **settings))
@@ -142,8 +154,8 @@ def test_a_constant_weight_is_not_logged(run):  # noqa: F811
 
 def test_the_entropy_is_that_of_the_students_own_maps(run, processor, dataset, some_scenes, captions):  # noqa: F811
     """Through `student_maps`, another way to the same attention."""
-    from lavender.attention import Reading, student_maps
     from lavender.maps import entropy
+    from lavender.students.word_maps import Reading, student_maps
 
     trainer = run(max_steps=1, per_device_train_batch_size=6, learning_rate=0.0)
     readings = [
@@ -194,9 +206,12 @@ def test_coverage_counts_what_was_trained_on(run, dataset, captions, store_path,
     """Not what was only read: the loader is a batch ahead, and with workers several."""
     data = dataset.select([0, 5, 1, 2])
     trainer = run(
-        data=data, max_steps=2, per_device_train_batch_size=1, train_sampling_strategy="sequential",
+        data=data,
+        max_steps=2,
+        per_device_train_batch_size=1,
+        train_sampling_strategy="sequential",
         dataloader_num_workers=workers,
-    )  # fmt: skip
+    )
     nouns = len(content_words(captions[0], ("noun",)))
     assert trainer.coverage == Coverage(2, 1, nouns, trainer.coverage.dropped)
     assert trainer.coverage.dropped == {NO_MAPS: 1}

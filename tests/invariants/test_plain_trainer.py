@@ -18,12 +18,12 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from closeness import close, moved
 from invariants.test_trainer import KINDS, LOSSES, logged, lora
-from lavender.alignment_mixin import AlignmentMixin
-from lavender.arguments import AlignmentArguments
-from lavender.checkpoints import export, save_head
+from lavender.alignment.objective import is_alignment_part
 from lavender.errors import ConfigError
-from lavender.objective import is_alignment_part
-from lavender.trainer import LavenderConfig, LavenderTrainer
+from lavender.training.arguments import AlignmentArguments
+from lavender.training.export import export, save_head
+from lavender.training.mixin import AlignmentMixin
+from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
 
 @dataclass
@@ -56,16 +56,28 @@ def run_plain(make_student, processor, dataset, store_path, tmp_path):
     ) -> Any:
         trainer_class, arguments_class = classes or (MyTrainer, MyArguments)
         settings: dict[str, Any] = {
-            "output_dir": str(tmp_path / "plain"), "max_steps": 2, "per_device_train_batch_size": 2, "seed": 3,
-            "learning_rate": 1e-3, "report_to": "none", "use_cpu": True, "logging_steps": 1, "save_strategy": "no",
-            "disable_tqdm": True, "maps": str(store_path),
-        }  # fmt: skip
+            "output_dir": str(tmp_path / "plain"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "seed": 3,
+            "learning_rate": 1e-3,
+            "report_to": "none",
+            "use_cpu": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "maps": str(store_path),
+        }
         torch.manual_seed(11)
         trainer = trainer_class(
-            make_student(), arguments_class(**settings | kw), processing_class=processor, train_dataset=dataset,
+            make_student(),
+            arguments_class(**settings | kw),
+            processing_class=processor,
+            train_dataset=dataset,
             data_collator=MyCollator(processor) if collator is True else collator,
-            eval_dataset=evaluated, peft_config=peft,
-        )  # fmt: skip
+            eval_dataset=evaluated,
+            peft_config=peft,
+        )
         if not build_only:
             trainer.train(resume_from_checkpoint=resume)
         return trainer

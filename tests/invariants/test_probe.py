@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from closeness import close, moved
 from invariants.test_trainer import KINDS, LOSSES, logged, lora, run  # noqa: F401
+from lavender.alignment.objective import HEAD_NAME
 from lavender.errors import ConfigError
 from lavender.maps import to_heat
-from lavender.objective import HEAD_NAME
-from lavender.probe import map_agreement, peak_hits, random_state_kept
+from lavender.training.probe import map_agreement, peak_hits, random_state_kept
 
 PROBE = ("probe_map_agreement", "probe_peak_hits", "probe_attention_loss")
 
@@ -98,18 +98,33 @@ def test_plain_fine_tuning_is_looked_at_too(run):  # noqa: F811
 
 def test_it_looks_at_mapped_samples_of_the_evaluation_set(run, dataset, make_student, processor, store_path, tmp_path):  # noqa: F811
     """The last scene has no map. Losses are those of an evaluation of the same samples."""
-    from lavender.trainer import LavenderConfig, LavenderTrainer
+    from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
     args = LavenderConfig(
-        output_dir=str(tmp_path), maps=str(store_path), max_steps=1, learning_rate=0.0, per_device_train_batch_size=1,
-        report_to="none", bf16=False, use_cpu=True, max_length=None, save_strategy="no", disable_tqdm=True, seed=3,
-        gradient_checkpointing=False, probe_size=2, per_device_eval_batch_size=1,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        maps=str(store_path),
+        max_steps=1,
+        learning_rate=0.0,
+        per_device_train_batch_size=1,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        max_length=None,
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=3,
+        gradient_checkpointing=False,
+        probe_size=2,
+        per_device_eval_batch_size=1,
+    )
     evaluated = dataset.select([5, 2, 4, 1])
     trainer = LavenderTrainer(
-        make_student(), args, processing_class=processor, train_dataset=dataset.select([0]),
+        make_student(),
+        args,
+        processing_class=processor,
+        train_dataset=dataset.select([0]),
         eval_dataset={"one": evaluated},
-    )  # fmt: skip
+    )
     trainer.train()
     expected = trainer.evaluate(dataset.select([2, 4]))["eval_attention_loss"]
     assert logged(trainer, "probe_attention_loss") == [pytest.approx(expected, rel=1e-5)] * 2

@@ -16,15 +16,15 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Mllama
 from trl import SFTConfig, SFTTrainer
 
 from command_line import complaint, lavender, write_run
-from lavender.cli import DONE, WRONG_USAGE
+from lavender.alignment.objective import attach
+from lavender.cli.main import DONE, WRONG_USAGE
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError
-from lavender.footprint import footprint
-from lavender.objective import attach
-from lavender.run import LoraSettings, RunConfig, load_run, train
-from lavender.trainable import trained_parameters
-from lavender.trainer import LavenderConfig, LavenderTrainer
-from lavender.vlm.registry import adapter_for
+from lavender.evaluation.memory import footprint
+from lavender.students.registry import adapter_for
+from lavender.training.run import LoraSettings, RunConfig, load_run, train
+from lavender.training.trainable import trained_parameters
+from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 INT8 = {  # with 8 bits on a CPU bitsandbytes fails on states of four dimensions, as the tower's are
@@ -32,9 +32,15 @@ INT8 = {  # with 8 bits on a CPU bitsandbytes fails on states of four dimensions
     "llm_int8_skip_modules": ["model.vision_model", "model.multi_modal_projector", "lm_head"],
 }
 STEPS: dict[str, Any] = {
-    "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "seed": 3, "use_cpu": True, "bf16": False,
-    "logging_steps": 1, "disable_tqdm": True,
-}  # fmt: skip
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "seed": 3,
+    "use_cpu": True,
+    "bf16": False,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
 
 
 @pytest.fixture(params=[True, False], ids=["a CPU with avx512_bf16", "a CPU without"])
@@ -53,9 +59,15 @@ def quantized(places) -> Any:
 @pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
 def test_a_run(places, tmp_path, settings, pooling, packing, capsys):
     """Adapters learn; what alignment adds stays of 32 bits; the export is an ordinary checkpoint of the base's type."""
-    train(RunConfig(
-        **places, out=str(tmp_path), quantization=settings, lora=LoraSettings(), training=STEPS | {"pooling": pooling},
-    ))  # fmt: skip
+    train(
+        RunConfig(
+            **places,
+            out=str(tmp_path),
+            quantization=settings,
+            lora=LoraSettings(),
+            training=STEPS | {"pooling": pooling},
+        )
+    )
     assert "So TRL trains the adapters of a quantised model" in capsys.readouterr().out
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len([entry for entry in logged if 0 < entry.get("attention_loss", 0) < 1]) == 2
@@ -79,9 +91,10 @@ def test_weights_stay_as_they_were_packed_whatever_the_cpu(places, packing):
         AutoModelForImageTextToText, str(places["model"]), quantization_config=BitsAndBytesConfig(**NF4)
     )
     layer = next(
-        one for one in model.modules()
+        one
+        for one in model.modules()
         if isinstance(one, bitsandbytes.nn.Linear4bit) and one.in_features % one.weight.quant_state.blocksize
-    )  # fmt: skip
+    )
     before, states = layer.weight.data.clone(), torch.ones(1, layer.in_features)
     layer.eval()(states)
     assert torch.equal(layer.weight.data, before)
@@ -93,7 +106,7 @@ def test_weight_zero_is_plain_qlora_step_for_step(packing, places, processor, da
     for name, trainer_class, config_class, more in (
         ("plain", SFTTrainer, SFTConfig, {}),
         ("ours", LavenderTrainer, LavenderConfig, {"maps": str(store_path), "align_weight": 0.0}),
-    ):  # fmt: skip
+    ):
         model = AutoModelForImageTextToText.from_pretrained(
             places["model"], quantization_config=BitsAndBytesConfig(**NF4)
         )
@@ -101,9 +114,12 @@ def test_weight_zero_is_plain_qlora_step_for_step(packing, places, processor, da
             output_dir=str(tmp_path), report_to="none", max_length=None, save_strategy="no", **STEPS, **more
         )
         trainer: Any = trainer_class(
-            model, args=args, processing_class=processor, train_dataset=dataset,
+            model,
+            args=args,
+            processing_class=processor,
+            train_dataset=dataset,
             peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-        )  # fmt: skip
+        )
         trainer.train()
         trained[name] = {key: one for key, one in trainer.model.named_parameters() if "lora_" in key}
     assert trained["plain"].keys() == trained["ours"].keys()

@@ -16,17 +16,17 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from families.geometry import picture
 from families.test_qwen_vl import family_of
 from invariants.picture_kinds import encoded
-from lavender.alignment_data import NO_MAPS, NO_PICTURE, NO_WORDS, REASONS, UNPLACED, WITHOUT, Coverage
-from lavender.alignment_mixin import AlignmentMixin
-from lavender.arguments import AlignmentArguments
+from lavender.alignment.collator import NO_MAPS, NO_PICTURE, NO_WORDS, REASONS, UNPLACED, WITHOUT, Coverage
+from lavender.alignment.examples import CUT, HOLDS_TOKEN, REFUSALS, REFUSED, SIZE, TEMPLATE, UNREADABLE, SampleError
+from lavender.data.images import image_id
+from lavender.data.store import MapStore
 from lavender.errors import ConfigError, DataError, StoreError
-from lavender.images import image_id
-from lavender.locate import CHANGED
 from lavender.maps import WordMaps, to_heat
-from lavender.preflight import Refused, counts_of, refused_of, told, without
-from lavender.samples import CUT, HOLDS_TOKEN, REFUSALS, REFUSED, SIZE, TEMPLATE, UNREADABLE, SampleError
-from lavender.store import MapStore
-from lavender.trainer import LavenderConfig, LavenderTrainer
+from lavender.students.locate import CHANGED
+from lavender.training.arguments import AlignmentArguments
+from lavender.training.mixin import AlignmentMixin
+from lavender.training.refused_samples import Refused, counts_of, refused_of, told, without
+from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.words import words_of
 from lavender.world.student_models import STUDENTS
 
@@ -104,11 +104,22 @@ def build(captions, tmp_path):
                 identity = image_id(picture((60, 90), index))
                 writer.add(WordMaps(identity, ANSWER, WORDS, to_heat(torch.rand(len(WORDS), 11, 13))))
         given: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"), "maps": str(tmp_path / "maps"), "max_steps": 2, "seed": 3,
-            "per_device_train_batch_size": 2, "report_to": "none", "bf16": False, "use_cpu": True, "max_length": None,
-            "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True, "probe_size": 2,
-            "train_sampling_strategy": "sequential", "logging_steps": 1,
-        }  # fmt: skip
+            "output_dir": str(tmp_path / "out"),
+            "maps": str(tmp_path / "maps"),
+            "max_steps": 2,
+            "seed": 3,
+            "per_device_train_batch_size": 2,
+            "report_to": "none",
+            "bf16": False,
+            "use_cpu": True,
+            "max_length": None,
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "probe_size": 2,
+            "train_sampling_strategy": "sequential",
+            "logging_steps": 1,
+        }
         if isinstance(data, Listed):  # which TRL refuses
             given.pop("max_length")
             collator = DataCollatorForVisionLanguageModeling(processor)
@@ -126,19 +137,31 @@ def bad_samples(kind: str) -> list[tuple[dict[str, Any], str, str]]:
     """(sample, reason, a part of what is said)."""
     token = TOKEN[kind]
     return [
-        (sample(0, turn("user", None, f"what is {token} here?"), turn("assistant", ANSWER)), HOLDS_TOKEN,
-         f"whose text holds {token!r}"),
+        (
+            sample(0, turn("user", None, f"what is {token} here?"), turn("assistant", ANSWER)),
+            HOLDS_TOKEN,
+            f"whose text holds {token!r}",
+        ),
         (sample(1, turn("user", None, "what is it?"), turn("assistant", f"it is {token}")), HOLDS_TOKEN, "it is"),
-        (sample(2, turn("system", "be short"), turn("user", None, "and?"), turn("assistant", ANSWER)), TEMPLATE,
-         "which the chat template refuses: no system turn here"),
+        (
+            sample(2, turn("system", "be short"), turn("user", None, "and?"), turn("assistant", ANSWER)),
+            TEMPLATE,
+            "which the chat template refuses: no system turn here",
+        ),
         (sample(3, turn("human", None, "what is it?"), turn("gpt", ANSWER)), TEMPLATE, "Invalid role"),
         (sample(4, image=b"no picture at all"), UNREADABLE, "no picture of a known format"),
         (sample(5, image=encoded(picture((3, 90)))), UNREADABLE, "with 90 × 3 pixels"),
-        (sample(5, turn("user", None, None, "what is it?"), turn("assistant", ANSWER)), REFUSED,
-         "messages with 2 places for a picture, and 1 pictures"),
-        *([(sample(5, image=encoded(picture((8, 1640)))), SIZE, "with a picture of 1640 × 8 pixels: absolute aspect")]
-          if kind == "qwen2_5_vl" else []),
-    ]  # fmt: skip
+        (
+            sample(5, turn("user", None, None, "what is it?"), turn("assistant", ANSWER)),
+            REFUSED,
+            "messages with 2 places for a picture, and 1 pictures",
+        ),
+        *(
+            [(sample(5, image=encoded(picture((8, 1640)))), SIZE, "with a picture of 1640 × 8 pixels: absolute aspect")]
+            if kind == "qwen2_5_vl"
+            else []
+        ),
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,9 +208,11 @@ def test_max_length_that_cuts_a_picture(build, kind):
     """A long text before the picture; a long one after it is cut, and only that."""
     long = "a dog and a cat " * 30
     rows = [
-        good(0), sample(1, turn("user", long, None), turn("assistant", ANSWER)),
-        sample(2, turn("user", None, long), turn("assistant", ANSWER)), good(3),
-    ]  # fmt: skip
+        good(0),
+        sample(1, turn("user", long, None), turn("assistant", ANSWER)),
+        sample(2, turn("user", None, long), turn("assistant", ANSWER)),
+        good(3),
+    ]
     trainer = build(kind, Dataset.from_list(rows, features=FEATURES), max_length=230)
     assert [(one.index, one.reason) for one in trainer.refused] == [(1, CUT)]
     trainer.train()
@@ -325,7 +350,9 @@ def test_processes_share_the_look_and_agree(build, monkeypatch):
     rows = [in_memory(0), in_memory(1, "an <image>"), in_memory(2), in_memory(3, "<image>"), in_memory(4, "<image>")]
     collator = build("llava", Listed(rows[:1])).data_collator
     shares: list[Any] = []
-    monkeypatch.setattr("lavender.preflight.gather_object", lambda share: [shares.extend(share), *shares][1:])
+    monkeypatch.setattr(
+        "lavender.training.refused_samples.gather_object", lambda share: [shares.extend(share), *shares][1:]
+    )
     for index in range(2):
         found = refused_of(Listed(rows), collator, Processes(index, 2))  # ty: ignore[invalid-argument-type]
     assert [[one.index for one in own] for own, _ in shares] == [[4], [1, 3]]
@@ -343,8 +370,10 @@ def test_what_is_told():
     refused = [Refused(index, TEMPLATE if index % 3 else SIZE, f"number {index}") for index in range(12)]
     lines = told(refused, 40)
     assert lines[:3] == [
-        "left out 12 of 40 samples that the model refuses:", f"  8 × {TEMPLATE}", f"  4 × {SIZE}",
-    ]  # fmt: skip
+        "left out 12 of 40 samples that the model refuses:",
+        f"  8 × {TEMPLATE}",
+        f"  4 × {SIZE}",
+    ]
     assert lines[3] == "  sample 0: number 0"
     assert lines[-1] == "  and 2 more"
     assert told([], 40) == []

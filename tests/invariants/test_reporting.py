@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from command_line import write_run, write_scenes
-from lavender.run import read_run, train
+from lavender.training.run import read_run, train
 
 
 @pytest.fixture
@@ -19,10 +19,21 @@ def run_file(make_student, processor, some_scenes, captions, store_path, tmp_pat
     (tmp_path / "data").mkdir()
     data = write_scenes(tmp_path / "data", some_scenes, captions)
     return write_run(
-        tmp_path, model=str(tmp_path / "model"), data=str(data), maps=str(store_path), prompt="describe the picture.",
-        dtype="float32", max_steps=2, per_device_train_batch_size=2, logging_steps=1, save_strategy="no",
-        disable_tqdm=True, activation_checkpointing=False, bf16=False, use_cpu=True,
-    )  # fmt: skip
+        tmp_path,
+        model=str(tmp_path / "model"),
+        data=str(data),
+        maps=str(store_path),
+        prompt="describe the picture.",
+        dtype="float32",
+        max_steps=2,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        activation_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+    )
 
 
 def test_tensorboard_from_yaml(run_file):

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from command_line import complaint, lavender
-from lavender.cli import DONE, FAILED, WRONG_USAGE
+from lavender.cli.main import DONE, FAILED, WRONG_USAGE
+from lavender.data.store import MapStore
 from lavender.errors import ConfigError
-from lavender.inspection import inspect_target
-from lavender.judgement import evaluate_runs
-from lavender.run import RunConfig, load_run, read_run, train
-from lavender.store import MapStore
-from lavender.yaml_files import read_settings, yaml_text
+from lavender.evaluation.inspect import inspect_target
+from lavender.evaluation.runs import evaluate_runs
+from lavender.training.run import RunConfig, load_run, read_run, train
+from lavender.training.yaml_files import read_settings, yaml_text
 
 STEP: dict[str, Any] = {
     "max_steps": 1,

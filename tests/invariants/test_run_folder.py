@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from command_line import complaint, lavender, write_run
-from lavender.cli import DONE, FAILED, WRONG_USAGE
+from lavender.cli.main import DONE, FAILED, WRONG_USAGE
 from lavender.config import AlignmentConfig
-from lavender.run import read_run, train
-from lavender.run_config import training_keys
-from lavender.run_folder import FREE, FREE_WITHOUT_BEST, differences, write_config
-from lavender.trainer import LavenderConfig, LavenderTrainer
+from lavender.training.run import read_run, train
+from lavender.training.run_config import training_keys
+from lavender.training.run_folder import FREE, FREE_WITHOUT_BEST, differences, write_config
+from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
 STEPS: dict[str, Any] = {
     "max_steps": 4,
@@ -318,7 +318,7 @@ DAMAGE = {
 )
 def test_a_damaged_checkpoint_is_passed_over(name, which, run):
     """Found without training: the last whole one is that of step 2."""
-    from lavender.resuming import last_whole_checkpoint
+    from lavender.training.resuming import last_whole_checkpoint
 
     folder = run[1] / "trainer"
     assert last_whole_checkpoint(folder) == (folder / "checkpoint-4", {})

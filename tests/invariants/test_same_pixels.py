@@ -12,12 +12,12 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from families.test_qwen_vl import build_processor, config_of
 from invariants.picture_kinds import NAMES, kinds
-from lavender.alignment_data import AlignmentCollator
-from lavender.attention import Reading
-from lavender.images import image_id, load_image, picture_size
+from lavender.alignment.collator import AlignmentCollator
+from lavender.data.images import image_id, load_image, picture_size
+from lavender.data.store import MapStore
 from lavender.maps import WordMaps, to_heat
-from lavender.store import MapStore
-from lavender.vlm.registry import adapter_for
+from lavender.students.registry import adapter_for
+from lavender.students.word_maps import Reading
 from lavender.words import words_of
 from lavender.world.student_models import STUDENTS
 

@@ -11,16 +11,16 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from families import test_qwen_vl as qwen
-from lavender.alignment_data import NO_PICTURE
+from lavender.alignment.collator import NO_PICTURE
+from lavender.alignment.objective import AlignmentRequest
 from lavender.config import ExtractionConfig
-from lavender.data import Samples, read_samples, to_dataset
-from lavender.diffusion.teacher import Teacher
-from lavender.extraction import extract
-from lavender.images import image_id
-from lavender.objective import AlignmentRequest
-from lavender.store import MapStore
-from lavender.trainer import LavenderConfig, LavenderTrainer
-from lavender.vlm.registry import adapter_for
+from lavender.data.images import image_id
+from lavender.data.samples import Samples, read_samples, to_dataset
+from lavender.data.store import MapStore
+from lavender.students.registry import adapter_for
+from lavender.teachers.diffusion.teacher import Teacher
+from lavender.teachers.extract import extract
+from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.world.student_models import STUDENTS
 
 QUESTIONS = ("What is on both?", "And what is it here?", "Hi there?", "Describe the image.")
@@ -35,16 +35,24 @@ def samples(some_scenes, captions, tmp_path) -> Samples:
     both, here, hi, _ = QUESTIONS
     rows = [
         {"image": "0.png", "text": captions[0]},
-        {"images": ["1.png", "2.png"], "messages": [
-            {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": both}]},
-            {"role": "assistant", "content": captions[1]},
-        ]},
+        {
+            "images": ["1.png", "2.png"],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": both}]},
+                {"role": "assistant", "content": captions[1]},
+            ],
+        },
         {"messages": [{"role": "user", "content": hi}, {"role": "assistant", "content": captions[2]}]},
-        {"image": ["3.png", "4.png"], "conversations": [
-            {"from": "human", "value": f"<image>\n{both}"}, {"from": "gpt", "value": captions[3]},
-            {"from": "human", "value": f"{here} <image>"}, {"from": "gpt", "value": captions[4]},
-        ]},
-    ]  # fmt: skip
+        {
+            "image": ["3.png", "4.png"],
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{both}"},
+                {"from": "gpt", "value": captions[3]},
+                {"from": "human", "value": f"{here} <image>"},
+                {"from": "gpt", "value": captions[4]},
+            ],
+        },
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return read_samples(tmp_path / "train.jsonl")
 
@@ -103,10 +111,21 @@ def known(sample, index: int) -> str:
 def train(student, samples: Samples, folder: Path, per_device_train_batch_size: int = 2) -> Any:
     model, processor = student
     args = LavenderConfig(
-        output_dir=str(folder / "out"), maps=str(folder / "maps"), max_steps=2, seed=3, report_to="none", bf16=False,
-        per_device_train_batch_size=per_device_train_batch_size, use_cpu=True, max_length=None, logging_steps=1,
-        save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, aligner_norm="none",
-    )  # fmt: skip
+        output_dir=str(folder / "out"),
+        maps=str(folder / "maps"),
+        max_steps=2,
+        seed=3,
+        report_to="none",
+        bf16=False,
+        per_device_train_batch_size=per_device_train_batch_size,
+        use_cpu=True,
+        max_length=None,
+        logging_steps=1,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        aligner_norm="none",
+    )
     trainer = LavenderTrainer(model, args, processing_class=processor, train_dataset=to_dataset(samples))
     trainer.train()
     return trainer

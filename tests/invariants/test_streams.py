@@ -12,7 +12,7 @@ from datasets import Features, Image, IterableDataset, List, load_dataset
 from closeness import close, moved
 from invariants.test_trainer import LOSSES, logged, lora, run  # noqa: F401
 from lavender.errors import ConfigError, DataError
-from lavender.trainer import LavenderConfig
+from lavender.training.trainer import LavenderConfig
 
 ORDERED: dict[str, Any] = {"train_sampling_strategy": "sequential", "max_steps": 4}
 
@@ -22,9 +22,12 @@ def streams(dataset, tmp_path) -> dict[str, Any]:
     """The data set as a stream of its own, and from a file on disk."""
     dataset.to_parquet(tmp_path / "data.parquet")
     from_disk = load_dataset(
-        "parquet", data_files=str(tmp_path / "data.parquet"), streaming=True, split="train",
+        "parquet",
+        data_files=str(tmp_path / "data.parquet"),
+        streaming=True,
+        split="train",
         cache_dir=str(tmp_path / "cache"),
-    )  # fmt: skip
+    )
     features = Features(dataset.features | {"images": List(Image())})
     return {"memory": dataset.to_iterable_dataset(), "disk": from_disk.cast(features)}
 

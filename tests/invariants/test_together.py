@@ -11,9 +11,9 @@ import torch
 from closeness import close
 from invariants.test_plain_trainer import run_plain  # noqa: F401
 from invariants.test_trainer import KINDS, logged, lora, run  # noqa: F401
-from lavender.data import Sample, to_dataset
+from lavender.data.samples import Sample, to_dataset
 from lavender.errors import ConfigError
-from lavender.trainer import LavenderConfig, LavenderTrainer
+from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.world.student_models import STUDENTS, conversation
 
 WORKING: dict[str, dict[str, Any]] = {
@@ -48,9 +48,12 @@ def test_a_smaller_batch_is_found(run):  # noqa: F811
     """Three samples do not fit, once even after the forward pass: what was logged and counted by then is forgotten."""
     expected = run(per_device_train_batch_size=1, max_steps=3, train_sampling_strategy="sequential")
     trainer = run(
-        per_device_train_batch_size=3, max_steps=3, train_sampling_strategy="sequential", auto_find_batch_size=True,
+        per_device_train_batch_size=3,
+        max_steps=3,
+        train_sampling_strategy="sequential",
+        auto_find_batch_size=True,
         build_only=True,
-    )  # fmt: skip
+    )
     step = trainer.training_step
 
     def too_large(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -102,14 +105,27 @@ def test_a_loss_function_of_the_users(make_student, processor, dataset, store_pa
 
     runs = []
     kinds: list[dict[str, Any]] = [
-        {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
-    ]  # fmt: skip
+        {"per_device_train_batch_size": 4},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    ]
     for sizes in kinds:
         args = LavenderConfig(
-            output_dir=str(tmp_path), maps=str(store_path), max_steps=2, seed=3, report_to="none", bf16=False,
-            use_cpu=True, max_length=None, logging_steps=1, save_strategy="no", gradient_checkpointing=False,
-            disable_tqdm=True, optim="sgd", learning_rate=0.05, **sizes,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            maps=str(store_path),
+            max_steps=2,
+            seed=3,
+            report_to="none",
+            bf16=False,
+            use_cpu=True,
+            max_length=None,
+            logging_steps=1,
+            save_strategy="no",
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            optim="sgd",
+            learning_rate=0.05,
+            **sizes,
+        )
         torch.manual_seed(11)
         with pytest.warns(FutureWarning, match="compute_loss_func"):
             trainer = LavenderTrainer(
@@ -172,16 +188,34 @@ def test_batches_of_text_alone(student, kind, match, some_scenes, captions, stor
     both = Sample("two", (some_scenes[0].image, some_scenes[1].image), two)
     samples = [text, text, scenes[0], text, scenes[5], both]
     args = LavenderConfig(
-        output_dir=str(tmp_path), maps=str(store_path), max_steps=3, seed=3, report_to="none", bf16=False,
-        use_cpu=True, max_length=None, logging_steps=1, save_strategy="no", gradient_checkpointing=False,
-        disable_tqdm=True, match=match, pooling="learn" if kind == "learn" else "layer-mean",
-        per_device_train_batch_size=2, per_device_eval_batch_size=2, train_sampling_strategy="sequential",
-        eval_strategy="steps", eval_steps=3,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        maps=str(store_path),
+        max_steps=3,
+        seed=3,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        max_length=None,
+        logging_steps=1,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        match=match,
+        pooling="learn" if kind == "learn" else "layer-mean",
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        train_sampling_strategy="sequential",
+        eval_strategy="steps",
+        eval_steps=3,
+    )
     trainer = LavenderTrainer(
-        family.build_model(processor), args, processing_class=processor, train_dataset=to_dataset(samples),
-        eval_dataset=to_dataset([text, text, *samples]), peft_config=lora() if kind == "lora" else None,
-    )  # fmt: skip
+        family.build_model(processor),
+        args,
+        processing_class=processor,
+        train_dataset=to_dataset(samples),
+        eval_dataset=to_dataset([text, text, *samples]),
+        peft_config=lora() if kind == "lora" else None,
+    )
     trainer.train()
     assert logged(trainer, "attention_loss")[0] == logged(trainer, "matched_words")[0] == 0
     assert all(value > 0 for value in logged(trainer, "vlm_loss"))

@@ -15,17 +15,24 @@ from transformers import MllamaForConditionalGeneration
 from trl import chat_template_utils
 
 from command_line import complaint, lavender, write_run
-from lavender.cli import DONE, WRONG_USAGE
+from lavender.cli.main import DONE, WRONG_USAGE
 from lavender.errors import ConfigError
-from lavender.run import LoraSettings, RunConfig, _tells_answers, load_run, read_run, train
-from lavender.trainable import check_trained, freeze, peft_config_of, weights_dtype
-from lavender.vlm.base import PARTS
-from lavender.vlm.mllama import MllamaAdapter
+from lavender.students.base import PARTS
+from lavender.students.families.mllama import MllamaAdapter
+from lavender.training.run import LoraSettings, RunConfig, _tells_answers, load_run, read_run, train
+from lavender.training.trainable import check_trained, freeze, peft_config_of, weights_dtype
 
 STEPS: dict[str, Any] = {
-    "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "seed": 3, "use_cpu": True, "bf16": False,
-    "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
-}  # fmt: skip
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "seed": 3,
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
 TARGETS = ["q_proj", "v_proj"]
 
 
@@ -84,10 +91,15 @@ def test_lora_in_the_whole_or_in_what_is_not_frozen(places, tmp_path, frozen):
 )
 def test_any_peft_method(places, tmp_path, settings):
     """It trains beside the Aligner, and merges into an ordinary checkpoint."""
-    train(RunConfig(
-        **places, out=str(tmp_path), peft=settings | {"target_modules": TARGETS}, freeze=["vision_tower"],
-        training=STEPS,
-    ))  # fmt: skip
+    train(
+        RunConfig(
+            **places,
+            out=str(tmp_path),
+            peft=settings | {"target_modules": TARGETS},
+            freeze=["vision_tower"],
+            training=STEPS,
+        )
+    )
     saved = PeftConfig.from_pretrained(str(tmp_path / "checkpoint"))
     assert saved.peft_type == settings["peft_type"]
     assert not [
@@ -135,7 +147,7 @@ def test_lora_is_the_short_form_of_peft(make_student):
         ({"peft_type": "LORA", "target_modules": ["multi_modal_projector"]}, "with freeze: ['connector']"),
         ({"peft_type": "LORA", "target_modules": TARGETS, "exclude_modules": ["x"]}, "Got freeze and exclude_modules"),
     ],
-)  # fmt: skip
+)
 def test_settings_of_peft_that_cannot_work(make_student, settings, words):
     with pytest.raises(ConfigError) as caught:
         peft_config_of(settings, make_student(), ["connector"])
@@ -150,7 +162,7 @@ def test_settings_of_peft_that_cannot_work(make_student, settings, words):
         ("vision_tower", "Got freeze: 'vision_tower'"),
         (list(PARTS), "Expected a part that trains"),
     ],
-)  # fmt: skip
+)
 def test_parts_that_cannot_be_frozen(make_student, frozen, words):
     with pytest.raises(ConfigError) as caught:
         freeze(make_student(), frozen)

@@ -19,11 +19,11 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
 from closeness import close, moved
-from lavender.checkpoints import export
+from lavender.alignment.objective import TRAINED_PARTS, attach
+from lavender.data.store import MapStore
 from lavender.errors import ConfigError, DataError
-from lavender.objective import TRAINED_PARTS, attach
-from lavender.store import MapStore
-from lavender.trainer import LavenderConfig, LavenderTrainer
+from lavender.training.export import export
+from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.words import content_words
 from lavender.world.student_models import conversation
 
@@ -61,10 +61,20 @@ def run(make_student, processor, dataset, store_path, tmp_path):
         align_weight: float | None = 10.0, *, build_only=False, resume=None, data=None, model=None, peft=None, **kw
     ):
         settings: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"), "max_steps": 2, "per_device_train_batch_size": 2, "seed": 3,
-            "learning_rate": 1e-3, "report_to": "none", "bf16": False, "use_cpu": True, "max_length": None,
-            "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True,
-        }  # fmt: skip
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "seed": 3,
+            "learning_rate": 1e-3,
+            "report_to": "none",
+            "bf16": False,
+            "use_cpu": True,
+            "max_length": None,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+        }
         trainer_class: Any = SFTTrainer
         config_class: Any = SFTConfig
         if align_weight is not None:
@@ -72,9 +82,12 @@ def run(make_student, processor, dataset, store_path, tmp_path):
             trainer_class, config_class = LavenderTrainer, LavenderConfig
         torch.manual_seed(11)  # whoever draws random numbers first, begins here
         trainer = trainer_class(
-            make_student() if model is None else model, args=config_class(**settings | kw), processing_class=processor,
-            train_dataset=dataset if data is None else data, peft_config=peft,
-        )  # fmt: skip
+            make_student() if model is None else model,
+            args=config_class(**settings | kw),
+            processing_class=processor,
+            train_dataset=dataset if data is None else data,
+            peft_config=peft,
+        )
         if not build_only:
             trainer.train(resume_from_checkpoint=resume)
         return trainer
@@ -93,9 +106,8 @@ def logged(trainer, name: str) -> list[float]:
 def own_weights(trainer) -> dict[str, torch.Tensor]:
     """The model's weights without those that alignment adds."""
     return {
-        name: one for name, one in trainer.model.state_dict().items()
-        if not set(name.split(".")) & set(TRAINED_PARTS)
-    }  # fmt: skip
+        name: one for name, one in trainer.model.state_dict().items() if not set(name.split(".")) & set(TRAINED_PARTS)
+    }
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -215,9 +227,12 @@ def test_wrong_settings_are_refused(settings, message, tmp_path):
 def test_the_old_name_of_checkpointing_is_refused_too(tmp_path):
     with pytest.warns(FutureWarning, match="gradient_checkpointing"), pytest.raises(ConfigError, match="reentrant"):
         LavenderConfig(
-            output_dir=str(tmp_path), bf16=False, use_cpu=True, gradient_checkpointing=True,
+            output_dir=str(tmp_path),
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": True},
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -346,11 +361,19 @@ def test_exports_load_without_lavender_and_write_the_same(run, base, some_scenes
     folders["base"] = str(base)
     result = subprocess.run(
         [
-            sys.executable, "-c", READER, json.dumps(folders), json.dumps({"lora": str(base)}),
-            str(tmp_path / "picture.png"), json.dumps(conversation("what is it?")),
+            sys.executable,
+            "-c",
+            READER,
+            json.dumps(folders),
+            json.dumps({"lora": str(base)}),
+            str(tmp_path / "picture.png"),
+            json.dumps(conversation("what is it?")),
         ],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == expected
     assert len(set(expected.values())) > 1

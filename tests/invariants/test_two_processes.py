@@ -61,7 +61,7 @@ def launch(make_student, processor, dataset, store_path, tmp_path):
         command += [str(out), json.dumps(settings), str(int(stream)), str(int(plant)), str(store_path)]
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )  # fmt: skip
+        )
         if plant:
             return result
         assert result.returncode == 0, result.stderr

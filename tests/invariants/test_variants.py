@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from closeness import close, moved
 from invariants.test_trainer import logged, lora, own_head, run  # noqa: F401
-from lavender.checkpoints import export
+from lavender.alignment.objective import HEAD_NAME
 from lavender.config import (
     ALIGNER_ACTIVATIONS,
     ALIGNER_FORMS,
@@ -20,15 +20,22 @@ from lavender.config import (
     POOLINGS,
     AlignmentConfig,
 )
-from lavender.objective import HEAD_NAME
-from lavender.store import MapStore
+from lavender.data.store import MapStore
+from lavender.training.export import export
 
 OPTIONS = {
-    "pooling": POOLINGS, "aligner": ALIGNER_FORMS, "aligner_kind": ALIGNER_KINDS, "aligner_norm": ALIGNER_NORMS,
-    "aligner_activation": ALIGNER_ACTIVATIONS, "attention_loss": ATTENTION_LOSSES,
-    "align_weight": ["estimated"], "layers": ["first", "middle", "last"], "heads": [[1]],
-    "subjects_and_objects": [True], "weight_by_confidence": [True],
-}  # fmt: skip
+    "pooling": POOLINGS,
+    "aligner": ALIGNER_FORMS,
+    "aligner_kind": ALIGNER_KINDS,
+    "aligner_norm": ALIGNER_NORMS,
+    "aligner_activation": ALIGNER_ACTIVATIONS,
+    "attention_loss": ATTENTION_LOSSES,
+    "align_weight": ["estimated"],
+    "layers": ["first", "middle", "last"],
+    "heads": [[1]],
+    "subjects_and_objects": [True],
+    "weight_by_confidence": [True],
+}
 VARIANTS = [
     {name: value}
     for name, values in OPTIONS.items()
@@ -111,10 +118,15 @@ def test_a_resumed_run_goes_on_with_its_variance(run, tmp_path, kind):  # noqa: 
     for resume in (None, str(tmp_path / "0" / "checkpoint-2")):
         trainers.append(
             run(
-                peft=lora() if kind == "lora" else None, output_dir=str(tmp_path / str(len(trainers))), resume=resume,
-                max_steps=4, save_steps=2, save_strategy="steps", **ESTIMATED,
+                peft=lora() if kind == "lora" else None,
+                output_dir=str(tmp_path / str(len(trainers))),
+                resume=resume,
+                max_steps=4,
+                save_steps=2,
+                save_strategy="steps",
+                **ESTIMATED,
             )
-        )  # fmt: skip
+        )
     whole, resumed = trainers
     assert resumed._estimate.variance == close(whole._estimate.variance)
     assert logged(resumed, "loss") == close(logged(whole, "loss"))

@@ -11,9 +11,9 @@ import torch
 
 from command_line import write_scenes
 from conftest import PROMPT, SEED
-from lavender.data import Sample, to_dataset
-from lavender.objective import detach
-from lavender.trainer import LavenderConfig, LavenderTrainer
+from lavender.alignment.objective import detach
+from lavender.data.samples import Sample, to_dataset
+from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.world.student_models import build_llava, build_llava_processor, conversation
 
 
@@ -64,10 +64,22 @@ def workspace(make_student, processor, some_scenes, captions, store_path, tmp_pa
 def taught(student, processor, dataset, path: Path):
     """A student that has learned some of the answers by heart, so that it predicts some of their words."""
     args = LavenderConfig(
-        output_dir=str(path / "teaching"), maps=str(path / "maps"), align_weight=0.0, max_steps=25, seed=3,
-        learning_rate=3e-3, per_device_train_batch_size=4, report_to="none", bf16=False, use_cpu=True, max_length=None,
-        save_strategy="no", activation_checkpointing=False, disable_tqdm=True, probe_size=0,
-    )  # fmt: skip
+        output_dir=str(path / "teaching"),
+        maps=str(path / "maps"),
+        align_weight=0.0,
+        max_steps=25,
+        seed=3,
+        learning_rate=3e-3,
+        per_device_train_batch_size=4,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        max_length=None,
+        save_strategy="no",
+        activation_checkpointing=False,
+        disable_tqdm=True,
+        probe_size=0,
+    )
     trainer = LavenderTrainer(student, args, processing_class=processor, train_dataset=dataset)
     trainer.train()
     detach(student)

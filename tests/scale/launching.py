@@ -21,25 +21,43 @@ BF16 = ("--mixed_precision", "bf16")
 KINDS = ("ddp", "fsdp2", "zero2", "zero3")
 # ZeRO knows the CPU as an accelerator of its own; the trainer's use_cpu would make DDP of it, and of FSDP2
 SETTINGS: dict[str, dict[str, object]] = {
-    "one_gpu": {"use_cpu": True}, "ddp": {"use_cpu": True}, "fsdp2": {}, "zero2": {"ddp_backend": "gloo"},
+    "one_gpu": {"use_cpu": True},
+    "ddp": {"use_cpu": True},
+    "fsdp2": {},
+    "zero2": {"ddp_backend": "gloo"},
     "zero3": {"ddp_backend": "gloo"},
-}  # fmt: skip
+}
 
 
 def launch(kind: str, *command: object, processes: int = 2, code: int = 0, options: Sequence[str] = ()) -> str:
     """Run a script (or -m module) under `accelerate launch`; what it wrote, stdout and stderr."""
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+        "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
+    }
     ran = subprocess.run(
         [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILES / f"{kind}.yaml"),
-            "--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0", *options,
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(FILES / f"{kind}.yaml"),
+            "--num_processes",
+            str(processes),
+            "--mixed_precision",
+            "no",
+            "--main_process_port",
+            "0",
+            *options,
             *map(str, command),
         ],
-        capture_output=True, text=True, timeout=500, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=environment,
+    )
     said = f"{ran.stdout}\n{ran.stderr}"
     assert ran.returncode == code, said[-6000:]
     return said

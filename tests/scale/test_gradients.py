@@ -46,8 +46,11 @@ EVERYWHERE = [
 STAGE = {"aligner_pretraining": 1.0, "max_grad_norm": 0.5, "weight_decay": 0.1, "max_steps": 2}
 STAGES = [Case("stage", settings=STAGE), Case("stage, learn, lora", lora=True, settings=STAGE | LEARN)]
 TEXT = (0, 1, 6, 7)  # the second process has text alone, and does not run the layers that see pictures
-TEXTS = [Case("text", samples=TEXT), Case("text, learn", samples=TEXT, settings=LEARN),
-         Case("text, llava", samples=TEXT, model="llava")]  # fmt: skip
+TEXTS = [
+    Case("text", samples=TEXT),
+    Case("text, learn", samples=TEXT, settings=LEARN),
+    Case("text, llava", samples=TEXT, model="llava"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -59,8 +62,9 @@ def of_one_process(workspace, tmp_path_factory):
         """As one batch, or as several micro-batches."""
         if case.name not in known:
             batches = {
-                "per_device_train_batch_size": len(case.samples) // parts, "gradient_accumulation_steps": parts,
-            }  # fmt: skip
+                "per_device_train_batch_size": len(case.samples) // parts,
+                "gradient_accumulation_steps": parts,
+            }
             whole = case.settings | batches
             one = Case(case.name, case.samples, case.lora, case.model, whole)
             _, known[case.name] = run_case(one, workspace, 1, tmp_path_factory.mktemp("one"), use_cpu=True)

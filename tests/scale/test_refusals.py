@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration
 
 from lavender.errors import ConfigError
-from lavender.processes import check_batches, refuse_accelerator, refuse_model
+from lavender.training.distributed import check_batches, refuse_accelerator, refuse_model
 from scale.worker import Case, run_case
 
 

@@ -21,19 +21,32 @@ from scale.worker import Case
 STEPS, BATCH = 4, 4
 LORA = {"r": 3, "dropout": 0.0}
 TUNINGS: dict[str, dict[str, Any]] = {
-    "full": {}, "lora": {"lora": LORA}, "qlora": {"lora": LORA, "quantization": {"load_in_4bit": True}},
-}  # fmt: skip
+    "full": {},
+    "lora": {"lora": LORA},
+    "qlora": {"lora": LORA, "quantization": {"load_in_4bit": True}},
+}
 
 
 def write_run(folder: Path, workspace: Path, processes: int, **settings: Any) -> Path:
     """Four steps over the four pictures, saved after two and after four."""
     ours: dict[str, Any] = {
-        "model": str(workspace / "mllama"), "data": str(workspace / "pictures"), "maps": str(workspace / "maps"),
-        "out": str(folder / "out"), "prompt": "describe the picture.", "dtype": "float32", "bf16": False,
-        "max_steps": STEPS, "per_device_train_batch_size": BATCH // processes, "optim": "sgd", "learning_rate": 0.05,
-        "align_weight": 10, "logging_steps": 1, "save_steps": 2, "activation_checkpointing": False,
+        "model": str(workspace / "mllama"),
+        "data": str(workspace / "pictures"),
+        "maps": str(workspace / "maps"),
+        "out": str(folder / "out"),
+        "prompt": "describe the picture.",
+        "dtype": "float32",
+        "bf16": False,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH // processes,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "align_weight": 10,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "activation_checkpointing": False,
         "disable_tqdm": True,
-    }  # fmt: skip
+    }
     folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(ours | settings))
     return folder / "run.yaml"
@@ -150,7 +163,7 @@ def test_one_process_under_accelerate_writes_the_same(workspace, of_one_process,
         ("zero3", {"lora": LORA, "activation_checkpointing": True}, "Got DeepSpeed ZeRO-3 with LoRA"),
         ("zero2", {"aligner_pretraining": 0.5}, "Got aligner_pretraining with DeepSpeed"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused_before_the_first_step(kind, settings, message, workspace, tmp_path):
     file = write_run(tmp_path, workspace, 2, **SETTINGS[kind] | settings)
     said = train(kind, file, code=1)

@@ -81,11 +81,24 @@ def _whole_gradient(parameter: nn.Parameter) -> Tensor | None:
 
 def settings_of(case: Case, processes: int, out: Path) -> dict[str, Any]:
     return {
-        "output_dir": str(out), "max_steps": 1, "per_device_train_batch_size": len(case.samples) // processes,
-        "train_sampling_strategy": "sequential", "seed": 3, "optim": "sgd", "learning_rate": 0.1, "report_to": "none",
-        "bf16": False, "max_length": None, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-        "activation_checkpointing": False, "max_grad_norm": 0.0, "align_weight": 10.0, "probe_size": 0,
-    } | case.settings  # fmt: skip
+        "output_dir": str(out),
+        "max_steps": 1,
+        "per_device_train_batch_size": len(case.samples) // processes,
+        "train_sampling_strategy": "sequential",
+        "seed": 3,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "report_to": "none",
+        "bf16": False,
+        "max_length": None,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "activation_checkpointing": False,
+        "max_grad_norm": 0.0,
+        "align_weight": 10.0,
+        "probe_size": 0,
+    } | case.settings
 
 
 def run_case(case: Case, workspace: Path, processes: int, out: Path, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -94,7 +107,7 @@ def run_case(case: Case, workspace: Path, processes: int, out: Path, **settings:
     from peft import LoraConfig
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from lavender.trainer import LavenderConfig, LavenderTrainer
+    from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
     args = LavenderConfig(
         maps=str(workspace / "maps"), **settings_of(case, processes, out) | settings
@@ -103,10 +116,13 @@ def run_case(case: Case, workspace: Path, processes: int, out: Path, **settings:
     gradients = Gradients()
     lora = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     trainer = LavenderTrainer(
-        model, args, processing_class=AutoProcessor.from_pretrained(workspace / case.model),
+        model,
+        args,
+        processing_class=AutoProcessor.from_pretrained(workspace / case.model),
         train_dataset=Dataset.load_from_disk(str(workspace / "data")).select(case.samples),
-        peft_config=lora if case.lora else None, callbacks=[gradients],
-    )  # fmt: skip
+        peft_config=lora if case.lora else None,
+        callbacks=[gradients],
+    )
     gradients.trainer = trainer
     trainer.train()
     trainer.remove_callback(gradients)
@@ -148,11 +164,17 @@ def main() -> None:
             if trainer.accelerator.is_main_process:
                 save_file({name: one.contiguous() for name, one in gradients.items()}, out / f"{case.name}.safetensors")
                 (out / f"{case.name}.json").write_text(
-                    json.dumps({"type": str(trainer.accelerator.distributed_type), "case": asdict(case),
-                                "processes": trainer.accelerator.num_processes,
-                                "wrapped": type(trainer.model_wrapped).__name__, "unchanged": unchanged,
-                                "log": trainer.state.log_history})
-                )  # fmt: skip
+                    json.dumps(
+                        {
+                            "type": str(trainer.accelerator.distributed_type),
+                            "case": asdict(case),
+                            "processes": trainer.accelerator.num_processes,
+                            "wrapped": type(trainer.model_wrapped).__name__,
+                            "unchanged": unchanged,
+                            "log": trainer.state.log_history,
+                        }
+                    )
+                )
             del trainer, gradients
     gc.collect()  # the threads of a process group must end while Python still runs
     if torch.distributed.is_initialized():

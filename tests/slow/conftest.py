@@ -143,13 +143,23 @@ def photograph_run(lavender_process, tmp_path_factory) -> PhotographRun:
     for kind in ("full", "lora", "llava"):
         runs[kind] = root / kind
         settings = {
-            "model": str(STUDENT_PATHS["llava" if kind == "llava" else "mllama"]), "data": str(data["jsonl"]),
-            "maps": str(maps["jsonl"]), "out": str(runs[kind]),
-            "prompt": PROMPT, "dtype": "float32", "lora": kind == "lora", "max_steps": 3,
+            "model": str(STUDENT_PATHS["llava" if kind == "llava" else "mllama"]),
+            "data": str(data["jsonl"]),
+            "maps": str(maps["jsonl"]),
+            "out": str(runs[kind]),
+            "prompt": PROMPT,
+            "dtype": "float32",
+            "lora": kind == "lora",
+            "max_steps": 3,
             "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "bf16": False, "use_cpu": True,
-            "activation_checkpointing": False, "disable_tqdm": True,
-        }  # fmt: skip
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "bf16": False,
+            "use_cpu": True,
+            "activation_checkpointing": False,
+            "disable_tqdm": True,
+        }
         (root / f"{kind}.yaml").write_text(yaml.safe_dump(settings))
         said[f"train {kind}"] = lavender_process("train", root / f"{kind}.yaml")
     said["eval"] = lavender_process("eval", runs["lora"], "--against", runs["full"], "--limit", 6)

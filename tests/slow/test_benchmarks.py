@@ -30,8 +30,12 @@ def test_a_benchmark_runs_at_its_smallest_size(name, tmp_path):
     out = tmp_path / "found.json"
     ran = subprocess.run(
         [sys.executable, FOLDER / f"{name}.py", "--quick", "--json", out],
-        capture_output=True, text=True, timeout=500, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert json.loads(out.read_text())
     assert [line for line in (ran.stdout + ran.stderr).splitlines() if FOREIGN.search(line)] == []

@@ -11,8 +11,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SEED = 20261128
 COUNTS = {
-    "setting": 450, "option": 150, "stores": 300, "run_folders": 60, "texts": 500, "data": 500, "models": 120,
-}  # fmt: skip
+    "setting": 450,
+    "option": 150,
+    "stores": 300,
+    "run_folders": 60,
+    "texts": 500,
+    "data": 500,
+    "models": 120,
+}
 
 
 def test_at_least_two_thousand_inputs():

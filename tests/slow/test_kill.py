@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lavender.data.store import MapStore
 from lavender.maps import WordMaps
-from lavender.store import MapStore
 from lavender.world.language import caption_scene
 from lavender.world.scenes import scenes
 
@@ -46,9 +46,21 @@ def start(flickr_folder) -> Callable[[Path], subprocess.Popen]:
 
     def begin(out: Path) -> subprocess.Popen:
         command = [
-            sys.executable, "-m", "lavender.cli", "extract", "--data", str(flickr_folder), "--teacher", "world",
-            "--out", str(out), "--grid", "16", "--batch-size", "7",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "lavender.cli",
+            "extract",
+            "--data",
+            str(flickr_folder),
+            "--teacher",
+            "world",
+            "--out",
+            str(out),
+            "--grid",
+            "16",
+            "--batch-size",
+            "7",
+        ]
         with out.with_suffix(".log").open("a") as log:
             return subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}

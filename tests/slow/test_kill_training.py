@@ -38,18 +38,32 @@ def folder(some_scenes, captions, store_path, make_student, processor, tmp_path_
 def begin(folder: Path, out: Path, store: Path, **settings: Any) -> subprocess.Popen:
     """A run that writes a checkpoint at every step, so that many kills hit one that is being written."""
     ours: dict[str, Any] = {
-        "model": str(folder / "model"), "data": str(folder / "data"), "maps": str(store), "out": str(out),
-        "prompt": "describe the picture.", "dtype": "float32", "bf16": False, "use_cpu": True, "max_steps": STEPS,
-        "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 1,
-        "save_total_limit": 3, "activation_checkpointing": False, "disable_tqdm": True,
-    }  # fmt: skip
+        "model": str(folder / "model"),
+        "data": str(folder / "data"),
+        "maps": str(store),
+        "out": str(out),
+        "prompt": "describe the picture.",
+        "dtype": "float32",
+        "bf16": False,
+        "use_cpu": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": 3,
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+    }
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(ours | settings))
     with out.with_suffix(".log").open("a") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "lavender.cli", "train", str(file)], stdout=log, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "lavender.cli", "train", str(file)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
 
 
 def steps_begun(out: Path) -> set[str]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
+from lavender.data.store import MapStore
 from lavender.maps import WordMaps
-from lavender.store import MapStore
 from slow.conftest import ANSWER, CAPTIONS, LAYOUTS, PROMPT, QUESTION
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -103,7 +103,7 @@ def test_the_report_says_that_the_teacher_never_saw_photographs(photograph_run):
 
 
 def test_a_question_is_learnt_with_its_own_words(photograph_run, stores):
-    from lavender.data import read_samples
+    from lavender.data.samples import read_samples
 
     asked = [one for one in read_samples(photograph_run.data["jsonl"]) if one.answers == (ANSWER,)]
     assert len(asked) == 1
@@ -140,8 +140,8 @@ print(json.dumps(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_sp
 def test_the_checkpoint_runs_without_lavender_and_says_the_same(kind, photograph_run, tmp_path):
     from PIL import Image
 
-    from lavender.evaluation.text import generate_answers
-    from lavender.run import load_run
+    from lavender.evaluation.answers import generate_answers
+    from lavender.training.run import load_run
 
     checkpoint, picture = photograph_run.runs[kind] / "checkpoint", photograph_run.data["imagefolder"] / "coffee.png"
     base = yaml.safe_load((photograph_run.runs[kind] / "config.yaml").read_text())["model"] if kind == "lora" else ""
@@ -162,7 +162,7 @@ def test_export_writes_one_ordinary_checkpoint(kind, photograph_run, lavender_pr
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from lavender.cli import main
-    from lavender.run import load_run
+    from lavender.training.run import load_run
 
     run, out = photograph_run.runs[kind], tmp_path / "exported"
     assert str(out) in lavender_process("export", run, "--out", out)

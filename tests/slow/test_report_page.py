@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavender.report import Curve, Panel, Report, Table, WordRow, write_report
+from lavender.evaluation.report.page import Curve, Panel, Report, Table, WordRow, write_report
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -49,11 +49,14 @@ def scenes_page(some_scenes, captions, tmp_path_factory) -> Path:
         panels.append(Panel(scene.image, f"scene {scene.seed}", rows, {"base": caption * 3, "plain": ""}, caption))
     points = [(float(step), 1 / (step + 1)) for step in range(20)]
     page = Report(
-        "A page", "What it shows.",
+        "A page",
+        "What it shows.",
         [Table("Scores", ["", "base", "plain", "aligned"], [["captions, object F1", 0.1, 0.2, None]] * 4, "A note.")],
-        panels, ["A note & <another>."], {"a": {"b": 1}, "folder": "/a/very/long/path" * 8},
+        panels,
+        ["A note & <another>."],
+        {"a": {"b": 1}, "folder": "/a/very/long/path" * 8},
         [Curve("Loss", "step", "nats a token", {"plain": points, "aligned": points[::2]})],
-    )  # fmt: skip
+    )
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_report(page, path)
     return path

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lavender.studies.page import QUICK
-from lavender.studies.registry import STUDIES
+from lavender.world.studies.page import QUICK
+from lavender.world.studies.registry import STUDIES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -27,9 +27,20 @@ def start(tmp_path) -> Callable[[str], subprocess.Popen]:
 
     def begin(name: str) -> subprocess.Popen:
         command = [
-            sys.executable, "-m", "lavender.cli", "study", "teacher-controls", "--quick", "--seeds", str(SEED),
-            "--out", str(tmp_path / "out"), "--jobs", str(JOBS), "--json",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "lavender.cli",
+            "study",
+            "teacher-controls",
+            "--quick",
+            "--seeds",
+            str(SEED),
+            "--out",
+            str(tmp_path / "out"),
+            "--jobs",
+            str(JOBS),
+            "--json",
+        ]
         with (tmp_path / f"{name}.out").open("w") as out, (tmp_path / f"{name}.err").open("w") as err:
             return subprocess.Popen(
                 command, stdout=out, stderr=err, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True

@@ -45,8 +45,11 @@ def python(wheel, tmp_path_factory) -> Python:
     (guard / "offline.py").write_bytes((ROOT / "tests" / "offline.py").read_bytes())
     (guard / "sitecustomize.py").write_text(GUARD)
     environment = {
-        "PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": f"{guard}{os.pathsep}{target}", "LANG": "C.UTF-8",
-    }  # fmt: skip
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "PYTHONPATH": f"{guard}{os.pathsep}{target}",
+        "LANG": "C.UTF-8",
+    }
 
     def run(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *arguments]

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lavender.config import ExtractionConfig
-from lavender.diffusion.base import Condition, Layer, TeacherFamily
-from lavender.diffusion.capture import WordCapture, capture_words
-from lavender.diffusion.registry import family_of
 from lavender.maps import WordMaps
+from lavender.teachers.diffusion.base import Condition, Layer, TeacherFamily
+from lavender.teachers.diffusion.capture import WordCapture, capture_words
+from lavender.teachers.diffusion.registry import family_of
 from lavender.words import words_of
 from teachers.explicit import indicator_of
 from teachers.pipelines import TEXTS, TOKENS, fresh, shared
@@ -58,15 +58,20 @@ def indicators(num_words: int | None = None) -> Tensor:
 
 
 def captured(
-    family: TeacherFamily, size: tuple[int, int], layers: list[Layer] | None = None, stop: bool = False,
+    family: TeacherFamily,
+    size: tuple[int, int],
+    layers: list[Layer] | None = None,
+    stop: bool = False,
     words_BTW: Tensor | None = None,
-) -> tuple[dict[str, Tensor], Any]:  # fmt: skip
+) -> tuple[dict[str, Tensor], Any]:
     """Maps of each layer (row, head, cell, word), and what the backbone gave."""
     given, maps, output = given_of(family, size), {}, None
     capture = WordCapture(
-        family.layers(size) if layers is None else layers, indicators() if words_BTW is None else words_BTW,
-        given[2]["states"].shape[1], lambda layer, one: maps.__setitem__(layer.name, one),
-    )  # fmt: skip
+        family.layers(size) if layers is None else layers,
+        indicators() if words_BTW is None else words_BTW,
+        given[2]["states"].shape[1],
+        lambda layer, one: maps.__setitem__(layer.name, one),
+    )
     with torch.no_grad(), capture_words(capture, stop):
         output = family.denoise(*given)
     return maps, output
@@ -78,14 +83,19 @@ def traces(family: TeacherFamily) -> list:
     parts = [one for one in family.pipeline.components.values() if isinstance(one, torch.nn.Module)]
     hooks = [
         (name, list(one._forward_hooks), list(one._forward_pre_hooks), one.training)
-        for part in parts for name, one in part.named_modules()
-    ]  # fmt: skip
+        for part in parts
+        for name, one in part.named_modules()
+    ]
     asking = [parameter.requires_grad for part in parts for parameter in part.parameters()]
     gradients = [parameter.grad for part in parts for parameter in part.parameters()]
     return [
-        hooks, asking, gradients, {name: id(one) for name, one in backbone.attn_processors.items()},
-        copy.deepcopy(dict(backbone.config)), dict(family.pipeline.scheduler.config),
-    ]  # fmt: skip
+        hooks,
+        asking,
+        gradients,
+        {name: id(one) for name, one in backbone.attn_processors.items()},
+        copy.deepcopy(dict(backbone.config)),
+        dict(family.pipeline.scheduler.config),
+    ]
 
 
 def same(one: WordMaps, other: WordMaps, atol: float) -> None:
@@ -110,9 +120,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        self.shapes |= {
-            tuple(one.shape) for one in tree_leaves(output) if isinstance(one, Tensor)
-        }  # fmt: skip
+        self.shapes |= {tuple(one.shape) for one in tree_leaves(output) if isinstance(one, Tensor)}
         return output
 
 

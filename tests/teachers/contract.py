@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from lavender.diffusion.capture import WordCapture, capture_words
-from lavender.diffusion.registry import family_of
-from lavender.diffusion.teacher import Teacher
 from lavender.errors import CaptureError
+from lavender.teachers.diffusion.capture import WordCapture, capture_words
+from lavender.teachers.diffusion.registry import family_of
+from lavender.teachers.diffusion.teacher import Teacher
 from lavender.words import words_of
 from teachers.basis import (
     GRID,

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lavender.diffusion.base import Layer
 from lavender.maps import Word
+from lavender.teachers.diffusion.base import Layer
 from teachers.pipelines import tokenizer
 
 

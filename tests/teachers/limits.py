@@ -12,12 +12,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lavender.config import ExtractionConfig, Geometry
-from lavender.diffusion import teacher as teacher_module
-from lavender.diffusion.aggregate import Aggregate
-from lavender.diffusion.base import Layer
-from lavender.diffusion.registry import family_of
-from lavender.diffusion.teacher import Teacher
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
+from lavender.teachers.diffusion import teacher as teacher_module
+from lavender.teachers.diffusion.aggregate import Aggregate
+from lavender.teachers.diffusion.base import Layer
+from lavender.teachers.diffusion.registry import family_of
+from lavender.teachers.diffusion.teacher import Teacher
 from lavender.words import words_of
 from teachers.basis import (
     GRID,
@@ -176,9 +176,7 @@ class Limits(Basis):
     def test_maps_in_bfloat16_are_close(self, own, pipeline):
         """Eight bits of mantissa. Heat, whose maximum is 1, differs by less than 0.1, on average by less than 0.02."""
         own.pipeline.to(torch.bfloat16)
-        exact, rounded = (
-            Teacher(one, plain())(jobs()) for one in (pipeline, own.pipeline)
-        )  # fmt: skip
+        exact, rounded = (Teacher(one, plain())(jobs()) for one in (pipeline, own.pipeline))
         for one, other in zip(exact, rounded, strict=True):
             assert other.maps.dtype == torch.float32
             assert (one.maps - other.maps).abs().max() < 0.1

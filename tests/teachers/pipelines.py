@@ -26,9 +26,9 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lavender.diffusion.teacher import Job
-from lavender.images import image_id
+from lavender.data.images import image_id
 from lavender.maps import Word
+from lavender.teachers.diffusion.teacher import Job
 from lavender.words import words_of
 from lavender.world import TEACHER_PATH
 
@@ -51,81 +51,145 @@ def tokenizer() -> CLIPTokenizer:
 def text_encoder(width: int, projected: bool = False) -> Any:
     known = tokenizer()
     config = CLIPTextConfig(
-        vocab_size=len(known), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=TOKENS, projection_dim=width, bos_token_id=known.bos_token_id,
-        eos_token_id=known.eos_token_id, pad_token_id=known.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(known),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        projection_dim=width,
+        bos_token_id=known.bos_token_id,
+        eos_token_id=known.eos_token_id,
+        pad_token_id=known.pad_token_id,
+    )
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
 def vae(channels: int = 4, **settings: Any) -> AutoencoderKL:
     """One latent for 4 × 4 pixels."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16), layers_per_block=1, latent_channels=channels, norm_num_groups=4,
-        sample_size=64, **settings,
-    ).eval()  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=64,
+        **settings,
+    ).eval()
 
 
 def stable_diffusion() -> StableDiffusionPipeline:
     """As Stable Diffusion 1.x: ε-prediction, PNDM, and a deepest level without attention. Latents 16 × 16."""
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32, 32),
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32, 32),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24,
-        attention_head_dim=2, norm_num_groups=4,
-    )  # fmt: skip
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
     return StableDiffusionPipeline(
-        vae=vae(), text_encoder=text_encoder(24), tokenizer=tokenizer(), unet=unet.eval(),
-        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae(),
+        text_encoder=text_encoder(24),
+        tokenizer=tokenizer(),
+        unet=unet.eval(),
+        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def stable_diffusion_2() -> StableDiffusionPipeline:
     """As Stable Diffusion 2.x: v-prediction, heads of one width at every level, linear projections."""
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=24, attention_head_dim=(2, 4), use_linear_projection=True, norm_num_groups=4,
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=24,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        norm_num_groups=4,
+    )
     return StableDiffusionPipeline(
-        vae=vae(), text_encoder=text_encoder(24), tokenizer=tokenizer(), unet=unet.eval(),
+        vae=vae(),
+        text_encoder=text_encoder(24),
+        tokenizer=tokenizer(),
+        unet=unet.eval(),
         scheduler=DDIMScheduler(prediction_type="v_prediction", steps_offset=1, clip_sample=False, **BETAS),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def stable_diffusion_xl() -> StableDiffusionXLPipeline:
     """Two text encoders, no attention at the first level, a deeper level with two layers a block."""
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 16, 32),
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 16, 32),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=24 + 16,
-        transformer_layers_per_block=(1, 1, 2), attention_head_dim=(1, 2, 4), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=24 + 16,
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(1, 2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
         norm_num_groups=4,
-    )  # fmt: skip
+    )
     return StableDiffusionXLPipeline(
-        vae=vae(force_upcast=True), text_encoder=text_encoder(24), text_encoder_2=text_encoder(16, projected=True),
-        tokenizer=tokenizer(), tokenizer_2=tokenizer(), unet=unet.eval(),
-        scheduler=EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading", **BETAS), add_watermarker=False,
-    )  # fmt: skip
+        vae=vae(force_upcast=True),
+        text_encoder=text_encoder(24),
+        text_encoder_2=text_encoder(16, projected=True),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=unet.eval(),
+        scheduler=EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading", **BETAS),
+        add_watermarker=False,
+    )
 
 
 def stable_diffusion_3(**settings: Any) -> StableDiffusion3Pipeline:
     """Stable Diffusion 3 (3.5 with `qk_norm` and `dual_attention_layers`), without T5."""
     transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=8, out_channels=8, num_layers=3, num_attention_heads=2,
-        attention_head_dim=12, joint_attention_dim=48, caption_projection_dim=24, pooled_projection_dim=24 + 16,
-        pos_embed_max_size=24, **settings,
-    )  # fmt: skip
+        sample_size=16,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        joint_attention_dim=48,
+        caption_projection_dim=24,
+        pooled_projection_dim=24 + 16,
+        pos_embed_max_size=24,
+        **settings,
+    )
     return StableDiffusion3Pipeline(
-        vae=vae(8, shift_factor=0.0609, scaling_factor=1.5305), text_encoder=text_encoder(24, projected=True),
-        text_encoder_2=text_encoder(16, projected=True), text_encoder_3=None, tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(), tokenizer_3=None, transformer=transformer.eval(),
+        vae=vae(8, shift_factor=0.0609, scaling_factor=1.5305),
+        text_encoder=text_encoder(24, projected=True),
+        text_encoder_2=text_encoder(16, projected=True),
+        text_encoder_3=None,
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        tokenizer_3=None,
+        transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )  # fmt: skip
+    )
 
 
 def stable_diffusion_35() -> StableDiffusion3Pipeline:

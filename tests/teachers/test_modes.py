@@ -13,17 +13,20 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from torch import Tensor
 
 from lavender.config import ExtractionConfig
-from lavender.diffusion.base import Condition, TeacherFamily
-from lavender.diffusion.modes import Batch, ddim_step, invert, levels, read_maps
-from lavender.diffusion.registry import family_of
-from lavender.diffusion.teacher import Teacher
+from lavender.teachers.diffusion.base import Condition, TeacherFamily
+from lavender.teachers.diffusion.denoising import Batch, ddim_step, invert, levels, read_maps
+from lavender.teachers.diffusion.registry import family_of
+from lavender.teachers.diffusion.teacher import Teacher
 from teachers import pipelines
 from teachers.basis import GRID, same
 
 SCHEDULE: dict[str, Any] = {
-    **pipelines.BETAS, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+    **pipelines.BETAS,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
     "timestep_spacing": "leading",
-}  # fmt: skip
+}
 SIZE = (12, 20)
 
 
@@ -40,9 +43,9 @@ def prediction(family: TeacherFamily) -> str:
 @torch.no_grad()
 def batch_of(family: TeacherFamily, texts=pipelines.TEXTS) -> Batch:
     """Rows that each depend on their text and place in the list of texts alone."""
-    latents = torch.stack([
-        torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(pipelines.TEXTS.index(text))) for text in texts
-    ])  # fmt: skip
+    latents = torch.stack(
+        [torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(pipelines.TEXTS.index(text))) for text in texts]
+    )
     return Batch(latents, family.encode_texts(texts), (48, 80), empty=family.empty_condition())
 
 
@@ -96,8 +99,10 @@ def test_a_step_down_is_that_of_diffusers(family, timestep):
     sample, output = torch.randn(2, 4, 5, 7), torch.randn(2, 4, 5, 7)
     torch.testing.assert_close(
         ddim_step(family, sample, output, timestep, timestep - 100),
-        scheduler.step(output, timestep, sample, eta=0).prev_sample, rtol=0, atol=1e-5,
-    )  # fmt: skip
+        scheduler.step(output, timestep, sample, eta=0).prev_sample,
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_a_step_by_hand(family):
@@ -159,7 +164,7 @@ def test_noise_reads_once_with_every_noise_at_every_timestep(family, timesteps):
 
 def raw_maps(family: TeacherFamily, monkeypatch, **settings) -> Tensor:
     """Maps before they become heat, of two jobs of one shape."""
-    import lavender.diffusion.teacher as module
+    import lavender.teachers.diffusion.teacher as module
 
     kept: list[Tensor] = []
     with monkeypatch.context() as patch:
@@ -171,9 +176,8 @@ def raw_maps(family: TeacherFamily, monkeypatch, **settings) -> Tensor:
 def test_several_noises_and_timesteps_are_the_mean_of_single_ones(family, monkeypatch):
     several = raw_maps(family, monkeypatch, timesteps=(600, 100), num_noises=3, seed=5)
     single = [
-        raw_maps(family, monkeypatch, timesteps=(timestep,), seed=seed)
-        for timestep in (600, 100) for seed in (5, 6, 7)
-    ]  # fmt: skip
+        raw_maps(family, monkeypatch, timesteps=(timestep,), seed=seed) for timestep in (600, 100) for seed in (5, 6, 7)
+    ]
     torch.testing.assert_close(several, torch.stack(single).mean(dim=0), rtol=0, atol=1e-6)
     assert (single[0] - single[1]).abs().max() > 1e-4
     assert (single[0] - single[3]).abs().max() > 1e-4
@@ -226,10 +230,12 @@ def distances(family: TeacherFamily, batch: Batch, log: Log) -> Tensor:
 
     with torch.no_grad():
         path = invert(ExtractionConfig(), batch, levels(3), predict, family)
-    return torch.stack([
-        (latents - path[timesteps[0]]).square().flatten(1).mean(dim=1)
-        for latents, timesteps in zip(log.latents[1:], log.timesteps[1:], strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            (latents - path[timesteps[0]]).square().flatten(1).mean(dim=1)
+            for latents, timesteps in zip(log.latents[1:], log.timesteps[1:], strict=True)
+        ]
+    )
 
 
 def test_tuning_leads_back_to_the_path(family):
@@ -255,7 +261,7 @@ def test_rows_do_not_depend_on_each_other(family):
 
 def test_a_row_that_is_near_enough_stops_by_itself(family, monkeypatch):
     """Rows whose guided step is right from the start are left alone while others are tuned."""
-    import lavender.diffusion.modes as module
+    import lavender.teachers.diffusion.denoising as module
 
     targets = []
     tuned = module._tuned
@@ -316,7 +322,7 @@ def test_parameters_ask_for_gradients_as_before_after_an_exception(monkeypatch):
 )
 def test_forwards_are_counted(settings, inverted, tuned, monkeypatch):
     """A row: the inversion, two for each step of the way back, three for each iteration; no row stops early."""
-    import lavender.diffusion.modes as module
+    import lavender.teachers.diffusion.denoising as module
 
     calls, original = [], module._tuned
     monkeypatch.setattr(module, "_tuned", lambda *args: calls.append(args[3]) or original(*args))

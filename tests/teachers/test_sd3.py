@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lavender.config import ExtractionConfig
-from lavender.diffusion.teacher import Teacher
 from lavender.errors import ConfigError
+from lavender.teachers.diffusion.teacher import Teacher
 from teachers import pipelines
 from teachers.basis import GRID, given_of
 from teachers.contract import Contract

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lavender.diffusion.unet import StableDiffusionXL
+from lavender.teachers.diffusion.stable_diffusion import StableDiffusionXL
 from teachers import pipelines
 from teachers.basis import given_of
 from teachers.contract import Contract
@@ -45,7 +45,7 @@ class TestStableDiffusionXL(Contract):
     def test_half_precision_leaves_its_encoder_in_full(self, build, pipeline, tmp_path):
         """SDXL's encoder overflows in float16, and its config says so."""
         from lavender.config import ExtractionConfig
-        from lavender.diffusion.teacher import Teacher
+        from lavender.teachers.diffusion.teacher import Teacher
 
         pipeline.save_pretrained(tmp_path / "teacher", safe_serialization=True)
         teacher = Teacher.from_pretrained(tmp_path / "teacher", ExtractionConfig(), dtype=torch.float16)

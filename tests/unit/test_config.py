@@ -241,14 +241,30 @@ def test_a_config_cannot_be_changed():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"mode": "ddim"}, {"timesteps": [7]}, {"timesteps": [50, 7]}, {"num_noises": 2}, {"num_steps": 7},
-        {"inversion_steps": 5}, {"null_text_iterations": 1}, {"guidance": 2.0}, {"seed": 1}, {"geometry": "crop"},
-        {"largest_layer": 16}, {"layer_weights": {"up": 2.0}}, {"competition": "share"}, {"carrier": "own+next"},
-        {"refine": 1}, {"flip": True}, {"head_share": 0.5}, {"word_share": 0.5}, {"tiny_vae": "tiny"},
-        {"grid": (5, 7)}, {"parts_of_speech": ("noun",)},
+        {"mode": "ddim"},
+        {"timesteps": [7]},
+        {"timesteps": [50, 7]},
+        {"num_noises": 2},
+        {"num_steps": 7},
+        {"inversion_steps": 5},
+        {"null_text_iterations": 1},
+        {"guidance": 2.0},
+        {"seed": 1},
+        {"geometry": "crop"},
+        {"largest_layer": 16},
+        {"layer_weights": {"up": 2.0}},
+        {"competition": "share"},
+        {"carrier": "own+next"},
+        {"refine": 1},
+        {"flip": True},
+        {"head_share": 0.5},
+        {"word_share": 0.5},
+        {"tiny_vae": "tiny"},
+        {"grid": (5, 7)},
+        {"parts_of_speech": ("noun",)},
     ],
     ids=lambda one: next(iter(one)),
-)  # fmt: skip
+)
 def test_every_setting_that_changes_a_map_is_in_the_identity(settings):
     assert from_mapping(ExtractionConfig, settings, "here").identity() != ExtractionConfig().identity()
 

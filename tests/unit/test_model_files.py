@@ -23,15 +23,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from command_line import complaint, lavender, write_run, write_scenes
-from lavender.arguments import check_reports
-from lavender.cli import FAILED
+from lavender.cli.main import FAILED
 from lavender.config import ExtractionConfig
-from lavender.diagnosis import check_model
-from lavender.diffusion.teacher import Teacher
 from lavender.errors import ConfigError, LavenderError, ModelError, NotFiniteError
-from lavender.loading import load_run
+from lavender.evaluation.check import check_model
 from lavender.model_files import IN_RUN_FILE, loading
-from lavender.trainer import LavenderConfig
+from lavender.students.loading import load_run
+from lavender.teachers.diffusion.teacher import Teacher
+from lavender.training.arguments import check_reports
+from lavender.training.trainer import LavenderConfig
 from lavender.world import STUDENT_PATHS, TEACHER_PATH
 
 BASE = STUDENT_PATHS["llava"]
@@ -181,11 +181,14 @@ def test_every_verb_fails_at_a_git_lfs_pointer(verb, model, tmp_path, some_scene
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [
-        ("text_config", "num_hidden_layers", 10**9), ("vision_config", "num_hidden_layers", 5000),
-        ("text_config", "hidden_size", 10**12), ("text_config", "vocab_size", 10**7),
-        ("text_config", "intermediate_size", 10**7), ("vision_config", "image_size", 10**6),
+        ("text_config", "num_hidden_layers", 10**9),
+        ("vision_config", "num_hidden_layers", 5000),
+        ("text_config", "hidden_size", 10**12),
+        ("text_config", "vocab_size", 10**7),
+        ("text_config", "intermediate_size", 10**7),
+        ("vision_config", "image_size", 10**6),
     ],
-)  # fmt: skip
+)
 def test_absurd_sizes_are_refused_before_anything_is_built(model, part, name, value):
     settings = json.loads((model / "config.json").read_text())
     settings[part][name] = value
@@ -197,12 +200,13 @@ def test_absurd_sizes_are_refused_before_anything_is_built(model, part, name, va
 def test_absurd_sizes_of_a_teacher(tmp_path):
     teacher = copied(TEACHER_PATH, tmp_path / "teacher")
     for file, name, value in (
-        ("unet/config.json", "layers_per_block", 10**9), ("vae/config.json", "block_out_channels", [10**9] * 3),
+        ("unet/config.json", "layers_per_block", 10**9),
+        ("vae/config.json", "block_out_channels", [10**9] * 3),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10**12),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10),
         ("scheduler/scheduler_config.json", "beta_end", 1e30),
         ("tokenizer/tokenizer_config.json", "model_max_length", 9**30),
-    ):  # fmt: skip
+    ):
         before = (teacher / file).read_text()
         (teacher / file).write_text(json.dumps(json.loads(before) | {name: value}))
         with pytest.raises(ModelError, match=str(teacher)):
@@ -320,13 +324,13 @@ def test_a_verdict_of_nan_is_an_error(some_scenes, captions, tmp_path, store_pat
     """Weights may be finite and yet give no finite loss."""
     loaded, processor = load_run(STUDENT_PATHS["mllama"])
     loaded.lm_head.weight.data.mul_(1e38)
-    monkeypatch.setattr("lavender.diagnosis.load_run", lambda *args, **kwargs: (loaded, processor))
+    monkeypatch.setattr("lavender.evaluation.check.load_run", lambda *args, **kwargs: (loaded, processor))
     with pytest.raises(NotFiniteError, match="NaN or infinity in the loss of here from the patches: whole"):
         check_model("here", write_scenes(tmp_path, some_scenes, captions), store_path)
 
 
 def test_what_a_run_reports_to_must_be_installed(monkeypatch):
-    monkeypatch.setattr("lavender.arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("lavender.training.arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
     check_reports(["tensorboard"])
     with pytest.raises(ConfigError, match="pip install wandb, or set report_to: none"):
         check_reports(["wandb"])

@@ -17,8 +17,14 @@ def test_spans_lemmas_and_parts_of_speech():
     text = "A dog chases two small cats, happily."
     words = words_of(text)
     assert [(word.start, word.end) for word in words] == [
-        (0, 1), (2, 5), (6, 12), (13, 16), (17, 22), (23, 27), (29, 36),
-    ]  # fmt: skip
+        (0, 1),
+        (2, 5),
+        (6, 12),
+        (13, 16),
+        (17, 22),
+        (23, 27),
+        (29, 36),
+    ]
     assert parts(text) == [
         ("A", "a", "other"),
         ("dog", "dog", "noun"),
@@ -32,8 +38,11 @@ def test_spans_lemmas_and_parts_of_speech():
 
 def test_irregular_lemmas_and_lower_case():
     assert parts("The Geese and mice ran")[1:] == [
-        ("Geese", "goose", "noun"), ("and", "and", "other"), ("mice", "mouse", "noun"), ("ran", "run", "verb"),
-    ]  # fmt: skip
+        ("Geese", "goose", "noun"),
+        ("and", "and", "other"),
+        ("mice", "mouse", "noun"),
+        ("ran", "run", "verb"),
+    ]
 
 
 @pytest.mark.parametrize("word", ["red-haired", "children's", "don’t", "mother-in-law's"])
@@ -188,10 +197,16 @@ def test_a_token_over_two_words_belongs_to_both():
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
-        (" dogs", "Dog.", True), ("geese", "goose", True), ("ran", "run", True), ("rides", "rode", True),
-        ("dog", "cat", False), ("", "dog", False), ("!", "!", False), ("dog house", "dog", True),
+        (" dogs", "Dog.", True),
+        ("geese", "goose", True),
+        ("ran", "run", True),
+        ("rides", "rode", True),
+        ("dog", "cat", False),
+        ("", "dog", False),
+        ("!", "!", False),
+        ("dog house", "dog", True),
     ],
-)  # fmt: skip
+)
 def test_forms_of_one_word(one, other, same):
     assert same_root(one, other) == same
 

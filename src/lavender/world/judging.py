@@ -7,22 +7,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lavender.attention import Reading, student_maps
-from lavender.comparison import Observed, answer_nll
 from lavender.config import ExtractionConfig
-from lavender.diffusion.teacher import Job, Teacher
-from lavender.evaluation.maps import (
-    ENTROPY_GRID,
-    JudgedMap,
-    best_threshold,
-    kl_from_mask,
-    resize_map,
-    score_maps,
-)
-from lavender.evaluation.text import exact_set, generate_answers, names_said, object_f1
-from lavender.images import image_id
-from lavender.loading import load_run
+from lavender.data.images import image_id
+from lavender.evaluation.answers import exact_set, generate_answers, names_said, object_f1
+from lavender.evaluation.compare import Observed, answer_nll
+from lavender.evaluation.map_scores import ENTROPY_GRID, JudgedMap, best_threshold, kl_from_mask, resize_map, score_maps
 from lavender.maps import WordMaps, entropy
+from lavender.students.loading import load_run
+from lavender.students.word_maps import Reading, student_maps
+from lavender.teachers.diffusion.teacher import Job, Teacher
 from lavender.words import content_words
 from lavender.world.language import Caption, caption_scene
 from lavender.world.scenes import Scene
@@ -90,10 +83,14 @@ def score_attention(judged: Sequence[JudgedMap]) -> dict[str, Any]:
     found = score_maps(judged, best_threshold(judged)[0])
     entropies = [round(entropy(resize_map(one.map, ENTROPY_GRID)).item(), 4) for one in judged]
     return {
-        "pointing": found.pointing, "entropy": found.entropy, "wrong_word_pointing": found.wrong_word_pointing,
-        "uniform_pointing": found.uniform_pointing, "centre_pointing": found.centre_pointing,
-        "mask_kl": fmean(kl_from_mask(one.map, one.mask) for one in judged), "entropies": entropies,
-    }  # fmt: skip
+        "pointing": found.pointing,
+        "entropy": found.entropy,
+        "wrong_word_pointing": found.wrong_word_pointing,
+        "uniform_pointing": found.uniform_pointing,
+        "centre_pointing": found.centre_pointing,
+        "mask_kl": fmean(kl_from_mask(one.map, one.mask) for one in judged),
+        "entropies": entropies,
+    }
 
 
 def reading_of(scene: Scene) -> Reading:

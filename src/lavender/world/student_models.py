@@ -43,9 +43,13 @@ SQUARE_SIZE = 80  # LLaVA's
 PATCH_SIZE = 8
 
 _MLLAMA_SPECIAL_TOKENS = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
     "<|finetune_right_pad_id|>",
-)  # fmt: skip
+)
 MLLAMA_TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
@@ -109,14 +113,19 @@ def _tokenizer(texts: list[str], vocabulary: int, special_tokens: tuple[str, ...
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
-        vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=list(special_tokens), show_progress=False,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(special_tokens),
+        show_progress=False,
+    )
     backend.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=512, padding_side="right",
-        model_input_names=["input_ids", "attention_mask"], **roles,
-    )  # fmt: skip
+        tokenizer_object=backend,
+        model_max_length=512,
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
+        **roles,
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": [image_token]})
     return tokenizer
 
@@ -131,9 +140,14 @@ def _generating(model: PreTrainedModel, tokenizer) -> PreTrainedModel:
 def build_mllama_processor(texts: list[str], vocabulary: int = VOCABULARY) -> MllamaProcessor:
     """Llama-3.2-Vision's processor, small: 64-pixel tiles, at most two."""
     tokenizer = _tokenizer(
-        texts, vocabulary, _MLLAMA_SPECIAL_TOKENS, "<|image|>",
-        bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|finetune_right_pad_id|>",
-    )  # fmt: skip
+        texts,
+        vocabulary,
+        _MLLAMA_SPECIAL_TOKENS,
+        "<|image|>",
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|finetune_right_pad_id|>",
+    )
     images = MllamaImageProcessorPil(size={"height": TILE_SIZE, "width": TILE_SIZE}, max_image_tiles=MAX_TILES)
     return MllamaProcessor(image_processor=images, tokenizer=tokenizer, chat_template=MLLAMA_TEMPLATE)
 
@@ -143,16 +157,32 @@ def build_mllama(processor: MllamaProcessor) -> MllamaForConditionalGeneration:
     tokenizer = processor.tokenizer
     image_token = tokenizer.convert_tokens_to_ids("<|image|>")
     vision = MllamaVisionConfig(
-        hidden_size=96, num_hidden_layers=3, num_global_layers=1, attention_heads=4, intermediate_size=384,
-        image_size=TILE_SIZE, patch_size=PATCH_SIZE, max_num_tiles=MAX_TILES, intermediate_layers_indices=[1],
-        vision_output_dim=192, supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
-    )  # fmt: skip
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_global_layers=1,
+        attention_heads=4,
+        intermediate_size=384,
+        image_size=TILE_SIZE,
+        patch_size=PATCH_SIZE,
+        max_num_tiles=MAX_TILES,
+        intermediate_layers_indices=[1],
+        vision_output_dim=192,
+        supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+    )
     text = MllamaTextConfig(
-        vocab_size=image_token, hidden_size=128, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, intermediate_size=384, cross_attention_layers=[1, 3],
-        max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    )  # fmt: skip
+        vocab_size=image_token,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=384,
+        cross_attention_layers=[1, 3],
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    )
     model = MllamaForConditionalGeneration(
         MllamaConfig(vision_config=vision, text_config=text, image_token_index=image_token)
     )
@@ -180,32 +210,56 @@ def _mllama_complete(processor: MllamaProcessor, batch: dict[str, Tensor], image
 def build_llava_processor(texts: list[str], vocabulary: int = VOCABULARY) -> LlavaProcessor:
     """LLaVA-1.5's processor, small: pictures squashed to a square, so that nothing of them is cut off."""
     tokenizer = _tokenizer(
-        texts, vocabulary, ("<s>", "</s>", "<pad>"), "<image>",
-        bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-    )  # fmt: skip
+        texts,
+        vocabulary,
+        ("<s>", "</s>", "<pad>"),
+        "<image>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
     square = {"height": SQUARE_SIZE, "width": SQUARE_SIZE}
     return LlavaProcessor(
-        CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False), tokenizer, patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=LLAVA_TEMPLATE,
-    )  # fmt: skip
+        CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False),
+        tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
 
 
 def build_llava(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     """4 vision layers, of which the last is not used (as in LLaVA-1.5), and 4 text layers."""
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
-        hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384, image_size=SQUARE_SIZE,
-        patch_size=PATCH_SIZE, projection_dim=96,
-    )  # fmt: skip
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=384,
+        image_size=SQUARE_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=96,
+    )
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, intermediate_size=384, max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=384,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(SQUARE_SIZE // PATCH_SIZE) ** 2, vision_feature_layer=-2,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(SQUARE_SIZE // PATCH_SIZE) ** 2,
+        vision_feature_layer=-2,
+    )
     model = LlavaForConditionalGeneration(config)
     _generating(model, tokenizer)
     return model
@@ -218,15 +272,22 @@ def _llava_patches(model: LlavaForConditionalGeneration, images: Mapping[str, Te
 
 STUDENTS: dict[str, StudentFamily] = {
     "mllama": StudentFamily(
-        build_mllama_processor, build_mllama, ("<|image|>", 1),
-        lambda model: [model.model.vision_model, model.model.multi_modal_projector], _mllama_patches, _mllama_complete,
+        build_mllama_processor,
+        build_mllama,
+        ("<|image|>", 1),
+        lambda model: [model.model.vision_model, model.model.multi_modal_projector],
+        _mllama_patches,
+        _mllama_complete,
     ),
     "llava": StudentFamily(
-        build_llava_processor, build_llava, ("<image>", (SQUARE_SIZE // PATCH_SIZE) ** 2),
-        lambda model: [model.model.vision_tower, model.model.multi_modal_projector], _llava_patches,
+        build_llava_processor,
+        build_llava,
+        ("<image>", (SQUARE_SIZE // PATCH_SIZE) ** 2),
+        lambda model: [model.model.vision_tower, model.model.multi_modal_projector],
+        _llava_patches,
         lambda processor, batch, images: batch,
     ),
-}  # fmt: skip
+}
 
 
 def conversation(prompt: str, answer: str | None = None) -> list[dict]:

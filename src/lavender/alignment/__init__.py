@@ -1,0 +1,1 @@
+"""The method: pooling, the Aligner, the losses and the objective."""

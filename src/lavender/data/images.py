@@ -1,0 +1,262 @@
+"""Pictures: decoded once and in one way, and known by their content.
+
+Teacher and student must see the same pixels, or a map lies on the wrong place. So everything that
+decodes a picture does it here: as a person sees it (EXIF orientation applied), in 8-bit RGB.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from lavender.errors import DataError
+from lavender.files import MISSING, expanded, fault_of, printable, read_plain
+
+MIN_SIDE = 8
+"""The shortest side of a usable picture, in pixels."""
+MAX_PIXELS = 100_000_000
+"""The most pixels (width × height) that are decoded."""
+
+MAX_BYTES = 2**30
+"""The most bytes of a picture's file."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What may be opened, by Pillow's names; JPEG includes the MPO of phones. Pillow hands EPS to Ghostscript, and none of
+these to another program."""
+
+_MAX_JPEG_WORK = 20 * MAX_PIXELS  # pixels × scans: a small progressive file may ask for hours of decoding
+_FIX_FILE = "repair or replace the file, or remove its row from the data set"
+_BEGINNINGS = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF|GIF8|BM|II\*\0|MM\0\*|P[1-6]\s")
+_MIN_BASE64 = 64  # characters of the smallest picture
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(source: Image.Image | Path | str | bytes | Mapping, name: str) -> Image.Image:
+    """Decode a picture fully: upright by its EXIF orientation, RGB, transparency on white, without metadata.
+
+    Grey of 16 bits is scaled to 8, not clipped. A TIFF of floats may be in [0, 1], [0, 255] or [0, 65535].
+
+    Args:
+        source: a picture, the path of a file, an encoded file, or the `datasets` struct
+            {"bytes": …, "path": …}.
+        name: what to call the picture in an error.
+
+    Raises:
+        DataError: missing, empty, truncated, none of `FORMATS`, several frames, a side under `MIN_SIDE`, a file of
+            more than `MAX_BYTES`, or more than `MAX_PIXELS` (this one before anything is decoded). It quotes nothing
+            of the file: a path may lead to any.
+    """
+    with decoding(name):
+        image = _open(source, name)
+        _check_header(image, name)
+        image.load()
+        rgb = _to_rgb(_upright(image), name)
+        rgb.info.clear()  # with the orientation: it is applied once
+        return rgb
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Make whatever a decoder raises on damaged bytes a DataError, and silence its warnings."""
+    with warnings.catch_warnings():
+        # Pillow warns of large pictures and of damaged EXIF; the first has an error below, the second harms no pixel.
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except DataError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise _too_large(name, "far more pixels") from error
+        except Exception as error:  # OSError, SyntaxError, struct.error, MemoryError …; their texts may quote the file
+            why = f"it is damaged ({type(error).__name__})"
+            why = "it is truncated" if "truncated" in str(error) else why
+            why = "it does not fit into the memory" if isinstance(error, MemoryError) else why
+            raise DataError(f"{name}, which cannot be decoded: {why}", "a whole picture file", _FIX_FILE) from error
+
+
+def open_encoded(encoded: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """A picture with its header read and its pixels not yet decoded. Raises DataError; use within `decoding`."""
+    if not encoded:
+        raise DataError(f"{name}, which is empty (0 bytes)", "a picture file", _FIX_FILE)
+    if len(encoded) > MAX_BYTES:
+        raise DataError(f"{name} of {len(encoded):,} bytes", f"at most {MAX_BYTES:,} bytes", "scale the picture down")
+    try:
+        image = Image.open(BytesIO(encoded), formats=formats)
+    except Image.UnidentifiedImageError as error:
+        got = f"{name}, {len(encoded):,} bytes that are no picture of a known format, or only its beginning"
+        raise DataError(got, f"one of {', '.join(formats)}", _FIX_FILE) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(name, _size(image))
+    scans = encoded.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+    if image.width * image.height * scans > _MAX_JPEG_WORK:
+        got = f"{name}, a JPEG of {_size(image)} in {scans} passes"
+        raise DataError(got, f"at most {_MAX_JPEG_WORK:,} pixels in all passes", "save it as another file")
+    return image
+
+
+def stored_frame(path: Path, name: str) -> tuple[int, tuple[int, int]]:
+    """The EXIF orientation (1 if there is none) and the size (height, width) that a file has before it is turned."""
+    with decoding(name):
+        image = open_encoded(read_plain(path, MAX_BYTES), name)
+        return _orientation(image), (image.height, image.width)
+
+
+def embedded(text: str) -> bytes | None:
+    """The encoded picture in a data address ("data:image/png;base64,…") or in bare base64; None for another text.
+
+    Raises:
+        ValueError: a data address without base64.
+    """
+    if text[:5].lower() == "data:":
+        kind, comma, body = text.partition(",")
+        encoded = _from_base64(unquote(body)) if comma and kind.lower().endswith(";base64") else None
+        if not encoded:
+            raise ValueError(f"the picture is the data address {printable(text[:60])}, which holds no base64")
+        return encoded
+    encoded = _from_base64(text) if len(text) >= _MIN_BASE64 else None
+    return encoded if encoded and _BEGINNINGS.match(encoded) else None
+
+
+def _from_base64(text: str) -> bytes | None:
+    """Also with line breaks, with the letters for addresses, and without its padding."""
+    letters = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def picture_size(source: Image.Image | Path | str | bytes | Mapping, name: str) -> tuple[int, int]:
+    """(height, width) of a picture as `load_image` returns it, from its header: nothing is decoded.
+
+    Raises:
+        DataError: what `load_image` refuses, but for what only decoding shows.
+    """
+    with decoding(name):
+        image = _open(source, name)
+        _check_header(image, name)
+        lies = _orientation(image) in (5, 6, 7, 8)
+    return (image.width, image.height) if lies else (image.height, image.width)
+
+
+def image_id(image: Image.Image) -> str:
+    """32 hexadecimal digits of the picture's content: size and RGB pixels. Joins maps with samples.
+
+    Two files with the same pixels have the same id. The pixels of a JPEG depend on its decoder, so
+    extract and train with the same Pillow.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"Got a picture of mode {image.mode!r}; expected RGB, as load_image returns it.")
+    digest = hashlib.blake2b(f"{image.width}x{image.height}:".encode(), digest_size=16)
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def _open(source: Image.Image | Path | str | bytes | Mapping, name: str) -> Image.Image:
+    """The picture with its header read and its pixels, unless it came decoded, still encoded."""
+    if isinstance(source, Image.Image):
+        if source.format == "EPS" and getattr(source, "tile", None):
+            raise DataError(f"{name}, an EPS not yet decoded", f"one of {', '.join(FORMATS)}", _FIX_FILE)
+        return source
+    encoded: Path | str | bytes | None
+    if isinstance(source, Mapping):
+        encoded = source.get("path") if source.get("bytes") is None else source["bytes"]
+    else:
+        encoded = source
+    if encoded is None:
+        raise DataError(f"{name}, whose struct has neither bytes nor path", "one of the two", _FIX_FILE)
+    if isinstance(encoded, (str, Path)):
+        encoded = _content(expanded(encoded), name)
+    if not isinstance(encoded, bytes):
+        raise DataError(f"{name}, which is a {type(encoded).__name__}", "a path or an encoded picture", _FIX_FILE)
+    return open_encoded(encoded, name)
+
+
+def _content(path: Path, name: str) -> bytes:
+    if fault := fault_of(path):
+        is_missing = fault.startswith(MISSING)
+        got = f"{name}, whose file {printable(path)} does not exist" if is_missing else f"{name}: {fault}"
+        raise DataError(got, "a picture file", "check the path")
+    try:
+        return read_plain(path, MAX_BYTES)
+    except DataError as error:
+        raise DataError(f"{name}: {error.got}", error.expected, error.do) from error
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width} × {image.height} pixels (width × height)"
+
+
+def _check_header(image: Image.Image, name: str) -> None:
+    """Refuse a picture for its size or its frames, before decoding."""
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(name, _size(image))
+    if min(image.size) < MIN_SIDE:
+        raise DataError(
+            f"{name} with {_size(image)}", f"at least {MIN_SIDE} pixels on each side", "remove it from the data set"
+        )
+    # The further frames of an MPO, as many phones write it, are depth or a preview; the first is the picture.
+    # How many frames there are is not counted: in a GIF that means reading them all.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        got = f"{name}, a {image.format} of several frames (animated, or of several pages)"
+        raise DataError(got, "a still picture", "save the frame that the text describes as a file of its own")
+
+
+def _too_large(name: str, size: str) -> DataError:
+    return DataError(f"{name} with {size}", f"at most {MAX_PIXELS:,} pixels", "scale the picture down")
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A decoded picture, turned. Unlike ImageOps.exif_transpose it writes no metadata, which fails on odd ones."""
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _grey_to_rgb(image, name)
+    if image.mode == "LAB":
+        got = f"{name} in the mode {image.mode!r}"
+        raise DataError(got, "RGB, grey, a palette or CMYK", "save it as RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("LA") if image.mode == "La" else image  # Pillow's only way out of premultiplied grey
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _grey_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Scale grey of more than 8 bits to 8: 65535 (or a float picture's 1.0) becomes 255."""
+    grey = np.asarray(image).astype(np.float64)
+    low, high = grey.min(), grey.max()
+    if not (low >= 0 and high <= 65535):  # also true of NaN
+        got = f"{name}, mode {image.mode!r} with values from {low:g} to {high:g}"
+        raise DataError(got, "grey from 0 to 65535", "save it with 8 or 16 bits a pixel")
+    if image.mode.startswith("I;16") or high > 255:
+        grey /= 257  # in place, as the largest picture takes 0.8 GB here
+    elif image.mode == "F" and high <= 1:
+        grey *= 255
+    return Image.fromarray(np.rint(grey, out=grey).astype(np.uint8)).convert("RGB")

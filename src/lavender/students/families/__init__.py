@@ -1,0 +1,1 @@
+"""Families of vision-language models, one per file."""

@@ -1,0 +1,94 @@
+"""Qwen2-VL and Qwen2.5-VL: pictures of any shape, whose cells stand in the text as tokens seen by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from lavender.errors import DataError
+from lavender.students.base import VlmAdapter, padded_keys
+from lavender.students.image_keys import KeyLayout, grid_boxes, key_layout
+
+
+class Qwen2VlAdapter(VlmAdapter):
+    """Self-attention keys: a row-major grid over the whole picture, a key for merge × merge patches.
+
+    The image processor squashes a picture to whole cells and cuts nothing, so the boxes are an exact grid. Pictures
+    of a batch have different grids.
+    """
+
+    model_type = "qwen2_vl"
+    parts = {  # noqa: RUF012
+        "vision_tower": ("model.visual",),
+        "connector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
+        "language_model": ("model.language_model", "lm_head"),
+    }
+
+    def usable_layers(self) -> tuple[int, ...]:
+        return tuple(range(self.config.text_config.num_hidden_layers))
+
+    def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
+        return model.model.language_model.layers[layer].self_attn
+
+    def describe_keys(self) -> str:
+        vision = self.config.vision_config
+        cell = vision.patch_size * vision.spatial_merge_size
+        return f"a grid of the picture's own shape, cells of {cell} px among the text's tokens"
+
+    def image_token_id(self) -> int:
+        return self.config.image_token_id
+
+    def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        places = inputs["input_ids"] == self.config.image_token_id
+        found, expected = int(places.sum()), sum(rows * cols for rows, cols in self._grids(inputs))
+        if found != expected:
+            raise DataError(
+                f"{found} picture tokens in a batch",
+                f"{expected}, a token for each cell of its pictures",
+                "raise max_length (or set it to None) if it cuts pictures",
+            )
+        return padded_keys(places)
+
+    def image_boxes(
+        self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
+    ) -> KeyLayout:
+        grids, given = self._grids(inputs), sum(len(own) for own in image_sizes)
+        if len(grids) != given:
+            raise DataError(
+                f"{len(grids)} pictures in the inputs", f"{given}", "pass the pictures the inputs were made of"
+            )
+        every = iter(grids)
+        return key_layout([[grid_boxes(*next(every)) for _ in own] for own in image_sizes])
+
+    def _grids(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """(rows, cols) of each picture's keys."""
+        if inputs.get("video_grid_thw") is not None:
+            raise DataError(
+                "a batch with videos",
+                "pictures: a map is of one picture, and a key of a video shows several frames",
+                "drop the samples with videos",
+            )
+        grids = inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))
+        cells = grids[:, 1:] // self.config.vision_config.spatial_merge_size
+        return [(rows, cols) for rows, cols in cells.tolist()]
+
+
+class Qwen25VlAdapter(Qwen2VlAdapter):
+    """As Qwen2-VL. Its tower looks through windows, and puts the keys back in order at the end."""
+
+    model_type = "qwen2_5_vl"
+
+
+class Qwen3VlAdapter(Qwen2VlAdapter):
+    """As Qwen2-VL: the same image processor, its patches of 16 px.
+
+    DeepStack adds states of earlier tower layers to the outputs of the first text layers, at the keys' own positions:
+    a key still shows the cell that its box says. Videos are refused as for Qwen2-VL, though here each frame stands in
+    the text by itself.
+    """
+
+    model_type = "qwen3_vl"

@@ -1,0 +1,188 @@
+"""Loading models: an ordinary folder, a hub id, or the checkpoint of a run; errors name the path and the reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lavender.errors import FileError, ModelError
+from lavender.model_files import (
+    check_files,
+    check_sizes,
+    check_weight_files,
+    loading,
+    one_line,
+    read_json,
+    refuse_not_finite,
+)
+from lavender.students.base import VlmAdapter
+from lavender.type_checks import check_type
+
+__all__ = ["load_config", "load_model", "load_processor", "load_run", "loading", "read_config"]
+
+_TURNS = (
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A model's config as it is written. Raises ModelError, inside `loading`."""
+    from transformers import PreTrainedConfig
+
+    check_files(path, ["config.json"])
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"the folder {path}, without config.json", "a model folder or a hub id", "check the path")
+    raw, _ = PreTrainedConfig.get_config_dict(path)
+    check_sizes(raw, path)
+    return raw
+
+
+def load_config(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """A model's config. Raises as `read_config`."""
+    from transformers import AutoConfig
+
+    read_config(path)
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code is True)
+
+
+def load_processor(adapter: VlmAdapter, path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The processor to train with. Its chat template, if it has one, is tried.
+
+    Raises:
+        ModelError: no image processor or no tokenizer beside the model, or a template that fails; inside `loading`,
+            all else too.
+    """
+    from transformers import AutoProcessor, PreTrainedTokenizerBase
+
+    check_files(path)
+    published = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code is True)
+    parts = [getattr(published, name, None) for name in ("image_processor", "tokenizer")]
+    if parts[0] is None or not isinstance(parts[1], PreTrainedTokenizerBase):
+        raise ModelError(
+            f"a {type(published).__name__} in {path}",
+            "a processor of pictures and text",
+            "get preprocessor_config.json, processor_config.json and the tokenizer's files too",
+        )
+    processor = adapter.processor(published)
+    if processor.chat_template:
+        try:
+            processor.apply_chat_template(list(_TURNS), tokenize=False)
+        except Exception as error:
+            raise ModelError(
+                f"the chat template of {path}, which fails on a question about a picture and its answer: "
+                f"{one_line(error)}",
+                "a template for such conversations",
+                "repair chat_template.jinja, or get it once more",
+            ) from error
+    return processor
+
+
+def load_model(
+    adapter: VlmAdapter,
+    path: str | Path,
+    processor: Any,
+    *,
+    dtype: str,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> Any:
+    """A whole model, from safetensors alone, with a place for each of its tokenizer's tokens.
+
+    Raises:
+        ModelError: see `lavender.model_files.load_weights`; a tokenizer of another model.
+    """
+    from lavender.students.registry import auto_class
+
+    trust = trust_remote_code is True
+    auto = auto_class(adapter.config, trust)
+    model = adapter.load(auto, str(path), dtype=dtype, use_safetensors=True, trust_remote_code=trust, **settings)
+    table: Any = model.get_input_embeddings()
+    rows = table.num_embeddings + getattr(table, "num_additional_embeddings", 0)  # the latter of IDEFICS
+    token, number = max(processor.tokenizer.get_vocab().items(), key=lambda one: one[1])
+    if number >= rows:
+        raise ModelError(
+            f"the model {path}, whose tokenizer has {token!r} as token {number} and whose embeddings are {rows}",
+            "an embedding for each token",
+            "get the tokenizer's files of this model",
+        )
+    return model
+
+
+def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool = False):
+    """(model, processor) of a run folder's checkpoint, or of a plain model path; LoRA is merged.
+
+    Code that comes with the model runs only if `trust_remote_code` is True, also where the run was trained so: a run
+    folder may come from somebody else.
+
+    Raises:
+        ModelError: the model is missing, damaged or out of reach.
+        ConfigError: it comes with its own code, which may not run.
+    """
+    from lavender.students.registry import adapter_for
+
+    check_type("trust_remote_code", trust_remote_code, bool)
+    path = os.path.expanduser(path)  # a hub id stays as it is
+    checkpoint = Path(path) / "checkpoint"
+    if (
+        not checkpoint.is_dir()
+        and (Path(path) / "config.yaml").is_file()
+        and not (Path(path) / "config.json").is_file()
+    ):
+        raise FileError(
+            f"the run {path}, which has no checkpoint: it is not finished",
+            "a finished run",
+            f"let it go on: lavender train {Path(path) / 'config.yaml'}",
+        )
+    folder = checkpoint if checkpoint.is_dir() else Path(path)
+    with loading("model", path):
+        lora = _adapter_config(folder) if (folder / "adapter_config.json").is_file() else None
+        base = folder if lora is None else lora.base_model_name_or_path
+        with loading("base model" if lora else "model", base):
+            adapter = adapter_for(load_config(base, trust_remote_code))
+        processor = load_processor(adapter, folder, trust_remote_code)
+        with loading("base model" if lora else "model", base):
+            model = load_model(adapter, base, processor, dtype=dtype, trust_remote_code=trust_remote_code)
+        if lora is not None:
+            model = _with_adapter(model, folder, lora)
+        return model.eval(), processor
+
+
+def _adapter_config(folder: Path) -> Any:
+    """PEFT's config of an adapter in a folder."""
+    from peft import PeftConfig
+
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"base_model_name_or_path: {base!r} in {folder / 'adapter_config.json'}",
+            "the folder or hub id of its base",
+            "write it there",
+        )
+    lora = PeftConfig.from_pretrained(str(folder))
+    lora.task_type = None  # it is merged here, and what PEFT adds for a task is not needed
+    lora.inference_mode = True
+    return lora
+
+
+def _with_adapter(model: Any, folder: Path, lora: Any) -> Any:
+    """The model with an adapter merged into its weights, all of which the adapter's file must hold."""
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    check_weight_files(folder)
+    path = folder / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            refuse_not_finite(name, tensors.get_tensor(name), path)
+    tuned = PeftModel(model, lora)
+    found = tuned.load_adapter(str(folder), "default", torch_device="cpu")
+    if found.missing_keys or found.unexpected_keys:
+        raise ModelError(
+            f"the adapter {path}, which lacks {sorted(found.missing_keys)[:3]} and has {found.unexpected_keys[:3]}, "
+            "which its base has not",
+            "the adapter of this base",
+            "name its base in adapter_config.json, or get the adapter once more",
+        )
+    return tuned.merge_and_unload()

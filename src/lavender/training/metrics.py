@@ -1,0 +1,113 @@
+"""What is logged beside the loss, summed on the device: nothing waits for a number before it is logged.
+
+Every quantity is a sum with the weight it is divided by, so that accumulated batches, several processes and
+batches of unequal size come out as one batch would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lavender.alignment.objective import AlignmentRequest, matched_weight
+from lavender.errors import NotFiniteError
+from lavender.maps import entropy
+
+
+class Metrics:
+    """Sums since the last `take`.
+
+    Of training, numbers a step, mean over the optimiser's steps: `vlm_loss` and `attention_loss`, the addends of the
+    loss before λ, and `matched_words`; each of the whole accumulated batch, over all processes. Of evaluation, numbers
+    of the data set: `vlm_loss`, mean over samples of their batch's loss; `attention_loss`, mean over all matched words
+    by their weights, NaN where none matched; `matched_words`, their number, and `matched_share`, of the mapped words.
+    In both `student_entropy`: of where the student looks, before any Aligner; mean over words, in nats (Eq. 23).
+    """
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add_step(self, vlm_loss: Tensor, attention_loss: Tensor, request: AlignmentRequest, share: float) -> None:
+        """A micro-batch of training that is `share` of an optimiser's step; the losses add up to the step's."""
+        vlm, attention = vlm_loss.detach().float(), attention_loss.detach().float()
+        self._add([vlm.new_full((), share), vlm, vlm.new_zeros(()), attention], request)
+
+    def add_batch(self, vlm_loss: Tensor, total: Tensor, request: AlignmentRequest) -> None:
+        """A batch of evaluation: L_VLM, its own mean, and the weighted sum of its matched words' losses."""
+        vlm = vlm_loss.detach().float()
+        samples, words = vlm.new_full((), len(request.present)), matched_weight(request).to(vlm)
+        self._add([samples, samples * vlm, words, total.detach().float()], request)
+
+    def _add(self, sums: list[Tensor], request: AlignmentRequest) -> None:
+        """To steps or samples, L_VLM, words by weight and L_att add matched words, entropies, and the mapped words."""
+        maps, like = request.student_maps, sums[0]
+        sums = [*sums, request.matched.sum().to(like), entropy(maps).sum().to(like), like.new_full((), len(maps))]
+        added = torch.stack(sums)
+        self._sums = added if self._sums is None else self._sums + added
+
+    def take_steps(self, accelerator: Accelerator) -> dict[str, float]:
+        """The numbers of training since the last time; every process must ask."""
+        steps, vlm, _, attention, matched, spread, maps = self._take(accelerator)
+        if not steps:
+            return {}
+        # each process counts each step, and has scaled its losses up by the number of processes
+        return _numbers(vlm / steps, attention / steps, matched * accelerator.num_processes / steps, spread, maps)
+
+    def take_batches(self, accelerator: Accelerator) -> dict[str, float]:
+        """The numbers of an evaluation; every process must ask."""
+        samples, vlm, words, attention, matched, spread, maps = self._take(accelerator)
+        if not samples:
+            return {}
+        numbers = _numbers(vlm / samples, attention / words if words else math.nan, matched, spread, maps)
+        return numbers | ({"matched_share": matched / maps} if maps else {})
+
+    def clear(self) -> None:
+        """Forget what was not taken."""
+        self._sums = None
+
+    def _take(self, accelerator: Accelerator) -> list[float]:
+        if self._sums is None:
+            return [0.0] * 7
+        sums, self._sums = self._sums, None
+        return accelerator.gather(sums[None]).sum(dim=0).tolist()
+
+
+def _numbers(vlm: float, attention: float, matched: float, spread: float, maps: float) -> dict[str, float]:
+    numbers = {"vlm_loss": vlm, "attention_loss": attention, "matched_words": matched}
+    return numbers | ({"student_entropy": spread / maps} if maps else {})
+
+
+def check_choice(metrics: Mapping[str, float], name: str | None, aligns: bool) -> None:
+    """Refuse to choose the best checkpoint by a number that says nothing.
+
+    Args:
+        metrics: of an evaluation.
+        name: `metric_for_best_model`.
+        aligns: whether the loss has L_att in it.
+
+    Raises:
+        NotFiniteError: the number is NaN or infinite, or a loss that lacks L_att since no mapped word matched.
+    """
+    if name is None:
+        return
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    value = metrics.get(name)
+    kind = next((kind for kind in ("vlm_loss", "attention_loss", "loss") if name.endswith(f"_{kind}")), "")
+    begin = name.removesuffix(kind)
+    share = metrics.get(f"{begin}matched_share")
+    without = kind in ("attention_loss", "loss") and not share
+    lacks_part = without and kind == "loss" and aligns and share is not None
+    if value is None or (math.isfinite(value) and not lacks_part):
+        return
+    why = ", where no word has a map" if share is None else f", where none of the mapped words matched ({share:.0%})"
+    raise NotFiniteError(
+        f"{name} = {value:.6g}{why if without else ''}",
+        "a number to choose the best checkpoint by" + (", with L_att in it" if lacks_part else ""),
+        f"set metric_for_best_model: {begin}vlm_loss"
+        if without
+        else "find out what makes it not finite, or choose by another number",
+    )

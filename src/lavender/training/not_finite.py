@@ -1,0 +1,112 @@
+"""What made a loss NaN or infinite, by name: the sample, the word, or the weights.
+
+All that is needed is taken in the forward pass, on the device: nothing is waited for and nothing runs twice, so it
+also holds where a forward needs every process.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import ProcessorMixin
+
+from lavender.alignment.collator import word_text
+from lavender.errors import NotFiniteError
+
+NUM_NAMED = 3
+_SHOWN_TEXT = 80  # characters of a conversation
+
+
+class Health(NamedTuple):
+    """Of a batch: which samples' predictions are finite, bool (sample,), None where unknown; and L_att by words.
+
+    `present` bool (sample, word), and `losses` (word,) of those that are present.
+    """
+
+    answers: Tensor | None
+    present: Tensor
+    losses: Tensor
+
+
+def answers_finite(output: Mapping[str, Any], labels: Tensor) -> Tensor | None:
+    """Which samples' predictions of their labels are finite: bool (sample,). None where an output does not say."""
+    if output.get("log_probs") is not None:  # TRL's fused head; 0 where there is no label
+        return output["log_probs"].detach().isfinite().all(dim=1)
+    if output.get("logits") is None or output["logits"].shape[:2] != labels.shape:
+        return None
+    sums_BT = output["logits"].detach()[:, :-1].sum(dim=-1, dtype=torch.float32)  # of a row with NaN or ∞: not finite
+    return (sums_BT.isfinite() | (labels[:, 1:] == -100)).all(dim=1)
+
+
+def fault(
+    step: int,
+    model: nn.Module,
+    processor: ProcessorMixin,
+    inputs: Mapping[str, Any],
+    health: Health,
+) -> NotFiniteError:
+    """The error that says what is not finite in a batch whose loss is not.
+
+    Args:
+        step: of the optimiser, from 1.
+        inputs: the batch, with its `alignment`.
+        health: the batch's, after the forward pass.
+    """
+    places = health.present.nonzero()[~health.losses.isfinite()].tolist()
+    answers = [] if health.answers is None else (~health.answers).nonzero().flatten().tolist()
+    affected = sorted({*answers, *(sample for sample, _ in places)})
+    named = [_described(sample, sample in answers, places, processor, inputs) for sample in affected[:NUM_NAMED]]
+    if len(affected) > NUM_NAMED:
+        named.append(f"and {len(affected) - NUM_NAMED} more samples")
+    got = f"a loss that is not finite, in step {step}: {'; '.join(named) or 'no sample that stands out'}"
+    expected = "finite L_VLM and L_att"
+    broken = _broken_weight(model)
+    if broken:
+        return NotFiniteError(
+            f"{got}. The weights are not finite either, such as {broken}",
+            expected,
+            "lower the learning rate, clip gradients (max_grad_norm), or train in bfloat16 or float32; the weights "
+            "diverged in an earlier step",
+        )
+    if not affected or (len(affected) == len(health.present) > 1):
+        return NotFiniteError(
+            f"{got}. That is every sample of the batch" if affected else got,
+            expected,
+            "lower the learning rate, or train in bfloat16 or float32: it is the model that overflows, not a sample",
+        )
+    return NotFiniteError(
+        got,
+        expected,
+        "repair or remove what is named; if its picture and text are sound, the model overflows on it: lower the "
+        "learning rate, or train in bfloat16 or float32",
+    )
+
+
+def _described(
+    sample: int, answer: bool, places: list[list[int]], processor: ProcessorMixin, inputs: Mapping[str, Any]
+) -> str:
+    ids, mask, alignment = inputs["input_ids"][sample], inputs["attention_mask"][sample], inputs["alignment"]
+    text = " ".join(str(processor.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)).split())
+    own = {name: alignment[name][sample] for name in ("rows", "shares")}
+    words = [word_text(processor.tokenizer, ids, own, word) for one, word in places if one == sample]
+    faults = ["L_VLM"] if answer else []
+    if words:
+        faults.append(f"L_att of {', '.join(repr(word) for word in words)}")
+    return (
+        f"{' and '.join(faults)} of sample {sample} ({textwrap.shorten(text, _SHOWN_TEXT)!r}, "
+        f"{alignment['names'][sample]})"
+    )
+
+
+def _broken_weight(model: nn.Module) -> str:
+    """The name of a parameter that is not finite in this process's share of it, or ""."""
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not local.detach().isfinite().all():
+            return name
+    return ""

@@ -1,0 +1,279 @@
+"""Which of a model's weights are trained: frozen parts, any method of PEFT, the base of QLoRA; and the counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lavender.alignment.objective import is_alignment_part
+from lavender.config import check_keys
+from lavender.errors import ConfigError
+from lavender.files import shown
+from lavender.students.base import PARTS
+from lavender.students.registry import adapter_for
+from lavender.type_checks import check_type, hints_of
+
+ALIGNMENT = "alignment"
+ALL_LINEAR = "all-linear"
+QUANTIZATION: dict[str, Any] = {
+    "load_in_8bit": bool,
+    "load_in_4bit": bool,
+    "llm_int8_threshold": float,
+    "llm_int8_skip_modules": list[str] | None,
+    "llm_int8_enable_fp32_cpu_offload": bool,
+    "llm_int8_has_fp16_weight": bool,
+    "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16"] | None,
+    "bnb_4bit_quant_type": Literal["fp4", "nf4"],
+    "bnb_4bit_use_double_quant": bool,
+    "bnb_4bit_quant_storage": Literal["float16", "float32", "int8", "uint8", "float64", "bfloat16"] | None,
+}
+"""Settings of BitsAndBytesConfig, which names no types, and theirs."""
+
+
+def weights_dtype(asked: str, config: PreTrainedConfig, with_peft: bool) -> str:
+    """The type of a run's weights. "auto" is float32 where the weights themselves are trained: AdamW's small steps are
+    lost in 16 bits, and its squares of gradients in float16. Under PEFT it is the type that the model's config names.
+
+    Raises:
+        ConfigError: no type of torch; float16 for trained weights.
+    """
+    if asked == "auto":
+        named = (
+            getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) if with_peft else None
+        )
+        return str(named or "float32").removeprefix("torch.")
+    dtype = getattr(torch, str(asked).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype: {asked!r}", "auto, float32, bfloat16 or float16", "write for example dtype: float32")
+    if dtype == torch.float16 and not with_peft:
+        raise _float16("dtype: float16 for full tuning")
+    return str(dtype).removeprefix("torch.")
+
+
+def _float16(got: str) -> ConfigError:
+    return ConfigError(
+        f"{got}, in which AdamW's squares of gradients become 0, and training diverges",
+        "trained weights of float32",
+        "set dtype: float32, and bf16: true to compute in bfloat16 where the device can; or dtype: bfloat16",
+    )
+
+
+def freeze(model: PreTrainedModel, parts: Sequence[str]) -> None:
+    """Train nothing of these parts: some of "vision_tower", "connector" and "language_model".
+
+    For PEFT pass the same parts to `peft_config_of`: a PEFT method freezes the whole model, then adds its own weights.
+
+    Raises:
+        ConfigError: an unknown part, or all three.
+    """
+    _check(parts)
+    adapter = adapter_for(model.config)
+    for name, parameter in model.named_parameters():
+        if adapter.part_of(name) in parts:
+            parameter.requires_grad_(False)
+
+
+def peft_config_of(settings: Mapping[str, Any], model: PreTrainedModel, frozen: Sequence[str] = ()) -> PeftConfig:
+    """PEFT's own config from its settings, `peft_type` first, kept out of frozen parts.
+
+    Raises:
+        ConfigError: an unknown type or setting; a type that adds tokens to the text, or that cannot spare a frozen
+            part; no target module of that name outside frozen parts.
+    """
+    _check(frozen)
+    config = plain_peft_config(settings)
+    _spare(config, model, frozen)
+    return config
+
+
+def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
+    """PEFT's own config from its settings, whatever the model.
+
+    Raises:
+        ConfigError: an unknown type or setting, a setting of another type, a type that tunes no chosen modules.
+    """
+    known: dict[str, Any] = {str(one.value): config for one, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    given = dict(settings)
+    kind = given.pop("peft_type", None)
+    if not isinstance(kind, str) or kind not in known:
+        raise ConfigError(
+            f"peft_type: {shown(kind)}", f"one of {sorted(known)}", "write for example peft: {peft_type: LORA}"
+        )
+    allowed = [one.name for one in dataclasses.fields(known[kind]) if one.init]
+    if not {"target_modules", "modules_to_save"} <= set(allowed):
+        raise ConfigError(
+            f"peft_type: {kind}, which does not tune chosen modules",
+            "a method that does, such as LORA or IA3",
+            "choose another; added tokens would move the text's places, and the Aligner could not be trained beside it",
+        )
+    check_keys(given, allowed, "peft")
+    for name, value in given.items():
+        hint = bool | str if name == "init_lora_weights" else hints_of(known[kind])[name]  # such as pissa_niter_16
+        check_type(f"peft.{name}", value, hint)
+    try:
+        return known[kind](**({"task_type": "CAUSAL_LM"} | given))
+    except Exception as error:  # PEFT's own checks
+        got = f"settings of {kind} that PEFT refuses: {error}"
+        raise ConfigError(got, "values that it accepts", "change the setting") from error
+
+
+def check_quantization(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an unknown setting, one of another type, or neither 4 nor 8 bits."""
+    check_keys(settings, list(QUANTIZATION), "quantization")
+    for name, value in settings.items():
+        check_type(f"quantization.{name}", value, QUANTIZATION[name])
+    if not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        raise ConfigError(
+            f"quantization: {settings!r}", "settings of BitsAndBytesConfig", "write quantization: {load_in_4bit: true}"
+        )
+
+
+def quantization_config(settings: Mapping[str, Any], with_peft: bool) -> BitsAndBytesConfig:
+    """transformers' own config from its settings, for QLoRA.
+
+    Raises:
+        ConfigError: as `check_quantization`; nothing that could be trained; no bitsandbytes.
+    """
+    check_quantization(settings)
+    if not with_peft:
+        raise ConfigError("quantization without lora or peft", "something that can be trained", "add lora: true")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        do = "pip install 'lavender-vlm[quantization]'"
+        raise ConfigError("quantization, and no bitsandbytes", "that package", do)
+    try:
+        return BitsAndBytesConfig(**settings)
+    except (AttributeError, TypeError, ValueError) as error:
+        got = f"quantization: {settings}, which transformers refuses: {error}"
+        raise ConfigError(got, "values that it accepts", "change the setting") from error
+
+
+def _spare(config: Any, model: PreTrainedModel, frozen: Sequence[str]) -> None:
+    """Keep a PEFT config out of frozen parts, and see that it finds a module elsewhere."""
+    if not config.target_modules and not vars(config).get("target_parameters"):
+        raise ConfigError("peft without target_modules", "the modules to tune", "add target_modules: [q_proj, v_proj]")
+    adapter = adapter_for(model.config)
+    names = [name for name, _ in model.named_modules()]
+    spared = [name for name in names if name and adapter.part_of(name) in frozen]
+    if spared:
+        if "exclude_modules" not in vars(config):
+            raise ConfigError(
+                f"freeze with peft_type: {config.peft_type.value}, which cannot leave out modules",
+                "a method that can, such as LORA",
+                "choose another, or leave freeze out and write target_modules as a regular expression",
+            )
+        if config.exclude_modules:
+            raise ConfigError(f"freeze and exclude_modules={config.exclude_modules!r}", "one of them", "leave out one")
+        config.exclude_modules = _matching(adapter, frozen)
+    special = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+    if config.target_modules and not special and not any(check_target_module_exists(config, name) for name in names):
+        raise ConfigError(
+            f"target_modules={config.target_modules!r}" + (f" with freeze: {list(frozen)}" if frozen else ""),
+            "names of modules of what is trained",
+            "see the model's modules, or freeze less",
+        )
+
+
+def name_all_linear(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Replace PEFT's "all-linear" by the modules that it stands for, before alignment adds linear layers of its own.
+
+    Those of the output layer are left out, as PEFT leaves it out; it would itself take the inner ones of IDEFICS's.
+    """
+    tuned: Any = config  # of a method that tunes modules
+    chosen = vars(tuned).get("target_modules")
+    if not isinstance(chosen, str) or chosen.lower() != ALL_LINEAR:
+        return
+    head = model.get_output_embeddings()
+    inner = set() if head is None else set(head.modules())
+    tuned.target_modules = {
+        name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D) and one not in inner
+    }
+
+
+def _matching(adapter: Any, frozen: Sequence[str]) -> str:
+    """A regular expression for all that lies in frozen parts, as `part_of` has it: longer beginnings win."""
+    pieces = []
+    for part in frozen:
+        for begin in adapter.parts[part]:
+            inner = [
+                other
+                for name, begins in adapter.parts.items()
+                if name not in frozen
+                for other in begins
+                if other.startswith(f"{begin}.")
+            ]
+            but = "".join(f"(?!{re.escape(one)}(\\.|$))" for one in inner)
+            pieces.append(f"{but}{re.escape(begin)}(\\..*)?")
+    return "|".join(pieces)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(trained, all) parameters of each part of a model, and of what alignment adds.
+
+    Those of PEFT count where they lie. With DeepSpeed's ZeRO-3 the sizes are those of the whole, not of a shard; of
+    quantised weights those of what is packed.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapter = adapter_for(base.config)
+    trained, whole = Counter(), Counter()
+    for name, parameter in base.named_parameters():
+        part = ALIGNMENT if is_alignment_part(name) else adapter.part_of(name)
+        size = _size(parameter)
+        whole[part] += size
+        trained[part] += size if parameter.requires_grad else 0
+    return {part: (trained[part], whole[part]) for part in (*PARTS, ALIGNMENT) if whole[part]}
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter stands for."""
+    packed = vars(parameter).get("quant_state")  # of bitsandbytes' 4 bits, two in a byte
+    return vars(parameter).get("ds_numel", parameter.numel()) if packed is None else packed.shape.numel()
+
+
+def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
+    """What is trained, counted, in a line; and one more where small steps would be lost.
+
+    Raises:
+        ConfigError: something in a frozen part is trained after all, or nothing of the model is; trained float16.
+    """
+    if halves := [name for name, one in model.named_parameters() if one.requires_grad and one.dtype == torch.float16]:
+        raise _float16(f"trained weights of float16, such as {halves[0]}")
+    counts = trained_parameters(model)
+    moved = [part for part in frozen if counts.get(part, (0, 0))[0]]
+    if moved:
+        raise ConfigError(
+            f"freeze: {list(frozen)}, and trained weights in {moved}", "none", "look at peft's bias and modules_to_save"
+        )
+    if not any(trained for part, (trained, _) in counts.items() if part != ALIGNMENT):
+        raise ConfigError(f"freeze: {list(frozen)}, which leaves nothing to train", "a part that trains", "freeze less")
+    parts = ", ".join(f"{part} {trained:,} of {whole:,}" for part, (trained, whole) in counts.items())
+    line = f"trained parameters: {parts}"
+    if any(one.requires_grad and one.dtype == torch.bfloat16 for one in model.parameters()):
+        line += (
+            "\ntrained weights of 16 bits: steps of less than about 1/500 of a weight are rounded away, unless FSDP or "
+            "DeepSpeed keeps float32 copies. "
+        )
+        line += (
+            "So TRL trains the adapters of a quantised model"
+            if vars(model.get_base_model() if isinstance(model, PeftModel) else model).get("is_quantized")
+            else "With dtype: float32 and bf16: true only the computing is of 16 bits"
+        )
+    return line
+
+
+def _check(parts: Sequence[str]) -> None:
+    wrong = [one for one in parts if one not in PARTS]
+    if wrong or isinstance(parts, str):
+        raise ConfigError(f"freeze: {parts!r}", f"a list of some of {list(PARTS)}", "write for example [vision_tower]")
+    if set(parts) == set(PARTS):
+        raise ConfigError(f"freeze: {list(parts)}", "a part that trains", "leave one out")

@@ -1,0 +1,1 @@
+"""How the weights of the built-in world were trained."""

@@ -1,0 +1,133 @@
+"""Train the weights that the package ships: `python -m lavender.world.training.make all`, or `make weights`.
+
+Hours on a CPU. Seeds are fixed; a stopped run goes on from its last checkpoint in the work folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lavender.config import ExtractionConfig
+from lavender.evaluation.map_scores import best_threshold, score_maps
+from lavender.teachers.diffusion.teacher import Teacher
+from lavender.world import WEIGHTS_PATH
+from lavender.world.judging import judge_teacher, score_student
+from lavender.world.scenes import scenes
+from lavender.world.training.students import train_student
+from lavender.world.training.teacher import train_teacher
+
+TEACHER: dict[str, Any] = {"steps": 4000, "vae_steps": 800, "num_scenes": 16_000, "batch": 32, "seed": 0}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "mllama": {"vision_steps": 3000, "steps": 700, "num_scenes": 20_000, "batch": 32, "seed": 0},
+    "llava": {"vision_steps": 3000, "steps": 600, "num_scenes": 20_000, "batch": 32, "seed": 0},
+}
+NUM_SCORED = 300
+
+TEACHER_CARD = """# The built-in world's teacher
+
+A Stable Diffusion folder: `StableDiffusionPipeline.from_pretrained` loads it. AutoencoderKL (factor 4),
+UNet2DConditionModel with cross-attention at 16 × 16 and 8 × 8, CLIPTextModel with 2 causal layers, a CLIP tokenizer so
+small that the longer names split into several tokens. ε-prediction, Stable Diffusion's noise schedule.
+
+It has only ever seen Twemoji drawings (CC-BY 4.0) on textured backgrounds, squashed to 64 × 64. It is a fixture for
+tests, demo and studies, not an image generator.
+
+Two things differ from a plain recipe: captions vary around their nouns, and in training the UNet often does not see
+tokens that are not part of a name (see `lavender/world/training/teacher.py` for why).
+
+"""
+STUDENT_CARDS = {
+    "mllama": """# The built-in world's cross-attending student
+
+An `MllamaForConditionalGeneration` checkpoint with its processor: 3 + 1 vision layers of 96, tiles of 64 pixels (at
+most two), 4 text layers of 128 of which layers 1 and 3 cross-attend.
+""",
+    "llava": """# The built-in world's self-attending student
+
+A `LlavaForConditionalGeneration` checkpoint with its processor: 4 CLIP layers of 96 of which the last is not used,
+pictures squashed to 80 × 80 pixels (100 patches among the text's tokens), 4 Llama layers of 128.
+""",
+}
+STUDENT_CARD = """
+Trained on captions (three samples of four) and questions about Twemoji scenes, after its vision tower had learned which
+names a picture holds. Stopped on purpose with room to improve.
+
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["all", "teacher", *STUDENTS])
+    parser.add_argument("--out", type=Path, default=WEIGHTS_PATH)
+    parser.add_argument("--work", type=Path, default=Path("weights-work"), help="checkpoints and loss curves")
+    parser.add_argument("--threads", type=int, default=None)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.part in ("all", "teacher"):
+        make_teacher(arguments.work, arguments.out / "teacher")
+    for name in STUDENTS:
+        if arguments.part in ("all", name):
+            make_student(name, arguments.work / name, arguments.out / f"student_{name}")
+
+
+def make_teacher(work: Path, out: Path) -> None:
+    """Train, store in half precision, score on development scenes, write the card."""
+    trained = train_teacher(work, work / "teacher_float32", **TEACHER)
+    shutil.copytree(trained, out, dirs_exist_ok=True)
+    to_half(out)
+    teacher = Teacher.from_pretrained(out, ExtractionConfig(grid=(16, 16), batch_size=16))
+    threshold, _ = best_threshold(judge_teacher(teacher, list(scenes("development", NUM_SCORED, start=500_000))))
+    scores = score_maps(judge_teacher(teacher, list(scenes("development", NUM_SCORED))), threshold).to_dict()
+    write_card(out, TEACHER_CARD, TEACHER, [work / "vae.jsonl", work / "teacher.jsonl"], scores)
+
+
+def make_student(name: str, work: Path, out: Path) -> None:
+    """Train, store in half precision, score on development scenes, write the card."""
+    train_student(name, work, out, **STUDENTS[name])
+    held_out = {
+        "in_domain": list(scenes("development", NUM_SCORED)),
+        "out_of_domain": list(scenes("development", NUM_SCORED, "openmoji")),
+    }
+    scores = score_student(out, held_out)[0]
+    del scores["entropies"]
+    lead = STUDENT_CARDS[name] + STUDENT_CARD
+    write_card(out, lead, STUDENTS[name], [work / "student_vision.jsonl", work / "student.jsonl"], scores)
+
+
+def to_half(folder: Path) -> None:
+    """Store every safetensors file of a folder in half precision."""
+    for path in folder.rglob("*.safetensors"):
+        halved = {name: value.half() for name, value in load_file(path).items()}
+        save_file(halved, path, metadata={"format": "pt"})
+
+
+def write_card(out: Path, lead: str, settings: dict[str, Any], curves: list[Path], scores: dict[str, Any]) -> None:
+    """README.md beside the weights: settings, loss curves, seconds, scores."""
+    parts = [lead, f"Settings and seed: `{json.dumps(settings)}`. One seed. Rebuilt by `make weights`.\n"]
+    for curve in curves:
+        logged = [json.loads(line) for line in curve.read_text().splitlines()]
+        lines = list({line["step"]: line for line in logged}.values())  # a resumed training logs some steps twice
+        keys = [key for key in lines[-1] if key not in ("step", "seconds")]
+        places = sorted({*range(0, len(lines), max(1, len(lines) // 10)), len(lines) - 1})
+        shown = [lines[place] for place in places]
+        table = [f"| step | {' | '.join(keys)} |", "| --- " * (len(keys) + 1) + "|"]
+        table += [f"| {line['step']} | {' | '.join(str(line[key]) for key in keys)} |" for line in shown]
+        parts.append(
+            f"\n`{curve.stem}`, smoothed, {lines[-1]['seconds']:.0f} s on one CPU core:\n\n" + "\n".join(table)
+        )
+    parts.append(f"\n\nScores on {NUM_SCORED} development scenes:\n\n```json\n{json.dumps(scores, indent=1)}\n```\n")
+    (out / "README.md").write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

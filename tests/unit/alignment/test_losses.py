@@ -1,0 +1,134 @@
+"""The loss of a word, worked out by hand."""
+
+from __future__ import annotations
+
+from math import log
+
+import pytest
+import torch
+
+from lavender.alignment.losses import per_word_loss
+from lavender.config import ATTENTION_LOSSES
+from lavender.maps import min_max
+
+KINDS = pytest.mark.parametrize("kind", ATTENTION_LOSSES)
+DIVERGENCES = pytest.mark.parametrize("kind", ["mse", "kl", "js"])
+STUDENT, TEACHER = torch.tensor([[[1.0, 0], [1, 0]]]), torch.tensor([[[1.0, 0], [0, 0]]])
+A = 1e-6  # of FLOOR: cells of the distributions are (1 + a) or a over the sum of all four
+LIT, DARK = (1 + A) / (2 + 4 * A), A / (2 + 4 * A)  # of the student: two lit cells
+ONE, NONE = (1 + A) / (1 + 4 * A), A / (1 + 4 * A)  # of the teacher: one
+
+
+def test_mean_square_over_cells_of_each_word():
+    student = torch.tensor([[[0.5, 1.0, 0.0]], [[1.0, 1.0, 1.0]]])
+    teacher = torch.tensor([[[0.1, 0.2, 0.3]], [[0.0, 0.5, 1.0]]])  # min-max: 0, ½, 1 both
+    loss = per_word_loss(student, teacher)
+    assert loss.tolist() == pytest.approx([(0.25 + 0.25 + 1) / 3, (1 + 0.25 + 0) / 3], abs=1e-5)
+
+
+def test_equal_maps_cost_nothing_and_opposite_ones_one():
+    teacher = (torch.arange(35.0).view(1, 5, 7) >= 18).float()
+    assert per_word_loss(teacher, teacher).item() == pytest.approx(0, abs=1e-11)
+    assert per_word_loss(1 - teacher, teacher).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_teachers_scale_and_level_do_not_matter():
+    student, teacher = torch.rand(2, 5, 7), torch.rand(2, 5, 7)
+    torch.testing.assert_close(per_word_loss(student, teacher * 0.3 + 0.2), per_word_loss(student, teacher))
+
+
+def test_a_flat_teacher_asks_for_nothing_anywhere():
+    student = torch.full((1, 5, 7), 0.5)
+    assert per_word_loss(student, torch.full((1, 5, 7), 0.7)).item() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("min-max", 1 / 4),
+        ("min-max-sum", 1),
+        # ½, 0, ½, 0 against 1, 0, 0, 0: a quarter twice
+        ("mse", (LIT - ONE) ** 2 + (LIT - NONE) ** 2 + 2 * (DARK - NONE) ** 2),
+        # ln 2, and 10⁻⁶ · −13.1 for the lit cell that should be dark
+        ("kl", ONE * log(ONE / LIT) + NONE * log(NONE / LIT) + 2 * NONE * log(NONE / DARK)),
+        # against ¾, 0, ¼, 0
+        (
+            "js",
+            (LIT * log(2 * LIT / (LIT + ONE)) + LIT * log(2 * LIT / (LIT + NONE))) / 2
+            + (ONE * log(2 * ONE / (LIT + ONE)) + NONE * log(2 * NONE / (LIT + NONE))) / 2
+            + DARK * log(2 * DARK / (DARK + NONE))
+            + NONE * log(2 * NONE / (DARK + NONE)),
+        ),
+    ],
+)
+def test_each_kind_by_hand(kind, loss):
+    """Two lit cells of four where the teacher has one."""
+    assert loss == pytest.approx(
+        {"min-max": 0.25, "min-max-sum": 1, "mse": 0.5, "kl": log(2), "js": 0.75 * log(4 / 3)}[kind], abs=2e-5
+    )
+    assert per_word_loss(STUDENT, TEACHER, kind).tolist() == pytest.approx([loss], abs=2e-6)
+
+
+def test_a_missed_place_costs_no_more_than_the_floor_allows():
+    """1, 0, 0, 0 against 0, 0, 1, 0: ln 10⁶ = 13.8."""
+    found = per_word_loss(TEACHER.flip(1), TEACHER, "kl")
+    assert found.tolist() == pytest.approx([(ONE - NONE) * log(ONE / NONE)], rel=1e-5)
+    assert found.tolist() == pytest.approx([log(1e6)], abs=1e-4)
+
+
+def test_js_is_symmetric_and_at_most_ln_2():
+    ours, theirs = min_max(torch.rand(101, 5, 7) ** 8), min_max(torch.rand(101, 5, 7) ** 8)
+    found = per_word_loss(ours, theirs, "js")
+    torch.testing.assert_close(per_word_loss(theirs, ours, "js"), found, rtol=0, atol=1e-5)
+    assert 0.2 < found.min() <= found.max() < log(2)
+    apart = per_word_loss(TEACHER.flip(1), TEACHER, "js")  # no cell in common
+    assert log(2) - 1e-4 < apart.item() <= log(2)
+
+
+@KINDS
+def test_zero_for_equal_maps_alone(kind):
+    teacher = min_max(torch.rand(7, 5, 3))
+    assert per_word_loss(teacher, teacher, kind).tolist() == pytest.approx([0] * 7, abs=1e-6)
+    student = teacher.clone()
+    student[:, 2, 1] = 1 - student[:, 2, 1]  # one cell of each
+    least = (1 - 2 * teacher[:, 2, 1]).abs()
+    found = per_word_loss(student, teacher, kind)
+    assert (found[least > 0.1] > 1e-5).all()
+
+
+@DIVERGENCES
+def test_a_distribution_has_no_level_of_brightness(kind):
+    student, teacher = torch.rand(3, 5, 7) / 2 + 0.25, torch.rand(3, 5, 7)
+    torch.testing.assert_close(
+        per_word_loss(student * 2, teacher, kind), per_word_loss(student, teacher, kind), rtol=1e-4, atol=1e-6
+    )
+
+
+@KINDS
+def test_words_cost_on_their_own(kind):
+    student, teacher = torch.rand(3, 5, 7), torch.rand(3, 5, 7)
+    whole = per_word_loss(student, teacher, kind)
+    assert whole.shape == (3,)
+    torch.testing.assert_close(whole[1:2], per_word_loss(student[1:2], teacher[1:2], kind))
+
+
+@KINDS
+def test_no_word_no_loss_of_any_kind(kind):
+    student = torch.zeros(0, 5, 7, requires_grad=True)
+    loss = per_word_loss(student, torch.zeros(0, 5, 7), kind)
+    assert loss.shape == (0,)
+    loss.sum().backward()
+    assert student.grad is not None
+
+
+@KINDS
+@pytest.mark.parametrize(("ours", "theirs"), [(0.0, None), (0.7, None), (None, 0.0), (None, 0.7), (0.0, 0.0)])
+def test_flat_maps_give_finite_gradients(kind, ours, theirs):
+    student = (torch.rand(2, 5, 7) if ours is None else torch.full((2, 5, 7), ours)).requires_grad_()
+    loss = per_word_loss(
+        min_max(student), torch.rand(2, 5, 7) if theirs is None else torch.full((2, 5, 7), theirs), kind
+    )
+    assert loss.isfinite().all()
+    loss.sum().backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()

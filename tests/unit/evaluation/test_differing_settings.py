@@ -1,0 +1,64 @@
+"""What `eval` and `report` say of the settings of runs: what was recorded, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lavender.errors import DataError
+from lavender.evaluation.runs import _differing, report_run
+from lavender.training.run_folder import read_config
+
+
+def folder(path: Path, **settings: Any) -> Path:
+    path.mkdir()
+    ours = {"model": "m", "data": "d", "maps": "s", "out": str(path), "prompt": "What?"}
+    (path / "config.yaml").write_text(yaml.safe_dump(ours | settings))
+    return path
+
+
+def test_every_differing_setting_is_named(tmp_path):
+    record = {"versions": {"torch": "2.7"}, "content": {"data": "1"}}
+    one = folder(tmp_path / "one", training={"align_weight": 0.0, "seed": 1, "match": "label"}, record=record)
+    other = folder(
+        tmp_path / "other",
+        training={"align_weight": 5.0, "seed": 1, "match": "label"},
+        dtype="float32",
+        record={"versions": {"torch": "2.8"}, "content": {"data": "2"}},
+    )
+    differing, notes = _differing({"base": "m", "one": one, "other": other})
+    assert differing == {
+        "align_weight": {"one": 0.0, "other": 5.0},
+        "versions.torch": {"one": "2.7", "other": "2.8"},
+        "content.data": {"one": "1", "other": "2"},
+    }
+    assert "the arms differ in align_weight: one 0.0, other 5.0" in notes
+    assert "one did not record 1 of its settings, such as dtype" in notes
+
+
+def test_what_a_run_did_not_record_is_not_filled_in(tmp_path):
+    """An old run had λ = 10 by default; today's 2 must not be said of it."""
+    old = folder(tmp_path / "old", training={"learning_rate": 1.0})
+    new = folder(tmp_path / "new", training={"align_weight": 2.0, "learning_rate": 1.0, "adam_beta1": 0.9})
+    differing, notes = _differing({"old": old, "new": new, "plain": tmp_path})
+    assert differing == {"align_weight": {"old": "not recorded", "new": 2.0}}
+    assert "old did not record 2 of its settings, such as adam_beta1, align_weight" in notes
+    assert f"nothing is known of the settings of {tmp_path}" in notes
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "model: m", "model: m\x00", "{}"])
+def test_a_damaged_config(text, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"config\.yaml"):
+        read_config(tmp_path)
+
+
+def test_damaged_scores(tmp_path):
+    run = folder(tmp_path / "run")
+    for text in ("{", "[]", '{"data": 1}'):
+        (run / "eval.json").write_text(text)
+        with pytest.raises(DataError, match="eval.json, which is damaged"):
+            report_run(run)

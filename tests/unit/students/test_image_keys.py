@@ -1,0 +1,77 @@
+"""Boxes and cells, worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lavender.students.image_keys import EMPTY_BOX, grid_boxes, overlap_matrix
+
+
+def overlap(*box: float, grid: tuple[int, int] = (5, 7)) -> torch.Tensor:
+    """The map (rows, cols) of one box."""
+    return overlap_matrix(torch.tensor([box], dtype=torch.float64), grid).view(grid)
+
+
+def test_a_box_that_is_a_cell():
+    expected = torch.zeros(5, 7)
+    expected[3, 2] = 1
+    torch.testing.assert_close(overlap(3 / 5, 2 / 7, 4 / 5, 3 / 7), expected, rtol=0, atol=1e-6)
+
+
+def test_a_box_over_four_cells():
+    # rows 1.5 to 2.25 of 5: 2/3 in row 1, 1/3 in row 2; columns 4.2 to 5.2 of 7: 4/5 in column 4, 1/5 in column 5
+    expected = torch.zeros(5, 7)
+    expected[1, 4], expected[1, 5], expected[2, 4], expected[2, 5] = 8 / 15, 2 / 15, 4 / 15, 1 / 15
+    torch.testing.assert_close(overlap(1.5 / 5, 4.2 / 7, 2.25 / 5, 5.2 / 7), expected, rtol=0, atol=1e-6)
+
+
+def test_the_whole_picture_is_uniform():
+    torch.testing.assert_close(overlap(0, 0, 1, 1), torch.full((5, 7), 1 / 35))
+
+
+def test_a_box_much_smaller_than_a_cell_keeps_its_mass():
+    expected = torch.zeros(5, 7)
+    expected[0, 6] = 1
+    torch.testing.assert_close(overlap(0.1, 0.99, 0.1001, 0.9901), expected, rtol=0, atol=1e-6)
+
+
+def test_an_empty_box_gives_nothing():
+    assert overlap(*EMPTY_BOX).tolist() == torch.zeros(5, 7).tolist()
+
+
+def test_parts_outside_the_picture_count_as_outside():
+    assert overlap(0.5, 0, 1.5, 2).sum().item() == pytest.approx(0.5 * 0.5)
+    expected = torch.zeros(5, 7)
+    expected[4, 6] = 0.25
+    torch.testing.assert_close(overlap(4 / 5, 6 / 7, 6 / 5, 8 / 7), expected, rtol=0, atol=1e-6)
+    assert overlap(1, 0, 1.3, 1).sum() == 0
+
+
+def test_rows_and_columns_are_not_confused():
+    boxes = grid_boxes(2, 3)
+    matrix = overlap_matrix(boxes, (2, 3))
+    torch.testing.assert_close(matrix, torch.eye(6), rtol=0, atol=1e-6)
+
+
+def test_mass_is_kept_between_any_two_grids():
+    matrix = overlap_matrix(grid_boxes(11, 13), (5, 7))
+    assert matrix.dtype == torch.float32
+    assert matrix.shape == (143, 35)
+    torch.testing.assert_close(matrix.sum(1), torch.ones(143))
+    torch.testing.assert_close(matrix.sum(0), torch.full((35,), 143 / 35))
+    down = matrix.view(11, 13, 5, 7).sum((1, 3))  # row i of 11 has its centre at 5 · (i + ½) / 11 rows of cells
+    assert down.argmax(1).tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4]
+
+
+def test_grid_boxes_are_row_major_and_fill_the_frame():
+    boxes = grid_boxes(2, 3, (0.5, 0.25, 1.5, 1.0))
+    assert boxes.dtype == torch.float64
+    assert boxes.tolist() == [
+        [0.5, 0.25, 1.0, 0.5],
+        [0.5, 0.5, 1.0, 0.75],
+        [0.5, 0.75, 1.0, 1.0],
+        [1.0, 0.25, 1.5, 0.5],
+        [1.0, 0.5, 1.5, 0.75],
+        [1.0, 0.75, 1.5, 1.0],
+    ]
