@@ -338,14 +338,14 @@ def test_no_error_quotes_a_file(folder, beginning):
 
 
 def test_readable_keeps_classes_of_errors(folder, monkeypatch):
-    from lavender import data
+    from lavender.data import samples as reading
 
     samples = rows(folder, GOOD)
 
     def fails(sample):
         raise MemoryError(threading.current_thread().name)
 
-    monkeypatch.setattr(data, "_identities", fails)
+    monkeypatch.setattr(reading, "_identities", fails)
     with pytest.raises(MemoryError, match="ThreadPool"):
         readable(samples)
 

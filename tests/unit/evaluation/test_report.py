@@ -272,7 +272,7 @@ def test_content_that_does_not_fit_is_refused(tmp_path: Path):
 def test_the_report_stands_alone():
     program = (
         "import sys, lavender.evaluation.report.page; "
-        "print([m for m in ('lavender.evaluation', 'lavender.world', 'trl', 'transformers') if m in sys.modules])"
+        "print([m for m in ('lavender.training', 'lavender.world', 'trl', 'transformers') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
