@@ -71,6 +71,7 @@ def test_the_first_example_runs(folder):
     prepared = _run(STOCK.split("args = ", maxsplit=1)[0])
     ran = _run(GESTURE, **prepared)
     assert [word.text for word in ran["word_maps"].words] == ["cat", "red", "sofa"]
+    assert (folder / "cat-maps.png").is_file()
     assert ran["trainer"].coverage.words > 0
 
 
