@@ -64,7 +64,7 @@ def _run(script: str, **namespace: Any) -> dict:
 
 @pytest.mark.xfail(raises=TypeError, strict=True, reason="Teacher.from_pretrained does not yet do without a config")
 def test_the_first_example_runs(folder):
-    """With the built-in teacher in the place of a published one, and the model, processor and data of the stock script."""
+    """With the built-in teacher as `teacher`, and the model, processor and data set of the stock script."""
     assert len(GESTURE.splitlines()) <= 15
     (folder / "teacher").symlink_to(TEACHER_PATH)
     Image.open(next((folder / "data").glob("*.png"))).convert("RGB").save(folder / "cat.jpg")
