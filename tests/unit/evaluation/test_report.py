@@ -172,9 +172,9 @@ def test_heat_is_opaque_where_hot_and_clear_where_cold():
     assert np.unravel_index(layer[..., 3].argmax(), (11, 13)) == (3, 10)
     assert layer[3, 10, 3] > 220
     assert layer[10, 0, 3] == 0
-    veil = np.asarray(decoded(render_report(full_report()), "True mask of “dog”"))
-    assert veil[3, 10, 3] == 0
-    assert veil[0, 0, 3] > 150
+    outside = np.asarray(decoded(render_report(full_report()), "True mask of “dog”"))
+    assert outside[3, 10, 3] == 0
+    assert outside[0, 0, 3] > 150
 
 
 def test_large_pictures_are_reduced_and_small_ones_show_their_pixels():
