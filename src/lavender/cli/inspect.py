@@ -105,8 +105,8 @@ def _sample_lines(sample: dict[str, Any]) -> list[str]:
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
     setups = {
-        "full": memory["full"],
-        "full 16-bit": memory["full_16_bit"],
+        "full fp32": memory["full"],
+        "full bf16": memory["full_16_bit"],
         "LoRA": memory["lora"],
         "QLoRA": memory["qlora"],
     }
