@@ -93,6 +93,7 @@ def test_usage_that_argparse_refuses(arguments):
     ran = lavender(*arguments)
     assert ran.code == WRONG_USAGE
     assert ran.err.startswith("usage: lavender")
+    assert ran.err.endswith(" --help`.\n")
 
 
 # runs

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from lavender import __version__
 from lavender.cli import check, demo, eval, export, extract, inspect, report, study, train
@@ -34,9 +35,18 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {verb: module.run for ve
 """The call of each verb: parsed options → exit code."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors of usage, wrapped to the terminal, with the command that helps."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        show(f"{self.prog}: {message}. Do this: see `{self.prog} --help`.", sys.stderr)
+        self.exit(WRONG_USAGE)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs. Each module of a verb has its options and its texts."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lavender",
         description="Fine-tune a vision-language model whose attention learns from the word maps of a diffusion "
         "model (Diffusion Instruction Tuning).",
