@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        show(f"{self.prog}: {message}. Do this: see `{self.prog} --help`.", sys.stderr)
+        show(f"{self.prog}: error: {message}. Do this: see `{self.prog} --help`.", sys.stderr)
         self.exit(WRONG_USAGE)
 
 
