@@ -5,6 +5,7 @@ Verbs run in this process, through `main`. No score is looked at: any weights wi
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 import yaml
 
 from command_line import complaint, lavender, write_run, write_scenes
+from lavender.cli.eval import _table
 from lavender.cli.main import DONE, FAILED, VERBS, WRONG_USAGE
+from lavender.cli.terminal import show
 from lavender.data.store import MapStore
 
 # help and wrong usage
@@ -42,6 +45,41 @@ def test_every_verb_has_help(verb):
     assert not ran.err
 
 
+@pytest.mark.parametrize("arguments", [(), *((verb,) for verb in VERBS)])
+def test_help_fits_a_terminal_of_80_columns(arguments, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, lavender(*arguments, "--help").out.splitlines())) <= 80
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_are_wrapped_on_a_terminal_and_whole_in_a_pipe(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    path = "/a/folder/whose-name/" + "is-long" * 12
+    line = f"note: {'left out 1 sample ' * 4}{path}"
+    pipe, terminal = io.StringIO(), Terminal()
+    show(line, pipe)
+    show(line, terminal)
+    assert pipe.getvalue() == f"{line}\n"
+    first, *others = terminal.getvalue().splitlines()
+    assert first.startswith("note: left out")
+    assert all(len(part) <= 60 or part == f"  {path}" for part in (first, *others))
+    assert " ".join(terminal.getvalue().split()) == line
+
+
+def test_the_table_of_eval_has_straight_columns():
+    scores = {"answer_nll": 1.25, "content_f1": 0.5, "entropy": 3.0, "map_agreement": None}
+    head, *rows = _table({"base": scores, "a run with a long name": scores})
+    assert head.split() == ["model", *scores]
+    assert rows[0].split() == ["base", "1.2500", "0.5000", "3.0000", "–"]
+    for name, cell in (("answer_nll", "1.2500"), ("entropy", "3.0000"), ("map_agreement", "–")):
+        end = head.index(name) + len(name)
+        assert all(row[:end].endswith(cell) for row in rows)
+
+
 def test_the_version_is_that_of_the_distribution():
     from importlib.metadata import version
 
@@ -55,6 +93,7 @@ def test_usage_that_argparse_refuses(arguments):
     ran = lavender(*arguments)
     assert ran.code == WRONG_USAGE
     assert ran.err.startswith("usage: lavender")
+    assert ran.err.endswith(" --help`.\n")
 
 
 # runs

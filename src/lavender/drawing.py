@@ -1,4 +1,4 @@
-"""A picture with a map over it, as pixels. Maps cover the whole picture; sizes are (height, width) in pixels."""
+"""Pictures with maps over them, as pixels. Maps cover the whole picture; sizes are (height, width) in pixels."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch import Tensor
 from lavender.maps import to_heat
 
 LARGEST_PICTURE = 512
-"""Longest side in pixels of a picture that is shown; larger ones are reduced."""
-_LARGEST_OVERLAY = 160  # a map is smooth: more pixels would only make a page heavy
+"""Longest side, in pixels, of a picture in a report. Larger pictures are downscaled."""
+_LARGEST_OVERLAY = 160  # pixels; maps are smooth, so more would only make the page larger
 
 
-def reduced(image: Image.Image, largest: int = LARGEST_PICTURE) -> Image.Image:
-    """The picture in RGB, its longest side at most `largest`."""
+def downscaled(image: Image.Image, largest: int = LARGEST_PICTURE) -> Image.Image:
+    """The picture in RGB, its longest side at most `largest` pixels."""
     picture = image.convert("RGB")
     picture.thumbnail((largest, largest))
     return picture
 
 
-def faded(picture: Image.Image) -> Image.Image:
-    """A picture that leaves the colours to what lies over it."""
+def desaturated(picture: Image.Image) -> Image.Image:
+    """The picture with weak colours and a little darker, so that the colours of a map over it stand out."""
     return Image.blend(picture, picture.convert("L").convert("RGB"), 0.7).point(lambda value: round(0.85 * value))
 
 
-def under_heat(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """The faded picture with a map (rows, cols) over it."""
+def overlay_heat(picture: Image.Image, heat: Tensor) -> Image.Image:
+    """The desaturated picture with a map (rows, cols) over it, in RGB."""
     layer = Image.fromarray(heat_layer(heat, (picture.height, picture.width))).resize(picture.size)
-    return Image.alpha_composite(faded(picture).convert("RGBA"), layer).convert("RGB")
+    return Image.alpha_composite(desaturated(picture).convert("RGBA"), layer).convert("RGB")
 
 
 def _resized(heat: Tensor, size: tuple[int, int]) -> np.ndarray:
-    flat = heat.detach().to("cpu").double().clamp_min(0)[None, None]
-    return to_heat(F.interpolate(flat, size=size, mode="bilinear", align_corners=False)[0, 0].float()).numpy()
+    clamped = heat.detach().to("cpu").double().clamp_min(0)[None, None]
+    return to_heat(F.interpolate(clamped, size=size, mode="bilinear", align_corners=False)[0, 0].float()).numpy()
 
 
 def peak_of(heat: Tensor, size: tuple[int, int]) -> tuple[int, int] | None:
@@ -45,7 +45,7 @@ def peak_of(heat: Tensor, size: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def heat_layer(heat: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """A map as colours to lie over a picture of `size`: uint8 (height, width, 4), clear where it is cold."""
+    """A map in colours, to lie over a picture of `size`: uint8 (height, width, RGBA), transparent where it is 0."""
     from matplotlib import colormaps
 
     shrink = min(1.0, _LARGEST_OVERLAY / max(size))
@@ -55,11 +55,11 @@ def heat_layer(heat: Tensor, size: tuple[int, int]) -> np.ndarray:
     return (255 * layer).round().astype(np.uint8)
 
 
-def veil(mask: np.ndarray) -> np.ndarray:
-    """Night over everything outside the mask, with a light rim: uint8 (height, width, 4)."""
-    veil = np.zeros((*mask.shape, 4), dtype=np.uint8)
-    veil[~mask] = (20, 11, 53, 205)
+def dim_outside(mask: np.ndarray) -> np.ndarray:
+    """A layer that darkens everything outside a mask (height, width), with a light rim: uint8 (height, width, RGBA)."""
+    layer = np.zeros((*mask.shape, 4), dtype=np.uint8)
+    layer[~mask] = (20, 11, 53, 205)
     padded = np.pad(mask, 1)
     near = padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
-    veil[near & ~mask] = (255, 255, 255, 235)
-    return veil
+    layer[near & ~mask] = (255, 255, 255, 235)
+    return layer

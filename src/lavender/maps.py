@@ -113,3 +113,13 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
     ours, theirs = (one.double() - one.double().mean(dim=(-2, -1), keepdim=True) for one in (first, second))
     scale = ours.square().sum(dim=(-2, -1)) * theirs.square().sum(dim=(-2, -1))
     return (ours * theirs).sum(dim=(-2, -1)) / scale.sqrt()
+
+
+def map_agreement(first: Tensor, second: Tensor) -> float | None:
+    """Mean over words of the Pearson correlation, over cells, of two maps (word, rows, cols).
+
+    A flat map has no correlation and does not count. None if no word counts.
+    """
+    values = correlation(first, second)
+    known = values[~values.isnan()]
+    return known.mean().item() if len(known) else None

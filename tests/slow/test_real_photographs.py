@@ -95,8 +95,8 @@ def test_eval_sets_base_baseline_and_run_side_by_side(photograph_run):
 
 def test_the_report_says_that_the_teacher_never_saw_photographs(photograph_run):
     page = (photograph_run.runs["lora"] / "report.html").read_text()
-    assert "built-in teacher, which has only ever seen drawings on textures" in page
-    assert "On photographs its maps show that the path works, not where things are." in page
+    assert "built-in teacher, which was trained on drawings over textures only" in page
+    assert "On photographs they show that the pipeline works, not where things are." in page
     assert "these samples were trained on" in page
     for name in ("base", "full", "lora", "astronaut", "teacher"):
         assert name in page

@@ -1,4 +1,4 @@
-"""The command line: one verb per file."""
+"""The command line: `main` builds the parser; each verb has a module with its options, its call and its output."""
 
 from lavender.cli.main import main
 

@@ -1,4 +1,4 @@
-"""How a verb ends early: by a signal, or by an error that the library did not foresee."""
+"""How a verb ends: its exit codes, the signals that stop it, and errors that nobody foresaw."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from types import FrameType
 
 from lavender.errors import LavenderError
 
+DONE, FAILED, WRONG_USAGE = 0, 1, 2
+
 UNEXPECTED = "an unexpected error"
-"""Begins the line of an error that is a fault of the library: tests and the fuzz job look for it."""
+"""How the message of a bug in the library begins. Tests and the fuzz job look for it."""
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM asked the process to end. A KeyboardInterrupt, so that all code that cleans up does so."""
+    """SIGINT or SIGTERM asked the process to end. As a KeyboardInterrupt it runs all clean-up code."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -27,38 +29,38 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def signals_stop() -> Iterator[None]:
-    """Raise `Stopped` at the first SIGINT or SIGTERM. At the second the process ends at once."""
+    """Raise `Stopped` at the first SIGINT or SIGTERM. The second ends the process at once."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
 
-    owner = os.getpid()
+    main_process = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        if os.getpid() != owner:  # a forked worker, which its parent ends
+        for handled in previous:
+            signal.signal(handled, signal.SIG_DFL)
+        if os.getpid() != main_process:  # a forked worker, which its parent ends
             os.kill(os.getpid(), number)
         raise Stopped(number)
 
-    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}  # nohup
-    for number in before:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}  # nohup
+    for number in previous:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def unexpected(error: Exception) -> LavenderError:
-    """One line for a fault of the library; the traceback goes to a file, which the line names."""
+    """The message about a bug in the library. The traceback goes to a file that the message names."""
     with tempfile.NamedTemporaryFile(
         "w", prefix="lavender-", suffix=".log", delete=False, errors="backslashreplace"
     ) as log:
         log.writelines(traceback.format_exception(error))
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
     return LavenderError(
-        f"{UNEXPECTED}, {reason}", "none: this is a fault of lavender", f"report it, with the traceback in {log.name}"
+        f"{UNEXPECTED}, {reason}", "no error: this is a bug in lavender", f"report it with the traceback in {log.name}"
     )

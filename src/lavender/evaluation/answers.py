@@ -1,4 +1,4 @@
-"""What a model says about pictures: greedy answers, and how well they name what is there."""
+"""A model's greedy answers about pictures, and scores of the names in them."""
 
 from __future__ import annotations
 
@@ -20,45 +20,48 @@ _GAP = re.compile(r"[\s\-]+")
 
 
 def names_said(text: str, names: Iterable[str]) -> set[str]:
-    """The names that a text says, spelt as in `names`.
+    """The names that occur in a text, spelt as in `names`.
 
-    Whole words in any case, the longest name first: "hot dog" is not also "dog". A plural in -s counts
-    where it cannot be another name: "dogs" says "dog", but "grapes" never "grape" if both are names.
+    Whole words in any case, the longest name first: "hot dog" does not count as "dog". A plural in -s counts unless it
+    is another name: "dogs" says "dog", but "grapes" does not say "grape" if both are names.
     """
     pattern, name_of = _spellings(tuple(names))
-    return {name_of[_GAP.sub(" ", found.lower())] for found in pattern.findall(_composed(text))}
+    return {name_of[_GAP.sub(" ", spelling.lower())] for spelling in pattern.findall(_composed(text))}
 
 
 @lru_cache(maxsize=64)
 def _spellings(names: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
-    """A pattern of every way to write the names, and the name each way means."""
+    """A pattern of all spellings of the names, and the name that each spelling means."""
     name_of = {_GAP.sub(" ", _composed(name).lower()): name for name in names}
     plurals = {f"{spelling}s": name for spelling, name in name_of.items() if not spelling.endswith("s")}
-    name_of = plurals | name_of  # a name itself wins over the plural of another
+    name_of = plurals | name_of  # a name takes precedence over another name's plural
     longest_first = sorted(name_of, key=len, reverse=True)
     written = "|".join(re.escape(spelling).replace(r"\ ", _GAP.pattern) for spelling in longest_first)
     return re.compile(rf"(?<!\w)(?:{written})(?!\w)", re.IGNORECASE), name_of
 
 
-def object_f1(said: Sequence[set[str]], present: Sequence[set[str]]) -> float:
-    """Micro F1 of the names said against the names present, over all pictures. 1 if there are none of either."""
-    _require_pairs(said, present)
-    right = sum(len(one & truth) for one, truth in zip(said, present, strict=True))
-    total = sum(map(len, said)) + sum(map(len, present))
-    return 2 * right / total if total else 1.0
+def micro_f1(predicted: Sequence[set[str]], true: Sequence[set[str]]) -> float:
+    """Micro F1 of predicted sets against the true ones: 2·Σ|P ∩ T| / Σ(|P| + |T|), sums over all samples.
+
+    1 if every set is empty: then each prediction is exactly the truth, as `exact_set` counts it too.
+
+    Raises:
+        DataError: not as many predictions as truths, or none.
+    """
+    _require_pairs(predicted, true)
+    common = sum(len(names & truth) for names, truth in zip(predicted, true, strict=True))
+    total = sum(map(len, predicted)) + sum(map(len, true))
+    return 2 * common / total if total else 1.0
 
 
-def exact_set(said: Sequence[set[str]], present: Sequence[set[str]]) -> float:
-    """Share of pictures of which exactly the names present are said."""
-    _require_pairs(said, present)
-    return sum(one == truth for one, truth in zip(said, present, strict=True)) / len(said)
+def exact_set(predicted: Sequence[set[str]], true: Sequence[set[str]]) -> float:
+    """Share of samples whose predicted set is the true one.
 
-
-def exact_match(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """Share of answers equal to the truth; case, surrounding space and one final full stop do not count."""
-    _require_pairs(answers, truths)
-    pairs = zip(answers, truths, strict=True)
-    return sum(_plain(answer) == _plain(truth) for answer, truth in pairs) / len(answers)
+    Raises:
+        DataError: not as many predictions as truths, or none.
+    """
+    _require_pairs(predicted, true)
+    return sum(names == truth for names, truth in zip(predicted, true, strict=True)) / len(predicted)
 
 
 def generate_answers(
@@ -73,26 +76,26 @@ def generate_answers(
     """Answer one prompt about each picture by greedy decoding.
 
     Args:
-        model: any transformers image-text-to-text model; it runs in evaluation mode where it is, and every
-            module's training flag is put back.
-        processor: its processor, with a chat template; its padding side is put back.
-        images: one picture a prompt.
-        prompts: what the user says beside the picture.
+        model: a Transformers image-text-to-text model. It runs on its device in evaluation mode; afterwards each
+            module has its own training flag again.
+        processor: its processor, with a chat template. Its padding side is restored.
+        images: one picture per prompt.
+        prompts: what the user says about each picture.
         max_new_tokens: where an answer is cut off.
-        batch_size: pictures a pass. Batches are padded on the left, so it does not change the answers.
-        progress: called with the number of answers so far, after each batch.
+        batch_size: pictures per pass. Batches are padded on the left, so it does not change the answers.
+        progress: called after each batch with the number of answers so far.
 
     Returns:
-        the answers, without prompt, special tokens and surrounding space.
+        One answer per picture, without the prompt, special tokens and surrounding space.
 
     Raises:
-        DataError: the numbers of pictures and prompts differ, or are zero.
+        DataError: not as many pictures as prompts, or none.
     """
     _require_pairs(images, prompts)
     answers: list[str] = []
     with torch.inference_mode(), evaluating(model), _padding_left(processor.tokenizer):
         for start in range(0, len(images), batch_size):
-            pictures = [load_image(one, "a picture to ask about") for one in images[start : start + batch_size]]
+            pictures = [load_image(image, "a picture to ask about") for image in images[start : start + batch_size]]
             conversations = [
                 [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
                 for image, prompt in zip(pictures, prompts[start : start + batch_size], strict=True)
@@ -112,7 +115,7 @@ def _answer(model: Any, processor: Any, conversations: list[list[dict]], max_new
         return_tensors="pt",
         processor_kwargs={"padding": True},
     ).to(model.device, model.dtype)
-    # Sampling settings that a checkpoint brings along would only be warned about: greedy decoding has none.
+    # Greedy decoding uses no sampling settings; those of a checkpoint would only cause warnings.
     tokens = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -130,7 +133,7 @@ def _answer(model: Any, processor: Any, conversations: list[list[dict]], max_new
 
 @contextmanager
 def _padding_left(tokenizer: Any) -> Iterator[None]:
-    """Pad on the left: the answer must follow its prompt directly."""
+    """Pad on the left, so that the answer directly follows its prompt."""
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         yield
@@ -138,17 +141,15 @@ def _padding_left(tokenizer: Any) -> Iterator[None]:
         tokenizer.padding_side = side
 
 
-def _plain(text: str) -> str:
-    return _composed(text).strip().removesuffix(".").rstrip().casefold()
-
-
 def _composed(text: str) -> str:
-    """A text with its accents in its letters: the same word may be written either way."""
+    """The text in Unicode NFC: a letter and its accent are one character, however they were typed."""
     return unicodedata.normalize("NFC", text)
 
 
-def _require_pairs(ours: Sized, theirs: Sized) -> None:
-    if len(ours) != len(theirs) or not len(ours):
+def _require_pairs(first: Sized, second: Sized) -> None:
+    if len(first) != len(second) or not len(first):
         raise DataError(
-            f"{len(ours)} and {len(theirs)} items", "as many of one as of the other, at least one", "pair them"
+            f"{len(first)} and {len(second)} items",
+            "two lists of the same length, at least 1",
+            "pass one item per item of the other list",
         )

@@ -1,11 +1,12 @@
-"""`lavender eval` and `lavender report`: runs beside their base, as numbers and as a page."""
+"""Compare a run with its base model and other runs: scores (`lavender eval`) and an HTML page (`lavender report`)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lavender.alignment.collator import SeveralStores
@@ -27,6 +28,7 @@ from lavender.evaluation.compare import (
 from lavender.evaluation.report.page import Curve, Report, Table, write_report
 from lavender.files import expanded, write_whole
 from lavender.students.loading import load_run
+from lavender.students.word_maps import Reading
 from lavender.training.run_folder import CONFIG, METRICS, NOT_RECORDED, flat, read_config
 
 NUM_PANELS = 6
@@ -34,32 +36,51 @@ NUM_PANELS = 6
 
 def evaluate_runs(
     run: Path,
-    against: list[Path],
+    against: Sequence[Path],
     data: Path | None = None,
     maps: Path | None = None,
     limit: int = 64,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Scores of the run, of its base and of the runs beside it, on the same samples; also in RUN/eval.json."""
+    """Score a run, its base model and other models on the same samples. Also writes the result to RUN/eval.json.
+
+    Args:
+        run: run folder, as `lavender train` writes it.
+        against: other run folders or checkpoints to compare with.
+        data: folder or file of held-out data; None for the data that the run was trained on.
+        maps: map store of `data`; None for the run's stores if `data` is None, else no maps.
+        limit: the largest number of samples, spread evenly over the data.
+        trust_remote_code: run the code that comes with a model.
+
+    Returns:
+        `arms` (model name → score name → value; see `Observed`), `samples` (their number), `notes` for the reader,
+        `differing_settings` (setting → model name → value), and the paths `data`, `maps` and `against`.
+
+    Raises:
+        ConfigError: `limit` is below 1.
+        DataError: no run in the folder, or no sample that can be scored.
+        ModelError: a model is missing or damaged.
+        NotFiniteError: a model's loss is NaN or infinite.
+        StoreError: a map store is missing or damaged.
+    """
     require_limit(limit)
     run, against = expanded(run), [expanded(path) for path in against]
     config = read_config(run)
     prompt = _prompt_of(config, run)
     arm_paths = _arms(config, run, against)
-    differing, notes = _differing(arm_paths)
-    own_data = data is None
+    differing, notes = _differing_settings(arm_paths)
+    on_training_data = data is None
     data = Path(config["data"]) if data is None else data
-    stores = _opened(config["maps"] if maps is None and own_data else maps)
-    store = SeveralStores(*stores) if stores else None
+    stores = _open_stores(config["maps"] if maps is None and on_training_data else maps)
     read = read_samples(data, prompt=prompt)
     samples = readable(Samples(spread(read.samples, limit)))
-    arms, _ = _observe_arms(arm_paths, list(samples), store, trust_remote_code)
-    notes += ["these samples were trained on; pass --data for held-out ones"] if own_data else []
+    arms, _ = _observe_arms(arm_paths, list(samples), _joined(stores), trust_remote_code)
+    notes += ["these samples were trained on; pass --data for held-out ones"] if on_training_data else []
     notes += left_out(read.samples)
     notes += [f"left out {drop.what}: {drop.reason}" for drop in samples.dropped]
     result = {
         "data": str(data),
-        "maps": [str(one.path) for one in stores] or None,
+        "maps": [str(store.path) for store in stores] or None,
         "samples": len(samples),
         "against": [str(path) for path in against],
         "arms": {name: arm.scores for name, arm in arms.items()},
@@ -70,107 +91,146 @@ def evaluate_runs(
     return result
 
 
-def report_run(run: Path, out: Path | None = None, trust_remote_code: bool = False) -> Path:
-    """Write a page about a run: its losses, what `eval` found, and pictures with everyone's maps."""
+def report_run(
+    run: Path,
+    out: Path | None = None,
+    trust_remote_code: bool = False,
+    teacher_notes: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write an HTML page about a run: losses, scores of `evaluate_runs` if it was called, and pictures with maps.
+
+    Args:
+        run: run folder, as `lavender train` writes it.
+        out: path of the page; None for RUN/report.html.
+        trust_remote_code: run the code that comes with a model.
+        teacher_notes: teacher name, as map stores record it → a note for pages that show this teacher's maps.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DataError: no run in the folder, or a damaged eval.json or metrics.jsonl.
+        ModelError: a model is missing or damaged.
+        StoreError: a map store is missing or damaged.
+    """
     run = expanded(run)
     config = read_config(run)
-    found = _found_by_eval(run)
-    data, maps = (found["data"], found["maps"]) if found else (config["data"], config["maps"])
-    stores = _opened(maps)
-    store = SeveralStores(*stores) if stores else None
+    scored = _read_scores(run)
+    data, maps = (scored["data"], scored["maps"]) if scored else (config["data"], config["maps"])
+    stores = _open_stores(maps)
+    store = _joined(stores)
     read = read_samples(data, prompt=_prompt_of(config, run)).samples
     samples = _with_maps(spread(read, len(read)), store)
-    against = [Path(path) for path in found["against"]] if found else []
-    arm_paths = _arms(config, run, against)
+    arm_paths = _arms(config, run, [Path(path) for path in scored["against"]] if scored else [])
     arms, readings = _observe_arms(arm_paths, samples, store, trust_remote_code)
-    tables = []
-    if found:
-        names = list(next(iter(found["arms"].values())))
-        rows = [[arm, *(scores[name] for name in names)] for arm, scores in found["arms"].items()]
-        tables.append(Table(f"{found['samples']} samples of {found['data']}", ["arm", *names], rows))
-    differing, _ = _differing(arm_paths)
-    if differing:
-        names = list(next(iter(differing.values())))
-        rows: list[list[Any]] = [[key, *map(_shown, values.values())] for key, values in differing.items()]
-        tables.append(Table("Settings in which the arms differ", ["setting", *names], rows))
-    notes = list(found["notes"]) if found else ["run `lavender eval` for scores", *left_out(read)]
-    if any(one.identity.get("teacher") == "world" for one in stores):
-        notes.append(
-            "The maps come from the built-in teacher, which has only ever seen drawings on textures. On photographs "
-            "its maps show that the path works, not where things are."
-        )
-    teacher = [store.get(image_id(one.image), one.answer) if store is not None else None for one in readings]
-    phrases = [[Phrase(word.text, word.start, word.end) for word in one.words] for one in readings]
-    panels = panels_of(readings, phrases, teacher, arms, [sample.name for sample in samples])
+    notes = list(scored["notes"]) if scored else ["run `lavender eval` for scores", *left_out(read)]
+    teachers = {str(opened.identity.get("teacher")) for opened in stores}
+    notes += [note for teacher, note in teacher_notes.items() if teacher in teachers]
+    teacher_maps = [
+        None if store is None else store.get(image_id(reading.image), reading.answer) for reading in readings
+    ]
+    phrases = [[Phrase(word.text, word.start, word.end) for word in reading.words] for reading in readings]
     align_weight = dict(flat(config)).get("align_weight", NOT_RECORDED)
-    lead = f"{config['model']} fine-tuned on {config['data']}, align_weight {align_weight}."
-    page = Report(f"Run {run.name}", lead, tables, panels, notes, config, _curves(run))
+    page = Report(
+        title=f"Run {run.name}",
+        lead=f"{config['model']} fine-tuned on {config['data']}, align_weight {align_weight}.",
+        tables=_tables(scored, arm_paths),
+        panels=panels_of(readings, phrases, teacher_maps, arms, [sample.name for sample in samples]),
+        notes=notes,
+        settings=config,
+        curves=_curves(run),
+    )
     out = expanded(out or run / "report.html")
     write_report(page, out)
     return out
 
 
-def _found_by_eval(run: Path) -> dict[str, Any] | None:
+def _tables(scored: Mapping[str, Any] | None, arm_paths: Mapping[str, str | Path]) -> list[Table]:
+    """The scores of `eval`, and the settings in which the models differ."""
+    tables = []
+    if scored:
+        names = list(next(iter(scored["arms"].values())))
+        rows: list[list[Any]] = [[arm, *(scores[name] for name in names)] for arm, scores in scored["arms"].items()]
+        tables.append(Table(f"{scored['samples']} samples of {scored['data']}", ["model", *names], rows))
+    differing, _ = _differing_settings(arm_paths)
+    if differing:
+        names = list(next(iter(differing.values())))
+        rows = [[key, *map(_shown, values.values())] for key, values in differing.items()]
+        tables.append(Table("Settings that differ", ["setting", *names], rows))
+    return tables
+
+
+def _read_scores(run: Path) -> dict[str, Any] | None:
+    """What `evaluate_runs` wrote to RUN/eval.json; None if there is no such file."""
     path = run / "eval.json"
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
+        scored = json.loads(path.read_text())
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or not {"data", "maps", "against", "samples", "arms", "notes"} <= found.keys():
+        scored = None
+    if not isinstance(scored, dict) or not {"data", "maps", "against", "samples", "arms", "notes"} <= scored.keys():
         raise DataError(f"{path}, which is damaged", "what `lavender eval` wrote", f"run `lavender eval {run}` again")
-    return found
+    return scored
 
 
-def _opened(maps: str | Path | list[str] | None) -> list[MapStore]:
+def _open_stores(maps: str | Path | list[str] | None) -> list[MapStore]:
     return [MapStore.open(path) for path in (maps if isinstance(maps, list) else [maps]) if path is not None]
+
+
+def _joined(stores: Sequence[MapStore]) -> SeveralStores | None:
+    return SeveralStores(*stores) if stores else None
 
 
 def _prompt_of(config: Mapping[str, Any], run: Path) -> str:
     if "prompt" not in config:
-        raise DataError(f"{run / CONFIG}, which does not say `prompt`", "the question it was trained with", "add it")
+        raise DataError(
+            f"{run / CONFIG} without the key `prompt`", "the prompt that the run was trained with", "add it to the file"
+        )
     return config["prompt"]
 
 
-def _differing(arms: Mapping[str, str | Path]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Setting → arm → value for each setting in which two runs differ; and what is to be told of it.
+_IGNORED_SETTINGS = ("out", "versions.platform", "later_versions")
 
-    Settings that a run did not record are never filled in: of those of alignment each is named, others are counted.
+
+def _differing_settings(arms: Mapping[str, str | Path]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """(setting → model name → value for each setting in which two runs differ, notes about them).
+
+    A setting that a run did not record never gets today's default: the run may be older than the default. Settings of
+    alignment that are missing count as different; the others are only counted in a note.
     """
     recorded = {
         name: {key.removeprefix("record."): value for key, value in flat(read_config(Path(path)))}
         for name, path in arms.items()
         if (Path(path) / CONFIG).is_file()
     }
-    every = list(dict.fromkeys(key for own in recorded.values() for key in own if not key.startswith(_UNTOLD)))
-    alignment = {one.name for one in fields(AlignmentConfig)}
+    all_keys = dict.fromkeys(key for settings in recorded.values() for key in settings)
+    keys = [key for key in all_keys if not key.startswith(_IGNORED_SETTINGS)]
+    alignment = {setting.name for setting in fields(AlignmentConfig)}
     differing: dict[str, dict[str, Any]] = {}
-    for key in every:
-        values = {name: own.get(key, NOT_RECORDED) for name, own in recorded.items()}
+    for key in keys:
+        values = {name: settings.get(key, NOT_RECORDED) for name, settings in recorded.items()}
         known = [value for value in values.values() if value != NOT_RECORDED]
         if any(value != known[0] for value in known) or (len(known) < len(values) and key in alignment):
             differing[key] = values
     notes = []
-    for name, own in recorded.items():
-        if lacking := [key for key in every if key not in own]:
-            notes.append(f"{name} did not record {len(lacking)} of its settings, such as {', '.join(lacking[:3])}")
-    if without := [str(path) for name, path in arms.items() if name != "base" and name not in recorded]:
-        notes.append(f"nothing is known of the settings of {', '.join(without)}")
+    for name, settings in recorded.items():
+        if missing := [key for key in keys if key not in settings]:
+            notes.append(f"{name} did not record {len(missing)} of its settings, such as {', '.join(missing[:3])}")
+    if unknown := [str(path) for name, path in arms.items() if name != "base" and name not in recorded]:
+        notes.append(f"no settings are recorded in {', '.join(unknown)}")
     for key, values in differing.items():
-        notes.append(f"the arms differ in {key}: " + ", ".join(f"{name} {_shown(own)}" for name, own in values.items()))
+        listed = ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
+        notes.append(f"the runs differ in {key}: {listed}")
     return differing, notes
-
-
-_UNTOLD = ("out", "versions.platform", "later_versions")
 
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _arms(config: dict[str, Any], run: Path, against: list[Path]) -> dict[str, str | Path]:
-    """Name → model path, with base first and the run last; paths of the same name are told apart by their numbers."""
+def _arms(config: dict[str, Any], run: Path, against: Sequence[Path]) -> dict[str, str | Path]:
+    """Name → model path, the base model first and the run last. A name that is taken gets a number."""
     arms: dict[str, str | Path] = {"base": config["model"]}
     for path in (*against, run):
         name = path.resolve().name
@@ -180,7 +240,8 @@ def _arms(config: dict[str, Any], run: Path, against: list[Path]) -> dict[str, s
 
 def _observe_arms(
     arms: dict[str, str | Path], samples: list[Sample], store: SeveralStores | None, trust_remote_code: bool
-):
+) -> tuple[dict[str, Observed], list[Reading]]:
+    """What each model does on the samples; and the samples as readings. One model is in memory at a time."""
     readings = readings_of(samples, store)
     observed: dict[str, Observed] = {}
     for name, path in arms.items():
@@ -190,7 +251,7 @@ def _observe_arms(
 
 
 def _with_maps(samples: tuple[Sample, ...], store: SeveralStores | None) -> list[Sample]:
-    """The first samples whose first answer has a mapped word."""
+    """The first `NUM_PANELS` samples whose first answer has a mapped word; without a store, the first readable ones."""
     if store is None:
         return list(readable(Samples(samples[:NUM_PANELS])))
     kept = []
@@ -198,7 +259,7 @@ def _with_maps(samples: tuple[Sample, ...], store: SeveralStores | None) -> list
         try:
             (image,) = sample.load()
             maps = store.get(image_id(image), sample.answers[0])
-        except DataError:  # training dropped it too, and said so
+        except DataError:  # training dropped and reported it too
             continue
         if maps is not None and maps.words:
             kept.append(sample)
@@ -208,14 +269,16 @@ def _with_maps(samples: tuple[Sample, ...], store: SeveralStores | None) -> list
 
 
 def _curves(run: Path) -> list[Curve]:
+    """The losses of training over the steps, as RUN/metrics.jsonl has them."""
     path = run / METRICS
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     except ValueError as error:
-        got = f"{path}, of which a line is damaged: {error}"
-        raise DataError(got, "a line of JSON for each logged step", "remove the line, or train again") from error
+        raise DataError(
+            f"{path} with a damaged line: {error}", "one JSON object per line", "delete the line, or train again"
+        ) from error
     curves = []
-    for key, label in (("vlm_loss", "L_VLM, nats a token"), ("attention_loss", "L_att, mean square")):
+    for key, label in (("vlm_loss", "L_VLM, nats per token"), ("attention_loss", "L_att, mean squared error")):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             curves.append(Curve(label, "step", label, {run.name: points}))

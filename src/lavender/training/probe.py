@@ -17,8 +17,8 @@ from lavender.alignment.collator import word_text
 from lavender.alignment.examples import images_of
 from lavender.alignment.objective import AlignmentRequest
 from lavender.data.images import load_image
-from lavender.drawing import reduced, under_heat
-from lavender.maps import correlation
+from lavender.drawing import downscaled, overlay_heat
+from lavender.maps import map_agreement
 from lavender.students.word_maps import evaluating, random_state_kept
 
 HIGH_SHARE = 0.1
@@ -47,16 +47,6 @@ class Drawn(NamedTuple):
     word: str
     picture: Image.Image
     num_words: int
-
-
-def map_agreement(student: Tensor, teacher: Tensor) -> float | None:
-    """Mean over words of the Pearson correlation, over cells, of two maps (word, rows, cols).
-
-    A flat map correlates with nothing and does not count; None where no word does.
-    """
-    values = correlation(student, teacher)
-    known = values[~values.isnan()]
-    return known.mean().item() if len(known) else None
 
 
 def peak_hits(student: Tensor, teacher: Tensor) -> float:
@@ -147,7 +137,7 @@ class Probe(TrainerCallback):
         processor = cast(ProcessorMixin, self._trainer.processing_class)
         word = word_text(processor.tokenizer, batch["input_ids"][0], alignment, 0)
         picture = load_image(images_of(example)[int(alignment["word_pictures"][0])], "a picture of the probe")
-        return Drawn(word, reduced(picture, _DRAWN_SIDE), int(batch["alignment"]["present"].sum()))
+        return Drawn(word, downscaled(picture, _DRAWN_SIDE), int(batch["alignment"]["present"].sum()))
 
     def _draw(self, seen: Seen) -> None:
         """Picture, teacher and student side by side, for those who watch in TensorBoard."""
@@ -156,7 +146,7 @@ class Probe(TrainerCallback):
         place = 0
         for index, (word, picture, num_words) in enumerate(self._drawn if writers else ()):
             maps = seen.teacher[place], seen.student[place]
-            pixels = [np.asarray(one) for one in (picture, *(under_heat(picture, one) for one in maps))]
+            pixels = [np.asarray(one) for one in (picture, *(overlay_heat(picture, one) for one in maps))]
             for writer in writers:
                 writer.add_image(
                     f"probe/{index} {word}: picture, teacher, student",

@@ -9,7 +9,7 @@ from typing import Any
 
 from lavender.config import ExtractionConfig
 from lavender.data.images import image_id
-from lavender.evaluation.answers import exact_set, generate_answers, names_said, object_f1
+from lavender.evaluation.answers import exact_set, generate_answers, micro_f1, names_said
 from lavender.evaluation.compare import Observed, answer_nll
 from lavender.evaluation.map_scores import ENTROPY_GRID, JudgedMap, best_threshold, kl_from_mask, resize_map, score_maps
 from lavender.maps import WordMaps, entropy
@@ -68,7 +68,7 @@ def score_student(path: Path, held_out: Mapping[str, list[Scene]]) -> tuple[dict
         )
         said = [names_said(text, NAMES) for text in answers[domain]]
         present = [set(scene.names) for scene in drawn]
-        scores[domain] = object_f1(said, present)
+        scores[domain] = micro_f1(said, present)
         scores[f"{domain}_exact_set"] = exact_set(said, present)
     drawn = held_out["in_domain"]
     readings = [reading_of(scene) for scene in drawn]

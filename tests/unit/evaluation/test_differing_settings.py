@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lavender.errors import DataError
-from lavender.evaluation.runs import _differing, report_run
+from lavender.evaluation.runs import _differing_settings, report_run
 from lavender.training.run_folder import read_config
 
 
@@ -29,13 +29,13 @@ def test_every_differing_setting_is_named(tmp_path):
         dtype="float32",
         record={"versions": {"torch": "2.8"}, "content": {"data": "2"}},
     )
-    differing, notes = _differing({"base": "m", "one": one, "other": other})
+    differing, notes = _differing_settings({"base": "m", "one": one, "other": other})
     assert differing == {
         "align_weight": {"one": 0.0, "other": 5.0},
         "versions.torch": {"one": "2.7", "other": "2.8"},
         "content.data": {"one": "1", "other": "2"},
     }
-    assert "the arms differ in align_weight: one 0.0, other 5.0" in notes
+    assert "the runs differ in align_weight: one 0.0, other 5.0" in notes
     assert "one did not record 1 of its settings, such as dtype" in notes
 
 
@@ -43,10 +43,10 @@ def test_what_a_run_did_not_record_is_not_filled_in(tmp_path):
     """An old run had λ = 10 by default; today's 2 must not be said of it."""
     old = folder(tmp_path / "old", training={"learning_rate": 1.0})
     new = folder(tmp_path / "new", training={"align_weight": 2.0, "learning_rate": 1.0, "adam_beta1": 0.9})
-    differing, notes = _differing({"old": old, "new": new, "plain": tmp_path})
+    differing, notes = _differing_settings({"old": old, "new": new, "plain": tmp_path})
     assert differing == {"align_weight": {"old": "not recorded", "new": 2.0}}
     assert "old did not record 2 of its settings, such as adam_beta1, align_weight" in notes
-    assert f"nothing is known of the settings of {tmp_path}" in notes
+    assert f"no settings are recorded in {tmp_path}" in notes
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "model: m", "model: m\x00", "{}"])

@@ -12,9 +12,7 @@ import torch
 from lavender.errors import DataError
 from lavender.evaluation.map_scores import (
     JudgedMap,
-    average_precision,
     best_threshold,
-    iou,
     kl_from_mask,
     pointing,
     resize_map,
@@ -34,6 +32,14 @@ def heat_of(cells: dict[tuple[int, int], float], grid: tuple[int, int] = (5, 7))
     for cell, value in cells.items():
         heat[cell] = value
     return heat
+
+
+def iou(heat: torch.Tensor, mask: np.ndarray, threshold: float) -> float:
+    return best_threshold([JudgedMap(heat, mask, 0)], (threshold,))[1]
+
+
+def average_precision(heat: torch.Tensor, mask: np.ndarray) -> float:
+    return score_maps([JudgedMap(heat, mask, 0)], 0.5).ap
 
 
 # Four warm pixels of 35; the mask holds the second and third of them, and a cold one.

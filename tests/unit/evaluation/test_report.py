@@ -172,9 +172,9 @@ def test_heat_is_opaque_where_hot_and_clear_where_cold():
     assert np.unravel_index(layer[..., 3].argmax(), (11, 13)) == (3, 10)
     assert layer[3, 10, 3] > 220
     assert layer[10, 0, 3] == 0
-    veil = np.asarray(decoded(render_report(full_report()), "True mask of “dog”"))
-    assert veil[3, 10, 3] == 0
-    assert veil[0, 0, 3] > 150
+    outside = np.asarray(decoded(render_report(full_report()), "True mask of “dog”"))
+    assert outside[3, 10, 3] == 0
+    assert outside[0, 0, 3] > 150
 
 
 def test_large_pictures_are_reduced_and_small_ones_show_their_pixels():
@@ -253,6 +253,36 @@ def test_the_figure_grows_with_its_rows(tmp_path: Path):
     assert two.height > 1.8 * one.height
     assert one.getpixel((0, 0)) == (255, 255, 255)
     assert np.asarray(one).min() < 40
+
+
+def test_the_figure_has_room_for_long_answers_and_words(tmp_path: Path):
+    """Thirty lines of an answer are taller than the maps beside them; nothing touches the edge."""
+    rows = [WordRow("a very long word " * 3, {"teacher": spot(1, 5)})]
+    for name, answer in (("short", "x"), ("long", "all of " * 5 * 30)):
+        draw_figure([Panel(picture(130, 110), "title", rows, {"plain": answer})], tmp_path / f"{name}.png")
+    short, long = (np.asarray(opened(tmp_path / f"{name}.png")) for name in ("short", "long"))
+    assert long.shape[0] > short.shape[0] + 20 * 18  # a line is 0.175 inches of 120 pixels
+    assert long.shape[1] == short.shape[1]
+    for pixels in (short, long):
+        assert all(edge.min() == 255 for edge in (pixels[:4], pixels[-4:], pixels[:, :4], pixels[:, -4:]))
+    assert long[-60:].min() < 100  # the last line is drawn
+
+
+def test_columns_of_panels_stand_under_each_other(tmp_path: Path, monkeypatch):
+    """Also where their words are of different length: one layout for all."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args: (drawn.append(self), savefig(self, *args)))
+    maps: dict[str, torch.Tensor | None] = {"a": spot(1, 5), "b": None}
+    panels = [Panel(picture(), "p", [WordRow(word, maps)], {}) for word in ("x", "a much longer word")]
+    draw_figure(panels, tmp_path / "figure.png")
+    titled = [axes for axes in drawn[0].axes if axes.get_title() in ("a", "b")]
+    assert [axes.get_title() for axes in titled] == ["a", "b"] * 2
+    lefts = [axes.get_position().x0 for axes in titled]
+    assert lefts[0] == pytest.approx(lefts[2])
+    assert lefts[0] < lefts[1]
 
 
 def test_a_dollar_in_a_caption_is_no_formula(tmp_path: Path):

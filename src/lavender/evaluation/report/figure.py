@@ -1,120 +1,126 @@
-"""The figure: panels of a report as one PNG."""
+"""Panels as one PNG: a row per word, a column per source of maps."""
 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lavender.drawing import faded, heat_layer, peak_of, reduced, veil
+from lavender.drawing import desaturated, downscaled
 from lavender.errors import DataError
-from lavender.evaluation.report.page import TRUE_MASK, Panel, WordRow, sources_of
+from lavender.evaluation.report.panels import Panel, WordRow, cell_of, sources_of
 
-_CELL_HEIGHT, _GAP, _MARGIN, _LINE = 1.18, 0.1, 0.2, 0.175  # inches
-_FIRST_COLUMN, _WORD_COLUMN = 2.4, 0.95  # inches: the picture and what is said of it; the word
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_CELL_HEIGHT, _LINE, _GAP, _MARGIN = 1.2, 0.175, 0.25, 0.15  # inches: a map, a line of text, between panels, around
+_FIRST_COLUMN, _WORDS = 2.5, 1.0  # inches: the picture with its answers; the words beside the maps
+_GREY = "#6b6676"
+_TEXT: dict[str, Any] = {"size": 9, "parse_math": False}  # a dollar sign in a caption is no formula
 
 
 def draw_figure(panels: list[Panel], path: Path) -> None:
-    """Draw the panels as one PNG on white: a row a word, with the picture, its true mask and each source's map.
+    """Draw the panels as one PNG on white: each picture with its answers, and its words' masks and maps.
+
+    Args:
+        panels: at least one.
+        path: the file to write.
 
     Raises:
         DataError: there is no panel.
     """
     if not panels:
-        raise DataError("no panel", "at least one", "choose pictures to draw")
+        raise DataError("no panel", "at least one panel", "choose pictures to draw")
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = sources_of(panels)
     shapes = [min(2.0, panel.image.width / panel.image.height) for panel in panels]
-    layout = _Layout(cell_width=_CELL_HEIGHT * max(0.75, *shapes), num_columns=len(columns))
-    said = [_lines_said(panel) for panel in panels]
-    heights = [layout.height_of(len(panel.rows), len(lines)) for panel, lines in zip(panels, said, strict=True)]
-    figure = Figure(figsize=(layout.width, sum(heights) + 0.3), dpi=120, facecolor="white")
-    top = sum(heights) + 0.3
-    for left, title in zip(layout.lefts, columns, strict=True):
-        _write(figure, left + layout.cell_width / 2, top - 0.15, title, ha="center", weight="bold")
-    top -= 0.3
-    for panel, lines, height in zip(panels, said, heights, strict=True):
-        _draw_block(figure, layout, panel, columns, lines, top)
-        top -= height
+    widths = [_FIRST_COLUMN] + [_CELL_HEIGHT * max(0.75, *shapes)] * len(columns)
+    answers = [_answer_lines(panel) for panel in panels]
+    heights = [_row_heights(len(panel.rows), len(lines)) for panel, lines in zip(panels, answers, strict=True)]
+    size = sum(widths) + _WORDS + 2 * _MARGIN, sum(map(sum, heights)) + _LINE * len(panels) + 2 * _MARGIN
+    inside = (_MARGIN / size[0], _MARGIN / size[1], 1 - 2 * _MARGIN / size[0], 1 - 2 * _MARGIN / size[1])
+    figure = Figure(figsize=size, dpi=120, facecolor="white", layout=ConstrainedLayoutEngine(rect=inside))
+    grid = figure.add_gridspec(
+        sum(map(len, heights)), len(widths), width_ratios=widths, height_ratios=[h for rows in heights for h in rows]
+    )
+    top = 0
+    for panel, lines, rows in zip(panels, answers, heights, strict=True):
+        _draw_picture(figure.add_subplot(grid[top, 0]), panel)
+        _draw_lines(figure.add_subplot(grid[top + 1 : top + len(rows), 0]), lines)
+        for index, row in enumerate(panel.rows):
+            axes = [figure.add_subplot(grid[top + index, 1 + column]) for column in range(len(columns))]
+            _draw_row(axes, panel, row, columns, with_titles=index == 0)
+        top += len(rows)
     figure.savefig(path)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where things stand in the figure, in inches."""
-
-    cell_width: float
-    num_columns: int
-
-    @property
-    def lefts(self) -> list[float]:
-        """The left edge of each column of maps."""
-        first = _MARGIN + _FIRST_COLUMN + _WORD_COLUMN + _GAP
-        return [first + (self.cell_width + _GAP) * index for index in range(self.num_columns)]
-
-    @property
-    def width(self) -> float:
-        return _MARGIN + _FIRST_COLUMN + _WORD_COLUMN + (self.cell_width + _GAP) * self.num_columns + _MARGIN
-
-    def height_of(self, num_rows: int, num_lines: int) -> float:
-        """A panel's height: its rows of maps, or its picture with title and lines where these are taller."""
-        return max((_CELL_HEIGHT + _GAP) * num_rows, _LINE * (num_lines + 2) + _CELL_HEIGHT) + 2 * _GAP
+def _row_heights(num_words: int, num_lines: int) -> list[float]:
+    """Heights of a panel's rows: one per word, and one for the answers that are longer than the rows of words."""
+    rows = [_CELL_HEIGHT] * max(1, num_words)
+    return [*rows, max(0.0, _LINE * num_lines - sum(rows[1:])) + _GAP]
 
 
-def _lines_said(panel: Panel) -> list[tuple[str, str]]:
-    """What stands under a panel's picture: (line, colour) pairs."""
+def _answer_lines(panel: Panel) -> list[tuple[str, str]]:
+    """The lines under a panel's picture, each with its colour."""
     truth = {"truth": panel.truth} if panel.truth else {}
     lines: list[tuple[str, str]] = []
-    for arm, answer in (truth | panel.answers).items():
-        lines += [(arm, "#6b6676"), *((line, "black") for line in textwrap.wrap(answer or "–", 40))]
-    return lines + [(line, "#6b6676") for line in textwrap.wrap(panel.note, 40)]
+    for name, answer in (truth | panel.answers).items():
+        lines += [(name, _GREY), *((line, "black") for line in textwrap.wrap(answer or "–", 40))]
+    return lines + [(line, _GREY) for line in textwrap.wrap(panel.note, 40)]
 
 
-def _draw_block(
-    figure: Any, layout: _Layout, panel: Panel, columns: list[str], lines: list[tuple[str, str]], top: float
-) -> None:
-    picture = _axes(figure, _MARGIN, top - _LINE - 0.06 - _CELL_HEIGHT, _FIRST_COLUMN)
-    picture.set_anchor("W")
-    picture.imshow(reduced(panel.image), interpolation="nearest")
-    _write(figure, _MARGIN, top - _LINE / 2, textwrap.shorten(panel.title, 42), weight="bold", color="#5b3f8c")
-    for index, (text, colour) in enumerate(lines):
-        _write(figure, _MARGIN, top - _CELL_HEIGHT - _LINE * (index + 1.5) - 0.12, text, size=8, color=colour)
-    for index, row in enumerate(panel.rows):
-        bottom = top - (_CELL_HEIGHT + _GAP) * index - _CELL_HEIGHT
-        words = textwrap.fill(row.word, 14)
-        _write(figure, layout.lefts[0] - _GAP, bottom + _CELL_HEIGHT / 2, words, ha="right", weight="bold")
-        for left, column in zip(layout.lefts, columns, strict=True):
-            _draw_cell(_axes(figure, left, bottom, layout.cell_width), panel, row, column)
+def _draw_picture(axes: Axes, panel: Panel) -> None:
+    _hide_frame(axes)
+    axes.set_anchor("NW")
+    axes.imshow(downscaled(panel.image), interpolation="nearest")
+    title = textwrap.shorten(panel.title, 42, placeholder="…")
+    axes.set_title(title, loc="left", weight="bold", color="#5b3f8c", **_TEXT)
 
 
-def _draw_cell(axes: Any, panel: Panel, row: WordRow, column: str) -> None:
-    height, width = panel.size
-    picture, heat = reduced(panel.image), row.maps.get(column)
-    if column == TRUE_MASK and row.mask is not None:
-        layers, peak = [picture, veil(row.mask)], None
-    elif heat is not None:
-        layers, peak = [faded(picture), heat_layer(heat, panel.size)], peak_of(heat, panel.size)
-    else:
-        axes.text(0.5, 0.5, "no map", ha="center", va="center", size=8.5, color="#6b6676")
+def _draw_lines(axes: Axes, lines: list[tuple[str, str]]) -> None:
+    _hide_frame(axes)
+    for index, (line, colour) in enumerate(lines):
+        text = axes.annotate(
+            line,
+            xy=(0, 1),
+            xycoords="axes fraction",
+            xytext=(0, -72 * _LINE * index),  # points
+            textcoords="offset points",
+            va="top",
+            color=colour,
+            size=8,
+            parse_math=False,
+        )
+        text.set_in_layout(False)  # a long line must not shrink the maps
+
+
+def _draw_row(axes: list[Axes], panel: Panel, row: WordRow, columns: list[str], with_titles: bool) -> None:
+    for cell_axes, column in zip(axes, columns, strict=True):
+        _hide_frame(cell_axes)
+        if with_titles:
+            cell_axes.set_title(column, weight="bold", **_TEXT)
+        _draw_cell(cell_axes, panel, row, column)
+    axes[0].set_ylabel(textwrap.fill(row.word, 14), rotation=0, ha="right", va="center", weight="bold", **_TEXT)
+
+
+def _draw_cell(axes: Axes, panel: Panel, row: WordRow, column: str) -> None:
+    cell = cell_of(panel, row, column)
+    if cell is None:
+        axes.text(0.5, 0.5, "no map", ha="center", va="center", color=_GREY, **_TEXT)
         return
-    for layer in layers:
+    height, width = panel.size
+    picture = downscaled(panel.image)
+    for layer in (picture if cell.is_mask else desaturated(picture), cell.layer):
         axes.imshow(layer, interpolation="nearest", extent=(0, width, height, 0))
-    if peak is not None:
+    if cell.peak is not None:
         for colour, thickness in (("black", 2.4), ("white", 1.2)):
-            axes.plot(peak[1] + 0.5, peak[0] + 0.5, "o", ms=6, mfc="none", mec=colour, mew=thickness)
+            axes.plot(cell.peak[1] + 0.5, cell.peak[0] + 0.5, "o", ms=6, mfc="none", mec=colour, mew=thickness)
 
 
-def _axes(figure: Any, left: float, bottom: float, width: float) -> Any:
-    """Axes without a frame, as tall as a cell, at a place in inches."""
-    all_width, all_height = figure.get_size_inches()
-    axes = figure.add_axes((left / all_width, bottom / all_height, width / all_width, _CELL_HEIGHT / all_height))
-    axes.set_axis_off()
-    return axes
-
-
-def _write(figure: Any, left: float, bottom: float, text: str, **style: Any) -> None:
-    """Text at a place in inches. `parse_math` is off: a dollar sign in a caption is a dollar sign."""
-    width, height = figure.get_size_inches()
-    figure.text(left / width, bottom / height, text, **{"size": 9, "va": "center", "parse_math": False} | style)
+def _hide_frame(axes: Axes) -> None:
+    """Hide ticks and frame. `set_axis_off` would hide the label too."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.patch.set_visible(False)

@@ -1,9 +1,7 @@
-"""What a run changed, to look at: one self-contained HTML page, and one figure of the same pictures.
+"""A report as one self-contained HTML page: tables, curves, and panels of pictures with maps.
 
-The page has no script and asks nothing of a network: pictures are inside it, and a content security
-policy forbids everything else. Every text in it is escaped; it may come from a user's data set.
-
-Frame: maps and masks cover the whole picture, row 0 at the top. Sizes are (height, width) in pixels.
+The page has no script and loads nothing from a network: its pictures are inside it, and a content security policy
+forbids everything else. Every text is escaped, since it may come from a user's data set.
 """
 
 from __future__ import annotations
@@ -18,23 +16,21 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from lavender.drawing import heat_layer, peak_of, reduced, veil
+from lavender.drawing import downscaled
 from lavender.errors import DataError
+from lavender.evaluation.report.panels import Panel, WordRow, cell_of, sources_of
 from lavender.files import write_whole
 
-_PIXELATED_BELOW = 200  # pictures with a shorter longest side are shown with their pixels
-TRUE_MASK = "true mask"
+_PIXELATED_BELOW = 200  # pixels; of pictures whose longest side is shorter, the single pixels are shown
 
 Cell = str | float | int | None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers with a caption. The first column heads its row.
+    """Numbers with a caption. The first cell of each row is its heading.
 
     Raises:
         DataError: a row has more or fewer cells than there are columns.
@@ -51,59 +47,19 @@ class Table:
                 raise DataError(
                     f"{len(row)} cells in a row of table {self.caption!r}",
                     f"{len(self.columns)}",
-                    "use None for no value",
+                    "fill missing values with None",
                 )
 
     @property
     def numeric(self) -> list[bool]:
-        """Of each column, whether it holds only numbers and None and is not the first: it is aligned to the right."""
+        """Per column, whether it is aligned to the right: not the first, and only numbers and None."""
         columns = [[row[index] for row in self.rows if row[index] is not None] for index in range(len(self.columns))]
         return [index > 0 and all(isinstance(cell, Real) for cell in column) for index, column in enumerate(columns)]
 
 
-@dataclass(frozen=True, eq=False)
-class WordRow:
-    """A word's maps: source name → non-negative heat (rows, cols) of any grid and scale, or None for no map.
-
-    `mask` is the word's true mask, bool (height, width) of the picture, where it is known.
-    """
-
-    word: str
-    maps: dict[str, Tensor | None]
-    mask: np.ndarray | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Panel:
-    """A picture with its words' maps, and what each arm says about it (arm → answer).
-
-    Raises:
-        DataError: a true mask has another size than the picture.
-    """
-
-    image: Image.Image
-    title: str
-    rows: list[WordRow]
-    answers: dict[str, str] = field(default_factory=dict)
-    truth: str = ""
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if row.mask is not None and row.mask.shape != self.size:
-                raise DataError(
-                    f"a mask {row.mask.shape} of {row.word!r}", f"the picture's {self.size}", "resize the mask"
-                )
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return self.image.height, self.image.width
-
-
 @dataclass(frozen=True)
 class Curve:
-    """Lines over a common axis: series name → points (x, y), in order of x. Points that are not finite are left out."""
+    """Lines over a common axis: series name → points (x, y), in order of x. NaN and infinite points are left out."""
 
     title: str
     x_label: str
@@ -113,7 +69,7 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Everything on the page, in the order it is read: lead, tables, curves, panels, notes, settings."""
+    """The content of a page, shown in this order: lead, tables, curves, panels, notes, settings."""
 
     title: str
     lead: str
@@ -125,7 +81,7 @@ class Report:
 
 
 def render_report(report: Report) -> str:
-    """The page as HTML. The same report gives the same page."""
+    """The page as HTML. It depends on the report alone."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -149,7 +105,7 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def show_number(value: Cell) -> str:
-    """A cell as text: three decimals, small numbers with three digits, None as a dash."""
+    """A cell as text: three decimals, or three digits for numbers below 0.01; None as a dash."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -160,17 +116,10 @@ def show_number(value: Cell) -> str:
     return f"{number:.3f}" if number == 0 or abs(number) >= 0.01 else f"{number:.3g}"
 
 
-def sources_of(panels: Sequence[Panel]) -> list[str]:
-    """The columns of maps, the same for every panel: the true mask if one is known, then sources as first met."""
-    rows = [row for panel in panels for row in panel.rows]
-    masked = [TRUE_MASK] if any(row.mask is not None for row in rows) else []
-    return masked + list(dict.fromkeys(source for row in rows for source in row.maps))
-
-
 def _panel_view(panel: Panel, sources: list[str]) -> dict[str, Any]:
     return {
         "panel": panel,
-        "picture": _png(reduced(panel.image)),
+        "picture": _png(downscaled(panel.image)),
         "pixelated": max(panel.size) < _PIXELATED_BELOW,
         "ratio": round(panel.image.width / panel.image.height, 4),
         "rows": [(row.word, [_cell_view(panel, row, source) for source in sources]) for row in panel.rows],
@@ -178,27 +127,26 @@ def _panel_view(panel: Panel, sources: list[str]) -> dict[str, Any]:
 
 
 def _cell_view(panel: Panel, row: WordRow, source: str) -> dict[str, Any] | None:
-    """The layer that lies over the picture, its description, and where the map's maximum is; None for no map."""
-    view: dict[str, Any] = {"peak": None, "verdict": "", "heated": source != TRUE_MASK}
-    if source == TRUE_MASK:
-        if row.mask is None:
-            return None
-        alt = f"True mask of “{row.word}”, {100 * row.mask.mean():.0f} % of the picture"
-        return view | {"layer": _png(Image.fromarray(veil(row.mask))), "alt": alt}
-    heat = row.maps.get(source)
-    if heat is None:
+    """A cell's layer as a PNG, its alternative text, and the place and verdict of its maximum; None for no map."""
+    cell = cell_of(panel, row, source)
+    if cell is None:
         return None
-    alt, peak = f"Map of “{row.word}” by {source}", peak_of(heat, panel.size)
-    if peak is None:
-        view["verdict"], alt = "all zero", f"{alt}: zero everywhere"
-    else:
-        top, left = (100 * (place + 0.5) / side for place, side in zip(peak, panel.size, strict=True))
-        view["peak"] = (round(left, 2), round(top, 2))
-        alt = f"{alt}: highest {left:.0f} % from left, {top:.0f} % from top"
-        if row.mask is not None:
-            view["verdict"] = "hit" if row.mask[peak] else "miss"
-            alt += f", {'inside' if row.mask[peak] else 'outside'} the true mask"
-    return view | {"layer": _png(Image.fromarray(heat_layer(heat, panel.size))), "alt": alt}
+    view: dict[str, Any] = {"peak": None, "verdict": "", "is_mask": cell.is_mask}
+    view["layer"] = _png(Image.fromarray(cell.layer))
+    if cell.is_mask:
+        assert row.mask is not None
+        return view | {"alt": f"True mask of “{row.word}”, {100 * row.mask.mean():.0f} % of the picture"}
+    alt = f"Map of “{row.word}” by {source}"
+    if cell.peak is None:
+        return view | {"verdict": "all zero", "alt": f"{alt}: zero everywhere"}
+    top, left = (100 * (pixel + 0.5) / side for pixel, side in zip(cell.peak, panel.size, strict=True))
+    view["peak"] = (round(left, 2), round(top, 2))
+    alt = f"{alt}: highest {left:.0f} % from left, {top:.0f} % from top"
+    if row.mask is not None:
+        is_hit = row.mask[cell.peak]
+        view["verdict"] = "hit" if is_hit else "miss"
+        alt += f", {'inside' if is_hit else 'outside'} the true mask"
+    return view | {"alt": alt}
 
 
 def _png(image: Image.Image) -> str:
@@ -213,8 +161,8 @@ def _curve_view(curve: Curve) -> dict[str, Any]:
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         for name, points in curve.series.items()
     }
-    every = [point for points in series.values() for point in points] or [(0.0, 0.0)]
-    x_ticks, y_ticks = (_ticks([point[axis] for point in every]) for axis in (0, 1))
+    all_points = [point for points in series.values() for point in points] or [(0.0, 0.0)]
+    x_ticks, y_ticks = (_ticks([point[axis] for point in all_points]) for axis in (0, 1))
 
     def at_x(x: float) -> float:
         return round(48 + 416 * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]), 1)
@@ -222,7 +170,8 @@ def _curve_view(curve: Curve) -> dict[str, Any]:
     def at_y(y: float) -> float:
         return round(212 - 182 * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]), 1)
 
-    described = [f"{name}: from {show_number(p[0][1])} to {show_number(p[-1][1])}" for name, p in series.items() if p]
+    ends = {name: (points[0][1], points[-1][1]) for name, points in series.items() if points}
+    described = [f"{name}: from {show_number(first)} to {show_number(last)}" for name, (first, last) in ends.items()]
     return {
         "curve": curve,
         "x_ticks": [(at_x(tick), f"{tick:g}") for tick in x_ticks],
@@ -233,14 +182,14 @@ def _curve_view(curve: Curve) -> dict[str, Any]:
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
-    """Four to eight round numbers that enclose the values."""
+    """At most eight round numbers that enclose the values."""
+    from matplotlib.ticker import MaxNLocator
+
     low, high = min(values), max(values)
     if low == high:
         low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    magnitude = 10 ** math.floor(math.log10((high - low) / 4))
-    step = magnitude * next(factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (factor * magnitude) <= 6)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{step * index:.10g}") for index in range(first, last + 1)]
+    ticks = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(f"{tick:.10g}") for tick in ticks]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

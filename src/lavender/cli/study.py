@@ -1,0 +1,71 @@
+"""`lavender study`: an experiment on the built-in world, repeated over seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from lavender.cli.stopping import DONE
+from lavender.cli.terminal import show
+from lavender.files import expanded, writing
+
+HELP = "run a controlled experiment on the built-in world, over seeds"
+DESCRIPTION = """Train and score students on the built-in world, and judge the result over seeds.
+Writes DIR/NAME/page.md, results.json and plot.png. A study that was stopped continues."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name",
+        help="main, teacher-controls, entropy, scaling, pooling, aligner, words, layers, pretraining, lambda, "
+        "learning-rate or switching",
+    )
+    parser.add_argument(
+        "--out",
+        type=expanded,
+        default=Path("lavender-studies"),
+        metavar="DIR",
+        help="folder of all studies (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="try the study in minutes: fewer steps, one seed, development scenes; its scores are no result",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 1 2 3; with --quick: 40")
+    parser.add_argument(
+        "--split",
+        choices=("development", "sealed"),
+        default=None,
+        help="scenes that students are scored on (default: sealed; with --quick: development)",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=None, metavar="N", help="run N trainings in parallel (default: one per core)"
+    )
+    parser.add_argument("--json", action="store_true", help="print results.json instead of page.md")
+
+
+def run(options: argparse.Namespace) -> int:
+    from lavender.world.studies.registry import Scale, run_study
+
+    seeds = tuple(options.seeds) if options.seeds else None
+    scale = Scale.of(options.quick, options.split, seeds)
+    jobs = (os.cpu_count() or 1) if options.jobs is None else options.jobs
+    with writing(options.out):
+        results = run_study(options.name, options.out, scale, jobs, _command(options))
+    folder = options.out / options.name
+    print(json.dumps(results, indent=1) if options.json else (folder / "page.md").read_text())
+    show(f"written: {folder / 'page.md'}, results.json, plot.png", sys.stderr)
+    return DONE
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that repeats this study, as its page prints it."""
+    words = ["lavender", "study", options.name]
+    words += ["--quick"] if options.quick else []
+    words += ["--seeds", *map(str, options.seeds)] if options.seeds else []
+    words += ["--split", options.split] if options.split else []
+    return " ".join(words)
