@@ -34,7 +34,7 @@ import torch
 from safetensors.numpy import save
 
 from lavender.errors import StoreError
-from lavender.files import read_whole
+from lavender.files import READ, read_at, read_whole
 from lavender.maps import Dropped, Word, WordMaps
 
 FORMAT = 3  # 3: a checksum for each record, the manifest and the index; 2: a confidence for each word
@@ -268,7 +268,7 @@ class Shard:
     def open_file(self) -> int:
         """A descriptor for `record`, to be closed. Raises StoreError."""
         try:
-            return os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+            return os.open(self._path, READ)
         except FileNotFoundError as error:
             raise self._damaged(f"{Path(self._path).name} is missing") from error
         except OSError as error:
@@ -312,9 +312,9 @@ class Shard:
         begin, first, cells = self._ends[row], self._first_row[row], self._cells
         number = self._first_row[row + 1] - first
         try:
-            line = os.pread(file, self._ends[row + 1] - begin, self._records_at + begin)
-            scale = os.pread(file, 4 * number, self._scale_at + 4 * first)
-            maps = os.pread(file, number * cells, self._maps_at + first * cells)
+            line = read_at(file, self._ends[row + 1] - begin, self._records_at + begin)
+            scale = read_at(file, 4 * number, self._scale_at + 4 * first)
+            maps = read_at(file, number * cells, self._maps_at + first * cells)
         except OSError as error:
             raise unreadable(Path(self._path), error) from error
         if zlib.crc32(maps, zlib.crc32(scale, zlib.crc32(line, self._seed))) != self._crc32[row]:
@@ -336,8 +336,8 @@ class Shard:
         """Learn where everything is. By hand, for safetensors tells no offsets, and a read at an offset is ten times
         as quick as its slices. Raises ValueError and what a strange header leads to.
         """
-        length = int.from_bytes(os.pread(file, 8, 0), "little")
-        header = json.loads(os.pread(file, min(length, 2**16), 8))
+        length = int.from_bytes(read_at(file, 8, 0), "little")
+        header = json.loads(read_at(file, min(length, 2**16), 8))
         said = header.pop("__metadata__")
         if (said["store"], said["shard"]) != (self._manifest.store, str(self._number)):
             what = f"shard {said['shard']}" if said["store"] == self._manifest.store else "a shard of another store"
@@ -365,7 +365,7 @@ class Shard:
             end += sizes[name]
         if os.fstat(file).st_size != end:
             raise ValueError(f"it has {os.fstat(file).st_size} bytes, expected {end}")
-        columns = [os.pread(file, sizes[name], places[name]) for name in _COLUMNS]
+        columns = [read_at(file, sizes[name], places[name]) for name in _COLUMNS]
         if str(_crc32(columns, self._seed)) != said["crc32"]:
             raise ValueError("the checksum of its index is not that of what was written")
         self._ends, self._first_row = array("q", bytes(8) + columns[0]), array("q", columns[1])

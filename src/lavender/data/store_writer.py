@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import lock_descriptor
 from torch import Tensor
 
 from lavender.data.store_format import (
@@ -26,7 +26,7 @@ from lavender.data.store_format import (
     shard_numbers,
 )
 from lavender.errors import ConfigError, StoreError
-from lavender.files import TEMPORARY, write_whole
+from lavender.files import BINARY, NO_LINK, TEMPORARY, write_whole
 from lavender.maps import WordMaps
 
 _LOCK = "writer.lock"
@@ -235,22 +235,26 @@ def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
 
 
 def _lock(folder: Path) -> int:
-    """Hold the folder's lock, whose file names the holder. The system releases it however the holder ends."""
+    """Take the folder's lock, whose file names the process that holds it. The system releases it when that ends."""
     path = folder / _LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | BINARY, 0o644)
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise StoreError(f"{path}, which is another file's second name", "a file of a map store", "remove it")
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock_descriptor(descriptor, blocking=False):
+            got = f"{folder}, which {_holder(descriptor)} is writing to"
+            raise StoreError(got, "one writer at a time", "wait until it ends, or choose another folder")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
-    except BlockingIOError as error:
-        holder = os.read(descriptor, 32).decode(errors="replace")
-        os.close(descriptor)
-        got = f"{folder}, which process {holder} is writing to"
-        raise StoreError(got, "one writer at a time", "wait until it ends, or choose another folder") from error
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        return f"process {os.read(descriptor, 32).decode(errors='replace')}"
+    except OSError:  # on Windows a locked file cannot be read
+        return "another process"
