@@ -23,6 +23,9 @@ TEMPORARY = ".tmp-"
 """Prefix of the names of unfinished files."""
 MISSING = "no such file"
 """Prefix of the fault of a path where nothing exists."""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Image formats that may be opened, by Pillow's names; JPEG includes the MPO of phones. Pillow passes none of these to
+another program, as it passes EPS to Ghostscript."""
 
 # Windows lacks the first two flags, and only Windows translates line ends unless O_BINARY is set.
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)

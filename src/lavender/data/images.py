@@ -21,18 +21,14 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from lavender.errors import DataError
-from lavender.files import MISSING, expanded, fault_of, printable, read_plain
+from lavender.files import IMAGE_FORMATS, MISSING, expanded, fault_of, printable, read_plain
 
 MIN_SIDE = 8
 """The shortest side of a usable picture, in pixels."""
 MAX_PIXELS = 100_000_000
 """The most pixels (width × height) that are decoded."""
-
 MAX_BYTES = 2**30
 """The most bytes of a picture's file."""
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What may be opened, by Pillow's names; JPEG includes the MPO of phones. Pillow hands EPS to Ghostscript, and none of
-these to another program."""
 
 _MAX_JPEG_WORK = 20 * MAX_PIXELS  # pixels × scans: a small progressive file may ask for hours of decoding
 _FIX_FILE = "repair or replace the file, or remove its row from the data set"
@@ -60,9 +56,9 @@ def load_image(source: Image.Image | Path | str | bytes | Mapping, name: str) ->
         name: what to call the picture in an error.
 
     Raises:
-        DataError: missing, empty, truncated, none of `FORMATS`, several frames, a side under `MIN_SIDE`, a file of
-            more than `MAX_BYTES`, or more than `MAX_PIXELS` (this one before anything is decoded). It quotes nothing
-            of the file: a path may lead to any.
+        DataError: missing, empty, truncated, none of `IMAGE_FORMATS`, several frames, a side under `MIN_SIDE`, a file
+            of more than `MAX_BYTES`, or more than `MAX_PIXELS` (checked before decoding). The message quotes no
+            content of the file, because a path may lead to any file.
     """
     with decoding(name):
         image = _open(source, name)
@@ -92,7 +88,7 @@ def decoding(name: str) -> Iterator[None]:
             raise DataError(f"{name}, which cannot be decoded: {why}", "a whole picture file", _FIX_FILE) from error
 
 
-def open_encoded(encoded: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+def open_encoded(encoded: bytes, name: str, formats: tuple[str, ...] = IMAGE_FORMATS) -> Image.Image:
     """A picture with its header read and its pixels not yet decoded. Raises DataError; use within `decoding`."""
     if not encoded:
         raise DataError(f"{name}, which is empty (0 bytes)", "a picture file", _FIX_FILE)
@@ -174,7 +170,7 @@ def _open(source: Image.Image | Path | str | bytes | Mapping, name: str) -> Imag
     """The picture with its header read and its pixels, unless it came decoded, still encoded."""
     if isinstance(source, Image.Image):
         if source.format == "EPS" and getattr(source, "tile", None):
-            raise DataError(f"{name}, an EPS not yet decoded", f"one of {', '.join(FORMATS)}", _FIX_FILE)
+            raise DataError(f"{name}, an EPS not yet decoded", f"one of {', '.join(IMAGE_FORMATS)}", _FIX_FILE)
         return source
     encoded: Path | str | bytes | None
     if isinstance(source, Mapping):
