@@ -141,9 +141,9 @@ def test_the_image_of_a_plot_is_the_argument_a_path_or_the_attribute(tmp_path):
         (160, 320): WordMaps("ab", TEXT, *words).plot(),  # no image: the map alone, in the shape of its grid
     }
     for size, figure in given.items():
-        assert np.shape(figure.axes[0].images[0].get_array())[:2] == size
+        assert np.asarray(figure.axes[0].images[0].get_array()).shape[:2] == size
     attribute = WordMaps("ab", TEXT, *words, image=IMAGE).plot()
-    assert np.shape(attribute.axes[0].images[0].get_array())[:2] == (40, 60)
+    assert np.asarray(attribute.axes[0].images[0].get_array()).shape[:2] == (40, 60)
 
 
 @pytest.mark.usefixtures("no_figures_left")

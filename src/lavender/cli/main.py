@@ -224,9 +224,9 @@ def _extract_annotations(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from lavender.data.samples import read_samples
-    from lavender.teachers.annotations.extract import extract_annotations, open_layout
+    from lavender.teachers.annotations.extract import extract_annotations, open_annotations
 
-    layout = open_layout(
+    layout = open_annotations(
         options.annotations,
         options.source,
         pictures=options.pictures,
