@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -91,7 +91,7 @@ def extract(
 
 def _steps(
     samples: Samples, teacher: Teacher, items: Iterator[Job | Step], on_estimate: Callable[[Estimate], None]
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Run the teacher on the jobs, batch by batch; pass on what needs no pass of the teacher."""
     size = teacher.config.batch_size
     already_there, is_first = 0, True

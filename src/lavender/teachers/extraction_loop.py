@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ class Step:
 def write_maps(
     samples: Samples,
     out: str | Path,
-    steps: Callable[[StoreWriter], Iterator[Step]],
+    steps: Callable[[StoreWriter], Generator[Step, None, None]],
     *,
     identity: Mapping[str, Any],
     info: Mapping[str, Any],
@@ -50,7 +50,7 @@ def write_maps(
 
     Args:
         samples: the data set, for the counts of the summary.
-        steps: makes the maps, given the open store. It skips what is `in` the store.
+        steps: makes the maps, given the open store. It skips what is `in` the store. It is closed after an error.
         identity, info, grid: of the store; see `MapStore.writer`.
         strict: refuse a data set with dropped rows before any work.
         on_progress: called with the number of texts of each step.

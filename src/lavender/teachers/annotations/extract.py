@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -134,7 +134,7 @@ class _Work:
         self._num_mapless = 0
         self._picture: _Picture | None = None
 
-    def steps(self, samples: Samples, writer: StoreWriter, strict: bool) -> Iterator[Step]:
+    def steps(self, samples: Samples, writer: StoreWriter, strict: bool) -> Generator[Step, None, None]:
         """A step for each pair of each sample, then the counts of words without a map."""
         for sample in samples:
             for index, text in sample.pairs:
