@@ -69,6 +69,8 @@ class WordMaps:
     """Heat maps of some words of one text on one image. The maximum of a map is 1, or 0 if it is zero everywhere.
 
     Example:
+        >>> import torch
+        >>> from lavender.maps import Word, WordMaps
         >>> dog = Word("dog", start=2, end=5, lemma="dog", part_of_speech="noun")
         >>> maps = WordMaps("0f3a", "a dog", (dog,), torch.tensor([[[0.0, 1.0], [0.5, 0.0]]]))
         >>> maps.grid, maps.map_of(2, 5).argmax().item()
@@ -126,6 +128,8 @@ class WordMaps:
         At most `MAX_PANELS` words are drawn, the first of the text.
 
         Example:
+            >>> import torch
+            >>> from lavender.maps import Word, WordMaps
             >>> dog = Word("dog", 2, 5, "dog", "noun")
             >>> figure = WordMaps("0f3a", "a dog", (dog,), torch.rand(1, 4, 4)).plot()
             >>> [axes.get_title() for axes in figure.axes]

@@ -83,6 +83,7 @@ def words_of(text: str) -> tuple[Word, ...]:
     one word with the part of speech "other". Words of more than `LONGEST` characters are left out, see `too_long`.
 
     Example:
+        >>> from lavender.words import words_of
         >>> [(word.text, word.lemma, word.part_of_speech) for word in words_of("two red dogs")]
         [('two', 'two', 'other'), ('red', 'red', 'adjective'), ('dogs', 'dog', 'noun')]
 
@@ -108,6 +109,7 @@ def content_words(text: str, parts_of_speech: Sequence[str]) -> tuple[Word, ...]
     """The words of a text that have one of the given parts of speech.
 
     Example:
+        >>> from lavender.words import content_words
         >>> [word.text for word in content_words("two red dogs run", ("noun", "verb"))]
         ['dogs', 'run']
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import doctest
 import math
 import re
 from io import BytesIO
@@ -14,7 +13,6 @@ import torch
 from matplotlib import pyplot
 from PIL import Image
 
-import lavender.maps
 from lavender.errors import DataError
 from lavender.maps import MAX_PANELS, Dropped, Word, WordMaps, entropy, min_max, to_distribution, to_heat
 
@@ -203,7 +201,3 @@ def test_a_notebook_shows_the_image_and_escapes_texts():
 
 def test_the_image_is_no_part_of_the_repr():
     assert "image=" not in repr(WordMaps("ab", TEXT, (), torch.zeros(0, 2, 3), image=IMAGE))
-
-
-def test_the_examples_of_the_docstrings():
-    assert doctest.testmod(lavender.maps).failed == 0

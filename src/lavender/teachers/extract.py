@@ -231,4 +231,4 @@ def _estimate(
 
 
 def _refuse(drop: Dropped) -> NoReturn:
-    raise DataError(f"{drop.what}: {drop.reason}", "every sample to be usable, as strict asks", "mend or remove it")
+    raise DataError(f"{drop.what}: {drop.reason}", "every sample to be usable, as strict asks", "repair or remove it")

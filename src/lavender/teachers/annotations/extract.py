@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavender.config import ExtractionConfig
-from lavender.data.images import image_id, stored_frame
+from lavender.data.images import image_id, stored_orientation
 from lavender.data.samples import Sample, Samples
 from lavender.data.store import StoreWriter
 from lavender.errors import ConfigError, DataError
@@ -229,7 +229,7 @@ def _orientation_of(path: Path, upright: tuple[int, int], annotated: tuple[int, 
     Annotation tools show an image either as it is stored or upright, and no file says which. The annotated size tells
     them apart, unless both sizes are the same.
     """
-    orientation, stored = stored_frame(path, str(path))
+    orientation, stored = stored_orientation(path, str(path))
     is_turned = orientation in range(2, 9)
     if annotated == upright and (not is_turned or annotated != stored):
         return 1
