@@ -120,13 +120,13 @@ class CategoryNames:
             text: the text.
             words: all its words, in order.
         """
-        found, start = [], 0
+        runs, start = [], 0
         while start < len(words):
             end, categories = self._longest_match(text, words, start)
             if categories:
-                found.append((words[start:end], categories))
+                runs.append((words[start:end], categories))
             start = end if categories else start + 1
-        return found
+        return runs
 
     def _longest_match(self, text: str, words: Sequence[Word], start: int) -> tuple[int, tuple[str, ...]]:
         best, tokens = (start, ()), []

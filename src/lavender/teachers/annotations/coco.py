@@ -187,18 +187,18 @@ class _Panoptic(PictureAnnotations):
         for run, names in self._names.match(text, words):
             if len(run) > 1 or "-" in run[0].text or run[0].part_of_speech in self._parts:
                 categories |= dict.fromkeys(run, names)
-        found: list[tuple[Word, Region]] = []
+        mapped: list[tuple[Word, Region]] = []
         dropped: list[Dropped] = []
         for word in words:
             present = tuple(name for name in categories.get(word, ()) if name in self._segments)
             if present:
-                found.append((word, self._region(present)))
+                mapped.append((word, self._region(present)))
             elif word in categories:
                 names = " or ".join(repr(name) for name in categories[word])
                 dropped.append(Dropped(word.text, f"no segment of {names} on the picture"))
             elif word.part_of_speech in self._parts:
                 dropped.append(Dropped(word.text, "no category has this name"))
-        return Found(found, dropped)
+        return Found(mapped, dropped)
 
     def _region(self, names: tuple[str, ...]) -> Region:
         if names not in self._regions:

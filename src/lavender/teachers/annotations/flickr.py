@@ -228,16 +228,16 @@ class _Entities(PictureAnnotations):
             got = f"the text {text[:60]!r}, which is none of the picture's sentences"
             raise DataError(got, "a caption of Flickr30k, spaces aside", "use the captions as published")
         phrases = _phrases_in(sentence, text)
-        found: list[tuple[Word, Region]] = []
+        mapped: list[tuple[Word, Region]] = []
         dropped: list[Dropped] = []
         for word in content_words(text, self._parts):
             entities = [phrase.entity for phrase in phrases if phrase.start < word.end and phrase.end > word.start]
             boxes = [box for entity in entities for box in self._boxes.get(entity, ())]
             if boxes:
-                found.append((word, box_region(boxes, self.size)))
+                mapped.append((word, box_region(boxes, self.size)))
             else:
                 dropped.append(Dropped(word.text, self._reason(entities)))
-        return Found(found, dropped)
+        return Found(mapped, dropped)
 
     def _reason(self, entities: Sequence[str]) -> str:
         """Why a word of these entities has no map."""
