@@ -108,8 +108,8 @@ def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         raise DataError(got, "a valid JSON file", "replace it") from error
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            keys_there = printable(sorted(content)) if isinstance(content, dict) else f"a JSON {type(content).__name__}"
-            raise DataError(f"{path} without a list {key!r}: {keys_there}", f"the lists {', '.join(keys)}", "check the file")
+            kind = printable(sorted(content)) if isinstance(content, dict) else f"a JSON {type(content).__name__}"
+            raise DataError(f"{path} without a list {key!r}: {kind}", f"the lists {', '.join(keys)}", "check the file")
     return content
 
 
