@@ -12,7 +12,7 @@ from PIL import Image
 
 from lavender.data.store import MapStore
 from lavender.maps import WordMaps
-from lavender.teachers.annotations.base import Layout
+from lavender.teachers.annotations.base import Annotations
 from lavender.teachers.annotations.coco import CocoPanoptic
 from lavender.teachers.annotations.extract import extract_annotations
 
@@ -100,9 +100,9 @@ class Coco:
         return CocoPanoptic(folder / "panoptic_val2017.json")
 
 
-def run(layout: Layout, out: Path, **more) -> tuple[Any, dict[str, WordMaps]]:
+def run(annotations: Annotations, out: Path, **more) -> tuple[Any, dict[str, WordMaps]]:
     """The summary, and the records by text."""
-    summary = extract_annotations(layout.samples(), layout, out, grid=GRID, **more)
+    summary = extract_annotations(annotations.samples(), annotations, out, grid=GRID, **more)
     return summary, {one.text: one for one in MapStore.open(out, verify=True)}
 
 

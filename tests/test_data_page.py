@@ -9,8 +9,9 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from lavender.data.images import FORMATS, MAX_BYTES, MAX_PIXELS, MIN_SIDE
+from lavender.data.images import MAX_BYTES, MAX_PIXELS, MIN_SIDE
 from lavender.data.samples import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, Samples, read_samples
+from lavender.files import IMAGE_FORMATS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 EXAMPLES = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", PAGE, re.M | re.S))
@@ -68,7 +69,7 @@ def test_the_tables_name_every_column_in_order():
 def test_the_limits_are_those_of_the_code():
     assert f"a side under {MIN_SIDE} pixels, or more than {MAX_PIXELS:,} pixels" in PAGE
     assert f"at most {MAX_BYTES // 2**30} GiB" in PAGE
-    *formats, last = FORMATS
+    *formats, last = IMAGE_FORMATS
     assert f"none of {', '.join(formats)} and {last}".lower() in PAGE.lower()
 
 

@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all, and errors of the disk in our three parts."""
+"""Files: write them whole or not at all, read plain files only, parse JSON strictly, and quote values in messages.
+
+Errors of the operating system become the three-part errors of `lavender.errors`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,20 @@ from typing import Any, BinaryIO
 from lavender.errors import DataError, FileError, LavenderError
 
 TEMPORARY = ".tmp-"
-"""How the names of unfinished files begin."""
+"""Prefix of the names of unfinished files."""
+MISSING = "no such file"
+"""Prefix of the fault of a path where nothing exists."""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Image formats that may be opened, by Pillow's names; JPEG includes the MPO of phones. Pillow passes none of these to
+another program, as it passes EPS to Ghostscript."""
+
+# Windows lacks the first two flags, and only Windows translates line ends unless O_BINARY is set.
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+BINARY = getattr(os, "O_BINARY", 0)
+READ = os.O_RDONLY | NO_WAIT | BINARY
+"""Flags of `os.open` for reading bytes: opening a pipe does not wait for a writer."""
+
 _ADVICE = {
     errno.ENOSPC: "free some space, or choose a place on another disk",
     errno.EDQUOT: "free some of your quota, or choose a place on another disk",
@@ -31,81 +47,13 @@ _ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.EMFILE: "raise the limit of open files: ulimit -n",
 }
-# what writers outside Python say, which raise no OSError: torch's archive writer, safetensors, Arrow
-_SIGNS = {
+# Messages of writers that raise no OSError: torch's archive writer, safetensors, Arrow.
+_DISK_MESSAGES = {
     "PytorchStreamWriter failed": errno.EIO,
     "No space left on device": errno.ENOSPC,
     "Read-only file system": errno.EROFS,
     "Permission denied": errno.EACCES,
 }
-
-
-def file_error(error: OSError, place: str | Path | None = None) -> FileError:
-    """An OSError in our three parts; `place` is named where the error names no file."""
-    where = error.filename or place or "a file"
-    where = os.fsdecode(where) if isinstance(where, bytes) else where
-    reason = error.strerror or str(error) or type(error).__name__
-    advice = _ADVICE.get(error.errno or 0, "check the disk and the rights, and run it again")
-    return FileError(f"{where}: {reason}", "a place that can be read and written", advice)
-
-
-@contextmanager
-def writing(place: str | Path) -> Iterator[None]:
-    """Turn whatever a writer raises when the disk refuses into a FileError that names `place`."""
-    try:
-        yield
-    except (LavenderError, BrokenPipeError):
-        raise
-    except OSError as error:
-        raise file_error(error, place) from error
-    except Exception as error:
-        for sign, number in _SIGNS.items():
-            if sign in str(error):
-                known = OSError(number, "the disk refuses to take more" if number == errno.EIO else sign)
-                raise file_error(known, place) from error
-        raise
-
-
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file so that it is there whole or not at all, whenever the machine stops. A text is written as UTF-8.
-
-    The content goes to a new file of an unguessable name, which then takes the place of `path`: a link at `path` is
-    replaced, not followed.
-
-    Raises:
-        OSError: no space, no right to write; what was at `path` is as it was.
-    """
-    encoded = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(encoded)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too must survive a power cut
-    finally:
-        os.close(folder)
-
-
-def read_whole(path: Path) -> bytes:
-    """The content of a regular file. Raises OSError, also for a pipe or a device, on which reading could wait."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "Not a regular file", str(path))
-        return file.read()
-
-
-MISSING = "no such file"
-"""How the fault of a path begins where nothing is."""
-_LONGEST_NAME = 300  # characters of a path in a message
-_HALF = re.compile("[\ud800-\udfff]")
 _FAULTS = {
     errno.ENOENT: MISSING,
     errno.ENOTDIR: MISSING,
@@ -120,47 +68,115 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
-_SPACE = re.compile(r"[ \t\n\r]*")
+_MAX_PRINTED = 300  # characters of a path in a message
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
+_JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxtuple = 3, 20, 6, 20
 _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
-class JsonError(ValueError):
-    """Why a text is not JSON, or not JSON of one meaning."""
+# Values in messages
 
 
 def shown(value: Any) -> str:
-    """The repr of a value as a message has it: short, whatever its length and depth, and printable."""
+    """The repr of a value for a message: short whatever the value's length and depth, and printable."""
     try:
         return printable(_short.repr(value))
-    except ValueError:  # Python writes no number of more than some thousand digits
+    except ValueError:  # Python refuses to print integers of more than some thousand digits
         return f"{type(value).__name__} of very many digits"
 
 
 def printable(text: object) -> str:
-    """A text on one line, without control characters and half characters; cut in the middle if it is long."""
+    """A text on one line, control characters and lone surrogates escaped; a long one is cut in the middle."""
     whole = str(text)
-    if len(whole) > _LONGEST_NAME:
-        half = _LONGEST_NAME // 2
+    if len(whole) > _MAX_PRINTED:
+        half = _MAX_PRINTED // 2
         whole = f"{whole[:half]}…{whole[-half:]} ({len(whole)} characters)"
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in whole)
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in whole)
 
 
 def half_character(text: str) -> str:
-    """Why a text cannot be written as UTF-8; "" if it can."""
-    found = _HALF.search(text)
-    if found is None:
+    """Why a text cannot be encoded as UTF-8, or "" if it can."""
+    match = _SURROGATE.search(text)
+    if match is None:
         return ""
-    byte = ord(found[0]) - 0xDC00  # how a byte that is not UTF-8 is decoded with errors="surrogateescape"
+    byte = ord(match[0]) - 0xDC00  # how errors="surrogateescape" decodes a byte that is not UTF-8
     maybe = f", or the byte 0x{byte:02x}, which is not UTF-8," if byte >= 0x80 else ""
-    return f"half of a surrogate pair{maybe} at character {found.start()}"
+    return f"half of a surrogate pair{maybe} at character {match.start()}"
+
+
+def file_error(error: OSError, place: str | Path | None = None) -> FileError:
+    """An OSError as a FileError; `place` is named if the error names no file."""
+    where = error.filename or place or "a file"
+    where = os.fsdecode(where) if isinstance(where, bytes) else where
+    reason = error.strerror or str(error) or type(error).__name__
+    advice = _ADVICE.get(error.errno or 0, "check the disk and the rights, and run it again")
+    return FileError(f"{where}: {reason}", "a place that can be read and written", advice)
+
+
+# Writing
+
+
+@contextmanager
+def writing(place: str | Path) -> Iterator[None]:
+    """Turn any error of a full or read-only disk into a FileError that names `place`."""
+    try:
+        yield
+    except (LavenderError, BrokenPipeError):
+        raise
+    except OSError as error:
+        raise file_error(error, place) from error
+    except Exception as error:
+        for message, number in _DISK_MESSAGES.items():
+            if message in str(error):
+                disk_error = OSError(number, "the disk refuses to take more" if number == errno.EIO else message)
+                raise file_error(disk_error, place) from error
+        raise
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file so that it exists completely or not at all, even after a power cut. A text is encoded as UTF-8.
+
+    The content goes to a new file with an unguessable name, which then replaces `path`. A link at `path` is replaced,
+    not followed.
+
+    Raises:
+        OSError: no space or no right to write. `path` is unchanged.
+    """
+    encoded = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(8)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK | BINARY, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(encoded)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make new names survive a power cut too. Windows cannot open folders and has no such call."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Reading
 
 
 def expanded(path: str | Path) -> Path:
-    """With a leading ~ as the home folder, unless there is none of that name."""
+    """The path with a leading ~ replaced by the home folder, if there is one of that name."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -168,7 +184,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def fault_of(path: str | Path) -> str:
-    """Why this is no plain file, with its name; "" if it is one. Links are followed. Opens nothing."""
+    """Why a path is no plain file, with its name, or "" if it is one. Follows links and opens nothing."""
     try:
         mode = os.stat(path).st_mode
     except ValueError:  # NUL, or characters that the file system cannot encode
@@ -181,7 +197,7 @@ def fault_of(path: str | Path) -> str:
 
 
 def open_plain(path: str | Path) -> BinaryIO:
-    """Open a plain file for reading; pipes and devices would block, or never end.
+    """Open a plain file for reading. Pipes and devices are refused: reading them could block or never end.
 
     Raises:
         DataError: missing, not a plain file, or not readable.
@@ -189,25 +205,25 @@ def open_plain(path: str | Path) -> BinaryIO:
     if fault := fault_of(path):
         raise DataError(fault, "a plain file", "check the path")
     try:
-        return open(path, "rb", opener=_open_without_waiting)
+        return open(path, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT))
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
 def read_plain(path: str | Path, max_bytes: int) -> bytes:
-    """The content of a plain file. Raises DataError; also for more than `max_bytes`, before they are read."""
+    """The content of a plain file.
+
+    Raises:
+        DataError: as `open_plain`, or more than `max_bytes` bytes, which are then not read.
+    """
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise DataError(f"{printable(path)} of {size:,} bytes", f"at most {max_bytes:,} bytes", "check the file")
         try:
-            return file.read() if size else b""  # files of /proc have no size; some of them never end
+            return file.read() if size else b""  # files in /proc report no size, and some of them never end
         except (OSError, MemoryError) as error:
             raise _unreadable(path, error) from error
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _unreadable(path: str | Path, error: Exception) -> DataError:
@@ -215,11 +231,35 @@ def _unreadable(path: str | Path, error: Exception) -> DataError:
     return DataError(f"{printable(path)}, which cannot be read: {why}", "a file that can be read", "check the file")
 
 
+def read_whole(path: Path) -> bytes:
+    """The content of a regular file. Raises OSError, also for a pipe or a device, on which reading could block."""
+    with os.fdopen(os.open(path, READ), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        return file.read()
+
+
+def _seek_and_read(descriptor: int, size: int, offset: int) -> bytes:
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    return os.read(descriptor, size)
+
+
+read_at = getattr(os, "pread", _seek_and_read)
+"""`read_at(descriptor, size, offset)`: up to `size` bytes of an open file, `offset` bytes from its start."""
+
+
+# JSON
+
+
+class JsonError(ValueError):
+    """Why a text is not JSON, or is JSON with more than one meaning."""
+
+
 def parse_json(text: str) -> Any:
-    """Structure from its JSON text.
+    """The value of a JSON text.
 
     Raises:
-        JsonError: no JSON, an object with a key twice, a number that Python refuses, or nested too deeply.
+        JsonError: not JSON, an object with a repeated key, a number that Python refuses, or too deep a nesting.
     """
     try:
         return _DECODER.decode(text)
@@ -228,44 +268,44 @@ def parse_json(text: str) -> Any:
 
 
 def json_items(text: str) -> Iterator[tuple[Any, str]]:
-    """The items of a JSON list, each with its own fault or "", so that one does not take the others along.
+    """The items of a JSON list, each with its fault or "", so that one bad item does not spoil the others.
 
     Raises:
         JsonError: the text does not continue as a list.
     """
-    at = _after_space(text, 0)
-    if text[at : at + 1] != "[":
+    position = _after_space(text, 0)
+    if text[position : position + 1] != "[":
         raise JsonError("not JSON: no list")
-    at = _after_space(text, at + 1)
-    is_last = text[at : at + 1] == "]"
+    position = _after_space(text, position + 1)
+    is_last = text[position : position + 1] == "]"
     while not is_last:
         try:
-            (value, end), fault = _DECODER.raw_decode(text, at), ""
+            (value, end), fault = _DECODER.raw_decode(text, position), ""
         except json.JSONDecodeError as error:
             raise _json_error(error, text) from error
         except (ValueError, RecursionError, MemoryError) as error:
-            value, end, fault = None, _end_of_item(text, at), str(_json_error(error, text))
+            value, end, fault = None, _end_of_item(text, position), str(_json_error(error, text))
         yield value, fault
-        at = _after_space(text, end)
-        is_last = text[at : at + 1] == "]"
+        position = _after_space(text, end)
+        is_last = text[position : position + 1] == "]"
         if not is_last:
-            if text[at : at + 1] != ",":
-                raise JsonError(f"not JSON: no comma at character {at}, where the list should go on")
-            at = _after_space(text, at + 1)
-    if (at := _after_space(text, at + 1)) != len(text):
-        raise JsonError(f"not JSON: more text at character {at}, after the end of the list")
+            if text[position : position + 1] != ",":
+                raise JsonError(f"not JSON: no comma at character {position}, where the list should go on")
+            position = _after_space(text, position + 1)
+    if (position := _after_space(text, position + 1)) != len(text):
+        raise JsonError(f"not JSON: more text at character {position}, after the end of the list")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise JsonError(f"an object with the key {shown(twice)} twice")
-    return found
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise JsonError(f"an object with the key {shown(repeated)} twice")
+    return values
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_with_unique_keys)
 
 
 def _json_error(error: Exception, text: str) -> JsonError:
@@ -279,25 +319,25 @@ def _json_error(error: Exception, text: str) -> JsonError:
     return JsonError("nested too deeply" if isinstance(error, RecursionError) else "too large for the memory")
 
 
-def _after_space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    assert found is not None
-    return found.end()
+def _after_space(text: str, position: int) -> int:
+    match = _JSON_SPACE.match(text, position)
+    assert match is not None
+    return match.end()
 
 
 def _end_of_item(text: str, start: int) -> int:
-    """Where an item ends that cannot be decoded, by its brackets alone."""
+    """Where an item that cannot be decoded ends, by its brackets alone."""
     depth = 0
-    for token in _TOKEN.finditer(text, start):
-        sign = token[0]
-        if sign in ("[", "{"):
+    for match in _JSON_TOKEN.finditer(text, start):
+        token = match[0]
+        if token in ("[", "{"):
             depth += 1
-        elif sign in ("]", "}"):
+        elif token in ("]", "}"):
             depth -= 1
             if depth <= 0:
-                return token.end() if depth == 0 else token.start()
-        elif sign == "," and depth == 0:
-            return token.start()
-        elif sign == '"':  # never closed
+                return match.end() if depth == 0 else match.start()
+        elif token == "," and depth == 0:
+            return match.start()
+        elif token == '"':  # a string that never ends
             break
     raise JsonError("not JSON: it ends inside of a value")

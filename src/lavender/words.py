@@ -1,34 +1,39 @@
-"""The words of a text: spans of characters, lemmas and parts of speech; and spans of tokens.
+"""Find the words of a text: spans of characters, lemmas and parts of speech; and the tokens of a span.
 
-Offline, by HanTa (a hidden-Markov tagger). English; other languages in Latin letters are tagged as
-well as an English tagger can, and text without Latin letters has no content word. What is read as one
-word, and what is none, is settled by `lavender.words`; spans and texts of words are those of
-the text as written.
+Words are tagged offline by HanTa, a hidden-Markov tagger for English. Other languages in Latin letters are tagged as
+well as an English tagger can. A text without Latin letters has no content word. Spans and texts of words are those of
+the text as written, although tags, addresses, file names and the like are left out before tagging.
 """
 
 from __future__ import annotations
 
+import html
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from lavender.maps import Dropped, Word
 
 if TYPE_CHECKING:
     from HanTa.HanoverTagger import HanoverTagger
-import html
-import unicodedata
 
-LONGEST = 64  # characters of a word: the tagger's cost grows with their square
-_CACHED = 500  # characters: longer texts are tagged anew each time, so that the cache stays small
+LONGEST = 64
+"""The most characters of a word: the tagger's cost grows with their square."""
+GAP = "\ufffc"
+"""Stands for letters that are not a word, or that belong to a script without spaces between words."""
+
+_CACHED = 500  # characters: longer texts are not cached, so that the cache stays small
+_SENTENCE = 64  # words that are tagged together: the tagger's cost grows with their number
 _WORD = re.compile(r"[^\W\d_]+(?:['\-][^\W\d_]+)*")
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]")
 _CLAUSE_END = re.compile(r"[.;:!?]")
 _PARTS = {"NN": "noun", "NP": "noun", "UN": "noun", "AJ": "adjective", "VV": "verb"}  # the tagger's BNC C5 tags
 _VERBS = ("VB", "VD", "VH", "VM", "VV")
 
-# The tagger has learned "is" and "n't", "dog" and "'s" as words of their own. So are some texts written: "dog 's".
+# The tagger has learned "is" and "n't", "dog" and "'s" as separate words. Some texts are written so too: "dog 's".
 _CONTRACTION = re.compile(r"(.*?)(n't|'(?:s|m|d|re|ve|ll))", re.IGNORECASE)
 _CLITIC = re.compile(r"(?:s|m|d|re|ve|ll|t)(?![\w'])", re.IGNORECASE)
 _NAMELESS = re.compile(  # what the tagger may take for a noun before "'s" or "'ll"
@@ -44,151 +49,6 @@ _WITHOUT_APOSTROPHE = re.compile(
 )
 _APART = {"nt": "n't", "s": "'s", "m": "'m", "re": "'re", "ve": "'ve", "ll": "'ll"}
 
-
-@lru_cache(maxsize=1)
-def _tagger() -> HanoverTagger:
-    from HanTa import HanoverTagger as hanta
-
-    return hanta.HanoverTagger("morphmodel_en.pgz")
-
-
-class _Tagged(NamedTuple):
-    """A word, its C5 tag, that of its clitic ("" without one), and whether a clause ended before it."""
-
-    word: Word
-    tag: str
-    clitic: str
-    begins_clause: bool
-
-
-def _tagged(text: str) -> tuple[_Tagged, ...]:
-    """Every word of a text, in order."""
-    return _remembered(text) if len(text) <= _CACHED else _tag(text)
-
-
-def _tag(text: str) -> tuple[_Tagged, ...]:
-    read = plain(text)
-    spans = [span for span in _spans(read.text) if span.end() - span.start() <= LONGEST]
-    pieces = [_pieces(read.text, span) for span in spans]
-    found: list[tuple[str, str, str]] = []
-    for start in range(0, len(spans), 64):  # the tagger's cost grows with the length of a sentence
-        found += _tagger().tag_sent([piece for own in pieces[start : start + 64] for piece in own])
-    tagged, at, end_before = [], 0, 0
-    for span, own in zip(spans, pieces, strict=True):
-        _, lemma, tag = found[at]
-        clitic = found[at + 1][2] if len(own) > 1 else ""
-        start, end = read.written(*span.span())
-        word = Word(text[start:end], start, end, lemma.lower(), _part_of_speech(own, tag))
-        begins = _CLAUSE_END.search(read.text, end_before, span.start()) is not None
-        tagged.append(_Tagged(word, tag, clitic, begins))
-        at, end_before = at + len(own), span.end()
-    return tuple(tagged)
-
-
-_remembered = lru_cache(maxsize=1024)(_tag)
-
-
-def _spans(read: str) -> Iterator[re.Match[str]]:
-    """Runs of letters of a plain text, some of them Latin."""
-    return (match for match in _WORD.finditer(read) if _LATIN.search(match.group()))
-
-
-def _pieces(read: str, span: re.Match[str]) -> tuple[str, ...]:
-    """A word as the tagger takes it: its clitic apart."""
-    word = span.group()
-    if found := _CONTRACTION.fullmatch(word) or _WITHOUT_APOSTROPHE.fullmatch(word):
-        base, clitic = (piece for piece in found.groups() if piece is not None)
-        clitic = clitic.lower()
-        return (base, _APART.get(clitic, clitic)) if base else (clitic,)
-    start = span.start()
-    stands_alone = read[start - 1 : start] == "'" and (start == 1 or read[start - 2].isspace())
-    return (f"'{word.lower()}",) if stands_alone and _CLITIC.match(read, start) else (word,)
-
-
-def _part_of_speech(pieces: tuple[str, ...], tag: str) -> str:
-    part = _PARTS.get(tag[:2], "other")
-    if len(pieces) > 1:  # "dog's" names a dog; "isn't", "let's" and "there's" name nothing
-        is_named = part == "noun" and pieces[1].startswith("'") and not _NAMELESS.fullmatch(pieces[0])
-        return "noun" if is_named else "other"
-    return "other" if pieces[0].startswith(("'", "n't")) else part
-
-
-def words_of(text: str) -> tuple[Word, ...]:
-    """Every word of a text, in order, with lemma and part of speech. Numbers and signs are not words.
-
-    A possessive is one word, with the lemma of its noun: "dog's" is of "dog". A contraction such as "isn't" is one word
-    and no content word. A word of more than `LONGEST` characters is left out, see `too_long`.
-    """
-    return tuple(one.word for one in _tagged(text))
-
-
-def too_long(text: str) -> tuple[Dropped, ...]:
-    """The words that `words_of` leaves out, as runs of letters of such a length are not words of a language."""
-    return tuple(
-        Dropped(f"{span.group()[:20]}…", f"a word of more than {LONGEST} characters")
-        for span in _spans(plain(text).text)
-        if span.end() - span.start() > LONGEST
-    )
-
-
-def content_words(text: str, parts_of_speech: Sequence[str]) -> tuple[Word, ...]:
-    """The words of a text that name something: those with one of the given parts of speech."""
-    return tuple(word for word in words_of(text) if word.part_of_speech in parts_of_speech)
-
-
-def subjects_and_objects(text: str) -> frozenset[int]:
-    """Where subjects and objects of a text begin, in characters: heads of noun phrases that no preposition governs.
-
-    An approximation by parts of speech, without a parser: a head is the last noun of a row of nouns; a preposition
-    governs all nouns up to the next verb or sign that ends a clause. In "a photo of a cat" that is the photo alone.
-    """
-    heads: list[int] = []
-    governed = noun_before = False
-    for word, tag, clitic, begins_clause in _tagged(text):
-        if begins_clause:
-            governed = noun_before = False
-        if tag == "POS":  # the "'s" of "dog 's", apart from its noun
-            continue
-        is_noun = word.part_of_speech == "noun"
-        if tag[:2] == "PR":
-            governed = True
-        elif tag[:2] in _VERBS:
-            governed = False
-        if is_noun and not governed:
-            if noun_before:  # of a compound, the last noun is the head
-                heads.pop()
-            heads.append(word.start)
-        noun_before = is_noun and not governed
-        if clitic[:2] in _VERBS:  # "there's a dog"
-            governed = noun_before = False
-    return frozenset(heads)
-
-
-def same_root(one: str, other: str) -> bool:
-    """Whether the first words of two texts are forms of one word: "dogs" and "Dog." are."""
-    first, second = (_remembered_root(text) if len(text) <= _CACHED else _root(text) for text in (one, other))
-    return first is not None and first == second
-
-
-def _root(text: str) -> str | None:
-    """The lemma of a text's first word."""
-    first = next(iter(_tag(text)), None)
-    return first.word.lemma if first else None
-
-
-_remembered_root = lru_cache(maxsize=16384)(_root)  # apart from captions, which what models predict would crowd out
-
-
-def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
-    """Positions of the tokens that overlap the characters [start, end).
-
-    Overlap, not containment: a byte-level token such as " dog" begins before its word. Tokens of no
-    characters (special tokens) overlap nothing.
-    """
-    return [index for index, (first, last) in enumerate(offsets) if first < end and last > start and last > first]
-
-
-GAP = "\ufffc"  # stands for letters that are no word, or of a script that does not set spaces
 _APOSTROPHES = "\u2018\u2019\u201b\u02bc\u02b9\u2032\uff07\u00b4`"
 _HYPHENS = "\u2010\u2011\ufe63\uff0d"
 _SPELLED_OUT = ("<compat>", "<wide>", "<narrow>", "<font>")  # not <super>: "m²" is no "m2"
@@ -210,105 +70,282 @@ _NO_WORD = re.compile(
     """,
     re.VERBOSE,
 )
-_ORDINARY = re.compile(r"[^&<@/\\`\[]*")  # ASCII without these and without a dot inside a word is read as it is
+# ASCII without these characters, and without a dot inside a word, needs no preparation.
+_ORDINARY = re.compile(r"[^&<@/\\`\[]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _DOT_INSIDE = re.compile(r"\w\.\w")
 
 
+def words_of(text: str) -> tuple[Word, ...]:
+    """Every word of a text, in order. Numbers and punctuation are not words.
+
+    A possessive is one word with the lemma of its noun: the lemma of "dog's" is "dog". A contraction such as "isn't" is
+    one word with the part of speech "other". Words of more than `LONGEST` characters are left out, see `too_long`.
+
+    Example:
+        >>> from lavender.words import words_of
+        >>> [(word.text, word.lemma, word.part_of_speech) for word in words_of("two red dogs")]
+        [('two', 'two', 'other'), ('red', 'red', 'adjective'), ('dogs', 'dog', 'noun')]
+
+    Args:
+        text: any text; the tagger knows English.
+
+    Returns:
+        The words with their span of characters, lemma and part of speech.
+    """
+    return tuple(tagged.word for tagged in _tagged(text))
+
+
+def too_long(text: str) -> tuple[Dropped, ...]:
+    """The words that `words_of` leaves out: runs of letters that are too long to be words of a language."""
+    return tuple(
+        Dropped(f"{span.group()[:20]}…", f"a word of more than {LONGEST} characters")
+        for span in _spans(plain(text).text)
+        if span.end() - span.start() > LONGEST
+    )
+
+
+def content_words(text: str, parts_of_speech: Sequence[str]) -> tuple[Word, ...]:
+    """The words of a text that have one of the given parts of speech.
+
+    Example:
+        >>> from lavender.words import content_words
+        >>> [word.text for word in content_words("two red dogs run", ("noun", "verb"))]
+        ['dogs', 'run']
+
+    Args:
+        text: any text; the tagger knows English.
+        parts_of_speech: some of "noun", "adjective", "verb" and "other".
+    """
+    return tuple(word for word in words_of(text) if word.part_of_speech in parts_of_speech)
+
+
+def subjects_and_objects(text: str) -> frozenset[int]:
+    """The first characters of subjects and objects: the heads of noun phrases that no preposition governs.
+
+    This approximates a parser by parts of speech. The head is the last noun of a run of nouns. A preposition governs
+    all nouns up to the next verb or the end of the clause: in "a photo of a cat" only the photo counts.
+    """
+    heads: list[int] = []
+    is_governed = follows_noun = False
+    for word, tag, clitic, begins_clause in _tagged(text):
+        if begins_clause:
+            is_governed = follows_noun = False
+        if tag == "POS":  # the "'s" of "dog 's", written apart from its noun
+            continue
+        is_noun = word.part_of_speech == "noun"
+        if tag[:2] == "PR":
+            is_governed = True
+        elif tag[:2] in _VERBS:
+            is_governed = False
+        is_head = is_noun and not is_governed
+        if is_head:
+            if follows_noun:  # in a compound the last noun is the head
+                heads.pop()
+            heads.append(word.start)
+        follows_noun = is_head
+        if clitic[:2] in _VERBS:  # "there's a dog"
+            is_governed = follows_noun = False
+    return frozenset(heads)
+
+
+def same_root(first: str, second: str) -> bool:
+    """Whether the first words of two texts have the same lemma, as "dogs" and "Dog." do."""
+    first_root, second_root = (_cached_root(text) if len(text) <= _CACHED else _root(text) for text in (first, second))
+    return first_root is not None and first_root == second_root
+
+
+def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+    """Positions of the tokens that overlap the characters [start, end).
+
+    Overlap counts, not containment, because a byte-level token such as " dog" begins before its word. Tokens without
+    characters, such as special tokens, overlap nothing.
+
+    Args:
+        offsets: (first, last) characters of each token, half-open, as tokenizers return them.
+        start, end: a half-open span of characters.
+    """
+    return [index for index, (first, last) in enumerate(offsets) if first < end and last > start and last > first]
+
+
+# Tagging
+
+
+class _Tagged(NamedTuple):
+    """A word, its C5 tag, the tag of its clitic or "", and whether a clause ended before it."""
+
+    word: Word
+    tag: str
+    clitic: str
+    begins_clause: bool
+
+
+@lru_cache(maxsize=1)
+def _tagger() -> HanoverTagger:
+    from HanTa import HanoverTagger as hanta
+
+    return hanta.HanoverTagger("morphmodel_en.pgz")
+
+
+def _tagged(text: str) -> tuple[_Tagged, ...]:
+    """Every word of a text, in order."""
+    return _cached_tags(text) if len(text) <= _CACHED else _tag(text)
+
+
+def _tag(text: str) -> tuple[_Tagged, ...]:
+    read = plain(text)
+    spans = [span for span in _spans(read.text) if span.end() - span.start() <= LONGEST]
+    pieces = [_pieces(read.text, span) for span in spans]
+    tags: list[tuple[str, str, str]] = []  # (piece, lemma, tag)
+    for start in range(0, len(spans), _SENTENCE):
+        tags += _tagger().tag_sent(list(chain(*pieces[start : start + _SENTENCE])))
+    tagged, index, last_end = [], 0, 0
+    for span, word_pieces in zip(spans, pieces, strict=True):
+        _, lemma, tag = tags[index]
+        clitic = tags[index + 1][2] if len(word_pieces) > 1 else ""
+        start, end = read.written(*span.span())
+        word = Word(text[start:end], start, end, lemma.lower(), _part_of_speech(word_pieces, tag))
+        begins_clause = _CLAUSE_END.search(read.text, last_end, span.start()) is not None
+        tagged.append(_Tagged(word, tag, clitic, begins_clause))
+        index, last_end = index + len(word_pieces), span.end()
+    return tuple(tagged)
+
+
+_cached_tags = lru_cache(maxsize=1024)(_tag)
+
+
+def _root(text: str) -> str | None:
+    """The lemma of a text's first word."""
+    first = next(iter(_tag(text)), None)
+    return first.word.lemma if first else None
+
+
+_cached_root = lru_cache(maxsize=16384)(_root)  # its own cache: predictions of models would displace the captions
+
+
+def _spans(read: str) -> Iterator[re.Match[str]]:
+    """Runs of letters of a plain text with at least one Latin letter."""
+    return (match for match in _WORD.finditer(read) if _LATIN.search(match.group()))
+
+
+def _pieces(read: str, span: re.Match[str]) -> tuple[str, ...]:
+    """A word as the tagger expects it: its clitic apart."""
+    word = span.group()
+    if match := _CONTRACTION.fullmatch(word) or _WITHOUT_APOSTROPHE.fullmatch(word):
+        base, clitic = (piece for piece in match.groups() if piece is not None)
+        clitic = clitic.lower()
+        return (base, _APART.get(clitic, clitic)) if base else (clitic,)
+    start = span.start()
+    stands_alone = read[start - 1 : start] == "'" and (start == 1 or read[start - 2].isspace())
+    return (f"'{word.lower()}",) if stands_alone and _CLITIC.match(read, start) else (word,)
+
+
+def _part_of_speech(pieces: tuple[str, ...], tag: str) -> str:
+    part = _PARTS.get(tag[:2], "other")
+    if len(pieces) > 1:  # "dog's" names a dog; "isn't", "let's" and "there's" name nothing
+        is_named = part == "noun" and pieces[1].startswith("'") and not _NAMELESS.fullmatch(pieces[0])
+        return "noun" if is_named else "other"
+    return "other" if pieces[0].startswith(("'", "n't")) else part
+
+
+# Preparing a text
+
+
 class Plain(NamedTuple):
-    """A text as it is read, and for each of its characters where the text as written has it: from, and up to."""
+    """A prepared text, and for each of its characters the half-open span of the text as written."""
 
     text: str
     starts: Sequence[int]
     ends: Sequence[int]
 
     def written(self, start: int, end: int) -> tuple[int, int]:
-        """The half-open span of the text as written for one of the plain text that is not empty."""
+        """The span of the text as written for a non-empty span of the plain text."""
         return self.starts[start], self.ends[end - 1]
 
 
 def plain(text: str) -> Plain:
-    """Read a text: letters composed, ASCII apostrophes and hyphens, entities decoded, what is no word left out.
+    """Prepare a text: compose letters, use ASCII apostrophes and hyphens, decode entities, leave out what is no word.
 
-    Tags and special tokens become spaces, other things that are no words `GAP`. Signs without a width are gone.
+    Tags and special tokens become spaces, addresses and file names become `GAP`. Zero-width characters are removed.
     """
     if text.isascii() and _ORDINARY.fullmatch(text) and not _DOT_INSIDE.search(text):
         return Plain(text, range(len(text)), range(1, len(text) + 1))
-    signs, starts, ends = _spelled(text)
-    return Plain(_NO_WORD.sub(_left_out, "".join(signs)), starts, ends)
+    characters, starts, ends = _characters(text)
+    return Plain(_NO_WORD.sub(_replacement, "".join(characters)), starts, ends)
 
 
 def encodable(text: str) -> str:
-    """A text of the same length that every tokenizer takes: lone surrogates are no characters and become U+FFFD."""
+    """A text of the same length that every tokenizer accepts: lone surrogates become U+FFFD."""
     return _SURROGATE.sub("\ufffd", text)
 
 
-def _spelled(text: str) -> tuple[list[str], list[int], list[int]]:
-    """The characters of the plain text, before anything is left out, and their places."""
-    signs: list[str] = []
+def _characters(text: str) -> tuple[list[str], list[int], list[int]]:
+    """The characters of the plain text before anything is left out, and where each begins and ends as written."""
+    characters: list[str] = []
     starts: list[int] = []
     ends: list[int] = []
     place = 0
     while place < len(text):
         shown, end = _decoded(text, place) if text[place] == "&" else (text[place], place + 1)
-        for sign in shown:
-            spelling = _spelling(sign)
+        for character in shown:
+            spelling = _spelling(character)
             if spelling is None:  # a mark belongs to the letter before it
-                if signs:
-                    composed = unicodedata.normalize("NFC", signs[-1] + sign)
-                    signs[-1] = composed if len(composed) == 1 else signs[-1]
+                if characters:
+                    composed = unicodedata.normalize("NFC", characters[-1] + character)
+                    characters[-1] = composed if len(composed) == 1 else characters[-1]
                     ends[-1] = end
                 continue
-            signs += spelling
+            characters += spelling
             starts += [place] * len(spelling)
             ends += [end] * len(spelling)
         place = end
-    return signs, starts, ends
+    return characters, starts, ends
 
 
 def _decoded(text: str, place: int) -> tuple[str, int]:
-    """What the entity at a place shows, also one escaped twice ("&amp;nbsp;"), and its end. Unknown ones are text."""
-    if found := _ENTITY.match(text, place):
-        name = found[1] or f"{found[2]};"
+    """The text of the entity at a place, also if escaped twice ("&amp;nbsp;"), and its end. Unknown ones stay."""
+    if match := _ENTITY.match(text, place):
+        name = match[1] or f"{match[2]};"
         if (shown := html.unescape(f"&{name}")) != f"&{name}":
-            return shown, found.end()
+            return shown, match.end()
     return "&", place + 1
 
 
 @lru_cache(maxsize=4096)
-def _spelling(sign: str) -> str | None:
-    """How a character is read; None for a mark, which has no place of its own."""
-    if sign in _APOSTROPHES:
+def _spelling(character: str) -> str | None:
+    """How a character is read: "" for one without a width, None for a mark, which belongs to a letter."""
+    if character in _APOSTROPHES:
         return "'"
-    if sign in _HYPHENS:
+    if character in _HYPHENS:
         return "-"
-    if sign.isascii():
-        return sign
-    category = unicodedata.category(sign)
+    if character.isascii():
+        return character
+    category = unicodedata.category(character)
     if category[0] == "M":
         return None
-    if category == "Cf":  # a soft hyphen, a space or joiner without a width, a mark of direction
+    if category == "Cf":  # a soft hyphen, a zero-width space or joiner, a direction mark
         return ""
     if category == "Lo":
         return GAP
     if category[0] == "N":
         return "0"
     if category[0] != "L":
-        return sign
-    composed = unicodedata.normalize("NFC", sign)
-    apart = unicodedata.normalize("NFKC", sign)
-    is_letters = unicodedata.decomposition(sign).startswith(_SPELLED_OUT) and apart.isalpha()
+        return character
+    composed = unicodedata.normalize("NFC", character)
+    apart = unicodedata.normalize("NFKC", character)
+    is_letters = unicodedata.decomposition(character).startswith(_SPELLED_OUT) and apart.isalpha()
     return apart if is_letters else composed
 
 
-def _left_out(found: re.Match[str]) -> str:
-    if found["markup"] is None:
-        return GAP * len(found.group())
-    return " " * len(found.group()) if _is_markup(found["markup"]) else found.group()
+def _replacement(match: re.Match[str]) -> str:
+    """What stands in place of something that is no word, in the same length."""
+    if match["markup"] is None:
+        return GAP * len(match.group())
+    return " " * len(match.group()) if _is_markup(match["markup"]) else match.group()
 
 
 def _is_markup(text: str) -> bool:
-    """Whether what stands in angle brackets is a tag or a special token: "<b>", "<br />", "<|end|>", "<a href=…>"."""
+    """Whether a text in angle brackets is a tag or a special token: "<b>", "<br />", "<|end|>", "<a href=…>"."""
     inside = text[1:-1]
     if inside[0].isspace():
         return False

@@ -123,7 +123,8 @@ def preload() -> None:
     import lavender
 
     for module in pkgutil.walk_packages(lavender.__path__, "lavender."):
-        importlib.import_module(module.name)
+        if not module.name.endswith("__main__"):  # which runs the command line
+            importlib.import_module(module.name)
     from lavender.words import content_words
 
     content_words("a dog", ("noun",))

@@ -139,9 +139,9 @@ def _extract_annotations(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from lavender.data.samples import read_samples
-    from lavender.teachers.annotations.extract import extract_annotations, open_layout
+    from lavender.teachers.annotations.extract import extract_annotations, open_annotations
 
-    layout = open_layout(
+    annotations = open_annotations(
         options.annotations,
         options.source,
         pictures=options.pictures,
@@ -149,13 +149,13 @@ def _extract_annotations(options: argparse.Namespace) -> int:
         split=options.split,
         parts_of_speech=tuple(options.words) if options.words else None,
     )
-    samples = layout.samples() if options.data is None else read_samples(options.data)
-    data_file = options.out / f"{layout.label}.jsonl" if options.data is None else None
+    samples = annotations.samples() if options.data is None else read_samples(options.data)
+    data_file = options.out / f"{annotations.label}.jsonl" if options.data is None else None
     total = sum(len(sample.pairs) for sample in samples)
     with writing(options.out), tqdm(total=total, unit="text", desc="maps") as bar:
         summary = extract_annotations(
             samples,
-            layout,
+            annotations,
             options.out,
             grid=(options.grid, options.grid),
             data_file=data_file,

@@ -1,5 +1,7 @@
-"""What lies on disk: users' data sets and images, and the store of word maps."""
+"""Read data sets of images with text, and the store of word maps."""
 
+from lavender.data.images import image_id, load_image
 from lavender.data.samples import Sample, Samples, read_samples, readable, to_dataset
+from lavender.data.store import MapStore
 
-__all__ = ["Sample", "Samples", "read_samples", "readable", "to_dataset"]
+__all__ = ["MapStore", "Sample", "Samples", "image_id", "load_image", "read_samples", "readable", "to_dataset"]

@@ -1,4 +1,4 @@
-"""The texts of a row, whatever its columns, as conversations of one form with a place for each picture."""
+"""Turn the texts of a row, in any known columns, into conversations of one form with a place for each image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lavender.files import JsonError, half_character, parse_json, shown
 Message = dict[str, Any]
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-_MARKER = "<image>"  # where LLaVA's and ShareGPT's texts have the picture
+_MARKER = "<image>"  # the place of an image in LLaVA's and ShareGPT's texts
 _VIDEO = "a video; only still pictures have maps"
 _UNSUPPORTED = {
     **dict.fromkeys(VIDEO_COLUMNS, _VIDEO),
@@ -25,24 +25,24 @@ class UnusableError(Exception):
 
 
 def check_columns(values: dict[str, Any]) -> None:
-    """Refuse what would otherwise be ignored although it belongs to the conversation. Raises UnusableError."""
+    """Refuse columns that belong to the conversation and cannot be used, such as a video. Raises UnusableError."""
     for column, reason in _UNSUPPORTED.items():
         if values.get(column) and values[column] != "[]":
             raise UnusableError(reason)
 
 
 def pictures_of(values: dict[str, Any]) -> list[Any]:
-    """The pictures of a row as they are written there."""
+    """The images of a row as written there: names, structs or encoded files."""
     column = next((column for column in PICTURE_COLUMNS if values.get(column) is not None), "")
-    given = values.get(column)
-    if isinstance(given, str) and given.startswith("["):  # a list in a CSV file
-        given = _maybe_json(given) if column != "images" else _parsed(given)
-    pictures = given if isinstance(given, list) else [given]
+    value = values.get(column)
+    if isinstance(value, str) and value.startswith("["):  # a list in a CSV file
+        value = _maybe_json(value) if column != "images" else _parsed(value)
+    pictures = value if isinstance(value, list) else [value]
     return [] if all(picture in (None, "") for picture in pictures) else pictures
 
 
 def _maybe_json(text: str) -> Any:
-    """Structure from its JSON text, or the text itself: names of files and questions may begin with a bracket."""
+    """The value of a JSON text, or the text itself, because file names and questions may begin with a bracket too."""
     try:
         return parse_json(text)
     except JsonError:
@@ -50,22 +50,22 @@ def _maybe_json(text: str) -> Any:
 
 
 def conversations_of(values: dict[str, Any], prompt: str, num_pictures: int) -> list[list[Message]]:
-    """The conversations of a row: several only where it has several captions. Raises UnusableError."""
+    """The conversations of a row, which are several only if it has several captions. Raises UnusableError."""
     system = _system(values.get("system"))
-    written = _turns_of_row(values, prompt, num_pictures > 0)
-    return [_conversation(turns, num_pictures, system) for turns in written]
+    conversations = _turns_of_row(values, prompt, num_pictures > 0)
+    return [_conversation(turns, num_pictures, system) for turns in conversations]
 
 
 def num_places(messages: Iterable[Message]) -> int:
-    """How many pictures a conversation has a place for."""
+    """The number of images that a conversation has a place for."""
     return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
 def mismatch(num_pictures: int, num_places: int) -> str:
-    """Says that they are not as many."""
+    """A message for different numbers of images and places."""
     pictures, places = (
-        f"{one} {what}{'' if one == 1 else 's'}" if one else f"no {what}"
-        for one, what in ((num_pictures, "picture"), (num_places, "place"))
+        f"{number} {noun}{'' if number == 1 else 's'}" if number else f"no {noun}"
+        for number, noun in ((num_pictures, "picture"), (num_places, "place"))
     )
     return f"{pictures} and {places} for pictures"
 
@@ -76,7 +76,7 @@ def text_of(content: list[dict[str, str]]) -> str:
 
 
 def _turns_of_row(values: dict[str, Any], prompt: str, has_pictures: bool) -> list[list[Any]]:
-    """The conversations of a row, as they are written there."""
+    """The conversations of a row, each as the list of turns written there."""
     for column in ("messages", "conversations"):
         if values.get(column) is not None:
             return [_list(_parsed(values[column]), column)]
@@ -88,36 +88,36 @@ def _turns_of_row(values: dict[str, Any], prompt: str, has_pictures: bool) -> li
     if not has_pictures:
         raise UnusableError("no picture")  # its prompt asks for one
     captions = caption if isinstance(caption, list) else _captions(caption) if isinstance(caption, str) else [caption]
-    if strange := [one for one in captions if not isinstance(one, str)]:
-        raise UnusableError(f"a caption is a {type(strange[0]).__name__}, not a text")
-    if not captions or not all(one.strip() for one in captions):
+    if no_texts := [item for item in captions if not isinstance(item, str)]:
+        raise UnusableError(f"a caption is a {type(no_texts[0]).__name__}, not a text")
+    if not captions or not all(item.strip() for item in captions):
         raise UnusableError(f"empty caption: {shown(caption)}")
-    return [[_turn("user", prompt), _turn("assistant", one.strip())] for one in captions]
+    return [[_turn("user", prompt), _turn("assistant", item.strip())] for item in captions]
 
 
 def _captions(text: str) -> list[str]:
-    """The captions in one field: one, or a JSON list of them, as in CSV files.
+    """The captions in one field: a single one, or a JSON list of them, as in CSV files.
 
-    A text may begin with a bracket. A list that is not JSON (Python's, with single quotes) would be taught with its
-    brackets and quotes.
+    A caption may begin with a bracket. A list that is not JSON, such as Python's with single quotes, is refused:
+    the model would learn its brackets and quotes.
     """
     bare = text.strip()
     if not bare.startswith("["):
         return [text]
     try:
-        found = parse_json(bare)
+        value = parse_json(bare)
     except JsonError as error:
         if bare[1:].lstrip()[:1] in ('"', "'"):
             raise UnusableError(f"a list of captions that is {error}; write it as JSON") from error
         return [text]
-    return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else [text]
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else [text]
 
 
 def _side(value: Any, role: str) -> list[Any]:
-    """One of TRL's prompt and completion: a text, or a list of turns, which CSV files have as JSON."""
+    """The turns of TRL's prompt or completion: a text, or a list of turns, which CSV files hold as JSON."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         turns = _maybe_json(value)
-        if isinstance(turns, list) and turns and all(isinstance(one, dict) and _role_of(one) for one in turns):
+        if isinstance(turns, list) and turns and all(isinstance(turn, dict) and _role_of(turn) for turn in turns):
             return turns
     return [_turn(role, value)] if isinstance(value, str) else _list(value, role)
 
@@ -131,7 +131,7 @@ def _role_of(turn: dict[str, Any]) -> Any:
 
 
 def _system(value: Any) -> str:
-    """LLaMA-Factory's column of that name."""
+    """The text of LLaMA-Factory's column `system`, or ""."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -140,27 +140,28 @@ def _system(value: Any) -> str:
 
 
 def _conversation(turns: Sequence[Any], num_pictures: int, system: str) -> list[Message]:
-    """Turns in their one form, with a place for each picture."""
+    """Turns in their final form, with a place for each image."""
     messages = [_message(_parsed(turn)) for turn in turns]
     if system:
-        own = [text_of(one["content"]) for one in messages if one["role"] == "system"]
-        if any(one != system for one in own):
+        system_turns = [text_of(message["content"]) for message in messages if message["role"] == "system"]
+        if any(text != system for text in system_turns):
             raise UnusableError("a column system and another system turn")
-        if not own:
+        if not system_turns:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     first_user = next((message for message in messages if message["role"] == "user"), None)
     if first_user is None:
         raise UnusableError("no user turn")
-    named = [part.pop("index", None) for one in messages for part in one["content"] if part["type"] == "image"]
-    if num_pictures == 1 and not named:
+    parts = [part for message in messages for part in message["content"]]
+    indices = [part.pop("index", None) for part in parts if part["type"] == "image"]
+    if num_pictures == 1 and not indices:
         first_user["content"].insert(0, {"type": "image"})
-    elif num_pictures != len(named):
-        raise UnusableError(mismatch(num_pictures, len(named)))
-    if any(index not in (None, place) for place, index in enumerate(named)):
-        raise UnusableError(f"places for the pictures {shown(named)}, not in the pictures' order")
-    strange = [one["role"] for one in messages if one["role"] != "user" and num_places([one])]
-    if strange:
-        raise UnusableError(f"a picture in the {strange[0]}'s turn, not in a user's")
+    elif num_pictures != len(indices):
+        raise UnusableError(mismatch(num_pictures, len(indices)))
+    if any(index not in (None, place) for place, index in enumerate(indices)):
+        raise UnusableError(f"places for the pictures {shown(indices)}, not in the pictures' order")
+    for message in messages:
+        if message["role"] != "user" and num_places([message]):
+            raise UnusableError(f"a picture in the {message['role']}'s turn, not in a user's")
     answers = [text_of(message["content"]) for message in messages if message["role"] == "assistant"]
     if not answers or not all(answer.strip() for answer in answers):
         raise UnusableError("an empty answer" if answers else "no assistant turn")
@@ -168,6 +169,7 @@ def _conversation(turns: Sequence[Any], num_pictures: int, system: str) -> list[
 
 
 def _message(turn: Any) -> Message:
+    """A turn in its final form. Raises UnusableError."""
     if not isinstance(turn, dict):
         raise UnusableError(f"a turn is a {type(turn).__name__}, not an object")
     role = _role_of(turn)
@@ -175,16 +177,16 @@ def _message(turn: Any) -> Message:
         raise UnusableError(f"the role {shown(role)}, not one of {list(_ROLES)}")
     content = turn.get("content", turn.get("value"))
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else _list(content, "content")
-    return {"role": _ROLES[role], "content": [one for part in parts for one in _parts(_parsed(part))]}
+    return {"role": _ROLES[role], "content": [piece for part in parts for piece in _parts(_parsed(part))]}
 
 
 def _parts(part: Any) -> list[dict[str, Any]]:
-    """A part of a turn in its one form; a text with picture markers becomes several."""
+    """A part of a turn in its final form; a text with image markers becomes several parts."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind == "image":
-        if own := [key for key in ("image", "path", "url") if part.get(key) is not None]:
-            raise UnusableError(f"a turn that names its picture itself, as {own[0]!r}; name it in the column images")
-        return [{"type": "image", "index": part.get("index")}]  # which of the pictures, in some data sets
+        if keys := [key for key in ("image", "path", "url") if part.get(key) is not None]:
+            raise UnusableError(f"a turn that names its picture itself, as {keys[0]!r}; name it in the column images")
+        return [{"type": "image", "index": part.get("index")}]  # some data sets number the images
     if kind == "video":
         raise UnusableError(_VIDEO)
     if kind != "text" or not isinstance(part.get("text"), str):
@@ -202,7 +204,7 @@ def _parts(part: Any) -> list[dict[str, Any]]:
 
 
 def _parsed(value: Any) -> Any:
-    """Structure from its JSON text, as CSV files and the Json feature of `datasets` have it."""
+    """The value of a JSON text, as CSV files and the Json feature of `datasets` hold it, or the value itself."""
     if not isinstance(value, str):
         return value
     try:

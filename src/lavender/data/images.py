@@ -1,7 +1,7 @@
-"""Pictures: decoded once and in one way, and known by their content.
+"""Decode images in one way, and identify them by their content.
 
-Teacher and student must see the same pixels, or a map lies on the wrong place. So everything that
-decodes a picture does it here: as a person sees it (EXIF orientation applied), in 8-bit RGB.
+Teacher and student must see the same pixels, or maps are misplaced. So every image is decoded here: upright (EXIF
+orientation applied), in 8-bit RGB.
 """
 
 from __future__ import annotations
@@ -21,23 +21,19 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from lavender.errors import DataError
-from lavender.files import MISSING, expanded, fault_of, printable, read_plain
+from lavender.files import IMAGE_FORMATS, MISSING, expanded, fault_of, printable, read_plain
 
 MIN_SIDE = 8
-"""The shortest side of a usable picture, in pixels."""
+"""The shortest side of a usable image, in pixels."""
 MAX_PIXELS = 100_000_000
-"""The most pixels (width × height) that are decoded."""
-
+"""The most pixels (width × height) of an image."""
 MAX_BYTES = 2**30
-"""The most bytes of a picture's file."""
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What may be opened, by Pillow's names; JPEG includes the MPO of phones. Pillow hands EPS to Ghostscript, and none of
-these to another program."""
+"""The most bytes of an image file."""
 
 _MAX_JPEG_WORK = 20 * MAX_PIXELS  # pixels × scans: a small progressive file may ask for hours of decoding
 _FIX_FILE = "repair or replace the file, or remove its row from the data set"
 _BEGINNINGS = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF|GIF8|BM|II\*\0|MM\0\*|P[1-6]\s")
-_MIN_BASE64 = 64  # characters of the smallest picture
+_MIN_BASE64 = 64  # characters of the smallest image
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,34 +46,42 @@ _TURNS = {
 
 
 def load_image(source: Image.Image | Path | str | bytes | Mapping, name: str) -> Image.Image:
-    """Decode a picture fully: upright by its EXIF orientation, RGB, transparency on white, without metadata.
+    """Decode an image: upright by its EXIF orientation, RGB, transparency on white, without metadata.
 
-    Grey of 16 bits is scaled to 8, not clipped. A TIFF of floats may be in [0, 1], [0, 255] or [0, 65535].
+    16-bit grey is scaled to 8 bits, not clipped. A TIFF of floats may be in [0, 1], [0, 255] or [0, 65535].
+
+    Example:
+        >>> from PIL import Image
+        >>> image = load_image(Image.new("RGBA", (40, 30)), "the example")
+        >>> image.mode, image.size, image.getpixel((0, 0))
+        ('RGB', (40, 30), (255, 255, 255))
 
     Args:
-        source: a picture, the path of a file, an encoded file, or the `datasets` struct
-            {"bytes": …, "path": …}.
-        name: what to call the picture in an error.
+        source: an image, the path of a file, the bytes of a file, or the `datasets` struct {"bytes": …, "path": …}.
+        name: what to call the image in an error.
+
+    Returns:
+        An RGB image, decoded fully.
 
     Raises:
-        DataError: missing, empty, truncated, none of `FORMATS`, several frames, a side under `MIN_SIDE`, a file of
-            more than `MAX_BYTES`, or more than `MAX_PIXELS` (this one before anything is decoded). It quotes nothing
-            of the file: a path may lead to any.
+        DataError: missing, empty, truncated, none of `IMAGE_FORMATS`, several frames, a side under `MIN_SIDE`, a file
+            of more than `MAX_BYTES`, or more than `MAX_PIXELS` (checked before decoding). The message quotes no
+            content of the file, because a path may lead to any file.
     """
     with decoding(name):
         image = _open(source, name)
         _check_header(image, name)
         image.load()
         rgb = _to_rgb(_upright(image), name)
-        rgb.info.clear()  # with the orientation: it is applied once
+        rgb.info.clear()  # the orientation too, which must not be applied again
         return rgb
 
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Make whatever a decoder raises on damaged bytes a DataError, and silence its warnings."""
+    """Turn any error of a decoder into a DataError, and silence its warnings."""
     with warnings.catch_warnings():
-        # Pillow warns of large pictures and of damaged EXIF; the first has an error below, the second harms no pixel.
+        # Pillow warns of large images, which are refused below, and of damaged EXIF, which harms no pixel.
         warnings.simplefilter("ignore")
         try:
             yield
@@ -85,15 +89,15 @@ def decoding(name: str) -> Iterator[None]:
             raise
         except Image.DecompressionBombError as error:
             raise _too_large(name, "far more pixels") from error
-        except Exception as error:  # OSError, SyntaxError, struct.error, MemoryError …; their texts may quote the file
+        except Exception as error:  # OSError, SyntaxError, struct.error …; their messages may quote the file
             why = f"it is damaged ({type(error).__name__})"
             why = "it is truncated" if "truncated" in str(error) else why
             why = "it does not fit into the memory" if isinstance(error, MemoryError) else why
             raise DataError(f"{name}, which cannot be decoded: {why}", "a whole picture file", _FIX_FILE) from error
 
 
-def open_encoded(encoded: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """A picture with its header read and its pixels not yet decoded. Raises DataError; use within `decoding`."""
+def open_encoded(encoded: bytes, name: str, formats: tuple[str, ...] = IMAGE_FORMATS) -> Image.Image:
+    """Open an image without decoding its pixels. Raises DataError; use within `decoding`."""
     if not encoded:
         raise DataError(f"{name}, which is empty (0 bytes)", "a picture file", _FIX_FILE)
     if len(encoded) > MAX_BYTES:
@@ -112,18 +116,18 @@ def open_encoded(encoded: bytes, name: str, formats: tuple[str, ...] = FORMATS) 
     return image
 
 
-def stored_frame(path: Path, name: str) -> tuple[int, tuple[int, int]]:
-    """The EXIF orientation (1 if there is none) and the size (height, width) that a file has before it is turned."""
+def stored_orientation(path: Path, name: str) -> tuple[int, tuple[int, int]]:
+    """The EXIF orientation of an image file (1 if it has none) and its size (height, width) as stored."""
     with decoding(name):
         image = open_encoded(read_plain(path, MAX_BYTES), name)
         return _orientation(image), (image.height, image.width)
 
 
 def embedded(text: str) -> bytes | None:
-    """The encoded picture in a data address ("data:image/png;base64,…") or in bare base64; None for another text.
+    """The image file in a data URI ("data:image/png;base64,…") or in bare base64; None for any other text.
 
     Raises:
-        ValueError: a data address without base64.
+        ValueError: a data URI without base64.
     """
     if text[:5].lower() == "data:":
         kind, comma, body = text.partition(",")
@@ -136,7 +140,7 @@ def embedded(text: str) -> bytes | None:
 
 
 def _from_base64(text: str) -> bytes | None:
-    """Also with line breaks, with the letters for addresses, and without its padding."""
+    """The bytes of a base64 text, also with line breaks, in the URL-safe alphabet, or without padding; else None."""
     letters = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
@@ -145,23 +149,37 @@ def _from_base64(text: str) -> bytes | None:
 
 
 def picture_size(source: Image.Image | Path | str | bytes | Mapping, name: str) -> tuple[int, int]:
-    """(height, width) of a picture as `load_image` returns it, from its header: nothing is decoded.
+    """(height, width) in pixels of the image that `load_image` would return, from the header alone.
 
     Raises:
-        DataError: what `load_image` refuses, but for what only decoding shows.
+        DataError: as `load_image`, except for what only decoding shows.
     """
     with decoding(name):
         image = _open(source, name)
         _check_header(image, name)
-        lies = _orientation(image) in (5, 6, 7, 8)
-    return (image.width, image.height) if lies else (image.height, image.width)
+        is_turned = _orientation(image) in (5, 6, 7, 8)
+    return (image.width, image.height) if is_turned else (image.height, image.width)
 
 
 def image_id(image: Image.Image) -> str:
-    """32 hexadecimal digits of the picture's content: size and RGB pixels. Joins maps with samples.
+    """A hash of the image's size and RGB pixels, by which maps and samples are joined.
 
-    Two files with the same pixels have the same id. The pixels of a JPEG depend on its decoder, so
-    extract and train with the same Pillow.
+    Two files with the same pixels have the same id. The pixels of a JPEG depend on its decoder, so extract and train
+    with the same version of Pillow.
+
+    Example:
+        >>> from PIL import Image
+        >>> image_id(Image.new("RGB", (40, 30)))
+        '66b99e25cf92c89fbc1f9e430a77ea2b'
+
+    Args:
+        image: an RGB image, as `load_image` returns it.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        ValueError: the image is not RGB.
     """
     if image.mode != "RGB":
         raise ValueError(f"Got a picture of mode {image.mode!r}; expected RGB, as load_image returns it.")
@@ -171,10 +189,10 @@ def image_id(image: Image.Image) -> str:
 
 
 def _open(source: Image.Image | Path | str | bytes | Mapping, name: str) -> Image.Image:
-    """The picture with its header read and its pixels, unless it came decoded, still encoded."""
+    """The image with its header read; its pixels are not yet decoded, unless they came decoded."""
     if isinstance(source, Image.Image):
         if source.format == "EPS" and getattr(source, "tile", None):
-            raise DataError(f"{name}, an EPS not yet decoded", f"one of {', '.join(FORMATS)}", _FIX_FILE)
+            raise DataError(f"{name}, an EPS not yet decoded", f"one of {', '.join(IMAGE_FORMATS)}", _FIX_FILE)
         return source
     encoded: Path | str | bytes | None
     if isinstance(source, Mapping):
@@ -206,15 +224,15 @@ def _size(image: Image.Image) -> str:
 
 
 def _check_header(image: Image.Image, name: str) -> None:
-    """Refuse a picture for its size or its frames, before decoding."""
+    """Refuse an image for its size or its number of frames, before decoding."""
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(name, _size(image))
     if min(image.size) < MIN_SIDE:
         raise DataError(
             f"{name} with {_size(image)}", f"at least {MIN_SIDE} pixels on each side", "remove it from the data set"
         )
-    # The further frames of an MPO, as many phones write it, are depth or a preview; the first is the picture.
-    # How many frames there are is not counted: in a GIF that means reading them all.
+    # The other frames of an MPO, which many phones write, are depth or a preview; the first is the image.
+    # The frames are not counted, because that would read a whole GIF.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         got = f"{name}, a {image.format} of several frames (animated, or of several pages)"
         raise DataError(got, "a still picture", "save the frame that the text describes as a file of its own")
@@ -229,7 +247,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A decoded picture, turned. Unlike ImageOps.exif_transpose it writes no metadata, which fails on odd ones."""
+    """Turn a decoded image upright. ImageOps.exif_transpose also writes metadata, which fails on odd ones."""
     turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
@@ -242,21 +260,21 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise DataError(got, "RGB, grey, a palette or CMYK", "save it as RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
-    image = image.convert("LA") if image.mode == "La" else image  # Pillow's only way out of premultiplied grey
+    image = image.convert("LA") if image.mode == "La" else image  # Pillow converts premultiplied grey to LA alone
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _grey_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Scale grey of more than 8 bits to 8: 65535 (or a float picture's 1.0) becomes 255."""
+    """Scale grey of more than 8 bits to 8 bits: 65535, or 1.0 of a float image, becomes 255."""
     grey = np.asarray(image).astype(np.float64)
     low, high = grey.min(), grey.max()
     if not (low >= 0 and high <= 65535):  # also true of NaN
         got = f"{name}, mode {image.mode!r} with values from {low:g} to {high:g}"
-        raise DataError(got, "grey from 0 to 65535", "save it with 8 or 16 bits a pixel")
+        raise DataError(got, "grey from 0 to 65535", "save it with 8 or 16 bits per pixel")
     if image.mode.startswith("I;16") or high > 255:
-        grey /= 257  # in place, as the largest picture takes 0.8 GB here
+        grey /= 257  # in place, because the largest image takes 0.8 GB here
     elif image.mode == "F" and high <= 1:
         grey *= 255
     return Image.fromarray(np.rint(grey, out=grey).astype(np.uint8)).convert("RGB")

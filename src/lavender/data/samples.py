@@ -1,7 +1,7 @@
-"""Pictures with conversations, in one form whatever the columns they come in.
+"""Read data sets of images with conversations into samples.
 
-`lavender.data.tables` finds the rows and `lavender.data.conversations` their texts; here a row becomes samples.
-A row that cannot be used is dropped with its name and a reason, never silently.
+`lavender.data.tables` reads rows and `lavender.data.conversations` their texts; here rows become samples. A row that
+cannot be used is dropped, and reported with its name and a reason.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lavender.data.conversations import (
     text_of,
 )
 from lavender.data.images import embedded, image_id, load_image
-from lavender.data.tables import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, Row, find_rows, unknown_layout
+from lavender.data.tables import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, Row, find_rows, unknown_format
 from lavender.errors import DataError
 from lavender.files import expanded, fault_of, half_character, printable, shown
 from lavender.maps import Dropped
@@ -51,24 +51,24 @@ __all__ = [
 
 Source = Path | bytes | Image.Image
 
-_PIECE_ROWS, _PIECE_BYTES = 1000, 10**9  # the most of a table: one Arrow array of bytes holds 2 GB
+_PIECE_ROWS, _PIECE_BYTES = 1000, 10**9  # limits of a table: an Arrow array of bytes holds 2 GB
 _COLUMN = re.compile(r"\w[\w .\-]{0,39}")
-_MAX_THREADS = 8  # that decode at once: a picture of the largest size takes up to 1 GB
+_MAX_THREADS = 8  # that decode at once: an image of the largest size takes up to 1 GB
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about one picture, several or none.
+    """A conversation with any number of images.
 
     Attributes:
-        name: for people: the file and the row or line in it.
-        sources: the pictures in the order of their places, not yet decoded: each a path, an encoded file, or a
-            picture in memory. () for text alone.
-        messages: [{"role": …, "content": [{"type": "image"} or {"type": "text", "text": …}, …]}, …], with a part
-            of type "image" for each picture, in the user's turns.
+        name: the file and the row or line in it, for messages.
+        sources: the images in the order of their places, not yet decoded: each a path, the bytes of a file, or an
+            image in memory. () for a text-only sample.
+        messages: [{"role": …, "content": [{"type": "image"} or {"type": "text", "text": …}, …]}, …]. The user's turns
+            have a part of type "image" for each image.
 
     Raises:
-        DataError: another number of places than of pictures.
+        DataError: the numbers of places and images differ.
     """
 
     name: str
@@ -82,31 +82,31 @@ class Sample:
 
     @property
     def source(self) -> Source | None:
-        """The picture of a sample that has exactly one; None for others."""
+        """The image of a sample that has exactly one, else None."""
         return self.sources[0] if len(self.sources) == 1 else None
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The texts of the assistant's turns: what is learnt."""
+        """The texts of the assistant's turns, which the model learns."""
         turns = [message["content"] for message in self.messages if message["role"] == "assistant"]
         return tuple(text_of(content) for content in turns)
 
     @property
     def pairs(self) -> tuple[tuple[int, str], ...]:
-        """What has maps: (index of a picture, answer), each answer on each picture before it, picture by picture."""
-        found: list[tuple[int, str]] = []
+        """(index of an image, answer) of each answer on each image before it, image by image: what gets maps."""
+        pairs: list[tuple[int, str]] = []
         for turn, message in enumerate(self.messages):
             if message["role"] == "assistant":
                 before = range(num_places(self.messages[:turn]))
-                found += [(index, text_of(message["content"])) for index in before]
-        return tuple(sorted(found, key=lambda pair: pair[0]))
+                pairs += [(index, text_of(message["content"])) for index in before]
+        return tuple(sorted(pairs, key=lambda pair: pair[0]))
 
     def load(self) -> tuple[Image.Image, ...]:
-        """The decoded pictures; see `load_image`. Raises DataError naming the sample."""
+        """The decoded images; see `load_image`. Raises a DataError that names the sample."""
         return tuple(self.load_picture(index) for index in range(len(self.sources)))
 
     def load_picture(self, index: int) -> Image.Image:
-        """One of the pictures, decoded. Raises DataError naming the sample."""
+        """The image of an index, decoded. Raises a DataError that names the sample."""
         which = f"picture {index + 1}" if len(self.sources) > 1 else "the picture"
         return load_image(self.sources[index], f"{which} of {self.name}")
 
@@ -116,9 +116,11 @@ class Samples:
     """The samples of a data set in its order, and what was dropped from it.
 
     Attributes:
-        outside: the pictures that are read although they lie outside the folder of the data: by an absolute path,
-            by "..", or by a link.
-        identities: of each sample the `image_id` of each of its pictures; known after `readable`, () before.
+        samples: the usable samples.
+        dropped: the rows that cannot be used, with the reason.
+        outside: the images that are read although they lie outside the folder of the data, by an absolute path, "..",
+            or a link.
+        identities: the `image_id` of each image of each sample. `readable` fills it; before it is ().
     """
 
     samples: tuple[Sample, ...]
@@ -133,29 +135,43 @@ class Samples:
         return iter(self.samples)
 
     def check_strict(self) -> None:
-        """Refuse what `strict` refuses before anything is decoded. Raises DataError."""
+        """Raise DataError if a row was dropped or an image lies outside the folder. Decodes nothing."""
         for drop in (*self.dropped, *self.outside):
-            do = "move the pictures there, or leave strict out" if drop in self.outside else "mend or remove it"
+            do = "move the pictures there, or leave strict out" if drop in self.outside else "repair or remove it"
             raise DataError(f"{drop.what}: {drop.reason}", "every sample to be usable, as strict asks", do)
 
 
 def read_samples(path: str | Path | datasets.Dataset, prompt: str = "Describe the image.") -> Samples:
-    """Read a data set of pictures with text, in any of `lavender.data.tables.LAYOUTS`.
+    """Read a data set of images with text, in any of `lavender.data.tables.DATA_FORMATS`.
 
-    No picture is decoded; that a file exists is checked. Paths are relative to the data file (in a
-    `datasets.Dataset`, to the working directory), and may lead out of its folder; see `Samples.outside`. Encoded
-    pictures inside parquet or a Dataset, and base64 inside a text file, are held in memory.
-    Columns are tried in the order messages, conversations, prompt + completion, text, caption. A caption that is a
-    list of texts gives one sample each. A conversation may have several pictures, each with its place in a user's
-    turn, or none; a single picture without a place stands in the first user turn.
+    Image files must exist and are not decoded. Their paths are relative to the data file, or to the working directory
+    for a `datasets.Dataset`. They may lead out of its folder, see `Samples.outside`. Encoded images in parquet files
+    and datasets, and base64 in text files, are held in memory.
+
+    Columns are tried in the order messages, conversations, prompt + completion, text, caption. A list of captions
+    gives one sample per caption. A conversation may have any number of images, each with its place in a user's turn.
+    A single image without a place is put at the beginning of the first user turn.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (40, 30)).save(f"{folder}/dog.png")
+        ...     _ = Path(folder, "metadata.jsonl").write_text('{"file_name": "dog.png", "text": "a red dog"}')
+        ...     print([sample.answers for sample in read_samples(folder)])
+        [('a red dog',)]
 
     Args:
-        path: a file, a folder, or a dataset.
-        prompt: the user's turn where the data have only captions.
+        path: a file, a folder, or a `datasets.Dataset`.
+        prompt: the user's turn for data that have only captions.
+
+    Returns:
+        The usable samples, and the dropped rows with the reason.
 
     Raises:
-        DataError: no such path, no known layout, a missing shard, a file that cannot be read, no usable row, or none
-            with a picture.
+        DataError: no such path, an unknown format, a missing shard, a file that cannot be read, no usable row, or no
+            row with an image.
     """
     rows, root = find_rows(path)
     label = printable(path) if isinstance(path, (str, Path)) else "a dataset"
@@ -175,13 +191,13 @@ def read_samples(path: str | Path | datasets.Dataset, prompt: str = "Describe th
 
 
 def _without_pictures(label: str, samples: list[Sample], dropped: list[Dropped], columns: dict[str, None]) -> DataError:
-    """Why a data set without a picture is none."""
+    """The error of a data set without an image."""
     if not columns and not dropped:
         return DataError(f"{label}, which has no row", "at least one usable row", "check the file")
     if columns and not (columns.keys() & set(PICTURE_COLUMNS) and columns.keys() & set(TEXT_COLUMNS)):
-        # What looks like no name of a column may be the content of a file that is no table.
+        # What does not look like a column name may be the content of a file that is not a table.
         names = [name if _COLUMN.fullmatch(name) else "…" for name in columns]
-        return unknown_layout(f"{label} with the columns {shown(names)}")
+        return unknown_format(f"{label} with the columns {shown(names)}")
     first = f"; the first, {dropped[0].what}: {dropped[0].reason}" if dropped else ""
     if samples:
         got = f"{label} with {len(samples)} samples, none with a picture, and {len(dropped)} rows dropped{first}"
@@ -190,10 +206,28 @@ def _without_pictures(label: str, samples: list[Sample], dropped: list[Dropped],
 
 
 def to_dataset(samples: Iterable[Sample]) -> datasets.Dataset:
-    """A dataset with the columns `images` (a list, empty for text alone) and `messages`, ready for TRL's SFTTrainer.
+    """Convert samples to a dataset with the columns `images` and `messages`, as TRL's SFTTrainer takes it.
 
-    Files stay paths and encoded pictures stay encoded; a picture in memory is stored as PNG, so its pixels and
-    with them its `image_id` stay the same.
+    Paths stay paths, and encoded images stay encoded. An image in memory is stored as PNG, which keeps its pixels and
+    its `image_id`.
+
+    Example:
+        >>> from PIL import Image
+        >>> from lavender.data import Sample
+        >>> question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+        >>> answer = {"role": "assistant", "content": [{"type": "text", "text": "a red dog"}]}
+        >>> dataset = to_dataset([Sample("example", (Image.new("RGB", (40, 30)),), [question, answer])])
+        >>> dataset.column_names, dataset[0]["images"][0].size
+        (['images', 'messages'], (40, 30))
+
+    Args:
+        samples: the samples, for instance `Samples`.
+
+    Returns:
+        A dataset with a row per sample. `images` is a list of decoded images when read, empty for text-only samples.
+
+    Raises:
+        DataError: an image in memory cannot be used.
     """
     import datasets
 
@@ -205,18 +239,18 @@ def to_dataset(samples: Iterable[Sample]) -> datasets.Dataset:
 
 
 def _pieces(samples: Iterable[Sample]) -> Iterator[dict[str, list[Any]]]:
-    """Columns of some samples at a time, at least once."""
+    """The columns of some samples at a time; of no samples, once."""
     piece: dict[str, list[Any]] = {"images": [], "messages": []}
     size = 0
     for sample in samples:
         images = [_encoded(sample, index) for index in range(len(sample.sources))]
-        more = sum(len(image["bytes"] or b"") for image in images)
-        if len(piece["images"]) == _PIECE_ROWS or (piece["images"] and size + more > _PIECE_BYTES):
+        num_bytes = sum(len(image["bytes"] or b"") for image in images)
+        if len(piece["images"]) == _PIECE_ROWS or (piece["images"] and size + num_bytes > _PIECE_BYTES):
             yield piece
             piece, size = {"images": [], "messages": []}, 0
         piece["images"].append(images)
         piece["messages"].append(sample.messages)
-        size += more
+        size += num_bytes
     yield piece
 
 
@@ -240,11 +274,11 @@ def _samples_of_row(row: Row, folder: _Folder, prompt: str) -> list[Sample]:
     sources = tuple(folder.source(picture, row.name) for picture in pictures)
     if len(conversations) == 1:
         return [Sample(row.name, sources, conversations[0])]
-    return [Sample(f"{row.name} caption {index}", sources, one) for index, one in enumerate(conversations)]
+    return [Sample(f"{row.name} caption {index}", sources, turns) for index, turns in enumerate(conversations)]
 
 
 class _Folder:
-    """The folder to which the paths of pictures are relative."""
+    """The folder to which the paths of images are relative."""
 
     def __init__(self, path: Path):
         self._path, self._real = path, os.path.realpath(path)
@@ -252,7 +286,7 @@ class _Folder:
         self.outside: list[Dropped] = []
 
     def source(self, picture: Any, row: str) -> Source:
-        """A picture as it is written in a row. Raises UnusableError."""
+        """The source of an image as a row names it. Raises UnusableError."""
         if isinstance(picture, dict):
             picture = picture.get("path") if picture.get("bytes") is None else picture["bytes"]
         if isinstance(picture, bytes):
@@ -279,26 +313,37 @@ class _Folder:
         raise UnusableError(fault)
 
     def _is_outside(self, path: Path) -> bool:
+        """Whether the path leads outside the folder once links are resolved."""
         folder, name = os.path.split(path)
         real = os.path.realpath(path) if os.path.islink(path) else os.path.join(self._real_folder(folder), name)
         return not real.startswith(os.path.join(self._real, ""))
 
 
 def readable(samples: Samples) -> Samples:
-    """The samples whose pictures can be decoded, and what identifies these; the others are dropped before training."""
-    places = [
-        one.sources if one.sources and all(isinstance(source, Path) for source in one.sources) else index
-        for index, one in enumerate(samples)
+    """Decode every image once: keep the samples whose images can be decoded, with their ids, and drop the others.
+
+    Args:
+        samples: the samples, for instance from `read_samples`.
+
+    Returns:
+        The usable samples with `identities`; the others are added to `dropped`.
+
+    Raises:
+        DataError: no sample is usable.
+    """
+    keys = [
+        sample.sources if sample.sources and all(isinstance(source, Path) for source in sample.sources) else index
+        for index, sample in enumerate(samples)
     ]
-    pictures = dict(zip(places, samples, strict=True))  # each file once, however many texts it has
+    distinct = dict(zip(keys, samples, strict=True))  # each file once, however many texts it has
     threads = min(os.cpu_count() or 1, _MAX_THREADS)
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        warnings.simplefilter("ignore")  # load_image does so too, but the filters are shared by all threads
-        found = dict(zip(pictures, pool.map(_identities, pictures.values()), strict=True))
-    seen = [(one, found[place]) for place, one in zip(places, samples, strict=True)]
-    kept = tuple(one for one, ids in seen if not isinstance(ids, str))
-    identities = tuple(ids for _, ids in seen if not isinstance(ids, str))
-    dropped = tuple(Dropped(one.name, reason) for one, reason in seen if isinstance(reason, str))
+        warnings.simplefilter("ignore")  # as load_image does, whose filters all threads share
+        results = dict(zip(distinct, pool.map(_identities, distinct.values()), strict=True))
+    checked = [(sample, results[key]) for key, sample in zip(keys, samples, strict=True)]
+    kept = tuple(sample for sample, ids in checked if not isinstance(ids, str))
+    identities = tuple(ids for _, ids in checked if not isinstance(ids, str))
+    dropped = tuple(Dropped(sample.name, reason) for sample, reason in checked if isinstance(reason, str))
     if not kept:
         got = f"{len(samples)} samples, none with a usable picture; the first, {dropped[0].what}: {dropped[0].reason}"
         raise DataError(got, "at least one usable sample", "repair the pictures")
@@ -306,7 +351,7 @@ def readable(samples: Samples) -> Samples:
 
 
 def _identities(sample: Sample) -> tuple[str, ...] | str:
-    """Of each of its pictures, or why one cannot be used."""
+    """The `image_id` of each image, or why one cannot be used."""
     try:
         return tuple(image_id(picture) for picture in sample.load())
     except DataError as error:

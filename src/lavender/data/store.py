@@ -1,7 +1,7 @@
-"""MapStore: word maps on disk, quick to read at random, whole after a kill at any moment, never read wrong.
+"""MapStore: word maps on disk, with fast random access, checksums, and no damage if the writer is killed.
 
-A store is a folder of a manifest and of shards; `lavender.data.store_format` says what each file holds.
-Files appear whole or not at all, and every read compares the checksum of its record.
+A store is a folder with a manifest and shards; `lavender.data.store_format` describes each file. Files are written
+completely or not at all, and every read compares the checksum of its record.
 """
 
 from __future__ import annotations
@@ -25,13 +25,26 @@ __all__ = ["MapStore", "StoreWriter"]
 
 
 class MapStore:
-    """A store, open for reading. Sees the shards that were complete when it was opened.
+    """A store of word maps, open for reading. It sees the shards that were complete when it was opened.
 
-    Records keep the order of their shards, in which they were added. A store can be pickled: the copy opens the same
-    folder.
+    Iterating yields the records in the order in which they were added. A store can be pickled: the copy opens the same
+    folder. A record takes rows × cols + 4 bytes per map, and its texts; maps have 8 bits per cell.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> from lavender import MapStore, WordMaps
+        >>> from lavender.maps import Word
+        >>> maps = WordMaps("0f3a", "a dog", (Word("dog", 2, 5, "dog", "noun"),), torch.ones(1, 2, 3))
+        >>> with TemporaryDirectory() as folder:
+        ...     with MapStore.writer(folder, identity={"teacher": "example"}, info={}, grid=(2, 3)) as writer:
+        ...         _ = writer.add(maps)
+        ...     store = MapStore.open(folder)
+        ...     print(len(store), ("0f3a", "a dog") in store, store.get("0f3a", "a dog").maps.shape)
+        1 True torch.Size([1, 2, 3])
 
     Attributes:
-        path: its folder.
+        path: the folder.
         identity: the settings that change a map.
         info: versions and names, for people.
         grid: (rows, cols) of every map.
@@ -48,14 +61,14 @@ class MapStore:
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> MapStore:
-        """Open a store for reading. Every file is checked but for the maps themselves, which are when they are read.
+        """Open a store for reading. Everything but the maps is checked now; maps are checked when they are read.
 
         Args:
-            path: its folder.
-            verify: whether to read every map file now and compare its checksum.
+            path: the folder.
+            verify: also read every map now and compare its checksum.
 
         Raises:
-            StoreError: no store, another format, or a missing or damaged shard (named).
+            StoreError: no store, another format, or a missing or damaged shard, which the message names.
         """
         path = expanded(path)
         manifest = read_manifest(path)
@@ -81,14 +94,25 @@ class MapStore:
         grid: tuple[int, int],
         records_per_shard: int = 256,
     ) -> StoreWriter:
-        """Create a store, or reopen one to add to it; see `StoreWriter`."""
+        """Create a store, or reopen one to add records.
+
+        Args:
+            path: the folder; new, empty, or a store with the same identity and grid.
+            identity: the settings that change a map, as JSON values.
+            info: versions and names, for people. A reopened store keeps its own.
+            grid: (rows, cols) of every map.
+            records_per_shard: how many records are buffered and written together.
+
+        Raises:
+            ConfigError, StoreError: see `StoreWriter`.
+        """
         return StoreWriter(expanded(path), identity, info, grid, records_per_shard)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MapStore.open, (self.path,)
 
     def __len__(self) -> int:
-        """The number of records: pairs of a picture and a text."""
+        """The number of records, which are pairs of an image and a text."""
         return len(self._keys)
 
     @property
@@ -101,10 +125,14 @@ class MapStore:
         return self._find(*key) is not None
 
     def get(self, image_id: str, text: str) -> WordMaps | None:
-        """The maps of a text on a picture, or None.
+        """The maps of a text on an image; None if the store has no such record.
+
+        Args:
+            image_id: content hash of the image, see `lavender.data.image_id`.
+            text: the exact text.
 
         Raises:
-            StoreError: the record is not what was written, or cannot be read.
+            StoreError: the record is damaged or cannot be read.
         """
         place = self._find(image_id, text)
         if place is None:
@@ -126,15 +154,16 @@ class MapStore:
                 os.close(file)
 
     def _find(self, image_id: str, text: str) -> tuple[Shard, int] | None:
+        """The shard of a record, and its row there."""
         try:
             key, rest = struct.unpack("<2Q", key_of(image_id, text))
         except UnicodeEncodeError:
-            return None  # half a character: no store takes it
-        at = int(self._keys.searchsorted(np.uint64(key)))
-        while at < len(self._keys) and self._keys[at] == key:
-            if self._rest[at] == rest:
-                position = int(self._order[at])
+            return None  # a lone surrogate, which no store accepts
+        place = int(self._keys.searchsorted(np.uint64(key)))
+        while place < len(self._keys) and self._keys[place] == key:
+            if self._rest[place] == rest:
+                position = int(self._order[place])
                 number = bisect_right(self._starts, position) - 1
                 return self._shards[number], position - self._starts[number]
-            at += 1
+            place += 1
         return None

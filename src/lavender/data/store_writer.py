@@ -1,8 +1,7 @@
-"""StoreWriter: adds records to a map store; a kill loses what is buffered and nothing else."""
+"""StoreWriter: adds records to a map store. If it is killed, only the buffered records are lost."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import lock_descriptor
 from torch import Tensor
 
 from lavender.data.store_format import (
@@ -26,26 +26,25 @@ from lavender.data.store_format import (
     shard_numbers,
 )
 from lavender.errors import ConfigError, StoreError
-from lavender.files import TEMPORARY, write_whole
+from lavender.files import BINARY, NO_LINK, TEMPORARY, write_whole
 from lavender.maps import WordMaps
 
 _LOCK = "writer.lock"
-_OURS = (_LOCK, MANIFEST, "extraction.json", "shard-", TEMPORARY)
-"""How the names begin that a writer writes or removes."""
+_PREFIXES = (_LOCK, MANIFEST, "extraction.json", "shard-", TEMPORARY)
+"""How the names of files begin that a writer writes or removes."""
 
 
 class StoreWriter:
-    """A store, open for adding records; one at a time, held by a lock. Use it as a context manager.
+    """A store, open for adding records. A lock admits one writer at a time. Use it as a context manager.
 
-    Records are buffered; a full buffer becomes a shard. Leaving the context writes the rest as a smaller shard, also
-    after an exception. A kill loses the buffer and nothing else: run again, and skip what is `in` the writer.
-    Reopening reads every file that is there: what is damaged or missing is not counted as done. The info of the store
-    stays that of its first writer.
+    Records are buffered, and a full buffer is written as a shard. Leaving the context writes the rest as a smaller
+    shard, also after an exception. If the process is killed, only the buffer is lost: run again, and skip what is `in`
+    the writer. Reopening verifies every file. A reopened store keeps the info of its first writer.
 
     Raises:
-        ConfigError: a grid that is none, or settings that JSON cannot hold.
-        StoreError: the folder holds something else, a link in place of a file, or a store of another identity, grid or
-            format; another writer has it; a shard is damaged (named); it cannot be written.
+        ConfigError: an invalid grid, or settings that JSON cannot hold.
+        StoreError: the folder holds other files, a link in place of a file, or a store of another identity, grid or
+            format; another process writes to it; a shard is damaged; or it cannot be written.
     """
 
     def __init__(
@@ -80,17 +79,17 @@ class StoreWriter:
             raise
 
     def _open(self) -> None:
-        """Check or write the manifest, remove what a kill left behind, and learn what is there."""
+        """Check or write the manifest, remove what a killed writer left, and read the keys of all records."""
         if os.path.lexists(self.path / MANIFEST):
-            found = read_manifest(self.path)
-            _check_same(self.path, found, self._manifest)
-            self._manifest = found
+            manifest = read_manifest(self.path)
+            _check_same(self.path, manifest, self._manifest)
+            self._manifest = manifest
         else:
             write_whole(self.path / MANIFEST, self._manifest.content())
         self._numbers = set(shard_numbers(self.path))
-        whole = {maps_path(self.path, number) for number in self._numbers}
+        complete = {maps_path(self.path, number) for number in self._numbers}
         for file in [*self.path.glob(f"{TEMPORARY}*"), *self.path.glob("shard-*.safetensors")]:
-            if file not in whole:
+            if file not in complete:
                 file.unlink()
         for number in sorted(self._numbers):
             shard = Shard(self.path, number, self._manifest)
@@ -98,42 +97,48 @@ class StoreWriter:
             self._done.update(key.tobytes() for key in shard.keys)
 
     def __len__(self) -> int:
-        """The number of records, those included that are not yet written."""
+        """The number of records, including those in the buffer."""
         return len(self._done)
 
     def __contains__(self, key: tuple[str, str]) -> bool:
-        """Whether (image_id, text) has been added, by this writer or one before."""
+        """Whether (image_id, text) has been added, by this or an earlier writer."""
         try:
             return key_of(*key) in self._done
         except UnicodeEncodeError:
             return False
 
     def add(self, word_maps: WordMaps) -> bool:
-        """Add a record; False, and nothing is added, if its picture and text have one.
+        """Add a record, unless the store has one of the same image and text.
+
+        Args:
+            word_maps: float maps in [0, 1] on the store's grid. They are stored with 8 bits per cell.
+
+        Returns:
+            Whether it was added.
 
         Raises:
-            StoreError: maps of another grid, maps or confidences not in [0, 1], a text that has no bytes, or a full
-                buffer that cannot be written.
+            StoreError: maps on another grid, maps or confidences outside [0, 1], a text with a lone surrogate, or a
+                full buffer that cannot be written.
         """
         try:
             key = key_of(word_maps.image_id, word_maps.text)
             pieces = [word.text + word.lemma + word.part_of_speech for word in word_maps.words]
-            "".join(pieces + [one.what + one.reason for one in word_maps.dropped]).encode()
+            "".join(pieces + [drop.what + drop.reason for drop in word_maps.dropped]).encode()
         except UnicodeEncodeError as error:
             got = f"{word_maps.text[:60]!a}, which has half a character (a lone surrogate)"
-            raise StoreError(got, "text that can be written", "mend the text") from error
+            raise StoreError(got, "text that can be written", "repair the text") from error
         if key in self._done:
             return False
         if word_maps.grid != self.grid:
             got = f"maps on a grid of {word_maps.grid} for {word_maps.text!r}"
             raise StoreError(got, f"the grid {self.grid} of {self.path}", "resize the maps, or choose another folder")
         maps = word_maps.maps.detach().cpu().float()
-        if not ((maps >= 0) & (maps <= 1)).all():  # NaN is neither
+        if not ((maps >= 0) & (maps <= 1)).all():  # also true of NaN
             got = f"maps from {maps.min():g} to {maps.max():g} for {word_maps.text!r}"
             raise StoreError(got, "heat in [0, 1]", "scale them with lavender.maps.to_heat")
-        sure = word_maps.confidence
-        if not ((sure >= 0) & (sure <= 1)).all():
-            got = f"the confidences {[round(one, 6) for one in sure.tolist()]} for {word_maps.text!r}"
+        confidence = word_maps.confidence
+        if not ((confidence >= 0) & (confidence <= 1)).all():
+            got = f"the confidences {[round(value, 6) for value in confidence.tolist()]} for {word_maps.text!r}"
             raise StoreError(got, "each in [0, 1]", "scale them, or leave them out: each is then 1")
         self._buffer.append((word_maps, *_quantised(maps)))
         self._done.add(key)
@@ -145,7 +150,7 @@ class StoreWriter:
         """Write the buffered records as a shard. On return they survive a kill and a power cut.
 
         Raises:
-            StoreError: it cannot be written. What was written before is whole; the buffer is kept.
+            StoreError: it cannot be written. Earlier shards are unchanged, and the buffer is kept.
         """
         if not self._buffer:
             return
@@ -153,7 +158,7 @@ class StoreWriter:
         maps, index = pack_shard(self._manifest, number, self._buffer)
         try:
             write_whole(maps_path(self.path, number), maps)
-            write_whole(index_path(self.path, number), index)  # last: now the shard counts
+            write_whole(index_path(self.path, number), index)  # last, because the shard counts once it exists
         except OSError as error:
             kept = len(self._done) - len(self._buffer)
             survives = f"the {kept} records written before are whole, the last {len(self._buffer)} are not written"
@@ -162,7 +167,7 @@ class StoreWriter:
         self._numbers.add(number)
 
     def close(self) -> None:
-        """Release the lock. What was not flushed is lost."""
+        """Release the lock. Buffered records are lost."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -180,7 +185,7 @@ class StoreWriter:
 
 
 def _quantised(maps: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (word, rows, cols) and float32 scale (word,); off by at most scale / 255 / 2."""
+    """Maps as uint8 (word, rows, cols) and float32 scale (word,); the error is at most scale / 255 / 2."""
     scale = maps.flatten(1).amax(dim=1) if len(maps) else maps.new_zeros(0)
     share = maps / scale.clamp_min(torch.finfo(maps.dtype).tiny)[:, None, None]
     return (share * 255).round().to(torch.uint8).numpy(), scale.numpy()
@@ -190,7 +195,7 @@ def _checked_grid(grid: Any) -> tuple[int, int]:
     """Raises ConfigError."""
     try:
         rows, cols = grid
-        if not all(isinstance(one, int) and not isinstance(one, bool) and one > 0 for one in grid):
+        if not all(type(size) is int and size > 0 for size in grid):
             raise ValueError
     except (TypeError, ValueError) as error:
         raise ConfigError(f"grid={grid!r}", "(rows, cols), whole numbers", "use the paper's (32, 32)") from error
@@ -203,12 +208,12 @@ def _unwritten(path: Path, error: OSError, survives: str) -> StoreError:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a file, a folder with other content than a store or the beginning of one, and links in it."""
+    """Refuse a file, a folder that holds other files, and links in place of the store's files."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder}, which is a file", "a folder", "choose another path")
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.exists() else []
     for entry in entries:
-        if entry.name.startswith(_OURS) and not entry.is_file(follow_symlinks=False):
+        if entry.name.startswith(_PREFIXES) and not entry.is_file(follow_symlinks=False):
             kind = "a link" if entry.is_symlink() else "no file"
             raise StoreError(f"{folder / entry.name}, which is {kind}", "a file of a map store", "remove it")
     foreign = [
@@ -219,9 +224,9 @@ def _check_folder(folder: Path) -> None:
         raise StoreError(got, "a map store, or an empty or new folder", "choose another folder")
 
 
-def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
-    """Refuse to add to a store made with other settings; name each one that differs."""
-    old = {**found.identity, "grid": list(found.grid)}
+def _check_same(folder: Path, stored: Manifest, wanted: Manifest) -> None:
+    """Refuse to add to a store made with other settings; name each setting that differs."""
+    old = {**stored.identity, "grid": list(stored.grid)}
     new = {**wanted.identity, "grid": list(wanted.grid)}
     missing = "(not set)"
     differences = [
@@ -235,22 +240,26 @@ def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
 
 
 def _lock(folder: Path) -> int:
-    """Hold the folder's lock, whose file names the holder. The system releases it however the holder ends."""
+    """Take the folder's lock, whose file names the process that holds it. The system releases it when that ends."""
     path = folder / _LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | BINARY, 0o644)
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise StoreError(f"{path}, which is another file's second name", "a file of a map store", "remove it")
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock_descriptor(descriptor, blocking=False):
+            got = f"{folder}, which {_holder(descriptor)} is writing to"
+            raise StoreError(got, "one writer at a time", "wait until it ends, or choose another folder")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
-    except BlockingIOError as error:
-        holder = os.read(descriptor, 32).decode(errors="replace")
-        os.close(descriptor)
-        got = f"{folder}, which process {holder} is writing to"
-        raise StoreError(got, "one writer at a time", "wait until it ends, or choose another folder") from error
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        return f"process {os.read(descriptor, 32).decode(errors='replace')}"
+    except OSError:  # on Windows a locked file cannot be read
+        return "another process"

@@ -1,8 +1,8 @@
-"""The layouts that people have pictures with text in, each read into rows of named columns.
+"""Read the formats of data sets with images and text into rows of named columns.
 
-Order is that of the file. Names of rows are for people: lines count from 1, as editors do, and rows
-of JSON lists, parquet files and datasets from 0, as Python does. A row that cannot be read is a row with a
-fault; an error is raised only where the rest of the file cannot be read either.
+Rows keep the order of the file. Their names count lines from 1, as editors do, and rows of JSON lists, parquet files
+and datasets from 0, as Python does. A row that cannot be read becomes a row with a fault. An error is raised only if
+the rest of the file cannot be read either.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lavender.files import (
 if TYPE_CHECKING:
     import datasets
 
-LAYOUTS = (
+DATA_FORMATS = (
     "a folder with metadata.jsonl, .csv or .parquet (columns file_name and text, caption or messages)",
     "Flickr30k's folder with results.csv (image_name| comment_number| comment)",
     "a .jsonl, .json, .csv or .parquet file, or a folder of .parquet shards of one split, with image or images "
@@ -52,13 +52,13 @@ _COLUMNS = frozenset((*PICTURE_COLUMNS, *VIDEO_COLUMNS, *TEXT_COLUMNS, *OTHER_CO
 _FLICKR_HEADER = ["image_name", "comment_number", "comment"]
 _SHARD = re.compile(r"(?P<split>.*?)[-_.]?(?P<number>\d+)[-_]of[-_](?P<count>\d+)(?!\d).*")
 _BATCH = 1000  # rows read at once
-_MAX_JSON = 2**33  # bytes: a .json file is held in memory whole
-_MAX_LINE = 2**26  # characters: a picture of 50 MB as base64
+_MAX_JSON = 2**33  # bytes: a .json file is held in memory
+_MAX_LINE = 2**26  # characters: an image of 50 MB as base64
 _MAX_RECORD = 1000  # lines of one record of CSV
 
 
 class Row(NamedTuple):
-    """A row of any layout; `fault` says why it could not be read."""
+    """A row of any format; `fault` says why it could not be read, or is ""."""
 
     name: str
     values: dict[str, Any]
@@ -66,7 +66,7 @@ class Row(NamedTuple):
 
 
 def find_rows(path: str | Path | datasets.Dataset) -> tuple[Iterable[Row], Path]:
-    """The rows, and the folder to which their paths are relative."""
+    """The rows of a data set, and the folder to which their paths are relative. Raises DataError."""
     if not isinstance(path, (str, Path)):
         return _dataset_rows(path), Path()
     path = expanded(path)
@@ -76,7 +76,7 @@ def find_rows(path: str | Path | datasets.Dataset) -> tuple[Iterable[Row], Path]
         got = f"{printable(path)}, which does not exist" if fault.startswith(MISSING) else fault
         raise DataError(got, "a file or folder of data", "check the path")
     if path.suffix.lower() not in _READERS:
-        raise unknown_layout(f"the file {printable(path)}")
+        raise unknown_format(f"the file {printable(path)}")
     return _READERS[path.suffix.lower()](path), path.parent
 
 
@@ -95,13 +95,13 @@ def _folder_rows(folder: Path) -> Iterable[Row]:
     if not shards:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         holds = ", ".join(printable(name) for name in names[:8])
-        raise unknown_layout(f"{printable(folder)}, which holds {holds + more or 'nothing'}")
+        raise unknown_format(f"{printable(folder)}, which holds {holds + more or 'nothing'}")
     _check_shards(folder, shards)
     return (row for name in shards for row in _parquet_rows(folder / name))
 
 
 def _check_shards(folder: Path, names: Sequence[str]) -> None:
-    """Refuse shards of several splits, and some that are not all that their names count."""
+    """Refuse shards of several splits, and an incomplete set of shards by the count in their names."""
     numbers: dict[tuple[str, str], Counter[int]] = defaultdict(Counter)
     for name in names:
         if match := _SHARD.fullmatch(name):
@@ -113,22 +113,22 @@ def _check_shards(folder: Path, names: Sequence[str]) -> None:
     if len(numbers) > 1:
         counts = sorted({count for _, count in numbers})
         raise DataError(f"{label} with shards of {counts} in all", "one set of shards", "remove those of the other")
-    for (split, count), found in numbers.items():
-        is_from_one = 0 not in found and int(count) in found
-        expected = range(is_from_one, int(count) + is_from_one)
-        if num_missing := len(expected) - sum(one in expected for one in found):
-            first = islice((f"{one:0{len(count)}}" for one in expected if one not in found), 8)
-            said = ", ".join(first) + (" …" if num_missing > 8 else "")
-            got = f"{label} without {num_missing} of the {int(count)} shards of {split!r}: {said} of {count}"
+    for (split, count), present in numbers.items():
+        counts_from_one = 0 not in present and int(count) in present
+        expected = range(counts_from_one, int(count) + counts_from_one)
+        if num_missing := len(expected) - sum(number in expected for number in present):
+            first = islice((f"{number:0{len(count)}}" for number in expected if number not in present), 8)
+            missing = ", ".join(first) + (" …" if num_missing > 8 else "")
+            got = f"{label} without {num_missing} of the {int(count)} shards of {split!r}: {missing} of {count}"
             raise DataError(got, "all of its shards", "download the missing ones; to read some, give a file's path")
-        if strange := [one for one, times in found.items() if times > 1 or one not in expected]:
-            got = f"{label} with the shard {strange[0]} of {count} twice or beyond its count"
+        if unexpected := [number for number, times in present.items() if times > 1 or number not in expected]:
+            got = f"{label} with the shard {unexpected[0]} of {count} twice or beyond its count"
             raise DataError(got, "each shard once", "remove what does not belong there")
 
 
-def unknown_layout(got: str) -> DataError:
-    layouts = "; ".join(f"({number}) {layout}" for number, layout in enumerate(LAYOUTS, 1))
-    return DataError(got, f"one of these layouts: {layouts}", "rename the columns or files to fit one of them")
+def unknown_format(got: str) -> DataError:
+    formats = "; ".join(f"({number}) {name}" for number, name in enumerate(DATA_FORMATS, 1))
+    return DataError(got, f"one of these formats: {formats}", "rename the columns or files to fit one of them")
 
 
 def _unreadable(path: Path, why: object) -> DataError:
@@ -137,7 +137,7 @@ def _unreadable(path: Path, why: object) -> DataError:
 
 
 class _Line(NamedTuple):
-    """A line of a text file, counted from 1, and what is wrong with it."""
+    """A line of a text file, its number from 1, and what is wrong with it."""
 
     number: int
     text: str
@@ -145,7 +145,7 @@ class _Line(NamedTuple):
 
 
 def _open_text(path: Path) -> io.TextIOWrapper:
-    """UTF-8 with or without a byte order mark, lines as they are; bytes that are none become half characters."""
+    """Open UTF-8 with or without a byte order mark. Line ends are kept; invalid bytes become lone surrogates."""
     file = open_plain(path)
     if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         file.close()
@@ -156,10 +156,10 @@ def _open_text(path: Path) -> io.TextIOWrapper:
 
 def _not_utf8(text: str) -> str:
     """What is wrong with a text that `_open_text` decoded, or ""."""
-    found = re.search("[\udc80-\udcff]", text)
-    if found is None:
+    match = re.search("[\udc80-\udcff]", text)
+    if match is None:
         return ""
-    return f"not UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x} at character {found.start()}; save the file as UTF-8"
+    return f"not UTF-8: byte 0x{ord(match[0]) - 0xDC00:02x} at character {match.start()}; save the file as UTF-8"
 
 
 def _lines(path: Path) -> Iterator[_Line]:
@@ -196,11 +196,11 @@ def _json_rows(path: Path) -> Iterator[Row]:
     content, label = read_plain(path, _MAX_JSON), printable(path.name)
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise _unreadable(path, "it is UTF-16, by its first two bytes; save it as UTF-8")
-    text = content.decode("utf-8-sig", "surrogateescape")  # a byte that is not UTF-8 costs its row alone
+    text = content.decode("utf-8-sig", "surrogateescape")  # a byte that is not UTF-8 spoils only its row
     try:
         if not re.match(r"\s*\[", text):
             kind = type(parse_json(text)).__name__
-            raise unknown_layout(f"{printable(path)}, a JSON {kind} where a list of rows should be")
+            raise unknown_format(f"{printable(path)}, a JSON {kind} where a list of rows should be")
         for index, (values, fault) in enumerate(json_items(text)):
             name = f"{label} row {index}"
             yield Row(name, {}, fault) if fault else _object_row(name, values)
@@ -235,9 +235,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_records(lines: Iterator[_Line]) -> Iterator[tuple[int, list[str], str]]:
-    """Records with the number of their first line and their fault.
+    """(number of the first line, fields, fault) of each record.
 
-    A quote that is not closed costs its own line alone: those that it swallowed are read again.
+    An unclosed quote spoils only its own line: the lines that it swallowed are read again.
     """
     waiting: deque[_Line] = deque()
     while True:
@@ -262,7 +262,7 @@ def _next_record(waiting: deque[_Line], lines: Iterator[_Line], used: list[_Line
             used.append(line)
             yield line.text
 
-    limit = csv.field_size_limit(_MAX_LINE * _MAX_RECORD)  # of the whole process, so it is put back at once
+    limit = csv.field_size_limit(_MAX_LINE * _MAX_RECORD)  # a limit of the whole process, so it is restored at once
     try:
         return next(csv.reader(take(), strict=True), None)
     finally:
@@ -276,7 +276,7 @@ def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
 
 
 def _names_in(folder: Path) -> set[str]:
-    """Of a file, or of a folder that may not be read, none: pictures there are dropped as missing."""
+    """The names in a folder; none for a file or an unreadable folder, whose images are then dropped as missing."""
     try:
         return set(os.listdir(folder))
     except OSError:
@@ -284,9 +284,9 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _flickr_rows(path: Path) -> Iterator[Row]:
-    """`name.jpg| 0| A caption .`, not quoted, the pictures beside the file or in a folder beside it.
+    """Rows such as `name.jpg| 0| A caption .`, unquoted. The images lie beside the file or in a folder beside it.
 
-    The published file has one row that lacks a bar; it is dropped, not repaired.
+    One row of the published file lacks a bar; it is dropped, not repaired.
     """
     contents = {path.parent: _names_in(path.parent)}
     for name in sorted(contents[path.parent]):
@@ -328,20 +328,20 @@ def _dataset_rows(dataset: Any) -> Iterator[Row]:
     if not isinstance(dataset, datasets.Dataset):
         do = "choose a split of a DatasetDict, or save another kind to parquet and give its path"
         raise DataError(f"a {type(dataset).__name__}", "a path or a datasets.Dataset", do)
-    tables = dataset.with_format("arrow").iter(_BATCH)  # the arrow format decodes no picture
+    tables = dataset.with_format("arrow").iter(_BATCH)  # the arrow format decodes no image
     return _table_rows("dataset", tables, dataset.column_names)
 
 
 class _Unread(str):
-    """Why a cell of a table has no value in Python."""
+    """Why a cell of a table cannot be converted to Python."""
 
 
 def _table_rows(name: str, tables: Iterable[Any], columns: Sequence[str]) -> Iterator[Row]:
     index = 0
     for table in tables:
-        read = {column: _cells(table.column(column)) for column in columns if column in _COLUMNS}
+        cells = {column: _cells(table.column(column)) for column in columns if column in _COLUMNS}
         for row in range(table.num_rows):
-            values = dict.fromkeys(columns) | {column: cells[row] for column, cells in read.items()}
+            values = dict.fromkeys(columns) | {column: values[row] for column, values in cells.items()}
             fault = next((f"{key} {value}" for key, value in values.items() if isinstance(value, _Unread)), "")
             yield Row(f"{name} row {index}", values, fault)
             index += 1
@@ -350,7 +350,7 @@ def _table_rows(name: str, tables: Iterable[Any], columns: Sequence[str]) -> Ite
 def _cells(column: Any) -> list[Any]:
     try:
         return column.to_pylist()
-    except Exception:  # text that is no UTF-8, a date beyond Python's …: found cell by cell
+    except Exception:  # text that is not UTF-8, a date beyond Python's …: convert cell by cell
         return [_cell(scalar) for scalar in column]
 
 

@@ -1,4 +1,4 @@
-"""Extract the word maps of a data set into a store: resumable, estimated first, every drop named."""
+"""Extract a diffusion teacher's word maps of a data set into a store: resumable, with an estimate of time and disk."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from statistics import fmean
+from typing import NoReturn
 
 import torch
 from PIL import Image
@@ -19,19 +18,27 @@ from PIL import Image
 from lavender.config import ExtractionConfig
 from lavender.data.images import image_id
 from lavender.data.samples import Sample, Samples
-from lavender.data.store import MapStore, StoreWriter
+from lavender.data.store import StoreWriter
 from lavender.errors import DataError
 from lavender.maps import Dropped, WordMaps
 from lavender.teachers.diffusion.teacher import Job, Teacher
-from lavender.teachers.summary import FLUSH_SECONDS, History, Summary
+from lavender.teachers.extraction_loop import Step, write_maps
+from lavender.teachers.summary import Summary
 from lavender.words import content_words, too_long
 
-READ_AHEAD = 4  # batches of pictures, small already, that wait for the teacher
+READ_AHEAD = 4
+"""How many batches of images, already resized, may wait for the teacher."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Time and disk of what is still to do, measured on the first batch."""
+    """Time and disk space of the remaining texts, from the first batch.
+
+    Attributes:
+        texts: pairs of an image and an answer that are still to do.
+        seconds: expected duration.
+        megabytes: expected size of their maps.
+    """
 
     texts: int
     seconds: float
@@ -47,69 +54,66 @@ def extract(
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Summary:
-    """Write the maps of every answer on every picture before it to the store at `out`.
+    """Write the maps of every answer, on every image before it, to the store at `out`.
 
-    A sample whose pictures cannot all be read is dropped, as training drops it. One of text alone needs no map.
-    Stopped at any moment and started again, it goes on where it was, and ends with the same records. Their maps
-    may differ in the last of their 8 bits, for batches are then cut in other places.
+    A sample is dropped if one of its images cannot be read, as in training. Text-only samples need no maps. After an
+    interruption the same call continues where it stopped and ends with the same records. Their maps may differ in the
+    last of their 8 bits, because the batches differ.
 
     Args:
-        strict: raise DataError at the first sample that cannot be used, instead of counting it.
+        samples: the data set, from `read_samples`.
+        teacher: what makes the maps; its config names the parts of speech, the grid and the batch size.
+        out: folder of the store.
+        strict: raise DataError at the first sample that cannot be used, instead of counting it as dropped.
         on_estimate: called once, after the first batch.
         on_progress: called with the number of texts done since the last call.
+
+    Returns:
+        The counts of this run. Its `dropped` names every sample and word without a map, and the reason.
+
+    Raises:
+        DataError: with `strict`, a sample that cannot be used.
+        StoreError: the folder holds another store, or cannot be written.
     """
-    began, summary = time.monotonic(), Summary(dropped=list(samples.dropped))
-    summary.without_picture = sum(not sample.sources for sample in samples)
-    if strict:
-        samples.check_strict()
-    config, led_before = teacher.config, len(teacher.reconstruction)
-    identity = {"teacher": teacher.name, **config.identity()}
     info = {name: version(name) for name in ("lavender-vlm", "diffusers", "torch")}
     info["dtype"] = str(teacher.family.dtype).removeprefix("torch.")
-    with MapStore.writer(out, identity, info, config.grid) as writer:
-        history = History(out)
-        items = _ahead(_read(samples, teacher, writer, strict), config.batch_size * READ_AHEAD)
-        first, flushed = True, began
-        for batch in _batches(_jobs(items, writer, summary, on_progress), config.batch_size):
+    return write_maps(
+        samples,
+        out,
+        lambda writer: _steps(samples, teacher, _read(samples, teacher, writer, strict), on_estimate),
+        identity={"teacher": teacher.name, **teacher.config.identity()},
+        info=info,
+        grid=teacher.config.grid,
+        strict=strict,
+        on_progress=on_progress,
+    )
+
+
+def _steps(
+    samples: Samples, teacher: Teacher, items: Iterator[Job | Step], on_estimate: Callable[[Estimate], None]
+) -> Generator[Step, None, None]:
+    """Run the teacher on the jobs, batch by batch; pass on what needs no pass of the teacher."""
+    size = teacher.config.batch_size
+    already_there, is_first = 0, True
+    for window in _windows(_prefetch(items, size * READ_AHEAD), size * READ_AHEAD):
+        if isinstance(window, Step):
+            already_there += window.already_there
+            yield window
+            continue
+        window.sort(key=lambda job: job.image.size)  # the teacher runs each shape apart
+        for start in range(0, len(window), size):
+            batch, num_errors = window[start : start + size], len(teacher.reconstruction)
             started = time.monotonic()
-            for maps in teacher(batch):
-                writer.add(maps)
-                summary.records += 1
-                summary.words += len(maps.words)
-                summary.dropped += _words_dropped(maps)
-            if first:
-                seconds = time.monotonic() - started
-                on_estimate(_estimate(samples, summary.already_there, batch, seconds, config))
-                first = False
-            on_progress(len(batch))
-            if time.monotonic() - flushed > FLUSH_SECONDS:
-                writer.flush()
-                flushed = time.monotonic()
-        in_store = len(writer)
-    summary.seconds = time.monotonic() - began
-    if led_back := teacher.reconstruction[led_before:]:
-        summary.reconstruction = fmean(led_back)
-    history.add(summary, in_store)
-    return summary
+            maps = teacher(batch)
+            if is_first:
+                on_estimate(_estimate(samples, already_there, batch, time.monotonic() - started, teacher.config))
+                is_first = False
+            dropped = [drop for record in maps for drop in _dropped_words(record)]
+            yield Step(len(batch), maps, dropped, reconstruction=teacher.reconstruction[num_errors:])
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One answer on one picture: a job, or why there is none; without either the store has it already.
-
-    Attributes:
-        mapless: the record of a text without a word.
-        texts: how many of a sample's pairs this stands for (all, where a picture can't be read).
-    """
-
-    job: Job | None = None
-    drop: Dropped | None = None
-    mapless: WordMaps | None = None
-    texts: int = 1
-
-
-def _read(samples: Iterable[Sample], teacher: Teacher, writer: StoreWriter, strict: bool) -> Iterator[_Item]:
-    """Every pair of every sample: pictures decoded, known by content and made small; words found."""
+def _read(samples: Iterable[Sample], teacher: Teacher, writer: StoreWriter, strict: bool) -> Iterator[Job | Step]:
+    """Every pair of every sample: images decoded, hashed and resized, words found."""
     seen: set[tuple[str, str]] = set()
     for sample in samples:
         try:
@@ -117,13 +121,13 @@ def _read(samples: Iterable[Sample], teacher: Teacher, writer: StoreWriter, stri
         except DataError as error:
             if strict:
                 raise
-            yield _Item(drop=Dropped(sample.name, str(error)), texts=len(sample.pairs))
+            yield Step(len(sample.pairs), dropped=[Dropped(sample.name, str(error))])
             continue
         if images and not sample.pairs:
             drop = Dropped(sample.name, "no answer after a picture")
             if strict:
                 _refuse(drop)
-            yield _Item(drop=drop, texts=0)
+            yield Step(0, dropped=[drop])
         yield from _pairs(sample, images, teacher, writer, seen, strict)
 
 
@@ -134,72 +138,58 @@ def _pairs(
     writer: StoreWriter,
     seen: set[tuple[str, str]],
     strict: bool,
-) -> Iterator[_Item]:
+) -> Iterator[Job | Step]:
+    """A job for each pair of a sample that is new and has a word to map."""
     config = teacher.config
-    identities, framed = [image_id(image) for image in images], {}
+    image_ids, framed = [image_id(image) for image in images], {}
     for index, answer in sample.pairs:
-        key = identities[index], answer
+        key = image_ids[index], answer
         if key in seen or key in writer:
-            yield _Item()
+            yield Step(already_there=1)
             continue
         seen.add(key)
         if words := content_words(answer, config.parts_of_speech):
             if index not in framed:
                 framed[index] = teacher.frame(images[index])
-            yield _Item(Job(framed[index], *key, words))
+            yield Job(framed[index], *key, words)
             continue
         drop = Dropped(f"{sample.name}: {answer[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}")
         if strict:
             _refuse(drop)
-        yield _Item(drop=drop, mapless=WordMaps(*key, (), torch.zeros(0, *config.grid), too_long(answer)))
+        record = WordMaps(*key, (), torch.zeros(0, *config.grid), too_long(answer))
+        yield Step(maps=[record], dropped=[drop, *_dropped_words(record)])
 
 
-def _words_dropped(maps: WordMaps) -> list[Dropped]:
-    return [Dropped(f"{one.what!r} in {maps.text[:60]!r}", one.reason) for one in maps.dropped]
+def _dropped_words(record: WordMaps) -> list[Dropped]:
+    return [Dropped(f"{drop.what!r} in {record.text[:60]!r}", drop.reason) for drop in record.dropped]
 
 
-def _jobs(
-    items: Iterable[_Item], writer: StoreWriter, summary: Summary, on_progress: Callable[[int], None]
-) -> Iterator[Job]:
-    """The texts that still need a pass of the teacher. What needs none is counted and recorded at once."""
-    for item in items:
-        if item.job is not None:
-            yield item.job
-            continue
-        if item.drop is None:
-            summary.already_there += 1
-        else:
-            summary.dropped.append(item.drop)
-        if item.mapless is not None:
-            writer.add(item.mapless)
-            summary.dropped += _words_dropped(item.mapless)
-            summary.records += 1
-        on_progress(item.texts)
+def _windows(items: Iterator[Job | Step], size: int) -> Iterator[list[Job] | Step]:
+    """Steps as they come, jobs in lists of `size`."""
+    jobs: list[Job] = []
+    try:
+        for item in items:
+            if isinstance(item, Step):
+                yield item
+                continue
+            jobs.append(item)
+            if len(jobs) == size:
+                yield jobs
+                jobs = []
+    except DataError:  # with strict: what came before it is still extracted
+        if jobs:
+            yield jobs
+        raise
+    if jobs:
+        yield jobs
 
 
-def _batches(jobs: Iterator[Job], size: int) -> Iterator[list[Job]]:
-    """Batches of jobs, those of one shape together: the teacher runs each shape apart."""
-    error: DataError | None = None
-    while error is None:
-        window: list[Job] = []
-        try:
-            window.extend(islice(jobs, size * READ_AHEAD))
-        except DataError as found:  # strict; what came before it is still done
-            error = found
-        if not window and error is None:
-            return
-        window.sort(key=lambda job: job.image.size)
-        for start in range(0, len(window), size):
-            yield window[start : start + size]
-    raise error
-
-
-def _ahead(items: Iterator[_Item], size: int) -> Iterator[_Item]:
-    """The same items, read in a thread while the teacher works. An error comes in its place, after what it follows."""
-    ready: queue.Queue[tuple[_Item | None, BaseException | None]] = queue.Queue(size)
+def _prefetch(items: Iterator[Job | Step], size: int) -> Iterator[Job | Step]:
+    """The same items, read in a thread while the teacher works. An error is raised after the items before it."""
+    ready: queue.Queue[tuple[Job | Step | None, BaseException | None]] = queue.Queue(size)
     stop = threading.Event()
 
-    def put(item: _Item | None, error: BaseException | None = None) -> None:
+    def put(item: Job | Step | None, error: BaseException | None = None) -> None:
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put((item, error), timeout=0.1)
@@ -211,7 +201,7 @@ def _ahead(items: Iterator[_Item], size: int) -> Iterator[_Item]:
                 put(item)
                 if stop.is_set():
                     return
-        except BaseException as error:  # given to the reader, whatever it is
+        except BaseException as error:  # raised again by the reader
             put(None, error)
         else:
             put(None)
@@ -240,5 +230,5 @@ def _estimate(
     return Estimate(texts, texts * seconds / len(batch), texts * size)
 
 
-def _refuse(drop: Dropped) -> None:
-    raise DataError(f"{drop.what}: {drop.reason}", "every sample to be usable, as strict asks", "mend or remove it")
+def _refuse(drop: Dropped) -> NoReturn:
+    raise DataError(f"{drop.what}: {drop.reason}", "every sample to be usable, as strict asks", "repair or remove it")

@@ -15,6 +15,7 @@ from PIL import Image
 from lavender.data import images
 from lavender.data.images import image_id, load_image
 from lavender.errors import DataError
+from lavender.files import IMAGE_FORMATS
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -194,7 +195,7 @@ def test_formats_that_are_not_named_are_refused(form):
     assert "Expected one of PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM" in refusal(encoded(noise(32, 32), form))
 
 
-@pytest.mark.parametrize("form", images.FORMATS)
+@pytest.mark.parametrize("form", IMAGE_FORMATS)
 def test_formats_that_are_named_are_read(form):
     assert load_image(encoded(noise(), form), "a").size == (13, 11)
 

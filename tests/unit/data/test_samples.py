@@ -354,7 +354,7 @@ def failure(path, *rows) -> str:
 
 def test_what_fits_no_layout_lists_the_layouts_and_what_was_found(folder):
     message = failure(folder)
-    assert f"Got {folder}, which holds a.png, b.png, sub. Expected one of these layouts: (1) a folder with" in message
+    assert f"Got {folder}, which holds a.png, b.png, sub. Expected one of these formats: (1) a folder with" in message
     for layout in ("metadata.jsonl", "Flickr30k", "LLaVA", "parquet shards", "datasets.Dataset"):
         assert layout in message
     assert f"the file {folder / 'a.png'}" in failure(folder / "a.png")

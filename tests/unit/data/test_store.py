@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lavender import files
 from lavender.data.store import MapStore, StoreWriter
 from lavender.data.store_format import pack_shard, read_manifest
 from lavender.errors import ConfigError, StoreError
@@ -496,6 +497,46 @@ def test_one_writer_at_a_time(tmp_path):
         assert f"Got {tmp_path}, which process {os.getpid()} is writing to. Expected one writer at a time" in message
     with writer(tmp_path):
         pass
+
+
+def test_the_lock_of_another_process_ends_with_it(tmp_path):
+    ready, child_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            store = writer(tmp_path)
+            os.write(child_end, b"locked")
+            while len(store) == 0:
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(child_end)
+    assert os.read(ready, 6) == b"locked"
+    assert f"Got {tmp_path}, which process {child} is writing to" in failure(writer, tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with writer(tmp_path) as store:
+        assert store.add(RECORDS[1])
+    assert (tmp_path / "writer.lock").read_text() == str(os.getpid())
+
+
+def test_a_holder_that_cannot_be_read_is_another_process(tmp_path, monkeypatch):
+    """As on Windows, where nobody else may read a locked file."""
+
+    def denied(descriptor: int, size: int) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with writer(tmp_path):
+        monkeypatch.setattr("os.read", denied)
+        assert f"Got {tmp_path}, which another process is writing to. Expected one writer" in failure(writer, tmp_path)
+
+
+def test_reading_without_pread(tmp_path, monkeypatch):
+    """Windows has none."""
+    monkeypatch.setattr("lavender.data.store_format.read_at", files._seek_and_read)
+    store = MapStore.open(fill(tmp_path), verify=True)
+    for given in reversed(RECORDS):
+        assert_same(store.get(given.image_id, given.text), given)
 
 
 def test_a_folder_that_is_no_store(tmp_path):

@@ -30,7 +30,7 @@ def test_a_grid_finer_than_the_picture():
 
 def test_boxes_count_once_where_they_overlap_and_not_outside():
     # 12 × 10 pixels on a grid of 2 × 3: cells of 5 × 4
-    boxes = [(0.0, 0.0, 3.0, 5.0), (2.0, 0.0, 6.0, 2.5), (10.0, 5.0, 99.0, 99.0)]
+    boxes = [(0.0, 0.0, 5.0, 3.0), (0.0, 2.0, 2.5, 6.0), (5.0, 10.0, 99.0, 99.0)]
     expected = [[(15 + 2.5) / 20, 5 / 20, 0], [0, 0, 10 / 20]]
     torch.testing.assert_close(cell_shares(box_region(boxes, (10, 12)), (10, 12), (2, 3)), torch.tensor(expected))
 
@@ -42,7 +42,7 @@ def test_boxes_of_whole_pixels_equal_their_mask():
         left, right = sorted(rng.choice(44, 2, replace=False).tolist())
         top, bottom = sorted(rng.choice(32, 2, replace=False).tolist())
         mask[top:bottom, left:right] = True
-        boxes.append((left, top, right, bottom))
+        boxes.append((top, left, bottom, right))
     ours = cell_shares(box_region(boxes, mask.shape), mask.shape, (7, 11))
     torch.testing.assert_close(ours, cell_shares(mask_region(mask), mask.shape, (7, 11)))
     assert ours.mean().item() == pytest.approx(mask.mean(), abs=1e-6)  # area is kept
@@ -58,7 +58,7 @@ def test_a_stored_frame_is_turned_as_the_picture_is(orientation):
     image.info["exif"] = exif.tobytes()
     upright = np.asarray(load_image(image, "it"))[..., 0] > 0
     assert upright.shape == (WIDTH, HEIGHT)
-    for region in (mask_region(stored), box_region([(2, 1, 9, 4), (12, 7, 13, 8)], stored.shape)):
+    for region in (mask_region(stored), box_region([(1, 2, 4, 9), (7, 12, 8, 13)], stored.shape)):
         turned = turn_upright(region, stored.shape, orientation)
         assert (np.diff(turned.down) > 0).all()
         assert (np.diff(turned.across) > 0).all()

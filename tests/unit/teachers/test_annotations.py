@@ -16,7 +16,7 @@ from lavender.data.samples import read_samples
 from lavender.data.store import MapStore
 from lavender.errors import ConfigError, DataError, StoreError
 from lavender.teachers.annotations.coco import CocoPanoptic
-from lavender.teachers.annotations.extract import extract_annotations, open_layout
+from lavender.teachers.annotations.extract import extract_annotations, open_annotations
 from lavender.teachers.annotations.regions import cell_shares, mask_region
 
 
@@ -258,14 +258,15 @@ def test_captions_of_another_kind(coco):
         CocoPanoptic(layout.path).samples()
 
 
-def test_open_layout(coco):
-    assert isinstance(open_layout("coco-panoptic", coco.write().path, parts_of_speech=("noun", "verb")), CocoPanoptic)
+def test_open_annotations(coco):
+    opened = open_annotations("coco-panoptic", coco.write().path, parts_of_speech=("noun", "verb"))
+    assert isinstance(opened, CocoPanoptic)
     with pytest.raises(ConfigError, match="split='val' with coco-panoptic"):
-        open_layout("coco-panoptic", coco.root, split="val")
+        open_annotations("coco-panoptic", coco.root, split="val")
     with pytest.raises(ConfigError, match="captions='it' with flickr30k-entities"):
-        open_layout("flickr30k-entities", coco.root, captions="it")
-    with pytest.raises(ConfigError, match="the layout 'coco'"):
-        open_layout("coco", coco.root)
+        open_annotations("flickr30k-entities", coco.root, captions="it")
+    with pytest.raises(ConfigError, match="the annotation format 'coco'"):
+        open_annotations("coco", coco.root)
 
 
 def test_pictures_in_memory_cannot_be_found(coco, tmp_path):

@@ -6,6 +6,7 @@ The teacher is the real class on the tiny pipeline.
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -133,6 +134,20 @@ def test_stopped_and_started_again_it_ends_with_the_same_records(teacher, sample
     assert summary.already_there == kept
     assert summary.records == 9 - kept
     assert_same(records(tmp_path / "maps"), records(tmp_path / "undisturbed"))
+
+
+def test_the_thread_that_reads_ends_with_an_error(teacher, tmp_path):
+    given = Samples(tuple(sample(f"row {row}", shade(row), "a dog") for row in range(40)))  # more than it reads ahead
+    threads = threading.active_count()
+
+    def fail(texts: int) -> None:
+        assert threading.active_count() == threads + 1
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space") as caught:
+        extract(given, teacher, tmp_path / "maps", on_progress=fail)
+    assert caught.tb is not None  # whose frames hold the generators
+    assert threading.active_count() == threads
 
 
 def test_a_failing_teacher_leaves_what_was_extracted(teacher, samples, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from lavender.data.samples import read_samples
 from lavender.data.store import MapStore
 from lavender.errors import ConfigError, DataError
 from lavender.teachers.annotations.base import Found
-from lavender.teachers.annotations.extract import extract_annotations, open_layout
+from lavender.teachers.annotations.extract import extract_annotations, open_annotations
 from lavender.teachers.annotations.flickr import Flickr30kEntities, Phrase, parse_sentence
 
 SENTENCES = """[/EN#1/people A young girl] in [/EN#2/clothing/other a red dress] sings .
@@ -128,7 +128,7 @@ def test_parts_of_speech_and_splits(flickr):
     samples = layout.samples()
     assert [one.name for one in samples] == ["36979.txt line 1", "36979.txt line 2"]
     assert [one.what for one in samples.dropped] == ["5"]
-    with pytest.raises(DataError, match="use a split that is there: val"):
+    with pytest.raises(DataError, match="use an existing split: val"):
         Flickr30kEntities(flickr, split="train")
     with pytest.raises(ConfigError, match="nouns"):
         Flickr30kEntities(flickr, parts_of_speech=("nouns",))
@@ -148,7 +148,7 @@ def test_boxes_outside_ids_without_annotation_and_broken_sentences_are_named(fli
     summary, found = run(Flickr30kEntities(flickr), tmp_path / "maps")
     assert "'[/EN#1/people A girl'" in summary.dropped[0].reason
     assert summary.dropped[0].what == "36979.txt line 3"
-    assert ("36979.xml", "the box (14.0, 0.0, 20.0, 4.0) of 1 is empty or outside") in drops(summary.dropped)
+    assert ("36979.xml", "the box (0.0, 14.0, 4.0, 20.0) of 1 is empty or outside") in drops(summary.dropped)
     first, second = found.values()
     near(first.maps[1], outer([1, 0.2, 0], [1, 1 / 14, 0, 0, 0]))  # the girl's other box
     assert ("dress", "its boxes are empty or outside the picture") in drops(first.dropped)
@@ -190,7 +190,7 @@ def test_folders_that_are_not_there(tmp_path, flickr):
 
 
 def test_the_grid_is_checked(flickr, tmp_path):
-    layout = open_layout("flickr30k-entities", flickr)
+    layout = open_annotations("flickr30k-entities", flickr)
     assert isinstance(layout, Flickr30kEntities)
     with pytest.raises(ConfigError, match="grid"):
         extract_annotations(layout.samples(), layout, tmp_path / "maps", grid=(1, 500))

@@ -1,4 +1,4 @@
-"""What a layout of annotations has to know: its samples, and which words of a text lie where."""
+"""What every format of annotations provides: its samples, and which words of a text lie where."""
 
 from __future__ import annotations
 
@@ -19,17 +19,22 @@ from lavender.teachers.annotations.regions import Region, Size
 
 @dataclass(frozen=True)
 class Found:
-    """The words of a text that have a region, in order, and those that should have one and have none."""
+    """The words of a text on one image.
+
+    Attributes:
+        words: the words with a region, in order.
+        dropped: the words that should have a region and have none.
+    """
 
     words: Sequence[tuple[Word, Region]]
     dropped: Sequence[Dropped] = ()
 
 
 class PictureAnnotations(ABC):
-    """The annotations of one picture.
+    """The annotations of one image.
 
     Attributes:
-        size: (height, width) in pixels of the picture that was annotated.
+        size: (height, width) in pixels of the annotated image.
         faults: annotations that cannot be used.
     """
 
@@ -38,15 +43,15 @@ class PictureAnnotations(ABC):
 
     @abstractmethod
     def find(self, text: str) -> Found:
-        """Where the words of a text on this picture are. Raises DataError if the text has no annotations."""
+        """The regions of a text's words on this image. Raises DataError if the text has no annotations."""
 
 
-class Layout(ABC):
-    """A data set of annotations on disk.
+class Annotations(ABC):
+    """An annotated data set on disk.
 
     Attributes:
-        name: of the layout, as in `LAYOUTS`.
-        label: of this data set, good as a file's name.
+        name: the name of the format, one of `lavender.teachers.annotations.extract.FORMATS`.
+        label: the name of this data set, usable as a file name.
     """
 
     name: str
@@ -54,39 +59,39 @@ class Layout(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """The rules that change a map. Two stores with the same identity can be joined."""
+        """The settings that change a map. Two stores with the same identity can be joined."""
 
     @abstractmethod
     def samples(self) -> Samples:
-        """The pictures and texts of the data set itself. Raises DataError if it has none."""
+        """The images and texts of the data set itself. Raises DataError if it has none."""
 
     @abstractmethod
     def key(self, picture: Path) -> str:
-        """By what this picture's annotations are found. Raises DataError if it has none; reads nothing large."""
+        """The key of an image's annotations, for `read`. Cheap. Raises DataError if the image has none."""
 
     @abstractmethod
     def read(self, key: str) -> PictureAnnotations:
-        """The annotations of one picture. Raises DataError if they cannot be read."""
+        """The annotations of one image. Raises DataError if they cannot be read."""
 
 
 def caption_sample(name: str, picture: Path, text: str) -> Sample:
-    """A sample of one caption; what it asks is of no matter to its maps."""
+    """A sample with one caption as its answer. The question does not affect its maps."""
     question = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
     answer = [{"type": "text", "text": text}]
     return Sample(name, (picture,), [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
 def checked_parts(parts_of_speech: Sequence[str]) -> tuple[str, ...]:
-    """Parts of speech, each one known. Raises ConfigError."""
+    """The same parts of speech as a tuple. Raises ConfigError for an unknown one."""
     return from_mapping(ExtractionConfig, {"parts_of_speech": parts_of_speech}, "parts of speech").parts_of_speech
 
 
 MAX_BYTES = 2**33
-"""The most bytes of a file of annotations, which is held in memory whole."""
+"""The most bytes of an annotation file, which is held in memory."""
 
 
 def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
-    """A file in UTF-8, with or without a byte order mark. Raises DataError."""
+    """The text of a UTF-8 file, with or without a byte order mark. Raises DataError."""
     try:
         return read_plain(path, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -95,7 +100,7 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
 
 
 def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """A JSON object with these lists. Raises DataError."""
+    """The JSON object in a file, which has a list under each of `keys`. Raises DataError."""
     try:
         content = parse_json(read_text(path))
     except JsonError as error:
@@ -103,25 +108,25 @@ def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         raise DataError(got, "a valid JSON file", "replace it") from error
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            found = printable(sorted(content)) if isinstance(content, dict) else f"a JSON {type(content).__name__}"
-            raise DataError(f"{path} without a list {key!r}: {found}", f"the lists {', '.join(keys)}", "check the file")
+            kind = printable(sorted(content)) if isinstance(content, dict) else f"a JSON {type(content).__name__}"
+            raise DataError(f"{path} without a list {key!r}: {kind}", f"the lists {', '.join(keys)}", "check the file")
     return content
 
 
 def is_name(name: object) -> bool:
-    """Whether this names a file inside a folder, or of a folder in it, and can be written in a message."""
+    """Whether this is a relative path of a file that stays inside its folder and can be printed."""
     if not isinstance(name, str) or not name or half_character(name) or "\0" in name:
         return False
     return not os.path.isabs(name) and ".." not in Path(name).parts
 
 
 def is_outside(path: Path, folder: Path) -> bool:
-    """Whether links lead from a path to somewhere outside a folder."""
+    """Whether the path leads outside the folder once links are resolved."""
     return not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def first_folder(candidates: Sequence[Path], what: str, do: str) -> Path:
-    """The first of these folders that exists. Raises DataError that names them all."""
+    """The first of these folders that exists. Raises a DataError that names them all."""
     for folder in map(expanded, candidates):
         if os.path.isdir(folder):
             return folder

@@ -1,4 +1,4 @@
-"""COCO panoptic: a category for every pixel; a word lies where the categories lie that it names."""
+"""COCO panoptic: a category for every pixel. A word's region is the union of the categories it names."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lavender.errors import DataError
 from lavender.files import expanded, fault_of, half_character, printable, read_plain, shown
 from lavender.maps import Dropped, Word
 from lavender.teachers.annotations.base import (
+    Annotations,
     Found,
-    Layout,
     PictureAnnotations,
     caption_sample,
     checked_parts,
@@ -30,11 +30,11 @@ from lavender.teachers.annotations.category_names import COCO_SYNONYMS, Category
 from lavender.teachers.annotations.regions import Region, mask_region
 from lavender.words import words_of
 
-_NAME_2014 = re.compile(r"COCO_(?:train|val|test)\d{4}_(\d{12})")  # the same picture in the releases before 2017
+_NAME_2014 = re.compile(r"COCO_(?:train|val|test)\d{4}_(\d{12})")  # the same image in the releases before 2017
 
 
 class _Entry(NamedTuple):
-    """What the JSON file says of one picture."""
+    """The entry of one image in the JSON file."""
 
     picture: str
     mask: str
@@ -42,23 +42,23 @@ class _Entry(NamedTuple):
     segments: tuple[tuple[int, int], ...]  # (segment id, category id)
 
 
-class CocoPanoptic(Layout):
-    """`panoptic_*.json` with its folder of PNG files, in which a pixel's segment is R + 256·G + 256²·B.
+class CocoPanoptic(Annotations):
+    """`panoptic_*.json` with its folder of PNG files, in which a pixel's segment id is R + 256·G + 256²·B.
 
-    The map of a word is the union of all segments of the categories that it names, crowds included: it says where
-    such things are, not which one is meant. Only nouns and names of several words ("fire hydrant") have maps.
+    The region of a word is the union of all segments of the categories that it names, crowds included. It shows where
+    such things are, not which one the text means. Only nouns and names of several words ("fire hydrant") have maps.
 
     Args:
-        path: the JSON file, or a folder that holds one of them (or whose `annotations` does).
-        pictures: folder of the pictures. Default: the first that exists of ../val2017, ../images/val2017, val2017 and
-            images/val2017, seen from the file panoptic_val2017.json.
+        path: the JSON file, or a folder that holds one such file, directly or in `annotations`.
+        pictures: folder of the images. Default, for panoptic_val2017.json: the first of ../val2017,
+            ../images/val2017, val2017 and images/val2017 that exists, relative to the file's folder.
         masks: folder of the PNG files. Default: panoptic_val2017 beside the file or beside its folder.
-        captions: COCO's captions file, for `samples`. Default: captions_val2017.json beside the file, if it is there.
-        parts_of_speech: words that are looked up, and named where they have no map; None is nouns.
-        synonyms: further words, by the category's spoken name.
+        captions: COCO's captions file, for `samples`. Default: captions_val2017.json beside the file, if it exists.
+        parts_of_speech: the words that are looked up, and reported if they have no map. Default: nouns.
+        synonyms: additional words of a category, by its spoken name.
 
     Raises:
-        DataError: a file or folder is missing, or is not of this layout.
+        DataError: a file or folder is missing, or is not of this format.
         ConfigError: an unknown part of speech.
     """
 
@@ -96,17 +96,18 @@ class CocoPanoptic(Layout):
         self._names = CategoryNames(things, synonyms)
         self._entries: dict[str, _Entry] = {}
         for entry in entries:
-            if (other := self._entries.setdefault(Path(entry.picture).stem, entry)) is not entry:
-                got = f"{self.path} with {other.picture} and {entry.picture}"
+            first = self._entries.setdefault(Path(entry.picture).stem, entry)
+            if first is not entry:
+                got = f"{self.path} with {first.picture} and {entry.picture}"
                 raise DataError(got, "pictures of different names", "rename them: a picture is known by its name")
 
     def identity(self) -> dict[str, Any]:
-        """See `Layout.identity`."""
+        """See `Annotations.identity`."""
         rules = {"region": "all segments of the named categories, crowds included", "match": "longest name, nouns"}
         return {**rules, "parts_of_speech": list(self._parts), "synonyms": digest(self._synonyms)}
 
     def samples(self) -> Samples:
-        """The captions of the pictures that are annotated, in the order of the annotations."""
+        """The captions of the annotated images, in the order of the annotations."""
         if self.captions is None:
             got = f"no captions_*.json beside {self.path}"
             raise DataError(got, "texts on the pictures", "give COCO's captions file, or a data set of your own")
@@ -115,14 +116,14 @@ class CocoPanoptic(Layout):
         dropped: list[Dropped] = []
         outside: list[Dropped] = []
         for entry in self._entries.values():
-            picture, own = self.pictures / entry.picture, captions.pop(entry.image_id, [])
-            fault = fault_of(picture) if own else f"no caption in {self.captions.name}"
+            picture, texts = self.pictures / entry.picture, captions.pop(entry.image_id, [])
+            fault = fault_of(picture) if texts else f"no caption in {self.captions.name}"
             if fault:
                 dropped.append(Dropped(printable(entry.picture), fault))
                 continue
             if is_outside(picture, self.pictures):
                 outside.append(Dropped(entry.picture, f"it lies outside the folder {self.pictures}"))
-            for number, caption in own:
+            for number, caption in texts:
                 text = caption.strip() if isinstance(caption, str) else ""
                 name = f"{printable(entry.picture)} caption {number}"
                 fault = half_character(text) if text else f"empty caption: {shown(caption)}"
@@ -130,16 +131,16 @@ class CocoPanoptic(Layout):
                     dropped.append(Dropped(name, fault))
                 else:
                     samples.append(caption_sample(name, picture, text))
-        for image_id, own in captions.items():
+        for image_id, texts in captions.items():
             reason = f"its picture {image_id} has no annotation in {self.path.name}"
-            dropped += [Dropped(f"{self.captions.name} caption {number}", reason) for number, _ in own]
+            dropped += [Dropped(f"{self.captions.name} caption {number}", reason) for number, _ in texts]
         if not samples:
             first = f"; the first, {dropped[0].what}: {dropped[0].reason}" if dropped else ""
             raise DataError(f"{self.path} with no usable picture and caption{first}", "at least one", "check the paths")
         return Samples(tuple(samples), tuple(dropped), outside=tuple(outside))
 
     def key(self, picture: Path) -> str:
-        """The picture's file name; the names of the releases of 2014 and 2015 serve too."""
+        """The image's file name without its ending; the names of the releases of 2014 and 2015 work too."""
         old = _NAME_2014.fullmatch(picture.stem)
         key = old[1] if old else picture.stem
         if key not in self._entries:
@@ -147,13 +148,13 @@ class CocoPanoptic(Layout):
         return key
 
     def read(self, key: str) -> PictureAnnotations:
-        """The segments of one picture. Raises DataError if its PNG is missing or no panoptic PNG."""
+        """The segments of one image. Raises DataError if its PNG is missing or not a panoptic PNG."""
         entry = self._entries[key]
         return _Panoptic(entry, _segment_ids(self.masks / entry.mask), self._categories, self._names, self._parts)
 
 
 class _Panoptic(PictureAnnotations):
-    """The segments of one picture."""
+    """The segments of one image."""
 
     def __init__(
         self,
@@ -180,24 +181,24 @@ class _Panoptic(PictureAnnotations):
         self.faults = tuple(Dropped(entry.picture, fault) for fault in faults)
 
     def find(self, text: str) -> Found:
-        """See `PictureAnnotations.find`; any text will do."""
+        """See `PictureAnnotations.find`. Works for any text."""
         words = words_of(text)
         categories: dict[Word, tuple[str, ...]] = {}
         for run, names in self._names.match(text, words):
             if len(run) > 1 or "-" in run[0].text or run[0].part_of_speech in self._parts:
                 categories |= dict.fromkeys(run, names)
-        found: list[tuple[Word, Region]] = []
+        mapped: list[tuple[Word, Region]] = []
         dropped: list[Dropped] = []
         for word in words:
-            here = tuple(name for name in categories.get(word, ()) if name in self._segments)
-            if here:
-                found.append((word, self._region(here)))
+            present = tuple(name for name in categories.get(word, ()) if name in self._segments)
+            if present:
+                mapped.append((word, self._region(present)))
             elif word in categories:
-                named = " or ".join(repr(name) for name in categories[word])
-                dropped.append(Dropped(word.text, f"no segment of {named} on the picture"))
+                names = " or ".join(repr(name) for name in categories[word])
+                dropped.append(Dropped(word.text, f"no segment of {names} on the picture"))
             elif word.part_of_speech in self._parts:
                 dropped.append(Dropped(word.text, "no category has this name"))
-        return Found(found, dropped)
+        return Found(mapped, dropped)
 
     def _region(self, names: tuple[str, ...]) -> Region:
         if names not in self._regions:
@@ -207,24 +208,25 @@ class _Panoptic(PictureAnnotations):
 
 
 def _panoptic_file(path: Path) -> Path:
-    """The file itself, or the one panoptic_*.json of a folder or of its folder `annotations`."""
+    """The file itself, or the only panoptic_*.json in a folder and its folder `annotations`."""
     if not os.path.isdir(path):
         return path
-    found = sorted([*path.glob("panoptic_*.json"), *(path / "annotations").glob("panoptic_*.json")])
-    if len(found) != 1:
-        names = " and ".join(str(one.relative_to(path)) for one in found)
+    files = sorted([*path.glob("panoptic_*.json"), *(path / "annotations").glob("panoptic_*.json")])
+    if len(files) != 1:
+        names = " and ".join(str(file.relative_to(path)) for file in files)
         raise DataError(f"{path} with {names or 'no panoptic_*.json'}", "one", "give the path of the JSON file itself")
-    return found[0]
+    return files[0]
 
 
 def _captions(path: Path) -> dict[int, list[tuple[str, Any]]]:
-    """(number, caption) of each picture by its id."""
+    """Image id → (id, text) of its captions."""
     captions: dict[int, list[tuple[str, Any]]] = {}
-    for one in read_json(path, ("annotations",))["annotations"]:
-        if not isinstance(one, dict) or not {"image_id", "id", "caption"} <= one.keys() or not _is_id(one["image_id"]):
-            got = f"{path} with the annotation {shown(one)}"
+    for entry in read_json(path, ("annotations",))["annotations"]:
+        has_keys = isinstance(entry, dict) and {"image_id", "id", "caption"} <= entry.keys()
+        if not has_keys or not _is_id(entry["image_id"]):
+            got = f"{path} with the annotation {shown(entry)}"
             raise DataError(got, "image_id, id and caption", "give a captions_*.json, not instances or keypoints")
-        captions.setdefault(one["image_id"], []).append((shown(one["id"]), one["caption"]))
+        captions.setdefault(entry["image_id"], []).append((shown(entry["id"]), entry["caption"]))
     return captions
 
 
@@ -243,44 +245,45 @@ def _twice(path: Path, what: str) -> DataError:
 
 
 def _categories(content: Mapping[str, Any], path: Path) -> tuple[dict[int, str], list[tuple[str, bool]]]:
-    """Names by id, and (name, whether it is a thing)."""
+    """Category id → name, and (name, whether it is a thing) of each category."""
     names: dict[int, str] = {}
     things = []
-    for one in content["categories"]:
-        if not isinstance(one, dict) or not _is_id(one.get("id")) or not is_name(one.get("name")):
-            raise _wrong(path, one)
-        if one["id"] in names:
-            raise _twice(path, f"the category {one['id']}")
-        names[one["id"]] = one["name"]
-        things.append((one["name"], bool(one.get("isthing", 1))))
+    for category in content["categories"]:
+        if not isinstance(category, dict) or not _is_id(category.get("id")) or not is_name(category.get("name")):
+            raise _wrong(path, category)
+        if category["id"] in names:
+            raise _twice(path, f"the category {category['id']}")
+        names[category["id"]] = category["name"]
+        things.append((category["name"], bool(category.get("isthing", 1))))
     return names, things
 
 
 def _entries(content: Mapping[str, Any], path: Path) -> list[_Entry]:
     pictures: dict[int, str] = {}
-    for one in content["images"]:
-        if not isinstance(one, dict) or not _is_id(one.get("id")) or not is_name(one.get("file_name")):
-            raise _wrong(path, one)
-        if pictures.setdefault(one["id"], one["file_name"]) != one["file_name"]:
-            raise _twice(path, f"the picture {one['id']}")
-    return [_entry(one, pictures, path) for one in content["annotations"]]
+    for image in content["images"]:
+        if not isinstance(image, dict) or not _is_id(image.get("id")) or not is_name(image.get("file_name")):
+            raise _wrong(path, image)
+        if pictures.setdefault(image["id"], image["file_name"]) != image["file_name"]:
+            raise _twice(path, f"the picture {image['id']}")
+    return [_entry(annotation, pictures, path) for annotation in content["annotations"]]
 
 
-def _entry(one: Any, pictures: Mapping[int, str], path: Path) -> _Entry:
-    if not isinstance(one, dict) or not _is_id(one.get("image_id")) or not is_name(one.get("file_name")):
-        raise _wrong(path, one)
-    found = one.get("segments_info")
-    if one["image_id"] not in pictures or not isinstance(found, list):
-        raise _wrong(path, one)
-    for segment in found:
+def _entry(annotation: Any, pictures: Mapping[int, str], path: Path) -> _Entry:
+    is_object = isinstance(annotation, dict)
+    if not is_object or not _is_id(annotation.get("image_id")) or not is_name(annotation.get("file_name")):
+        raise _wrong(path, annotation)
+    image_id, segments = annotation["image_id"], annotation.get("segments_info")
+    if image_id not in pictures or not isinstance(segments, list):
+        raise _wrong(path, annotation)
+    for segment in segments:
         if not isinstance(segment, dict) or not _is_id(segment.get("id")) or not _is_id(segment.get("category_id")):
             raise _wrong(path, segment)
-    segments = tuple((segment["id"], segment["category_id"]) for segment in found)
-    return _Entry(pictures[one["image_id"]], one["file_name"], one["image_id"], segments)
+    pairs = tuple((segment["id"], segment["category_id"]) for segment in segments)
+    return _Entry(pictures[image_id], annotation["file_name"], image_id, pairs)
 
 
 def _segment_ids(path: Path) -> np.ndarray:
-    """int32 (height, width)."""
+    """The segment id of each pixel, int32 (height, width)."""
     if fault := fault_of(path):
         raise DataError(f"no mask: {fault}", "a PNG for each annotation", "unpack all of the masks")
     with decoding(printable(path)):

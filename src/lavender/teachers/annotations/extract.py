@@ -1,12 +1,11 @@
-"""Write the maps of annotated pictures to a store: the same records that a diffusion teacher would write."""
+"""Extract word maps from people's annotations into a store: the same records that a diffusion teacher writes."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,56 +14,60 @@ from PIL import Image
 from torch import Tensor
 
 from lavender.config import ExtractionConfig
-from lavender.data.images import image_id, stored_frame
+from lavender.data.images import image_id, stored_orientation
 from lavender.data.samples import Sample, Samples
-from lavender.data.store import MapStore, StoreWriter
+from lavender.data.store import StoreWriter
 from lavender.errors import ConfigError, DataError
 from lavender.files import expanded, write_whole
 from lavender.maps import Dropped, Word, WordMaps, to_heat
-from lavender.teachers.annotations.base import Found, Layout, PictureAnnotations
+from lavender.teachers.annotations.base import Annotations, Found, PictureAnnotations
 from lavender.teachers.annotations.coco import CocoPanoptic
 from lavender.teachers.annotations.flickr import Flickr30kEntities
 from lavender.teachers.annotations.regions import Region, cell_shares, turn_upright
-from lavender.teachers.summary import FLUSH_SECONDS, History, Summary
+from lavender.teachers.extraction_loop import Step, write_maps
+from lavender.teachers.summary import Summary
 from lavender.words import too_long
 
-LAYOUTS = (CocoPanoptic.name, Flickr30kEntities.name)
+FORMATS = (CocoPanoptic.name, Flickr30kEntities.name)
+"""Names of the annotation formats that can be read."""
 _FLAT = 1e-6
 
 
-def open_layout(
-    name: str,
+def open_annotations(
+    format_name: str,
     path: str | Path,
     *,
     pictures: str | Path | None = None,
     captions: str | Path | None = None,
     split: str | None = None,
     parts_of_speech: tuple[str, ...] | None = None,
-) -> Layout:
-    """A layout by its name; see `CocoPanoptic` and `Flickr30kEntities` for where things are looked for.
+) -> Annotations:
+    """Open annotations on disk; `CocoPanoptic` and `Flickr30kEntities` say where each file is looked for.
 
     Args:
-        name: one of `LAYOUTS`.
-        captions: of "coco-panoptic" only.
-        split: of "flickr30k-entities" only; COCO has a file a split.
-        parts_of_speech: None is the layout's own.
+        format_name: one of `FORMATS`.
+        path: the panoptic JSON file, or the folder of Flickr30k Entities.
+        pictures: folder of the images. Default: the usual places.
+        captions: of "coco-panoptic" only: the file of COCO's captions.
+        split: of "flickr30k-entities" only: COCO has one file per split.
+        parts_of_speech: the words that get a map. Default: that of the format.
 
     Raises:
-        ConfigError: an unknown layout, or a setting of the other one.
-        DataError: files are missing or of another layout.
+        ConfigError: an unknown format, or a setting of the other format.
+        DataError: files are missing or of another format.
     """
-    if name == CocoPanoptic.name:
-        _refuse_setting("split", split, name)
+    if format_name == CocoPanoptic.name:
+        _refuse_setting("split", split, format_name)
         return CocoPanoptic(path, pictures=pictures, captions=captions, parts_of_speech=parts_of_speech)
-    if name == Flickr30kEntities.name:
-        _refuse_setting("captions", captions, name)
+    if format_name == Flickr30kEntities.name:
+        _refuse_setting("captions", captions, format_name)
         return Flickr30kEntities(path, pictures=pictures, split=split, parts_of_speech=parts_of_speech)
-    raise ConfigError(f"the layout {name!r}", f"one of {LAYOUTS}", "choose one of them")
+    raise ConfigError(f"the annotation format {format_name!r}", f"one of {FORMATS}", "choose one of them")
 
 
 def extract_annotations(
     samples: Samples,
-    layout: Layout,
+    annotations: Annotations,
     out: str | Path,
     *,
     grid: tuple[int, int] = (32, 32),
@@ -72,126 +75,132 @@ def extract_annotations(
     strict: bool = False,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Summary:
-    """Write the maps of every answer on every picture before it to the store at `out`.
+    """Write the maps of every answer, on every image before it, to the store at `out`.
 
-    A map is the share of each cell's area that the word's region covers, divided by the largest. Stopped at any
-    moment and started again, it goes on where it was, and ends with the same records.
+    A map is the share of each cell's area that the word's region covers, divided by the largest share. After an
+    interruption the same call continues where it stopped and ends with the same records.
 
     Args:
-        samples: the layout's own, or any data set on the same pictures; pictures must be files.
+        samples: those of the annotations, or any data set on the same images. Images must be files.
+        annotations: from `open_annotations`.
+        out: folder of the store.
         grid: (rows, cols) of the stored maps.
-        data_file: a .jsonl file to write with a row for each text that has a record, as `data` of a training run.
-        strict: raise DataError at the first sample that cannot be used, instead of counting it.
+        data_file: a .jsonl file to write, one row per text that has a record; it can be the `data` of a training run.
+        strict: raise DataError at the first sample that cannot be used, instead of counting it as dropped.
         on_progress: called with the number of texts done since the last call.
 
     Returns:
-        Its `dropped` names each sample and annotation that could not be used. Words without a region are named in
-        their record in the store, and counted here by word and reason.
+        The counts of this run. Its `dropped` names each sample and annotation that could not be used. Words without a
+        region are named in their record in the store, and counted here by word and reason.
 
     Raises:
         ConfigError: a grid out of range.
-        StoreError: the folder holds another store.
+        DataError: with `strict`, a sample that cannot be used; or `data_file` cannot be written.
+        StoreError: the folder holds another store, or cannot be written.
     """
-    began, summary = time.monotonic(), Summary(dropped=list(samples.dropped))
-    summary.without_picture = sum(not sample.sources for sample in samples)
-    grid = ExtractionConfig(grid=grid).grid  # its check
-    if strict:
-        samples.check_strict()
-    identity = {"teacher": "annotations", "layout": layout.name, "grid": list(grid), **layout.identity()}
-    info = {"lavender-vlm": version("lavender-vlm"), "annotations": layout.label}
-    with MapStore.writer(out, identity, info, grid) as writer:
-        history = History(out)
-        work = _Work(layout, writer, summary, grid)
-        flushed = time.monotonic()
-        for sample in samples:
-            for index, text in sample.pairs:
-                try:
-                    work.do(sample, index, text)
-                except DataError as error:
-                    if strict:
-                        raise
-                    summary.dropped.append(Dropped(f"{sample.name}: {text[:60]!r}", str(error)))
-            on_progress(len(sample.pairs))
-            if time.monotonic() - flushed > FLUSH_SECONDS:
-                writer.flush()
-                flushed = time.monotonic()
-        in_store = len(writer)
-    summary.dropped += work.counted()
+    grid = ExtractionConfig(grid=grid).grid  # checks it
+    work = _Work(annotations, grid)
+    summary = write_maps(
+        samples,
+        out,
+        lambda writer: work.steps(samples, writer, strict),
+        identity={
+            "teacher": "annotations",
+            "layout": annotations.name,
+            "grid": list(grid),
+            **annotations.identity(),
+        },
+        info={"lavender-vlm": version("lavender-vlm"), "annotations": annotations.label},
+        grid=grid,
+        strict=strict,
+        on_progress=on_progress,
+    )
     if data_file is not None:
         _write_rows(expanded(data_file), work.texts)
-    summary.seconds = time.monotonic() - began
-    history.add(summary, in_store)
     return summary
 
 
 class _Work:
-    """The samples of one run, one at a time. The last picture stays open: its texts follow one another."""
+    """Makes the maps of one run. The last image stays open, because its texts follow one another.
 
-    def __init__(self, layout: Layout, writer: StoreWriter, summary: Summary, grid: tuple[int, int]):
-        self._layout, self._writer, self._summary, self._grid = layout, writer, summary, grid
-        self.texts: dict[tuple[str, str], Path] = {}  # (image_id, text) → picture
-        self._words: Counter[tuple[str, str]] = Counter()
-        self._mapless = 0
+    Attributes:
+        texts: (image_id, text) of every record, and the path of its image.
+    """
+
+    def __init__(self, annotations: Annotations, grid: tuple[int, int]):
+        self._annotations, self._grid = annotations, grid
+        self.texts: dict[tuple[str, str], Path] = {}
+        self._dropped_words: Counter[tuple[str, str]] = Counter()
+        self._num_mapless = 0
         self._picture: _Picture | None = None
 
-    def do(self, sample: Sample, index: int, text: str) -> None:
-        """One of a sample's answers on one of its pictures. Raises DataError if it cannot be used."""
+    def steps(self, samples: Samples, writer: StoreWriter, strict: bool) -> Generator[Step, None, None]:
+        """A step for each pair of each sample, then the counts of words without a map."""
+        for sample in samples:
+            for index, text in sample.pairs:
+                try:
+                    yield from self._map(sample, index, text, writer)
+                except DataError as error:
+                    if strict:
+                        raise
+                    yield Step(dropped=[Dropped(f"{sample.name}: {text[:60]!r}", str(error))])
+        yield Step(0, dropped=self._counted())
+
+    def _map(self, sample: Sample, index: int, text: str, writer: StoreWriter) -> Iterator[Step]:
+        """The maps of one answer on one image, after the faults of its annotations. Raises DataError."""
         path = sample.sources[index]
         if not isinstance(path, Path):
             got = f"{sample.name}, whose picture is no file"
             raise DataError(got, "a file, by whose name annotations are found", "save the pictures as files")
         if self._picture is None or self._picture.path != path:
             self._picture = None
-            self._picture = _Picture(path, lambda: sample.load_picture(index), self._layout)
+            self._picture = _Picture(path, lambda: sample.load_picture(index), self._annotations)
         picture = self._picture
         key = (picture.image_id, text)
-        if key in self._writer:
-            self._summary.already_there += 1
+        if key in writer:
+            yield Step(already_there=1)
         else:
-            self._add(picture, text)
-        self.texts.setdefault(key, picture.path)
+            annotations, is_new = picture.annotations()
+            if is_new:
+                yield Step(0, dropped=annotations.faults)
+            maps = picture.maps(annotations.find(text), text, self._grid)
+            self._num_mapless += not maps.words
+            self._dropped_words.update((drop.what.lower(), drop.reason) for drop in maps.dropped)
+            yield Step(maps=[maps])
+        self.texts.setdefault(key, path)
 
-    def _add(self, picture: _Picture, text: str) -> None:
-        annotations, new = picture.annotations()
-        if new:
-            self._summary.dropped += annotations.faults
-        maps = picture.maps(annotations.find(text), text, self._grid)
-        self._writer.add(maps)
-        self._summary.records += 1
-        self._summary.words += len(maps.words)
-        self._mapless += not maps.words
-        self._words.update((one.what.lower(), one.reason) for one in maps.dropped)
-
-    def counted(self) -> list[Dropped]:
-        """Texts and words without a map, most frequent first: one by one they would be millions."""
-        texts = [Dropped(f"{self._mapless} texts", "no word with a map; stored without")] if self._mapless else []
-        words = [Dropped(f"{word!r}, {count} times", reason) for (word, reason), count in self._words.most_common()]
-        return texts + words
+    def _counted(self) -> list[Dropped]:
+        """Texts and words without a map, most frequent first. They are counted, because there may be millions."""
+        texts = [Dropped(f"{self._num_mapless} texts", "no word with a map; stored without")]
+        counts = self._dropped_words.most_common()
+        words = [Dropped(f"{word!r}, {count} times", reason) for (word, reason), count in counts]
+        return (texts if self._num_mapless else []) + words
 
 
 class _Picture:
-    """A picture with its annotations, each read when first needed."""
+    """An image with its annotations, which are read when first needed."""
 
-    def __init__(self, path: Path, load: Callable[[], Image.Image], layout: Layout):
+    def __init__(self, path: Path, load: Callable[[], Image.Image], annotations: Annotations):
         self.path = path
-        self._layout, self._key = layout, layout.key(path)  # before the picture is decoded, which takes longer
+        self._source, self._key = annotations, annotations.key(path)  # before decoding, which takes longer
         image = load()
         self.image_id = image_id(image)
         self._size = image.height, image.width
         self._annotations: PictureAnnotations | None = None
         self._orientation = 1
-        self._heat: dict[Region, Tensor] = {}  # captions of a picture name the same things
+        self._heat: dict[Region, Tensor] = {}  # captions of one image name the same things
 
     def annotations(self) -> tuple[PictureAnnotations, bool]:
-        """They, and whether they are new."""
+        """The annotations, and whether this call read them."""
         if self._annotations is not None:
             return self._annotations, False
-        read = self._layout.read(self._key)
-        self._orientation = _frame(self.path, self._size, read.size)
-        self._annotations = read
-        return read, True
+        annotations = self._source.read(self._key)
+        self._orientation = _orientation_of(self.path, self._size, annotations.size)
+        self._annotations = annotations
+        return annotations, True
 
     def maps(self, found: Found, text: str, grid: tuple[int, int]) -> WordMaps:
+        """The record of a text, without the words whose region is the whole image."""
         words: list[Word] = []
         maps = []
         dropped = [*found.dropped, *too_long(text)]
@@ -206,7 +215,7 @@ class _Picture:
         return WordMaps(self.image_id, text, tuple(words), stacked, tuple(dropped))
 
     def _heat_of(self, region: Region, grid: tuple[int, int]) -> Tensor:
-        """(rows, cols), in the frame of the upright picture."""
+        """(rows, cols) over the upright image."""
         assert self._annotations is not None
         if region not in self._heat:
             upright = turn_upright(region, self._annotations.size, self._orientation)
@@ -214,13 +223,13 @@ class _Picture:
         return self._heat[region]
 
 
-def _frame(path: Path, upright: tuple[int, int], annotated: tuple[int, int]) -> int:
-    """The EXIF orientation that brings annotations upright: 1 if they are.
+def _orientation_of(path: Path, upright: tuple[int, int], annotated: tuple[int, int]) -> int:
+    """The EXIF orientation that turns the annotations upright: 1 if they already are.
 
-    Tools differ in whether they show a picture as it is stored or upright, and no file says which it was; its size
-    does, unless both have the same.
+    Annotation tools show an image either as it is stored or upright, and no file says which. The annotated size tells
+    them apart, unless both sizes are the same.
     """
-    orientation, stored = stored_frame(path, str(path))
+    orientation, stored = stored_orientation(path, str(path))
     is_turned = orientation in range(2, 9)
     if annotated == upright and (not is_turned or annotated != stored):
         return 1
@@ -234,7 +243,7 @@ def _frame(path: Path, upright: tuple[int, int], annotated: tuple[int, int]) -> 
 
 
 def _write_rows(path: Path, texts: dict[tuple[str, str], Path]) -> None:
-    """A row for each text, with paths relative to the file; there whole or not at all."""
+    """Write a JSON Lines row per text, with image paths relative to the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = path.parent.resolve()
@@ -247,6 +256,6 @@ def _write_rows(path: Path, texts: dict[tuple[str, str], Path]) -> None:
         raise DataError(got, "space and the right to write", "free space or choose another path") from error
 
 
-def _refuse_setting(setting: str, value: object, layout: str) -> None:
+def _refuse_setting(setting: str, value: object, format_name: str) -> None:
     if value is not None:
-        raise ConfigError(f"{setting}={value!r} with {layout}", "no such setting there", f"leave {setting} out")
+        raise ConfigError(f"{setting}={value!r} with {format_name}", "no such setting there", f"leave {setting} out")

@@ -1,4 +1,4 @@
-"""Flickr30k Entities: phrases of captions, linked to boxes that people drew."""
+"""Flickr30k Entities: phrases of captions, linked to boxes drawn by people."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lavender.errors import DataError
 from lavender.files import expanded, fault_of, printable
 from lavender.maps import Dropped, Word
 from lavender.teachers.annotations.base import (
+    Annotations,
     Found,
-    Layout,
     PictureAnnotations,
     caption_sample,
     checked_parts,
@@ -32,14 +32,14 @@ from lavender.words import content_words
 _PHRASE = re.compile(r"\[/EN#(\d+)(?:/[^\s\]/]+)*\s+([^\[\]]*)\]")
 _NOT_VISUAL = "0"
 _MARK = "[/EN#"
-_MAX_SENTENCE = 10_000  # characters, and
-_MAX_BOXES = 1000  # of an entity: the published ones are far below
-_MAX_FILE = 2**22  # bytes of the files of one picture
+_MAX_SENTENCE = 10_000  # characters; this and the next are far above the published ones
+_MAX_BOXES = 1000  # per entity
+_MAX_FILE = 2**22  # bytes per file of one image
 _PICTURE_FOLDERS = ("flickr30k-images", "flickr30k_images", "images", "Images")
 
 
 class Phrase(NamedTuple):
-    """A phrase of a sentence: its half-open span of characters and the id of what it speaks of."""
+    """A phrase of a sentence: its half-open span of characters and the id of the entity it names."""
 
     start: int
     end: int
@@ -48,17 +48,17 @@ class Phrase(NamedTuple):
 
 @dataclass(frozen=True)
 class Sentence:
-    """A caption without its marks, and its phrases."""
+    """A caption without its markup, and its phrases."""
 
     text: str
     phrases: tuple[Phrase, ...]
 
 
 def parse_sentence(line: str) -> Sentence:
-    """A line such as "[/EN#283585/people A girl] sings ." as its plain text and phrases.
+    """The plain text and phrases of a line such as "[/EN#283585/people A girl] sings .".
 
     Raises:
-        DataError: marks that do not close, text that is empty, or more than 10,000 characters.
+        DataError: unclosed markup, an empty text, or more than 10,000 characters.
     """
     if len(line) > _MAX_SENTENCE:
         got = f"a sentence of {len(line):,} characters"
@@ -77,18 +77,18 @@ def parse_sentence(line: str) -> Sentence:
     return Sentence(text, tuple(phrases))
 
 
-class Flickr30kEntities(Layout):
+class Flickr30kEntities(Annotations):
     """The folder of Flickr30k Entities, with `Sentences/*.txt` and `Annotations/*.xml`.
 
-    The words of a phrase have the union of its boxes. What is not visual, not boxed, or the scene as a whole has no
-    map, and words outside all phrases have none.
+    The region of a word is the union of the boxes of its phrase. Words outside all phrases have no map. Phrases that
+    are not visual, have no box, or mean the scene as a whole have none either.
 
     Args:
         path: the folder.
-        pictures: folder of the pictures, 36979.jpg and so on. Default: the first that exists of flickr30k-images,
-            flickr30k_images, images and Images, in the folder or beside it.
-        split: only the pictures that `{split}.txt` in the folder lists, such as "train".
-        parts_of_speech: words of a phrase that get a map; None is nouns, adjectives and verbs.
+        pictures: folder of the images, such as 36979.jpg. Default: the first of flickr30k-images, flickr30k_images,
+            images and Images that exists, in the folder or beside it.
+        split: use only the images that `{split}.txt` in the folder lists, such as "train".
+        parts_of_speech: words of a phrase that get a map. Default: nouns, adjectives and verbs.
 
     Raises:
         DataError: a folder or file is missing.
@@ -120,22 +120,22 @@ class Flickr30kEntities(Layout):
         self._parts = checked_parts(("noun", "adjective", "verb") if parts_of_speech is None else parts_of_speech)
 
     def _listed(self, split: str | None) -> tuple[str, ...]:
-        """The names of the pictures of a split, or of all."""
+        """The names of the images of a split, or of all images."""
         if split is None:
             names = [name.removesuffix(".txt") for name in _listdir(self.path / "Sentences") if name.endswith(".txt")]
-            return tuple(sorted(names, key=lambda name: (len(name), name)))  # numbers in their order
+            return tuple(sorted(names, key=lambda name: (len(name), name)))  # numeric order
         file = self.path / f"{split}.txt"
         if not os.path.isfile(file):
-            found = ", ".join(sorted(one.stem for one in self.path.glob("*.txt"))) or "none"
-            raise DataError(f"no {file}", "a list of picture names, one a line", f"use a split that is there: {found}")
+            splits = ", ".join(sorted(list_file.stem for list_file in self.path.glob("*.txt"))) or "none"
+            raise DataError(f"no {file}", "a list of picture names, one per line", f"use an existing split: {splits}")
         return tuple(dict.fromkeys(read_text(file).split()))
 
     def identity(self) -> dict[str, Any]:
-        """See `Layout.identity`."""
+        """See `Annotations.identity`."""
         return {"region": "all boxes of the phrase, no scenes", "parts_of_speech": list(self._parts)}
 
     def samples(self) -> Samples:
-        """The sentences of each picture, in the order of the pictures' numbers or of the split."""
+        """The sentences of each image, in the order of the images' numbers or of the split."""
         samples: list[Sample] = []
         dropped: list[Dropped] = []
         outside: list[Dropped] = []
@@ -163,14 +163,14 @@ class Flickr30kEntities(Layout):
         return Samples(tuple(samples), tuple(dropped), outside=tuple(outside))
 
     def key(self, picture: Path) -> str:
-        """The picture's file name without its ending."""
+        """The image's file name without its ending."""
         if picture.stem not in self._known:
             got = f"{picture.name}, which is not in {self.label}"
             raise DataError(got, "a picture with sentences there", "remove it, or choose another split")
         return picture.stem
 
     def read(self, key: str) -> PictureAnnotations:
-        """The sentences and boxes of one picture. Raises DataError if a file is missing or broken."""
+        """The sentences and boxes of one image. Raises DataError if a file is missing or damaged."""
         sentences, faults = [], []
         for number, line in self._lines(key):
             try:
@@ -180,7 +180,7 @@ class Flickr30kEntities(Layout):
         return _Entities(key, sentences, _boxes(self.path / "Annotations" / f"{key}.xml"), self._parts, faults)
 
     def _lines(self, key: str) -> list[tuple[int, str]]:
-        """Numbered from 1, without empty ones. Only a line feed ends a line: a sentence may hold other separators."""
+        """(number from 1, line) of each non-empty line. Only a line feed ends one: sentences hold other separators."""
         lines = read_text(self.path / "Sentences" / f"{key}.txt", _MAX_FILE).split("\n")
         return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
@@ -194,7 +194,7 @@ def _listdir(folder: Path) -> list[str]:
 
 
 class _Marked(NamedTuple):
-    """What an XML file says: boxes by entity, and why entities have none."""
+    """The content of an XML file: boxes by entity, and why the other entities have none."""
 
     size: Size
     boxes: Mapping[str, list[PixelBox]]
@@ -202,44 +202,45 @@ class _Marked(NamedTuple):
 
 
 class _Entities(PictureAnnotations):
-    """The sentences and boxes of one picture."""
+    """The sentences and boxes of one image."""
 
     def __init__(
         self, key: str, sentences: Sequence[Sentence], marked: _Marked, parts: Sequence[str], faults: Sequence[Dropped]
     ):
         self.size = marked.size
-        self._sentences = {_bare(one.text): one for one in sentences}
+        self._sentences = {_without_spaces(sentence.text): sentence for sentence in sentences}
         self._parts, self._boxless, self._boxes = parts, dict(marked.boxless), {}
-        found = list(faults)
+        all_faults = list(faults)
         for entity, boxes in marked.boxes.items():
             inside = [box for box in boxes if _is_inside(box, self.size)]
             outside = [box for box in boxes if box not in inside]
-            found += [Dropped(f"{key}.xml", f"the box {box} of {entity} is empty or outside") for box in outside]
+            all_faults += [Dropped(f"{key}.xml", f"the box {box} of {entity} is empty or outside") for box in outside]
             if inside:
                 self._boxes[entity] = inside
             else:
                 self._boxless[entity] = "its boxes are empty or outside the picture"
-        self.faults = tuple(found)
+        self.faults = tuple(all_faults)
 
     def find(self, text: str) -> Found:
-        """See `PictureAnnotations.find`. A text is one of the sentences if it differs in spaces alone."""
-        sentence = self._sentences.get(_bare(text))
+        """See `PictureAnnotations.find`. The text must be one of the sentences; spaces may differ."""
+        sentence = self._sentences.get(_without_spaces(text))
         if sentence is None:
             got = f"the text {text[:60]!r}, which is none of the picture's sentences"
             raise DataError(got, "a caption of Flickr30k, spaces aside", "use the captions as published")
-        phrases = _moved(sentence, text)
-        found: list[tuple[Word, Region]] = []
+        phrases = _phrases_in(sentence, text)
+        mapped: list[tuple[Word, Region]] = []
         dropped: list[Dropped] = []
         for word in content_words(text, self._parts):
-            own = [one.entity for one in phrases if one.start < word.end and one.end > word.start]
-            boxes = [box for entity in own for box in self._boxes.get(entity, ())]
+            entities = [phrase.entity for phrase in phrases if phrase.start < word.end and phrase.end > word.start]
+            boxes = [box for entity in entities for box in self._boxes.get(entity, ())]
             if boxes:
-                found.append((word, box_region(boxes, self.size)))
+                mapped.append((word, box_region(boxes, self.size)))
             else:
-                dropped.append(Dropped(word.text, self._reason(own)))
-        return Found(found, dropped)
+                dropped.append(Dropped(word.text, self._reason(entities)))
+        return Found(mapped, dropped)
 
     def _reason(self, entities: Sequence[str]) -> str:
+        """Why a word of these entities has no map."""
         if not entities:
             return "in no phrase"
         if entities[0] == _NOT_VISUAL:
@@ -247,37 +248,37 @@ class _Entities(PictureAnnotations):
         return self._boxless.get(entities[0], "its phrase is not in the XML file")
 
 
-def _bare(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
-def _moved(sentence: Sentence, text: str) -> list[Phrase]:
-    """The phrases of a sentence in a text with other spaces."""
-    ours = [place for place, sign in enumerate(text) if not sign.isspace()]
-    count, before = 0, []  # characters before each place that are no spaces
-    for sign in sentence.text:
+def _phrases_in(sentence: Sentence, text: str) -> list[Phrase]:
+    """The phrases of a sentence in the same text with other spaces."""
+    places = [place for place, character in enumerate(text) if not character.isspace()]
+    count, before = 0, []  # the number of non-space characters before each place of the sentence
+    for character in sentence.text:
         before.append(count)
-        count += not sign.isspace()
+        count += not character.isspace()
     return [
-        Phrase(ours[before[one.start]], ours[before[one.end - 1]] + 1, one.entity)
-        for one in sentence.phrases
-        if one.end > one.start
+        Phrase(places[before[phrase.start]], places[before[phrase.end - 1]] + 1, phrase.entity)
+        for phrase in sentence.phrases
+        if phrase.end > phrase.start
     ]
 
 
 def _is_inside(box: PixelBox, size: Size) -> bool:
-    """Whether a part of it lies in the picture."""
-    left, top, right, bottom = box
+    """Whether a part of the box lies in an image of (height, width)."""
+    top, left, bottom, right = box
     return max(left, 0) < min(right, size[1]) and max(top, 0) < min(bottom, size[0])
 
 
 def _boxes(path: Path) -> _Marked:
-    """Read an XML file. VOC counts pixels from 1 and the last one in: xmin 1, xmax 2 is two pixels wide."""
+    """Read an XML file. VOC counts pixels from 1, the last one included: xmin 1, xmax 2 is two pixels wide."""
     if fault := fault_of(path):
         raise DataError(f"no {path.name}: {fault}", "an XML file for each picture", "unpack all of the annotations")
     text = read_text(path, _MAX_FILE)
     try:
-        if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities may grow without end, or name other files
+        if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities may expand without end, or name other files
             raise ValueError("it has a document type, which may define entities")
         root = ElementTree.fromstring(text)
         boxes: dict[str, list[PixelBox]] = {}
@@ -287,13 +288,13 @@ def _boxes(path: Path) -> _Marked:
             for name in thing.findall("name"):
                 entity = (name.text or "").strip()
                 if box is not None:
-                    left, top, right, bottom = (_number(box, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
-                    boxes.setdefault(entity, []).append((left - 1, top - 1, right, bottom))
+                    top, left, bottom, right = (_number(box, tag) for tag in ("ymin", "xmin", "ymax", "xmax"))
+                    boxes.setdefault(entity, []).append((top - 1, left - 1, bottom, right))
                 elif thing.findtext("scene", "0").strip() == "1":
                     boxless[entity] = "its phrase is the scene as a whole"
                 else:
                     boxless[entity] = "its phrase has no box"
-        if any(len(own) > _MAX_BOXES for own in boxes.values()):
+        if any(len(entity_boxes) > _MAX_BOXES for entity_boxes in boxes.values()):
             raise ValueError(f"more than {_MAX_BOXES:,} boxes of one entity")
         size = root.find("size")
         if size is None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from lavender.errors import ModelError, UnsupportedModelError
-from lavender.model_files import check_files, load_weights
+from lavender.model_files import check_files, load_weights, quiet
 from lavender.teachers.diffusion.base import TeacherFamily
 from lavender.teachers.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lavender.teachers.diffusion.stable_diffusion_3 import StableDiffusion3
@@ -56,7 +54,7 @@ def load_family(path: str, **options: Any) -> TeacherFamily:
         if part not in family.optional_parts and isinstance(value, list | tuple) and value[0] is not None
     }
     models = {part: one for part, one in parts.items() if one is not None}
-    with _quiet():
+    with quiet(logging):
         return family(family.pipeline_class.from_pretrained(folder, **models, **family.optional_parts, **options))
 
 
@@ -64,21 +62,6 @@ def load_tiny_vae(path: str, **options: Any) -> AutoencoderTiny:
     """Load a tiny autoencoder in the place of a teacher's own. Raises ModelError as `load_family`."""
     check_files(path)
     return load_weights(AutoencoderTiny, path, _empty(AutoencoderTiny, path), use_safetensors=True, **options)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without diffusers' remarks, and its bars outside a terminal, as `lavender.model_files.loading` has it."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _load_part(folder: Path, named: Any, **options: Any) -> nn.Module | None:
