@@ -71,7 +71,7 @@ def base_weights(tmp_path_factory, monkeypatch) -> dict[str, Path]:
 )
 def test_each_outcome_by_hand(ours, theirs, outcome, differences):
     found = compare({"one": {"pointing": ours}, "two": {"pointing": theirs}}, "pointing", "one", "two")
-    assert found.what == "one against two, attention points at the thing"
+    assert found.what == "one against two, pointing accuracy of attention"
     assert found.outcome == outcome
     assert (found.mean, found.low, found.high) == pytest.approx(differences, abs=1e-6)
 
@@ -92,7 +92,7 @@ def drawn(seed: int, *names: str) -> Scene:
     for index, name in enumerate(names):
         mask = np.zeros(SIZE, dtype=bool)
         mask[4 * index : 4 * index + 2, 6:9] = mask[4 * index, 9:12] = mask[4 * index + 2, 6:8] = True
-        things.append(Thing(name, (4 * index, 6, 4, 6), False, mask))
+        things.append(Thing(name, (4 * index, 6, 4 * index + 4, 12), False, mask))
     pixels = np.random.default_rng(seed).integers(256, size=(*SIZE, 3), dtype=np.uint8)
     return Scene(seed, "plain", pixels, tuple(things))
 
@@ -338,8 +338,8 @@ def test_every_study_is_judged_drawn_and_written(name, quick, tmp_path):
     assert all(f"\n- {line}\n" in text for line in results["verdict"])
     assert all(f"\n| {arm} | " in text for arm in arms)
     assert f"`lavender study {name}`. Seeds {', '.join(map(str, seeds))};" in text
-    assert "97 development scenes a score." in text
-    assert "uniform 0.125, the picture's centre 0.250." in text
+    assert "Each score is over 97 development scenes." in text
+    assert "uniform map 0.125, picture's centre 0.250." in text
     entropies = {arm: [np.random.default_rng(seed).uniform(4, 6, 29).tolist() for seed in seeds] for arm in arms}
     study.draw(results | {"entropies": entropies}, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as plot:
