@@ -31,7 +31,10 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lavender.world.scenes import Split
 
 NULL_TEXT = {"mode": "null-text", "num_steps": 10, "null_text_iterations": 5}
 MODES: dict[str, dict[str, Any]] = {
@@ -83,7 +86,7 @@ def pickled_arm(keep: Path | None, *settings: Any) -> bytes:
     return result
 
 
-def run_arm(settings: dict[str, Any], split: str, start: int, count: int, seed: int, controls: int) -> dict[str, Any]:
+def run_arm(settings: dict[str, Any], split: Split, start: int, count: int, seed: int, controls: int) -> dict[str, Any]:
     """One arm on one seed's scenes; the costly controls are measured on the first `controls` of them."""
     import torch
 
@@ -110,7 +113,7 @@ def run_arm(settings: dict[str, Any], split: str, start: int, count: int, seed: 
     return result
 
 
-def decoding_teacher() -> type:
+def decoding_teacher() -> Any:
     """A teacher class that also decodes the latents of null-text inversion, to measure their PSNR."""
     import torch
 
