@@ -70,7 +70,7 @@ from lavender.world.tuning import load_teacher
 
 RUN = Path(__file__).parents[1] / "examples" / "world.yaml"
 ALIGNER_ONLY = ("aligner_pretraining=1.0", "align_warmup=0", "align_decay=0", "align_switches=0", "lora=false")
-FIRST_SCENE, HELD_OUT_FROM, SCENES_A_SEED = 700_000, 790_000, 1_000  # in the development split
+FIRST_SCENE, HELD_OUT_FROM, SCENES_PER_SEED = 700_000, 790_000, 1_000  # in the development split
 
 
 def variants_of(setting: str, values: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -171,7 +171,7 @@ def measure(folder: Path, names: Sequence[str], scale: Scale, json_path: Path | 
 def prepare(folder: Path, scale: Scale) -> None:
     """Write pictures and the built-in teacher's maps: each seed's training scenes, and the held-out scenes."""
     teacher = load_teacher()
-    sets = {f"training-{seed}": (FIRST_SCENE + seed * SCENES_A_SEED, scale.num_training) for seed in scale.seeds}
+    sets = {f"training-{seed}": (FIRST_SCENE + seed * SCENES_PER_SEED, scale.num_training) for seed in scale.seeds}
     for name, (start, count) in (sets | {"held-out": (HELD_OUT_FROM, scale.num_held_out)}).items():
         write_scenes(folder / name / "data", list(scenes("development", count, start=start)))
         with contextlib.redirect_stdout(None):

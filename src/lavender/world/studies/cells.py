@@ -25,7 +25,7 @@ from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.studies.targets import Target, write_target
 from lavender.world.tuning import load_teacher, run_paths, training_settings
 
-SCENES_A_SEED = 20_000  # distance between the first fine-tuning scenes of two seeds
+SCENES_PER_SEED = 20_000  # distance between the first fine-tuning scenes of two seeds
 STUDENT_NAMES: tuple[Literal["mllama", "llava"], ...] = ("mllama", "llava")
 
 
@@ -97,7 +97,7 @@ def prepare(folder: Path, cell: Cell) -> None:
     if cell.arm.tuning == "none":
         return
     data = _data_path(folder, cell)
-    drawn = list(scenes("finetune", cell.arm.num_scenes, start=cell.seed * SCENES_A_SEED))
+    drawn = list(scenes("finetune", cell.arm.num_scenes, start=cell.seed * SCENES_PER_SEED))
     if not (data / "maps" / "extraction.json").is_file():
         write_scenes(data / "pictures", drawn)
         extract(read_samples(data / "pictures", CAPTION_PROMPT), load_teacher(), data / "maps")

@@ -13,7 +13,7 @@ from lavender.errors import ConfigError
 from lavender.world.scenes import SPLITS, Split
 from lavender.world.studies import controls as teacher_controls
 from lavender.world.studies import entropy, main_study, scaling
-from lavender.world.studies.cells import SCENES_A_SEED, Cell, Scoring
+from lavender.world.studies.cells import SCENES_PER_SEED, Cell, Scoring
 from lavender.world.studies.page import page
 from lavender.world.studies.runner import run_cells
 from lavender.world.studies.study import Study
@@ -28,7 +28,7 @@ STUDIES: dict[str, Study] = {
 }
 SEALED_START = 2000  # the demo uses sealed scenes before this one
 NUM_HELD_OUT = 300
-MAX_SEEDS = len(SPLITS["finetune"]) // SCENES_A_SEED
+MAX_SEEDS = len(SPLITS["finetune"]) // SCENES_PER_SEED
 CONTROLS = ("uniform_pointing", "centre_pointing")  # of maps that do not depend on the picture, on the same scenes
 
 
