@@ -41,7 +41,7 @@ def page(study: Study, results: dict[str, Any]) -> str:
         "Pointing accuracy of maps that do not depend on the picture: uniform map {uniform_pointing:.3f}, picture's "
         "centre {centre_pointing:.3f}.".format(**results["controls"]),
         "![plot](plot.png)",
-        "## Verdict",
+        "## Comparisons",
         "\n".join(f"- {finding}" for finding in study.judge(results["arms"])),
         "Differences are between arms of the same seed: mean, smallest and largest. “Above” and “below”: the ranges "
         "over seeds do not overlap. “Higher” and “lower on average”: they overlap, but all differences have one sign.",

@@ -65,7 +65,7 @@ samples) and questions about Twemoji scenes. Training stopped early on purpose, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lavender.world.training.make", description=__doc__)
     parser.add_argument("part", choices=["all", "teacher", *STUDENTS], help="which weights to train")
     parser.add_argument("--out", type=Path, default=WEIGHTS_PATH, help="folder of the weights (default: the package)")
     parser.add_argument("--work", type=Path, default=Path("weights-work"), help="folder of checkpoints and loss curves")
