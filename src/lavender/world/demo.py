@@ -61,7 +61,8 @@ def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str,
         print(f"  {summary.records} captions, {summary.words} word maps, {len(summary.dropped)} captions dropped")
     with stages("teacher scores", "scoring the teacher's maps"):
         teacher_scores = score_teacher(teacher, held_out["in_domain"])
-    with stages("training", f"fine-tuning the student twice: {' and '.join(ARMS)} (logs in {out})"):
+    with stages("training", f"fine-tuning the student twice: {' and '.join(ARMS)}"):
+        print(f"  logs: {', '.join(f'{arm}.log' for arm in ARMS)}", flush=True)
         train_arms(out)
     students, observed = {}, {}
     with stages("student scores", "scoring the base and both fine-tuned students"):
@@ -164,7 +165,7 @@ def _report(results: dict[str, Any], panels: list[Panel], out: Path) -> Report:
     ]
     note = f"Each score is over {NUM_HELD_OUT} held-out scenes. One seed."
     return Report(
-        title="Diffusion Instruction Tuning, computed on this computer",
+        title="Diffusion Instruction Tuning on the built-in world",
         lead="The attention of a diffusion model shows where each word of a caption is in the picture. Here, a small "
         "trained diffusion model guides the attention of a small vision-language model during fine-tuning.",
         tables=[
