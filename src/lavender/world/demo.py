@@ -58,7 +58,7 @@ def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str,
     with stages("maps", "extracting the teacher's word maps"):
         teacher = load_teacher()
         summary = extract(read_samples(out / "data", CAPTION_PROMPT), teacher, out / "maps")
-        print(f"  {summary.records} captions, {summary.words} word maps, {len(summary.dropped)} captions dropped")
+        print(f"  {summary.records} captions, {summary.words} word maps, {len(summary.dropped)} dropped")
     with stages("teacher scores", "scoring the teacher's maps"):
         teacher_scores = score_teacher(teacher, held_out["in_domain"])
     with stages("training", f"fine-tuning the student twice: {' and '.join(ARMS)}"):
