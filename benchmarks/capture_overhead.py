@@ -1,16 +1,17 @@
-"""What capture costs a training step: time and memory, beside the same step without it and beside eager attention.
+"""Time and memory that the capture of attention adds to a training step, compared with eager attention.
 
     python benchmarks/capture_overhead.py --tokens 1024 2048 --words 32 --eager-runs 3 --json overhead.json
-    python benchmarks/capture_overhead.py --quick --json smoke.json   # that it runs
+    python benchmarks/capture_overhead.py --quick --json overhead.json   # smoke test
 
-One decoder with random weights and one sample, on one CPU thread: 8 layers of Llama, 512 wide, 16 heads, 4 key heads;
-576 of the tokens are a picture's keys. A step is forward and backward of the language loss; with capture also of a
-weighted sum of the rows of some words (one row each) in all layers, by the same functions as in training. Eager
-attention takes the same rows from `output_attentions=True`. The Aligner's step begins at the captured rows.
+The model is a Llama decoder with random weights (8 layers of width 512, 16 heads, 4 key heads), on one CPU thread with
+one sample, of whose tokens 576 are a picture's keys. A plain step is forward and backward of the language loss. With
+capture, the loss also has a weighted sum of the attention rows of some words (one row each) in all layers, captured by
+the same functions as in training. Eager attention takes the same rows from `output_attentions=True`. The Aligner's step
+starts from captured rows.
 
-Steps alternate in random order, and times are the process's CPU seconds. A ratio is the median over the rounds, with
-the 95 % interval of a bootstrap. Memory is what autograd keeps between forward and backward, each storage once; the
-captured rows, which the loss alone needs, are told beside it.
+Steps run in random order, and times are the process's CPU seconds. Each ratio is the median over the rounds, with the
+95 % interval of a bootstrap. Memory is what autograd keeps between forward and backward, each storage counted once. The
+captured rows themselves are reported apart.
 """
 
 from __future__ import annotations
@@ -37,14 +38,22 @@ from lavender.students.image_keys import grid_boxes
 
 LAYERS, HEADS, FIRST_KEY, SIDE, GRID = 8, 16, 11, 24, (32, 32)
 TOKENS, WORDS = (1024, 2048, 4096, 8192), (8, 32, 128)
-EAGER_UP_TO = 4096  # tokens; beyond it eager needs 32 GiB
+EAGER_UP_TO = 4096  # tokens; with more, eager attention needs 32 GiB
 MIB = 2**20
 Step = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One decoder and one sample: token ids, the rows of words (at the end), and weights of their sum."""
+    """A decoder and a sample.
+
+    Attributes:
+        model: the decoder.
+        ids: token ids, (1, token).
+        rows: positions of the words' rows, at the end of the text, (1, word).
+        keys: positions of the picture's keys, (1, key).
+        weights: of the captured rows in the loss, (layer, 1, head, word, key).
+    """
 
     model: LlamaForCausalLM
     ids: Tensor
@@ -53,17 +62,19 @@ class Case:
     weights: Tensor
 
     def plain(self) -> Tensor:
+        """The language loss."""
         return self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
 
     def with_capture(self) -> Tensor:
+        """The language loss plus the weighted sum of captured rows."""
         request = AttentionRequest(self.rows, tuple(range(LAYERS)), self.keys)
         output = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, attention_request=request)
         return output.loss + torch.tensordot(request.stacked(), self.weights, dims=5)
 
     def eager(self) -> Tensor:
-        """The model must have its eager kernel."""
+        """The same as `with_capture`, from the maps that eager attention returns. The kernel must be eager."""
         output = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, output_attentions=True)
-        rows = torch.stack([one[:, :, self.rows[0]][..., self.keys[0]] for one in output.attentions])
+        rows = torch.stack([layer_maps[:, :, self.rows[0]][..., self.keys[0]] for layer_maps in output.attentions])
         return output.loss + torch.tensordot(rows, self.weights, dims=5)
 
 
@@ -81,7 +92,7 @@ def build_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).train()
 
 
-def case_of(model: LlamaForCausalLM, tokens: int, words: int) -> Case:
+def build_case(model: LlamaForCausalLM, tokens: int, words: int) -> Case:
     rows, keys = torch.arange(tokens - 1 - words, tokens - 1)[None], torch.arange(FIRST_KEY, FIRST_KEY + SIDE**2)[None]
     return Case(
         model, torch.randint(1024, (1, tokens)), rows, keys, torch.randn(LAYERS, 1, HEADS, words, SIDE**2) / words
@@ -89,7 +100,7 @@ def case_of(model: LlamaForCausalLM, tokens: int, words: int) -> Case:
 
 
 def aligner_step(words: int) -> Step:
-    """The objective from captured rows on: words, grid, Aligner, loss."""
+    """The alignment loss of captured rows: pooling per word, resampling to the grid, Aligner, loss."""
     head = AlignmentHead(HEADS, tuple(range(LAYERS)), AlignmentConfig()).train()
     tensors = row_tensors([[(100 + index,) for index in range(words)]]) | {
         "boxes": grid_boxes(SIDE, SIDE).float()[None],
@@ -107,45 +118,47 @@ def aligner_step(words: int) -> Step:
 
 
 def seconds(step: Step) -> float:
+    """CPU seconds of forward and backward."""
     start = time.process_time()
     step().backward()
     return time.process_time() - start
 
 
 def kept_bytes(case: Case, step: Step) -> int:
-    """Bytes that autograd keeps for backward, each storage once, without what the benchmark itself brings."""
+    """Bytes that autograd keeps for backward, each storage once, without the benchmark's own weights."""
     storages: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = step()  # its graph is alive, so no storage's place is used twice
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        loss = step()  # keeps the graph alive, so that no address is used twice
     del loss
-    return sum(size for place, size in storages.items() if place != case.weights.untyped_storage().data_ptr())
+    return sum(size for address, size in storages.items() if address != case.weights.untyped_storage().data_ptr())
 
 
 def ratio(times: list[float], plain: list[float]) -> dict[str, float]:
-    """Median of the rounds' ratios, and the 95 % interval of 2,000 resamplings of it."""
-    ratios, draw = [one / other for one, other in zip(times, plain, strict=True)], random.Random(5)
+    """Median of the rounds' ratios, with the 95 % interval of 2,000 bootstrap samples."""
+    ratios, draw = [spent / bare for spent, bare in zip(times, plain, strict=True)], random.Random(5)
     medians = sorted(median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
     return {"median": median(ratios), "low": medians[49], "high": medians[1949], "runs": len(ratios)}
 
 
 def with_kernel(model: LlamaForCausalLM, kernel: str, measure: Callable[[], float]) -> float:
+    """Measure while the model has this attention kernel."""
     set_kernel(model, kernel)
     return measure()
 
 
-def measured(model: LlamaForCausalLM, tokens: int, words: int, runs: int, eager_runs: int) -> dict:
-    """One row of the result. The base kernel is that of `install`; all steps share the weights."""
-    case, aligner, draw = case_of(model, tokens, words), aligner_step(words), random.Random(7)
-    ours = f"lavender_{model.config._attn_implementation.removeprefix('lavender_')}"
-    base = ours.removeprefix("lavender_")
+def measure_row(model: LlamaForCausalLM, tokens: int, words: int, runs: int, eager_runs: int) -> dict:
+    """One row of the result, for a number of tokens and words. All steps share the weights."""
+    case, aligner, draw = build_case(model, tokens, words), aligner_step(words), random.Random(7)
+    base = model.config._attn_implementation.removeprefix("lavender_")
+    capturing = f"lavender_{base}"
     steps: dict[str, tuple[str, Step]] = {
         "plain": (base, case.plain),
-        "capture": (ours, case.with_capture),
+        "capture": (capturing, case.with_capture),
         "aligner": (base, aligner),
     }
     if eager_runs:
@@ -154,15 +167,15 @@ def measured(model: LlamaForCausalLM, tokens: int, words: int, runs: int, eager_
         name: with_kernel(model, kernel, partial(kept_bytes, case, step)) for name, (kernel, step) in steps.items()
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for done in range(-1, runs):  # the first round only warms up
-        names = [name for name in steps if name != "eager" or done < eager_runs]
+    for round_index in range(-1, runs):  # the first round is a warm-up
+        names = [name for name in steps if name != "eager" or round_index < eager_runs]
         for name in draw.sample(names, k=len(names)):
             kernel, step = steps[name]
             model.zero_grad(set_to_none=True)
             spent = with_kernel(model, kernel, partial(seconds, step))
-            if done >= 0:
+            if round_index >= 0:
                 times[name].append(spent)
-    set_kernel(model, ours)
+    set_kernel(model, capturing)
     plain = times["plain"]
     row = {
         "tokens": tokens,
@@ -183,11 +196,11 @@ def measured(model: LlamaForCausalLM, tokens: int, words: int, runs: int, eager_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="that it runs: 640 tokens, 8 words, two runs")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--words", type=int, nargs="+", default=WORDS)
+    parser.add_argument("--quick", action="store_true", help="smoke test: 640 tokens, 8 words, two rounds")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of the sample")
+    parser.add_argument("--words", type=int, nargs="+", default=WORDS, help="captured words")
     parser.add_argument("--json", type=Path, help="where to write the rows")
-    parser.add_argument("--runs", type=int, default=20, help="rounds of a row (20)")
+    parser.add_argument("--runs", type=int, default=20, help="rounds per row (20)")
     parser.add_argument("--eager-runs", type=int, default=None, help="rounds with eager attention (as --runs)")
     options = parser.parse_args()
     if options.quick:
@@ -198,7 +211,7 @@ def main() -> None:
     rows = []
     for tokens, words in product(options.tokens, options.words):
         eager_runs = 0 if tokens > EAGER_UP_TO else options.eager_runs or options.runs
-        rows.append(measured(model, tokens, words, options.runs, eager_runs))
+        rows.append(measure_row(model, tokens, words, options.runs, eager_runs))
         print(json.dumps(rows[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What `extraction_speed.py` compares: teachers of real sizes with random weights, and ways through a backbone."""
+"""Parts of `extraction_speed.py`: teachers of real sizes with random weights, and the forwards that are compared."""
 
 from __future__ import annotations
 
@@ -35,7 +35,12 @@ SIDES = {"sd1": 512, "sdxl": 1024, "sd3": 1024}
 
 
 def build(name: str, side: int, device: str = "cpu") -> Any:
-    """A pipeline of the real configuration with random weights. Only SD1.x has its text encoder."""
+    """A pipeline of the real configuration with random weights. Only SD1.x has its text encoder.
+
+    Args:
+        name: a key of `SIDES`.
+        side: of the square picture, in pixels.
+    """
     with torch.device(device):
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -103,20 +108,20 @@ def _sd3(latents: int) -> torch.nn.Module:
 
 
 def random_condition(family: TeacherFamily, rows: int) -> Condition:
-    """What the backbone gets of a text, of the right shape: attention takes as long on any states."""
+    """Random text states of the right shape: the time of attention does not depend on their values."""
     backbone: Any = family.backbone
     tokens, config = family.max_tokens, backbone.config
     options: dict[str, Any] = {"device": family.device, "dtype": family.dtype}
-    if isinstance(backbone, SD3Transformer2DModel):  # the zeros that stand for T5 are keys too
+    if isinstance(backbone, SD3Transformer2DModel):  # the zeros in place of T5's states are keys too
         states = torch.randn(rows, tokens + 256, config.joint_attention_dim, **options)
         return {"states": states, "pooled": torch.randn(rows, config.pooled_projection_dim, **options)}
     states = torch.randn(rows, tokens, config.cross_attention_dim, **options)
-    return {"states": states, "pooled": torch.randn(rows, 1280, **options)}  # `pooled` is SDXL's alone
+    return {"states": states, "pooled": torch.randn(rows, 1280, **options)}  # only SDXL uses `pooled`
 
 
 @dataclass
 class Forward:
-    """One forward of the backbone on random latents, in the ways to compare. Every method returns the output."""
+    """One forward of the backbone on `rows` random latents, in the ways that are compared."""
 
     teacher: Teacher
     rows: int
@@ -140,14 +145,16 @@ class Forward:
         self.layers = self.teacher.layers(self.image_size)
 
     def bare(self) -> Tensor:
+        """The forward without any capture."""
         return self.family.predict(self.latents, self.timesteps, self.condition, self.image_size)
 
     def captured(self, stop: bool = False) -> Tensor | None:
+        """The forward with `Teacher`'s capture. With `stop` it ends after the last captured layer, without output."""
         output, _ = self.maps(self.config, stop)
         return output
 
     def maps(self, config: ExtractionConfig, stop: bool = False) -> tuple[Tensor | None, Tensor]:
-        """The output and the words' maps, by the same steps as `Teacher`."""
+        """The output and the words' maps, (row, word, rows, cols), by the same steps as `Teacher`."""
         counts = self.counts.to(self.family.device)
         aggregate = Aggregate(config, self.teacher.weights, [WHOLE] * self.rows, counts)
         keys = self.condition["states"].shape[1]
@@ -159,16 +166,17 @@ class Forward:
         return output, maps
 
     def materialised(self, self_attention: bool = False) -> Tensor:
+        """The forward of the reference, `Materialise`."""
         return self.materialise(self_attention)[0]
 
     def materialise(self, self_attention: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output and every map that the reference keeps, by layer: (row, head, token, rows, cols)."""
+        """The output and the maps that the reference keeps: layer → (row, head, token, rows, cols)."""
         kept: dict[str, Tensor] = {}
-        marked: list[tuple[Any, bool]] = [(layer, True) for layer in self.family.layers(self.size)]
+        layers: list[tuple[Any, bool]] = [(layer, True) for layer in self.family.layers(self.size)]
         if self_attention:
-            marked += [(layer, False) for layer in self.family.self_attention(self.size)]
+            layers += [(layer, False) for layer in self.family.self_attention(self.size)]
         before = self.backbone.attn_processors
-        for layer, is_cross in marked:
+        for layer, is_cross in layers:
             layer.module.set_processor(Materialise(layer, self.size if is_cross else None, kept))
         try:
             return self.bare(), kept
@@ -177,13 +185,15 @@ class Forward:
 
 
 class Materialise:
-    """The reference: an attention processor that writes the softmax out, and keeps all of it.
+    """The reference: an attention processor that computes the softmax explicitly and keeps all of it. UNets only.
 
-    Like DAAM, each cross-attention layer's map of every head and token (padding included), enlarged to the latents'
-    size; like prompt-to-prompt also the self-attention, of layers up to 32² cells. UNets only.
+    As in DAAM, the maps of every cross-attention layer, head and token (padding included) are enlarged to the latents'
+    size. As in prompt-to-prompt, self-attention of layers up to 32 × 32 cells is kept as well.
 
     Args:
-        size: (rows, cols) to enlarge to; None keeps the maps as they are.
+        layer: the layer to record.
+        size: (rows, cols) to enlarge the maps to; None keeps their size.
+        kept: layer name → maps, which is filled.
     """
 
     def __init__(self, layer: Layer, size: tuple[int, int] | None, kept: dict[str, Tensor]):
@@ -206,13 +216,13 @@ class Materialise:
 
 
 def check_same_maps(forward: Forward) -> float:
-    """Largest difference between the captured maps and those computed from everything that the reference keeps."""
-    config = replace(forward.config, grid=forward.size)  # both on one grid; layers of any size are averaged there
+    """Largest absolute difference between the captured maps and the same maps computed from the reference's."""
+    config = replace(forward.config, grid=forward.size)  # the grid on which the reference's layers are averaged
     _, maps = forward.maps(config)
     _, kept = forward.materialise()
-    chosen = torch.stack([kept[layer.name].float().mean(dim=1) for layer in forward.layers]).mean(dim=0)
-    expected = torch.einsum("btrc,btw->bwrc", chosen, forward.values)[:, :-1]
+    mean_map = torch.stack([kept[layer.name].float().mean(dim=1) for layer in forward.layers]).mean(dim=0)
+    expected = torch.einsum("btrc,btw->bwrc", mean_map, forward.values)[:, :-1]
     difference = (maps - expected).abs().max().item()
     if forward.family.dtype == torch.float32:
-        assert difference < 1e-5, f"the maps differ by {difference} from those of the explicit softmax"
+        assert difference < 1e-5, f"the captured maps differ by {difference} from those of the explicit softmax"
     return difference

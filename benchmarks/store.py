@@ -1,14 +1,15 @@
-"""What a map store costs and whether damage is noticed: size, speed, and what a flipped bit does.
+"""Size and speed of a map store, and whether it notices a flipped bit.
 
     python benchmarks/store.py --json store.json
+    python benchmarks/store.py --quick --json store.json     # 2,000 records and 200 flipped bits
 
-Speed is of a store of records with five random maps of 32 × 32 each (100,000; `--quick`: 2,000), in the process's own
-memory of files: random reads by picture and text in a random order, the lowest of parts of 100; a walk through a whole
-store; opening, the lowest of five times. `bytes_per_map` is all files of the store over its maps.
+Speed is measured on a store of 100,000 records with five random maps of 32 × 32 each, whose files are in the page
+cache. Reported are the fastest random reads by picture and text (over groups of 100), the faster of two passes over the
+store, and the fastest of five openings. `bytes_per_map` is the size of all files per map.
 
-Damage: in a fresh copy of a store of three shards one bit is flipped, in a map file, a table or the manifest; the copy
-is opened and every record read. Silent is a flip after which something else is read and no error is raised: a map,
-word, text, confidence, the grid or the identity. Harmless is one that changes nothing that is read.
+Damage: one bit is flipped in a copy of a store of three shards: in a map file, a table or the manifest. Then every
+record is read. The flip is "silent" if something else is read without an error: a map, word, text, confidence, the grid
+or the identity. It is "harmless" if everything is read as before, and "noticed" if reading raises an error.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,8 +33,8 @@ from lavender.maps import Dropped, Word, WordMaps
 
 GRID, NAMES = (32, 32), ("dog", "hat", "sky", "cup", "bed")
 IDENTITY = {"teacher": "random", "grid": list(GRID), "seed": 0}
-DIFFERENT = 500  # maps are drawn for so many records; the rest has those of another
-KINDS = {"shard-*.safetensors": 0.5, "shard-*.parquet": 0.25, "manifest.json": 0.25}
+NUM_DISTINCT = 500  # records with maps of their own; the other records repeat these maps
+FILE_SHARES = {"shard-*.safetensors": 0.5, "shard-*.parquet": 0.25, "manifest.json": 0.25}
 
 
 def record(index: int, grid: tuple[int, int] = GRID) -> WordMaps:
@@ -44,7 +46,8 @@ def record(index: int, grid: tuple[int, int] = GRID) -> WordMaps:
 
 
 def measure_speed(folder: Path, num_records: int) -> dict[str, float]:
-    drawn = [record(index) for index in range(min(DIFFERENT, num_records))]
+    """Size and speed of a store; see the module's docstring."""
+    drawn = [record(index) for index in range(min(NUM_DISTINCT, num_records))]
     began = time.perf_counter()
     with MapStore.writer(folder, IDENTITY, {}, GRID) as writer:
         for index in range(num_records):
@@ -56,8 +59,8 @@ def measure_speed(folder: Path, num_records: int) -> dict[str, float]:
     sequential = min(_seconds(lambda: [None for _ in store]) for _ in range(2))
     keys = [(f"{index:032x}", drawn[index % len(drawn)].text) for index in range(num_records)]
     random.Random(0).shuffle(keys)
-    parts = [keys[at : at + 100] for at in range(0, min(len(keys), 20_000), 100)]
-    reading = min(_seconds(lambda part=part: [store.get(*key) for key in part]) / len(part) for part in parts)
+    groups = [keys[start : start + 100] for start in range(0, min(len(keys), 20_000), 100)]
+    reading = min(_seconds(lambda group=group: [store.get(*key) for key in group]) / len(group) for group in groups)
     return {
         "records": num_records,
         "bytes_per_map": size / store.num_words,
@@ -74,16 +77,17 @@ def _seconds(action) -> float:
     return time.perf_counter() - began
 
 
-def measure_damage(folder: Path, flips: int, seed: int = 0) -> dict[str, object]:
-    whole, copy = folder / "whole", folder / "copy"
-    with MapStore.writer(whole, IDENTITY, {"made by": "a benchmark"}, (8, 8), records_per_shard=4) as writer:
+def measure_damage(folder: Path, flips: int, seed: int = 0) -> dict[str, Any]:
+    """How many flipped bits are silent, harmless and noticed, by kind of file."""
+    intact, copy = folder / "intact", folder / "copy"
+    with MapStore.writer(intact, IDENTITY, {"made by": "a benchmark"}, (8, 8), records_per_shard=4) as writer:
         for index in range(12):
             writer.add(record(index, (8, 8)))
-    expected, chance = _content(whole), random.Random(seed)
-    outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
-    for kind in chance.choices(list(KINDS), KINDS.values(), k=flips):
+    expected, chance = _content(intact), random.Random(seed)
+    outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in FILE_SHARES}
+    for kind in chance.choices(list(FILE_SHARES), list(FILE_SHARES.values()), k=flips):
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(whole, copy)
+        shutil.copytree(intact, copy)
         path = chance.choice(sorted(copy.glob(kind)))
         content = bytearray(path.read_bytes())
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
@@ -101,40 +105,40 @@ def measure_damage(folder: Path, flips: int, seed: int = 0) -> dict[str, object]
 
 
 def _content(folder: Path) -> tuple:
-    """All that reading a store gives, to compare."""
+    """Everything that can be read from a store, to compare."""
     store = MapStore.open(folder)
     records = [
         (
-            one.image_id,
-            one.text,
-            one.words,
-            one.dropped,
-            one.confidence.numpy().tobytes(),
-            one.maps.shape,
-            one.maps.numpy().tobytes(),
+            word_maps.image_id,
+            word_maps.text,
+            word_maps.words,
+            word_maps.dropped,
+            word_maps.confidence.numpy().tobytes(),
+            word_maps.maps.shape,
+            word_maps.maps.numpy().tobytes(),
         )
-        for one in store
+        for word_maps in store
     ]
-    for one in records:
-        if store.get(*one[:2]) is None:
-            records.append(("lost", *one[:2]))
-    return store.grid, store.identity, store.info, store.num_words, records
+    lost = [record[:2] for record in records if store.get(*record[:2]) is None]
+    return store.grid, store.identity, store.info, store.num_words, records, lost
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2,000 records and 200 flips")
-    parser.add_argument("--records", type=int, help="records of the store whose speed is measured")
-    parser.add_argument("--flips", type=int, help="flipped bits")
+    parser.add_argument("--records", type=int, help="records of the store whose speed is measured (100,000)")
+    parser.add_argument("--flips", type=int, help="flipped bits (2,000)")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure_speed(Path(folder) / "speed", options.records or (2000 if options.quick else 100_000))
-        found |= measure_damage(Path(folder), options.flips or (200 if options.quick else 2000))
-    print(json.dumps(found, indent=1))
+        numbers: dict[str, Any] = measure_speed(
+            Path(folder) / "speed", options.records or (2000 if options.quick else 100_000)
+        )
+        numbers |= measure_damage(Path(folder), options.flips or (200 if options.quick else 2000))
+    print(json.dumps(numbers, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

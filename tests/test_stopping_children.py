@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lavender.world import demo
+from lavender.world import demo, tuning
 from lavender.world.studies import runner
 from lavender.world.studies.cells import Arm, Cell, Scoring, result_path
 
@@ -31,12 +31,12 @@ def test_a_stopped_demo_ends_its_trainings(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return process
 
-    monkeypatch.setattr(demo, "_begin", begin)
-    monkeypatch.setattr(demo, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(demo, "_start_training", begin)
+    monkeypatch.setattr(tuning, "STOP_SECONDS", 0.5)
     with pytest.raises(KeyboardInterrupt):
         demo.train_arms(tmp_path)
     assert begun[0].poll() is not None
-    demo.stop(begun)
+    tuning.stop_processes(begun)
     assert [process.poll() for process in begun] == [-15, -9]
     for process in begun:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Every benchmark runs: `--quick` is its smallest size, and `--json` writes what it found."""
+"""Every benchmark runs with `--quick`, its smallest size, and writes its numbers with `--json`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 TEXTS = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
 BENCHMARKS = [name for name, text in TEXTS.items() if '__name__ == "__main__"' in text]
-# of PyTorch's profiler, and of what a program prints that ends badly or warns of what comes
+# lines of PyTorch's profiler, tracebacks and warnings
 FOREIGN = re.compile(r"kineto|profiler|STAGE:|Traceback|\w+Warning:", re.IGNORECASE)
 
 
-def test_what_is_no_benchmark_is_part_of_one():
+def test_every_other_module_is_imported_by_a_benchmark():
     for name in TEXTS.keys() - set(BENCHMARKS):
-        assert any(f"from {name} import" in TEXTS[one] for one in BENCHMARKS), name
+        assert any(f"from {name} import" in TEXTS[benchmark] for benchmark in BENCHMARKS), name
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_runs_at_its_smallest_size(name, tmp_path):
-    out = tmp_path / "found.json"
+    out = tmp_path / "numbers.json"
     ran = subprocess.run(
         [sys.executable, FOLDER / f"{name}.py", "--quick", "--json", out],
         capture_output=True,

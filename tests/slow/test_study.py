@@ -1,4 +1,4 @@
-"""`lavender study`, killed with all its processes and started again: what was finished is not run again."""
+"""A study that is killed with all its processes and started again does not run finished cells again."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ import pytest
 from lavender.world.studies.page import QUICK
 from lavender.world.studies.registry import STUDIES
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+STUDY, SEED, JOBS = "teacher-controls", 7, 2  # every target of the alignment is trained on
+FIRST_RESULT_SECONDS, WHOLE_STUDY_SECONDS = 1200, 2100
+"""Limits for a study that hangs. The whole test takes some minutes on two free cores, and up to ten on busy ones."""
 
-SEED, JOBS = 7, 2
+# longer than both limits together, so that the test's own messages come before pytest's
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(FIRST_RESULT_SECONDS + WHOLE_STUDY_SECONDS + 60)]
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def start(tmp_path) -> Callable[[str], subprocess.Popen]:
             "-m",
             "lavender.cli",
             "study",
-            "teacher-controls",
+            STUDY,
             "--quick",
             "--seeds",
             str(SEED),
@@ -54,17 +57,17 @@ def finished(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
 
 
-def kill_after_a_result(process: subprocess.Popen, out: Path, said: Path) -> None:
-    until = time.monotonic() + 900
+def kill_after_a_result(process: subprocess.Popen, out: Path, errors: Path) -> None:
+    deadline = time.monotonic() + FIRST_RESULT_SECONDS
     while not finished(out):
-        assert process.poll() is None, f"it ended by itself:\n{said.read_text()[-2000:]}"
-        assert time.monotonic() < until
+        assert process.poll() is None, f"it ended by itself:\n{errors.read_text()[-2000:]}"
+        assert time.monotonic() < deadline, f"no result yet:\n{errors.read_text()[-2000:]}"
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
 
 
-def test_killed_and_started_again_it_goes_on(start, tmp_path):
+def test_a_killed_study_continues(start, tmp_path):
     out = tmp_path / "out"
     process = start("first")
     try:
@@ -73,26 +76,31 @@ def test_killed_and_started_again_it_goes_on(start, tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert (tmp_path / "first.out").read_text() == ""
-    before, num_arms = finished(out), len(STUDIES["teacher-controls"].arms(True))
+    before, num_arms = finished(out), len(STUDIES[STUDY].arms(True))
     assert 1 <= len(before) < num_arms
-    assert not (out / "teacher-controls").exists()
+    assert not (out / STUDY).exists()
 
-    assert start("second").wait(timeout=1200) == 0, (tmp_path / "second.err").read_text()[-2000:]
+    process = start("second")
+    try:
+        assert process.wait(timeout=WHOLE_STUDY_SECONDS) == 0, (tmp_path / "second.err").read_text()[-2000:]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     after = finished(out)
     assert len(after) == num_arms
     assert {name: after[name] for name in before} == before
 
-    said, folder = json.loads((tmp_path / "second.out").read_text()), out / "teacher-controls"
-    assert said == json.loads((folder / "results.json").read_text())
-    assert (said["study"], said["quick"], said["seeds"]) == ("teacher-controls", True, [SEED])
-    assert said["command"] == f"lavender study teacher-controls --quick --seeds {SEED}"
-    assert said["settings"]["scoring"] == {"split": "development", "start": 0, "count": 100}
-    assert list(said["arms"]) == list(STUDIES["teacher-controls"].arms(True))
-    for scores in said["arms"].values():
-        for metric in STUDIES["teacher-controls"].metrics:
+    printed, folder = json.loads((tmp_path / "second.out").read_text()), out / STUDY
+    assert printed == json.loads((folder / "results.json").read_text())
+    assert (printed["study"], printed["quick"], printed["seeds"]) == (STUDY, True, [SEED])
+    assert printed["command"] == f"lavender study {STUDY} --quick --seeds {SEED}"
+    assert printed["settings"]["scoring"] == {"split": "development", "start": 0, "count": 100}
+    assert list(printed["arms"]) == list(STUDIES[STUDY].arms(True))
+    for scores in printed["arms"].values():
+        for metric in STUDIES[STUDY].metrics:
             (score,) = scores[metric]
             assert 0 <= score <= 1
-    assert len({json.dumps(scores) for scores in said["arms"].values()}) == num_arms  # no arm twice
+    assert len({json.dumps(scores) for scores in printed["arms"].values()}) == num_arms  # no two arms are equal
     assert QUICK in (folder / "page.md").read_text()
     assert (folder / "plot.png").stat().st_size > 1000
-    assert not list((out / "runs").iterdir())  # what the killed runs had written is gone too
+    assert not list((out / "runs").iterdir())  # the folders of killed runs are removed too

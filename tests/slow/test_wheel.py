@@ -1,4 +1,4 @@
-"""The built wheel, alone: complete, typed, and able to run the whole demo without a network."""
+"""The built wheel, installed alone: it is complete, typed, and runs the whole demo without a network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GUARD = "from offline import no_network\n_guard = no_network()\n_guard.__enter__
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built by hatchling as installed here: isolation would want a network."""
+    """Built with the installed hatchling, because an isolated build needs a network."""
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -35,7 +35,7 @@ Python = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> Python:
-    """Runs Python with the installed wheel before everything else, a clean HOME and no network, children included."""
+    """Runs Python with the installed wheel first on its path, an empty HOME, and no network even in child processes."""
     root = tmp_path_factory.mktemp("installed")
     target, guard, home = root / "target", root / "guard", root / "home"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
@@ -63,13 +63,13 @@ def output_of(ran: subprocess.CompletedProcess[str]) -> str:
     return ran.stdout
 
 
-def test_it_holds_all_that_runs_and_nothing_else(wheel):
+def test_it_holds_every_module_and_weight_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     weights = "lavender/world/weights"
     for name in (
         "lavender/__init__.py",
         "lavender/py.typed",
-        "lavender/templates/report.html",
+        "lavender/evaluation/report/templates/report.html",
         f"{weights}/teacher/model_index.json",
         f"{weights}/teacher/unet/diffusion_pytorch_model.safetensors",
         f"{weights}/teacher/vae/diffusion_pytorch_model.safetensors",
@@ -100,18 +100,18 @@ def test_it_is_imported_from_where_it_was_installed(python):
         "print(lavender.__file__, lavender.__version__, m.version('lavender-vlm'), "
         "lavender.world.TEACHER_PATH.is_dir())"
     )
-    path, version, same, there = output_of(python("-c", script)).split()
+    path, version, metadata_version, has_teacher = output_of(python("-c", script)).split()
     assert "installed" in path
     assert not Path(path).is_relative_to(ROOT)
-    assert version == same
-    assert there == "True"
+    assert version == metadata_version
+    assert has_teacher == "True"
 
 
 def test_the_command_line_has_help(python):
     assert "--out" in output_of(python("-m", "lavender.cli", "demo", "--help"))
 
 
-def test_the_network_is_refused_there(python):
+def test_the_network_is_refused(python):
     ran = python("-c", "import socket; socket.create_connection(('192.0.2.1', 443), timeout=1)")
     assert ran.returncode != 0
     assert "NetworkRefusedError" in ran.stderr
@@ -119,7 +119,7 @@ def test_the_network_is_refused_there(python):
 
 @pytest.fixture(scope="module")
 def demo(python, tmp_path_factory) -> Path:
-    """`lavender demo` from the wheel: the real one, some minutes."""
+    """The output of `lavender demo` from the wheel at full size, which takes some minutes."""
     out = tmp_path_factory.mktemp("demo") / "lavender-demo"
     output_of(python("-m", "lavender.cli", "demo", "--out", str(out), timeout=1500))
     return out
@@ -132,7 +132,7 @@ def test_the_demo_writes_its_page(demo):
     assert (demo / "figure.png").stat().st_size > 10_000
 
 
-def test_the_demo_writes_every_number_that_is_promised(demo):
+def test_the_demo_writes_every_documented_number(demo):
     results = json.loads((demo / "results.json").read_text())
     teacher, student = results["teacher"], results["students"]["mllama"]
     for key in ("pointing", "iou_fixed", "wrong_word_pointing", "entropy", "uniform_pointing", "centre_pointing"):

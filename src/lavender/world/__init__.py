@@ -1,4 +1,4 @@
-"""The built-in world: small, really trained models of real classes, on pictures whose truth is known."""
+"""The built-in world: small trained models of real classes, and generated scenes whose true masks are known."""
 
 from __future__ import annotations
 

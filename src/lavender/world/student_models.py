@@ -1,7 +1,7 @@
-"""The world's students: real model classes with their processors, about 2 M parameters each.
+"""The world's students: small models of real classes, with 1.4 M to 1.5 M parameters, and their processors.
 
-`mllama` cross-attends to tiles of the picture; in `llava` patches stand in the text and every layer
-attends to both. Each family is one `StudentFamily`: how to build it, and what differs in a batch.
+`mllama` cross-attends to tiles of the picture. In `llava`, patches are tokens among the text's tokens. `STUDENTS` has
+one `StudentFamily` per family: how to build it, and what differs in a batch.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from transformers.models.mllama.processing_mllama import (
 
 CAPTION_PROMPT = "describe the picture."
 VOCABULARY = 460
-TILE_SIZE, MAX_TILES = 64, 2  # Mllama's
-SQUARE_SIZE = 80  # LLaVA's
-PATCH_SIZE = 8
+TILE_SIZE, MAX_TILES = 64, 2  # pixels per side and tiles per picture, Mllama
+SQUARE_SIZE = 80  # pixels per side of the picture, LLaVA
+PATCH_SIZE = 8  # pixels per side, both
 
 _MLLAMA_SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -90,13 +90,13 @@ class StudentFamily:
     """What differs between the families.
 
     Attributes:
-        build_processor: texts → processor with a tokenizer learned from them.
-        build_model: processor → model of random weights.
+        build_processor: texts → a processor whose tokenizer is trained on them.
+        build_model: processor → a model with random weights.
         image_token: the picture's placeholder in the text, and how often the processor repeats it.
-        vision: the modules of seeing, tower first; they are trained alone at first.
-        patches: model, images' tensors → what the language model gets, (image, patch, width), and which of them
-            show a part of the picture, bool (image, patch).
-        complete: adds to a text batch what the model wants besides: processor, batch, images' tensors.
+        vision: model → its vision tower and projector, which are trained first and alone.
+        patches: model, image inputs → the projected patch states, (image, patch, width), and which patches show a part
+            of the picture rather than padding, bool (image, patch).
+        complete: processor, text batch, image inputs → the batch with the family's other inputs.
     """
 
     build_processor: Callable[..., Any]
@@ -108,7 +108,7 @@ class StudentFamily:
 
 
 def _tokenizer(texts: list[str], vocabulary: int, special_tokens: tuple[str, ...], image_token: str, **roles: str):
-    """A byte-level BPE learned from the texts."""
+    """Train a byte-level BPE tokenizer on the texts."""
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -130,15 +130,14 @@ def _tokenizer(texts: list[str], vocabulary: int, special_tokens: tuple[str, ...
     return tokenizer
 
 
-def _generating(model: PreTrainedModel, tokenizer) -> PreTrainedModel:
+def _set_generation_tokens(model: PreTrainedModel, tokenizer) -> None:
     model.generation_config.update(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
-    return model
 
 
 def build_mllama_processor(texts: list[str], vocabulary: int = VOCABULARY) -> MllamaProcessor:
-    """Llama-3.2-Vision's processor, small: 64-pixel tiles, at most two."""
+    """A processor as Llama-3.2-Vision has it, with at most two tiles of 64 × 64 pixels."""
     tokenizer = _tokenizer(
         texts,
         vocabulary,
@@ -153,7 +152,7 @@ def build_mllama_processor(texts: list[str], vocabulary: int = VOCABULARY) -> Ml
 
 
 def build_mllama(processor: MllamaProcessor) -> MllamaForConditionalGeneration:
-    """3 + 1 vision layers, 4 text layers of which two cross-attend, gates opened."""
+    """An Mllama model with 3 + 1 vision layers and 4 text layers, of which two cross-attend with open gates."""
     tokenizer = processor.tokenizer
     image_token = tokenizer.convert_tokens_to_ids("<|image|>")
     vision = MllamaVisionConfig(
@@ -189,13 +188,13 @@ def build_mllama(processor: MllamaProcessor) -> MllamaForConditionalGeneration:
     for name, parameter in model.named_parameters():
         if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):
             parameter.data.fill_(0.7)
-    _generating(model, tokenizer)
+    _set_generation_tokens(model, tokenizer)
     return model
 
 
 def _mllama_patches(model: MllamaForConditionalGeneration, images: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     states = model.model.multi_modal_projector(model.model.vision_model(**images).last_hidden_state)
-    states = states.flatten(0, 1)[:, :, 1:]  # (image, tile, patch, width) without class tokens
+    states = states.flatten(0, 1)[:, :, 1:]  # (image, tile, patch, width), without class tokens
     shown = images["aspect_ratio_mask"][:, 0, :, None].expand(states.shape[:3])
     return states.flatten(1, 2), shown.flatten(1, 2).bool()
 
@@ -208,7 +207,7 @@ def _mllama_complete(processor: MllamaProcessor, batch: dict[str, Tensor], image
 
 
 def build_llava_processor(texts: list[str], vocabulary: int = VOCABULARY) -> LlavaProcessor:
-    """LLaVA-1.5's processor, small: pictures squashed to a square, so that nothing of them is cut off."""
+    """A processor as LLaVA-1.5 has it, but it squashes the picture to a square, so that nothing is cut off."""
     tokenizer = _tokenizer(
         texts,
         vocabulary,
@@ -230,7 +229,7 @@ def build_llava_processor(texts: list[str], vocabulary: int = VOCABULARY) -> Lla
 
 
 def build_llava(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """4 vision layers, of which the last is not used (as in LLaVA-1.5), and 4 text layers."""
+    """A LLaVA model with 4 vision layers, of which the last is not used (as in LLaVA-1.5), and 4 text layers."""
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=96,
@@ -261,7 +260,7 @@ def build_llava(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         vision_feature_layer=-2,
     )
     model = LlavaForConditionalGeneration(config)
-    _generating(model, tokenizer)
+    _set_generation_tokens(model, tokenizer)
     return model
 
 
@@ -291,7 +290,7 @@ STUDENTS: dict[str, StudentFamily] = {
 
 
 def conversation(prompt: str, answer: str | None = None) -> list[dict]:
-    """A user turn with one picture and, if given, the assistant's answer."""
+    """Chat messages: a user turn with one picture and a prompt and, if given, the assistant's answer."""
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     return turns + ([{"role": "assistant", "content": [{"type": "text", "text": answer}]}] if answer else [])
 
@@ -299,7 +298,16 @@ def conversation(prompt: str, answer: str | None = None) -> list[dict]:
 def text_batch(
     family: StudentFamily, processor: ProcessorMixin, pairs: list[tuple[str, str]], images: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Token ids and labels (the answer's tokens only) of (prompt, answer) pairs, and what else the family wants."""
+    """Model inputs of (prompt, answer) pairs, except the image inputs themselves.
+
+    Args:
+        pairs: one prompt and answer per picture.
+        images: the image processor's tensors of these pictures.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, (pair, token), padded right, and the family's other inputs. Labels
+        are -100 outside the answer.
+    """
     tokenizer, rows = processor.tokenizer, []
     token, count = family.image_token
     for prompt, answer in pairs:

@@ -1,6 +1,6 @@
-"""Studies without a model: verdicts, control maps, keys of cells, pages of made-up scores.
+"""Studies without a model: comparisons, control maps, keys of cells, pages of made-up scores.
 
-Control maps: pictures of 22 × 39 on maps of 11 × 13, so that a cell is 2 × 3 pixels.
+Control maps are 11 × 13 cells of pictures of 22 × 39 pixels, so that a cell has 2 × 3 pixels.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lavender.data.store import MapStore
 from lavender.errors import ConfigError
 from lavender.maps import Word, WordMaps
 from lavender.words import words_of
-from lavender.world.demo import NUM_HELD_OUT as NUM_OF_DEMO
+from lavender.world.demo import NUM_HELD_OUT as NUM_HELD_OUT_OF_DEMO
 from lavender.world.demo import run_demo
 from lavender.world.language import caption_scene
 from lavender.world.scenes import SPLITS, Scene, Thing
 from lavender.world.studies import cells
-from lavender.world.studies.cells import SCENES_A_SEED, Arm, Cell, Scoring, result_path
+from lavender.world.studies.cells import SCENES_PER_SEED, Arm, Cell, Scoring, result_path
 from lavender.world.studies.page import QUICK, page, show
 from lavender.world.studies.registry import STUDIES, Scale, run_study
 from lavender.world.studies.scaling import SIZES
@@ -37,7 +37,7 @@ from lavender.world.studies.targets import TARGETS, write_target
 from lavender.world.tuning import ALIGNMENT, LEARNING_RATES
 
 GRID, SIZE = (11, 13), (22, 39)
-STEP = 1.01 / 255  # a map is stored in 255 steps of its maximum
+TOLERANCE = 1.01 / 255  # a stored map has 255 steps up to its maximum
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +50,11 @@ def base_weights(tmp_path_factory, monkeypatch) -> dict[str, Path]:
     return paths
 
 
-# verdicts
+# comparisons
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "outcome", "differences"),
+    ("values", "baseline", "outcome", "differences"),
     [
         ([0.5, 0.75, 0.625], [0.25, 0.375, 0.375], "above", (0.291667, 0.25, 0.375)),
         ([0.5, 1.0], [0.25, 0.5], "higher on average", (0.375, 0.25, 0.5)),  # the ranges touch
@@ -69,16 +69,18 @@ def base_weights(tmp_path_factory, monkeypatch) -> dict[str, Path]:
         ([0.5], [0.5], "no clear difference", (0.0, 0.0, 0.0)),
     ],
 )
-def test_each_outcome_by_hand(ours, theirs, outcome, differences):
-    found = compare({"one": {"pointing": ours}, "two": {"pointing": theirs}}, "pointing", "one", "two")
-    assert found.what == "one against two, attention points at the thing"
-    assert found.outcome == outcome
-    assert (found.mean, found.low, found.high) == pytest.approx(differences, abs=1e-6)
+def test_each_outcome_by_hand(values, baseline, outcome, differences):
+    scores = {"arm": {"pointing": values}, "baseline": {"pointing": baseline}}
+    finding = compare(scores, "pointing", "arm", "baseline")
+    assert finding.what == "arm against baseline, pointing accuracy of attention"
+    assert finding.outcome == outcome
+    assert (finding.mean, finding.low, finding.high) == pytest.approx(differences, abs=1e-6)
 
 
-def test_a_verdict_as_people_read_it():
-    found = compare({"one": {"entropy": [0.5, 0.25]}, "two": {"entropy": [1.0, 2.0]}}, "entropy", "one", "two")
-    assert str(found) == "one against two, entropy of attention, nats: below (-1.125, from -1.750 to -0.500)"
+def test_a_finding_as_text():
+    scores = {"arm": {"entropy": [0.5, 0.25]}, "baseline": {"entropy": [1.0, 2.0]}}
+    finding = compare(scores, "entropy", "arm", "baseline")
+    assert str(finding) == "arm against baseline, entropy of attention, nats: below (-1.125, from -1.750 to -0.500)"
     assert show([0.25, 0.75]) == "0.500 (0.250–0.750)"
     assert show([0.25]) == "0.250"
 
@@ -87,17 +89,17 @@ def test_a_verdict_as_people_read_it():
 
 
 def drawn(seed: int, *names: str) -> Scene:
-    """Noise as picture; the n-th thing's mask: a cell, half of the next one, and two pixels of the one below."""
+    """A picture of noise; the n-th thing's mask is a cell, half of the next cell, and two pixels of the cell below."""
     things = []
     for index, name in enumerate(names):
         mask = np.zeros(SIZE, dtype=bool)
         mask[4 * index : 4 * index + 2, 6:9] = mask[4 * index, 9:12] = mask[4 * index + 2, 6:8] = True
-        things.append(Thing(name, (4 * index, 6, 4, 6), False, mask))
+        things.append(Thing(name, (4 * index, 6, 4 * index + 4, 12), False, mask))
     pixels = np.random.default_rng(seed).integers(256, size=(*SIZE, 3), dtype=np.uint8)
     return Scene(seed, "plain", pixels, tuple(things))
 
 
-# one of one thing; one of a name of two words; one without a map; one of three things
+# a scene of one thing; one with a name of two words; one without a map; one of three things
 DRAWN = (drawn(7, "dog"), drawn(3, "ice cream", "cat"), drawn(19, "tree"), drawn(41, "cow", "red apple", "bus"))
 
 
@@ -107,7 +109,7 @@ def key_of(scene: Scene) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> MapStore:
-    """Each word of each caption, articles too, has a map of one cell of its own; the tree's picture has no map."""
+    """Each word of each caption, articles included, has a map of another cell; the tree's picture has no map."""
     path, count = tmp_path_factory.mktemp("targets") / "maps", 0
     with MapStore.writer(path, {"made by": "tests"}, {}, GRID) as writer:
         for scene in DRAWN:
@@ -119,14 +121,14 @@ def store(tmp_path_factory) -> MapStore:
 
 
 def maps_of(store: MapStore, scene: Scene) -> dict[Word, torch.Tensor]:
-    found = store.get(*key_of(scene))
-    assert found is not None
-    return dict(zip(found.words, found.maps, strict=True))
+    word_maps = store.get(*key_of(scene))
+    assert word_maps is not None
+    return dict(zip(word_maps.words, word_maps.maps, strict=True))
 
 
-def own_map(store: MapStore, scene: Scene, name: str) -> torch.Tensor:
+def thing_map(store: MapStore, scene: Scene, name: str) -> torch.Tensor:
     """The mean of the maps of a name's words, found by their text."""
-    return torch.stack([one for word, one in maps_of(store, scene).items() if word.text in name.split()]).mean(0)
+    return torch.stack([heat for word, heat in maps_of(store, scene).items() if word.text in name.split()]).mean(0)
 
 
 def order_of(scene: Scene) -> list[str]:
@@ -135,80 +137,80 @@ def order_of(scene: Scene) -> list[str]:
 
 @pytest.fixture
 def targets(store, tmp_path) -> dict[str, MapStore]:
-    return {one: MapStore.open(write_target(tmp_path / one, one, store, DRAWN)) for one in TARGETS}
+    return {target: MapStore.open(write_target(tmp_path / target, target, store, DRAWN)) for target in TARGETS}
 
 
 def test_every_target_has_the_words_that_name_things(targets):
     named = [scene for scene in DRAWN if scene.names != ("tree",)]
     expected = [(key_of(scene), " ".join(order_of(scene)).split()) for scene in named]
     assert [len(words) for _, words in expected] == [1, 3, 4]
-    for target, found in targets.items():
-        assert found.identity == {"made by": "tests", "target": target}
-        assert found.grid == GRID
-        records = [((one.image_id, one.text), [word.text for word in one.words]) for one in found]
+    for target, target_store in targets.items():
+        assert target_store.identity == {"made by": "tests", "target": target}
+        assert target_store.grid == GRID
+        records = [((maps.image_id, maps.text), [word.text for word in maps.words]) for maps in target_store]
         assert records == expected, target
 
 
 def test_maps_of_the_teacher_stay_as_they_are(store, targets):
     for scene in (DRAWN[0], DRAWN[1], DRAWN[3]):
-        own = maps_of(store, scene)
-        assert all(torch.equal(own[word], one) for word, one in maps_of(targets["teacher"], scene).items())
+        teacher_maps = maps_of(store, scene)
+        assert all(torch.equal(teacher_maps[word], heat) for word, heat in maps_of(targets["teacher"], scene).items())
 
 
 def test_a_wrong_word_is_another_thing_of_the_picture(store, targets):
     for scene in (DRAWN[1], DRAWN[3]):
-        order, found = order_of(scene), maps_of(targets["wrong-word"], scene)
-        for word, one in found.items():
+        order = order_of(scene)
+        for word, heat in maps_of(targets["wrong-word"], scene).items():
             (name,) = [name for name in order if word.text in name.split()]
             other = order[(order.index(name) + 1) % len(order)]
-            torch.testing.assert_close(one, own_map(store, scene, other), atol=STEP, rtol=0)
-    # where there is no other thing, of the next picture
+            torch.testing.assert_close(heat, thing_map(store, scene, other), atol=TOLERANCE, rtol=0)
+    # with no other thing in the picture, it is of the next picture
     (alone,) = maps_of(targets["wrong-word"], DRAWN[0]).values()
-    torch.testing.assert_close(alone, own_map(store, DRAWN[1], order_of(DRAWN[1])[0]), atol=STEP, rtol=0)
+    torch.testing.assert_close(alone, thing_map(store, DRAWN[1], order_of(DRAWN[1])[0]), atol=TOLERANCE, rtol=0)
 
 
 def test_a_wrong_image_is_the_next_one_with_words(store, targets):
     for scene, following in ((DRAWN[0], DRAWN[1]), (DRAWN[1], DRAWN[3]), (DRAWN[3], DRAWN[0])):
-        other = own_map(store, following, order_of(following)[0])
-        for one in maps_of(targets["wrong-image"], scene).values():
-            torch.testing.assert_close(one, other, atol=STEP, rtol=0)
+        other = thing_map(store, following, order_of(following)[0])
+        for heat in maps_of(targets["wrong-image"], scene).values():
+            torch.testing.assert_close(heat, other, atol=TOLERANCE, rtol=0)
 
 
 def test_uniform_maps_and_the_blob(targets):
     assert all(torch.equal(maps.maps, torch.ones(len(maps.words), *GRID)) for maps in targets["uniform"])
     for maps in targets["centre"]:
-        for one in maps.maps:
-            assert one.argmax().item() == 5 * 13 + 6
-            assert torch.equal(one, one.flip(0))
-            assert torch.equal(one, one.flip(1))
-            # one cell off the middle, and a corner: 5 of 11 and 6 of 13 cells off; the width is 0.2
+        for heat in maps.maps:
+            assert heat.argmax().item() == 5 * 13 + 6
+            assert torch.equal(heat, heat.flip(0))
+            assert torch.equal(heat, heat.flip(1))
+            # one cell from the centre; and the corner, 5 of 11 and 6 of 13 cells from it; the width is 0.2
             expected = [math.exp(-((1 / 11) ** 2) / 0.08), math.exp(-((5 / 11) ** 2 + (6 / 13) ** 2) / 0.08)]
-            assert [one[4, 6].item(), one[0, 0].item()] == pytest.approx(expected, abs=STEP)
+            assert [heat[4, 6].item(), heat[0, 0].item()] == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_masks_are_averaged_over_cells(targets):
     for scene in (DRAWN[0], DRAWN[1], DRAWN[3]):
-        for word, one in maps_of(targets["masks"], scene).items():
+        for word, heat in maps_of(targets["masks"], scene).items():
             (index,) = [index for index, name in enumerate(scene.names) if word.text in name.split()]
             expected = torch.zeros(GRID)
             # 6, 3 and 2 of a cell's 6 pixels
             expected[2 * index, 2], expected[2 * index, 3], expected[2 * index + 1, 2] = 1, 1 / 2, 1 / 3
-            torch.testing.assert_close(one, expected, atol=STEP, rtol=0)
+            torch.testing.assert_close(heat, expected, atol=TOLERANCE, rtol=0)
 
 
-def test_a_target_that_is_there_is_kept(store, tmp_path):
+def test_an_existing_target_is_kept(store, tmp_path):
     (tmp_path / "masks").mkdir()
     assert write_target(tmp_path / "masks", "masks", store, DRAWN) == tmp_path / "masks"
     assert list(tmp_path.rglob("*")) == [tmp_path / "masks"]
 
 
-def test_what_a_kill_left_is_replaced(store, tmp_path):
+def test_a_partial_target_of_a_killed_run_is_replaced(store, tmp_path):
     partial = tmp_path / "masks.partial"
     with MapStore.writer(partial, {"made by": "someone else"}, {}, (5, 7)) as writer:
         writer.add(WordMaps("another", "a dog", words_of("a dog"), torch.ones(2, 5, 7)))
-    found = MapStore.open(write_target(tmp_path / "masks", "masks", store, DRAWN), verify=True)
-    assert found.grid == GRID
-    assert [len(one.words) for one in found] == [1, 3, 4]
+    target_store = MapStore.open(write_target(tmp_path / "masks", "masks", store, DRAWN), verify=True)
+    assert target_store.grid == GRID
+    assert [len(maps.words) for maps in target_store] == [1, 3, 4]
     assert not partial.exists()
 
 
@@ -246,7 +248,7 @@ def test_any_other_field_changes_the_key():
         replace(CELL, scoring=replace(scoring, start=6)),
         replace(CELL, scoring=replace(scoring, count=8)),
     ]
-    assert len({CELL.key, *(one.key for one in others)}) == 1 + len(others)
+    assert len({CELL.key, *(cell.key for cell in others)}) == 1 + len(others)
     assert replace(CELL, arm=replace(arm)).key == CELL.key
 
 
@@ -281,8 +283,10 @@ def test_equal_arms_of_two_studies_share_their_key(quick):
     }
     keys = {}
     for name, arms in same.items():
-        found = [STUDIES[study].arms(quick)[arm] for study, arm in arms]
-        keys[name] = {Cell(replace(arm, num_scenes=min(size, arm.num_scenes)), 2, CELL.scoring).key for arm in found}
+        same_arms = [STUDIES[study].arms(quick)[arm] for study, arm in arms]
+        keys[name] = {
+            Cell(replace(arm, num_scenes=min(size, arm.num_scenes)), 2, CELL.scoring).key for arm in same_arms
+        }
         assert len(keys[name]) == 1
     assert keys["plain"] != keys["aligned"]
 
@@ -295,8 +299,8 @@ def test_settings_of_an_arm():
         "align_weight": ALIGNMENT["align_weight"],
         "max_steps": 31,
     }
-    own = Arm("mllama", "lora", "uniform", settings=(("match", "label"), ("align_weight", 0.5))).training(7)
-    assert (own["match"], own["align_weight"]) == ("label", 0.5)
+    changed = Arm("mllama", "lora", "uniform", settings=(("match", "label"), ("align_weight", 0.5))).training(7)
+    assert (changed["match"], changed["align_weight"]) == ("label", 0.5)
 
 
 # whole studies
@@ -305,12 +309,12 @@ ATTENTION = ("pointing", "wrong_word_pointing", "entropy", "mask_kl")
 
 
 def made_up(arms: dict[str, Arm], count: int) -> dict[str, dict[str, list[float]]]:
-    """Scores as `score_student` gives them; of the teacher those of attention alone."""
-    rng, found = np.random.default_rng(13), {}
+    """Random scores with the names of `score_student`; the teacher has only those of attention."""
+    rng, scores = np.random.default_rng(13), {}
     for name, arm in arms.items():
         metrics = ATTENTION if arm.student == "teacher" else (*METRICS, "out_of_domain_exact_set")
-        found[name] = {metric: rng.random(count).tolist() for metric in metrics}
-    return found
+        scores[name] = {metric: rng.random(count).tolist() for metric in metrics}
+    return scores
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -320,8 +324,8 @@ def test_every_study_is_judged_drawn_and_written(name, quick, tmp_path):
     arms = study.arms(quick)
     scores = made_up(arms, len(seeds))
     findings = study.judge(scores)
-    assert len({one.what for one in findings}) == len(findings) > 1
-    assert not quick or {one.outcome for one in findings} <= {"higher on average", "lower on average"}
+    assert len({finding.what for finding in findings}) == len(findings) > 1
+    assert not quick or {finding.outcome for finding in findings} <= {"higher on average", "lower on average"}
     results: dict[str, Any] = {
         "study": name,
         "command": f"lavender study {name}",
@@ -329,7 +333,7 @@ def test_every_study_is_judged_drawn_and_written(name, quick, tmp_path):
         "seeds": seeds,
         "arms": scores,
         "controls": {"uniform_pointing": 0.125, "centre_pointing": 0.25},
-        "verdict": [str(one) for one in findings],
+        "verdict": [str(finding) for finding in findings],
         "settings": {"scoring": {"split": "development", "start": 0, "count": 97}},
     }
     text = page(study, results)
@@ -338,8 +342,8 @@ def test_every_study_is_judged_drawn_and_written(name, quick, tmp_path):
     assert all(f"\n- {line}\n" in text for line in results["verdict"])
     assert all(f"\n| {arm} | " in text for arm in arms)
     assert f"`lavender study {name}`. Seeds {', '.join(map(str, seeds))};" in text
-    assert "97 development scenes a score." in text
-    assert "uniform 0.125, the picture's centre 0.250." in text
+    assert "Each score is over 97 development scenes." in text
+    assert "uniform map 0.125, picture's centre 0.250." in text
     entropies = {arm: [np.random.default_rng(seed).uniform(4, 6, 29).tolist() for seed in seeds] for arm in arms}
     study.draw(results | {"entropies": entropies}, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as plot:
@@ -348,12 +352,12 @@ def test_every_study_is_judged_drawn_and_written(name, quick, tmp_path):
 
 def test_arms_of_the_controls_and_of_pooling():
     assert list(STUDIES["teacher-controls"].arms(False)) == ["plain", *TARGETS]
-    named = [pooling for pooling in POOLINGS if "-flow-" not in pooling]  # those the paper names
-    assert list(STUDIES["pooling"].arms(False)) == ["plain", *named]
+    in_paper = [pooling for pooling in POOLINGS if "-flow-" not in pooling]
+    assert list(STUDIES["pooling"].arms(False)) == ["plain", *in_paper]
 
 
 def test_finished_cells_are_judged_without_a_run(tmp_path):
-    """Results that are there are read; the study's folder is written from them."""
+    """Existing results are read, and the study's folder is written from them."""
     scale = Scale.of(True, None, (3, 5))
     arms = {
         name: replace(arm, num_scenes=200, steps=60) for name, arm in STUDIES["teacher-controls"].arms(True).items()
@@ -363,17 +367,17 @@ def test_finished_cells_are_judged_without_a_run(tmp_path):
         for index, seed in enumerate(scale.seeds):
             path = result_path(tmp_path, Cell(arm, seed, scale.scoring))
             path.parent.mkdir(exist_ok=True)
-            own: dict[str, Any] = {metric: values[index] for metric, values in scores[name].items()}
-            own |= {"entropies": [4.5, 5.5], "uniform_pointing": 0.125, "centre_pointing": 0.25}
-            path.write_text(json.dumps({"scores": own, "curves": []}))
-    found = run_study("teacher-controls", tmp_path, scale, 1, "lavender study teacher-controls --quick")
+            cell_scores: dict[str, Any] = {metric: values[index] for metric, values in scores[name].items()}
+            cell_scores |= {"entropies": [4.5, 5.5], "uniform_pointing": 0.125, "centre_pointing": 0.25}
+            path.write_text(json.dumps({"scores": cell_scores, "curves": []}))
+    results = run_study("teacher-controls", tmp_path, scale, 1, "lavender study teacher-controls --quick")
     folder = tmp_path / "teacher-controls"
-    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(found))
-    assert found["arms"] == scores
-    assert found["verdict"] == [str(one) for one in STUDIES["teacher-controls"].judge(scores)]
-    assert found["controls"] == {"uniform_pointing": 0.125, "centre_pointing": 0.25}
-    assert (found["quick"], found["seeds"]) == (True, [3, 5])
-    assert (folder / "page.md").read_text() == page(STUDIES["teacher-controls"], found)
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert results["arms"] == scores
+    assert results["verdict"] == [str(finding) for finding in STUDIES["teacher-controls"].judge(scores)]
+    assert results["controls"] == {"uniform_pointing": 0.125, "centre_pointing": 0.25}
+    assert (results["quick"], results["seeds"]) == (True, [3, 5])
+    assert (folder / "page.md").read_text() == page(STUDIES["teacher-controls"], results)
     assert (folder / "plot.png").stat().st_size > 1000
 
 
@@ -393,7 +397,7 @@ def test_the_full_version_uses_sealed_scenes_that_the_demo_does_not():
     scale = Scale.of(False, None, None)
     assert (scale.seeds, scale.scoring, scale.quick) == ((1, 2, 3), Scoring("sealed", 2000, 300), False)
     first = inspect.signature(run_demo).parameters["start"].default
-    of_demo = range(first, first + NUM_OF_DEMO)
+    of_demo = range(first, first + NUM_HELD_OUT_OF_DEMO)
     assert (of_demo[0], of_demo[-1]) == (1000, 1199)
     assert not set(of_demo) & set(range(scale.scoring.start, scale.scoring.start + scale.scoring.count))
     assert Scale.of(False, "development", (5,)).scoring == Scoring("development", 0, 300)
@@ -402,9 +406,9 @@ def test_the_full_version_uses_sealed_scenes_that_the_demo_does_not():
 @pytest.mark.parametrize("quick", [True, False])
 def test_each_seed_has_fine_tuning_scenes_of_its_own(quick):
     for seed in Scale.of(quick, None, None).seeds:
-        start = seed * SCENES_A_SEED
+        start = seed * SCENES_PER_SEED
         assert len(SPLITS["finetune"][start : start + max(SIZES)]) == max(SIZES)
-    assert max(SIZES) <= SCENES_A_SEED
+    assert max(SIZES) <= SCENES_PER_SEED
 
 
 @pytest.mark.parametrize(

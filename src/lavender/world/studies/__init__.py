@@ -1,1 +1,1 @@
-"""`lavender study`: does the method work, and why? One study a file, on the built-in world."""
+"""The studies of `lavender study`: does alignment help, and why? They run on the built-in world."""

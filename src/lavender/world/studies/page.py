@@ -1,4 +1,4 @@
-"""A study's results for people: Markdown with a table and the verdict, and the plot's drawing."""
+"""A study's page: Markdown with a table and the comparisons, and the bar plot."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from typing import Any
 
 from lavender.world.studies.study import METRICS, Study
 
-QUICK = "**Quick version: fewer samples, steps and seeds, on development scenes. Not a result.**"
+QUICK = "**Quick version: fewer samples, steps and seeds, scored on development scenes. This is not a result.**"
 
 
 def show(values: Sequence[float]) -> str:
-    """Mean and range over seeds: "0.712 (0.690–0.731)"; one number where seeds change nothing."""
+    """Mean and range over seeds, "0.712 (0.690–0.731)"; one number if all seeds have the same value."""
     mean = f"{fmean(values):.3f}"
     return mean if len({*values}) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
 
 
 def table(arms: dict[str, dict[str, Any]], metrics: Sequence[str]) -> str:
-    """A Markdown table, an arm a row."""
+    """A Markdown table with one row per arm and one column per metric; the cells are those of `show`."""
     lines = [f"| | {' | '.join(METRICS[metric] for metric in metrics)} |", "| --- " * (len(metrics) + 1) + "|"]
     for arm, scores in arms.items():
-        lines.append(f"| {arm} | {' | '.join(show(scores[one]) if one in scores else '' for one in metrics)} |")
+        cells = [show(scores[metric]) if metric in scores else "" for metric in metrics]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def page(study: Study, results: dict[str, Any]) -> str:
-    """The study as Markdown; the plot is `plot.png` beside it."""
-    seeds = results["seeds"]
-    settings = results["settings"]
+    """The study's page as Markdown, from the content of `results.json`. The plot is `plot.png` beside it."""
+    seeds, scoring = ", ".join(map(str, results["seeds"])), results["settings"]["scoring"]
     parts = [
         f"# {study.title}",
         *([QUICK] if results["quick"] else []),
         study.question,
         f"**The paper:** {study.paper}",
-        f"Command: `{results['command']}`. Seeds {', '.join(map(str, seeds))}; mean and range over seeds. "
-        f"{settings['scoring']['count']} {settings['scoring']['split']} scenes a score.",
+        f"Command: `{results['command']}`. Seeds {seeds}; mean and range over seeds. Each score is over "
+        f"{scoring['count']} {scoring['split']} scenes.",
         table(results["arms"], study.metrics),
-        "Pointing of maps that have seen nothing: uniform {uniform_pointing:.3f}, the picture's centre "
-        "{centre_pointing:.3f}.".format(**results["controls"]),
+        "Pointing accuracy of maps that do not depend on the picture: uniform map {uniform_pointing:.3f}, picture's "
+        "centre {centre_pointing:.3f}.".format(**results["controls"]),
         "![plot](plot.png)",
-        "## Verdict",
-        "\n".join(f"- {line}" for line in results["verdict"]),
-        "Differences are paired by seed: mean, least, greatest. “Above” and “below” mean that the ranges over seeds "
-        "do not overlap.",
+        "## Comparisons",
+        "\n".join(f"- {finding}" for finding in study.judge(results["arms"])),
+        "Differences are between arms of the same seed: mean, smallest and largest. “Above” and “below”: the ranges "
+        "over seeds do not overlap. “Higher” and “lower on average”: they overlap, but all differences have one sign.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def draw_bars(results: dict[str, Any], metrics: Sequence[str], path: Path) -> None:
-    """One panel a metric, one row an arm: the mean as a bar, each seed as a dot."""
+def draw_bars(results: dict[str, Any], path: Path, metrics: Sequence[str]) -> None:
+    """Plot one panel per metric and one row per arm: a bar for the mean, a dot per seed."""
     from matplotlib.figure import Figure
 
     arms = results["arms"]

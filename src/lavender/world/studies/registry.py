@@ -1,4 +1,4 @@
-"""The studies by name, and what `lavender study` does: run the cells, judge, write the folder."""
+"""The studies by name, and `run_study`, which `lavender study` calls."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from lavender.errors import ConfigError
 from lavender.world.scenes import SPLITS, Split
-from lavender.world.studies import controls, entropy, main_study, scaling
-from lavender.world.studies.cells import SCENES_A_SEED, Cell, Scoring
+from lavender.world.studies import controls as teacher_controls
+from lavender.world.studies import entropy, main_study, scaling
+from lavender.world.studies.cells import SCENES_PER_SEED, Cell, Scoring
 from lavender.world.studies.page import page
 from lavender.world.studies.runner import run_cells
 from lavender.world.studies.study import Study
@@ -20,20 +21,20 @@ from lavender.world.studies.variants import VARIANTS
 
 STUDIES: dict[str, Study] = {
     "main": main_study.STUDY,
-    "teacher-controls": controls.STUDY,
+    "teacher-controls": teacher_controls.STUDY,
     "entropy": entropy.STUDY,
     "scaling": scaling.STUDY,
     **VARIANTS,
 }
-SEALED_START = 2000  # the demo looks at sealed scenes before this one
+SEALED_START = 2000  # the demo uses sealed scenes before this one
 NUM_HELD_OUT = 300
-MOST_SEEDS = len(SPLITS["finetune"]) // SCENES_A_SEED
-BLIND = ("uniform_pointing", "centre_pointing")  # what maps that have seen nothing score on the same scenes
+MAX_SEEDS = len(SPLITS["finetune"]) // SCENES_PER_SEED
+CONTROLS = ("uniform_pointing", "centre_pointing")  # of maps that do not depend on the picture, on the same scenes
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a study is run: its seeds, the scenes of its scores, and shares of scenes and steps."""
+    """The size of a study: its seeds, the scenes of its scores, and whether it has fewer scenes, steps and arms."""
 
     seeds: tuple[int, ...]
     scoring: Scoring
@@ -41,46 +42,69 @@ class Scale:
 
     @classmethod
     def of(cls, quick: bool, split: Split | None, seeds: tuple[int, ...] | None) -> Scale:
-        """The full study on sealed scenes with three seeds; the quick one on development scenes with one."""
+        """The scale that the options of `lavender study` ask for.
+
+        The full study has three seeds and is scored on sealed scenes; the quick one has one seed and is scored on
+        development scenes.
+
+        Raises:
+            ConfigError: the quick study on sealed scenes, or seeds that repeat or are out of range.
+        """
         if quick and split == "sealed":
             raise ConfigError("--quick on sealed scenes", "development scenes", "leave --split out")
-        if seeds and (len(set(seeds)) < len(seeds) or not all(0 <= seed < MOST_SEEDS for seed in seeds)):
-            raise ConfigError(f"--seeds {list(seeds)}", f"different numbers from 0 to {MOST_SEEDS - 1}", "change them")
+        if seeds and (len(set(seeds)) < len(seeds) or not all(0 <= seed < MAX_SEEDS for seed in seeds)):
+            raise ConfigError(f"--seeds {list(seeds)}", f"different numbers from 0 to {MAX_SEEDS - 1}", "change them")
         split = split or ("development" if quick else "sealed")
         scoring = Scoring(split, SEALED_START if split == "sealed" else 0, 100 if quick else NUM_HELD_OUT)
         return cls(seeds or ((40,) if quick else (1, 2, 3)), scoring, quick)
 
 
 def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> dict[str, Any]:
-    """Run a study and write `OUT/NAME/results.json`, `page.md` and `plot.png`. Stopped and started again, it goes on.
+    """Run a study; write `results.json`, `page.md` and `plot.png` to the folder `out / name`.
 
-    Studies in one `out` share their runs: an arm that two of them have is trained once.
+    A stopped study continues when it is started again. Studies in one `out` share their runs: an arm that two studies
+    have in common is trained once.
+
+    Args:
+        name: a key of `STUDIES`.
+        out: the folder of all studies.
+        scale: see `Scale.of`.
+        jobs: how many runs to train at a time, on one core each.
+        command: the command, for the page.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        ConfigError: there is no such study, or no job.
+        LavenderError: some runs failed.
     """
     if name not in STUDIES:
-        near = difflib.get_close_matches(name, STUDIES, n=1)
-        hint = f"write {near[0]!r} instead" if near else "name one of them"
-        raise ConfigError(f"the study {name!r}", f"one of {', '.join(STUDIES)}", hint)
+        similar = difflib.get_close_matches(name, STUDIES, n=1)
+        advice = f"write {similar[0]!r} instead" if similar else "name one of them"
+        raise ConfigError(f"the study {name!r}", f"one of {', '.join(STUDIES)}", advice)
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}", "at least 1", "leave it out to use every core")
     began, study = time.monotonic(), STUDIES[name]
     arms = study.arms(scale.quick)
     if scale.quick:
-        arms = {name: replace(arm, num_scenes=min(200, arm.num_scenes), steps=60) for name, arm in arms.items()}
-    cells = {arm: [Cell(arms[arm], seed, scale.scoring) for seed in scale.seeds] for arm in arms}
-    found = run_cells(out, [cell for own in cells.values() for cell in own], jobs)
-    results = {arm: [found[cell.key] for cell in own] for arm, own in cells.items()}
-    scores = {arm: _by_metric([one["scores"] for one in own]) for arm, own in results.items()}
-    entropies = {arm: own.pop("entropies") for arm, own in scores.items()}
-    blind = {metric: [own.pop(metric)[0] for own in scores.values()].pop() for metric in BLIND}
+        arms = {label: replace(arm, num_scenes=min(200, arm.num_scenes), steps=60) for label, arm in arms.items()}
+    cells = {label: [Cell(arm, seed, scale.scoring) for seed in scale.seeds] for label, arm in arms.items()}
+    results = run_cells(out, [cell for arm_cells in cells.values() for cell in arm_cells], jobs)
+    scores = {
+        label: _by_metric([results[cell.key]["scores"] for cell in arm_cells]) for label, arm_cells in cells.items()
+    }
+    entropies = {label: metrics.pop("entropies") for label, metrics in scores.items()}
+    controls = {metric: [metrics.pop(metric)[0] for metrics in scores.values()].pop() for metric in CONTROLS}
     summary: dict[str, Any] = {
         "study": name,
         "command": command,
         "quick": scale.quick,
         "seeds": list(scale.seeds),
         "arms": scores,
-        "controls": blind,
-        "verdict": [str(one) for one in study.judge(scores)],
-        "settings": {"scoring": asdict(scale.scoring), "arms": {arm: asdict(own) for arm, own in arms.items()}},
+        "controls": controls,
+        "verdict": [str(finding) for finding in study.judge(scores)],
+        "settings": {"scoring": asdict(scale.scoring), "arms": {label: asdict(arm) for label, arm in arms.items()}},
         "seconds": round(time.monotonic() - began),
     }
     folder = out / name
@@ -92,4 +116,5 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
 
 
 def _by_metric(scores: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {metric: [one[metric] for one in scores] for metric in scores[0]}
+    """One dict per seed → one list per metric."""
+    return {metric: [seed_scores[metric] for seed_scores in scores] for metric in scores[0]}

@@ -1,8 +1,8 @@
-"""What a study is: a question, its arms, and a verdict by rules that were fixed before any result was seen."""
+"""What a study is: a question, its arms, and comparisons by rules that were fixed before any result was known."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,32 +11,34 @@ from typing import Any, Literal
 from lavender.world.studies.cells import Arm
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
-"""Arm → metric → one number a seed. Numbers of one seed belong together: same data, same order."""
+"""Arm → metric → one number per seed. The n-th numbers of all arms belong to one seed: same data, same order."""
 
 METRICS: dict[str, str] = {
     "in_domain": "captions, object F1",
     "in_domain_exact_set": "captions, exact set of things",
-    "other_backgrounds": "on photographs, object F1",
-    "out_of_domain": "in another hand, object F1",
-    "held_out_loss": "loss of true captions, nats a token",
-    "pointing": "attention points at the thing",
-    "wrong_word_pointing": "attention of another word points at it",
+    "other_backgrounds": "captions on photographs, object F1",
+    "out_of_domain": "captions of OpenMoji drawings, object F1",
+    "held_out_loss": "loss of true captions, nats per token",
+    "pointing": "pointing accuracy of attention",
+    "wrong_word_pointing": "pointing accuracy of another word's attention",
     "entropy": "entropy of attention, nats",
-    "mask_kl": "KL from the true mask, nats",
+    "mask_kl": "KL divergence from the true mask, nats",
 }
+"""Metric → its label in tables, plots and comparisons."""
 CAPTIONS = ("in_domain", "other_backgrounds", "out_of_domain")
+MAIN_METRICS = ("in_domain", "other_backgrounds", "pointing")
 
 Outcome = Literal["above", "higher on average", "no clear difference", "lower on average", "below"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison of a study's verdict.
+    """One comparison of two arms.
 
     Attributes:
-        what: "aligned against plain, captions, object F1".
+        what: the arms and the metric, such as "aligned against plain, captions, object F1".
         outcome: see `compare`.
-        mean, low, high: of the paired differences, one a seed.
+        mean, low, high: mean, smallest and largest of the differences per seed.
     """
 
     what: str
@@ -49,23 +51,28 @@ class Finding:
         return f"{self.what}: {self.outcome} ({self.mean:+.3f}, from {self.low:+.3f} to {self.high:+.3f})"
 
 
-def compare(scores: Scores, metric: str, arm: str, other: str) -> Finding:
-    """One arm against another, seed by seed.
+def compare(scores: Scores, metric: str, arm: str, baseline: str) -> Finding:
+    """Compare an arm with a baseline arm, seed by seed.
 
-    "above" and "below": the two ranges over seeds do not overlap. "higher (lower) on average": they do, but
-    every seed's own difference has this sign. Else "no clear difference". Without spread (one seed, or two arms that
-    no seed changes) nothing is above or below.
+    The outcome is "above" or "below" if the two ranges over seeds do not overlap; "higher (lower) on average" if they
+    overlap, but every seed's difference has this sign; otherwise "no clear difference". Without spread over seeds (one
+    seed, or two arms that do not depend on the seed) the outcome is never "above" or "below".
     """
-    ours, theirs = scores[arm][metric], scores[other][metric]
-    differences = [one - two for one, two in zip(ours, theirs, strict=True)]
+    values, baseline_values = scores[arm][metric], scores[baseline][metric]
+    differences = [value - other for value, other in zip(values, baseline_values, strict=True)]
     outcome: Outcome = "no clear difference"
-    spread = len({*ours}) > 1 or len({*theirs}) > 1
+    has_spread = len({*values}) > 1 or len({*baseline_values}) > 1
     if min(differences) > 0:
-        outcome = "above" if min(ours) > max(theirs) and spread else "higher on average"
+        outcome = "above" if min(values) > max(baseline_values) and has_spread else "higher on average"
     elif max(differences) < 0:
-        outcome = "below" if max(ours) < min(theirs) and spread else "lower on average"
-    what = f"{arm} against {other}, {METRICS[metric]}"
+        outcome = "below" if max(values) < min(baseline_values) and has_spread else "lower on average"
+    what = f"{arm} against {baseline}, {METRICS[metric]}"
     return Finding(what, outcome, fmean(differences), min(differences), max(differences))
+
+
+def compare_pairs(scores: Scores, metrics: Iterable[str], pairs: Sequence[tuple[str, str]]) -> list[Finding]:
+    """Compare every pair (arm, baseline) by every metric; grouped by metric."""
+    return [compare(scores, metric, arm, baseline) for metric in metrics for arm, baseline in pairs]
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,12 @@ class Study:
     """A study of the built-in world.
 
     Attributes:
-        title, question: for people.
-        paper: what the paper says about it, and where.
-        arms: name → arm; given whether the study is the quick one.
-        judge: the comparisons that make the verdict.
-        draw: writes the plot.
+        title, question: what the page begins with.
+        paper: what the paper says about the question, and where.
+        arms: whether the study is the quick one → its arms by name.
+        judge: scores → the comparisons that answer the question.
+        draw: results, path → writes the plot there.
+        metrics: the columns of the page's table.
     """
 
     title: str

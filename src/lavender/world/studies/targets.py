@@ -1,4 +1,4 @@
-"""Map stores to compare the teacher's with: the same words, other maps. Is it the knowledge or the regulariser?"""
+"""Map stores with the same words as the teacher's, but other maps: the controls of the teacher's maps."""
 
 from __future__ import annotations
 
@@ -19,49 +19,66 @@ from lavender.world.language import caption_scene
 from lavender.world.scenes import Scene
 
 Target = Literal["teacher", "wrong-word", "wrong-image", "uniform", "centre", "masks", "maps"]
-EVERY_WORD: Target = "maps"  # the extraction itself: adjectives and verbs too, each map with its confidence
+EVERY_WORD: Target = "maps"
+"""The teacher's store itself: adjectives and verbs too, each map with its confidence."""
 TARGETS: dict[Target, str] = {
     "teacher": "the teacher's map of the word",
-    "wrong-word": "the teacher's map of another thing in the picture; of another picture where there is none",
+    "wrong-word": "the teacher's map of another thing in the picture; if there is none, of a thing in another picture",
     "wrong-image": "the teacher's map of a thing in another picture",
-    "uniform": "a constant, which min–max turns into zero everywhere",
-    "centre": "a round blob in the middle, the same for every word",
+    "uniform": "a constant map, which min–max normalisation turns into zeros",
+    "centre": "a round blob in the picture's centre, the same for every word",
     "masks": "the thing's true mask",
 }
-BLOB_WIDTH = 0.2  # standard deviation of the blob, in shares of the picture's side
+BLOB_WIDTH = 0.2  # standard deviation of the blob, as a share of the picture's side
 
 
 @dataclass(frozen=True, eq=False)
-class _Named:
-    """A scene's mapped words, each with the thing it names, and the teacher's map of each thing."""
+class _MappedScene:
+    """A scene's words that name things, with the teacher's maps.
+
+    Attributes:
+        words: (word, name of the thing that the word belongs to).
+        maps: each word's map, (rows, cols).
+        thing_maps: each thing's map, (rows, cols): the mean over its words.
+    """
 
     scene: Scene
     text: str
     words: tuple[tuple[Word, str], ...]
-    own: dict[Word, Tensor]
-    things: dict[str, Tensor]
+    maps: dict[Word, Tensor]
+    thing_maps: dict[str, Tensor]
 
 
 def write_target(path: Path, target: Target, store: MapStore, scenes: Sequence[Scene]) -> Path:
-    """A store of the words that name things, each with the maps of `target`; kept if it is there already.
+    """Write a map store of the words that name things, with the maps of `target`, unless it exists already.
 
-    Every target has exactly the same words, so that stores differ in the maps alone.
+    Every target has exactly the same words, so that the stores differ in the maps alone.
+
+    Args:
+        path: the folder of the new store.
+        store: the teacher's maps of these scenes' captions.
+
+    Raises:
+        ValueError: the store has no maps of a scene.
     """
     if path.is_dir():
         return path
     partial = path.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    named = [one for one in (_named(scene, store) for scene in scenes) if one.words]
+    mapped = [mapped_scene for scene in scenes if (mapped_scene := _map_scene(scene, store)).words]
     with MapStore.writer(partial, dict(store.identity) | {"target": target}, {}, store.grid) as writer:
-        for index, one in enumerate(named):
-            other = next(iter(named[(index + 1) % len(named)].things.values()))
-            maps = torch.stack([_map(target, one, word, name, other, store.grid) for word, name in one.words])
-            writer.add(WordMaps(image_id(one.scene.image), one.text, tuple(word for word, _ in one.words), maps))
+        for index, mapped_scene in enumerate(mapped):
+            next_map = next(iter(mapped[(index + 1) % len(mapped)].thing_maps.values()))
+            maps = torch.stack(
+                [_map(target, mapped_scene, word, name, next_map, store.grid) for word, name in mapped_scene.words]
+            )
+            words = tuple(word for word, _ in mapped_scene.words)
+            writer.add(WordMaps(image_id(mapped_scene.scene.image), mapped_scene.text, words, maps))
     partial.rename(path)
     return path
 
 
-def _named(scene: Scene, store: MapStore) -> _Named:
+def _map_scene(scene: Scene, store: MapStore) -> _MappedScene:
     caption = caption_scene(scene)
     maps = store.get(image_id(scene.image), caption.text)
     if maps is None:
@@ -72,23 +89,26 @@ def _named(scene: Scene, store: MapStore) -> _Named:
         for mention in caption.mentions
         if mention.start <= word.start < mention.end
     )
-    found = {mention.name: maps.map_of(mention.start, mention.end) for mention in caption.mentions}
-    things = {name: own for name, own in found.items() if own is not None}
-    return _Named(scene, caption.text, words, dict(zip(maps.words, maps.maps, strict=True)), things)
+    by_name = {mention.name: maps.map_of(mention.start, mention.end) for mention in caption.mentions}
+    thing_maps = {name: heat for name, heat in by_name.items() if heat is not None}
+    return _MappedScene(scene, caption.text, words, dict(zip(maps.words, maps.maps, strict=True)), thing_maps)
 
 
-def _map(target: Target, one: _Named, word: Word, name: str, other: Tensor, grid: tuple[int, int]) -> Tensor:
+def _map(
+    target: Target, mapped: _MappedScene, word: Word, name: str, next_map: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    """The target's map, (rows, cols), of a word of the thing `name`; `next_map` is of a thing in the next scene."""
     if target == "teacher":
-        return one.own[word]
+        return mapped.maps[word]
     if target == "wrong-word":
-        names = list(one.things)
-        return one.things[names[(names.index(name) + 1) % len(names)]] if len(names) > 1 else other
+        names = list(mapped.thing_maps)
+        return mapped.thing_maps[names[(names.index(name) + 1) % len(names)]] if len(names) > 1 else next_map
     if target == "wrong-image":
-        return other
+        return next_map
     if target == "uniform":
         return torch.ones(grid)
     if target == "centre":
         rows, cols = ((torch.arange(count) + 0.5) / count - 0.5 for count in grid)
         return to_heat(torch.exp(-(rows[:, None] ** 2 + cols**2) / (2 * BLOB_WIDTH**2)))
-    mask = torch.from_numpy(one.scene.mask_of(name)).float()
+    mask = torch.from_numpy(mapped.scene.mask_of(name)).float()
     return to_heat(F.adaptive_avg_pool2d(mask[None, None], grid)[0, 0])

@@ -1,1 +1,1 @@
-"""How the weights of the built-in world were trained."""
+"""Training of the built-in world's weights: `python -m lavender.world.training.make`."""

@@ -1,6 +1,6 @@
 """Train the weights that the package ships: `python -m lavender.world.training.make all`, or `make weights`.
 
-Hours on a CPU. Seeds are fixed; a stopped run goes on from its last checkpoint in the work folder.
+This takes hours on a CPU. Seeds are fixed. A stopped training continues from its last checkpoint in the work folder.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lavender.config import ExtractionConfig
-from lavender.evaluation.map_scores import best_threshold, score_maps
 from lavender.teachers.diffusion.teacher import Teacher
 from lavender.world import WEIGHTS_PATH
-from lavender.world.judging import judge_teacher, score_student
+from lavender.world.judging import held_out_scenes, score_student, score_teacher
 from lavender.world.scenes import scenes
+from lavender.world.student_models import STUDENTS
 from lavender.world.training.students import train_student
 from lavender.world.training.teacher import train_teacher
+from lavender.world.tuning import GRID
 
-TEACHER: dict[str, Any] = {"steps": 4000, "vae_steps": 800, "num_scenes": 16_000, "batch": 32, "seed": 0}
-STUDENTS: dict[str, dict[str, Any]] = {
+TEACHER_SETTINGS: dict[str, Any] = {"steps": 4000, "vae_steps": 800, "num_scenes": 16_000, "batch": 32, "seed": 0}
+STUDENT_SETTINGS: dict[str, dict[str, Any]] = {
     "mllama": {"vision_steps": 3000, "steps": 700, "num_scenes": 20_000, "batch": 32, "seed": 0},
     "llava": {"vision_steps": 3000, "steps": 600, "num_scenes": 20_000, "batch": 32, "seed": 0},
 }
@@ -37,38 +38,38 @@ A Stable Diffusion folder: `StableDiffusionPipeline.from_pretrained` loads it. A
 UNet2DConditionModel with cross-attention at 16 × 16 and 8 × 8, CLIPTextModel with 2 causal layers, a CLIP tokenizer so
 small that the longer names split into several tokens. ε-prediction, Stable Diffusion's noise schedule.
 
-It has only ever seen Twemoji drawings (CC-BY 4.0) on textured backgrounds, squashed to 64 × 64. It is a fixture for
-tests, demo and studies, not an image generator.
+It was trained only on Twemoji sprites (CC-BY 4.0) on textured backgrounds, squashed to 64 × 64. It is a fixture for
+tests, the demo and the studies, not an image generator.
 
-Two things differ from a plain recipe: captions vary around their nouns, and in training the UNet often does not see
-tokens that are not part of a name (see `lavender/world/training/teacher.py` for why).
+Two choices differ from a plain recipe: captions vary around their nouns, and tokens outside names are often hidden from
+the UNet in training. `lavender/world/training/teacher.py` explains why.
 
 """
 STUDENT_CARDS = {
     "mllama": """# The built-in world's cross-attending student
 
-An `MllamaForConditionalGeneration` checkpoint with its processor: 3 + 1 vision layers of 96, tiles of 64 pixels (at
-most two), 4 text layers of 128 of which layers 1 and 3 cross-attend.
+An `MllamaForConditionalGeneration` checkpoint with its processor: 3 + 1 vision layers of width 96, at most two tiles of
+64 × 64 pixels, 4 text layers of width 128, of which layers 1 and 3 cross-attend.
 """,
     "llava": """# The built-in world's self-attending student
 
-A `LlavaForConditionalGeneration` checkpoint with its processor: 4 CLIP layers of 96 of which the last is not used,
-pictures squashed to 80 × 80 pixels (100 patches among the text's tokens), 4 Llama layers of 128.
+A `LlavaForConditionalGeneration` checkpoint with its processor: 4 CLIP layers of width 96, of which the last is not
+used, pictures squashed to 80 × 80 pixels (100 patches among the text's tokens), 4 Llama layers of width 128.
 """,
 }
 STUDENT_CARD = """
-Trained on captions (three samples of four) and questions about Twemoji scenes, after its vision tower had learned which
-names a picture holds. Stopped on purpose with room to improve.
+First the vision tower learned which names a picture shows. Then the whole model was trained on captions (three of four
+samples) and questions about Twemoji scenes. Training stopped early on purpose, so that fine-tuning can improve it.
 
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["all", "teacher", *STUDENTS])
-    parser.add_argument("--out", type=Path, default=WEIGHTS_PATH)
-    parser.add_argument("--work", type=Path, default=Path("weights-work"), help="checkpoints and loss curves")
-    parser.add_argument("--threads", type=int, default=None)
+    parser = argparse.ArgumentParser(prog="python -m lavender.world.training.make", description=__doc__)
+    parser.add_argument("part", choices=["all", "teacher", *STUDENTS], help="which weights to train")
+    parser.add_argument("--out", type=Path, default=WEIGHTS_PATH, help="folder of the weights (default: the package)")
+    parser.add_argument("--work", type=Path, default=Path("weights-work"), help="folder of checkpoints and loss curves")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.threads:
@@ -81,45 +82,40 @@ def main() -> None:
 
 
 def make_teacher(work: Path, out: Path) -> None:
-    """Train, store in half precision, score on development scenes, write the card."""
-    trained = train_teacher(work, work / "teacher_float32", **TEACHER)
+    """Train, convert to float16, score on development scenes, write the model card."""
+    trained = train_teacher(work, work / "teacher_float32", **TEACHER_SETTINGS)
     shutil.copytree(trained, out, dirs_exist_ok=True)
     to_half(out)
-    teacher = Teacher.from_pretrained(out, ExtractionConfig(grid=(16, 16), batch_size=16))
-    threshold, _ = best_threshold(judge_teacher(teacher, list(scenes("development", NUM_SCORED, start=500_000))))
-    scores = score_maps(judge_teacher(teacher, list(scenes("development", NUM_SCORED))), threshold).to_dict()
-    write_card(out, TEACHER_CARD, TEACHER, [work / "vae.jsonl", work / "teacher.jsonl"], scores)
+    teacher = Teacher.from_pretrained(out, ExtractionConfig(grid=GRID, batch_size=16))
+    scores = score_teacher(teacher, list(scenes("development", NUM_SCORED))).to_dict()
+    write_card(out, TEACHER_CARD, TEACHER_SETTINGS, [work / "vae.jsonl", work / "teacher.jsonl"], scores)
 
 
 def make_student(name: str, work: Path, out: Path) -> None:
-    """Train, store in half precision, score on development scenes, write the card."""
-    train_student(name, work, out, **STUDENTS[name])
-    held_out = {
-        "in_domain": list(scenes("development", NUM_SCORED)),
-        "out_of_domain": list(scenes("development", NUM_SCORED, "openmoji")),
-    }
-    scores = score_student(out, held_out)[0]
+    """Train, convert to float16, score on development scenes, write the model card."""
+    train_student(name, work, out, **STUDENT_SETTINGS[name])
+    scores, _ = score_student(out, held_out_scenes("development", NUM_SCORED))
     del scores["entropies"]
     lead = STUDENT_CARDS[name] + STUDENT_CARD
-    write_card(out, lead, STUDENTS[name], [work / "student_vision.jsonl", work / "student.jsonl"], scores)
+    write_card(out, lead, STUDENT_SETTINGS[name], [work / "student_vision.jsonl", work / "student.jsonl"], scores)
 
 
 def to_half(folder: Path) -> None:
-    """Store every safetensors file of a folder in half precision."""
+    """Convert every safetensors file of a folder to float16."""
     for path in folder.rglob("*.safetensors"):
         halved = {name: value.half() for name, value in load_file(path).items()}
         save_file(halved, path, metadata={"format": "pt"})
 
 
 def write_card(out: Path, lead: str, settings: dict[str, Any], curves: list[Path], scores: dict[str, Any]) -> None:
-    """README.md beside the weights: settings, loss curves, seconds, scores."""
+    """Write README.md beside the weights: settings, loss curves, training time, scores."""
     parts = [lead, f"Settings and seed: `{json.dumps(settings)}`. One seed. Rebuilt by `make weights`.\n"]
     for curve in curves:
         logged = [json.loads(line) for line in curve.read_text().splitlines()]
-        lines = list({line["step"]: line for line in logged}.values())  # a resumed training logs some steps twice
+        lines = list({line["step"]: line for line in logged}.values())  # a continued training logs some steps twice
         keys = [key for key in lines[-1] if key not in ("step", "seconds")]
-        places = sorted({*range(0, len(lines), max(1, len(lines) // 10)), len(lines) - 1})
-        shown = [lines[place] for place in places]
+        indices = sorted({*range(0, len(lines), max(1, len(lines) // 10)), len(lines) - 1})
+        shown = [lines[index] for index in indices]
         table = [f"| step | {' | '.join(keys)} |", "| --- " * (len(keys) + 1) + "|"]
         table += [f"| {line['step']} | {' | '.join(str(line[key]) for key in keys)} |" for line in shown]
         parts.append(

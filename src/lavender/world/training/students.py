@@ -1,8 +1,8 @@
-"""Train the world's students: ordinary checkpoints of real classes, with processor.
+"""Train the world's students: ordinary checkpoints of real classes, with their processors.
 
-Two stages, as real VLMs are made. First the vision tower learns to see: from each patch, which names
-does the picture hold (a multiple-instance loss; no place is ever told). Then the whole model learns to
-caption and to answer questions. It is stopped with room to improve.
+As for real VLMs there are two stages. First the vision tower and the projector learn which names a picture shows, by a
+multiple-instance loss over patches that gets no location. Then the whole model learns to caption and to answer
+questions. Training stops early on purpose, so that fine-tuning can still improve the model.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavender.world.language import ask_about, caption_scene
-from lavender.world.scenes import SPLITS, Scene, draw_scene
+from lavender.world.scenes import SPLITS, Scene
 from lavender.world.sprites import NAMES
 from lavender.world.student_models import CAPTION_PROMPT, STUDENTS, StudentFamily, text_batch
-from lavender.world.training.common import Checkpoint, Ema, warmup_stable_decay
+from lavender.world.training.common import (
+    Ema,
+    TrainingLoop,
+    millions,
+    scene_batches,
+    warmup_stable_decay,
+    without_pixels,
+)
 
 log = logging.getLogger(__name__)
 
 
 class Pictures:
-    """The scenes of consecutive seeds, their pixels already through the processor (float16)."""
+    """The scenes of consecutive seeds, with the image processor's tensors in place of their pixels (float16)."""
 
     def __init__(self, processor, seeds: range):
         self.scenes: list[Scene] = []
         parts: list[dict[str, Tensor]] = []
-        for start in range(0, len(seeds), 256):
-            group = [draw_scene(seed) for seed in seeds[start : start + 256]]
+        for group in scene_batches(seeds, 256):
             batch = dict(processor.image_processor([[scene.image] for scene in group], return_tensors="pt"))
             parts.append(
                 {
@@ -41,16 +47,17 @@ class Pictures:
                     if isinstance(value, Tensor)
                 }
             )
-            self.scenes += [Scene(one.seed, one.style, np.empty((0, 0, 3), np.uint8), one.things) for one in group]
+            self.scenes += without_pixels(group)
         self._tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """The model's image inputs of these scenes, float32."""
         chosen = {key: value[torch.from_numpy(indices)] for key, value in self._tensors.items()}
         return chosen | {"pixel_values": chosen["pixel_values"].float()}
 
 
 class PatchNames(nn.Module):
-    """Which names does a picture hold, read from its patches: log-sum-exp over patches, one logit a name."""
+    """Predicts which names a picture shows: one logit per name, by log-sum-exp over the patches' logits."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -58,7 +65,7 @@ class PatchNames(nn.Module):
         nn.init.constant_(self.linear.bias, -6.0)
 
     def forward(self, states: Tensor, shown: Tensor) -> Tensor:
-        """`states` (image, patch, width), `shown` bool (image, patch) → (image, name)."""
+        """Logits, (image, name), of `states` (image, patch, width). `shown`, bool (image, patch), selects patches."""
         logits = self.linear(self.norm(states)).masked_fill(~shown[..., None], -1e4)
         return logits.logsumexp(dim=1)
 
@@ -66,7 +73,7 @@ class PatchNames(nn.Module):
 def train_vision(
     work: Path, family: StudentFamily, model, pictures: Pictures, steps: int, batch: int, seed: int
 ) -> None:
-    """Stage one: vision tower and projector learn which names each picture holds."""
+    """The first stage: vision tower and projector learn which names each picture shows."""
     torch.manual_seed(seed)
     head = PatchNames(model.config.text_config.hidden_size)
     index_of = {name: index for index, name in enumerate(NAMES)}
@@ -74,38 +81,31 @@ def train_vision(
     for row, scene in enumerate(pictures.scenes):
         targets[row, [index_of[name] for name in scene.names]] = 1
     vision = nn.ModuleList(family.vision(model))
-    parameters = [*vision.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_stable_decay(steps, 200))
-    parts = {"vision": vision, "head": head, "optimizer": optimizer, "schedule": schedule}
-    checkpoint = Checkpoint(work / "student_vision.pt", parts)
-    for step in range(checkpoint.load(), steps):
+    optimizer = torch.optim.AdamW([*vision.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_stable_decay(steps))
+    modules = {"vision": vision, "head": head}
+    loop = TrainingLoop(work / "student_vision.pt", modules, optimizer, schedule, steps)
+    for step in loop.remaining():
         chosen = np.random.default_rng([seed, 1, step]).integers(len(pictures.scenes), size=batch)
         inputs = pictures.batch(chosen)
         logits = head(*family.patches(model, inputs))
         loss = F.binary_cross_entropy_with_logits(logits, targets[chosen], reduction="sum") / batch
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([one for one in parameters if one.grad is not None], 1.0)
-        optimizer.step()
-        schedule.step()
-        found = (logits.detach() > 0).float()
-        agreement = 2 * (found * targets[chosen]).sum() / (found.sum() + targets[chosen].sum())
-        checkpoint.tick(step + 1, steps, {"bce": loss.item(), "f1": agreement.item()})
+        predicted = (logits.detach() > 0).float()
+        f1 = 2 * (predicted * targets[chosen]).sum() / (predicted.sum() + targets[chosen].sum())
+        loop.update(loss, {"bce": loss.item(), "f1": f1.item()})
 
 
 def train_language(
     work: Path, family: StudentFamily, model, processor, pictures: Pictures, steps: int, batch: int, seed: int
 ) -> Ema:
-    """Stage two: everything learns to caption (three of four samples) and to answer questions."""
+    """The second stage: the whole model learns to caption (three of four samples) and to answer questions."""
     torch.manual_seed(seed + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_stable_decay(steps, 200))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_stable_decay(steps))
     ema = Ema({"model": model}, decay=0.995)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "ema": ema}
-    checkpoint = Checkpoint(work / "student.pt", parts)
+    loop = TrainingLoop(work / "student.pt", {"model": model}, optimizer, schedule, steps, ema)
     model.train()
-    for step in range(checkpoint.load(), steps):
+    for step in loop.remaining():
         rng = np.random.default_rng([seed, 2, step])
         chosen = rng.integers(len(pictures.scenes), size=batch)
         images = pictures.batch(chosen)
@@ -115,33 +115,35 @@ def train_language(
                 pairs.append((CAPTION_PROMPT, caption_scene(pictures.scenes[index], variant=step).text))
             else:
                 questions = ask_about(pictures.scenes[index], variant=step)
-                one = questions[int(rng.integers(len(questions)))]
-                pairs.append((one.question, one.answer))
+                asked = questions[int(rng.integers(len(questions)))]
+                pairs.append((asked.question, asked.answer))
         loss = model(**images, **text_batch(family, processor, pairs, images)).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        ema.update()
-        checkpoint.tick(step + 1, steps, {"loss": loss.item()})
+        loop.update(loss, {"loss": loss.item()})
     return ema
 
 
 def train_student(
     name: str, work: Path, out: Path, vision_steps: int, steps: int, num_scenes: int, batch: int = 32, seed: int = 0
 ) -> Path:
-    """Train a base of the named family; an ordinary checkpoint with processor in `out`, half precision."""
+    """Train a student; write it to `out` as an ordinary checkpoint with its processor, float16.
+
+    Args:
+        name: a family of `student_models.STUDENTS`.
+        work: folder of checkpoints and loss curves.
+        out: folder of the weights.
+        vision_steps, steps: optimizer steps of the first and of the second stage.
+        num_scenes: training scenes, the first ones of the pretraining split.
+        batch: samples per step.
+    """
     work.mkdir(parents=True, exist_ok=True)
     began, family = time.time(), STUDENTS[name]
     seeds = SPLITS["pretrain"][:num_scenes]
-    few = [draw_scene(one) for one in seeds[:1500]]
-    processor = family.build_processor(
-        [caption_scene(one, v).text for one in few for v in (0, 1)] + [CAPTION_PROMPT] * 50
-    )
+    first_scenes = [scene for group in scene_batches(seeds[:1500], 1500) for scene in group]
+    captions = [caption_scene(scene, variant).text for scene in first_scenes for variant in (0, 1)]
+    processor = family.build_processor(captions + [CAPTION_PROMPT] * 50)
     torch.manual_seed(seed)
     model = family.build_model(processor)
-    log.info("%s: %.2f M parameters", name, sum(p.numel() for p in model.parameters()) / 1e6)
+    log.info("%s: %.2f M parameters", name, millions(model))
     pictures = Pictures(processor, seeds)
     log.info("%d pictures in %.0f s", num_scenes, time.time() - began)
     train_vision(work, family, model, pictures, vision_steps, batch, seed)

@@ -1,12 +1,13 @@
-"""Train the world's teacher: an ordinary Stable Diffusion folder, small.
+"""Train the world's teacher: a small Stable Diffusion model, stored as an ordinary Stable Diffusion folder.
 
-Everything is the real class: AutoencoderKL, UNet2DConditionModel with cross-attention at two
-resolutions, a causal CLIPTextModel and a CLIP tokenizer whose byte-pair merges come from captions.
+All classes are the real ones: AutoencoderKL, UNet2DConditionModel with cross-attention at two resolutions, a causal
+CLIPTextModel, and a CLIP tokenizer whose byte-pair merges come from captions.
 
-Two choices differ from a plain recipe, both so that a name's own tokens carry it:
-captions vary around their nouns (see `language`), and in training the UNet often does not see the
-tokens that are not part of a name (function words, end and padding tokens, all of which know every
-noun before them because the text encoder is causal). At inference it sees all of them.
+Two choices differ from a plain recipe. Both make a name's own tokens carry the name:
+
+- Captions vary around their nouns (see `lavender.world.language`).
+- In training, tokens outside names are often hidden from the UNet: function words, end and padding tokens. They depend
+  on every noun before them, because the text encoder is causal. At inference the UNet sees all tokens.
 """
 
 from __future__ import annotations
@@ -29,44 +30,49 @@ from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lavender.world.language import Caption, caption_scene
-from lavender.world.scenes import SPLITS, Scene, draw_scene
-from lavender.world.training.common import Checkpoint, Ema, warmup_stable_decay
+from lavender.world.scenes import SPLITS, Scene
+from lavender.world.training.common import (
+    Ema,
+    TrainingLoop,
+    millions,
+    scene_batches,
+    warmup_stable_decay,
+    without_pixels,
+)
 
 log = logging.getLogger(__name__)
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 64  # pixels per side
 MAX_TOKENS = 48
-VOCABULARY = 480  # small on purpose: the longer names split into several tokens
+VOCABULARY = 480  # so small that the longer names split into several tokens
 
 
 def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges are learned from `captions`."""
+    """Train a CLIP tokenizer on captions."""
     blank = CLIPTokenizer()
     backend = Tokenizer(BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    backend.normalizer, backend.pre_tokenizer = (
-        blank.backend_tokenizer.normalizer,
-        blank.backend_tokenizer.pre_tokenizer,
-    )
-    special = ["<|startoftext|>", "<|endoftext|>"]
+    backend.normalizer = blank.backend_tokenizer.normalizer
+    backend.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
     alphabet = sorted(ByteLevel.alphabet())
     trainer = BpeTrainer(
         vocab_size=VOCABULARY,
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         continuing_subword_prefix="",
-        special_tokens=special,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
         show_progress=False,
     )
     backend.train_from_iterator(captions, trainer)
     learned = json.loads(backend.to_str())["model"]
     vocabulary = dict(learned["vocab"])
-    for letter in alphabet:  # a word may also end in any byte
+    for letter in alphabet:  # so that every byte has a token, also at the end of a word
         vocabulary.setdefault(letter + "</w>", len(vocabulary))
     merges: list[Any] = [tuple(pair) for pair in learned["merges"]]
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def build_vae() -> AutoencoderKL:
+    """An autoencoder with random weights: 3 × 64 × 64 pixels to 4 × 16 × 16 latents."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -80,6 +86,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
+    """A UNet with random weights, which cross-attends at 16 × 16 and 8 × 8 cells."""
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 4,
         in_channels=4,
@@ -95,6 +102,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A causal text encoder with random weights and states of width 128."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -124,55 +132,51 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def squash(image: Image.Image) -> np.ndarray:
-    """The whole picture on the teacher's square: float32 (3, 64, 64) in [-1, 1]."""
+    """The whole picture resized to the teacher's square, float32 (3, 64, 64) from -1 to 1."""
     square = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     return np.asarray(square, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
 def train_vae(work: Path, steps: int, batch: int = 16, seed: int = 0) -> AutoencoderKL:
-    """Fit the autoencoder with an L1 reconstruction and SD's tiny KL weight, then fix the latent scale."""
+    """Train the autoencoder with an L1 reconstruction loss and Stable Diffusion's KL weight, 1e-6."""
     torch.manual_seed(seed)
     vae = build_vae().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    checkpoint = Checkpoint(work / "vae.pt", {"vae": vae, "optimizer": optimizer, "schedule": schedule})
-    start = checkpoint.load()
-    first = SPLITS["teacher"].start
-    for step in range(start, steps):
-        seeds = range(first + step * batch, first + (step + 1) * batch)
-        pixels = torch.from_numpy(np.stack([squash(draw_scene(seed).image) for seed in seeds]))
+    loop = TrainingLoop(work / "vae.pt", {"vae": vae}, optimizer, schedule, steps)
+    for step in loop.remaining():
+        (scenes,) = scene_batches(SPLITS["teacher"][step * batch : (step + 1) * batch], batch)
+        pixels = torch.from_numpy(np.stack([squash(scene.image) for scene in scenes]))
         posterior = vae.encode(pixels).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
         loss = F.l1_loss(reconstruction, pixels) + 1e-6 * posterior.kl().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        checkpoint.tick(step + 1, steps, {"vae_l1": loss.item()})
+        loop.update(loss, {"vae_l1": loss.item()})
     vae.eval()
     return vae
 
 
 @torch.no_grad()
 def encode_scenes(vae: AutoencoderKL, seeds: range) -> tuple[torch.Tensor, list[Scene]]:
-    """Latents (mean of the posterior, unscaled) of many scenes: (len(seeds), 4, 16, 16)."""
+    """Unscaled latents (the posterior's mean), (len(seeds), 4, 16, 16), and the scenes without pixels."""
     latents, kept = [], []
-    for start in range(0, len(seeds), 64):
-        group = [draw_scene(seed) for seed in seeds[start : start + 64]]
+    for group in scene_batches(seeds, 64):
         pixels = torch.from_numpy(np.stack([squash(scene.image) for scene in group]))
         latents.append(vae.encode(pixels).latent_dist.mean)
-        kept += [Scene(scene.seed, scene.style, np.empty((0, 0, 3), np.uint8), scene.things) for scene in group]
+        kept += without_pixels(group)
     return torch.cat(latents), kept
 
 
 def visible_tokens(
     offsets: list[tuple[int, int]], caption: Caption, length: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Which tokens the UNet may see at a training step: always the start token and every name's tokens."""
+    """Which tokens the UNet sees in a training step, bool (length,): always the start token and the names' tokens.
+
+    Args:
+        offsets: half-open character span of each token; empty for special tokens.
+    """
     visible = rng.random(length) < 0.6
     visible[0] = True
-    tail = sum(end > start for start, end in offsets) + 1  # where the end token stands
+    tail = sum(end > start for start, end in offsets) + 1  # index of the end token
     if rng.random() < 0.6:
         visible[tail:] = False
     for position, (start, end) in enumerate(offsets):
@@ -182,7 +186,7 @@ def visible_tokens(
 
 
 def sample_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Half uniform, half from the middle of the schedule, where the text decides most."""
+    """Half of them uniform, half from the middle of the schedule, where the text has most influence."""
     uniform = torch.randint(0, 1000, (count,), generator=generator)
     middle = torch.randint(150, 750, (count,), generator=generator)
     return torch.where(torch.rand(count, generator=generator) < 0.5, uniform, middle)
@@ -191,7 +195,15 @@ def sample_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
 def train_teacher(
     work: Path, out: Path, steps: int, vae_steps: int, num_scenes: int, batch: int = 32, seed: int = 0
 ) -> Path:
-    """Train autoencoder, tokenizer, text encoder and UNet; write a Stable Diffusion folder to `out`."""
+    """Train autoencoder, tokenizer, text encoder and UNet; write a Stable Diffusion folder to `out`.
+
+    Args:
+        work: folder of checkpoints and loss curves.
+        out: folder of the weights, float32.
+        steps, vae_steps: optimizer steps of the UNet with its text encoder, and of the autoencoder.
+        num_scenes: training scenes, the first ones of the teacher's split.
+        batch: scenes per step.
+    """
     work.mkdir(parents=True, exist_ok=True)
     began = time.time()
     vae = train_vae(work, vae_steps, seed=seed)
@@ -202,20 +214,15 @@ def train_teacher(
     tokenizer = train_tokenizer([caption_scene(scene).text for scene in scenes[:4000]])
     torch.manual_seed(seed + 1)
     unet, text_encoder, scheduler = build_unet(), build_text_encoder(tokenizer), build_scheduler()
-    log.info(
-        "UNet %.2f M, text %.2f M parameters",
-        *(sum(p.numel() for p in m.parameters()) / 1e6 for m in (unet, text_encoder)),
-    )
+    log.info("UNet %.2f M, text encoder %.2f M parameters", millions(unet), millions(text_encoder))
+    modules = {"unet": unet, "text_encoder": text_encoder}
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=6e-4, weight_decay=0.01, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_stable_decay(steps, warmup=200))
-    ema = Ema({"unet": unet, "text_encoder": text_encoder}, decay=0.998)
-    checkpoint = Checkpoint(
-        work / "teacher.pt",
-        {"unet": unet, "text_encoder": text_encoder, "optimizer": optimizer, "schedule": schedule, "ema": ema},
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_stable_decay(steps))
+    ema = Ema(modules, decay=0.998)
+    loop = TrainingLoop(work / "teacher.pt", modules, optimizer, schedule, steps, ema)
     unet.to(memory_format=torch.channels_last)
-    for step in range(checkpoint.load(), steps):
+    for step in loop.remaining():
         rng, generator = np.random.default_rng([seed, step]), torch.Generator().manual_seed(seed * 10**6 + step)
         chosen = rng.integers(len(scenes), size=batch)
         captions = [caption_scene(scenes[index], variant=step) for index in chosen]
@@ -231,13 +238,7 @@ def train_teacher(
         text_states = text_encoder(ids).last_hidden_state
         predicted = unet(noisy, timesteps, text_states, encoder_attention_mask=torch.from_numpy(visible)).sample
         loss = F.mse_loss(predicted, noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        ema.update()
-        checkpoint.tick(step + 1, steps, {"loss": loss.item()})
+        loop.update(loss, {"loss": loss.item()})
     with ema.applied():
         save_pipeline(out, vae, unet, text_encoder, tokenizer, scheduler)
     log.info("teacher done in %.0f s", time.time() - began)
@@ -245,7 +246,7 @@ def train_teacher(
 
 
 def save_pipeline(out: Path, vae, unet, text_encoder, tokenizer, scheduler) -> None:
-    """Write what `StableDiffusionPipeline.from_pretrained(out)` loads: safetensors, half precision."""
+    """Write a folder that `StableDiffusionPipeline.from_pretrained` loads."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         unet=unet,
