@@ -24,7 +24,7 @@ from lavender.students.registry import adapter_for
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class AnsweredPicture:
     """One picture, the question asked, the answer read teacher-forced, and the words to map.
 
     The picture becomes what `load_image` makes of it: upright, RGB. So it may also be what that takes, such as a path.
@@ -87,7 +87,7 @@ def capturing(model: PreTrainedModel) -> Iterator[None]:
 def student_maps(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    readings: Sequence[Reading],
+    readings: Sequence[AnsweredPicture],
     grid: tuple[int, int] = (32, 32),
     batch_size: int = 16,
 ) -> list[WordMaps]:
@@ -101,7 +101,7 @@ def student_maps(
     return results
 
 
-def _batch(model, processor, adapter, locator, layers, readings: Sequence[Reading], grid) -> list[WordMaps]:
+def _batch(model, processor, adapter, locator, layers, readings: Sequence[AnsweredPicture], grid) -> list[WordMaps]:
     conversations = [reading.messages() for reading in readings]
     texts = [processor.apply_chat_template(one, tokenize=False) for one in conversations]
     inputs = processor(
