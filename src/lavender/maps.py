@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -60,6 +61,7 @@ class WordMaps:
     maps: Tensor
     dropped: tuple[Dropped, ...] = field(default=())
     confidence: Tensor = field(default_factory=lambda: torch.ones(0))
+    image: Image.Image | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.confidence.shape[0]:

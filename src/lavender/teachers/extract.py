@@ -145,7 +145,7 @@ def _pairs(
         seen.add(key)
         if words := content_words(answer, config.parts_of_speech):
             if index not in framed:
-                framed[index] = teacher.frame(images[index])
+                framed[index] = teacher.view(images[index])
             yield _Item(Job(framed[index], *key, words))
             continue
         drop = Dropped(f"{sample.name}: {answer[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}")

@@ -58,7 +58,7 @@ def test_the_seed_changes_the_maps(pipeline, jobs):
     assert (one - other).abs().max() > 1e-3
 
 
-def test_the_whole_picture_is_the_frame(pipeline):
+def test_maps_cover_the_whole_picture(pipeline):
     """A picture squashed to the teacher's square is the teacher's square."""
     wide = Image.new("RGB", (130, 70), (9, 80, 200))
     wide.paste((250, 40, 3), (0, 0, 65, 35))
@@ -70,10 +70,10 @@ def test_the_whole_picture_is_the_frame(pipeline):
 
 
 @pytest.mark.parametrize("geometry", ["squash", "aspect", "crop"])
-def test_a_framed_picture_is_as_good_as_the_picture(pipeline, jobs, geometry):
+def test_a_view_is_as_good_as_the_picture(pipeline, jobs, geometry):
     config = ExtractionConfig(grid=(11, 13), geometry=geometry, flip=True)
     teacher = Teacher(pipeline, config)
-    framed = [Job(teacher.frame(one.image), one.image_id, one.text, one.words) for one in jobs[:2]]
+    framed = [Job(teacher.view(one.image), one.image_id, one.text, one.words) for one in jobs[:2]]
     for one, other in zip(teacher(framed), Teacher(pipeline, config)(jobs[:2]), strict=True):
         assert torch.equal(one.maps, other.maps)
 
@@ -203,8 +203,8 @@ def test_other_pipelines_are_refused(pipeline):
         Teacher(other, CONFIG)
     assert str(caught.value) == (
         "Got a DDPMPipeline. Expected one of StableDiffusionPipeline, StableDiffusionXLPipeline, "
-        "StableDiffusion3Pipeline. Do this: use such a teacher, or write a family: one file in lavender/diffusion "
-        "and one line in its registry."
+        "StableDiffusion3Pipeline. Do this: use one of these, or add a family: see TeacherFamily in "
+        "lavender/teachers/diffusion/base.py."
     )
 
 
