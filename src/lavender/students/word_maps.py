@@ -28,6 +28,14 @@ class AnsweredPicture:
     """One picture, the question asked, the answer read teacher-forced, and the words to map.
 
     The picture becomes what `load_image` makes of it: upright, RGB. So it may also be what that takes, such as a path.
+
+    Example:
+        >>> from PIL import Image
+        >>> from lavender import AnsweredPicture
+        >>> from lavender.words import content_words
+        >>> image, words = Image.new("RGB", (96, 64), "red"), content_words("a red dog", ("noun",))
+        >>> AnsweredPicture(image, "what is it?", "a red dog", words).messages()[1]["content"]
+        [{'type': 'text', 'text': 'a red dog'}]
     """
 
     image: Image.Image
@@ -91,7 +99,21 @@ def student_maps(
     grid: tuple[int, int] = (32, 32),
     batch_size: int = 16,
 ) -> list[WordMaps]:
-    """Heat maps of where a model looks when it predicts each word: mean over heads and all usable layers."""
+    """Heat maps of where a model looks when it predicts each word: mean over heads and all usable layers.
+
+    Example:
+        >>> from PIL import Image
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> from lavender import AnsweredPicture, student_maps
+        >>> from lavender.words import content_words
+        >>> from lavender.world import STUDENT_PATH
+        >>> model = AutoModelForImageTextToText.from_pretrained(STUDENT_PATH)
+        >>> processor = AutoProcessor.from_pretrained(STUDENT_PATH)
+        >>> image, words = Image.new("RGB", (96, 64), "red"), content_words("a red dog", ("noun",))
+        >>> picture = AnsweredPicture(image, "what is it?", "a red dog", words)
+        >>> student_maps(model, processor, [picture])[0].grid
+        (32, 32)
+    """
     adapter = adapter_for(model.config)
     locator, layers = WordLocator(processor, adapter), adapter.usable_layers()
     results: list[WordMaps] = []

@@ -53,6 +53,16 @@ def extract(
     Stopped at any moment and started again, it goes on where it was, and ends with the same records. Their maps
     may differ in the last of their 8 bits, for batches are then cut in other places.
 
+    Example:
+        >>> from datasets import Dataset
+        >>> from PIL import Image
+        >>> from lavender import Teacher, extract, read_samples
+        >>> from lavender.world import TEACHER_PATH
+        >>> row = {"image": Image.new("RGB", (96, 64), "red"), "text": "a red dog"}
+        >>> summary = extract(read_samples(Dataset.from_list([row])), Teacher.from_pretrained(TEACHER_PATH), "maps")
+        >>> summary.records, summary.words, summary.dropped
+        (1, 2, [])
+
     Args:
         strict: raise DataError at the first sample that cannot be used, instead of counting it.
         on_estimate: called once, after the first batch.

@@ -16,10 +16,11 @@ from transformers import CTRLTokenizer
 
 from lavender.config import ExtractionConfig
 from lavender.data.images import image_id
-from lavender.errors import UnsupportedModelError
+from lavender.errors import DataError, UnsupportedModelError
 from lavender.teachers.diffusion import teacher as module
 from lavender.teachers.diffusion.teacher import Job, Teacher
-from lavender.words import words_of
+from lavender.words import content_words, words_of
+from lavender.world import TEACHER_PATH
 
 CONFIG = ExtractionConfig(grid=(11, 13), timesteps=(300,), geometry="squash")
 
@@ -46,6 +47,42 @@ def test_maps_are_heat_with_a_confidence_for_each_word(pipeline, jobs):
         assert one.maps.flatten(1).amax(dim=1, keepdim=True).tolist() == [[1]] * len(given.words)
         assert one.confidence.shape == (len(given.words),)
         assert ((one.confidence >= 0) & (one.confidence <= 1)).all()
+
+
+def test_maps_of_one_picture_and_one_text(pipeline, some_scenes, tmp_path):
+    """Content words are found, a word without a map is named, and the picture may be a file or its content."""
+    image, text = some_scenes[0].image, f"a red dog and two {'x' * 65} run"
+    path = tmp_path / "scene.png"
+    image.save(path)
+    teacher = Teacher(pipeline, CONFIG)
+    expected = teacher([job(some_scenes[0], text, content_words(text, CONFIG.parts_of_speech))])[0]
+    assert [word.text for word in expected.words] == ["red", "dog", "run"]
+    for source in (image, path, str(path), path.read_bytes()):
+        maps = teacher.maps(source, text)
+        assert (maps.image_id, maps.text, maps.words) == (expected.image_id, text, expected.words)
+        assert maps.dropped == expected.dropped
+        assert [drop.reason for drop in maps.dropped] == ["a word of more than 64 characters"]
+        torch.testing.assert_close(maps.maps, expected.maps, rtol=0, atol=1e-5)
+        torch.testing.assert_close(maps.confidence, expected.confidence, rtol=0, atol=1e-5)
+        assert maps.image is not None
+        assert maps.image.tobytes() == image.tobytes()
+
+
+def test_a_text_without_content_words_has_no_maps(pipeline, some_scenes):
+    maps = Teacher(pipeline, CONFIG).maps(some_scenes[0].image, "of 12, the")
+    assert (maps.words, maps.dropped, maps.maps.shape) == ((), (), (0, 11, 13))
+
+
+def test_a_picture_that_is_missing_is_refused(pipeline, tmp_path):
+    with pytest.raises(DataError, match="Got the image, whose file .* does not exist"):
+        Teacher(pipeline, CONFIG).maps(tmp_path / "no.png", "a dog")
+
+
+def test_no_config_is_the_default_config(pipeline):
+    assert Teacher(pipeline).config == ExtractionConfig()
+    teacher = Teacher.from_pretrained(TEACHER_PATH)
+    assert teacher.config == ExtractionConfig()
+    assert teacher.name == str(TEACHER_PATH)
 
 
 def test_no_job_is_no_work(pipeline):

@@ -68,10 +68,19 @@ class _EncodedView:
 
 
 class Teacher:
-    """A diffusion model that says, for each word of a text, where it is in a picture (§3 of the paper, Eq. 13–14).
+    """A diffusion model that says, for each word of a text, where it is in a picture (the paper's Eq. 13–14).
 
     `maps` takes one picture and one text. Calling the teacher with a list of `Job` maps a batch, and
     `lavender.extract` maps a data set.
+
+    Example:
+        >>> from PIL import Image
+        >>> from lavender import Teacher
+        >>> from lavender.world import TEACHER_PATH
+        >>> teacher = Teacher.from_pretrained(TEACHER_PATH)
+        >>> maps = teacher.maps(Image.new("RGB", (96, 64), "red"), "a red dog")
+        >>> [word.text for word in maps.words], tuple(maps.maps.shape)
+        (['red', 'dog'], (2, 32, 32))
 
     Args:
         pipeline: a pipeline of diffusers of a supported family: Stable Diffusion 1.x, 2.x, XL, 3 or 3.5. It is used as
@@ -89,15 +98,6 @@ class Teacher:
         UnsupportedModelError: no supported family has this pipeline class, or the tokenizer is slow.
         ConfigError: the config does not fit the model: a layer weight that matches no layer, or a mode that the family
             does not have.
-
-    Example:
-        >>> from PIL import Image
-        >>> from lavender import Teacher
-        >>> from lavender.world import TEACHER_PATH
-        >>> teacher = Teacher.from_pretrained(TEACHER_PATH)
-        >>> maps = teacher.maps(Image.new("RGB", (96, 64), "red"), "a red dog")
-        >>> [word.text for word in maps.words], tuple(maps.maps.shape)
-        (['red', 'dog'], (2, 32, 32))
     """
 
     def __init__(self, pipeline: Any, config: ExtractionConfig | None = None, name: str = "unnamed"):
