@@ -60,8 +60,8 @@ def load_family(path: str, **options: Any) -> TeacherFamily:
         for part, value in index.items()
         if part not in family.optional_parts and isinstance(value, list | tuple) and value[0] is not None
     }
-    models = {part: model for part, model in parts.items() if model is not None}
-    with _quiet_diffusers():
+    models = {part: one for part, one in parts.items() if one is not None}
+    with _quiet():
         return family(family.pipeline_class.from_pretrained(folder, **models, **family.optional_parts, **options))
 
 
@@ -72,8 +72,8 @@ def load_tiny_vae(path: str, **options: Any) -> AutoencoderTiny:
 
 
 @contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """Silence diffusers' log and, outside a terminal, its progress bars, as `lavender.model_files.loading` does."""
+def _quiet() -> Iterator[None]:
+    """Without diffusers' remarks, and its bars outside a terminal, as `lavender.model_files.loading` has it."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
