@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lavender.config import ExtractionConfig, Geometry
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
-from lavender.teachers.diffusion import teacher as teacher_module
+from lavender.teachers.diffusion import batch_reader
 from lavender.teachers.diffusion.aggregate import Aggregate
 from lavender.teachers.diffusion.base import Layer
 from lavender.teachers.diffusion.registry import family_of
@@ -55,7 +55,7 @@ class Limits(Basis):
                 super().add(layer, bright.expand(maps_BHCW.shape))
 
         monkeypatch.setattr(family_class, "encode_pixels", encode)
-        monkeypatch.setattr(teacher_module, "Aggregate", Bright)
+        monkeypatch.setattr(batch_reader, "Aggregate", Bright)
         every = family_class(pipeline).layers((16, 16))
         finest = max(layer.grid for layer in every)
         weights = {layer.name: float(layer.grid == finest) for layer in every}

@@ -239,7 +239,7 @@ def distances(family: TeacherFamily, batch: Batch, log: Log) -> Tensor:
 
 
 def test_tuning_leads_back_to_the_path(family):
-    """With guidance the way back strays; more optimisation, less."""
+    """With guidance the denoising leaves the path; with more optimisation, less."""
     batch = batch_of(family, pipelines.TEXTS[:1])
     none, some, many = (
         distances(family, batch, run(family, batch, **null_text(guidance=7.5, null_text_iterations=iterations)))
@@ -321,7 +321,7 @@ def test_parameters_ask_for_gradients_as_before_after_an_exception(monkeypatch):
     ],
 )
 def test_forwards_are_counted(settings, inverted, tuned, monkeypatch):
-    """A row: the inversion, two for each step of the way back, three for each iteration; no row stops early."""
+    """Per row: the inversion, two per denoising step, three per iteration; no row stops early."""
     import lavender.teachers.diffusion.denoising as module
 
     calls, original = [], module._optimize_empty

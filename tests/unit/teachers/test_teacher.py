@@ -110,8 +110,8 @@ def test_maps_cover_the_whole_picture(pipeline):
 def test_a_view_is_as_good_as_the_picture(pipeline, jobs, geometry):
     config = ExtractionConfig(grid=(11, 13), geometry=geometry, flip=True)
     teacher = Teacher(pipeline, config)
-    framed = [Job(teacher.view(one.image), one.image_id, one.text, one.words) for one in jobs[:2]]
-    for one, other in zip(teacher(framed), Teacher(pipeline, config)(jobs[:2]), strict=True):
+    with_views = [Job(teacher.view(one.image), one.image_id, one.text, one.words) for one in jobs[:2]]
+    for one, other in zip(teacher(with_views), Teacher(pipeline, config)(jobs[:2]), strict=True):
         assert torch.equal(one.maps, other.maps)
 
 

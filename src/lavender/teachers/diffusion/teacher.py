@@ -26,13 +26,12 @@ from lavender.data.images import image_id, load_image
 from lavender.errors import CaptureError
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.model_files import loading
-from lavender.teachers.diffusion.aggregate import Aggregate, refine
 from lavender.teachers.diffusion.base import Condition, Layer, LayerWeights
-from lavender.teachers.diffusion.capture import WordCapture, capture_words
+from lavender.teachers.diffusion.batch_reader import BatchReader
 from lavender.teachers.diffusion.denoising import Batch, read_maps
 from lavender.teachers.diffusion.layer_weights import choose_layers
 from lavender.teachers.diffusion.registry import family_of, load_family, load_tiny_vae
-from lavender.teachers.diffusion.text_windows import Window, indicator, window_of, windows
+from lavender.teachers.diffusion.text_windows import Window, window_of, windows
 from lavender.teachers.diffusion.views import Box, View, view_of
 from lavender.words import content_words, too_long
 
@@ -91,8 +90,8 @@ class Teacher:
     Attributes:
         family: the `TeacherFamily` around the pipeline.
         weights: the layer weights in use: the config's, else the family's default.
-        reconstruction: with `mode="null-text"`, per text so far, the mean squared error of the latents that the
-            denoising ended with. A picture's latents have a variance of about 1.
+        reconstruction: with `mode="null-text"`, per window of text so far, the mean squared error of the latents that
+            the denoising ended with. A picture's latents have a variance of about 1.
 
     Raises:
         UnsupportedModelError: no supported family has this pipeline class, or the tokenizer is slow.
@@ -190,7 +189,7 @@ class Teacher:
 
         Raises:
             DataError: the picture cannot be decoded.
-            CaptureError: the maps are not finite, or the attention cannot be read.
+            CaptureError, ConfigError: as calling the teacher with jobs.
         """
         picture = load_image(image, "the image")
         words = content_words(text, self.config.parts_of_speech)
@@ -199,10 +198,16 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, jobs: Sequence[Job]) -> list[WordMaps]:
-        """Map a batch of jobs, as one batch per shape of view. The maps of a job do not depend on the other jobs.
+        """Map the words of a list of jobs, in one batch per shape of view; `config.batch_size` is for the caller.
+
+        The maps of a job do not depend on the other jobs.
+
+        Returns:
+            The maps of each job, in the order of the jobs; see `maps`.
 
         Raises:
             CaptureError: the maps are not finite, or the attention cannot be read.
+            ConfigError: the latents are not finite, or `layer_weights` has another number of heads than a layer.
         """
         rows, without_token = self._windows_of(jobs)
         views = self._encode_views(jobs)
@@ -314,7 +319,8 @@ class Teacher:
             self._noise_of(image_ids, latents.shape[1:]) if config.mode == "noise" else None,
             family.empty_condition() if config.mode == "null-text" else None,
         )
-        reader = _Reader(self, rows, [view.box for view in row_views], batch)
+        layers, boxes = self.layers(batch.image_size), [view.box for view in row_views]
+        reader = BatchReader(family, config, layers, self.weights, rows, boxes, batch)
         read_maps(family, config, batch, reader)
         if batch.reconstruction is not None:
             self.record_reconstruction(batch, batch.reconstruction, image_ids)
@@ -344,47 +350,6 @@ class Teacher:
                 for identity in image_ids
             ]
         )
-
-
-class _Reader:
-    """Runs the forwards of one batch under capture, and aggregates what they show."""
-
-    def __init__(self, teacher: Teacher, rows: Sequence[Window], boxes: Sequence[Box], batch: Batch):
-        self.family, self.config, self.batch, self.boxes = teacher.family, teacher.config, batch, boxes
-        latent_size = (batch.latents.shape[-2], batch.latents.shape[-1])
-        self._layers = teacher.layers(batch.image_size)
-        values, counts = indicator(rows, self.family.max_tokens)
-        self._indicator = values.to(self.family.device)
-        self._aggregate = Aggregate(self.config, teacher.weights, boxes, counts.to(self.family.device))
-        self._image_layers: list[Layer] = []
-        if self.config.refine:
-            finest = max(self._layers, key=lambda layer: layer.grid[0] * layer.grid[1]).grid
-            self._image_layers = [layer for layer in self.family.self_attention(latent_size) if layer.grid == finest]
-        self._image_attention: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, needs_output: bool) -> Tensor | None:
-        repeats = len(latents) // len(self.boxes)
-        capture = WordCapture(
-            self._layers,
-            self._indicator.repeat_interleave(repeats, dim=0),
-            condition["states"].shape[1],
-            self._aggregate.add,
-            self._image_layers,
-        )
-        output = None
-        with capture_words(capture, stop=not needs_output):
-            output = self.family.denoise(latents, timesteps, condition, self.batch.image_size)
-        self._image_attention = capture.image_attention
-        return output
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Maps (row, column, rows, cols), confidences (row, column)."""
-        maps = self._aggregate.maps()
-        confidence = self._aggregate.agreement(maps)
-        if self._image_layers:
-            attention = [(layer, *self._image_attention[layer.name]) for layer in self._image_layers]
-            maps = refine(maps, attention, self.boxes, self.config.refine)
-        return maps, confidence
 
 
 def _gaussian(name: str, shape: Sequence[int]) -> Tensor:
