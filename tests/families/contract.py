@@ -26,7 +26,7 @@ from lavender.config import AlignmentConfig, Pooling
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
 from lavender.students.capture import install, set_kernel
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import AnsweredPicture, capturing, student_maps
+from lavender.students.word_maps import Reading, capturing, student_maps
 from lavender.words import words_of
 
 EVERY_POOLING = pytest.mark.parametrize(
@@ -137,10 +137,8 @@ class Contract(Batches, Guards, Parts, Core):
     def test_the_model_is_restored_after_failed_maps(self, family, model, readings):
         model.train()
         before = traces(model)
-        wrong = AnsweredPicture(
-            readings[0].image, "what?", "a dog", words_of("a very different text of many words, here")
-        )
-        bad = AnsweredPicture(Image.new("RGB", (40, 50)), "what?", None, wrong.words)  # ty: ignore[invalid-argument-type]
+        wrong = Reading(readings[0].image, "what?", "a dog", words_of("a very different text of many words, here"))
+        bad = Reading(Image.new("RGB", (40, 50)), "what?", None, wrong.words)  # ty: ignore[invalid-argument-type]
         with pytest.raises(Exception):  # noqa: B017, PT011
             student_maps(model, family.processor, [readings[0], bad], GRID)
         assert traces(model) == before
@@ -188,7 +186,7 @@ class Contract(Batches, Guards, Parts, Core):
         assert (together[0].maps[0] - together[1].maps[0]).abs().max() > 1e-3
 
     def test_no_words_no_maps(self, family, model, readings):
-        maps = student_maps(model, family.processor, [AnsweredPicture(readings[0].image, "what?", "12!", ())], GRID)[0]
+        maps = student_maps(model, family.processor, [Reading(readings[0].image, "what?", "12!", ())], GRID)[0]
         assert maps.maps.shape == (0, *GRID)
 
     # 7

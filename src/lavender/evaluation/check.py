@@ -28,7 +28,7 @@ from lavender.students.image_keys import overlap_matrix
 from lavender.students.loading import load_run
 from lavender.students.locate import WordLocator
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import AnsweredPicture, evaluating
+from lavender.students.word_maps import Reading, evaluating
 
 SHOWS = 0.4  # a patch shows a word where the teacher's map has this share of its maximum
 KEPT = ("whole", "there", "elsewhere")
@@ -38,7 +38,7 @@ KEPT = ("whole", "there", "elsewhere")
 class _Case:
     """One mapped word of one reading, the rows that predict it, and the teacher's map (rows, cols)."""
 
-    reading: AnsweredPicture
+    reading: Reading
     word: Word
     map: Tensor
 
@@ -99,7 +99,7 @@ def _refuse_no_verdict(model_path: str | Path, losses: Mapping[str, Tensor], dro
         )
 
 
-def _cases(readings: Sequence[AnsweredPicture], store: MapStore) -> list[_Case]:
+def _cases(readings: Sequence[Reading], store: MapStore) -> list[_Case]:
     cases = []
     for reading in readings:
         known = store.get(image_id(reading.image), reading.answer)

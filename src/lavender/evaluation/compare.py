@@ -20,7 +20,7 @@ from lavender.evaluation.answers import generate_answers
 from lavender.evaluation.report.page import Panel, WordRow
 from lavender.maps import WordMaps, correlation, entropy
 from lavender.students.locate import text_of
-from lavender.students.word_maps import AnsweredPicture, student_maps
+from lavender.students.word_maps import Reading, student_maps
 from lavender.words import content_words
 
 CONTENT = ("noun", "adjective", "verb")
@@ -82,7 +82,7 @@ def _hindrance(sample: Sample) -> str:
     return "" if shows else "whose picture is not in the first question"
 
 
-def readings_of(samples: Sequence[Sample], store: MapStore | SeveralStores | None) -> list[AnsweredPicture]:
+def readings_of(samples: Sequence[Sample], store: MapStore | SeveralStores | None) -> list[Reading]:
     """First question and answer of each sample with one picture; the words the teacher mapped, else content words."""
     readings = []
     for sample in samples:
@@ -91,14 +91,14 @@ def readings_of(samples: Sequence[Sample], store: MapStore | SeveralStores | Non
         prompt, answer = turns[0], turns[1]
         known = store.get(image_id(image), answer) if store is not None else None
         words = known.words if known is not None else content_words(answer, CONTENT)
-        readings.append(AnsweredPicture(image, prompt, answer, words))
+        readings.append(Reading(image, prompt, answer, words))
     return readings
 
 
 def observe(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    readings: Sequence[AnsweredPicture],
+    readings: Sequence[Reading],
     store: MapStore | SeveralStores | None,
     max_new_tokens: int = 64,
 ) -> Observed:
@@ -135,7 +135,7 @@ def map_agreement(maps: Sequence[WordMaps], store: MapStore | SeveralStores) -> 
 
 @torch.inference_mode()
 def answer_nll(
-    model: PreTrainedModel, processor: ProcessorMixin, readings: Sequence[AnsweredPicture], batch_size: int = 16
+    model: PreTrainedModel, processor: ProcessorMixin, readings: Sequence[Reading], batch_size: int = 16
 ) -> float:
     """Mean negative log-likelihood of the reference answers' tokens (with their end token), nats a token.
 
@@ -192,7 +192,7 @@ class Phrase:
 
 
 def panels_of(
-    readings: Sequence[AnsweredPicture],
+    readings: Sequence[Reading],
     phrases: Sequence[Sequence[Phrase]],
     teacher: Sequence[WordMaps | None],
     observed: dict[str, Observed],

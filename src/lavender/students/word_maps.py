@@ -53,6 +53,9 @@ class AnsweredPicture:
         ]
 
 
+Reading = AnsweredPicture  # the former name
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards each module's own flag, since a frozen tower may be in evaluation mode already."""

@@ -11,7 +11,7 @@ from lavender.cli import main
 from lavender.errors import DataError
 from lavender.evaluation.check import KEPT, _Case, _shows, check_model, word_losses
 from lavender.maps import to_heat
-from lavender.students.word_maps import AnsweredPicture
+from lavender.students.word_maps import Reading
 from lavender.training.run import load_run
 from lavender.words import words_of
 from lavender.world import STUDENT_PATHS
@@ -30,7 +30,7 @@ def cases(count: int) -> list[_Case]:
             thing = scene.things[0]
             text = f"a {thing.name}"
             mask = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(thing.mask).float()[None, None], (32, 32))
-            reading = AnsweredPicture(scene.image, CAPTION_PROMPT, text, words_of(text))
+            reading = Reading(scene.image, CAPTION_PROMPT, text, words_of(text))
             found.append(_Case(reading, words_of(text)[1], to_heat(mask[0, 0])))
     return found
 

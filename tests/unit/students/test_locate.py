@@ -13,7 +13,7 @@ from PIL import Image
 from lavender.errors import DataError
 from lavender.students.locate import WordLocator, text_of
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import AnsweredPicture
+from lavender.students.word_maps import Reading
 from lavender.words import words_of
 from lavender.world.student_models import MLLAMA_TEMPLATE, conversation
 
@@ -216,5 +216,5 @@ def test_text_of_messages():
 
 
 def test_a_reading_asks_about_one_picture():
-    messages = AnsweredPicture(Image.new("RGB", (16, 16)), "what?", "a dog", ()).messages()
+    messages = Reading(Image.new("RGB", (16, 16)), "what?", "a dog", ()).messages()
     assert messages == conversation("what?", "a dog")
