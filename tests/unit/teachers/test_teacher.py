@@ -18,6 +18,7 @@ from lavender.config import ExtractionConfig
 from lavender.data.images import image_id
 from lavender.errors import DataError, UnsupportedModelError
 from lavender.teachers.diffusion import teacher as module
+from lavender.teachers.diffusion.registry import FAMILIES
 from lavender.teachers.diffusion.teacher import Job, Teacher
 from lavender.words import content_words, words_of
 from lavender.world import TEACHER_PATH
@@ -235,12 +236,12 @@ def test_the_encoder_is_read_at_its_mode_and_scaled(pipeline):
 
 
 def test_other_pipelines_are_refused(pipeline):
+    known = [family.pipeline_class.__name__ for family in FAMILIES]
     other = DDPMPipeline(pipeline.unet, pipeline.scheduler)
     with pytest.raises(UnsupportedModelError) as caught:
         Teacher(other, CONFIG)
     assert str(caught.value) == (
-        "Got a DDPMPipeline. Expected one of StableDiffusionPipeline, StableDiffusionXLPipeline, "
-        "StableDiffusion3Pipeline. Do this: use one of these, or add a family: see TeacherFamily in "
+        f"Got a DDPMPipeline. Expected one of {', '.join(known)}. Do this: use one of these, or add a family: see TeacherFamily in "
         "lavender/teachers/diffusion/base.py."
     )
 

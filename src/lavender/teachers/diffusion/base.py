@@ -48,10 +48,10 @@ class TeacherFamily(ABC):
        `text_width`, `backbone`, `side`, `unit`, `encode_texts`, `predict`, `add_noise`, `layers`, `self_attention`. It
        overrides the other methods where their default is wrong for the family.
     2. Add the class to `FAMILIES` in `registry.py`.
-    3. Add `tests/teachers/test_FAMILY.py`, which subclasses the contract in `tests/teachers/contract.py` with a tiny
-       pipeline of random weights.
+    3. Add a tiny pipeline of random weights to `tests/teachers/pipelines.py`, and `tests/teachers/test_FAMILY.py`,
+       which subclasses the contract in `tests/teachers/contract.py`.
 
-    Capture, modes, aggregation, long texts and stores are the same for every family. No other file needs to know it.
+    Capture, modes, aggregation, long texts and stores are the same for every family, and do not know which it is.
 
     What goes wrong most easily:
 
