@@ -241,8 +241,8 @@ def test_other_pipelines_are_refused(pipeline):
     with pytest.raises(UnsupportedModelError) as caught:
         Teacher(other, CONFIG)
     assert str(caught.value) == (
-        f"Got a DDPMPipeline. Expected one of {', '.join(known)}. Do this: use one of these, or add a family: see TeacherFamily in "
-        "lavender/teachers/diffusion/base.py."
+        f"Got a DDPMPipeline. Expected one of {', '.join(known)}. Do this: use one of these, or add a "
+        "family: see TeacherFamily in lavender/teachers/diffusion/base.py."
     )
 
 
