@@ -290,7 +290,7 @@ CAPTURING = ((WordCapture, "see", "capture"), (Aggregate, "maps", "capture"), (A
 READING = (
     (Sample, "load", "io"),
     (lavender.teachers.extract, "image_id", "io"),
-    (Teacher, "frame", "io"),
+    (Teacher, "view", "io"),
     (StoreWriter, "add", "io"),
     (StoreWriter, "flush", "io"),
     (lavender.teachers.extract, "content_words", "words"),

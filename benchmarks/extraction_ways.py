@@ -159,7 +159,7 @@ class Forward:
         aggregate = Aggregate(config, self.teacher.weights, [WHOLE] * self.rows, counts)
         keys = self.condition["states"].shape[1]
         output = None
-        with capture_words(WordCapture(self.layers, self.values, keys, aggregate.take), stop):
+        with capture_words(WordCapture(self.layers, self.values, keys, aggregate.add), stop):
             output = self.bare()
         maps = aggregate.maps()
         aggregate.agreement(maps)

@@ -125,13 +125,13 @@ def decoding_teacher() -> Any:
             self.pixels, self.psnr, self.vae_psnr = {}, [], []
 
         def __call__(self, jobs):
-            self.pixels = {job.image_id: torch.from_numpy(self.frame(job.image).pixels.copy()) for job in jobs}
+            self.pixels = {job.image_id: torch.from_numpy(self.view(job.image).pixels.copy()) for job in jobs}
             return super().__call__(jobs)
 
-        def reconstructed(self, batch, led_back, image_ids):
-            super().reconstructed(batch, led_back, image_ids)
+        def record_reconstruction(self, batch, reconstruction, image_ids):
+            super().record_reconstruction(batch, reconstruction, image_ids)
             vae = self.pipeline.vae
-            for latents, psnr in ((led_back, self.psnr), (batch.latents, self.vae_psnr)):
+            for latents, psnr in ((reconstruction, self.psnr), (batch.latents, self.vae_psnr)):
                 decoded = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1).permute(0, 2, 3, 1)
                 for image_id, picture in zip(image_ids, decoded, strict=True):
                     error = (picture - (self.pixels[image_id] / 127.5 - 1)).square().mean()

@@ -2,52 +2,88 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import pkgutil
+import re
 import subprocess
 import sys
 
 import pytest
 
 import lavender
+import lavender.training
 from lavender.cli.main import VERBS as OURS
 from lavender.cli.main import main
 
 NAMES = [
-    "AlignmentArguments",
-    "AlignmentConfig",
-    "AlignmentMixin",
+    "AnsweredPicture",
     "ExtractionConfig",
     "LavenderConfig",
     "LavenderTrainer",
     "MapStore",
-    "Reading",
     "Teacher",
     "WordMaps",
-    "__version__",
     "export",
     "extract",
     "read_samples",
     "student_maps",
     "to_dataset",
 ]
+TRAINING_NAMES = ["AlignmentArguments", "AlignmentMixin", "LavenderConfig", "LavenderTrainer", "export"]
+OLD_NAMES = {
+    "AlignmentArguments": "lavender.training.arguments.AlignmentArguments",
+    "AlignmentConfig": "lavender.config.AlignmentConfig",
+    "AlignmentMixin": "lavender.training.mixin.AlignmentMixin",
+    "Reading": "lavender.students.word_maps.AnsweredPicture",
+}
 VERBS = ["check", "demo", "eval", "export", "extract", "inspect", "report", "study", "train"]
 HEAVY = ["torch", "transformers", "diffusers", "datasets", "trl", "numpy", "PIL"]
 
 
 def test_public_names_are_these():
     assert lavender.__all__ == NAMES
+    assert len(NAMES) == 12
+    assert lavender.training.__all__ == TRAINING_NAMES
 
 
-def test_every_public_name_can_be_had():
-    for name in NAMES:
-        assert getattr(lavender, name).__doc__
+@pytest.mark.parametrize(("package", "names"), [("lavender", NAMES), ("lavender.training", TRAINING_NAMES)])
+def test_every_public_name_can_be_had(package, names):
+    module = importlib.import_module(package)
+    for submodule in pkgutil.iter_modules(module.__path__):  # one of a public name would take its place
+        assert submodule.name not in names
+    for name in names:
+        assert getattr(module, name).__doc__
+        assert callable(getattr(module, name))
     namespace: dict = {}
-    exec("from lavender import *", namespace)
-    assert set(NAMES) <= namespace.keys() | {"__version__"}
+    exec(f"from {package} import *", namespace)
+    assert namespace.keys() - {"__builtins__"} == set(names)
+    assert set(names) <= set(dir(module))
+
+
+def test_the_version_is_an_attribute():
+    assert lavender.__version__ == importlib.metadata.version("lavender-vlm")
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_old_names_still_work_with_a_warning(name):
+    module, _, new_name = OLD_NAMES[name].rpartition(".")
+    with pytest.warns(DeprecationWarning, match=rf"^lavender\.{name} is deprecated: use `from lavender[a-z.]* import"):
+        exec(f"from lavender import {name}", namespace := {})
+    assert namespace[name] is getattr(importlib.import_module(module), new_name)
+    with pytest.warns(DeprecationWarning, match="is deprecated") as caught:
+        getattr(lavender, name)
+    assert caught[0].filename == __file__
+    advice = re.findall("`(.*)`", str(caught[0].message))
+    exec(advice[0], namespace)  # what the warning says works, and warns no more
+    assert namespace[new_name] is namespace[name]
 
 
 def test_another_name_is_an_error():
-    with pytest.raises(AttributeError, match="module 'lavender' has no attribute 'Lavender'"):
+    with pytest.raises(AttributeError, match=r"^module 'lavender' has no attribute 'Lavender'$"):
         _ = lavender.Lavender
+    with pytest.raises(AttributeError, match=r"^module 'lavender\.training' has no attribute 'Trainer'$"):
+        _ = lavender.training.Trainer
 
 
 def test_verbs_are_these(capsys):
@@ -101,7 +137,8 @@ def test_inspecting_what_does_not_exist_exits_with_one(tmp_path, capsys):
         "import lavender",
         "import lavender.cli; from lavender.cli.main import build_parser; build_parser()",
         "import lavender.cli\ntry: lavender.cli.main(['--help'])\nexcept SystemExit: pass",
-        "import lavender; lavender.AlignmentConfig; lavender.ExtractionConfig()",
+        "import lavender; lavender.ExtractionConfig(); from lavender.config import AlignmentConfig; AlignmentConfig()",
+        "import lavender.training; dir(lavender), dir(lavender.training)",
     ],
 )
 def test_looking_loads_nothing_heavy(code):

@@ -13,7 +13,7 @@ from closeness import close, moved
 from invariants.test_plain_trainer import run_plain  # noqa: F401
 from invariants.test_trainer import KINDS, logged, lora, run  # noqa: F401
 from lavender.alignment.objective import is_alignment_part
-from lavender.training.export import export, save_head
+from lavender.training.exporting import export, save_head
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
 STEPS = 4

@@ -21,7 +21,7 @@ from invariants.test_trainer import KINDS, LOSSES, logged, lora
 from lavender.alignment.objective import is_alignment_part
 from lavender.errors import ConfigError
 from lavender.training.arguments import AlignmentArguments
-from lavender.training.export import export, save_head
+from lavender.training.exporting import export, save_head
 from lavender.training.mixin import AlignmentMixin
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
 

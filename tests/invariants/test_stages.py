@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from invariants.test_trainer import logged, lora, own_head, own_weights, run  # noqa: F401
 from lavender.errors import ConfigError, DataError
-from lavender.training.export import save_head
+from lavender.training.exporting import save_head
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "learn"])

@@ -22,7 +22,7 @@ from closeness import close, moved
 from lavender.alignment.objective import TRAINED_PARTS, attach
 from lavender.data.store import MapStore
 from lavender.errors import ConfigError, DataError
-from lavender.training.export import export
+from lavender.training.exporting import export
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.words import content_words
 from lavender.world.student_models import conversation

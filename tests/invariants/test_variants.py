@@ -21,7 +21,7 @@ from lavender.config import (
     AlignmentConfig,
 )
 from lavender.data.store import MapStore
-from lavender.training.export import export
+from lavender.training.exporting import export
 
 OPTIONS = {
     "pooling": POOLINGS,

@@ -78,15 +78,15 @@ class Contract(Limits):
         size, given = (16, 16), given_of(family, (16, 16))
         layers, keys = family.layers(size), given[2]["states"].shape[1]
         forbidden, largest = set(), Largest()
-        see = WordCapture.see
+        on_attention = WordCapture.on_attention
 
         def watched(self, layer, query, key, options):
             forbidden.add((query.shape[2], key.shape[2]))
             forbidden.add((layer.grid[0] * layer.grid[1], key.shape[2]))
             with largest:
-                see(self, layer, query, key, options)
+                on_attention(self, layer, query, key, options)
 
-        monkeypatch.setattr(WordCapture, "see", watched)
+        monkeypatch.setattr(WordCapture, "on_attention", watched)
         captured(family, size)
         assert layers
         assert all(shape[-2:] not in forbidden for shape in largest.shapes)

@@ -78,7 +78,7 @@ def indicator_of(text: str, words: Sequence[Word], num_tokens: int) -> Tensor:
 def heat_of(
     layers: Sequence[Layer], seen: dict[str, Tensor], indicator_TW: Tensor, num_text_keys: int, size: tuple[int, int]
 ) -> Tensor:
-    """The plain mean over rows, layers and heads, laid on a grid, maximum 1: (word, rows, cols)."""
+    """The plain mean over rows, layers and heads, resampled to a grid, maximum 1: (word, rows, cols)."""
     total = torch.zeros(indicator_TW.shape[1], *size, dtype=torch.float64)
     for layer in layers:
         softmax_BHCK = softmax_of(layer, seen)

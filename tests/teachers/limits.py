@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lavender.config import ExtractionConfig, Geometry
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
-from lavender.teachers.diffusion import teacher as teacher_module
+from lavender.teachers.diffusion import batch_reader
 from lavender.teachers.diffusion.aggregate import Aggregate
 from lavender.teachers.diffusion.base import Layer
 from lavender.teachers.diffusion.registry import family_of
@@ -50,12 +50,12 @@ class Limits(Basis):
             return latents[-1].expand(-1, channels, -1, -1)
 
         class Bright(Aggregate):
-            def take(self, layer: Layer, maps_BHCW: Tensor) -> None:
+            def add(self, layer: Layer, maps_BHCW: Tensor) -> None:
                 bright = F.adaptive_avg_pool2d(latents[-1], layer.grid).flatten(2).transpose(1, 2)[:, None]
-                super().take(layer, bright.expand(maps_BHCW.shape))
+                super().add(layer, bright.expand(maps_BHCW.shape))
 
         monkeypatch.setattr(family_class, "encode_pixels", encode)
-        monkeypatch.setattr(teacher_module, "Aggregate", Bright)
+        monkeypatch.setattr(batch_reader, "Aggregate", Bright)
         every = family_class(pipeline).layers((16, 16))
         finest = max(layer.grid for layer in every)
         weights = {layer.name: float(layer.grid == finest) for layer in every}
@@ -79,13 +79,13 @@ class Limits(Basis):
         teacher = Teacher(pipeline, plain(largest_layer=finest, geometry="aspect"))
         names = [layer.name for layer in family.layers((16, 16))]
         for sides in ((64, 64), (100, 60), (60, 100), (150, 70), (300, 100)):
-            frame = teacher.frame(picture(*sides))
-            assert [layer.name for layer in teacher.layers(frame.size)] == names
+            view = teacher.view(picture(*sides))
+            assert [layer.name for layer in teacher.layers(view.size)] == names
 
     @pytest.mark.parametrize("sides", [(8, 6000), (6000, 8)])
     def test_a_picture_of_an_extreme_shape_has_no_more_pixels_than_others(self, pipeline, sides):
         teacher = Teacher(pipeline, ExtractionConfig(grid=GRID, geometry="aspect"))
-        height, width = teacher.frame(picture(*sides)).size
+        height, width = teacher.view(picture(*sides)).size
         assert height * width <= teacher.family.side**2
         assert min(height, width) == teacher.family.unit
         (found,) = teacher([job(picture(*sides), "a dog")])

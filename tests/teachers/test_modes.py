@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lavender.config import ExtractionConfig
 from lavender.teachers.diffusion.base import Condition, TeacherFamily
-from lavender.teachers.diffusion.denoising import Batch, ddim_step, invert, levels, read_maps
+from lavender.teachers.diffusion.denoising import Batch, ddim_step, ddim_timesteps, invert, read_maps
 from lavender.teachers.diffusion.registry import family_of
 from lavender.teachers.diffusion.teacher import Teacher
 from teachers import pipelines
@@ -56,13 +56,13 @@ class Log:
         self.family, self.batch = family, batch
         self.latents: list[Tensor] = []
         self.timesteps: list[list[int]] = []
-        self.wanted: list[bool] = []
+        self.needs_output: list[bool] = []
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, wanted: bool) -> Tensor:
+    def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, needs_output: bool) -> Tensor:
         assert not torch.is_grad_enabled()
         self.latents.append(latents)
         self.timesteps.append(timesteps.tolist())
-        self.wanted.append(wanted)
+        self.needs_output.append(needs_output)
         return self.family.denoise(latents, timesteps, condition, self.batch.image_size)
 
 
@@ -78,10 +78,10 @@ def run(family: TeacherFamily, batch: Batch, **settings: Any) -> Log:
 
 
 def test_levels_by_hand():
-    assert levels(10) == [1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
-    assert levels(3) == [1, 334, 667]
-    assert levels(1) == [1]
-    assert levels(999)[-1] == 999
+    assert ddim_timesteps(10) == [1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
+    assert ddim_timesteps(3) == [1, 334, 667]
+    assert ddim_timesteps(1) == [1]
+    assert ddim_timesteps(999)[-1] == 999
 
 
 @pytest.mark.parametrize("num_steps", [10, 7, 1])
@@ -89,7 +89,7 @@ def test_levels_are_those_of_diffusers(num_steps):
     down, up = DDIMScheduler(**SCHEDULE), DDIMInverseScheduler(**SCHEDULE)
     down.set_timesteps(num_steps)
     up.set_timesteps(num_steps)
-    assert levels(num_steps) == up.timesteps.tolist() == down.timesteps.tolist()[::-1]
+    assert ddim_timesteps(num_steps) == up.timesteps.tolist() == down.timesteps.tolist()[::-1]
 
 
 @pytest.mark.parametrize("timestep", [901, 401, 101, 1])
@@ -128,7 +128,7 @@ def test_inversion_is_that_of_diffusers(family):
     def predict(latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         return family.denoise(latents, timesteps, condition, batch.image_size)
 
-    found = invert(ExtractionConfig(), batch, levels(10), predict, family)
+    found = invert(batch, ddim_timesteps(10), predict, family)
     assert torch.equal(found.pop(-1), batch.latents)
     assert list(found) == list(expected)
     for timestep, latents in found.items():
@@ -139,7 +139,7 @@ def test_inversion_is_that_of_diffusers(family):
 def test_ddim_reads_on_the_way_up(family):
     batch = batch_of(family)
     log = run(family, batch, mode="ddim", num_steps=4)
-    assert log.timesteps == [[level] * 3 for level in levels(4)]
+    assert log.timesteps == [[level] * 3 for level in ddim_timesteps(4)]
     assert torch.equal(log.latents[0], batch.latents)
     assert family.forwards == 4 * 3
 
@@ -152,7 +152,7 @@ def test_noise_reads_once_with_every_noise_at_every_timestep(family, timesteps):
     batch = batch_of(family)
     batch.noise = torch.randn(3, 2, len(timesteps), 4, *SIZE)
     log = run(family, batch, timesteps=timesteps, num_noises=2)
-    assert log.wanted == [False]
+    assert log.needs_output == [False]
     assert log.timesteps == [list(timesteps) * 2 * 3]
     assert family.forwards == 3 * 2 * len(timesteps)
     alphas = family.alphas_cumprod[list(timesteps)][:, None, None, None]
@@ -187,13 +187,13 @@ def test_the_noise_is_the_pictures_own():
     """A pure function of content and seed: the same at every timestep, another for each seed and picture."""
     pipeline = pipelines.shared(pipelines.stable_diffusion)
     teacher = Teacher(pipeline, ExtractionConfig(timesteps=(9, 8), num_noises=2, seed=3))
-    noise = teacher._noises(["ab", "ac", "ab"], (4, 16, 16))
+    noise = teacher._noise_of(["ab", "ac", "ab"], (4, 16, 16))
     assert noise.shape == (3, 2, 2, 4, 16, 16)
     assert torch.equal(noise[0], noise[2])
     assert torch.equal(noise[:, :, 0], noise[:, :, 1])
     assert not torch.equal(noise[0, 0], noise[0, 1])
     assert not torch.equal(noise[0], noise[1])
-    later = Teacher(pipeline, ExtractionConfig(seed=4))._noises(["ab"], (4, 16, 16))
+    later = Teacher(pipeline, ExtractionConfig(seed=4))._noise_of(["ab"], (4, 16, 16))
     assert torch.equal(later[0, 0, 0], noise[0, 1, 0])
     assert noise.std().item() == pytest.approx(1, abs=0.05)
 
@@ -215,7 +215,7 @@ def test_without_guidance_and_tuning_it_is_plain_ddim(family):
         output = family.predict(sample, timestep.expand(3), batch.condition, batch.image_size)
         sample = up.step(output, timestep, sample).prev_sample
     assert log.timesteps == [[int(timestep)] * 3 for timestep in down.timesteps]
-    assert log.wanted == [True] * 3
+    assert log.needs_output == [True] * 3
     for latents, timestep in zip(log.latents, down.timesteps, strict=True):
         torch.testing.assert_close(latents, sample, rtol=0, atol=2e-4)
         output = family.predict(sample, timestep.expand(3), batch.condition, batch.image_size)
@@ -229,7 +229,7 @@ def distances(family: TeacherFamily, batch: Batch, log: Log) -> Tensor:
         return family.predict(latents, timesteps, condition, batch.image_size)
 
     with torch.no_grad():
-        path = invert(ExtractionConfig(), batch, levels(3), predict, family)
+        path = invert(batch, ddim_timesteps(3), predict, family)
     return torch.stack(
         [
             (latents - path[timesteps[0]]).square().flatten(1).mean(dim=1)
@@ -239,7 +239,7 @@ def distances(family: TeacherFamily, batch: Batch, log: Log) -> Tensor:
 
 
 def test_tuning_leads_back_to_the_path(family):
-    """With guidance the way back strays; more optimisation, less."""
+    """With guidance the denoising leaves the path; with more optimisation, less."""
     batch = batch_of(family, pipelines.TEXTS[:1])
     none, some, many = (
         distances(family, batch, run(family, batch, **null_text(guidance=7.5, null_text_iterations=iterations)))
@@ -264,7 +264,7 @@ def test_a_row_that_is_near_enough_stops_by_itself(family, monkeypatch):
     import lavender.teachers.diffusion.denoising as module
 
     targets = []
-    tuned = module._tuned
+    tuned = module._optimize_empty
 
     def watched(step, empty, target, iterations, index):
         with torch.no_grad():
@@ -273,7 +273,7 @@ def test_a_row_that_is_near_enough_stops_by_itself(family, monkeypatch):
         targets.append((empty, result))
         return result
 
-    monkeypatch.setattr(module, "_tuned", watched)
+    monkeypatch.setattr(module, "_optimize_empty", watched)
     run(family, batch_of(family), **null_text(num_steps=1, null_text_iterations=4))
     ((before, after),) = targets
     steps = (after - before).abs().flatten(1).amax(dim=1)
@@ -321,11 +321,11 @@ def test_parameters_ask_for_gradients_as_before_after_an_exception(monkeypatch):
     ],
 )
 def test_forwards_are_counted(settings, inverted, tuned, monkeypatch):
-    """A row: the inversion, two for each step of the way back, three for each iteration; no row stops early."""
+    """Per row: the inversion, two per denoising step, three per iteration; no row stops early."""
     import lavender.teachers.diffusion.denoising as module
 
-    calls, original = [], module._tuned
-    monkeypatch.setattr(module, "_tuned", lambda *args: calls.append(args[3]) or original(*args))
+    calls, original = [], module._optimize_empty
+    monkeypatch.setattr(module, "_optimize_empty", lambda *args: calls.append(args[3]) or original(*args))
     pipeline = pipelines.shared(pipelines.stable_diffusion_2)  # so far off that no row stops early
     family = family_of(type(pipeline))(pipeline)
     batch = batch_of(family, pipelines.TEXTS[:2])
@@ -345,7 +345,7 @@ def test_fewer_inversion_steps_skip_levels(family):
         return family.predict(latents, timesteps, condition, batch.image_size)
 
     with torch.no_grad():
-        path = invert(ExtractionConfig(), batch, [251, 751], predict, family)
+        path = invert(batch, [251, 751], predict, family)
     torch.testing.assert_close(log.latents[0], path[751], rtol=0, atol=1e-5)
 
 

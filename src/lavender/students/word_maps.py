@@ -24,10 +24,18 @@ from lavender.students.registry import adapter_for
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class AnsweredPicture:
     """One picture, the question asked, the answer read teacher-forced, and the words to map.
 
     The picture becomes what `load_image` makes of it: upright, RGB. So it may also be what that takes, such as a path.
+
+    Example:
+        >>> from PIL import Image
+        >>> from lavender import AnsweredPicture
+        >>> from lavender.words import content_words
+        >>> image, words = Image.new("RGB", (96, 64), "red"), content_words("a red dog", ("noun",))
+        >>> AnsweredPicture(image, "what is it?", "a red dog", words).messages()[1]["content"]
+        [{'type': 'text', 'text': 'a red dog'}]
     """
 
     image: Image.Image
@@ -43,6 +51,9 @@ class Reading:
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]},
             {"role": "assistant", "content": [{"type": "text", "text": self.answer}]},
         ]
+
+
+Reading = AnsweredPicture  # the former name
 
 
 @contextlib.contextmanager
@@ -87,11 +98,25 @@ def capturing(model: PreTrainedModel) -> Iterator[None]:
 def student_maps(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    readings: Sequence[Reading],
+    readings: Sequence[AnsweredPicture],
     grid: tuple[int, int] = (32, 32),
     batch_size: int = 16,
 ) -> list[WordMaps]:
-    """Heat maps of where a model looks when it predicts each word: mean over heads and all usable layers."""
+    """Heat maps of where a model looks when it predicts each word: mean over heads and all usable layers.
+
+    Example:
+        >>> from PIL import Image
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> from lavender import AnsweredPicture, student_maps
+        >>> from lavender.words import content_words
+        >>> from lavender.world import STUDENT_PATH
+        >>> model = AutoModelForImageTextToText.from_pretrained(STUDENT_PATH)
+        >>> processor = AutoProcessor.from_pretrained(STUDENT_PATH)
+        >>> image, words = Image.new("RGB", (96, 64), "red"), content_words("a red dog", ("noun",))
+        >>> picture = AnsweredPicture(image, "what is it?", "a red dog", words)
+        >>> student_maps(model, processor, [picture])[0].grid
+        (32, 32)
+    """
     adapter = adapter_for(model.config)
     locator, layers = WordLocator(processor, adapter), adapter.usable_layers()
     results: list[WordMaps] = []
@@ -101,7 +126,7 @@ def student_maps(
     return results
 
 
-def _batch(model, processor, adapter, locator, layers, readings: Sequence[Reading], grid) -> list[WordMaps]:
+def _batch(model, processor, adapter, locator, layers, readings: Sequence[AnsweredPicture], grid) -> list[WordMaps]:
     conversations = [reading.messages() for reading in readings]
     texts = [processor.apply_chat_template(one, tokenize=False) for one in conversations]
     inputs = processor(

@@ -1,1 +1,1 @@
-"""Teachers: word maps from a diffusion model, or from people's masks and boxes."""
+"""Teachers: word maps from a diffusion model, or from the masks and boxes that people drew."""

@@ -60,6 +60,16 @@ def extract(
     interruption the same call continues where it stopped and ends with the same records. Their maps may differ in the
     last of their 8 bits, because the batches differ.
 
+    Example:
+        >>> from datasets import Dataset
+        >>> from PIL import Image
+        >>> from lavender import Teacher, extract, read_samples
+        >>> from lavender.world import TEACHER_PATH
+        >>> row = {"image": Image.new("RGB", (96, 64), "red"), "text": "a red dog"}
+        >>> summary = extract(read_samples(Dataset.from_list([row])), Teacher.from_pretrained(TEACHER_PATH), "maps")
+        >>> summary.records, summary.words, summary.dropped
+        (1, 2, [])
+
     Args:
         samples: the data set, from `read_samples`.
         teacher: what makes the maps; its config names the parts of speech, the grid and the batch size.
@@ -141,7 +151,7 @@ def _pairs(
 ) -> Iterator[Job | Step]:
     """A job for each pair of a sample that is new and has a word to map."""
     config = teacher.config
-    image_ids, framed = [image_id(image) for image in images], {}
+    image_ids, views = [image_id(image) for image in images], {}
     for index, answer in sample.pairs:
         key = image_ids[index], answer
         if key in seen or key in writer:
@@ -149,9 +159,9 @@ def _pairs(
             continue
         seen.add(key)
         if words := content_words(answer, config.parts_of_speech):
-            if index not in framed:
-                framed[index] = teacher.frame(images[index])
-            yield Job(framed[index], *key, words)
+            if index not in views:
+                views[index] = teacher.view(images[index])
+            yield Job(views[index], *key, words)
             continue
         drop = Dropped(f"{sample.name}: {answer[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}")
         if strict:

@@ -1,4 +1,4 @@
-"""What an extraction did, whoever made the maps."""
+"""The summary of an extraction, and the file extraction.json that collects them; the same for every teacher."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from lavender.files import expanded, read_whole, write_whole
 from lavender.maps import Dropped
 
 FLUSH_SECONDS = 20.0
-"""Records are written at least this often: a kill loses at most this much work."""
+"""Records are written at least this often, so a killed run loses at most this much work."""
 _COUNTS = ("records", "words", "already_there", "without_picture", "seconds")
 
 
 @dataclass
 class Summary:
-    """What an extraction did.
+    """What one run of an extraction did.
 
     Attributes:
-        records: texts written, one for each picture that they are mapped on.
+        records: records written; a record is one text on one picture.
+        words: word maps written.
+        already_there: texts that the store had before the run.
         without_picture: samples of text alone, which need no map.
-        reconstruction: of null-text, the mean squared error of the latents that its way back ended with; latents of a
-            picture vary by about 1. None where nothing was led back.
-        dropped: names every sample and word that should have a map and got none, with the reason.
+        seconds: duration.
+        reconstruction: with `mode="null-text"`, the mean squared error of the latents that its denoising ended with. A
+            picture's latents have a variance of about 1. None for other modes.
+        dropped: every sample and word that should have a map and has none, with the reason.
     """
 
     records: int = 0
@@ -40,13 +43,16 @@ class Summary:
 
 
 class History:
-    """The file extraction.json in a map store: what every extraction into it did that came to its end.
+    """The file extraction.json in a map store, with a summary of every finished run that wrote to the store.
 
-    `records`, `words` and `seconds` are the sums over `runs`, `in_store` the number of records there now; the rest is
-    of the last run. `dropped_before` names what an earlier run dropped and the last one did not name again.
+    `records`, `words` and `seconds` are sums over `runs`, and `in_store` is the number of records in the store. The
+    other entries are those of the last run. `dropped_before` names what only earlier runs dropped.
+
+    Args:
+        folder: the store's folder. The file is read at once, so that a damaged file is reported before the work.
 
     Raises:
-        StoreError: the file cannot be read, or is not such a file. Better told before the work than after it.
+        StoreError: the file cannot be read, or is not a summary of extractions.
     """
 
     def __init__(self, folder: str | Path):
@@ -55,41 +61,55 @@ class History:
         if not os.path.lexists(self._path):
             return
         try:
-            said = json.loads(read_whole(self._path))
-            self._before = {name: said[name] for name in self._before}
+            content = json.loads(read_whole(self._path))
+            self._before = {name: content[name] for name in self._before}
+            # check that what `add` reads is there
             self._sums([dict.fromkeys(_COUNTS, 0)])
-            [Dropped(one["what"], one["reason"]) for one in self._drops_before()]
+            [Dropped(drop["what"], drop["reason"]) for drop in self._drops_before()]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             got = f"{self._path}, which cannot be read as the record of an extraction: {error!r}"
-            do = "move it away: the maps are not touched by that"
+            do = "move it away; the maps do not need it"
             raise StoreError(got, "what `lavender extract` writes", do) from error
 
     def add(self, summary: Summary, in_store: int) -> None:
-        """Write the file anew with one more run. Raises StoreError if it cannot be written: the maps are whole."""
+        """Add a run to the file.
+
+        Args:
+            summary: the run's.
+            in_store: the number of records in the store.
+
+        Raises:
+            StoreError: the file cannot be written. The maps are complete.
+        """
         now = {name: getattr(summary, name) for name in _COUNTS}
-        led_back = {} if summary.reconstruction is None else {"reconstruction": summary.reconstruction}
+        reconstruction = {} if summary.reconstruction is None else {"reconstruction": summary.reconstruction}
         finished = datetime.now(UTC).isoformat(timespec="seconds")
-        again = {(one.what, one.reason) for one in summary.dropped}
+        dropped_now = {(drop.what, drop.reason) for drop in summary.dropped}
+        run = {"finished": finished, **now, **reconstruction, "dropped": len(summary.dropped)}
         content = {
             **now,
             **self._sums([now]),
-            **led_back,
+            **reconstruction,
             "in_store": in_store,
-            "dropped": [asdict(one) for one in summary.dropped],
-            "dropped_before": [one for one in self._drops_before() if (one["what"], one["reason"]) not in again],
-            "runs": [*self._before["runs"], {"finished": finished, **now, **led_back, "dropped": len(summary.dropped)}],
+            "dropped": [asdict(drop) for drop in summary.dropped],
+            "dropped_before": [
+                drop for drop in self._drops_before() if (drop["what"], drop["reason"]) not in dropped_now
+            ],
+            "runs": [*self._before["runs"], run],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False)
         try:
-            write_whole(self._path, text.encode(errors="backslashreplace"))  # half characters as JSON's escapes
+            write_whole(self._path, text.encode(errors="backslashreplace"))  # lone surrogates as JSON escapes
         except OSError as error:
             got = f"{self._path}, which cannot be written: {error.strerror or error}; the maps are all written"
-            raise StoreError(got, "space and the right to write", "free space and run again") from error
+            raise StoreError(
+                got, "free space and write permission", "free space or change permissions, and run again"
+            ) from error
 
-    def _sums(self, more: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            name: sum(run[name] for run in (*self._before["runs"], *more)) for name in ("records", "words", "seconds")
-        }
+    def _sums(self, new_runs: list[dict[str, Any]]) -> dict[str, Any]:
+        """What all runs together did."""
+        runs = (*self._before["runs"], *new_runs)
+        return {name: sum(run[name] for run in runs) for name in ("records", "words", "seconds")}
 
     def _drops_before(self) -> list[dict[str, str]]:
         return [*self._before["dropped_before"], *self._before["dropped"]]

@@ -18,7 +18,7 @@ from lavender.errors import ConfigError
 from lavender.files import TEMPORARY, write_whole
 from lavender.model_files import IN_RUN_FILE
 from lavender.students.loading import load_config, load_model, load_processor, load_run, loading
-from lavender.training.export import export_run
+from lavender.training.exporting import export_run
 from lavender.training.run_config import LoraSettings, RunConfig, check_out, read_overrides, read_run
 from lavender.training.run_folder import (
     CHECKPOINT,
@@ -162,7 +162,7 @@ def _begin(trainer: LavenderTrainer, out: Path, wanted: dict[str, Any], restart:
 
 def _finish(trainer: LavenderTrainer, out: Path, sets: list[Samples], is_main: bool) -> None:
     """Export, each part whole or not there; coverage.json, written last, says that the run is finished."""
-    from lavender.training.export import export, save_head
+    from lavender.training.exporting import export, save_head
 
     partial = {name: out / f"{TEMPORARY}{name}" for name in (CHECKPOINT, HEAD)}
     if is_main:

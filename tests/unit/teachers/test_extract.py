@@ -151,7 +151,7 @@ def test_the_thread_that_reads_ends_with_an_error(teacher, tmp_path):
 
 
 def test_a_failing_teacher_leaves_what_was_extracted(teacher, samples, tmp_path, monkeypatch):
-    run, calls = teacher._group, []
+    run, calls = teacher._map_rows, []
 
     def fails_later(*args):
         calls.append(1)
@@ -159,7 +159,7 @@ def test_a_failing_teacher_leaves_what_was_extracted(teacher, samples, tmp_path,
             raise RuntimeError("out of memory")
         return run(*args)
 
-    monkeypatch.setattr(teacher, "_group", fails_later)
+    monkeypatch.setattr(teacher, "_map_rows", fails_later)
     with pytest.raises(RuntimeError, match="out of memory"):
         extract(samples, teacher, tmp_path / "maps")
     assert len(MapStore.open(tmp_path / "maps")) >= 4
@@ -169,7 +169,7 @@ def test_a_failing_teacher_leaves_what_was_extracted(teacher, samples, tmp_path,
 
 def test_run_twice_nothing_is_done_again(teacher, samples, tmp_path, monkeypatch):
     extract(samples, teacher, tmp_path / "maps")
-    monkeypatch.setattr(teacher, "_group", lambda *args: pytest.fail("the teacher ran again"))
+    monkeypatch.setattr(teacher, "_map_rows", lambda *args: pytest.fail("the teacher ran again"))
     summary = extract(samples, teacher, tmp_path / "maps")
     assert (summary.records, summary.words, summary.already_there) == (0, 0, 9)
     assert [one.what for one in summary.dropped] == []

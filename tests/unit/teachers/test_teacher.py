@@ -16,10 +16,12 @@ from transformers import CTRLTokenizer
 
 from lavender.config import ExtractionConfig
 from lavender.data.images import image_id
-from lavender.errors import UnsupportedModelError
+from lavender.errors import DataError, UnsupportedModelError
 from lavender.teachers.diffusion import teacher as module
+from lavender.teachers.diffusion.registry import FAMILIES
 from lavender.teachers.diffusion.teacher import Job, Teacher
-from lavender.words import words_of
+from lavender.words import content_words, words_of
+from lavender.world import TEACHER_PATH
 
 CONFIG = ExtractionConfig(grid=(11, 13), timesteps=(300,), geometry="squash")
 
@@ -48,6 +50,42 @@ def test_maps_are_heat_with_a_confidence_for_each_word(pipeline, jobs):
         assert ((one.confidence >= 0) & (one.confidence <= 1)).all()
 
 
+def test_maps_of_one_picture_and_one_text(pipeline, some_scenes, tmp_path):
+    """Content words are found, a word without a map is named, and the picture may be a file or its content."""
+    image, text = some_scenes[0].image, f"a red dog and two {'x' * 65} run"
+    path = tmp_path / "scene.png"
+    image.save(path)
+    teacher = Teacher(pipeline, CONFIG)
+    expected = teacher([job(some_scenes[0], text, content_words(text, CONFIG.parts_of_speech))])[0]
+    assert [word.text for word in expected.words] == ["red", "dog", "run"]
+    for source in (image, path, str(path), path.read_bytes()):
+        maps = teacher.maps(source, text)
+        assert (maps.image_id, maps.text, maps.words) == (expected.image_id, text, expected.words)
+        assert maps.dropped == expected.dropped
+        assert [drop.reason for drop in maps.dropped] == ["a word of more than 64 characters"]
+        torch.testing.assert_close(maps.maps, expected.maps, rtol=0, atol=1e-5)
+        torch.testing.assert_close(maps.confidence, expected.confidence, rtol=0, atol=1e-5)
+        assert maps.image is not None
+        assert maps.image.tobytes() == image.tobytes()
+
+
+def test_a_text_without_content_words_has_no_maps(pipeline, some_scenes):
+    maps = Teacher(pipeline, CONFIG).maps(some_scenes[0].image, "of 12, the")
+    assert (maps.words, maps.dropped, maps.maps.shape) == ((), (), (0, 11, 13))
+
+
+def test_a_picture_that_is_missing_is_refused(pipeline, tmp_path):
+    with pytest.raises(DataError, match="Got the image, whose file .* does not exist"):
+        Teacher(pipeline, CONFIG).maps(tmp_path / "no.png", "a dog")
+
+
+def test_no_config_is_the_default_config(pipeline):
+    assert Teacher(pipeline).config == ExtractionConfig()
+    teacher = Teacher.from_pretrained(TEACHER_PATH)
+    assert teacher.config == ExtractionConfig()
+    assert teacher.name == str(TEACHER_PATH)
+
+
 def test_no_job_is_no_work(pipeline):
     assert Teacher(pipeline, CONFIG)([]) == []
 
@@ -58,7 +96,7 @@ def test_the_seed_changes_the_maps(pipeline, jobs):
     assert (one - other).abs().max() > 1e-3
 
 
-def test_the_whole_picture_is_the_frame(pipeline):
+def test_maps_cover_the_whole_picture(pipeline):
     """A picture squashed to the teacher's square is the teacher's square."""
     wide = Image.new("RGB", (130, 70), (9, 80, 200))
     wide.paste((250, 40, 3), (0, 0, 65, 35))
@@ -70,11 +108,11 @@ def test_the_whole_picture_is_the_frame(pipeline):
 
 
 @pytest.mark.parametrize("geometry", ["squash", "aspect", "crop"])
-def test_a_framed_picture_is_as_good_as_the_picture(pipeline, jobs, geometry):
+def test_a_view_is_as_good_as_the_picture(pipeline, jobs, geometry):
     config = ExtractionConfig(grid=(11, 13), geometry=geometry, flip=True)
     teacher = Teacher(pipeline, config)
-    framed = [Job(teacher.frame(one.image), one.image_id, one.text, one.words) for one in jobs[:2]]
-    for one, other in zip(teacher(framed), Teacher(pipeline, config)(jobs[:2]), strict=True):
+    with_views = [Job(teacher.view(one.image), one.image_id, one.text, one.words) for one in jobs[:2]]
+    for one, other in zip(teacher(with_views), Teacher(pipeline, config)(jobs[:2]), strict=True):
         assert torch.equal(one.maps, other.maps)
 
 
@@ -198,13 +236,13 @@ def test_the_encoder_is_read_at_its_mode_and_scaled(pipeline):
 
 
 def test_other_pipelines_are_refused(pipeline):
+    known = [family.pipeline_class.__name__ for family in FAMILIES]
     other = DDPMPipeline(pipeline.unet, pipeline.scheduler)
     with pytest.raises(UnsupportedModelError) as caught:
         Teacher(other, CONFIG)
     assert str(caught.value) == (
-        "Got a DDPMPipeline. Expected one of StableDiffusionPipeline, StableDiffusionXLPipeline, "
-        "StableDiffusion3Pipeline. Do this: use such a teacher, or write a family: one file in lavender/diffusion "
-        "and one line in its registry."
+        f"Got a DDPMPipeline. Expected one of {', '.join(known)}. Do this: use one of these, or add a "
+        "family: see TeacherFamily in lavender/teachers/diffusion/base.py."
     )
 
 

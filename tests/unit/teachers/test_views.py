@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from lavender.config import Geometry
-from lavender.teachers.diffusion.views import PADDING, WHOLE, Frame, frame, from_picture, lay
+from lavender.teachers.diffusion.views import PADDING, WHOLE, View, resample_to_picture, resample_to_view, view_of
 
 GEOMETRIES = get_args(Geometry)
 
@@ -45,15 +45,15 @@ def picture(width: int, height: int, box: tuple[float, float, float, float]) -> 
     ],
 )
 def test_views_by_hand(geometry, sides, size, view):
-    found = frame(Image.new("RGB", sides), geometry, 64, 8, 512)
+    found = view_of(Image.new("RGB", sides), geometry, 64, 8, 512)
     assert found.size == size
     assert found.pixels.shape == (*size, 3)
     assert found.pixels.dtype == np.uint8
-    assert found.view == pytest.approx(view)
+    assert found.box == pytest.approx(view)
 
 
 def test_padding_is_grey_and_the_rest_is_the_picture():
-    found = frame(Image.new("RGB", (200, 100), (9, 80, 200)), "letterbox", 64, 8, 512).pixels
+    found = view_of(Image.new("RGB", (200, 100), (9, 80, 200)), "letterbox", 64, 8, 512).pixels
     assert (found[:16] == PADDING).all()
     assert (found[48:] == PADDING).all()
     assert (found[16:48] == (9, 80, 200)).all()
@@ -63,12 +63,12 @@ def test_padding_is_grey_and_the_rest_is_the_picture():
 @pytest.mark.parametrize("sides", [(300, 150), (150, 300), (257, 131), (64, 64)])
 @pytest.mark.parametrize("box", [(0.25, 0.375, 0.5, 0.625), (0.4, 0.3, 0.6, 0.7), (0.3, 0.5, 0.7, 0.6)])
 def test_a_planted_box_comes_back_at_its_place(geometry, sides, box):
-    """The brightness of what the teacher sees, laid on the picture's grid, is the picture's own brightness."""
+    """The brightness of what the teacher sees, resampled to the picture's grid, is the picture's own brightness."""
     image, grid = picture(*sides, box), (20, 40)
-    seen = frame(image, geometry, 192, 8, 4608)
+    seen = view_of(image, geometry, 192, 8, 4608)
     bright = torch.from_numpy(seen.pixels.astype(np.float32)).permute(2, 0, 1).mean(dim=0)[None, None] / 255
-    found = lay(bright, [seen.view], grid)
-    if seen.view[0] < 0 or seen.view[1] < 0:  # the padding's grey must not show
+    found = resample_to_picture(bright, [seen.box], grid)
+    if seen.box[0] < 0 or seen.box[1] < 0:  # the padding's grey must not show
         assert found[..., 0, 0] == found[..., -1, -1] == 0
     expected = torch.zeros(grid)
     top, left, bottom, right = (round(share * side) for share, side in zip(box, (*grid, *grid), strict=True))
@@ -79,36 +79,37 @@ def test_a_planted_box_comes_back_at_its_place(geometry, sides, box):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("sides", [(300, 150), (131, 257)])
-def test_a_mirrored_frame_is_that_of_the_mirrored_picture(geometry, sides):
+def test_a_mirrored_view_is_that_of_the_mirrored_picture(geometry, sides):
     image = picture(*sides, (0.25, 0.375, 0.5, 0.625))
     image.paste((200, 30, 90), (0, 0, sides[0] // 3, sides[1]))
-    ours = frame(image, geometry, 64, 8, 512).mirrored()
+    view = view_of(image, geometry, 64, 8, 512)
+    mirrored = view.mirrored()
     maps = torch.rand(1, 2, 16, 16)
-    back = lay(maps.flip(-1), [ours.view], (11, 13)).flip(-1)
-    assert ours.size == frame(image, geometry, 64, 8, 512).size
-    torch.testing.assert_close(back, lay(maps, [frame(image, geometry, 64, 8, 512).view], (11, 13)), rtol=0, atol=1e-5)
-    twice = ours.mirrored()
-    assert twice.view == pytest.approx(frame(image, geometry, 64, 8, 512).view)
-    assert (twice.pixels == frame(image, geometry, 64, 8, 512).pixels).all()
+    back = resample_to_picture(maps.flip(-1), [mirrored.box], (11, 13)).flip(-1)
+    assert mirrored.size == view.size
+    torch.testing.assert_close(back, resample_to_picture(maps, [view.box], (11, 13)), rtol=0, atol=1e-5)
+    twice = mirrored.mirrored()
+    assert twice.box == pytest.approx(view.box)
+    assert (twice.pixels == view.pixels).all()
 
 
-def test_lay_by_hand():
+def test_resampling_by_hand():
     """A crop of the middle half of the columns: four columns of the picture's grid of which two are seen."""
     maps = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
-    assert lay(maps, [(0, 0.25, 1, 0.75)], (2, 4)).tolist() == [[[[0, 1, 2, 0], [0, 3, 4, 0]]]]
+    assert resample_to_picture(maps, [(0, 0.25, 1, 0.75)], (2, 4)).tolist() == [[[[0, 1, 2, 0], [0, 3, 4, 0]]]]
     # padding above and below: of four rows the middle two are the picture
     tall = torch.arange(8.0).reshape(1, 1, 4, 2)
-    assert lay(tall, [(-0.5, 0, 1.5, 1)], (2, 2)).tolist() == [[[[2, 3], [4, 5]]]]
+    assert resample_to_picture(tall, [(-0.5, 0, 1.5, 1)], (2, 2)).tolist() == [[[[2, 3], [4, 5]]]]
     # the whole: bilinear between cell centres, the border beyond the outer ones
     line = torch.tensor([[[[0.0, 4.0]]]])
-    assert lay(line, [WHOLE], (1, 4)).tolist() == [[[[0, 1, 3, 4]]]]
+    assert resample_to_picture(line, [WHOLE], (1, 4)).tolist() == [[[[0, 1, 3, 4]]]]
 
 
 def test_rows_with_different_views_do_not_mix():
     maps, views = torch.rand(3, 2, 6, 7), [WHOLE, (0, 0.2, 1, 0.8), (-0.5, 0, 1.5, 1)]
-    together = lay(maps, views, (11, 13))
+    together = resample_to_picture(maps, views, (11, 13))
     for index, view in enumerate(views):
-        torch.testing.assert_close(together[index], lay(maps[index : index + 1], [view], (11, 13))[0])
+        torch.testing.assert_close(together[index], resample_to_picture(maps[index : index + 1], [view], (11, 13))[0])
 
 
 @pytest.mark.parametrize("view", [WHOLE, (0.0, 0.0, 1.0, 1.0 + 1e-9)])
@@ -116,7 +117,7 @@ def test_rows_with_different_views_do_not_mix():
 def test_the_whole_by_either_way(view, grid):
     maps = torch.rand(2, 3, 6, 7)
     expected = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(lay(maps, [view, view], grid), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(resample_to_picture(maps, [view, view], grid), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("view", [(0, 0.25, 1, 0.75), (-0.5, 0, 1.5, 1), WHOLE])
@@ -124,8 +125,8 @@ def test_there_and_back(view):
     """A smooth map of the picture, as the view sees it and back: the same where it is seen, 0 elsewhere."""
     rows, cols = torch.meshgrid(torch.linspace(0, 1, 24), torch.linspace(0, 1, 32), indexing="ij")
     maps = (rows + 2 * cols + 1)[None, None]
-    seen = from_picture(maps, [view], (48, 64))
-    back = lay(seen, [view], (24, 32))
+    seen = resample_to_view(maps, [view], (48, 64))
+    back = resample_to_picture(seen, [view], (24, 32))
     inside = back != 0
     assert inside.float().mean() == (0.5 if view[1] else 1)
     torch.testing.assert_close(back[inside], maps[inside], rtol=0, atol=0.06)
@@ -133,5 +134,5 @@ def test_there_and_back(view):
         assert seen[:, :, :12].abs().max() == seen[:, :, 36:].abs().max() == 0
 
 
-def test_a_frame_knows_its_size():
-    assert Frame(np.zeros((5, 7, 3), np.uint8), WHOLE).size == (5, 7)
+def test_a_view_knows_its_size():
+    assert View(np.zeros((5, 7, 3), np.uint8), WHOLE).size == (5, 7)

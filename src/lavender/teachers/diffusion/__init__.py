@@ -1,3 +1,3 @@
-"""The teacher: word maps from a diffusion model's cross-attention."""
+"""Diffusion teachers: word maps from the cross-attention of a diffusion model."""
 
-import transformers  # noqa: F401  (before diffusers: else huggingface_hub prints of a circular import)
+import transformers  # noqa: F401  (before diffusers, or huggingface_hub prints a circular import)

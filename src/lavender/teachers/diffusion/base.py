@@ -1,7 +1,4 @@
-"""What a family of diffusion models must tell: how it reads text and pictures, and where its attention is.
-
-A family is one subclass in one file and one line in `lavender.teachers.diffusion.registry`.
-"""
+"""`TeacherFamily`: what a class of diffusion models must provide to be a teacher. Read this to add a family."""
 
 from __future__ import annotations
 
@@ -17,19 +14,23 @@ from torch import Tensor, nn
 from lavender.errors import ConfigError, ModelError, UnsupportedModelError
 
 Condition = dict[str, Tensor]
-"""What the backbone gets of a text, by name; the first axis of each tensor is the row of the batch."""
+"""What the backbone gets of the texts, by name. The first axis of each tensor is the row of the batch. "states" (row,
+key, width) is required: one row of the layers' text keys per text. Further names are the family's choice."""
 
 LayerWeights = Mapping[str, float | Sequence[float]]
+"""Weights by the beginning of a layer's name: one number per layer, or one per head."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer whose image queries attend to the text's keys.
+    """A layer in which image queries attend to text keys, or to image keys.
 
     Attributes:
-        name, module: as in the backbone's `named_modules`.
-        grid: (rows, cols) of its image queries.
-        joint: whether the queries and keys of the image come before those of the text in one attention (MM-DiT).
+        name: as in the backbone's `named_modules`.
+        module: calls `torch.nn.functional.scaled_dot_product_attention`; its first call in a forward is read.
+        grid: (rows, cols) of the image queries, which must be in row-major order. rows · cols must be their number.
+        joint: whether one attention call holds image and text (MM-DiT). The image's queries and keys must then come
+            before the text's.
     """
 
     name: str
@@ -41,18 +42,46 @@ class Layer:
 class TeacherFamily(ABC):
     """One family of diffusion models, around a loaded pipeline whose modules are used as they are.
 
+    To add a family:
+
+    1. Write a subclass in a file beside this one. It sets `pipeline_class` and implements the abstract methods:
+       `text_width`, `backbone`, `side`, `unit`, `encode_texts`, `predict`, `add_noise`, `layers`, `self_attention`. It
+       overrides the other methods where their default is wrong for the family.
+    2. Add the class to `FAMILIES` in `registry.py`.
+    3. Add a tiny pipeline of random weights to `tests/teachers/pipelines.py`, and `tests/teachers/test_FAMILY.py`,
+       which subclasses the contract in `tests/teachers/contract.py`.
+
+    Capture, modes, aggregation, long texts and stores are the same for every family, and do not know which it is.
+
+    What goes wrong most easily:
+
+    - **Token positions.** The tokens of `pipeline.tokenizer` must be the first keys of "states", in the same order.
+      Keys of other text encoders may follow. Encoders that are concatenated along the width must share the tokenizer.
+    - **One row per text.** `encode_texts` must not add rows for classifier-free guidance.
+    - **Order of layers.** A forward stops after the last layer that is read, so `layers` must be in the order in which
+      they run. `named_modules` may differ: a UNet lists its middle block last.
+    - **Grids of non-square pictures.** Compute them from `latent_size`, and round as the backbone rounds.
+    - **Joint layers with the text first.** The capture expects the image first; such a family needs a change there.
+    - **Heights and widths.** Sizes are (height, width). Pillow's `Image.size` is (width, height).
+    - **Random numbers.** Encoding must be deterministic, and a row's output must not depend on the other rows.
+
     Args:
-        pipeline: a pipeline of `pipeline_class`, that very class.
+        pipeline: an instance of `pipeline_class`, not of a subclass.
 
     Attributes:
-        forwards: forwards of the backbone so far, in rows; a backward counts as two, a stopped forward as one.
+        pipeline: the pipeline.
+        forwards: forwards of the backbone so far, in rows. A backward pass counts as two, a stopped forward as one.
+
+    Raises:
+        UnsupportedModelError: the tokenizer is slow, so it does not give the tokens' positions in the text.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    """The pipeline class of diffusers, as `model_index.json` names it."""
     optional_parts: ClassVar[Mapping[str, Any]] = {}
-    """Arguments of `from_pretrained` that leave out what a teacher doesn't need."""
+    """Arguments of `from_pretrained` that leave out parts which a teacher does not need. None leaves out a part."""
     largest_layer: ClassVar[int | None] = None
-    """Layers of more than this² cells are not read where a user gives no limit; None reads all."""
+    """The default of `ExtractionConfig.largest_layer`; None reads layers of any size."""
 
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
@@ -65,10 +94,11 @@ class TeacherFamily(ABC):
             )
 
     def check_parts(self) -> None:
-        """See that the parts fit each other, as those of one pipeline do.
+        """Check that the parts of the pipeline fit each other. `Teacher.from_pretrained` calls it after loading.
 
         Raises:
-            ModelError: a length of texts that the text encoder has not, latents or text states of another width.
+            ModelError: the tokenizer's texts are longer than the text encoder takes, or the latents or text states
+                have another width than the backbone takes.
         """
         places = self.pipeline.text_encoder.config.max_position_embeddings
         latents, wanted = self.pipeline.vae.config.latent_channels, self.in_channels
@@ -91,7 +121,7 @@ class TeacherFamily(ABC):
     @property
     @abstractmethod
     def text_width(self) -> int:
-        """Width of the text's states that the backbone takes."""
+        """Width of the text states that the backbone takes: the last axis of "states"."""
 
     @property
     @abstractmethod
@@ -101,59 +131,88 @@ class TeacherFamily(ABC):
     @property
     @abstractmethod
     def side(self) -> int:
-        """Height and width of the square that the model was trained on, in pixels."""
+        """Height and width of the square pictures that the model was trained on, in pixels."""
 
     @property
     @abstractmethod
     def unit(self) -> int:
-        """Sides of a picture must be multiples of this, in pixels."""
+        """The height and width of a picture must be multiples of this, in pixels.
+
+        At least the autoencoder's factor times the backbone's patch size, or its total downsampling.
+        """
 
     @property
     def longest(self) -> int:
-        """The longest side of a picture, in pixels: so long that the other is one `unit` of as many pixels."""
+        """The longest side of a picture, in pixels.
+
+        By default a picture of this side and of one `unit` has as many pixels as the square. Override it where the
+        backbone's position embeddings end earlier.
+        """
         return self.side * self.side // self.unit // self.unit * self.unit
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> Condition:
-        """The conditions of texts that each fit `max_tokens`. Token positions are those of `pipeline.tokenizer`."""
+        """Encode texts, each of at most `max_tokens` tokens, for the backbone.
+
+        Returns:
+            Tensors of one row per text, in the backbone's precision and on its device. "states" is
+            (row, key, `text_width`), and its first keys are the tokens of `pipeline.tokenizer`, padding included.
+        """
 
     def empty_condition(self) -> Condition:
-        """What guidance steers away from: the empty text's condition, one row."""
+        """The unconditional condition of classifier-free guidance, one row. `mode="null-text"` needs it."""
         return self.encode_texts([""])
 
     def denoise(self, latents: Tensor, timesteps: Tensor, condition: Condition, image_size: tuple[int, int]) -> Tensor:
-        """`predict`, counted."""
+        """`predict`, which adds its rows to `forwards`. Code outside the family calls this."""
         self.forwards += len(latents)
         return self.predict(latents, timesteps, condition, image_size)
 
     @abstractmethod
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition, image_size: tuple[int, int]) -> Tensor:
-        """One forward of the backbone.
+        """Run one forward of the backbone.
 
         Args:
-            latents: (row, channel, height, width).
-            timesteps: (row,), of 1000.
+            latents: (row, channel, height, width), noisy.
+            timesteps: (row,), from 0 (clean) to 999.
+            condition: as `encode_texts` returns it, one row per row of `latents`.
             image_size: (height, width) of the picture that the latents encode, in pixels.
+
+        Returns:
+            The backbone's prediction (ε, v or a velocity), shaped like `latents`.
         """
 
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t of clean latents, each row at its own timestep (row,)."""
+        """The noisy latents x_t.
+
+        Args:
+            latents: (row, channel, height, width), clean.
+            noise: like `latents`, standard Gaussian.
+            timesteps: (row,), from 0 to 999. Each row has its own.
+        """
 
     @abstractmethod
     def layers(self, latent_size: tuple[int, int]) -> list[Layer]:
-        """Layers that attend to the text, in the order in which they run, for latents of (height, width)."""
+        """The layers whose image queries attend to the text, in the order in which they run.
+
+        Args:
+            latent_size: (height, width) of the latents; need not be square.
+        """
 
     @abstractmethod
     def self_attention(self, latent_size: tuple[int, int]) -> list[Layer]:
-        """Layers whose image queries attend to image keys, likewise (a joint layer is one too)."""
+        """The layers whose image queries attend to image keys, in the order in which they run. Used by `refine`.
+
+        A joint layer belongs to both `layers` and `self_attention`.
+        """
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """ᾱ of each of the 1000 timesteps, for DDIM.
+        """ᾱ of each timestep for DDIM, (1000,), falling. Override it for models that DDIM can sample.
 
         Raises:
-            ConfigError: the family has no such schedule (flow matching).
+            ConfigError: the family has no such schedule (flow matching), so it has only `mode="noise"`.
         """
         raise ConfigError(
             f"DDIM inversion with a {self.pipeline_class.__name__}",
@@ -167,12 +226,12 @@ class TeacherFamily(ABC):
         return False
 
     def default_weights(self) -> LayerWeights:
-        """Weights of layers where a user gives none: by the beginning of a layer's name; {} is all alike."""
+        """The default of `ExtractionConfig.layer_weights`; {} gives every layer the weight 1."""
         return {}
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that the text encoder takes, special ones included."""
+        """Tokens that the text encoder takes, special tokens included. Longer texts are cut into windows."""
         return self.pipeline.tokenizer.model_max_length
 
     @property
@@ -189,7 +248,13 @@ class TeacherFamily(ABC):
         return image_size[0] // factor, image_size[1] // factor
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Clean latents of pictures (picture, 3, height, width) in [-1, 1], in the backbone's precision.
+        """Encode pictures to clean latents: the mode of the autoencoder's distribution, scaled and shifted.
+
+        Args:
+            pixels: (picture, 3, height, width) in [-1, 1], RGB.
+
+        Returns:
+            (picture, channel, height, width), in the backbone's precision and on its device.
 
         Raises:
             ConfigError: the encoder overflowed (SDXL's does in float16).

@@ -1,8 +1,8 @@
-"""Capture of attention on the words of a text, averaged over the tokens of each word (Eq. 13–14).
+"""Capture: attention on the words of a text, averaged over the tokens of each word (Eq. 13–14).
 
-The trick: attention with an indicator as its values. With E (tokens × words) holding 1/n at the n
-tokens of a word, softmax(QKᵀ/√d)·E is the word's mean attention, so one more call of the same fused
-kernel gives the maps and the softmax itself is never materialised.
+The attention is read with an indicator as its values. With E (tokens × words) holding 1/n at the n tokens of a word,
+softmax(QKᵀ/√d)·E is the word's mean attention. One more call of the same fused kernel gives the maps, and the softmax
+itself is never materialised.
 
 Axis suffixes: B batch row, H head, C cell (query of the image), K key, T text token, W word.
 """
@@ -24,16 +24,16 @@ from lavender.teachers.diffusion.base import Layer
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-class _Enough(Exception):
-    """Raised inside the backbone after the last wanted layer; never leaves `capture_words`."""
+class _StopForward(Exception):
+    """Raised inside the backbone after the last layer that is read; never leaves `capture_words`."""
 
 
-class _Watch(TorchFunctionMode):
-    """Shows the attention calls of marked modules to `seen`."""
+class _AttentionWatch(TorchFunctionMode):
+    """Calls `on_attention` with the first attention call of each marked module."""
 
-    def __init__(self, seen: Callable[[Layer, Tensor, Tensor, dict], None]):
+    def __init__(self, on_attention: Callable[[Layer, Tensor, Tensor, dict], None]):
         super().__init__()
-        self._seen = seen
+        self._on_attention = on_attention
         self.current: Layer | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,23 +41,23 @@ class _Watch(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention and self.current is not None:
             layer, self.current = self.current, None
-            given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs  # by place or by name, as the processor likes
-            self._seen(layer, given["query"], given["key"], given)
+            given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs  # processors pass them by position or by name
+            self._on_attention(layer, given["query"], given["key"], given)
         return output
 
 
 class WordCapture:
-    """What one pass of a backbone shows of the words.
+    """What is read in one forward of a backbone.
 
     Args:
-        layers: the wanted layers, in the order in which they run.
+        layers: the layers whose attention on the words is read, in the order in which they run.
         indicator_BTW: (row, token, word); 1/n at the n tokens of a word, else 0.
-        num_text_keys: how many keys the text has in a layer; the indicator's tokens are the first of them.
-        take: called with a layer and its words' attention, fp32 (row, head, cell, word).
-        watched: layers whose queries and keys on the image are kept in `image_attention`.
+        num_text_keys: how many keys the text has in a layer; the first of them are the indicator's tokens.
+        on_maps: called per layer with its attention on the words, float32 (row, head, cell, word).
+        image_layers: layers whose queries and keys of the image are kept in `image_attention`.
 
     Attributes:
-        image_attention: layer name → (queries, keys) of the image, (row, head, cell, width).
+        image_attention: per layer name, the image's (queries, keys), each (row, head, cell, width).
     """
 
     def __init__(
@@ -65,39 +65,48 @@ class WordCapture:
         layers: Sequence[Layer],
         indicator_BTW: Tensor,
         num_text_keys: int,
-        take: Callable[[Layer, Tensor], None],
-        watched: Sequence[Layer] = (),
+        on_maps: Callable[[Layer, Tensor], None],
+        image_layers: Sequence[Layer] = (),
     ):
-        self.layers, self.watched = tuple(layers), tuple(watched)
-        self._indicator, self._num_text_keys, self._take = indicator_BTW, num_text_keys, take
+        self.layers, self.image_layers = tuple(layers), tuple(image_layers)
+        self._indicator, self._num_text_keys, self._on_maps = indicator_BTW, num_text_keys, on_maps
         self.image_attention: dict[str, tuple[Tensor, Tensor]] = {}
-        self._missing = {layer.name for layer in (*layers, *watched)}
+        self._missing = {layer.name for layer in (*layers, *image_layers)}
 
-    def see(self, layer: Layer, query_BHKD: Tensor, key_BHKD: Tensor, options: dict) -> None:
-        """An attention call of a marked layer."""
+    def on_attention(self, layer: Layer, query_BHKD: Tensor, key_BHKD: Tensor, options: dict) -> None:
+        """Read one attention call.
+
+        Args:
+            layer: the layer that made it.
+            query_BHKD, key_BHKD: (row, head, query or key, width).
+            options: the call's further arguments, by name.
+
+        Raises:
+            CaptureError: the number of image queries is not that of the layer's grid.
+        """
         cells = layer.grid[0] * layer.grid[1]
-        found = query_BHKD.shape[2] - (self._num_text_keys if layer.joint else 0)
-        if found != cells:
+        image_queries = query_BHKD.shape[2] - (self._num_text_keys if layer.joint else 0)
+        if image_queries != cells:
             raise CaptureError(
-                f"{found} image queries in layer {layer.name!r}",
+                f"{image_queries} image queries in layer {layer.name!r}",
                 f"{cells}, a grid of {layer.grid}",
                 "report this model: its resolutions are not those of its family",
             )
         query_BHCD = query_BHKD[:, :, :cells]
-        if layer.name in {one.name for one in self.watched}:
+        if layer.name in {image_layer.name for image_layer in self.image_layers}:
             self.image_attention[layer.name] = query_BHCD, key_BHKD[:, :, :cells]
-        if layer.name in {one.name for one in self.layers}:
+        if layer.name in {word_layer.name for word_layer in self.layers}:
             before = cells if layer.joint else 0
-            self._take(layer, self._word_attention(query_BHCD, key_BHKD, before, options))
+            self._on_maps(layer, self._word_attention(query_BHCD, key_BHKD, before, options))
         self._missing.discard(layer.name)
 
     @property
     def missing(self) -> list[str]:
-        """Layers that were not seen yet."""
+        """Names of the layers that have not run yet."""
         return sorted(self._missing)
 
     def _word_attention(self, query_BHCD: Tensor, key_BHKD: Tensor, before: int, options: dict) -> Tensor:
-        """softmax(QKᵀ/√d)·E over all keys, of which the text's begin at `before`: fp32 (row, head, cell, word)."""
+        """softmax(QKᵀ/√d)·E over all keys, the text's keys starting at `before`: float32 (row, head, cell, word)."""
         heads, width = query_BHCD.shape[1], query_BHCD.shape[-1]
         tokens, words = self._indicator.shape[1:]
         after = key_BHKD.shape[2] - before - tokens
@@ -108,34 +117,34 @@ class WordCapture:
             F.scaled_dot_product_attention(query_BHCD, key_BHKD, chunk[:, None].expand(-1, heads, -1, -1), **options)
             for chunk in indicator.split(width, dim=-1)
         ]
-        # joining copies, and most texts have fewer words than a head is wide
+        # torch.cat copies, and most texts have fewer words than a head is wide
         maps_BHCW = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
         return maps_BHCW[..., :words].float()
 
 
 @contextlib.contextmanager
 def capture_words(capture: WordCapture, stop: bool = False) -> Iterator[None]:
-    """Inside, one forward of the backbone fills the capture.
+    """Inside the block, one forward of the backbone fills the capture.
 
-    The backbone's outputs are unchanged to the bit, and it is left as it was, also after an exception.
+    The backbone's outputs are unchanged to the bit. The backbone is restored afterwards, also after an exception.
 
     Args:
-        stop: leave the block after the last wanted layer has run; the backbone then has no output.
+        stop: leave the block after the last layer that is read; the forward then gives no output.
 
     Raises:
-        CaptureError: a layer was not seen (another attention kernel is installed), or ran twice.
+        CaptureError: a layer did not call torch's attention (another kernel is installed), or ran twice.
     """
-    marked = {layer.name: layer for layer in (*capture.watched, *capture.layers)}
-    left = set(marked)
-    watch = _Watch(capture.see)
-    watching = contextlib.ExitStack()  # only while a marked layer runs: the mode slows every function of torch
+    marked = {layer.name: layer for layer in (*capture.image_layers, *capture.layers)}
+    waiting = set(marked)
+    watch = _AttentionWatch(capture.on_attention)
+    watching = contextlib.ExitStack()  # entered only while a marked layer runs: the mode slows every torch function
 
     def enter(layer: Layer):
         def hook(module, args):
-            if layer.name not in left:
+            if layer.name not in waiting:
                 raise CaptureError(
                     f"two passes through layer {layer.name!r}",
-                    "one forward of the backbone a capture",
+                    "one forward of the backbone per capture",
                     "open a new capture for each forward",
                 )
             watch.current = layer
@@ -147,9 +156,9 @@ def capture_words(capture: WordCapture, stop: bool = False) -> Iterator[None]:
         def hook(module, args, output):
             watch.current = None
             watching.close()
-            left.discard(layer.name)
-            if stop and not left:
-                raise _Enough
+            waiting.discard(layer.name)
+            if stop and not waiting:
+                raise _StopForward
 
         return hook
 
@@ -158,7 +167,7 @@ def capture_words(capture: WordCapture, stop: bool = False) -> Iterator[None]:
         for layer in marked.values():
             handles.append(layer.module.register_forward_pre_hook(enter(layer)))
             handles.append(layer.module.register_forward_hook(leave(layer)))
-        with watching, contextlib.suppress(_Enough):
+        with watching, contextlib.suppress(_StopForward):
             yield
         if capture.missing:
             raise CaptureError(

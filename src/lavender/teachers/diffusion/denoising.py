@@ -1,7 +1,7 @@
-"""The mode ladder: how a picture's latents are brought to where the backbone's attention is read.
+"""The three modes: at which noise levels the backbone runs while its attention is read.
 
-`noise` noises once · `ddim` reads during DDIM inversion · `null-text` is the paper's recipe: DDIM inversion,
-null-text optimisation, guided re-denoising. Each gives the mean over its passes.
+`noise` adds noise once and runs one forward. `ddim` reads during DDIM inversion. `null-text` is the paper's recipe:
+DDIM inversion, null-text optimisation, guided denoising. The maps of a mode are the mean over its forwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lavender.config import ExtractionConfig
 from lavender.teachers.diffusion.base import Condition, TeacherFamily
 
 Read = Callable[[Tensor, Tensor, Condition, bool], Tensor | None]
-"""One forward under capture: latents, timesteps (row,), condition, whether the prediction is wanted."""
+"""One forward under capture: latents, timesteps (row,), condition, whether the prediction is needed."""
 
 
 @dataclass
@@ -26,11 +26,12 @@ class Batch:
 
     Attributes:
         latents: (row, channel, height, width), clean.
-        condition: of the rows' texts.
+        condition: the condition of the rows' texts.
         image_size: (height, width) in pixels of what the latents encode.
-        noise: (row, noise, timestep, channel, height, width), of `mode="noise"`.
-        empty: the condition of the empty text; of `mode="null-text"`.
-        led_back: like `latents`, what the way back of `mode="null-text"` ends with; equal to them if it converged.
+        noise: (row, noise, timestep, channel, height, width); only of `mode="noise"`.
+        empty: the condition of the empty text; only of `mode="null-text"`.
+        reconstruction: like `latents`, what the denoising of `mode="null-text"` ended with. It equals `latents` if the
+            optimisation converged.
     """
 
     latents: Tensor
@@ -38,99 +39,110 @@ class Batch:
     image_size: tuple[int, int]
     noise: Tensor | None = None
     empty: Condition | None = None
-    led_back: Tensor | None = None
+    reconstruction: Tensor | None = None
 
 
-def levels(num_steps: int) -> list[int]:
-    """Timesteps of DDIM with "leading" spacing and Stable Diffusion's offset of 1, rising: 1, 101, … 901 for 10."""
+def ddim_timesteps(num_steps: int) -> list[int]:
+    """Rising timesteps of DDIM, "leading" spacing, with Stable Diffusion's offset of 1: 1, 101, … 901 for 10 steps."""
     return [min(step * (1000 // num_steps) + 1, 999) for step in range(num_steps)]
 
 
 def ddim_step(family: TeacherFamily, sample: Tensor, output: Tensor, start: int, end: int) -> Tensor:
-    """DDIM's deterministic step of a sample from one noise level to another, up or down (Song et al. 2021, Eq. 12).
+    """DDIM's deterministic step from one noise level to another, up or down (Song et al. 2021, Eq. 12).
 
     Args:
+        sample: (row, channel, height, width), at the level `start`.
         output: the backbone's prediction.
-        start, end: timesteps whose ᾱ the sample has and gets; below 0 stands for the cleanest level.
+        start, end: timesteps; below 0 stands for the cleanest level.
+
+    Returns:
+        The sample at the level `end`, float32.
     """
     alphas = family.alphas_cumprod.to(sample.device)
-    here, there = alphas[max(start, 0)], alphas[max(end, 0)]
+    alpha_start, alpha_end = alphas[max(start, 0)], alphas[max(end, 0)]
     sample, output = sample.float(), output.float()
     if family.predicts_velocity:
-        clean = here.sqrt() * sample - (1 - here).sqrt() * output
-        epsilon = here.sqrt() * output + (1 - here).sqrt() * sample
+        clean = alpha_start.sqrt() * sample - (1 - alpha_start).sqrt() * output
+        epsilon = alpha_start.sqrt() * output + (1 - alpha_start).sqrt() * sample
     else:
-        clean, epsilon = (sample - (1 - here).sqrt() * output) / here.sqrt(), output
-    return there.sqrt() * clean + (1 - there).sqrt() * epsilon
+        clean, epsilon = (sample - (1 - alpha_start).sqrt() * output) / alpha_start.sqrt(), output
+    return alpha_end.sqrt() * clean + (1 - alpha_end).sqrt() * epsilon
 
 
 def read_maps(family: TeacherFamily, config: ExtractionConfig, batch: Batch, read: Read) -> None:
-    """Bring a batch's latents through the mode; each capturing forward goes through `read`.
+    """Run the forwards of `config.mode` on a batch; each forward whose attention is read goes through `read`.
 
-    Gradients are off, but for null-text's own.
+    The caller turns gradients off; null-text turns them on for its own optimisation.
     """
     if config.mode == "noise":
-        _noise(family, config, batch, read)
+        _read_noised(family, config, batch, read)
     elif config.mode == "ddim":
-        invert(config, batch, levels(config.num_steps), lambda *given: read(*given, True), family)
+        invert(batch, ddim_timesteps(config.num_steps), lambda *inputs: read(*inputs, True), family)
     else:
-        _null_text(family, config, batch, read)
+        _read_null_text(family, config, batch, read)
 
 
-def _noise(family: TeacherFamily, config: ExtractionConfig, batch: Batch, read: Read) -> None:
+def _read_noised(family: TeacherFamily, config: ExtractionConfig, batch: Batch, read: Read) -> None:
     """One forward of every row with every noise at every timestep, as one batch."""
     assert batch.noise is not None
     repeats = batch.noise.shape[1] * batch.noise.shape[2]
     noise = batch.noise.flatten(1, 2).flatten(0, 1)
     timesteps = torch.tensor(config.timesteps, device=batch.latents.device).repeat(len(noise) // len(config.timesteps))
     clean = batch.latents.repeat_interleave(repeats, dim=0)
-    condition = {name: one.repeat_interleave(repeats, dim=0) for name, one in batch.condition.items()}
+    condition = {name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in batch.condition.items()}
     read(family.add_noise(clean, noise.to(clean), timesteps), timesteps, condition, False)
 
 
 def invert(
-    config: ExtractionConfig,
     batch: Batch,
-    visited: list[int],
+    timesteps: list[int],
     predict: Callable[[Tensor, Tensor, Condition], Tensor | None],
     family: TeacherFamily,
 ) -> dict[int, Tensor]:
-    """DDIM inversion with the text and no guidance: the latents at each visited timestep, and at -1 the clean ones."""
+    """DDIM inversion with the text and without guidance.
+
+    Args:
+        timesteps: the levels to visit, rising.
+        predict: a forward of the backbone: latents, timesteps (row,), condition.
+
+    Returns:
+        The latents at each visited timestep, float32; the clean ones at -1.
+    """
     sample, before = batch.latents, -1
     trajectory = {before: sample.float()}
-    for timestep in visited:
-        output = predict(sample, _all_at(timestep, sample), batch.condition)
+    for timestep in timesteps:
+        output = predict(sample, _same_for_rows(timestep, sample), batch.condition)
         assert output is not None
         trajectory[timestep] = ddim_step(family, sample, output, before, timestep)
         sample, before = trajectory[timestep].to(batch.latents.dtype), timestep
     return trajectory
 
 
-def _null_text(family: TeacherFamily, config: ExtractionConfig, batch: Batch, read: Read) -> None:
-    """Invert, then denoise with guidance, the empty text's states tuned so that the path leads back (Mokady et al.).
+def _read_null_text(family: TeacherFamily, config: ExtractionConfig, batch: Batch, read: Read) -> None:
+    """Invert, then denoise with guidance; the empty text's states are optimised to return along the inversion's path.
 
-    With fewer `inversion_steps` than `num_steps` only some timesteps have a latent to lead back to; between them
-    the states stay as they are.
+    This is null-text inversion (Mokady et al. 2023). With fewer `inversion_steps` than `num_steps` only some timesteps
+    have inverted latents as a target; at the others the states stay as they are.
     """
     assert batch.empty is not None
-    every = levels(config.num_steps)
+    every = ddim_timesteps(config.num_steps)
     stride = config.num_steps // (config.inversion_steps or config.num_steps)
 
-    def plain(latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+    def predict(latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         return family.denoise(latents, timesteps, condition, batch.image_size)
 
-    path = invert(config, batch, every[stride - 1 :: stride], plain, family)
+    path = invert(batch, every[stride - 1 :: stride], predict, family)
     sample = path[every[-1]].to(batch.latents.dtype)
     empty = batch.empty["states"].float().expand(len(sample), -1, -1).clone()
     for index, timestep in enumerate(reversed(every)):
-        now, after = _all_at(timestep, sample), ([-1, *every])[len(every) - 1 - index]
+        now, after = _same_for_rows(timestep, sample), ([-1, *every])[len(every) - 1 - index]
         conditional = read(sample, now, batch.condition, True)
         assert conditional is not None
         step = _GuidedStep(family, config, batch, sample, conditional, timestep, after)
         if after in path:
-            empty = _tuned(step, empty, path[after], config.null_text_iterations, index)
+            empty = _optimize_empty(step, empty, path[after], config.null_text_iterations, index)
         sample = step(empty).to(batch.latents.dtype)
-    batch.led_back = sample
+    batch.reconstruction = sample
 
 
 @dataclass
@@ -147,17 +159,18 @@ class _GuidedStep:
 
     def __call__(self, empty: Tensor) -> Tensor:
         assert self.batch.empty is not None
-        condition = {name: one.expand(len(self.sample), *one.shape[1:]) for name, one in self.batch.empty.items()}
+        rows = len(self.sample)
+        condition = {name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in self.batch.empty.items()}
         condition["states"] = empty.to(self.sample.dtype)
-        now = _all_at(self.timestep, self.sample)
-        plain = self.family.denoise(self.sample, now, condition, self.batch.image_size)
-        guided = plain.float() + self.config.guidance * (self.conditional.float() - plain.float())
+        now = _same_for_rows(self.timestep, self.sample)
+        unconditional = self.family.denoise(self.sample, now, condition, self.batch.image_size).float()
+        guided = unconditional + self.config.guidance * (self.conditional.float() - unconditional)
         return ddim_step(self.family, self.sample, guided, self.timestep, self.after)
 
 
-def _tuned(step: _GuidedStep, empty: Tensor, target: Tensor, iterations: int, index: int) -> Tensor:
-    """The states after Adam on ‖step(states) − target‖²; each row stops by itself, so rows stay independent."""
-    # rate and threshold by the step's index are those of null-text inversion, made for 50 steps
+def _optimize_empty(step: _GuidedStep, empty: Tensor, target: Tensor, iterations: int, index: int) -> Tensor:
+    """The states after Adam on ‖step(states) − target‖². Each row stops by itself, so rows stay independent."""
+    # null-text inversion's learning rate and threshold depend on the step's index, and were chosen for 50 steps
     with torch.enable_grad(), _frozen(step.family.backbone):
         states = empty.detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([states], lr=1e-2 * (1 - index / 100))
@@ -176,18 +189,19 @@ def _tuned(step: _GuidedStep, empty: Tensor, target: Tensor, iterations: int, in
     return states.detach()
 
 
-def _all_at(timestep: int, sample: Tensor) -> Tensor:
+def _same_for_rows(timestep: int, sample: Tensor) -> Tensor:
+    """The timestep of every row of a sample: (row,)."""
     return torch.full((len(sample),), timestep, device=sample.device)
 
 
 @contextlib.contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, no parameter asks for a gradient, so that autograd keeps nothing for them."""
-    asking = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """Inside, no parameter requires a gradient, so that autograd stores nothing for them."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""The families of teachers we know, by the class of their pipeline."""
+"""The supported families of diffusion models, by their pipeline class, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -22,32 +22,37 @@ FAMILIES: tuple[type[TeacherFamily], ...] = (StableDiffusion, StableDiffusionXL,
 
 
 def family_of(pipeline_class: type[DiffusionPipeline]) -> type[TeacherFamily]:
-    """The family of a class of pipelines. Raises UnsupportedModelError for one without."""
-    family = _named(pipeline_class.__name__, f"a {pipeline_class.__name__}")
+    """The family of a pipeline class. Raises UnsupportedModelError if no family supports it."""
+    family = _family_named(pipeline_class.__name__, f"a {pipeline_class.__name__}")
     if family.pipeline_class is not pipeline_class:
-        raise _unsupported(f"a {pipeline_class.__name__} that is not diffusers' own")
+        raise _unsupported_error(f"a {pipeline_class.__name__} that is not diffusers' own")
     return family
 
 
 def load_family(path: str, **options: Any) -> TeacherFamily:
-    """Load a pipeline folder or hub id of any family, its weights from safetensors only.
+    """Load a pipeline of any family, its weights from safetensors only.
 
-    The class is read from the pipeline's own `model_index.json`, before any weight is.
+    The class is read from the pipeline's `model_index.json` before any weight is loaded.
+
+    Args:
+        path: a folder or hub id.
+        options: arguments of `from_pretrained`, such as `dtype`.
 
     Raises:
-        ModelError: a part is missing, damaged or not finite; inside `lavender.model_files.loading`, all else too.
-        UnsupportedModelError: no family of this class.
+        ModelError: a part is missing, damaged or not finite. Call it inside `lavender.model_files.loading`, which turns
+            the other errors of loading into ModelError too.
+        UnsupportedModelError: no family supports this class.
     """
     check_files(path)
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
         raise ModelError(f"the folder {path}, without model_index.json", "a diffusion pipeline", "name its folder")
     index = DiffusionPipeline.load_config(path)
     name = index.get("_class_name")
-    family = _named(str(name), f"{path}, a {name}")
-    wanted = {part: value for part, value in family.optional_parts.items() if value is None}
+    family = _family_named(str(name), f"{path}, a {name}")
+    left_out = {part: value for part, value in family.optional_parts.items() if value is None}
     folder = path
     if not Path(path).is_dir():
-        folder = str(DiffusionPipeline.download(path, use_safetensors=True, **wanted))
+        folder = str(DiffusionPipeline.download(path, use_safetensors=True, **left_out))
     parts = {
         part: _load_part(Path(folder) / part, index[part], **options)
         for part, value in index.items()
@@ -59,13 +64,13 @@ def load_family(path: str, **options: Any) -> TeacherFamily:
 
 
 def load_tiny_vae(path: str, **options: Any) -> AutoencoderTiny:
-    """Load a tiny autoencoder in the place of a teacher's own. Raises ModelError as `load_family`."""
+    """Load a tiny autoencoder that replaces the teacher's. Raises ModelError as `load_family` does."""
     check_files(path)
-    return load_weights(AutoencoderTiny, path, _empty(AutoencoderTiny, path), use_safetensors=True, **options)
+    return load_weights(AutoencoderTiny, path, _builder_of(AutoencoderTiny, path), use_safetensors=True, **options)
 
 
 def _load_part(folder: Path, named: Any, **options: Any) -> nn.Module | None:
-    """A part of a pipeline with weights; None for one without, such as a tokenizer, whose files alone are checked."""
+    """Load a part that has weights. Of other parts, such as a tokenizer, only check the files, and return None."""
     check_files(folder)
     library, name = named
     cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(name), None)
@@ -75,26 +80,26 @@ def _load_part(folder: Path, named: Any, **options: Any) -> nn.Module | None:
         return None
     if not folder.is_dir():
         raise ModelError(f"no folder {folder}", f"a {name}, which model_index.json names", "get all of the pipeline")
-    return load_weights(cls, folder, _empty(cls, folder), use_safetensors=True, **options)
+    return load_weights(cls, folder, _builder_of(cls, folder), use_safetensors=True, **options)
 
 
-def _empty(cls: Any, path: str | Path) -> Callable[[], nn.Module]:
-    """What builds a model of the config at a path."""
+def _builder_of(cls: Any, path: str | Path) -> Callable[[], nn.Module]:
+    """A function that builds a model with the config at a path, without its weights."""
     if issubclass(cls, transformers.PreTrainedModel):
         return lambda: cls(cls.config_class.from_pretrained(path))
     return lambda: cls.from_config(cls.load_config(path))
 
 
-def _named(name: str, what: str) -> type[TeacherFamily]:
+def _family_named(name: str, what: str) -> type[TeacherFamily]:
     for family in FAMILIES:
         if family.pipeline_class.__name__ == name:
             return family
-    raise _unsupported(what)
+    raise _unsupported_error(what)
 
 
-def _unsupported(what: str) -> UnsupportedModelError:
+def _unsupported_error(what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         what,
         f"one of {', '.join(family.pipeline_class.__name__ for family in FAMILIES)}",
-        "use such a teacher, or write a family: one file in lavender/diffusion and one line in its registry",
+        "use one of these, or add a family: see TeacherFamily in lavender/teachers/diffusion/base.py",
     )

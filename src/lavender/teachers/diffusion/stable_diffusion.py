@@ -18,7 +18,7 @@ _BLOCK = re.compile(r"(down_blocks|mid_block|up_blocks)\.?(\d*)")
 
 
 class StableDiffusion(TeacherFamily):
-    """Stable Diffusion 1.x (the paper's is 1.4) and 2.x, with ε- or v-prediction."""
+    """Stable Diffusion 1.x (the paper uses 1.4) and 2.x, with ε- or v-prediction."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     optional_parts: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
@@ -26,7 +26,7 @@ class StableDiffusion(TeacherFamily):
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
-        # clip_sample and set_alpha_to_one are DDIM's own defaults, and wrong for latents
+        # DDIM's defaults of clip_sample and set_alpha_to_one are wrong for latents
         self._scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False
         )
@@ -34,12 +34,12 @@ class StableDiffusion(TeacherFamily):
     def check_parts(self) -> None:
         super().check_parts()
         steps = self.alphas_cumprod
-        if len(steps) != 1000 or not ((steps > 0) & (steps <= 1)).all():  # of NaN neither holds
+        if len(steps) != 1000 or not ((steps > 0) & (steps <= 1)).all():  # a NaN fails both comparisons
             raise ModelError(
                 f"a noise schedule of {len(steps)} steps, ᾱ from {steps.max():.3g} to {steps.min():.3g}, in "
                 f"{self.pipeline.name_or_path}",
                 "1000 steps between 1 and 0",
-                "get scheduler_config.json once more",
+                "download scheduler_config.json again",
             )
 
     @property
@@ -77,34 +77,35 @@ class StableDiffusion(TeacherFamily):
         return self._scheduler.add_noise(latents, noise, timesteps)
 
     def layers(self, latent_size: tuple[int, int]) -> list[Layer]:
-        found = self._attentions(latent_size, cross=True)
-        if not found:
+        layers = self._attentions(latent_size, cross=True)
+        if not layers:
             raise CaptureError(
                 f"a {type(self.backbone).__name__} without cross-attention",
                 "a text-conditioned UNet",
                 "choose another teacher",
             )
-        return found
+        return layers
 
     def self_attention(self, latent_size: tuple[int, int]) -> list[Layer]:
         return self._attentions(latent_size, cross=False)
 
     def _attentions(self, latent_size: tuple[int, int], cross: bool) -> list[Layer]:
-        found = [
-            (self._place(name), Layer(name, module, self._grid(name, latent_size)))
+        """The cross-attention or the self-attention layers, in the order in which they run."""
+        layers = [
+            Layer(name, module, self._grid(name, latent_size))
             for name, module in self.backbone.named_modules()
             if isinstance(module, Attention) and module.is_cross_attention == cross
         ]
-        return [layer for _, layer in sorted(found, key=lambda one: one[0])]  # stable: a block's own order stays
+        return sorted(layers, key=lambda layer: self._block_order(layer.name))  # stable: keeps the order in a block
 
     @staticmethod
-    def _place(name: str) -> tuple[int, int]:
-        """When a layer runs: down blocks, the middle, up blocks (`named_modules` has the middle last)."""
+    def _block_order(name: str) -> tuple[int, int]:
+        """Sorts layers by when they run: down blocks, the middle, up blocks (`named_modules` has the middle last)."""
         kind, index = _block_of(name)
         return ("down_blocks", "mid_block", "up_blocks").index(kind), index
 
     def _grid(self, name: str, latent_size: tuple[int, int]) -> tuple[int, int]:
-        """(rows, cols) of a layer: each level of the UNet halves them, rounding up."""
+        """(rows, cols) of a layer: each level of the UNet halves the latents' size, rounding up."""
         kind, index = _block_of(name)
         deepest = len(self.pipeline.unet.config.block_out_channels) - 1
         level = {"down_blocks": index, "mid_block": deepest, "up_blocks": deepest - index}[kind]
@@ -115,7 +116,7 @@ class StableDiffusion(TeacherFamily):
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Stable Diffusion XL: two text encoders side by side, and the picture's size as a condition."""
+    """Stable Diffusion XL: two concatenated text encoders, and the picture's size as a condition."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
     optional_parts: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
@@ -128,16 +129,17 @@ class StableDiffusionXL(StableDiffusion):
         empty = self.encode_texts([""])
         if not self.pipeline.config.force_zeros_for_empty_prompt:
             return empty
-        return {name: torch.zeros_like(one) for name, one in empty.items()}
+        return {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition, image_size: tuple[int, int]) -> Tensor:
-        # original size, corner of the crop (none), target size
+        # original size, the crop's top left corner (no crop), target size
         sizes = torch.tensor([*image_size, 0, 0, *image_size], dtype=self.dtype, device=self.device)
         added = {"text_embeds": condition["pooled"], "time_ids": sizes.expand(len(latents), -1)}
         return self.pipeline.unet(latents, timesteps, condition["states"], added_cond_kwargs=added).sample
 
 
 def _block_of(name: str) -> tuple[str, int]:
+    """The kind and index of the block that a layer is in."""
     match = _BLOCK.match(name)
     if match is None:
         raise CaptureError(f"the layer {name!r}", "a layer in down_blocks, mid_block or up_blocks", "report this UNet")

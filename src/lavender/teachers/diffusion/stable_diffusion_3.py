@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a transformer whose layers attend to image and text jointly, without T5."""
+"""Teachers with an MM-DiT: Stable Diffusion 3 and 3.5, whose layers attend to image and text jointly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lavender.teachers.diffusion.base import Condition, Layer, LayerWeights, Tea
 
 
 class StableDiffusion3(TeacherFamily):
-    """MM-DiT. Its T5 is left out, as the model allows: the two CLIP encoders know where a word stands."""
+    """Stable Diffusion 3 and 3.5 without T5, which the model allows: the CLIP encoders' tokens are the words' keys."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
     optional_parts: ClassVar[Mapping[str, Any]] = {"text_encoder_3": None, "tokenizer_3": None}
@@ -35,11 +35,11 @@ class StableDiffusion3(TeacherFamily):
 
     @property
     def longest(self) -> int:
-        """As in general, and no longer than there are embeddings of positions."""
+        """As for every family, but at most the number of position embeddings."""
         return min(super().longest, self.pipeline.transformer.config.pos_embed_max_size * self.unit)
 
     def encode_texts(self, texts: Sequence[str]) -> Condition:
-        # where T5 would be the pipeline puts zeros after the CLIP tokens; they are keys as well
+        # in the place of T5 the pipeline appends zeros to the CLIP tokens; they are keys too
         encoded = self.pipeline.encode_prompt(
             list(texts), None, None, device=self.device, do_classifier_free_guidance=False
         )
@@ -68,6 +68,6 @@ class StableDiffusion3(TeacherFamily):
         return self.layers(latent_size)
 
     def default_weights(self) -> LayerWeights:
-        """One expert layer, a little before the middle: block 9 of SD3-medium's 24 (Seg4Diff)."""
+        """Only the block whose attention segments best: block 9 of SD3-medium's 24 (Seg4Diff), scaled to the depth."""
         depth = len(self.pipeline.transformer.transformer_blocks)
         return {"transformer_blocks": 0.0, f"transformer_blocks.{round(9 / 24 * depth)}.": 1.0}

@@ -1,4 +1,4 @@
-"""Texts as the teacher's text encoder takes them: windows of a long text, and which tokens carry which word."""
+"""Text windows: parts of a long text that each fit the text encoder, and the tokens that carry each word."""
 
 from __future__ import annotations
 
@@ -19,23 +19,26 @@ _WITH_SPACE = re.compile(r"\s*\S+\s*")
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> list[tuple[int, int]]:
-    """Character spans that each fit the text encoder, cut at the ends of sentences, else between words.
+    """Cut a text into windows that each fit the text encoder, at the ends of sentences, else between words.
 
     Args:
-        max_tokens: of the encoder, its two special tokens included.
+        max_tokens: tokens that the encoder takes, its two special tokens included.
+
+    Returns:
+        Half-open spans of characters, which cover the text.
     """
     text, limit = encodable(text), max_tokens - 2
     sentences = [sentence.span() for sentence in _SENTENCE.finditer(text)]
     pieces: list[tuple[int, int]] = []
-    for (start, end), tokens in zip(sentences, _counts(tokenizer, text, sentences), strict=True):
+    for (start, end), tokens in zip(sentences, _token_counts(tokenizer, text, sentences), strict=True):
         fits = tokens <= limit
-        pieces += [(start, end)] if fits else [one.span() for one in _WITH_SPACE.finditer(text, start, end)]
+        pieces += [(start, end)] if fits else [piece.span() for piece in _WITH_SPACE.finditer(text, start, end)]
     spans: list[tuple[int, int]] = []
-    filled = 0  # tokens of the last span, or a few more: a cut never makes tokens fewer
-    for (start, end), tokens in zip(pieces, _counts(tokenizer, text, pieces), strict=True):
+    filled = 0  # an upper bound on the tokens of the last span: joining two pieces never adds tokens
+    for (start, end), tokens in zip(pieces, _token_counts(tokenizer, text, pieces), strict=True):
         filled += tokens
         if spans and filled > limit:
-            filled = next(_counts(tokenizer, text, [(spans[-1][0], end)]))
+            filled = next(_token_counts(tokenizer, text, [(spans[-1][0], end)]))
         if spans and filled <= limit:
             spans[-1] = (spans[-1][0], end)
         else:
@@ -44,8 +47,8 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> l
     return spans
 
 
-def _counts(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]) -> Iterator[int]:
-    """How many tokens each part of a text has by itself."""
+def _token_counts(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]) -> Iterator[int]:
+    """The number of tokens of each part of a text, encoded by itself."""
     for first in range(0, len(spans), 1024):
         parts = [text[start:end] for start, end in spans[first : first + 1024]]
         yield from map(len, tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"])
@@ -53,14 +56,14 @@ def _counts(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """One row of a batch: a part of a job's text with the words in it that have a token.
+    """One row of a batch: a part of a job's text, with those of its words that have a token.
 
     Attributes:
         job: the job's index.
-        text: the window's own characters, as the text encoder takes them.
-        words: its words.
-        tokens: the positions of the tokens that carry each word.
-        content: the positions of all of the text's tokens, special ones left out.
+        text: the window's characters, as the text encoder takes them.
+        words: the words that begin in the window and have a token.
+        tokens: per word, the positions of the tokens that carry it.
+        content: the positions of all tokens of the text, without special tokens.
     """
 
     job: int
@@ -79,34 +82,44 @@ def window_of(
     carrier: Carrier,
     max_tokens: int,
 ) -> tuple[Window, list[Word]]:
-    """A window and those of its words that have no token.
+    """Find the tokens of a window's words.
 
     Args:
-        text: the window's characters, which begin at `start` of the job's text.
+        job: the job's index.
+        text: the window's characters.
+        start: where the window begins in the job's text.
         words: the words that begin in the window.
+        carrier: see `ExtractionConfig`.
+        max_tokens: tokens that the encoder takes, special tokens included; the text is truncated to it.
+
+    Returns:
+        The window, and the words without a token.
     """
     text = encodable(text)
     encoded = tokenizer(text, truncation=True, max_length=max_tokens, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"]
     content = tuple(index for index, (first, last) in enumerate(offsets) if last > first)
-    kept, lost, spans = [], [], []
+    kept, without_token, spans = [], [], []
     for word in words:
         span = token_span(offsets, word.start - start, word.end - start)
         if not span:
-            lost.append(word)
+            without_token.append(word)
             continue
         if carrier == "own+next" and span[-1] + 1 in content:
             span = [*span, span[-1] + 1]
         kept.append(word)
         spans.append(tuple(span))
-    return Window(job, text, tuple(kept), tuple(spans), content), lost
+    return Window(job, text, tuple(kept), tuple(spans), content), without_token
 
 
 def indicator(rows: Sequence[Window], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """E (row, token, column): 1/n at the n tokens of a word; the last column is the mean of all the text's tokens.
+    """The values with which attention on words is read, see `lavender.teachers.diffusion.capture`.
 
-    Columns count the words of one row alone, so a long text in many windows stays cheap. The second tensor is n,
-    (row, column); a column without a word is 0 with n = 1.
+    Columns are the words of each row, so a long text in many windows stays cheap. The last column is the mean of all
+    tokens of the text. A column without a word is 0, with n = 1.
+
+    Returns:
+        E (row, token, column), 1/n at the n tokens of a word; and n (row, column).
     """
     width = max(len(row.words) for row in rows) + 1
     values, counts = torch.zeros(len(rows), max_tokens, width), torch.ones(len(rows), width)

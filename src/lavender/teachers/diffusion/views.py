@@ -1,7 +1,7 @@
-"""How a picture comes to the teacher, and how maps come back into the frame of the whole picture.
+"""Views: the part of a picture that the teacher sees, and the way of its maps back to the whole picture.
 
-A view is the part of the picture that the teacher sees, a box (top, left, bottom, right) in shares of the
-picture's height and width: (0, 0, 1, 1) is the whole, a crop lies inside, padding reaches beyond.
+A box is (top, left, bottom, right) in shares of the picture's height and width. (0, 0, 1, 1) is the whole picture; a
+crop lies inside it, and padding reaches beyond it.
 """
 
 from __future__ import annotations
@@ -18,87 +18,100 @@ from torch import Tensor
 from lavender.config import Geometry
 
 Box = tuple[float, float, float, float]
+"""(top, left, bottom, right) in shares of the picture's height and width."""
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 PADDING = (128, 128, 128)
+"""The RGB colour of the padding that "letterbox" adds."""
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
+class View:
     """What the teacher sees of a picture.
 
     Attributes:
-        pixels: uint8 (height, width, 3).
-        view: the part of the picture that they show.
+        pixels: uint8 (height, width, 3), RGB.
+        box: the part of the picture that the pixels show.
     """
 
     pixels: np.ndarray
-    view: Box
+    box: Box
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.pixels.shape[0], self.pixels.shape[1]
 
-    def mirrored(self) -> Frame:
-        """The same of the picture seen in a mirror."""
-        top, left, bottom, right = self.view
-        return Frame(self.pixels[:, ::-1], (top, 1 - right, bottom, 1 - left))
+    def mirrored(self) -> View:
+        """The same view of the picture flipped from left to right."""
+        top, left, bottom, right = self.box
+        return View(self.pixels[:, ::-1], (top, 1 - right, bottom, 1 - left))
 
 
-def frame(image: Image.Image, geometry: Geometry, side: int, unit: int, longest: int) -> Frame:
-    """Bring a picture to the teacher.
+def view_of(image: Image.Image, geometry: Geometry, side: int, unit: int, longest: int) -> View:
+    """Resize, crop or pad a picture to what the teacher sees.
 
     Args:
-        geometry: "squash" to a square; the central square ("crop"); padded to a square ("letterbox"); or "aspect",
-            about as many pixels in the picture's own shape, sides rounded to `unit`.
-        side: of the square, in pixels.
-        longest: no side of "aspect" is longer, in pixels; a picture of a more extreme shape is squashed.
+        image: RGB.
+        geometry: "squash" resizes to a square, "crop" takes the central square, and "letterbox" pads to a square.
+            "aspect" keeps the picture's shape, with about as many pixels as the square and sides rounded to `unit`.
+        side: height and width of the square, in pixels.
+        unit: with "aspect", sides are multiples of this, in pixels.
+        longest: with "aspect", the longest side allowed, in pixels; a more elongated picture is squashed.
     """
     width, height = image.size
     if geometry == "aspect":
         scale = side / (width * height) ** 0.5
         shape = [min(max(unit, round(length * scale / unit) * unit), longest) for length in (width, height)]
-        return Frame(_resized(image, shape[0], shape[1]), WHOLE)
+        return View(_resized(image, shape[0], shape[1]), WHOLE)
     if geometry == "squash":
-        return Frame(_resized(image, side, side), WHOLE)
+        return View(_resized(image, side, side), WHOLE)
     if geometry == "crop":
         short = min(width, height)
         left, top = (width - short) / 2, (height - short) / 2
-        seen = image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short))
-        return Frame(np.asarray(seen), (top / height, left / width, (top + short) / height, (left + short) / width))
+        square = image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short))
+        return View(np.asarray(square), (top / height, left / width, (top + short) / height, (left + short) / width))
     long = max(width, height)
     inside = max(1, round(side * width / long)), max(1, round(side * height / long))
     left, top = (side - inside[0]) // 2, (side - inside[1]) // 2
     canvas = Image.new("RGB", (side, side), PADDING)
     canvas.paste(image.resize(inside, Image.Resampling.BILINEAR), (left, top))
-    view = -top / inside[1], -left / inside[0], (side - top) / inside[1], (side - left) / inside[0]
-    return Frame(np.asarray(canvas), view)
+    box = -top / inside[1], -left / inside[0], (side - top) / inside[1], (side - left) / inside[0]
+    return View(np.asarray(canvas), box)
 
 
-def lay(maps_BWrc: Tensor, views: Sequence[Box], grid: tuple[int, int]) -> Tensor:
-    """Maps of the teacher's views on the grid of the whole pictures, bilinear; 0 where a picture is not seen."""
-    if all(view == WHOLE for view in views):
+def resample_to_picture(maps_BWrc: Tensor, boxes: Sequence[Box], grid: tuple[int, int]) -> Tensor:
+    """Resample maps of views to maps of the whole pictures, bilinearly.
+
+    Args:
+        maps_BWrc: (row, word, rows, cols), one view per row.
+        boxes: per row, the box of its view.
+        grid: (rows, cols) of the result.
+
+    Returns:
+        (row, word, *grid); 0 where the view does not show the picture.
+    """
+    if all(box == WHOLE for box in boxes):
         return F.interpolate(maps_BWrc, size=grid, mode="bilinear", align_corners=False)
     inverse = [
         (-top / (bottom - top), -left / (right - left), (1 - top) / (bottom - top), (1 - left) / (right - left))
-        for top, left, bottom, right in views
+        for top, left, bottom, right in boxes
     ]
-    return _sampled(maps_BWrc, inverse, grid)
+    return _sample_boxes(maps_BWrc, inverse, grid)
 
 
-def from_picture(maps_BWrc: Tensor, views: Sequence[Box], grid: tuple[int, int]) -> Tensor:
-    """The way back: maps of whole pictures as the teacher's views see them, 0 in padding."""
-    if all(view == WHOLE for view in views):
+def resample_to_view(maps_BWrc: Tensor, boxes: Sequence[Box], grid: tuple[int, int]) -> Tensor:
+    """The inverse of `resample_to_picture`: maps of whole pictures become maps of their views, 0 in padding."""
+    if all(box == WHOLE for box in boxes):
         return F.interpolate(maps_BWrc, size=grid, mode="bilinear", align_corners=False)
-    return _sampled(maps_BWrc, views, grid)
+    return _sample_boxes(maps_BWrc, boxes, grid)
 
 
 def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _sampled(maps_BWrc: Tensor, boxes: Sequence[Box], grid: tuple[int, int]) -> Tensor:
-    """Each row's map, read at the cell centres of a grid over a box (in shares of the map); 0 outside the map."""
+def _sample_boxes(maps_BWrc: Tensor, boxes: Sequence[Box], grid: tuple[int, int]) -> Tensor:
+    """Read each row's map at the cell centres of a grid over its box (in shares of the map); 0 outside the map."""
     places = []
     for top, left, bottom, right in boxes:
         down = top + (torch.arange(grid[0], dtype=torch.float64) + 0.5) / grid[0] * (bottom - top)
