@@ -98,12 +98,12 @@ def load_model(
     trust = trust_remote_code is True
     auto = auto_class(adapter.config, trust)
     model = adapter.load(auto, str(path), dtype=dtype, use_safetensors=True, trust_remote_code=trust, **settings)
-    table: Any = model.get_input_embeddings()
-    rows = table.num_embeddings + getattr(table, "num_additional_embeddings", 0)  # the latter of IDEFICS
-    token, number = max(processor.tokenizer.get_vocab().items(), key=lambda one: one[1])
-    if number >= rows:
+    num_embeddings = adapter.num_embeddings(model)
+    token, number = max(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= num_embeddings:
         raise ModelError(
-            f"the model {path}, whose tokenizer has {token!r} as token {number} and whose embeddings are {rows}",
+            f"the model {path}, whose tokenizer has {token!r} as token {number} and whose embeddings are "
+            f"{num_embeddings}",
             "an embedding for each token",
             "get the tokenizer's files of this model",
         )

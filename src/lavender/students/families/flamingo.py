@@ -124,6 +124,9 @@ class FlamingoAdapter(VlmAdapter):
         side = self._side()
         return f"{self.config.perceiver_latents} latents that look at {side} × {side} patches"
 
+    def keys_per_image(self) -> int:
+        return self.config.perceiver_latents
+
     def image_token_id(self) -> int:
         return self.config.image_token_id
 

@@ -122,6 +122,7 @@ class IdeficsAdapter(VlmAdapter):
         "language_model": ("model", "lm_head"),
     }
     cross_attends = True
+    head_norms = ("q_layer_norm", "k_layer_norm")
 
     def processor(self, published: Any) -> IdeficsChatProcessor:
         if isinstance(published, IdeficsChatProcessor):
@@ -142,6 +143,13 @@ class IdeficsAdapter(VlmAdapter):
         side, latents = self._side(), self.config.perceiver_config.resampler_n_latents
         patches = f"{side} × {side} patches"
         return f"{latents} latents that look at {patches}" if self.config.use_resampler else f"class token + {patches}"
+
+    def keys_per_image(self) -> int:
+        return self.config.perceiver_config.resampler_n_latents if self.config.use_resampler else 1 + self._side() ** 2
+
+    def num_embeddings(self, model: PreTrainedModel) -> int:
+        table: Any = model.get_input_embeddings()
+        return table.num_embeddings + table.num_additional_embeddings
 
     def image_token_id(self) -> int:
         return self.config.vocab_size + 1  # behind <fake_token_around_image>, in every published IDEFICS
@@ -239,11 +247,14 @@ class _AllTokens:
     def __init__(self, model: PreTrainedModel):
         self._model, self._before = model, model.loss_function
         model.loss_function = self._loss
-        vars(model)["get_output_embeddings"] = lambda: self
+        vars(model)["get_output_embeddings"] = self._itself
 
     @property
     def weight(self) -> Tensor:
         return torch.cat(list(self._model.get_submodule("lm_head").parameters()))  # its own and the added tokens'
+
+    def _itself(self) -> _AllTokens:
+        return self
 
     def remove(self) -> None:
         self._model.loss_function = self._before

@@ -188,6 +188,9 @@ class MiniCpmVAdapter(VlmAdapter):
         """That of the published tokenizer, unless the config has an `image_token_id` of its own."""
         return getattr(self.config, "image_token_id", IMAGE_TOKEN_ID)
 
+    def token_ids(self, inputs: Mapping[str, Any]) -> Tensor:
+        return inputs.get("data", inputs)["input_ids"]  # see `hooks`
+
     def image_keys(self, inputs: Mapping[str, Any]) -> Tensor:
         wrong = {end - start for own in inputs["image_bound"] for start, end in own.tolist()} - {self.config.query_num}
         if wrong:
@@ -288,7 +291,8 @@ class _LanguageModelsParts:
     )
 
     def __init__(self, model: Any):
-        self._model, self._before = model, dict(vars(model))
+        self._model = model
+        self._before = {name: value for name, value in vars(model).items() if name in self.names}
         model.base_model_prefix = "backbone_with_pictures"
         vars(model)["backbone_with_pictures"] = self._backbone
         vars(model).setdefault("generation_config", model.llm.generation_config)
@@ -303,7 +307,7 @@ class _LanguageModelsParts:
     def _require_grads(self) -> None:
         type(self._model).enable_input_require_grads(self._model)
         embeddings = self._model.get_input_embeddings()
-        copied = embeddings.register_forward_hook(lambda module, args, output: output.clone())
+        copied = embeddings.register_forward_hook(_cloned)
         self._model._require_grads_hooks.append(copied)  # which disable_input_require_grads removes
 
     def remove(self) -> None:
@@ -312,6 +316,10 @@ class _LanguageModelsParts:
                 vars(self._model)[name] = self._before[name]
             else:
                 del vars(self._model)[name]
+
+
+def _cloned(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output.clone()
 
 
 DATA = ("input_ids", "pixel_values", "tgt_sizes", "image_bound", "position_ids")
