@@ -149,6 +149,7 @@ class Contract(Batches, Guards, Parts, Core):
         assert traces(model) == before
 
     @POOLINGS
+    @torch.no_grad()
     def test_copies_and_files_of_a_model_in_alignment(self, family, model, batch, readings, pooling):
         """A copy can be detached, and leaves the original as it is; so can what torch saves and loads."""
         before = traces(model)

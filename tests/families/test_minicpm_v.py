@@ -297,7 +297,7 @@ class TestProcessor:
 
     def test_what_does_not_fit_is_refused(self, captions):
         processor, image = build_processor(captions), picture((97, 83))
-        with pytest.raises(DataError, match=r"Got \[1\] placeholders \(<image>./</image>\) in texts of \[2\] pictures"):
+        with pytest.raises(DataError, match=r"Got \[1\] \(<image>./</image>\) in texts of \[2\] pictures"):
             processor(images=[[image, image]], text=["(<image>./</image>)"])
         with pytest.raises(DataError, match=r"Got 2 whole slices in a text of 5"):
             processor(images=[[image]], text=["(<image>./</image>)"], truncation=True, max_length=25)

@@ -17,6 +17,7 @@ from lavender.model_files import (
     refuse_not_finite,
 )
 from lavender.students.base import VlmAdapter
+from lavender.students.chat_processor import check_offsets
 from lavender.type_checks import check_type
 
 __all__ = ["load_config", "load_model", "load_processor", "load_run", "loading", "read_config"]
@@ -68,7 +69,7 @@ def load_processor(adapter: VlmAdapter, path: str | Path, trust_remote_code: boo
     processor = adapter.processor(published)
     if processor.chat_template:
         try:
-            processor.apply_chat_template(list(_TURNS), tokenize=False)
+            rendered = processor.apply_chat_template(list(_TURNS), tokenize=False)
         except Exception as error:
             raise ModelError(
                 f"the chat template of {path}, which fails on a question about a picture and its answer: "
@@ -76,6 +77,7 @@ def load_processor(adapter: VlmAdapter, path: str | Path, trust_remote_code: boo
                 "a template for such conversations",
                 "repair chat_template.jinja, or get it once more",
             ) from error
+        check_offsets(processor, rendered)
     return processor
 
 
