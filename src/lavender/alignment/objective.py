@@ -175,7 +175,11 @@ class AlignmentHead(nn.Module):
         return (losses * (request.weights * request.matched)[words]).sum()
 
     def maps(self, request: AlignmentRequest, words: Tensor | None = None) -> Tensor:
-        """The Aligner's output for `words`, bool (sample, word), by default those present: (word, rows, cols) in [0, 1]."""
+        """The Aligner's output, (word, rows, cols) in [0, 1].
+
+        Args:
+            words: bool (sample, word), the words whose maps are wanted; by default those present.
+        """
         words = request.present if words is None else words
         attention = self.attention(request).permute(0, 1, 3, 2, 4, 5)[:, words]
         request.student_maps = attention.detach().float().mean(dim=(0, 2))[request.present[words]]
