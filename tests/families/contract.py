@@ -161,18 +161,22 @@ class Contract(Batches, Guards, Parts, Core):
             return aligned(**batch, attention_request=request).attention_loss
 
         file = io.BytesIO()
-        torch.save(model, file)  # before any forward, in which transformers adds hooks that cannot be saved
-        file.seek(0)
-        expected = loss_of(model)
-        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-            torch.testing.assert_close(loss_of(other), expected, rtol=1e-5, atol=1e-7)
+        torch.save(model, file)  # all before the first forward: in it transformers adds hooks that cannot be saved
+
+        def copies() -> list:
+            file.seek(0)
+            return [copy.deepcopy(model), torch.load(file, weights_only=False)]
+
+        aligned = copies()
+        for other in copies():
             detach(other)
             assert traces(other) == before
             assert CaptureSession.of(other) is None
             assert traces(model) == attached
-        torch.testing.assert_close(loss_of(model), expected, rtol=1e-5, atol=1e-7)
-        detach(model)
-        assert traces(model) == before
+        expected = loss_of(model)
+        assert expected > 0
+        for other in aligned:
+            torch.testing.assert_close(loss_of(other), expected, rtol=1e-5, atol=1e-7)
 
     def test_install_names_the_kernel_that_was_there(self, model):
         before = traces(model)
