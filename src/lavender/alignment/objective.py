@@ -1,8 +1,9 @@
-"""The alignment objective of one batch: attention rows → words → grid → Aligner → loss. Knows no trainer.
+"""The alignment objective of one batch: attention rows → words → grid → Aligner → loss. It knows no trainer.
 
-`attach` makes it part of a model: the Aligner becomes a submodule, and a forward hook adds
-`attention_loss` to the model's output whenever the call carries an `AlignmentRequest`. Everything
-that wraps a model's forward (PEFT, DDP, FSDP, TRL) then carries it along.
+`attach` makes it part of a model. The Aligner becomes a submodule, and a forward hook adds `attention_loss` to the
+output of every call with an `AlignmentRequest`. So it works inside whatever wraps the model: PEFT, DDP, FSDP, TRL.
+
+Axis suffixes: B sample, R row, T token, W word, K key, D width.
 """
 
 from __future__ import annotations
@@ -24,44 +25,45 @@ from lavender.alignment.pooling import flow, is_flow, num_channels, pooled, pool
 from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError, ConfigError
 from lavender.students.base import VlmAdapter
-from lavender.students.capture import PARALLEL_NAME, AttentionRequest, install, real_keys, select_rows, set_kernel
+from lavender.students.capture import PARALLEL_NAME, AttentionRequest, CaptureSession, real_keys, select_rows
 from lavender.students.image_keys import KeyLayout, to_grid, word_attention
-from lavender.students.latents import MixingCollector
 from lavender.students.registry import adapter_for
 
 HEAD_NAME = "alignment_head"
 TRAINED_PARTS = (HEAD_NAME, PARALLEL_NAME)
-"""Names of the submodules that alignment adds to a model; every export leaves them out."""
+"""Names of the submodules that alignment adds to a model. Exports leave them out."""
 
 
 def is_alignment_part(name: str) -> bool:
-    """Whether a parameter of this name is one that alignment adds."""
+    """Whether alignment has added the parameter of this name."""
     return not set(name.split(".")).isdisjoint(TRAINED_PARTS)
 
 
 SameWord = Callable[[list[int], list[int]], bool]
+"""Whether the predicted token ids are a form of the word that the true token ids spell."""
 
 
 class AlignmentRequest(AttentionRequest):
-    """An attention request with what its rows shall be compared to.
+    """An attention request with the teacher's maps that its words are compared to.
 
     Args:
-        layers: decoder layers to capture; of none only `matched` is found, and no loss.
-        tensors: `rows` long (sample, row); `shares` float (sample, word, row), 1/n at a word's n rows;
-            `boxes`, `pictures` and for a resampler `views`: a `KeyLayout`;
-            `keys` long (sample, key), if the pictures' keys are part of a longer sequence;
-            `targets` float (sample, word, rows, cols), heat maps;
-            `word_pictures` long (sample, word), which of its sample's pictures a word's map is of;
-            `present` bool (sample, word), False where a sample has fewer words than the batch's most;
-            `weights` float (sample, word), what each word counts, 0 where there is none.
-        same_word: for `match="root"`: whether tokens that are predicted are a form of those that stand there.
+        layers: indices of the decoder layers to capture. Without layers there is no loss; only `matched` is computed.
+        tensors: `rows` long (sample, row), positions of the rows;
+            `shares` float (sample, word, row), 1/n at the n rows of a word;
+            `boxes`, `pictures` and, for a resampler, `views`: see `KeyLayout`;
+            `keys` long (sample, key), if the image keys are tokens of the sequence: see `VlmAdapter.image_keys`;
+            `targets` float (sample, word, rows, cols), the teacher's heat maps;
+            `word_pictures` long (sample, word), index of the picture within the sample that a word's map is of;
+            `present` bool (sample, word), False at padding;
+            `weights` float (sample, word), weight of a word in the loss, 0 at padding.
+        same_word: needed for `match="root"`.
 
     Attributes:
-        matched: bool (sample, word), the words that count in the loss; known after the forward pass, as what follows.
-        chosen_BR: the tokens that the model predicts at the rows, where that had to be computed; else None.
-        losses: the loss of each present word, (word,), without gradient.
-        student_maps: where the student looks for each present word, mean over layers and heads before any Aligner,
-            (word, rows, cols), without gradient; of a flow, the flow.
+        matched: bool (sample, word), the words that count in the loss. Like the rest, known after the forward.
+        chosen_BR: token ids that the model predicts at the rows, if they had to be computed; else None.
+        losses: loss of each present word, (word,), without gradient.
+        student_maps: the student's map of each present word before the Aligner, (word, rows, cols), without gradient:
+            mean over layers and heads; with a flow pooling, the flow.
     """
 
     learned = True
@@ -81,24 +83,27 @@ class AlignmentRequest(AttentionRequest):
         self.losses, self.student_maps = self.targets.new_zeros(0), self.targets.new_zeros(0, *self.targets.shape[2:])
 
     def text_positions(self) -> Tensor:
-        """Which of the text's tokens each row is, long (sample, row): a sequence's picture tokens do not count."""
+        """Position of each row among the tokens that are not image keys: long (sample, row)."""
         if self.keys_BK is None:
             return self.rows_BR
         before_BRK = real_keys(self.keys_BK)[:, None] & (self.keys_BK[:, None] < self.rows_BR[..., None])
         return self.rows_BR - before_BRK.sum(dim=-1)
 
     def match_predicted(self, output: ModelOutput, input_ids: Tensor) -> None:
-        """Keep the words whose every token is the model's first choice (the paper's exact match).
+        """Set `matched` to the words whose every token is the model's first choice (the paper's exact match).
 
-        With `same_word` also those whose first choices make up another form of the word (root match, §6).
+        With `same_word`, words count too if the first choices make up another form of the word (root match, §6).
+
+        Raises:
+            ConfigError: the output holds neither logits nor first choices.
         """
         true_BR = input_ids.gather(1, (self.rows_BR + 1).clamp_max(input_ids.shape[1] - 1))
-        chosen_BR = self.chosen_BR  # known where the model's own logits are not
+        chosen_BR = self.chosen_BR  # set if a fused loss hides the logits
         if chosen_BR is None and output.get("logits") is not None:
             chosen_BR = select_rows(output["logits"].detach()[:, None], self.rows_BR)[:, 0].argmax(dim=-1)
         if chosen_BR is not None:
             hits_BR = chosen_BR == true_BR
-        elif "is_top1" in output and self.same_word is None:  # TRL's fused head; one entry less than tokens
+        elif "is_top1" in output and self.same_word is None:  # of TRL's fused loss, for all tokens but the last
             hits_BT = output["is_top1"].bool()
             hits_BR = hits_BT.gather(1, self.rows_BR.clamp_max(hits_BT.shape[1] - 1))
         else:
@@ -113,21 +118,32 @@ class AlignmentRequest(AttentionRequest):
             self._match_roots(self.same_word, chosen_BR, true_BR)
 
     def _match_roots(self, same_word: SameWord, chosen_BR: Tensor, true_BR: Tensor) -> None:
-        """Add the words of which another form is chosen."""
+        """Add to `matched` the words of which another form is predicted."""
         for sample, word in (self.present & ~self.matched).nonzero().tolist():
-            own_R = (self.shares[sample, word] > 0).nonzero()[:, 0]
-            own_R = own_R[self.rows_BR[sample, own_R].argsort()]
-            chosen, true = chosen_BR[sample, own_R].tolist(), true_BR[sample, own_R].tolist()
+            rows_R = (self.shares[sample, word] > 0).nonzero()[:, 0]
+            rows_R = rows_R[self.rows_BR[sample, rows_R].argsort()]
+            chosen, true = chosen_BR[sample, rows_R].tolist(), true_BR[sample, rows_R].tolist()
             self.matched[sample, word] = same_word(chosen, true)
 
 
 def matched_weight(request: AlignmentRequest) -> Tensor:
-    """The weights of a micro-batch's words that count, summed: a scalar. Known after its forward."""
+    """Sum of the weights of the words that count in the loss: a scalar. Known after the forward."""
     return (request.weights * request.matched).sum()
 
 
 class AlignmentHead(nn.Module):
-    """The trainable part of the objective, beside the parallel projections of `pooling="learn"`."""
+    """The trainable part of the objective, besides the parallel projections of `pooling="learn"`.
+
+    Args:
+        num_heads: number of attention heads of a layer.
+        layers: indices of the aligned decoder layers.
+        config: settings of the objective.
+
+    Attributes:
+        aligner: the Aligner.
+        num_channels: number of its input channels.
+        vlm_is_frozen: set it while only the head is trained; else rows without gradient are an error.
+    """
 
     def __init__(self, num_heads: int, layers: tuple[int, ...], config: AlignmentConfig):
         super().__init__()
@@ -141,15 +157,17 @@ class AlignmentHead(nn.Module):
             config.aligner_norm,
             config.aligner_activation,
         )
-        self.undo: Callable[[], None] = lambda: None
         self.vlm_is_frozen = False
 
     def forward(self, request: AlignmentRequest) -> Tensor:
-        """Weighted sum over the batch's matched words of ‖Aligner(A) − A_DM‖² (Eq. 9, a mean over cells): a scalar."""
+        """Loss of the batch: the weighted sum over its matched words of ‖Aligner(A) − A_DM‖², a scalar.
+
+        Eq. 9, with a mean over cells.
+        """
         words = request.present
         if not words.any():
-            # a word of padding stands in, whose loss counts 0: sharded training needs every process to have gradients
-            # of the same parameters, and in the same order
+            # Sharded training needs gradients of the same parameters, in the same order, in every process. So a padded
+            # word, of weight 0, takes the place.
             words = torch.zeros_like(words)
             words[0, 0] = True
         losses = per_word_loss(self.maps(request, words), request.targets[words], self.config.attention_loss)
@@ -157,7 +175,11 @@ class AlignmentHead(nn.Module):
         return (losses * (request.weights * request.matched)[words]).sum()
 
     def maps(self, request: AlignmentRequest, words: Tensor | None = None) -> Tensor:
-        """The student's map of each present word, (word, rows, cols) in [0, 1]; or of `words`, bool (sample, word)."""
+        """The Aligner's output, (word, rows, cols) in [0, 1].
+
+        Args:
+            words: bool (sample, word), the words whose maps are wanted; by default those present.
+        """
         words = request.present if words is None else words
         attention = self.attention(request).permute(0, 1, 3, 2, 4, 5)[:, words]
         request.student_maps = attention.detach().float().mean(dim=(0, 2))[request.present[words]]
@@ -165,9 +187,15 @@ class AlignmentHead(nn.Module):
         return pooled(attention.to(dtype), self.config.pooling, self.aligner)
 
     def attention(self, request: AlignmentRequest) -> Tensor:
-        """Attention on the picture before the Aligner: (layer, sample, head, word, rows, cols); one layer of a flow."""
+        """Attention on the pictures before the Aligner: (layer, sample, head, word, rows, cols).
+
+        With a flow pooling there is one layer.
+
+        Raises:
+            CaptureError: the rows carry no gradient in training.
+        """
         grid = (request.targets.shape[-2], request.targets.shape[-1])
-        if not request.layout.pictures.numel():  # a batch of text alone, in which some models skip these layers
+        if not request.layout.pictures.numel():  # a batch of text alone: some models skip these layers
             samples, words = request.present.shape
             return request.targets.new_zeros(1, samples, self.num_channels, words, *grid)
         rows = request.stacked()
@@ -188,8 +216,19 @@ class AlignmentHead(nn.Module):
 def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
     """Make the alignment objective part of a model. `detach` undoes it.
 
-    Logits do not change. A forward call with `attention_request=AlignmentRequest(...)` returns the
-    model's own output with one more field, `attention_loss`.
+    The logits do not change. A forward call with `attention_request=AlignmentRequest(...)` returns the model's output
+    with one more field, `attention_loss`. The model can be copied with `copy.deepcopy` and saved with `torch.save`.
+
+    Args:
+        model: a model of a supported family.
+        config: settings of the objective.
+
+    Returns:
+        The head, which is now the submodule `HEAD_NAME` of the model. It holds the Aligner.
+
+    Raises:
+        UnsupportedModelError: a model of an unknown family, or with an attention kernel that cannot be captured.
+        ConfigError: the model has a head already, or `config` names layers or heads that the model does not have.
     """
     if HEAD_NAME in dict(model.named_children()):
         raise ConfigError(
@@ -199,56 +238,59 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
     layers = _layers(adapter, config)
     if config.heads is not None and not all(0 <= head < adapter.num_heads() for head in config.heads):
         raise ConfigError(f"heads={config.heads}", f"numbers from 0 to {adapter.num_heads() - 1}", "change heads")
-    before = install(model)
+    session = CaptureSession(model, adapter)
     head = AlignmentHead(adapter.num_heads(), layers, config)
     model.add_module(HEAD_NAME, head.to(model.device))
-    attentions = [adapter.attention_module(model, layer) for layer in layers] if config.pooling == "learn" else []
-    handles = [
+    session.handles += [
         model.register_forward_pre_hook(_pool_heads, with_kwargs=True),
         model.register_forward_hook(_add_attention_loss, with_kwargs=True),
-        *(parallel.attach(attention, config.parallel_init) for attention in attentions),
-        *MixingCollector(model, adapter).handles,
     ]
+    if config.pooling == "learn":
+        session.handles += [
+            parallel.attach(adapter.attention_module(model, layer), config.parallel_init, adapter.head_norms)
+            for layer in layers
+        ]
     if config.match == "root" and model.base_model is not model:
         choose = partial(_choose_tokens, model)
-        handles.append(model.base_model.register_forward_hook(choose, with_kwargs=True))
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-        for attention in attentions:
-            delattr(attention, PARALLEL_NAME)
-        delattr(model, HEAD_NAME)
-        set_kernel(model, before)
-
-    head.undo = undo
+        session.handles.append(model.base_model.register_forward_hook(choose, with_kwargs=True))
     return head
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Leave a model as it was before `attach`: its own kernel, no hook, no head. Works for a copy of the model too.
+
+    Raises:
+        ConfigError: the model has no alignment head.
+    """
+    session = CaptureSession.of(model)
+    if session is None or HEAD_NAME not in dict(model.named_children()):
+        raise ConfigError(
+            "a model without an alignment head",
+            "the model that lavender.alignment.objective.attach changed, or a copy of it",
+            "pass that model, without a wrapper around it",
+        )
+    session.close(model)
+    parallel.detach(model)
+    delattr(model, HEAD_NAME)
 
 
 def _layers(adapter: VlmAdapter, config: AlignmentConfig) -> tuple[int, ...]:
     if config.layers is None and config.pooling == "learn" and not adapter.cross_attends:
-        return adapter.layers("middle", share=0.2)  # each has projections of its own; the paper's share (§4.2.3)
+        return adapter.layers("middle", share=0.2)  # the paper's share (§4.2.3): each layer adds parameters
     return adapter.layers(config.layers, config.layer_share)
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Leave a model as it was before `attach`: its own kernel, no hook, no head."""
-    head = model.get_submodule(HEAD_NAME)
-    assert isinstance(head, AlignmentHead)
-    head.undo()
 
 
 @cache
 def _with_attention_loss(output_type: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class with one more field. Plain extra keys are refused by ModelOutput."""
+    """The output class with one more field. `ModelOutput` refuses keys that are not fields."""
     extra = [("attention_loss", Tensor | None, field(default=None))]
     return cast(type[ModelOutput], make_dataclass(f"{output_type.__name__}WithAlignment", extra, bases=(output_type,)))
 
 
 def without_attention_loss(output: ModelOutput) -> ModelOutput:
-    """The model's own output, of its own class."""
-    own = {name: value for name, value in output.items() if name != "attention_loss"}
-    return type(output).__bases__[0](**own) if "attention_loss" in output else output
+    """The model's output in its own class, without `attention_loss`."""
+    fields = {name: value for name, value in output.items() if name != "attention_loss"}
+    return type(output).__bases__[0](**fields) if "attention_loss" in output else output
 
 
 def _pool_heads(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -260,12 +302,18 @@ def _pool_heads(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _choose_tokens(model: PreTrainedModel, base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """What the model predicts at the rows: a fused loss, TRL's default, makes no logits."""
+    """Store the tokens that the model predicts at the rows. A fused loss, TRL's default, computes no logits."""
     request = kwargs.get("attention_request")
     if isinstance(request, AlignmentRequest):
         rows_BRD = select_rows(output.last_hidden_state[:, None], request.rows_BR)[:, 0]
-        head = model.get_output_embeddings()  # asked each time: PEFT may have replaced it
+        head = model.get_output_embeddings()  # looked up in each call: PEFT may have replaced it
         request.chosen_BR = head(rows_BRD).argmax(dim=-1)
+
+
+def _adapter(model: nn.Module) -> VlmAdapter:
+    session = CaptureSession.of(model)
+    assert session is not None, "attach opens one"
+    return session.adapter
 
 
 def _add_attention_loss(
@@ -278,8 +326,7 @@ def _add_attention_loss(
     if head.config.match != "label":
         if head.config.match == "root" and request.same_word is None:
             raise CaptureError("match='root' without same_word", "a request that knows the words", "pass same_word")
-        inputs = kwargs.get("data", kwargs)  # as MiniCPM-V's own code wants them
-        request.match_predicted(output, inputs["input_ids"])
+        request.match_predicted(output, _adapter(model).token_ids(kwargs))
     if not request.layers:
         return None
     loss = head(request)

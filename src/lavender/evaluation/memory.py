@@ -1,6 +1,6 @@
-"""How much memory a run needs, roughly, from a model's shapes alone. An estimate, with what it assumes.
+"""Estimate how much memory a run needs, from the shapes of a model alone, and state the assumptions.
 
-Bytes; one sample a step. Frozen weights are in bfloat16, as published checkpoints are.
+In bytes, for one sample per step. Frozen weights are in bfloat16, as in published checkpoints.
 """
 
 from __future__ import annotations
@@ -14,28 +14,32 @@ from lavender.config import AlignmentConfig
 from lavender.students.base import VlmAdapter
 from lavender.training.run_config import LoraSettings
 
-NUM_WORDS, TOKENS_A_WORD, GRID = 16, 2, 32
+NUM_WORDS, TOKENS_PER_WORD, GRID = 16, 2, 32
 TEXT_TOKENS, ASSUMED_KEYS = 256, 1024
-HALF, SINGLE = 2, 4  # bytes of a number
-FOUR_BITS = 0.5 + 1 / 64  # of a packed one, with a byte for each 64 of them
+HALF, SINGLE = 2, 4  # bytes per number
+FOUR_BITS = 0.5 + 1 / 64  # bytes per packed number: 4 bits, and one byte of scale per 64 numbers
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
-"""TRL's loss computes logits in tiles of this size, and the gradient of the output layer in float32."""
+"""TRL's loss computes logits in tiles of this size. It computes the output layer's gradient in float32."""
 
 
 def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: int | None) -> dict[str, Any]:
-    """Bytes by part of full tuning, of the same with weights of 16 bits, of LoRA and of QLoRA; and what they assume.
-
-    `learn` is what `pooling="learn"` needs in addition.
+    """Bytes needed by full tuning (in 32 and 16 bits), LoRA and QLoRA.
 
     Args:
-        model: the model's modules; no weights are looked at.
-        keys: image keys of a picture, as a sample has shown; None assumes the family's number.
-        tokens: the length of that sample.
+        model: the model; its weights may be on the meta device.
+        adapter: the adapter of its family.
+        keys: image keys per picture, counted in a sample. None takes the number in the config, or assumes one.
+        tokens: length of that sample, in tokens. None assumes one.
+
+    Returns:
+        `full`, `full_16_bit`, `lora` and `qlora`: bytes by use. `learn`: bytes that `pooling="learn"` needs in
+        addition. `lora_parameters`: their number. `assumptions`: sentences for the user.
     """
-    says = "in the sample" if keys is not None else "from the config" if _known_keys(adapter) else "assumed"
-    keys = keys or _known_keys(adapter) or ASSUMED_KEYS
-    tokens = tokens or TEXT_TOKENS + (0 if _is_cross(adapter) else keys)
-    parameters = sum(one.numel() for one in model.parameters())
+    keys_in_config = adapter.keys_per_image()
+    source = "in the sample" if keys is not None else "from the config" if keys_in_config else "assumed"
+    keys = keys or keys_in_config or ASSUMED_KEYS
+    tokens = tokens or TEXT_TOKENS + (0 if adapter.cross_attends else keys)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     lora, num_lora = LoraSettings(), _lora_parameters(model)
     text = adapter.config.get_text_config()
     alignment = {"alignment: attention rows": _rows(adapter, keys), "alignment: maps, Aligner": _maps(adapter)}
@@ -60,7 +64,7 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
         "learn": 4 * SINGLE * _parallel_parameters(model, adapter),
         "lora_parameters": num_lora,
         "assumptions": [
-            f"one sample of {tokens} tokens a step, one picture of {keys} image keys ({says})",
+            f"one sample of {tokens} tokens per step, one picture of {keys} image keys ({source})",
             "full tuning: weights, gradients and AdamW's two states in float32, computing in bfloat16 (dtype: float32, "
             "bf16: true); of 16 bits: all in bfloat16, where small steps are rounded away; no sharding",
             f"LoRA of rank {lora.r} on {', '.join(lora.target_modules)}, in float32: {num_lora:,} parameters; all else "
@@ -68,30 +72,10 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
             "QLoRA: linear layers but the output layer in 4 bits, quantised twice; LoRA in bfloat16, as TRL has it",
             "gradient checkpointing, TRL's default; TRL's loss, which makes logits in tiles; the vision tower's "
             "activations are not counted",
-            f"{NUM_WORDS} words of {TOKENS_A_WORD} tokens: rows × image keys × heads × layers × 4 bytes, and maps of "
+            f"{NUM_WORDS} words of {TOKENS_PER_WORD} tokens: rows × image keys × heads × layers × 4 bytes, and maps of "
             f"{GRID} × {GRID} through the default Aligner on each usable layer (fewer layers: `layers`)",
         ],
     }
-
-
-def _is_cross(adapter: VlmAdapter) -> bool:
-    return adapter.model_type in ("mllama", "idefics", "open_flamingo")
-
-
-def _known_keys(adapter: VlmAdapter) -> int | None:
-    """Image keys of one picture where the config fixes them; the most, for Mllama."""
-    config = adapter.config
-    if adapter.model_type == "mllama":
-        vision = config.vision_config
-        return vision.max_num_tiles * (1 + (vision.image_size // vision.patch_size) ** 2)
-    if adapter.model_type == "idefics":
-        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-        return config.perceiver_config.resampler_n_latents if config.use_resampler else 1 + patches
-    if adapter.model_type == "open_flamingo":
-        return config.perceiver_latents
-    if adapter.model_type == "llava":
-        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return config.mm_tokens_per_image if adapter.model_type == "gemma3" else None
 
 
 def _lora_parameters(model: nn.Module) -> int:
@@ -104,34 +88,34 @@ def _lora_parameters(model: nn.Module) -> int:
 
 
 def _packed_parameters(model: Any) -> int:
-    """Weights that bitsandbytes packs: of linear layers but the output layer."""
+    """Number of weights that bitsandbytes packs: those of all linear layers but the output layer."""
     head = model.get_output_embeddings()
-    return sum(one.weight.numel() for one in model.modules() if isinstance(one, nn.Linear) and one is not head)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return sum(module.weight.numel() for module in linear)
 
 
 def _parallel_parameters(model: Any, adapter: VlmAdapter) -> int:
-    modules = [adapter.attention_module(model, layer) for layer in adapter.usable_layers()]
-    return sum(
-        one.numel() for module in modules for part in (module.q_proj, module.k_proj) for one in part.parameters()
-    )
+    attentions = [adapter.attention_module(model, layer) for layer in adapter.usable_layers()]
+    projections = [projection for attention in attentions for projection in (attention.q_proj, attention.k_proj)]
+    return sum(parameter.numel() for projection in projections for parameter in projection.parameters())
 
 
 def _activations(text: Any, tokens: int, stored: int) -> int:
-    """Each layer's input, of the weights' type; one layer's own tensors, computed again; a tile of logits."""
+    """Bytes of activations: the input of each layer, the tensors of one layer (recomputed), and one tile of logits."""
     inputs = stored * tokens * text.hidden_size * text.num_hidden_layers
     one_layer = HALF * tokens * (8 * text.hidden_size + 4 * text.intermediate_size)
     return inputs + one_layer + HALF * min(tokens, TILE_TOKENS) * min(text.vocab_size, TILE_VOCABULARY)
 
 
 def _rows(adapter: VlmAdapter, keys: int) -> int:
-    return SINGLE * NUM_WORDS * TOKENS_A_WORD * keys * adapter.num_heads() * len(adapter.usable_layers())
+    return SINGLE * NUM_WORDS * TOKENS_PER_WORD * keys * adapter.num_heads() * len(adapter.usable_layers())
 
 
 def _maps(adapter: VlmAdapter) -> int:
-    """Each layer's maps, one channel a head; what the Aligner keeps of each of its layers; and its parameters."""
+    """Bytes of the maps, one channel per head, of the Aligner's activations, and of its parameters with AdamW."""
     heads = adapter.num_heads()
     aligner = Aligner(heads, AlignmentConfig().aligner_width)
     channels = sum(module.out_channels for module in aligner if isinstance(module, nn.Conv2d))
-    kept = heads + 3 * channels  # of each layer its convolution, its norm, its activation
+    kept = heads + 3 * channels  # results of each convolution, its norm and its activation
     maps = SINGLE * NUM_WORDS * GRID**2 * len(adapter.usable_layers()) * kept
-    return maps + 4 * SINGLE * sum(one.numel() for one in aligner.parameters())
+    return maps + 4 * SINGLE * sum(parameter.numel() for parameter in aligner.parameters())

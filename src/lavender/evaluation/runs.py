@@ -28,7 +28,7 @@ from lavender.evaluation.compare import (
 from lavender.evaluation.report.page import Curve, Report, Table, write_report
 from lavender.files import expanded, write_whole
 from lavender.students.loading import load_run
-from lavender.students.word_maps import Reading
+from lavender.students.word_maps import AnsweredPicture
 from lavender.training.run_folder import CONFIG, METRICS, NOT_RECORDED, flat, read_config
 
 NUM_PANELS = 6
@@ -240,7 +240,7 @@ def _arms(config: dict[str, Any], run: Path, against: Sequence[Path]) -> dict[st
 
 def _observe_arms(
     arms: dict[str, str | Path], samples: list[Sample], store: SeveralStores | None, trust_remote_code: bool
-) -> tuple[dict[str, Observed], list[Reading]]:
+) -> tuple[dict[str, Observed], list[AnsweredPicture]]:
     """What each model does on the samples; and the samples as readings. One model is in memory at a time."""
     readings = readings_of(samples, store)
     observed: dict[str, Observed] = {}

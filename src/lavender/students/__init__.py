@@ -1,1 +1,1 @@
-"""The student: attention rows of a vision-language model."""
+"""The student: capture the attention of a vision-language model on its pictures, for any supported family."""

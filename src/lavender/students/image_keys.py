@@ -1,9 +1,10 @@
-"""Which part of the picture each image key covers, and the matrix that turns keys into a map.
+"""The box of each image key in its picture, and the resampling of attention on keys to a grid over the picture.
 
-Every image key has a box in the picture's own frame: (top, left, bottom, right) as shares of its
-height and width, so the whole picture is (0, 0, 1, 1). Keys that show no part of it (class tokens,
-newlines, padding tiles) have an empty box. A map is then `attention @ overlap`, one differentiable
-product that handles tiles, padding, crops and thumbnails alike.
+A box is (top, left, bottom, right) as shares of the picture's height and width. The whole picture is (0, 0, 1, 1).
+Keys that show no part of it (class tokens, newlines, padding) have an empty box. A map is `attention @ overlap`: one
+differentiable product for tiles, padding, crops and thumbnails alike.
+
+Axis suffixes: L layer, B sample, H head, R row, W word, K key, V view, N latent, P patch, C cell.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ EMPTY_BOX = (0.0, 0.0, 0.0, 0.0)
 
 
 class KeyLayout(NamedTuple):
-    """What each image key of a batch shows.
+    """Which part of which picture each image key of a batch shows.
 
     Attributes:
-        boxes: float32 (sample, key, 4): the key's box as shares of its own picture, empty where it shows none of it.
-            Where `views` is given: (view, patch, 4), the boxes of a resampler's patches.
-        pictures: long (sample, key): the index of the key's picture within its sample, -1 for padding.
-        views: long (sample, key), of models whose keys are a resampler's latents; else None. A view is what the
-            resampler turns into latents at once (a picture or a crop of one); the index is that of its first axis,
-            over the whole batch, and -1 for padding. A view's latents are its keys in their order.
+        boxes: float32 (sample, key, 4), the box of each key in its own picture. If `views` is given: (view, patch, 4),
+            the boxes of the patches that the resampler gets.
+        pictures: long (sample, key), the index of the key's picture within the sample; -1 for padding.
+        views: long (sample, key), only if the keys are latents of a resampler. A view is a picture, or a crop of one,
+            that the resampler turns into latents at once. The index counts views over the whole batch; -1 for padding.
+            The latents of a view are its keys, in their order.
     """
 
     boxes: Tensor
@@ -39,27 +40,33 @@ class KeyLayout(NamedTuple):
 
 
 def key_layout(boxes: Sequence[Sequence[Tensor]]) -> KeyLayout:
-    """The layout of a batch from the boxes of each sample's pictures, each (key, 4), in the order of the keys."""
-    samples = [torch.cat([torch.zeros(0, 4), *(one.float() for one in own)]) for own in boxes]
+    """The `KeyLayout` of a batch.
+
+    Args:
+        boxes: for each sample, for each of its pictures, the boxes of its keys, float (key, 4), in the keys' order.
+    """
+    sample_boxes = [torch.cat([torch.zeros(0, 4), *(picture.float() for picture in sample)]) for sample in boxes]
     pictures = [
-        torch.arange(len(own)).repeat_interleave(torch.tensor([len(one) for one in own], dtype=torch.long))
-        for own in boxes
+        torch.arange(len(sample)).repeat_interleave(
+            torch.tensor([len(picture) for picture in sample], dtype=torch.long)
+        )
+        for sample in boxes
     ]
     return KeyLayout(
-        pad_sequence(samples, batch_first=True), pad_sequence(pictures, batch_first=True, padding_value=-1)
+        pad_sequence(sample_boxes, batch_first=True), pad_sequence(pictures, batch_first=True, padding_value=-1)
     )
 
 
 def overlap_matrix(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Share of each key's box that lies in each cell of the grid.
+    """Share of each key's box that lies in each cell of a grid over the picture.
 
     Args:
-        boxes: float (key, 4) as above. Parts outside the picture count as outside.
+        boxes: float (key, 4). A box may reach beyond the picture.
         grid: (rows, cols).
 
     Returns:
-        Float32 (key, rows·cols). A row sums to the share of its box inside the picture, to 0 for an
-        empty box; so `attention @ overlap` keeps the attention's mass on the picture.
+        Float32 (key, rows · cols). A row sums to the share of the box that is inside the picture, and to 0 for an
+        empty box. So `attention @ overlap` keeps the mass of attention on the picture.
     """
     rows, cols = grid
     top, left, bottom, right = boxes.double().unbind(dim=-1)
@@ -76,9 +83,9 @@ def _overlap_1d(start: Tensor, end: Tensor, cells: int) -> Tensor:
     return common.clamp_min(0) / torch.where(length > 0, length, 1)[:, None]
 
 
-def grid_boxes(rows: int, cols: int, frame: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)) -> Tensor:
-    """Boxes of a row-major grid of patches that fills `frame`: float64 (rows·cols, 4)."""
-    top, left, bottom, right = frame
+def grid_boxes(rows: int, cols: int, box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)) -> Tensor:
+    """Boxes of a row-major grid of patches that fills `box`: float64 (rows · cols, 4)."""
+    top, left, bottom, right = box
     down = torch.linspace(top, bottom, rows + 1, dtype=torch.float64)
     across = torch.linspace(left, right, cols + 1, dtype=torch.float64)
     return torch.stack(
@@ -93,9 +100,11 @@ def grid_boxes(rows: int, cols: int, frame: tuple[float, float, float, float] = 
 
 
 def word_attention(rows_LBHRK: Tensor, shares_BWR: Tensor) -> Tensor:
-    """Mean of the rows that predict a word's tokens: (layer, sample, head, word, key).
+    """Attention of words: the mean of the rows that predict a word's tokens, (layer, sample, head, word, key).
 
-    `shares_BWR` holds 1/n at a word's n rows and 0 elsewhere.
+    Args:
+        rows_LBHRK: captured rows; see `AttentionRequest.stacked`.
+        shares_BWR: 1/n at the n rows of a word, 0 elsewhere.
     """
     return torch.einsum("lbhrk,bwr->lbhwk", rows_LBHRK, shares_BWR)
 
@@ -107,18 +116,21 @@ def to_grid(
     grid: tuple[int, int],
     mixing_VNP: Tensor | None = None,
 ) -> Tensor:
-    """Lay attention on the pictures: (layer, sample, head, word, rows, cols).
+    """Resample attention on keys to a grid over the pictures: (layer, sample, head, word, rows, cols).
 
-    Scaled so that uniform attention over a sample's only picture is 1 in every cell, whatever the grid. Without
-    this the Aligner's first normalisation would see numbers of its own epsilon's size.
+    Scaled so that uniform attention on the only picture of a sample is 1 in every cell, for any grid. Unscaled values
+    would be about as small as the epsilon of the Aligner's first normalisation.
 
     Args:
+        attention_LBHWK: attention of words on image keys; see `word_attention`.
         layout: what the keys show.
-        word_pictures_BW: which of its sample's pictures a word's map is of; other pictures' keys do not count.
-        mixing_VNP: where the keys are a resampler's latents: their attention on the patches, (view, latent, patch).
+        word_pictures_BW: long (sample, word), index of the picture within the sample that a word's map is of. Keys of
+            other pictures do not count.
+        grid: (rows, cols).
+        mixing_VNP: if the keys are latents of a resampler: their attention on the patches, (view, latent, patch).
 
     Raises:
-        CaptureError: keys and layout do not fit each other, or a resampler's attention is missing.
+        CaptureError: keys and layout do not fit each other, or the resampler's attention is missing.
     """
     num_keys = layout.pictures.shape[1]
     if attention_LBHWK.shape[-1] != num_keys or (layout.views is None and layout.boxes.shape[1] != num_keys):
@@ -130,37 +142,37 @@ def to_grid(
         )
     device = attention_LBHWK.device
     if layout.pictures.numel() and layout.pictures.max() > 0:
-        own_BWK = (layout.pictures[:, None] == word_pictures_BW[..., None].to(layout.pictures.device)).to(device)
-        attention_LBHWK = attention_LBHWK * own_BWK[:, None]
-    overlaps = [_overlap(boxes.numpy().tobytes(), grid) for boxes in layout.boxes.float().cpu()]
+        is_of_word_BWK = layout.pictures[:, None] == word_pictures_BW[..., None].to(layout.pictures.device)
+        attention_LBHWK = attention_LBHWK * is_of_word_BWK.to(device)[:, None]
+    overlaps = [_cached_overlap(boxes.numpy().tobytes(), grid) for boxes in layout.boxes.float().cpu()]
     overlap = torch.stack(overlaps).to(device)
     if layout.views is not None:
-        overlap = _of_latents(overlap, layout.views.to(device), mixing_VNP)
+        overlap = _latent_overlap(overlap, layout.views.to(device), mixing_VNP)
     maps = torch.einsum("lbhwk,bkc->lbhwc", attention_LBHWK, overlap.to(attention_LBHWK.dtype))
     return maps.unflatten(-1, grid) * (grid[0] * grid[1])
 
 
-def _of_latents(overlap_VPC: Tensor, views_BK: Tensor, mixing_VNP: Tensor | None) -> Tensor:
-    """Where a resampler's latents lie: (sample, key, cell), 0 for padding of keys."""
+def _latent_overlap(overlap_VPC: Tensor, views_BK: Tensor, mixing_VNP: Tensor | None) -> Tensor:
+    """What each latent shows of each cell, by its attention on the patches: (sample, key, cell), 0 for padded keys."""
     real_BK, num_views = views_BK >= 0, overlap_VPC.shape[0]
-    own_BKV = views_BK[..., None] == torch.arange(num_views, device=views_BK.device)
-    order_BK = (own_BKV.cumsum(dim=1) - 1).gather(2, views_BK.clamp_min(0)[..., None])[..., 0]
-    latents = int(order_BK.max()) + 1
-    if mixing_VNP is not None and not real_BK.any():  # a batch of text alone, whose model ran on a picture of nothing
+    is_of_view_BKV = views_BK[..., None] == torch.arange(num_views, device=views_BK.device)
+    latent_BK = (is_of_view_BKV.cumsum(dim=1) - 1).gather(2, views_BK.clamp_min(0)[..., None])[..., 0]
+    latents = int(latent_BK.max()) + 1
+    if mixing_VNP is not None and not real_BK.any():  # a batch of text alone: the model ran on an empty picture
         latents = mixing_VNP.shape[1]
     expected = (num_views, latents, overlap_VPC.shape[1])
     if mixing_VNP is None or mixing_VNP.shape != expected:
         raise CaptureError(
             f"a resampler's attention of the shape {None if mixing_VNP is None else tuple(mixing_VNP.shape)}",
             f"(view, latent, patch) = {expected}, captured in the same forward",
-            "use lavender.students.word_maps.capturing or lavender.alignment.objective.attach, and the batch that "
+            "use lavender.students.capture.capturing or lavender.alignment.objective.attach, and the batch that "
             "the boxes were made of",
         )
     latents_VNC = torch.einsum("vnp,vpc->vnc", mixing_VNP, overlap_VPC.to(mixing_VNP.dtype))
-    return latents_VNC[views_BK.clamp_min(0), order_BK.clamp_min(0)] * real_BK[..., None]
+    return latents_VNC[views_BK.clamp_min(0), latent_BK.clamp_min(0)] * real_BK[..., None]
 
 
 @lru_cache(maxsize=16)
-def _overlap(boxes: bytes, grid: tuple[int, int]) -> Tensor:
-    """The overlap matrix of float32 boxes; pictures of one shape share it (26 MB for Llama-3.2-Vision)."""
+def _cached_overlap(boxes: bytes, grid: tuple[int, int]) -> Tensor:
+    """`overlap_matrix` of float32 boxes as bytes. Pictures of one shape share it (26 MB for Llama-3.2-Vision)."""
     return overlap_matrix(torch.frombuffer(bytearray(boxes), dtype=torch.float32).view(-1, 4), grid)

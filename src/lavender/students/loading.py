@@ -1,4 +1,4 @@
-"""Loading models: an ordinary folder, a hub id, or the checkpoint of a run; errors name the path and the reason."""
+"""Load a model and its processor from a model folder, a hub id or a run folder. Errors name the path and the reason."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lavender.model_files import (
     refuse_not_finite,
 )
 from lavender.students.base import VlmAdapter
+from lavender.students.chat_processor import check_offsets
 from lavender.type_checks import check_type
 
 __all__ = ["load_config", "load_model", "load_processor", "load_run", "loading", "read_config"]
@@ -28,7 +29,11 @@ _TURNS = (
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """A model's config as it is written. Raises ModelError, inside `loading`."""
+    """A model's config.json as a dict. Call it inside `loading`, which turns other errors into ModelError.
+
+    Raises:
+        ModelError: config.json is missing or damaged.
+    """
     from transformers import PreTrainedConfig
 
     check_files(path, ["config.json"])
@@ -40,7 +45,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """A model's config. Raises as `read_config`."""
+    """A model's config, as an object of its class. Raises as `read_config` does."""
     from transformers import AutoConfig
 
     read_config(path)
@@ -48,11 +53,11 @@ def load_config(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_processor(adapter: VlmAdapter, path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The processor to train with. Its chat template, if it has one, is tried.
+    """The processor to train with. If it has a chat template, the template is tried.
 
     Raises:
-        ModelError: no image processor or no tokenizer beside the model, or a template that fails; inside `loading`,
-            all else too.
+        ModelError: the folder has no image processor or no tokenizer, the template fails, or the processor does not
+            return what the template needs; see `lavender.students.chat_processor`.
     """
     from transformers import AutoProcessor, PreTrainedTokenizerBase
 
@@ -68,7 +73,7 @@ def load_processor(adapter: VlmAdapter, path: str | Path, trust_remote_code: boo
     processor = adapter.processor(published)
     if processor.chat_template:
         try:
-            processor.apply_chat_template(list(_TURNS), tokenize=False)
+            rendered = processor.apply_chat_template(list(_TURNS), tokenize=False)
         except Exception as error:
             raise ModelError(
                 f"the chat template of {path}, which fails on a question about a picture and its answer: "
@@ -76,6 +81,7 @@ def load_processor(adapter: VlmAdapter, path: str | Path, trust_remote_code: boo
                 "a template for such conversations",
                 "repair chat_template.jinja, or get it once more",
             ) from error
+        check_offsets(processor, rendered)
     return processor
 
 
@@ -88,22 +94,30 @@ def load_model(
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> Any:
-    """A whole model, from safetensors alone, with a place for each of its tokenizer's tokens.
+    """The model, from safetensors files only.
+
+    Args:
+        adapter: the adapter of the model's family.
+        path: folder or hub id.
+        processor: its processor, whose tokens must all have an embedding.
+        dtype: such as "float32" or "bfloat16".
+        trust_remote_code: whether code that comes with the model may run.
+        settings: further arguments of `from_pretrained`.
 
     Raises:
-        ModelError: see `lavender.model_files.load_weights`; a tokenizer of another model.
+        ModelError: see `lavender.model_files.load_weights`; or the tokenizer is of another model.
     """
     from lavender.students.registry import auto_class
 
     trust = trust_remote_code is True
     auto = auto_class(adapter.config, trust)
     model = adapter.load(auto, str(path), dtype=dtype, use_safetensors=True, trust_remote_code=trust, **settings)
-    table: Any = model.get_input_embeddings()
-    rows = table.num_embeddings + getattr(table, "num_additional_embeddings", 0)  # the latter of IDEFICS
-    token, number = max(processor.tokenizer.get_vocab().items(), key=lambda one: one[1])
-    if number >= rows:
+    num_embeddings = adapter.num_embeddings(model)
+    token, number = max(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= num_embeddings:
         raise ModelError(
-            f"the model {path}, whose tokenizer has {token!r} as token {number} and whose embeddings are {rows}",
+            f"the model {path}, whose tokenizer has {token!r} as token {number} and whose embeddings are "
+            f"{num_embeddings}",
             "an embedding for each token",
             "get the tokenizer's files of this model",
         )
@@ -111,14 +125,18 @@ def load_model(
 
 
 def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool = False):
-    """(model, processor) of a run folder's checkpoint, or of a plain model path; LoRA is merged.
+    """Load a model for evaluation: (model in evaluation mode, processor). LoRA is merged.
 
-    Code that comes with the model runs only if `trust_remote_code` is True, also where the run was trained so: a run
-    folder may come from somebody else.
+    Args:
+        path: a run folder, whose checkpoint is loaded; or a model folder or hub id.
+        dtype: such as "float32" or "bfloat16".
+        trust_remote_code: whether code that comes with the model may run. A run that was trained with it needs it here
+            again, since a run folder may come from somebody else.
 
     Raises:
         ModelError: the model is missing, damaged or out of reach.
-        ConfigError: it comes with its own code, which may not run.
+        FileError: the run is not finished.
+        ConfigError: the model comes with its own code, which may not run.
     """
     from lavender.students.registry import adapter_for
 
@@ -150,7 +168,7 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
 
 
 def _adapter_config(folder: Path) -> Any:
-    """PEFT's config of an adapter in a folder."""
+    """The config of the PEFT adapter in a folder."""
     from peft import PeftConfig
 
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -161,13 +179,13 @@ def _adapter_config(folder: Path) -> Any:
             "write it there",
         )
     lora = PeftConfig.from_pretrained(str(folder))
-    lora.task_type = None  # it is merged here, and what PEFT adds for a task is not needed
+    lora.task_type = None  # the adapter is merged, so PEFT's wrapper for a task is not needed
     lora.inference_mode = True
     return lora
 
 
 def _with_adapter(model: Any, folder: Path, lora: Any) -> Any:
-    """The model with an adapter merged into its weights, all of which the adapter's file must hold."""
+    """The model with the PEFT adapter of a folder merged into its weights."""
     from peft import PeftModel
     from safetensors import safe_open
 
@@ -177,10 +195,10 @@ def _with_adapter(model: Any, folder: Path, lora: Any) -> Any:
         for name in tensors.keys():  # noqa: SIM118
             refuse_not_finite(name, tensors.get_tensor(name), path)
     tuned = PeftModel(model, lora)
-    found = tuned.load_adapter(str(folder), "default", torch_device="cpu")
-    if found.missing_keys or found.unexpected_keys:
+    result = tuned.load_adapter(str(folder), "default", torch_device="cpu")
+    if result.missing_keys or result.unexpected_keys:
         raise ModelError(
-            f"the adapter {path}, which lacks {sorted(found.missing_keys)[:3]} and has {found.unexpected_keys[:3]}, "
+            f"the adapter {path}, which lacks {sorted(result.missing_keys)[:3]} and has {result.unexpected_keys[:3]}, "
             "which its base has not",
             "the adapter of this base",
             "name its base in adapter_config.json, or get the adapter once more",

@@ -1,10 +1,10 @@
-"""Where the words of an answer stand in a model's token sequence, and which rows predict them.
+"""Find the words of an answer in a model's token sequence, and the rows that predict them.
 
-A processor writes more than the chat template: where the template has one placeholder for a picture, the
-sequence has hundreds of tokens, with markers, newlines or sentences of the processor's own. So the rendered
-text is cut at its placeholders, and its pieces are looked for in the finished sequence. They are compared as
-the characters that tokens stand for ("surfaces"), since at a piece's border its newline and the processor's
-may have become one token.
+A processor writes more than the chat template. Where the template prints one placeholder for a picture, the sequence
+has hundreds of tokens, with markers, newlines or whole sentences around them. So the rendered text is cut at its
+placeholders, and the pieces are searched in the token sequence. Pieces and sequence are compared by the characters
+that their tokens stand for, here called the *surface*: at the border of a piece, its newline and one of the processor
+may have become a single token.
 """
 
 from __future__ import annotations
@@ -28,29 +28,24 @@ from lavender.words import encodable, token_span
 BEYOND = "word beyond max_length"
 UNSEEN = "word before the picture, which its row cannot see"
 UNKNOWN = "word that the tokenizer does not know"
-CHANGED = "word that the tokenizer spells otherwise"  # without its accents, say
-PRIVATE = range(0xE000, 0xF900)  # characters of private use, which no template changes
-_BLANKS = " \t\n\r▁ĠĊĉč"  # white space, and what stands for it in the surfaces of tokens
+CHANGED = "word that the tokenizer spells otherwise"  # such as without its accents
+PRIVATE = range(0xE000, 0xF900)  # private-use characters, which no template changes
+_BLANKS = " \t\n\r▁ĠĊĉč"  # white space, and what stands for it in tokens
 _BLANK_BYTES = ("<0x09>", "<0x0A>", "<0x0D>", "<0x20>")
 
 
-def text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message whose content is a string or a list of parts."""
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
-
-
 class WordLocator:
-    """Finds the rows of words in conversations that a processor has rendered and tokenized.
+    """Finds the rows that predict words, in conversations that a processor has rendered and tokenized.
 
-    Works on the finished token sequence, whoever made it: padding side, truncation at the end and what the
-    processor writes in the place of a picture do not matter. A sequence that does not match its conversation
-    is an error, never a guess.
+    It works on the finished token sequence. Padding side, truncation at the end, and what the processor writes in the
+    place of a picture do not matter. A sequence that does not match its conversation is an error, never a guess.
+
+    Args:
+        processor: the model's processor, with a fast tokenizer and a chat template.
+        adapter: the adapter of the model's family.
 
     Raises:
-        DataError: the tokenizer is a slow one, which does not know where in the text its tokens stand.
+        DataError: the tokenizer is a slow one, which does not return the characters of its tokens.
     """
 
     def __init__(self, processor: ProcessorMixin, adapter: VlmAdapter):
@@ -62,9 +57,9 @@ class WordLocator:
             )
         self._processor, self._tokenizer = processor, processor.tokenizer
         self._vocabulary = _Vocabulary(processor.tokenizer, adapter.image_token_id())
-        # what the template prints for a picture; a processor that has no name for it prints the picture's own token
-        named = getattr(processor, "image_token", None)
-        self._placeholder = named or processor.tokenizer.convert_ids_to_tokens(adapter.image_token_id())
+        # What the template prints for a picture. Without `image_token` that is the picture's token itself.
+        image_token = getattr(processor, "image_token", None)
+        self._placeholder = image_token or processor.tokenizer.convert_ids_to_tokens(adapter.image_token_id())
 
     def rows(
         self,
@@ -75,9 +70,9 @@ class WordLocator:
         dropped: Counter[str],
         pictures: Iterable[int] | None = None,
     ) -> list[tuple[Word, tuple[int, ...]]]:
-        """`rows_by_answer`, those of all answers in one list."""
-        found = self.rows_by_answer(messages, answers, ids, attention_mask, dropped, pictures)
-        return [one for own in found for one in own]
+        """As `rows_by_answer`, with the words of all answers in one list."""
+        by_answer = self.rows_by_answer(messages, answers, ids, attention_mask, dropped, pictures)
+        return [word_and_rows for words in by_answer for word_and_rows in words]
 
     def rows_by_answer(
         self,
@@ -88,34 +83,37 @@ class WordLocator:
         dropped: Counter[str],
         pictures: Iterable[int] | None = None,
     ) -> list[list[tuple[Word, tuple[int, ...]]]]:
-        """Of each answer its words, each with the positions of the rows that predict its tokens.
+        """For each answer its words, each with the positions of the rows that predict its tokens.
 
         Args:
-            messages: the conversation, with a part of type "image" where a picture is.
-            answers: (turn, text, words) of the assistant's turns to look at; the words' characters count from the
-                start of that text.
-            ids, attention_mask: (token,), one sample of the batch.
-            dropped: counts the words that have no row, by reason.
-            pictures: for each of the answers the index of the picture, among the conversation's, that its words are
-                to be looked for in; the first by default. Words before the end of their picture are dropped.
+            messages: the conversation, with a part of type "image" for each picture.
+            answers: (index of the message, its text, words) for each answer of the assistant to search. The positions
+                of the words count characters from the start of that text.
+            ids, attention_mask: (token,), of one sample of the batch.
+            dropped: counter of the reasons why words have no rows. It is updated.
+            pictures: for each answer the index of the picture in the conversation that its words are mapped on. By
+                default the first. Words before the end of their picture are dropped.
+
+        Returns:
+            For each answer the words that were found, in their order. The row before a token predicts it.
 
         Raises:
-            DataError: the sequence is not this conversation's, or the template does not print an answer as it is.
+            DataError: the sequence does not match the conversation, or the template does not print an answer as it is.
         """
         answers = list(answers)
         for _, text, words in answers:
             _check_words(text, words)
         rendered = self._render(messages)
-        if encodable(rendered) != rendered:  # no tokenizer takes it, so whose tokens these are is not known
+        if encodable(rendered) != rendered:  # no tokenizer takes this text as it is
             dropped[CHANGED] += sum(len(words) for _, _, words in answers)
             return [[] for _ in answers]
         sequence = _Sequence.of(self._vocabulary, ids, attention_mask)
         pieces = self._pieces(rendered)
         placed = sequence.place([piece.surface for piece in pieces])
-        found: list[list[tuple[Word, tuple[int, ...]]]] = [[] for _ in answers]
+        located: list[list[tuple[Word, tuple[int, ...]]]] = [[] for _ in answers]
         pictures = [0] * len(answers) if pictures is None else pictures
-        starts_of: dict[tuple[int, str], list[tuple[int, int, int]]] = {}  # the same for all pictures
-        for own, (turn, text, words), picture in zip(found, answers, pictures, strict=True):
+        starts_of: dict[tuple[int, str], list[tuple[int, int, int]]] = {}  # an answer may be mapped on several pictures
+        for answer_rows, (turn, text, words), picture in zip(located, answers, pictures, strict=True):
             if words and (turn, text) not in starts_of:
                 starts_of[turn, text] = self._starts(rendered, messages, turn, text)
             for word in words:
@@ -126,12 +124,12 @@ class WordLocator:
                 ]
                 reason, tokens = self._tokens(pieces, placed, sequence, spans, picture)
                 if not reason:
-                    reason = self._doubt(word, [sequence.ids[index] for index in tokens])
+                    reason = self._reason_to_drop(word, [sequence.ids[index] for index in tokens])
                 if reason:
                     dropped[reason] += 1
-                else:  # the row before a token predicts it
-                    own.append((word, tuple(sequence.positions[index] - 1 for index in tokens)))
-        return found
+                else:
+                    answer_rows.append((word, tuple(sequence.positions[index] - 1 for index in tokens)))
+        return located
 
     def _tokens(
         self,
@@ -141,25 +139,25 @@ class WordLocator:
         spans: list[tuple[int, int]],
         picture: int,
     ) -> tuple[str, list[int]]:
-        """The reason why a word has no row, or "" and the indices of its tokens in the sequence."""
+        """The tokens of a word: ("", their indices in the sequence), or (the reason why there are none, [])."""
         tokens: list[int] = []
         for number, piece in enumerate(pieces):
             for start, end in spans:
-                own = piece.tokens_of(start, end)
-                if not own:
+                in_piece = piece.tokens_of(start, end)
+                if not in_piece:
                     continue
                 if number <= picture:
                     return UNSEEN, []
                 if number >= len(placed):
                     return BEYOND, []
-                first, last = placed[number] + piece.edges[own[0]], placed[number] + piece.edges[own[-1] + 1]
+                first, last = (placed[number] + piece.edges[at] for at in (in_piece[0], in_piece[-1] + 1))
                 if last > len(sequence.surface):
                     return BEYOND, []
                 tokens += sequence.between(first, last)
         return ("", list(dict.fromkeys(tokens))) if tokens else (UNKNOWN, [])
 
-    def _doubt(self, word: Word, ids: list[int]) -> str:
-        """Why a word is left out although its tokens are known: they are not its text."""
+    def _reason_to_drop(self, word: Word, ids: list[int]) -> str:
+        """Why a word is dropped although its tokens are known: they decode to another text. "" if they do not."""
         if _folded(word.text) in _folded(self._tokenizer.decode(ids)):
             return ""
         return UNKNOWN if self._tokenizer.unk_token_id in ids else CHANGED
@@ -171,11 +169,11 @@ class WordLocator:
     def _starts(
         self, rendered: str, messages: Sequence[Mapping[str, Any]], turn: int, answer: str
     ) -> list[tuple[int, int, int]]:
-        """Where an answer is in the rendered conversation: (shift, first, last) for each of its text parts.
+        """The place of an answer in the rendered conversation: (shift, first, last) for each of its text parts.
 
-        Characters first to last of the answer stand `shift` later in the rendered text. Each part is found by
-        rendering the conversation once more with a probe in its place: whatever else is said, and how often, the
-        part is where the two differ.
+        Characters first to last of the answer are `shift` characters later in the rendered text. To find a part, the
+        conversation is rendered once more with a probe in its place: the part is where the two texts differ. That
+        holds even if the same text occurs elsewhere in the conversation.
         """
         content = messages[turn]["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
@@ -185,8 +183,8 @@ class WordLocator:
             if part["type"] != "text":
                 continue
             probes = [*parts[:index], {**part, "text": probe}, *parts[index + 1 :]]
-            other = {**messages[turn], "content": probe if isinstance(content, str) else probes}
-            before, *rest = self._render([*messages[:turn], other, *messages[turn + 1 :]]).split(probe)
+            probed = {**messages[turn], "content": probe if isinstance(content, str) else probes}
+            before, *rest = self._render([*messages[:turn], probed, *messages[turn + 1 :]]).split(probe)
             after = rest[0] if len(rest) == 1 else None
             printed = rendered[len(before) : len(rendered) - len(after)] if after is not None else ""
             if after is None or rendered != before + printed + after or printed.strip() != part["text"].strip():
@@ -195,13 +193,13 @@ class WordLocator:
                     "a template that prints the assistant's text as it is, and once",
                     "use the model's own chat template",
                 )
-            stripped = part["text"].find(printed)  # some templates strip
+            stripped = part["text"].find(printed)  # some templates strip white space
             starts.append((len(before) - stripped - first, first, first + len(part["text"])))
             first += len(part["text"])
         return starts
 
     def _pieces(self, rendered: str) -> list[_Piece]:
-        """The rendered text between its placeholders, tokenized in its place."""
+        """The pieces of the rendered text between its placeholders. The text is tokenized as a whole."""
         encoded = self._tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         cuts, at = [], rendered.find(self._placeholder)
         while at >= 0:
@@ -214,13 +212,13 @@ class WordLocator:
             if not inside or start == end:
                 tokens[piece].append((token, (start, end)))
         return [
-            _Piece([offset for _, offset in own], self._vocabulary.surfaces([token for token, _ in own]))
-            for own in tokens
+            _Piece([offset for _, offset in piece], self._vocabulary.surfaces([token for token, _ in piece]))
+            for piece in tokens
         ]
 
 
 class _Vocabulary:
-    """What single tokens are: a picture's, or characters."""
+    """What each token of a tokenizer stands for: a picture, or characters."""
 
     def __init__(self, tokenizer: Any, picture: int):
         self._tokenizer, self._picture = tokenizer, picture
@@ -229,9 +227,9 @@ class _Vocabulary:
         self.picture_width = len(self._surface(picture))
 
     def surfaces(self, ids: list[int]) -> list[str]:
-        """The characters that each token stands for. Special tokens are no text, and cannot be mistaken for it."""
-        self._surfaces |= {one: self._surface(one) for one in set(ids) - self._surfaces.keys()}
-        return [self._surfaces[one] for one in ids]
+        """The characters that each token stands for. Those of special tokens cannot be mistaken for text."""
+        self._surfaces |= {token: self._surface(token) for token in set(ids) - self._surfaces.keys()}
+        return [self._surfaces[token] for token in ids]
 
     def _surface(self, token: int) -> str:
         return f"\0{token}\0" if self._is_special.get(token) else self._tokenizer.convert_ids_to_tokens(token)
@@ -240,18 +238,18 @@ class _Vocabulary:
         return token == self._picture
 
     def is_blank(self, token: int, surface: str) -> bool:
-        """Whether a processor may put a token after a picture without saying anything: markers and white space."""
+        """Whether a processor may put a token after a picture that is no text: a marker or white space."""
         if token == self._picture:
             return False
         return token in self._is_special or not surface.strip(_BLANKS) or surface in _BLANK_BYTES
 
     def is_start(self, token: int) -> bool:
-        """Whether a tokenizer puts a token before a text of its own accord."""
+        """Whether the tokenizer adds a token at the start of a text."""
         return token == self._tokenizer.bos_token_id
 
 
 class _Piece:
-    """Text between two placeholders: its tokens' characters in the rendered text, and their surfaces."""
+    """Text between two placeholders: the character offsets of its tokens in the rendered text, and its surface."""
 
     def __init__(self, offsets: list[tuple[int, int]], surfaces: list[str]):
         self._offsets, self.surface = offsets, "".join(surfaces)
@@ -261,14 +259,14 @@ class _Piece:
         self._is_sorted = self._starts == sorted(self._starts) and self._ends == sorted(self._ends)
 
     def tokens_of(self, start: int, end: int) -> list[int]:
-        """`token_span` of the characters [start, end), fast where a text is long."""
-        if not self._is_sorted:  # a normaliser put marks in another order
+        """Indices of the tokens that overlap the characters [start, end): a fast `token_span` for long texts."""
+        if not self._is_sorted:  # some normalisers reorder combining marks
             return token_span(self._offsets, start, end)
         return self._real[bisect_right(self._ends, start) : bisect_left(self._starts, end)]
 
 
 class _Run(NamedTuple):
-    """Tokens of pictures in a row, as characters of a sequence's surface; `blank` is how far blanks go on after."""
+    """Consecutive picture tokens, as characters [start, end) of the surface. Blanks follow until `blank`."""
 
     start: int
     end: int
@@ -280,14 +278,14 @@ class _Sequence:
     """One sample of a batch without its padding.
 
     Attributes:
-        ids: its tokens.
-        positions: where each stands in the padded sequence.
-        surface: their characters.
-        edges: where in `surface` each token begins, and the end.
-        runs: the pictures' tokens.
-        head: where the text may begin: the end of a starting token.
-        tail: where blanks begin that go on to the end.
-        width: of a picture's token.
+        ids: the token ids.
+        positions: position of each token in the padded sequence.
+        surface: the characters of all tokens.
+        edges: where each token begins in `surface`, and the end of the last one.
+        runs: the picture tokens.
+        head: where the text may begin in `surface`: after a start token.
+        tail: where the blanks at the end of `surface` begin.
+        width: number of characters of a picture token.
     """
 
     ids: list[int]
@@ -305,7 +303,7 @@ class _Sequence:
         tokens = ids[positions].tolist()
         surfaces = vocabulary.surfaces(tokens)
         edges = [0, *accumulate(map(len, surfaces))]
-        is_blank = [vocabulary.is_blank(*one) for one in zip(tokens, surfaces, strict=True)]
+        is_blank = [vocabulary.is_blank(*pair) for pair in zip(tokens, surfaces, strict=True)]
         runs, index = [], 0
         for is_picture, group in groupby(tokens, vocabulary.is_picture):
             first, index = index, index + len(list(group))
@@ -321,10 +319,13 @@ class _Sequence:
         return range(bisect_right(self.edges, first) - 1, bisect_left(self.edges, last))
 
     def place(self, pieces: list[str]) -> list[int]:
-        """Where in the surface the pieces begin; fewer than were given where the sequence was cut.
+        """Where each piece begins in the surface. Fewer pieces are returned if the sequence was cut.
 
-        The first piece begins the sequence. Each other follows a picture's tokens, with no more than markers and
-        white space between, and the last ends the sequence, unless that was cut.
+        The first piece begins the sequence. Every other piece follows picture tokens, with nothing but markers and
+        white space between. The last piece ends the sequence, unless it was cut.
+
+        Raises:
+            DataError: a piece is not where it should be.
         """
         first, rest = pieces[0], pieces[1:]
         begin = 0 if self.surface.startswith(first) else self.head
@@ -349,7 +350,7 @@ class _Sequence:
         return placed
 
     def _after_picture(self, piece: str, runs: list[_Run]) -> int:
-        """Where a piece begins: after the first of the runs that it follows; after the last one it may be cut."""
+        """Where a piece begins: after the first of the runs that it follows. After the last run it may be cut."""
         last = runs[-1]
         at = len(self.surface) - len(piece)
         if len(runs) == 1 and last.end <= at <= last.blank and self.surface.endswith(piece):
@@ -365,8 +366,8 @@ class _Sequence:
 
 
 def _mismatch(got: str, expected: str) -> DataError:
-    """Surfaces, from where they differ."""
-    same = next((at for at, (one, other) in enumerate(zip(got, expected, strict=False)) if one != other), 0)
+    """The error that shows two surfaces, from where they differ."""
+    same = next((at for at, (left, right) in enumerate(zip(got, expected, strict=False)) if left != right), 0)
     shown = [text[same : same + 40].replace("\0", "|") or "nothing more" for text in (got, expected)]
     return DataError(
         f"a batch whose tokens differ from the tokenized conversation: {shown[0]!r} where it has {shown[1]!r}",
@@ -377,15 +378,15 @@ def _mismatch(got: str, expected: str) -> DataError:
 
 def _check_words(text: str, words: Sequence[Word]) -> None:
     for word in words:
-        if (found := text[word.start : word.end]) != word.text:
+        if (characters := text[word.start : word.end]) != word.text:
             raise DataError(
-                f"{found!r} where the word {word.text!r} should be in {text[:60]!r}",
+                f"{characters!r} where the word {word.text!r} should be in {text[:60]!r}",
                 "words whose characters count from the start of their answer",
                 "find the words in that same text",
             )
 
 
 def _folded(text: str) -> str:
-    """A text without what tokenizers may change and still spell the word: case, white space, signs without a width."""
-    shown = (sign for sign in unicodedata.normalize("NFKC", text) if unicodedata.category(sign) != "Cf")
-    return "".join("".join(shown).casefold().split())
+    """A text without what a tokenizer may change although it spells the word: case, white space, format characters."""
+    visible = (sign for sign in unicodedata.normalize("NFKC", text) if unicodedata.category(sign) != "Cf")
+    return "".join("".join(visible).casefold().split())

@@ -1,4 +1,4 @@
-"""The families we know, by `config.model_type`."""
+"""The supported families of models, by `config.model_type`. The one place that lists them."""
 
 from __future__ import annotations
 
@@ -41,22 +41,30 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
 
 
 def adapter_for(config: Any) -> VlmAdapter:
-    """The adapter of a model's config. Raises UnsupportedModelError for a family without one."""
+    """The adapter for a model, from its config.
+
+    Raises:
+        UnsupportedModelError: no adapter has the config's `model_type`.
+    """
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(
             f"a model of type {config.model_type!r}",
             f"one of {sorted(FAMILIES)}",
-            "use a supported model, or write an adapter: one file in lavender/vlm and one line in its registry",
+            "use a supported model, or write an adapter: one file in lavender/students/families and one line in "
+            "lavender/students/registry.py",
         )
     return family(config)
 
 
 def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
-    """Which of transformers' Auto classes loads a model; of one whose own code may run, the best that its code offers.
+    """The Auto class of transformers that loads a model.
 
-    OpenFlamingo is known to them since this module was imported.
+    Args:
+        config: the model's config.
+        trust_remote_code: whether code that comes with the model may run. Then the class is one that this code offers:
+            image-text-to-text if possible, else causal language model, else the plain model.
     """
     offered = config.to_dict().get("auto_map") or {} if trust_remote_code is True else {}
     classes = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModel)
-    return next((one for one in classes if one.__name__ in offered), AutoModelForImageTextToText)
+    return next((auto for auto in classes if auto.__name__ in offered), AutoModelForImageTextToText)

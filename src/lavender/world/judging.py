@@ -22,7 +22,7 @@ from lavender.evaluation.map_scores import (
 )
 from lavender.maps import WordMaps, entropy
 from lavender.students.loading import load_run
-from lavender.students.word_maps import Reading, student_maps
+from lavender.students.word_maps import AnsweredPicture, student_maps
 from lavender.teachers.diffusion.teacher import Job, Teacher
 from lavender.words import content_words
 from lavender.world.language import Caption, caption_scene
@@ -151,7 +151,7 @@ def score_attention(judged: Sequence[JudgedMap]) -> dict[str, Any]:
     }
 
 
-def captioned_picture(scene: Scene) -> Reading:
+def captioned_picture(scene: Scene) -> AnsweredPicture:
     """The scene with the caption prompt, its caption, and the words to map, as `student_maps` takes it."""
     text = caption_scene(scene).text
-    return Reading(scene.image, CAPTION_PROMPT, text, content_words(text, ExtractionConfig.parts_of_speech))
+    return AnsweredPicture(scene.image, CAPTION_PROMPT, text, content_words(text, ExtractionConfig.parts_of_speech))

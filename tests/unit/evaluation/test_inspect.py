@@ -218,15 +218,15 @@ def test_bytes_by_hand(make_student):
     assert found["full"]["activations"] == 4 * own[0] + own[1] + own[2] + 4 * text.vocab_size * 128
     assert found["full"]["alignment: attention rows"] == 4 * 32 * 130 * 8 * 2  # rows, keys, heads, usable layers
     assert found["learn"] == 16 * 2 * (128 * 128 + 128 * 64)  # two layers; keys are made from projected states
-    assert "256 tokens a step, one picture of 130 image keys (from the config)" in found["assumptions"][0]
+    assert "256 tokens per step, one picture of 130 image keys (from the config)" in found["assumptions"][0]
 
 
 def test_alignment_keeps_what_the_estimate_says():
     layers, heads, keys = 3, 16, 24 * 24
-    words, rows = footprint.NUM_WORDS, footprint.NUM_WORDS * footprint.TOKENS_A_WORD
+    words, rows = footprint.NUM_WORDS, footprint.NUM_WORDS * footprint.TOKENS_PER_WORD
     head = AlignmentHead(heads, tuple(range(layers)), AlignmentConfig())
     attention = torch.rand(layers, 1, heads, rows, keys).requires_grad_()
-    shares = torch.eye(words).repeat_interleave(footprint.TOKENS_A_WORD, dim=1)[None] / footprint.TOKENS_A_WORD
+    shares = torch.eye(words).repeat_interleave(footprint.TOKENS_PER_WORD, dim=1)[None] / footprint.TOKENS_PER_WORD
     layout = KeyLayout(grid_boxes(24, 24)[None].float(), torch.zeros(1, keys, dtype=torch.long))
     kept = {attention.data_ptr(): attention.nbytes}
 
