@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -45,15 +45,15 @@ from lavender.alignment.collator import AlignmentCollator
 from lavender.alignment.losses import FLOOR, per_word_loss
 from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.config import (
-    ALIGNER_ACTIVATIONS,
-    ALIGNER_FORMS,
-    ALIGNER_KINDS,
-    ALIGNER_NORMS,
-    ATTENTION_LOSSES,
-    LAYER_CHOICES,
-    MATCHES,
     POOLINGS,
+    AlignerActivation,
+    AlignerForm,
+    AlignerKind,
+    AlignerNorm,
     AlignmentConfig,
+    AttentionLoss,
+    LayerChoice,
+    Match,
 )
 from lavender.data.samples import read_samples, to_dataset
 from lavender.data.store import MapStore
@@ -82,13 +82,13 @@ def options(setting: str, values: Sequence[str]) -> dict[str, tuple[str, ...]]:
 VARIANTS: dict[str, tuple[str, ...]] = {
     **options("pooling", POOLINGS),
     "pooling=learn, parallel_init=random": ("pooling=learn", "parallel_init=random"),
-    **options("aligner", ALIGNER_FORMS),
-    **options("aligner_kind", ALIGNER_KINDS),
-    **options("aligner_norm", ALIGNER_NORMS),
-    **options("aligner_activation", ALIGNER_ACTIVATIONS),
-    **options("attention_loss", ATTENTION_LOSSES),
-    **options("match", MATCHES),
-    **options("layers", [*LAYER_CHOICES, "[3]"]),
+    **options("aligner", get_args(AlignerForm)),
+    **options("aligner_kind", get_args(AlignerKind)),
+    **options("aligner_norm", get_args(AlignerNorm)),
+    **options("aligner_activation", get_args(AlignerActivation)),
+    **options("attention_loss", get_args(AttentionLoss)),
+    **options("match", get_args(Match)),
+    **options("layers", [*get_args(LayerChoice), "[3]"]),
     **options("heads", ["[0, 2, 5]"]),
     **options("parts_of_speech", ["[noun]", "[noun, adjective]"]),
     **options("subjects_and_objects", ["true"]),

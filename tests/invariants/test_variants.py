@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import isfinite
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from safetensors import safe_open
@@ -12,24 +13,24 @@ from closeness import close, moved
 from invariants.test_trainer import logged, lora, own_head, run  # noqa: F401
 from lavender.alignment.objective import HEAD_NAME
 from lavender.config import (
-    ALIGNER_ACTIVATIONS,
-    ALIGNER_FORMS,
-    ALIGNER_KINDS,
-    ALIGNER_NORMS,
-    ATTENTION_LOSSES,
     POOLINGS,
+    AlignerActivation,
+    AlignerForm,
+    AlignerKind,
+    AlignerNorm,
     AlignmentConfig,
+    AttentionLoss,
 )
 from lavender.data.store import MapStore
 from lavender.training.export import export
 
 OPTIONS = {
     "pooling": POOLINGS,
-    "aligner": ALIGNER_FORMS,
-    "aligner_kind": ALIGNER_KINDS,
-    "aligner_norm": ALIGNER_NORMS,
-    "aligner_activation": ALIGNER_ACTIVATIONS,
-    "attention_loss": ATTENTION_LOSSES,
+    "aligner": get_args(AlignerForm),
+    "aligner_kind": get_args(AlignerKind),
+    "aligner_norm": get_args(AlignerNorm),
+    "aligner_activation": get_args(AlignerActivation),
+    "attention_loss": get_args(AttentionLoss),
     "align_weight": ["estimated"],
     "layers": ["first", "middle", "last"],
     "heads": [[1]],

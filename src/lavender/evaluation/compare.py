@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.alignment.collator import SeveralStores
+from lavender.config import CONTENT_WORDS
 from lavender.data.images import image_id
 from lavender.data.samples import Sample
 from lavender.data.store import MapStore
@@ -22,8 +23,6 @@ from lavender.maps import WordMaps, correlation, entropy
 from lavender.students.locate import text_of
 from lavender.students.word_maps import Reading, student_maps
 from lavender.words import content_words
-
-CONTENT = ("noun", "adjective", "verb")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +89,7 @@ def readings_of(samples: Sequence[Sample], store: MapStore | SeveralStores | Non
         turns = [text_of(message) for message in sample.messages if message["role"] in ("user", "assistant")]
         prompt, answer = turns[0], turns[1]
         known = store.get(image_id(image), answer) if store is not None else None
-        words = known.words if known is not None else content_words(answer, CONTENT)
+        words = known.words if known is not None else content_words(answer, CONTENT_WORDS)
         readings.append(Reading(image, prompt, answer, words))
     return readings
 
@@ -175,8 +174,8 @@ def answer_nll(
 
 def content_f1(answers: Sequence[str], references: Sequence[str]) -> float:
     """Micro F1 of the sets of content lemmas, over all samples."""
-    said = [{word.lemma for word in content_words(text, CONTENT)} for text in answers]
-    true = [{word.lemma for word in content_words(text, CONTENT)} for text in references]
+    said = [{word.lemma for word in content_words(text, CONTENT_WORDS)} for text in answers]
+    true = [{word.lemma for word in content_words(text, CONTENT_WORDS)} for text in references]
     common = sum(len(one & other) for one, other in zip(said, true, strict=True))
     return 2 * common / max(1, sum(map(len, said)) + sum(map(len, true)))
 

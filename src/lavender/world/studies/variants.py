@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lavender.config import ALIGNER_FORMS, ALIGNER_KINDS, ALIGNER_NORMS, MATCHES, POOLINGS, AlignmentConfig
+from lavender.config import POOLINGS, AlignerForm, AlignerKind, AlignerNorm, AlignmentConfig, Match
 from lavender.world.studies.cells import Arm
 from lavender.world.studies.page import draw_bars
 from lavender.world.studies.study import Finding, Scores, Study, compare
@@ -48,7 +48,7 @@ def _setting(name: str, value: str) -> dict[str, str]:
 
 
 def _words(quick: bool) -> dict[str, Arm]:
-    things = {match: Arm("mllama", "full", "teacher", settings=(("match", match),)) for match in MATCHES}
+    things = {match: Arm("mllama", "full", "teacher", settings=(("match", match),)) for match in get_args(Match)}
     every = {
         name: Arm("mllama", "full", EVERY_WORD, settings=settings)
         for name, settings in (
@@ -80,9 +80,9 @@ VARIANTS: dict[str, Study] = {
         "Which Aligner?",
         "The Aligner's depth, layers and normalisation; the default is sim, convolution, instance.",
         "convolutions are better than an MLP (§7.1, App. F.1).",
-        {f"form {form}": _setting("aligner", form) for form in ALIGNER_FORMS}
-        | {f"kind {kind}": _setting("aligner_kind", kind) for kind in ALIGNER_KINDS}
-        | {f"norm {norm}": _setting("aligner_norm", norm) for norm in ALIGNER_NORMS},
+        {f"form {form}": _setting("aligner", form) for form in get_args(AlignerForm)}
+        | {f"kind {kind}": _setting("aligner_kind", kind) for kind in get_args(AlignerKind)}
+        | {f"norm {norm}": _setting("aligner_norm", norm) for norm in get_args(AlignerNorm)},
     ),
     "words": Study(
         "Which words?",
