@@ -43,7 +43,7 @@ def answers_finite(output: Mapping[str, Any], labels: Tensor) -> Tensor | None:
     return (sums_BT.isfinite() | (labels[:, 1:] == -100)).all(dim=1)
 
 
-def fault(
+def not_finite_error(
     step: int,
     model: nn.Module,
     processor: ProcessorMixin,

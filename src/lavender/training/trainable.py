@@ -14,6 +14,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from lavender.alignment.objective import is_alignment_part
@@ -198,6 +199,17 @@ def name_all_linear(config: PeftConfig, model: PreTrainedModel) -> None:
     tuned.target_modules = {
         name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D) and one not in inner
     }
+
+
+def set_alignment_type(model: PreTrainedModel) -> None:
+    """Make the weights that alignment adds float32: TRL casts all trained weights of QLoRA to bfloat16.
+
+    With ZeRO-3 they get the model's type, because DeepSpeed needs one type for all weights; it keeps float32 copies.
+    """
+    dtype = model.dtype if is_deepspeed_zero3_enabled() else torch.float32
+    for name, parameter in model.named_parameters():
+        if is_alignment_part(name) and parameter.dtype in (torch.float32, torch.bfloat16):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _matching(adapter: Any, frozen: Sequence[str]) -> str:

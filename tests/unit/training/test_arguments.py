@@ -101,9 +101,10 @@ def test_defaults_are_those_of_the_config(basics):
 
 def test_beside_the_other_arguments_of_a_script(basics):
     parser = TrlParser((ScriptArguments, LavenderConfig, ModelConfig))  # ty: ignore[invalid-argument-type]
-    script, args, model = parser.parse_args_and_config(  # ty: ignore[not-iterable]
+    parsed: Any = parser.parse_args_and_config(
         [*basics, "--dataset_name", "d", "--model_name_or_path", "m", "--layers", "0", "1", "--maps", "a"]
     )
+    script, args, model = parsed
     assert (script.dataset_name, model.model_name_or_path, args.layers, args.maps) == ("d", "m", [0, 1], "a")
 
 
