@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -59,7 +60,8 @@ def saved_under_module_names(model: nn.Module) -> Iterator[None]:
     keep the base's weights.
     """
     if isinstance(model, PreTrainedModel):
-        model.save_pretrained = partial(type(model).save_pretrained, model, save_original_format=False)
+        save = partial(type(model).save_pretrained, model, save_original_format=False)
+        model.save_pretrained = cast(Any, save)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lavender.config import check_keys, from_mapping
 from lavender.errors import ConfigError
 from lavender.files import expanded, shown
-from lavender.training.training_settings import checked_training, training_keys
+from lavender.training.settings import checked_training, training_keys
 from lavender.training.yaml_files import parse_yaml, read_settings
 from lavender.type_checks import check_fields, check_path, write_paths_as_texts
 

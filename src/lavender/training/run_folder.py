@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lavender.errors import ConfigError, DataError, FileError
 from lavender.files import TEMPORARY, write_whole
 from lavender.training.run_config import RunConfig
-from lavender.training.training_settings import training_keys
+from lavender.training.settings import training_keys
 from lavender.training.yaml_files import read_settings, yaml_text
 
 if TYPE_CHECKING:

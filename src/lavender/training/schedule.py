@@ -98,9 +98,7 @@ class EstimatedWeight(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        states = cast(
-            dict[str, Any], state.stateful_callbacks
-        )  # TrainerState's constructor takes a list and makes a dict of it
+        states = cast(dict[str, Any], state.stateful_callbacks)  # annotated as the list that the constructor takes
         self.variance = states[type(self).__name__]["attributes"]["variance"]
 
     def state(self) -> dict[str, dict[str, Any]]:

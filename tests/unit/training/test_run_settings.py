@@ -12,14 +12,14 @@ import yaml
 
 from lavender.errors import ConfigError, DataError
 from lavender.training.run_config import LoraSettings, RunConfig, check_out, read_run
-from lavender.training.trainer import LavenderConfig
-from lavender.training.training_settings import (
+from lavender.training.settings import (
     STRATEGIES,
     checked_training,
     refused_settings,
     training_keys,
     try_optimizer,
 )
+from lavender.training.trainer import LavenderConfig
 from lavender.training.yaml_files import yaml_text
 from lavender.type_checks import hints_of
 
