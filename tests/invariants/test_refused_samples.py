@@ -330,7 +330,7 @@ def test_every_sample_is_mapped_or_has_one_reason(build):
     batch = [in_memory(0), other, {"images": [], "messages": other["messages"]}]
     coverage = Coverage.of(trainer.data_collator(batch)["alignment"]["counts"])
     assert coverage.dropped == {NO_MAPS: 1, NO_PICTURE: 1}
-    trainer.data_collator._wanted = lambda maps: []
+    trainer.data_collator._chosen_words = lambda maps: []
     coverage = Coverage.of(coverage.counts() + trainer.data_collator(batch)["alignment"]["counts"])
     assert coverage.dropped == {NO_MAPS: 2, NO_PICTURE: 2, NO_WORDS: 1}
     assert coverage.samples == coverage.mapped_samples + sum(coverage.dropped[one] for one in (*WITHOUT, *REFUSALS))

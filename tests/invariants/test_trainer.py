@@ -250,7 +250,7 @@ def test_checkpointing_changes_no_loss(run, kind):
     ("settings", "message"),
     [
         ({"maps": None}, "Got no maps. Expected a map store."),
-        ({"packing": True}, "Got packing or padding_free. Expected one sample a row."),
+        ({"packing": True}, "Got packing or padding_free. Expected one sample per row."),
         ({"layers": [0]}, r"Got layers=\(0,\), of which \[0\] do not see the picture"),
     ],
 )
