@@ -68,6 +68,7 @@ class AlignmentArguments(_ArgumentsLike):
     Example:
         >>> from dataclasses import dataclass
         >>> from transformers import TrainingArguments
+        >>> from lavender.training.arguments import AlignmentArguments
         >>> @dataclass
         ... class MyArguments(AlignmentArguments, TrainingArguments):
         ...     pass

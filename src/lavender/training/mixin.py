@@ -65,6 +65,7 @@ class AlignmentMixin(_TrainerLike):
 
     Example:
         >>> from transformers import Trainer
+        >>> from lavender.training.mixin import AlignmentMixin
         >>> class AlignedTrainer(AlignmentMixin, Trainer):
         ...     pass
 
