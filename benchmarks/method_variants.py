@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -45,15 +45,15 @@ from lavender.alignment.collator import AlignmentCollator
 from lavender.alignment.losses import FLOOR, per_word_loss
 from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.config import (
-    ALIGNER_ACTIVATIONS,
-    ALIGNER_FORMS,
-    ALIGNER_KINDS,
-    ALIGNER_NORMS,
-    ATTENTION_LOSSES,
-    LAYER_CHOICES,
-    MATCHES,
     POOLINGS,
+    AlignerActivation,
+    AlignerForm,
+    AlignerKind,
+    AlignerNorm,
     AlignmentConfig,
+    AttentionLoss,
+    LayerChoice,
+    Match,
 )
 from lavender.data.samples import read_samples, to_dataset
 from lavender.data.store import MapStore
@@ -81,13 +81,13 @@ def variants_of(setting: str, values: Sequence[str]) -> dict[str, tuple[str, ...
 VARIANTS: dict[str, tuple[str, ...]] = {
     **variants_of("pooling", POOLINGS),
     "pooling=learn, parallel_init=random": ("pooling=learn", "parallel_init=random"),
-    **variants_of("aligner", ALIGNER_FORMS),
-    **variants_of("aligner_kind", ALIGNER_KINDS),
-    **variants_of("aligner_norm", ALIGNER_NORMS),
-    **variants_of("aligner_activation", ALIGNER_ACTIVATIONS),
-    **variants_of("attention_loss", ATTENTION_LOSSES),
-    **variants_of("match", MATCHES),
-    **variants_of("layers", [*LAYER_CHOICES, "[3]"]),
+    **variants_of("aligner", get_args(AlignerForm)),
+    **variants_of("aligner_kind", get_args(AlignerKind)),
+    **variants_of("aligner_norm", get_args(AlignerNorm)),
+    **variants_of("aligner_activation", get_args(AlignerActivation)),
+    **variants_of("attention_loss", get_args(AttentionLoss)),
+    **variants_of("match", get_args(Match)),
+    **variants_of("layers", [*get_args(LayerChoice), "[3]"]),
     **variants_of("heads", ["[0, 2, 5]"]),
     **variants_of("parts_of_speech", ["[noun]", "[noun, adjective]"]),
     **variants_of("subjects_and_objects", ["true"]),

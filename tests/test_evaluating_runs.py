@@ -103,7 +103,7 @@ def test_maps_of_the_evaluation_come_from_a_store_of_their_own(settings, store_p
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"eval_strategy": "no"}, "of which no use is made"),
+        ({"eval_strategy": "no"}, "which nothing uses"),
         ({"eval_data": None}, "eval_strategy: steps without eval_data"),
         ({"eval_data": None, "eval_strategy": "no", "eval_maps": "somewhere"}, "without eval_data"),
         ({"metric_for_best_model": "eval_attension_loss"}, "metric_for_best_model: eval_attension_loss"),

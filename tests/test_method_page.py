@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -13,15 +14,15 @@ from lavender.training.run import read_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
 OPTIONS = (
-    "POOLINGS",
-    "MATCHES",
-    "LAYER_CHOICES",
-    "PARALLEL_INITS",
-    "ALIGNER_FORMS",
-    "ALIGNER_NORMS",
-    "ALIGNER_KINDS",
-    "ALIGNER_ACTIVATIONS",
-    "ATTENTION_LOSSES",
+    config.Pooling,
+    config.Match,
+    config.LayerChoice,
+    config.ParallelInit,
+    config.AlignerForm,
+    config.AlignerNorm,
+    config.AlignerKind,
+    config.AlignerActivation,
+    config.AttentionLoss,
 )
 
 
@@ -30,7 +31,7 @@ def test_every_setting_has_its_place(name):
     assert f"`{name}`" in PAGE or f"`{name}:" in PAGE
 
 
-@pytest.mark.parametrize("value", [value for name in OPTIONS for value in getattr(config, name)])
+@pytest.mark.parametrize("value", [value for option in OPTIONS for value in get_args(option)])
 def test_every_value_is_named(value):
     assert f"`{value}`" in PAGE
 

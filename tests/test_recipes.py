@@ -31,7 +31,7 @@ from families.published_configs import PUBLISHED
 from lavender.config import AlignmentConfig
 from lavender.students.base import PARTS
 from lavender.students.registry import adapter_for
-from lavender.training.run import load_run, read_run, train
+from lavender.training.run import load_run, read_run, train, trained_lines
 from lavender.training.trainable import check_trained, freeze, peft_config_of, trained_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def test_the_page_of_recipes(tmp_path):
     model = full_size("qwen2_5_vl")
     freeze(model, run.freeze)
     config = peft_config_of(run.peft_settings() or {}, model, run.freeze)
-    assert check_trained(get_peft_model(model, config), run.freeze) in page
+    assert "\n".join(trained_lines(check_trained(get_peft_model(model, config), run.freeze))) in page
 
 
 def test_the_size_of_the_published_lora_file():

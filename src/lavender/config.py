@@ -1,44 +1,15 @@
-"""Every setting of extraction and alignment, with its check. Nothing else validates settings."""
+"""The settings of extraction and alignment, and their checks."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from lavender.errors import ConfigError
 from lavender.files import shown
 from lavender.type_checks import check_fields, check_path, fits, hints_of, write_paths_as_texts
-
-MODES = ("noise", "ddim", "null-text")
-GEOMETRIES = ("squash", "crop", "letterbox", "aspect")
-COMPETITIONS = ("none", "share", "contrast")
-CARRIERS = ("own", "own+next")
-POOLINGS = (
-    "layer-mean",
-    "layer-max",
-    "mean-mean",
-    "max-mean",
-    "mean-max",
-    "max-max",
-    "flow-sum",
-    "flow-multi",
-    "mean-flow-sum",
-    "max-flow-sum",
-    "mean-flow-multi",
-    "max-flow-multi",
-    "learn",
-)
-MATCHES = ("label", "exact", "root")
-LAYER_CHOICES = ("all", "first", "middle", "last")
-PARALLEL_INITS = ("pretrained", "random")
-ALIGNER_FORMS = ("light", "sim", "deep")
-ALIGNER_KINDS = ("convolution", "mlp")
-ALIGNER_NORMS = ("instance", "batch", "group", "none")
-ALIGNER_ACTIVATIONS = ("relu6", "leaky-relu")
-ATTENTION_LOSSES = ("min-max", "min-max-sum", "mse", "kl", "js")
-PARTS_OF_SPEECH = ("noun", "adjective", "verb", "other")
 
 Mode = Literal["noise", "ddim", "null-text"]
 Geometry = Literal["squash", "crop", "letterbox", "aspect"]
@@ -70,40 +41,92 @@ AttentionLoss = Literal["min-max", "min-max-sum", "mse", "kl", "js"]
 PartOfSpeech = Literal["noun", "adjective", "verb", "other"]
 T = TypeVar("T")
 
+CONTENT_WORDS: tuple[PartOfSpeech, ...] = ("noun", "adjective", "verb")
+"""The parts of speech that get a map by default: words that name something visible."""
+
+
+class PoolingSteps(NamedTuple):
+    """What a pooling does, in this order, with attention of many layers and heads.
+
+    Attributes:
+        heads: how heads are pooled before everything else; "all" keeps one channel per head.
+        flow: how layers are merged by attention flow (Eq. 40–44), as a sum or a product; None for no flow.
+        layers: how layers are pooled where no flow has merged them.
+        layers_first: whether layers are pooled before the Aligner, which then runs once, instead of after it.
+        learned: whether parallel query and key projections are trained (Eq. 15–16).
+    """
+
+    heads: Literal["all", "mean", "max"] = "all"
+    flow: Literal["sum", "product"] | None = None
+    layers: Literal["mean", "max"] = "mean"
+    layers_first: bool = False
+    learned: bool = False
+
+
+POOLINGS: dict[Pooling, PoolingSteps] = {
+    "layer-mean": PoolingSteps(),
+    "layer-max": PoolingSteps(layers="max"),
+    "mean-mean": PoolingSteps(heads="mean", layers="mean", layers_first=True),
+    "max-mean": PoolingSteps(heads="max", layers="mean", layers_first=True),
+    "mean-max": PoolingSteps(heads="mean", layers="max", layers_first=True),
+    "max-max": PoolingSteps(heads="max", layers="max", layers_first=True),
+    "flow-sum": PoolingSteps(flow="sum"),
+    "flow-multi": PoolingSteps(flow="product"),
+    "mean-flow-sum": PoolingSteps(heads="mean", flow="sum"),
+    "max-flow-sum": PoolingSteps(heads="max", flow="sum"),
+    "mean-flow-multi": PoolingSteps(heads="mean", flow="product"),
+    "max-flow-multi": PoolingSteps(heads="max", flow="product"),
+    "learn": PoolingSteps(learned=True),
+}
+"""What each value of `AlignmentConfig.pooling` does."""
+
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """How word maps are made from a diffusion model. docs/teachers.md has the evidence for the defaults.
+    """How a diffusion model makes word maps. docs/teachers.md reports the evidence for each default.
+
+    Example:
+        >>> from lavender import ExtractionConfig
+        >>> ExtractionConfig(timesteps=(50, 100), flip=True).grid
+        (32, 32)
 
     Attributes:
-        mode: "noise" adds noise once and runs the backbone once; "ddim" reads during DDIM inversion, `num_steps`
-            forwards; "null-text" is the paper's: inversion, null-text optimisation, guided re-denoising.
-        timesteps: of 1000; how much noise `mode="noise"` adds. Several are averaged, as one batch.
-        num_noises: how many noises `mode="noise"` averages, as one batch.
-        num_steps: steps of "ddim", and of the re-denoising of "null-text".
-        inversion_steps: of "null-text", a divisor of `num_steps`; None is as many. The paper's "5 inversion and 10
-            diffusion steps" is either 5 here, or 5 `null_text_iterations`.
-        null_text_iterations: optimisation steps of "null-text" at each step, at most.
-        guidance: classifier-free guidance of "null-text".
-        seed: of the noise. The noise of a picture depends on its content and this seed, never on its batch.
-        geometry: what the teacher sees: about as many pixels as its square has, in the picture's own shape ("aspect");
-            the picture squashed to that square ("squash"), padded to it ("letterbox"), or its central square ("crop";
-            maps are 0 elsewhere). Maps are always of the whole picture.
-        largest_layer: layers of more than this² cells, on the square that the model was trained on, are not read, and
-            the backbone stops after the last one read. None is the family's default: 32 for UNets, no limit for SD3.
-        layer_weights: weight of layers by the beginning of their names, one number or one a head; the longest
-            matching beginning counts, and 1 is for layers without. None is the family's default.
-        competition: "contrast" subtracts from a word's map the mean of the text's other tokens; "share" divides by
-            the sum over all of the text's tokens, cell by cell; "none" does neither.
-        carrier: tokens that carry a word: its own, or also the one after it (causal text encoders leak).
-        refine: how often a map is spread along the image's self-attention, 0 to 2.
-        flip: whether to average with the mirrored picture; costs twice as much.
-        head_share: share of layers and heads that are averaged, those with the most peaked maps of each word.
-        word_share: share of a text's words that get a map, the most confident.
-        tiny_vae: folder or hub id of an AutoencoderTiny that encodes the pictures instead.
-        grid: (rows, cols) of the stored maps; the paper's is 32 × 32.
-        batch_size: pairs of picture and text at a time.
+        mode: "noise" adds noise once and runs the backbone once. "ddim" reads attention during DDIM inversion, in
+            `num_steps` forwards. "null-text" is the paper's: inversion, null-text optimisation, guided re-denoising.
+        timesteps: noise levels of `mode="noise"`, each from 0 to 999. Several run as one batch and are averaged.
+        num_noises: number of noise samples that `mode="noise"` averages, as one batch.
+        num_steps: denoising steps of "ddim" and "null-text".
+        inversion_steps: inversion steps of "null-text", a divisor of `num_steps`; None means `num_steps`. The paper's
+            "5 inversion and 10 diffusion steps" means either 5 here or 5 `null_text_iterations`.
+        null_text_iterations: maximal number of optimisation steps per denoising step of "null-text".
+        guidance: scale of classifier-free guidance in "null-text".
+        seed: seed of the noise. The noise depends on the picture's content and this seed, not on the batch.
+        geometry: how the picture is fitted to the teacher. "aspect" keeps its shape, with about as many pixels as
+            the teacher's square; "squash" stretches it to the square. Maps always cover the whole picture.
+        largest_layer: layers of more than N × N cells are not read, where N is this number, counted on the square
+            that the model was trained on. The backbone stops after the last layer read. None is the family's
+            default: 32 for UNets, no limit for SD3.
+        layer_weights: weights of layers, by a prefix of their name: one number, or one number per head. The longest
+            matching prefix counts; layers without one weigh 1. None is the family's default.
+        competition: "contrast" subtracts the mean map of the text's other tokens from a word's map; "none" does not.
+        carrier: the tokens that a word's map is read from: "own", or "own+next", which adds the token after the word
+            (causal text encoders pass information on to it).
+        flip: also extract from the mirrored picture and average. Doubles the cost.
+        head_share: share of layers and heads to average, from 0 to 1: those with the most peaked maps of each word.
+        word_share: share of a text's words that get a map, from 0 to 1: the most confident.
+        tiny_vae: folder or Hub id of an `AutoencoderTiny` that encodes the pictures instead of the teacher's VAE.
+        grid: (rows, cols) of the stored maps; the paper uses 32 × 32.
+        batch_size: number of (picture, text) pairs per batch. It changes no map.
         parts_of_speech: which words get a map.
+
+    To reproduce the paper only; our measurements reject these settings, see docs/teachers.md:
+        refine: how many times a map is propagated along the image's self-attention, 0 to 2.
+        competition: "share" divides a word's map by the sum over all tokens of the text, cell by cell.
+        geometry: "letterbox" pads the picture to the teacher's square. "crop" takes the central square; maps are 0
+            elsewhere.
+
+    Raises:
+        ConfigError: a setting is of another type, out of its range, or contradicts another.
     """
 
     mode: Mode = "noise"
@@ -126,7 +149,7 @@ class ExtractionConfig:
     tiny_vae: str | None = None
     grid: tuple[int, int] = (32, 32)
     batch_size: int = 8
-    parts_of_speech: tuple[PartOfSpeech, ...] = ("noun", "adjective", "verb")
+    parts_of_speech: tuple[PartOfSpeech, ...] = CONTENT_WORDS
 
     def __post_init__(self) -> None:
         write_paths_as_texts(self, ["tiny_vae"])
@@ -164,55 +187,71 @@ class ExtractionConfig:
         _check_layer_weights(self.layer_weights)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that change a map. Two stores with the same identity can be joined."""
+        """The settings that change a map. Stores whose settings have the same identity can be merged."""
         return {key: value for key, value in asdict(self).items() if key != "batch_size"}
 
 
 def _check_layer_weights(weights: Mapping[str, float | Sequence[float]] | None) -> None:
-    lists = [list(one) if isinstance(one, Sequence) else [one] for one in (weights or {}).values()]
+    lists = [list(weight) if isinstance(weight, Sequence) else [weight] for weight in (weights or {}).values()]
     if any(not numbers or not 0 <= min(numbers) <= max(numbers) < 1e9 for numbers in lists):
         raise ConfigError(
             f"layer_weights={shown(weights)}",
-            "numbers from 0 on, one or a list of one a head, by beginnings of names",
+            "numbers of 0 or more by prefixes of layer names: one number, or a list with one number per head",
             "write them like {up_blocks.1: 1.0, down_blocks: 0.5}",
         )
 
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """How the student's attention is pulled towards the maps: L = L_VLM + align_weight · L_att.
+    """How the student's attention is trained to match the maps: L = L_VLM + align_weight · L_att.
+
+    Example:
+        >>> from lavender.config import AlignmentConfig
+        >>> AlignmentConfig(align_weight=2.0, layers="middle").pooling
+        'layer-mean'
 
     Attributes:
-        align_weight: the paper's λ, on the mean over cells and the words that count (of "exact" and "root" those
-            that match); 0 is plain fine-tuning. "estimated": λ = 1/(2σ²) (App. C), σ² the mean squared residual of
-            a cell over the steps before; see `lavender.training.schedule`.
-        pooling: "layer-mean" ("layer-max") sends each layer's heads through the Aligner and takes the mean (maximum)
-            over layers; "learn" does the same with new query and key projections beside the pretrained ones
-            (Eq. 15–16); "max-mean" and its kin pool heads by the first word and layers by the second before the
-            Aligner; "flow-sum" and "flow-multi" are attention flow (Eq. 40–44), with heads pooled first in
-            "mean-flow-sum" and its kin.
+        align_weight: λ, the weight of the alignment loss L_att. L_att is a mean over cells and over the words that
+            count: all mapped words, or with `match="exact"` and "root" those that match. 0 is plain fine-tuning.
+        pooling: how attention of many layers and heads becomes one map (§4.2, App. D); `POOLINGS` lists the steps.
+            "layer-mean" and "layer-max" apply the Aligner to each layer, then take the mean or maximum over layers.
+            "learn" does the same with new query and key projections beside the pretrained ones (Eq. 15–16).
+            "mean-max" and its like pool heads (first word), then layers (second word), then apply the Aligner.
+            "flow-sum" and "flow-multi" are attention flow (Eq. 40–44); "mean-flow-sum" and its like pool heads first.
+        match: which words count. "label": every word of the answer that has a map. "exact" (the paper's): only words
+            that the student predicts at that step. "root": also words of which it predicts another form ("dog" for
+            "dogs").
         parts_of_speech: which of the mapped words to align; None aligns all.
-        subjects_and_objects: of these only the heads of noun phrases that no preposition governs, see
+        subjects_and_objects: align only the heads of noun phrases that no preposition governs, see
             `lavender.words.subjects_and_objects`.
-        weight_by_confidence: whether a word counts by how sure the teacher's map is, instead of as 1.
-        attention_loss: see `lavender.alignment.losses.per_word_loss`; "min-max" is the authors'.
-        match: "label" aligns every word of the answer that has a map; "exact" (the paper's) only those that the
-            student predicts at that moment: where it is about to say something else, its attention is left alone;
-            "root" also those of which it predicts another form ("dog" for "dogs").
-        layers: indices of the decoder layers to align, or "all" that see the picture, or the "first", "middle" or
-            "last" of them. None is all; with "learn" in a self-attending model the middle fifth.
-        layer_share: share of the layers that "first", "middle" and "last" are.
-        heads: indices of the attention heads to align, in each layer; None is all.
-        parallel_init: how the projections of "learn" begin: as copies of the pretrained ones, or random.
-        aligner, aligner_kind, aligner_norm, aligner_activation: form of the Aligner, see `lavender.alignment.aligner`.
-        aligner_width: channels of the Aligner's hidden layers, d_h.
-        align_warmup, align_decay: shares of the steps over which the weight rises from 0 at the start, and falls to 0
-            at the end.
-        align_switches: how often alignment is switched off and on again, in equal parts of the run, starting with on
-            (§9).
+        weight_by_confidence: weigh each word by the confidence of the teacher's map, instead of 1.
+        attention_loss: distance between two maps, see `lavender.alignment.losses.per_word_loss`. "min-max" is the
+            authors'.
+        layers: indices of the decoder layers to align; or "all" layers that see the picture, or the "first", "middle"
+            or "last" of them. None is all; with "learn" in a self-attending model, the middle fifth.
+        layer_share: share of the layers that "first", "middle" and "last" select, from 0 to 1.
+        heads: indices of the attention heads to align in each layer; None is all.
+        parallel_init: how the projections of "learn" start: as copies of the pretrained ones, or random.
+        aligner: depth of the Aligner, see `lavender.alignment.aligner.Aligner`.
+        aligner_kind: layers of the Aligner: 3 × 3 convolutions, or an MLP per cell.
+        aligner_norm: normalisation in the Aligner.
+        aligner_activation: activation in the Aligner.
+        aligner_width: number of hidden channels of the Aligner, d_h.
+        align_warmup: share of the steps, at the start, in which λ rises from 0.
+        align_decay: share of the steps, at the end, in which λ falls to 0.
         aligner_pretraining: share of the steps, at the start, in which the VLM is frozen and only the Aligner (and the
-            projections of "learn") trains (§6).
-        min_coverage: training stops before the first step if a smaller share of samples has maps.
+            projections of "learn") train (§6).
+        min_coverage: training stops before the first step if a smaller share of the samples has maps.
+
+    To reproduce the paper only; our measurements reject these settings, see docs/method.md:
+        align_weight: "estimated" sets λ = 1/(2σ²) (App. C), where σ² is the mean squared residual per cell over the
+            steps before, see `lavender.training.schedule.EstimatedWeight`. Needs a "min-max" loss.
+        attention_loss: "min-max-sum" sums over cells instead of taking the mean, as Eq. 9 is written.
+        align_switches: how many times alignment is switched off or on, in equal parts of the run, starting with on
+            (§9).
+
+    Raises:
+        ConfigError: a setting is of another type, out of its range, or contradicts another.
     """
 
     align_weight: float | Literal["estimated"] = 2.0
@@ -272,13 +311,20 @@ def _without_repeats(name: str, value: Sequence) -> tuple:
 
 
 def from_mapping(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
-    """Build a config dataclass from a mapping; a misspelt key is an error that names the nearest right one."""
-    check_keys(settings, [one.name for one in fields(cls)], where)  # ty: ignore[invalid-argument-type]
+    """Build a config dataclass from a mapping.
+
+    Args:
+        where: the source of the settings, for the message, such as a file's name.
+
+    Raises:
+        ConfigError: an unknown key, with the most similar known one; a setting that `cls` refuses.
+    """
+    check_keys(settings, [field.name for field in fields(cls)], where)  # ty: ignore[invalid-argument-type]
     return cls(**settings)
 
 
 def check_keys(settings: Mapping[str, Any], allowed: list[str], where: str) -> None:
-    """Raise ConfigError for a key that is not allowed, with the nearest one that is."""
+    """Raise ConfigError for a key that is not in `allowed`, with the most similar one that is."""
     for key in settings:
         if key not in allowed:
             near = difflib.get_close_matches(key[:100], allowed, n=3) if isinstance(key, str) else []
@@ -288,26 +334,10 @@ def check_keys(settings: Mapping[str, Any], allowed: list[str], where: str) -> N
 
 
 def _check_ranges(settings: Any, *ranges: tuple[str, float, float]) -> None:
-    """Check that each named field, or each item of one that is a list, is from `low` to `high`, or None."""
+    """Check that each named field, or each item of a tuple in it, is None or from `low` to `high`."""
     for name, low, high in ranges:
         value, hint = getattr(settings, name), hints_of(type(settings))[name]
-        for one in value if isinstance(value, tuple) else (value,):
-            if one is not None and not low <= one <= high:
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not low <= number <= high:
                 kind = "a number" if fits(0.5, hint) else "a whole number"
-                raise ConfigError(f"{name}={shown(one)}", f"{kind} from {low} to {high}", f"change {name}")
-
-
-assert get_args(Mode) == MODES
-assert get_args(Geometry) == GEOMETRIES
-assert get_args(Competition) == COMPETITIONS
-assert get_args(Carrier) == CARRIERS
-assert get_args(Pooling) == POOLINGS
-assert get_args(Match) == MATCHES
-assert get_args(LayerChoice) == LAYER_CHOICES
-assert get_args(ParallelInit) == PARALLEL_INITS
-assert get_args(AlignerForm) == ALIGNER_FORMS
-assert get_args(AlignerKind) == ALIGNER_KINDS
-assert get_args(AlignerNorm) == ALIGNER_NORMS
-assert get_args(AlignerActivation) == ALIGNER_ACTIVATIONS
-assert get_args(AttentionLoss) == ATTENTION_LOSSES
-assert get_args(PartOfSpeech) == PARTS_OF_SPEECH
+                raise ConfigError(f"{name}={shown(number)}", f"{kind} from {low} to {high}", f"change {name}")

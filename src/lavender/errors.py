@@ -1,4 +1,4 @@
-"""What went wrong, in the same three parts everywhere: got, expected, do this."""
+"""The errors of Lavender. Every message has the same three parts: got, expected, do this."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ _PARTS = re.compile(r".*\bGot (.*?)\. Expected (.*)\. Do this: (.*)\.\s*", re.DO
 
 
 class LavenderError(Exception):
-    """The base of every error that a user's input or setting can cause.
+    """Base class of all errors that a user's input or setting can cause.
+
+    Example:
+        >>> from lavender.errors import ConfigError
+        >>> print(ConfigError("refine=3", "a number from 0 to 2", "change refine"))
+        Got refine=3. Expected a number from 0 to 2. Do this: change refine.
 
     Args:
-        got: what was found, with the value; or, without the other two, a whole message that ends with the three parts.
-            torch makes the error of a data loader's worker again so, with the worker's traceback before the parts.
+        got: what was found, with its value. Without the other two, a whole message that ends with the three parts:
+            torch rebuilds the error of a data loader's worker so, with the worker's traceback first.
         expected: what would have been right.
-        do: one thing the user can do now.
+        do: one thing that the user can do now.
     """
 
     def __init__(self, got: str, expected: str | None = None, do: str | None = None):
@@ -25,7 +30,7 @@ class LavenderError(Exception):
         super().__init__(f"Got {got}. Expected {expected}. Do this: {do}.")
 
     def __reduce__(self) -> tuple:
-        """Keep the class and the three parts across processes: pickle would call the class with the message alone."""
+        """Keep the three parts across processes: pickle would pass the whole message alone."""
         return type(self), (self.got, self.expected, self.do)
 
 

@@ -1,7 +1,7 @@
-"""Whether a setting has the type that its dataclass says, and how to say that it has not.
+"""Checks that settings have the types of their dataclass's fields.
 
-Written here because what settings files need is in no library that is at hand: a whole number is a number, true is
-not 1, a list may stand for a tuple, NaN and infinity are refused, and the error names the innermost wrong value.
+No dependency has these rules, which settings files need: an int is a valid float, true is not 1, a list is a valid
+tuple, NaN and infinity are refused, and the error names the innermost wrong value.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ _NAMES = {
 
 @lru_cache(maxsize=64)
 def hints_of(cls: type) -> dict[str, Any]:
-    """Names and types of a dataclass's fields."""
+    """Names and resolved types of a dataclass's fields."""
     hints = get_type_hints(cls)
-    return {one.name: hints[one.name] for one in fields(cls)}  # ty: ignore[invalid-argument-type]
+    return {field.name: hints[field.name] for field in fields(cls)}  # ty: ignore[invalid-argument-type]
 
 
 def check_fields(settings: Any) -> None:
-    """Check the types of all fields of a dataclass's object.
+    """Check the types of all fields of a dataclass instance.
 
     Raises:
-        ConfigError: a field is of another type; names it and the innermost wrong value.
+        ConfigError: a field is of another type; the message names the field and the innermost wrong value.
     """
-    for one in fields(settings):
-        check_type(one.name, getattr(settings, one.name), hints_of(type(settings))[one.name], one.default)
+    for field in fields(settings):
+        check_type(field.name, getattr(settings, field.name), hints_of(type(settings))[field.name], field.default)
 
 
 def check_type(name: str, value: object, hint: Any, default: object = MISSING) -> None:
-    """Check one setting. `default` is what the advice names where the value is None.
+    """Check the type of one setting. If the value is None, the advice names `default`.
 
     Raises:
         ConfigError: the value is of another type.
@@ -60,14 +60,14 @@ def check_type(name: str, value: object, hint: Any, default: object = MISSING) -
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value is of a type, as settings are: see the module."""
+    """Whether a value has a type, by the rules of this module."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
     if origin in (Union, UnionType):
-        return any(fits(value, one) for one in args)
+        return any(fits(value, member) for member in args)
     if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in args)
+        return any(type(value) is type(choice) and value == choice for choice in args)
     if hint in (None, NoneType):
         return value is None
     if hint is float:
@@ -90,10 +90,10 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def named(hint: Any) -> str:
-    """A type in words."""
+    """A type in words, for messages."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(named(one) for one in args))
+        return " or ".join(dict.fromkeys(named(member) for member in args))
     if origin is Literal:
         return f"one of {args}" if len(args) > 1 else shown(args[0])
     kind = origin or hint
@@ -104,7 +104,7 @@ def named(hint: Any) -> str:
             return f"a list of {len(args)} {_plural(args[0])}"
         return "a list" + (f" of {_plural(args[0])}" if args and args[0] is not Any else "")
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return f"one of {tuple(one.value for one in kind)}"
+        return f"one of {tuple(member.value for member in kind)}"
     return _NAMES.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
 
@@ -114,7 +114,7 @@ def _plural(hint: Any) -> str:
 
 
 def _is_number(value: object) -> bool:
-    """Finite, and no larger than a float can be."""
+    """Whether a value is a finite number within the range of a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -138,9 +138,9 @@ def _length_fits(value: Sequence, args: tuple) -> bool:
 
 
 def _innermost(name: str, value: object, hint: Any) -> tuple[str, object, Any]:
-    """The name, value and type of what is wrong in a list or mapping; else of the whole."""
-    for one in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-        kind, args = get_origin(one) or one, get_args(one)
+    """Name, value and type of the wrong item in a list or mapping; otherwise of the whole value."""
+    for member in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+        kind, args = get_origin(member) or member, get_args(member)
         if isinstance(value, list | tuple) and _is_listing(kind) and _length_fits(value, args):
             parts = [(name, item, _item_hint(args, index)) for index, item in enumerate(value)]
         elif isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, Mapping) and args:
@@ -166,7 +166,7 @@ def _advice(name: str, value: object, expected: Any, default: object) -> str:
 
 
 def _quoted(text: str, expected: Any) -> str:
-    """The number that a text holds and its setting wants, as YAML would write it; else empty."""
+    """The number in a text, as YAML writes it, if the setting expects one; otherwise an empty text."""
     members = get_args(expected) or (expected,)
     for kind in (int, float):
         try:
@@ -179,10 +179,10 @@ def _quoted(text: str, expected: Any) -> str:
 
 
 def check_path(name: str, path: str) -> str:
-    """A path as a text with `~` put in; the folder or file need not be there.
+    """A path as text with `~` expanded. The file or folder need not exist.
 
     Raises:
-        ConfigError: it is empty, or no file system could have it.
+        ConfigError: the path is empty, or not valid on any file system.
     """
     try:
         inside = [len(os.fsencode(part)) for part in Path(path).parts]
@@ -194,7 +194,7 @@ def check_path(name: str, path: str) -> str:
 
 
 def write_paths_as_texts(settings: Any, names: Sequence[str]) -> None:
-    """Replace the paths in these fields of a frozen dataclass's object, such as `pathlib.Path`, by texts."""
+    """Replace path objects in these fields of a frozen dataclass instance by text."""
     for name in names:
         value = getattr(settings, name)
         if isinstance(value, os.PathLike):

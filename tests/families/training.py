@@ -7,11 +7,12 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
+from lavender.config import Pooling
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
 
 def train_two_steps(
-    model: PreTrainedModel, processor: ProcessorMixin, dataset: Dataset, maps: Path, out: Path, pooling: str
+    model: PreTrainedModel, processor: ProcessorMixin, dataset: Dataset, maps: Path, out: Path, pooling: Pooling
 ) -> None:
     """Both steps have an alignment loss between 0 and 1."""
     args = LavenderConfig(

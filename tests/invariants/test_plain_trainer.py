@@ -117,7 +117,7 @@ def test_resuming_is_no_interruption(run_plain, tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_export_has_no_trace_of_alignment(run_plain, make_student, tmp_path, kind):
     trainer = run_plain(**kind_settings(kind))
-    folder = export(trainer, tmp_path / "export")
+    folder = export(trainer, tmp_path / "export", merge=False)
     save_head(trainer, tmp_path / "head.safetensors")
     assert all(is_alignment_part(name) for name in load_file(tmp_path / "head.safetensors"))
     base = make_student()

@@ -25,7 +25,7 @@ from lavender.maps import WordMaps, to_heat
 from lavender.students.locate import CHANGED
 from lavender.training.arguments import AlignmentArguments
 from lavender.training.mixin import AlignmentMixin
-from lavender.training.refused_samples import Refused, counts_of, refused_of, told, without
+from lavender.training.refused_samples import Refused, counts_of, refused_of, summary, without
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.words import words_of
 from lavender.world.student_models import STUDENTS
@@ -330,7 +330,7 @@ def test_every_sample_is_mapped_or_has_one_reason(build):
     batch = [in_memory(0), other, {"images": [], "messages": other["messages"]}]
     coverage = Coverage.of(trainer.data_collator(batch)["alignment"]["counts"])
     assert coverage.dropped == {NO_MAPS: 1, NO_PICTURE: 1}
-    trainer.data_collator._wanted = lambda maps: []
+    trainer.data_collator._chosen_words = lambda maps: []
     coverage = Coverage.of(coverage.counts() + trainer.data_collator(batch)["alignment"]["counts"])
     assert coverage.dropped == {NO_MAPS: 2, NO_PICTURE: 2, NO_WORDS: 1}
     assert coverage.samples == coverage.mapped_samples + sum(coverage.dropped[one] for one in (*WITHOUT, *REFUSALS))
@@ -368,7 +368,7 @@ def test_processes_share_the_look_and_agree(build, monkeypatch):
 
 def test_what_is_told():
     refused = [Refused(index, TEMPLATE if index % 3 else SIZE, f"number {index}") for index in range(12)]
-    lines = told(refused, 40)
+    lines = summary(refused, 40)
     assert lines[:3] == [
         "left out 12 of 40 samples that the model refuses:",
         f"  8 × {TEMPLATE}",
@@ -376,5 +376,5 @@ def test_what_is_told():
     ]
     assert lines[3] == "  sample 0: number 0"
     assert lines[-1] == "  and 2 more"
-    assert told([], 40) == []
+    assert summary([], 40) == []
     assert Coverage.of(counts_of(refused)) == Coverage(12, 0, 0, Coverage.of(counts_of(refused)).dropped)

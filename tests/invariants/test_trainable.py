@@ -19,7 +19,8 @@ from lavender.cli.main import DONE, WRONG_USAGE
 from lavender.errors import ConfigError
 from lavender.students.base import PARTS
 from lavender.students.families.mllama import MllamaAdapter
-from lavender.training.run import LoraSettings, RunConfig, _tells_answers, load_run, read_run, train
+from lavender.training.run import LoraSettings, RunConfig, load_run, read_run, train
+from lavender.training.settings import marks_answers
 from lavender.training.trainable import check_trained, freeze, peft_config_of, weights_dtype
 
 STEPS: dict[str, Any] = {
@@ -267,4 +268,4 @@ def test_whether_answers_are_told_apart(processor, template, marks):
     own = copy.copy(processor)
     folder = Path(chat_template_utils.__file__).parent / "chat_templates"
     own.chat_template = None if template is None else (folder / f"{template}.jinja").read_text()
-    assert _tells_answers(own) == marks
+    assert marks_answers(own) == marks

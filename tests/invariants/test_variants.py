@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import isfinite
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from safetensors import safe_open
@@ -12,24 +13,24 @@ from closeness import close, moved
 from invariants.test_trainer import logged, lora, own_head, run  # noqa: F401
 from lavender.alignment.objective import HEAD_NAME
 from lavender.config import (
-    ALIGNER_ACTIVATIONS,
-    ALIGNER_FORMS,
-    ALIGNER_KINDS,
-    ALIGNER_NORMS,
-    ATTENTION_LOSSES,
     POOLINGS,
+    AlignerActivation,
+    AlignerForm,
+    AlignerKind,
+    AlignerNorm,
     AlignmentConfig,
+    AttentionLoss,
 )
 from lavender.data.store import MapStore
 from lavender.training.exporting import export
 
 OPTIONS = {
     "pooling": POOLINGS,
-    "aligner": ALIGNER_FORMS,
-    "aligner_kind": ALIGNER_KINDS,
-    "aligner_norm": ALIGNER_NORMS,
-    "aligner_activation": ALIGNER_ACTIVATIONS,
-    "attention_loss": ATTENTION_LOSSES,
+    "aligner": get_args(AlignerForm),
+    "aligner_kind": get_args(AlignerKind),
+    "aligner_norm": get_args(AlignerNorm),
+    "aligner_activation": get_args(AlignerActivation),
+    "attention_loss": get_args(AttentionLoss),
     "align_weight": ["estimated"],
     "layers": ["first", "middle", "last"],
     "heads": [[1]],
@@ -90,7 +91,7 @@ def test_the_weight_is_that_of_the_residuals_before(run):  # noqa: F811
     ):
         assert total == pytest.approx(language + residual / (2 * variance), rel=1e-3)  # logged to four digits
         variance = 0.95 * variance + 0.05 * residual
-    assert trainer._estimate.variance == pytest.approx(variance, rel=1e-3)
+    assert trainer._align_weight.estimate.variance == pytest.approx(variance, rel=1e-3)
     assert abs(variance - 0.05) > 1e-3
 
 
@@ -98,7 +99,7 @@ def test_a_sum_over_cells_has_the_same_variance(run):  # noqa: F811
     """The residual is that of a cell, whichever way the loss adds them up."""
     settings = {"align_weight": "estimated", "max_steps": 1}
     mean, total = run(**settings), run(attention_loss="min-max-sum", **settings)
-    assert total._estimate.variance == pytest.approx(mean._estimate.variance, rel=1e-5)
+    assert total._align_weight.estimate.variance == pytest.approx(mean._align_weight.estimate.variance, rel=1e-5)
     assert logged(total, "attention_loss")[0] == pytest.approx(11 * 13 * logged(mean, "attention_loss")[0], rel=1e-3)
 
 
@@ -106,8 +107,8 @@ def test_accumulated_batches_have_one_weight_and_one_variance(run):  # noqa: F81
     settings = {**ESTIMATED, "max_steps": 3, "optim": "sgd", "learning_rate": 0.05}
     whole = run(per_device_train_batch_size=4, **settings)
     parts = run(per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
-    assert whole._estimate.variance != 0.05
-    assert parts._estimate.variance == close(whole._estimate.variance)
+    assert whole._align_weight.estimate.variance != 0.05
+    assert parts._align_weight.estimate.variance == close(whole._align_weight.estimate.variance)
     for name in ("loss", "attention_loss"):
         assert logged(parts, name) == close(logged(whole, name))
 
@@ -128,7 +129,7 @@ def test_a_resumed_run_goes_on_with_its_variance(run, tmp_path, kind):  # noqa: 
             )
         )
     whole, resumed = trainers
-    assert resumed._estimate.variance == close(whole._estimate.variance)
+    assert resumed._align_weight.estimate.variance == close(whole._align_weight.estimate.variance)
     assert logged(resumed, "loss") == close(logged(whole, "loss"))
     expected = whole.model.state_dict()
     assert moved(expected, resumed.model.state_dict()) == []

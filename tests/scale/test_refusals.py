@@ -44,7 +44,7 @@ def test_batches_of_one_process_are_never_uneven(workspace, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "is_fsdp2", "message"),
     [
-        (None, False, "Got FSDP of version 1"),
+        (None, False, "Got FSDP version 1"),
         ({"tp_size": 2}, True, r"Got tensor, context or sequence parallelism of size \(2, 1, 1\)"),
         ({"cp_size": 4}, True, r"of size \(1, 4, 1\)"),
     ],

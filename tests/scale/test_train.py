@@ -181,4 +181,4 @@ def test_text_alone_on_one_process_stops_sharded_training(workspace, tmp_path):
     order = {"kind": "fsdp2", "out": str(tmp_path), "workspace": str(workspace), "settings": {}, "cases": [case]}
     (tmp_path / "order.json").write_text(json.dumps(order))
     said = launch("fsdp2", Path(__file__).parent / "worker.py", tmp_path / "order.json", code=1)
-    assert "Got a batch of text alone on one process and a batch with pictures on another" in said
+    assert "Got a text-only batch on one process and a batch with pictures on another" in said

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 
-from lavender.config import AlignmentConfig, ExtractionConfig, check_keys, from_mapping
+from lavender.config import POOLINGS, AlignmentConfig, ExtractionConfig, Pooling, check_keys, from_mapping
 from lavender.errors import ConfigError, LavenderError
 from lavender.type_checks import fits, hints_of
+from wrong_values import WRONG_VALUES
 
 
 def failure(build, **settings) -> str:
@@ -171,37 +173,7 @@ def test_a_count_is_a_whole_number(settings):
     assert f"Got {next(iter(settings))}=" in failure(ExtractionConfig, **settings)
 
 
-WRONG = (
-    None,
-    True,
-    5,
-    -1,
-    1.5,
-    float("nan"),
-    float("inf"),
-    10**30,
-    "",
-    "x",
-    "1",
-    "a" * 5000,
-    "\0",
-    b"x",
-    [],
-    [1],
-    ["x"],
-    [[1]],
-    [{}],
-    {},
-    {"a": 1},
-    {1: 2},
-    {"a": [[]]},
-    (),
-    ({},),
-    object(),
-)
-
-
-@pytest.mark.parametrize("value", WRONG, ids=lambda one: repr(one)[:20])
+@pytest.mark.parametrize("value", WRONG_VALUES, ids=lambda value: repr(value)[:20])
 @pytest.mark.parametrize("kind", [ExtractionConfig, AlignmentConfig])
 def test_a_setting_has_its_type_or_is_refused_by_name(kind, value):
     refused = 0
@@ -272,3 +244,8 @@ def test_every_setting_that_changes_a_map_is_in_the_identity(settings):
 def test_identity_leaves_out_what_changes_no_map():
     assert ExtractionConfig(batch_size=2).identity() == ExtractionConfig(batch_size=7).identity()
     assert len(ExtractionConfig().identity()) == len(fields(ExtractionConfig)) - 1
+
+
+def test_the_table_of_poolings_has_each():
+    assert tuple(POOLINGS) == get_args(Pooling)
+    assert len(set(POOLINGS.values())) == len(POOLINGS)

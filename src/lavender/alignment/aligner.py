@@ -1,4 +1,4 @@
-"""The Aligner (§4.3, App. F): a few small layers that turn a word's attention into one map."""
+"""The Aligner (§4.3, App. F): a small network that turns a word's attention into one map."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ACTIVATIONS: dict[AlignerActivation, Callable[[], nn.Module]] = {
 
 
 class Aligner(nn.Sequential):
-    """Maps (map, channels, rows, cols) → (map, rows, cols) in [0, 1] by min–max.
+    """A small network from attention, (map, channels, rows, cols), to maps, (map, rows, cols) in [0, 1] by min–max.
 
     | form | layers: channels, and whether a normalisation follows |
     | --- | --- |
@@ -31,10 +31,20 @@ class Aligner(nn.Sequential):
     | sim | in → width, width → width, width → in, all normalised |
     | deep | in → width and width → width normalised; two of width → width not; width → in, normalised |
 
-    Where there is one channel in, these end with width channels. An activation follows each; a last 1 × 1 layer with a
-    bias makes one channel. With convolutions the others are 3 × 3 without bias, with "mlp" 1 × 1: each cell for
-    itself. Normalisations have no parameters. At 32 heads and width 32, convolutions have 18,465, 27,681 and 46,113
-    parameters.
+    If `channels` is 1, the table's last layer has `width` output channels. An activation follows each layer. A final
+    1 × 1 layer with a bias makes one channel. Convolutions are 3 × 3 without bias; "mlp" layers are 1 × 1, so each cell
+    is transformed by itself. Normalisations have no parameters. With 32 channels and width 32, the convolutional forms
+    have 18,465, 27,681 and 46,113 parameters.
+
+    Example:
+        >>> import torch
+        >>> from lavender.alignment.aligner import Aligner
+        >>> Aligner(channels=8)(torch.rand(5, 8, 24, 24)).shape
+        torch.Size([5, 24, 24])
+
+    Args:
+        channels: number of input channels: the attention heads, or 1 where heads are pooled first.
+        width: number of hidden channels, d_h.
     """
 
     def __init__(
@@ -50,7 +60,7 @@ class Aligner(nn.Sequential):
         middle = {"light": [], "sim": [normed], "deep": [normed, plain, plain]}[form]
         size = 3 if kind == "convolution" else 1
         layers: list[nn.Module] = []
-        # of a single channel the last layer is a number: min–max leaves its sign alone, which hardly ever turns
+        # with one channel the final layer would be one number: min–max keeps only its sign, which hardly ever changes
         last = channels if channels > 1 else width
         for channels_in, channels_out, is_normed in ((channels, width, True), *middle, (width, last, True)):
             layers.append(nn.Conv2d(channels_in, channels_out, kernel_size=size, padding=size // 2, bias=False))

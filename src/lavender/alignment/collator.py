@@ -1,4 +1,4 @@
-"""From examples to alignment tensors: which rows predict which word, and the teacher's map of it."""
+"""The collator: adds to a batch which rows predict which word, and the teacher's map of each word."""
 
 from __future__ import annotations
 
@@ -39,16 +39,23 @@ NO_MAPS = "sample without maps in the store"
 NO_WORDS = "sample none of whose mapped words is aligned"
 UNPLACED = "sample whose answer is not found in its tokens"
 WITHOUT = (NO_PICTURE, NO_MAPS, NO_WORDS, UNPLACED)
-"""Why a sample that is trained on has no mapped word."""
+"""Reasons why a sample that is trained on has no mapped word."""
 REASONS = (NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN, CHANGED, NO_WORDS, UNPLACED, *REFUSALS)
-"""Why a sample or a word has no map; the order in which a batch carries their counts.
+"""Reasons why a sample or a word has no map, in the order of a batch's counts.
 
-Every sample is mapped or has one reason of `WITHOUT` or `REFUSALS`; the others are of words.
+Each sample has a mapped word or one reason of `WITHOUT` or `REFUSALS`; the other reasons are of words.
 """
 
 
 class MappedWord(NamedTuple):
-    """The rows that predict a word, which of its sample's pictures it is mapped on, the map, and what it counts."""
+    """A word with its map.
+
+    Attributes:
+        rows: positions of the tokens that predict the word's tokens.
+        picture: index of the map's picture in the sample.
+        map: the teacher's map, (rows, cols).
+        weight: the word's weight in the loss.
+    """
 
     rows: tuple[int, ...]
     picture: int
@@ -57,7 +64,7 @@ class MappedWord(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """A sample with its pictures loaded, the conversation as TRL renders it, and its pictures' ids and (h, w)."""
+    """A sample with its pictures loaded, the conversation as TRL renders it, and its pictures' ids and sizes (h, w)."""
 
     example: dict[str, Any]
     messages: list[dict]
@@ -66,15 +73,16 @@ class _Sample(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What a person can find it by, without its text."""
-        own = [
-            f"picture {one[:12]} of {h} × {w} pixels" for one, (h, w) in zip(self.identities, self.sizes, strict=True)
+        """A name by which a user finds the sample, without its text."""
+        pictures = [
+            f"picture {identity[:12]} of {height} × {width} pixels"
+            for identity, (height, width) in zip(self.identities, self.sizes, strict=True)
         ]
-        return ", ".join(own) or "no picture"
+        return ", ".join(pictures) or "no picture"
 
 
-class _Made(NamedTuple):
-    """The base collator's batch, what an adapter says of its pictures' keys, and which token sees which picture."""
+class _BaseBatch(NamedTuple):
+    """The base collator's batch, the adapter's tensors about image keys, and which token sees which picture."""
 
     batch: dict[str, Any]
     keys: dict[str, Tensor]
@@ -83,7 +91,14 @@ class _Made(NamedTuple):
 
 @dataclass
 class Coverage:
-    """What alignment found and what it had to leave out, counted."""
+    """How many samples and words have maps, and why the others have none.
+
+    Attributes:
+        samples: number of samples.
+        mapped_samples: number of samples with at least one mapped word.
+        words: number of mapped words.
+        dropped: number of samples or words for each of `REASONS`.
+    """
 
     samples: int = 0
     mapped_samples: int = 0
@@ -92,12 +107,12 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Share of the samples with a picture, of those that the model takes, that have at least one mapped word."""
+        """Share of samples with at least one mapped word, among those with a picture that the model takes; 0 to 1."""
         with_picture = self.samples - sum(self.dropped[reason] for reason in (NO_PICTURE, *REFUSALS))
         return self.mapped_samples / with_picture if with_picture else 0.0
 
     def counts(self) -> Tensor:
-        """The numbers alone, long (3 + reasons,), as they travel in a batch."""
+        """The numbers as a tensor for a batch: long (3 + reasons,)."""
         assert set(self.dropped) <= set(REASONS)
         return torch.tensor(
             [self.samples, self.mapped_samples, self.words, *(self.dropped[reason] for reason in REASONS)]
@@ -105,16 +120,16 @@ class Coverage:
 
     @classmethod
     def of(cls, counts: Tensor) -> Coverage:
-        """What `counts`, or a sum of several, says."""
+        """The coverage of a tensor from `counts`, or of a sum of several."""
         samples, mapped, words, *dropped = counts.tolist()
         return cls(samples, mapped, words, +Counter(dict(zip(REASONS, dropped, strict=True))))
 
 
 class SeveralStores:
-    """Map stores asked in their order, as one: the first that knows a picture and a text answers.
+    """Several map stores used as one. The first store that has a picture and a text answers.
 
     Raises:
-        DataError: their maps differ in size.
+        DataError: the stores have maps of different sizes.
     """
 
     def __init__(self, *stores: MapStore):
@@ -129,31 +144,38 @@ class SeveralStores:
 
     def get(self, image_id: str, text: str) -> WordMaps | None:
         """The record of a picture and a text; None if no store has it."""
-        found = (store.get(image_id, text) for store in self._stores)
-        return next((maps for maps in found if maps is not None), None)
+        records = (store.get(image_id, text) for store in self._stores)
+        return next((maps for maps in records if maps is not None), None)
 
 
 class AlignmentCollator:
-    """Wraps the collator of plain fine-tuning: its batch unchanged, plus `alignment`.
+    """Wraps the collator of plain fine-tuning: its batch is unchanged, with one more entry, `alignment`.
 
-    That is a dict: the tensors of an `AlignmentRequest`; `counts`, this batch's `Coverage` as a tensor; `names`, a text
-    for each sample by which a person can find it: content and size of its pictures; and `faults`, a text for each
-    sample that was left out of the batch or of alignment. All of it travels with the batch, so it is right with data
-    loader workers, several processes and read-ahead.
+    `alignment` is a dict that holds:
+    - the tensors of an `AlignmentRequest`, which lists their shapes;
+    - `counts`: this batch's `Coverage` as a tensor;
+    - `names`: a text for each sample by which a user finds it, with content and size of its pictures;
+    - `faults`: a text for each sample that was left out of the batch or of alignment.
 
-    The base collator gets the pictures as `load_image` makes them, so the student sees the pixels that the teacher saw.
+    All of it is part of the batch, so it is correct with data loader workers, several processes and prefetching.
 
-    Attributes:
-        drops: whether a sample that the model refuses is left out and counted, as a stream needs, instead of an error
-            that names it. Where a whole batch is refused, the last good sample stands in for it.
+    The base collator gets pictures from `load_image`, so the student sees the same pixels as the teacher.
 
     Args:
-        base: the trainer's collator, for examples with `messages` and `images` (or `image`): none, one or several.
-        processor: the model's processor; its tokenizer must know character offsets.
-        adapter: the model's family.
-        store: the teacher's maps, joined by content: picture and answer. An answer's words are looked up for each of
-            its sample's pictures; a word with maps of several counts once for each.
-        config: which words to align, and what they weigh.
+        base: the trainer's collator, for examples with `messages` and `images` (or `image`), any number per sample.
+        processor: the model's processor; its tokenizer must return character offsets.
+        adapter: the adapter of the model's family.
+        store: the teacher's maps. They are looked up by content: the picture's pixels and the answer's text, for each
+            picture of the sample. A word with maps on several pictures counts once for each.
+        config: which words to align, and their weights.
+
+    Attributes:
+        drops: whether samples that the model refuses are left out and counted, as a stream needs; if False they raise
+            an error. If a whole batch is refused, the last good sample replaces it.
+
+    Raises:
+        SampleError: on a call, the model refuses a sample and `drops` is False, or no sample is left.
+        StoreError: on a call, a map or confidence in the store is not finite or out of range.
     """
 
     def __init__(
@@ -174,26 +196,27 @@ class AlignmentCollator:
         self._stand_in: Mapping[str, Any] | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        samples, (batch, keys, seen), refused = self._taken(examples)
+        samples, (batch, keys, seen), refused = self._accepted(examples)
         coverage = Coverage(len(refused), dropped=Counter(error.reason for error in refused))
         faults = [error.got for error in refused]
-        words = [
+        words_of = [
             self._mapped_words(
-                one, batch["input_ids"][index], batch["attention_mask"][index], seen[index], coverage, faults
+                sample, batch["input_ids"][index], batch["attention_mask"][index], seen[index], coverage, faults
             )
-            for index, one in enumerate(samples)
+            for index, sample in enumerate(samples)
         ]
         rows = row_tensors(
-            [[one.rows for one in own] for own in words], [[one.picture for one in own] for own in words]
+            [[word.rows for word in words] for words in words_of],
+            [[word.picture for word in words] for words in words_of],
         )
-        rows["weights"][rows["present"]] = torch.tensor([one.weight for own in words for one in own])
-        targets = _pad_targets([[one.map for one in own] for own in words], rows["present"], self._store.grid)
-        found = {"targets": targets, "counts": coverage.counts(), "names": [one.name for one in samples]}
-        batch["alignment"] = rows | keys | found | {"faults": faults}
+        rows["weights"][rows["present"]] = torch.tensor([word.weight for words in words_of for word in words])
+        targets = _pad_targets([[word.map for word in words] for words in words_of], rows["present"], self._store.grid)
+        described = {"counts": coverage.counts(), "names": [sample.name for sample in samples], "faults": faults}
+        batch["alignment"] = rows | keys | {"targets": targets} | described
         return batch
 
     def fault_of(self, example: Mapping[str, Any]) -> SampleError | None:
-        """Why the model refuses a sample, tried in full; None if it takes it."""
+        """Why the model refuses a sample, after processing it in full; None if the model takes it."""
         try:
             if self.drops:
                 self.screen.check(example)
@@ -201,33 +224,26 @@ class AlignmentCollator:
         except SampleError as error:
             return error
         try:
-            self._made([sample])
-        except Exception as error:  # a processor may raise whatever it likes
+            self._base_batch([sample])
+        except Exception as error:  # a processor may raise any type
             if not _is_of_a_sample(error):
                 raise
-            said = (
-                (error.got, error.expected, error.do)
-                if isinstance(error, DataError)
-                else (
-                    line_of(error),
-                    "what the model's processor takes",
-                    "repair it, or leave the sample out",
-                )
-            )
-            return SampleError(
-                f"{describe(example)}: {said[0]}", *said[1:], reason=CUT if self.screen.is_long(example) else REFUSED
-            )
+            got, expected, do = line_of(error), "what the model's processor takes", "repair it, or leave the sample out"
+            if isinstance(error, DataError):
+                got, expected, do = error.got, error.expected, error.do
+            reason = CUT if self.screen.is_long(example) else REFUSED
+            return SampleError(f"{describe(example)}: {got}", expected, do, reason=reason)
         return None
 
-    def _taken(self, examples: Sequence[Mapping[str, Any]]) -> tuple[list[_Sample], _Made, list[SampleError]]:
-        """The samples, read and as a batch, and why others were refused."""
+    def _accepted(self, examples: Sequence[Mapping[str, Any]]) -> tuple[list[_Sample], _BaseBatch, list[SampleError]]:
+        """The samples that the model takes, read and as a batch; and why the others were refused."""
         refused: list[SampleError] = []
         try:
             if self.drops:
                 for example in examples:
                     self.screen.check(example)
             samples = [self._read(example) for example in examples]
-            made = self._made(samples)
+            batch = self._base_batch(samples)
         except Exception as error:
             if not _is_of_a_sample(error):
                 raise
@@ -240,27 +256,27 @@ class AlignmentCollator:
             if not self.drops or not examples:
                 raise refused[0] from error
             samples = [self._read(example) for example in examples]
-            made = self._made(samples)
+            batch = self._base_batch(samples)
         if self.drops:
             self._stand_in = examples[-1]
-        return samples, made, refused
+        return samples, batch, refused
 
     def _read(self, example: Mapping[str, Any]) -> _Sample:
-        """A sample with its pictures loaded. Raises SampleError if it is not one that can be read."""
+        """Load a sample's pictures. Raises SampleError if the sample cannot be read."""
         images, name = images_of(example), describe(example)
         try:
-            images = [load_image(one, f"{name}: its picture") for one in images]
+            images = [load_image(image, f"{name}: its picture") for image in images]
         except DataError as error:
             raise SampleError(error.got, error.expected, error.do, reason=UNREADABLE) from error
-        own = {key: value for key, value in example.items() if key != "image"} | {"images": images}
-        sizes = [(one.height, one.width) for one in images]
-        return _Sample(own, self.screen.messages(own, name), [image_id(one) for one in images], sizes)
+        loaded = {key: value for key, value in example.items() if key != "image"} | {"images": images}
+        sizes = [(image.height, image.width) for image in images]
+        return _Sample(loaded, self.screen.messages(loaded, name), [image_id(image) for image in images], sizes)
 
-    def _made(self, samples: Sequence[_Sample]) -> _Made:
-        batch = self._base([dict(one.example) for one in samples])
-        keys = self._adapter.key_tensors(batch, [one.sizes for one in samples], self._processor)
+    def _base_batch(self, samples: Sequence[_Sample]) -> _BaseBatch:
+        batch = self._base([dict(sample.example) for sample in samples])
+        keys = self._adapter.key_tensors(batch, [sample.sizes for sample in samples], self._processor)
         seen = self._adapter.seen_from(batch, KeyLayout(keys["boxes"], keys["pictures"], keys.get("views")))
-        return _Made(batch, keys, seen)
+        return _BaseBatch(batch, keys, seen)
 
     def _mapped_words(
         self,
@@ -271,7 +287,7 @@ class AlignmentCollator:
         coverage: Coverage,
         faults: list[str],
     ) -> list[MappedWord]:
-        """One sample's words that have both rows and a map, picture by picture. `seen`: bool (picture, token)."""
+        """The sample's words that have rows and a map, picture by picture. `seen` is bool (picture, token)."""
         coverage.samples += 1
         if not sample.identities:
             coverage.dropped[NO_PICTURE] += 1
@@ -286,7 +302,7 @@ class AlignmentCollator:
         if not known:
             coverage.dropped[NO_MAPS] += 1
             return []
-        answers = [(turn, maps.text, self._wanted(maps)) for _, turn, maps in known]
+        answers = [(turn, maps.text, self._chosen_words(maps)) for _, turn, maps in known]
         dropped: Counter[str] = Counter()
         try:
             located = self._locator.rows_by_answer(
@@ -296,22 +312,22 @@ class AlignmentCollator:
             coverage.dropped[UNPLACED] += 1
             faults.append(f"{describe(sample.example)}: {error.got}")
             return []
-        found = []
-        for (index, _, maps), own in zip(known, located, strict=True):
+        mapped = []
+        for (index, _, maps), located_words in zip(known, located, strict=True):
             places = {word.start: place for place, word in enumerate(maps.words)}
-            for word, rows in own:
+            for word, rows in located_words:
                 if seen[index, list(rows)].all():
-                    found.append(MappedWord(rows, index, *self._target(maps, places[word.start], sample)))
+                    mapped.append(MappedWord(rows, index, *self._target(maps, places[word.start], sample)))
                 else:
                     dropped[UNSEEN] += 1
         coverage.dropped += dropped
-        coverage.dropped[NO_WORDS] += int(not found)
-        coverage.mapped_samples += bool(found)
-        coverage.words += len(found)
-        return found
+        coverage.dropped[NO_WORDS] += int(not mapped)
+        coverage.mapped_samples += bool(mapped)
+        coverage.words += len(mapped)
+        return mapped
 
     def _target(self, maps: WordMaps, place: int, sample: _Sample) -> tuple[Tensor, float]:
-        """A word's map and weight. Raises StoreError for numbers that would spoil the loss."""
+        """A word's map and weight. Raises StoreError for numbers that would make the loss meaningless."""
         confidence = float(maps.confidence[place])
         is_sure = 0 <= confidence <= 1  # NaN is not
         if not (is_sure and maps.maps[place].isfinite().all()):
@@ -323,7 +339,7 @@ class AlignmentCollator:
             )
         return maps.maps[place], confidence if self._config.weight_by_confidence else 1.0
 
-    def _wanted(self, maps: WordMaps) -> list[Word]:
+    def _chosen_words(self, maps: WordMaps) -> list[Word]:
         parts = self._config.parts_of_speech
         words = [word for word in maps.words if parts is None or word.part_of_speech in parts]
         if self._config.subjects_and_objects:
@@ -333,18 +349,24 @@ class AlignmentCollator:
 
 
 def root_matcher(processor: ProcessorMixin) -> Callable[[list[int], list[int]], bool]:
-    """For `match="root"`: whether predicted tokens and true ones spell forms of one word."""
+    """A function for `match="root"`: whether predicted and true token ids spell forms of the same word."""
     return lambda predicted, true: same_root(processor.tokenizer.decode(predicted), processor.tokenizer.decode(true))
 
 
 def word_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor, alignment: Mapping[str, Any], word: int) -> str:
-    """A mapped word as the batch spells it. `ids` (token,) and `alignment` are one sample's."""
+    """A mapped word as the batch spells it.
+
+    Args:
+        ids: token ids of one sample, (token,).
+        alignment: the entry `alignment` of that sample alone.
+        word: index of the word.
+    """
     rows = alignment["rows"][alignment["shares"][word] > 0]
     return str(tokenizer.decode(ids[rows + 1])).strip()
 
 
 def _is_of_a_sample(error: Exception) -> bool:
-    """Whether an error may come of one sample, and not of memory, settings or the map store."""
+    """Whether a single sample may cause the error, not memory, settings or the map store."""
     if isinstance(error, LavenderError):
         return isinstance(error, DataError)
     return not isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -352,7 +374,7 @@ def _is_of_a_sample(error: Exception) -> bool:
 
 def _pad_targets(targets: Sequence[Sequence[Tensor]], present: Tensor, grid: tuple[int, int]) -> Tensor:
     padded = torch.zeros(*present.shape, *grid)
-    for sample, own in enumerate(targets):
-        for index, one in enumerate(own):
-            padded[sample, index] = one
+    for sample, maps in enumerate(targets):
+        for word, target in enumerate(maps):
+            padded[sample, word] = target
     return padded

@@ -1,4 +1,4 @@
-"""What a model refuses in a sample, told from its text and the headers of its pictures, before anything is computed."""
+"""Which samples a model refuses, found from their text and the headers of their pictures, without decoding them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SIZE = "sample whose picture has a size that the model refuses"
 CUT = "sample whose picture max_length cuts"
 REFUSED = "sample that the model's processor refuses"
 REFUSALS = (HOLDS_TOKEN, TEMPLATE, UNREADABLE, SIZE, CUT, REFUSED)
-"""Why a sample cannot be trained on."""
+"""Reasons why the model refuses a sample."""
 
 _SHOWN_TEXT = 60  # characters
-_LONG, _SHORT = 20, 32  # pictures longer than this ratio, or with a shorter side in pixels, are tried
-_MARGIN = 16  # tokens by which the estimate of a sample's length may be wrong
+_LONG, _SHORT = 20, 32  # pictures with a larger aspect ratio, or a shorter side in pixels, are processed to test them
+_MARGIN = 16  # possible error of the estimated length, in tokens
 
 
 class SampleError(DataError):
@@ -43,11 +43,11 @@ class SampleError(DataError):
 
 
 class Screen:
-    """Says what a model will refuse, at the cost of rendering a template: no picture is decoded.
+    """Finds the samples that a model will refuse. It renders the chat template; no picture is decoded.
 
     Args:
-        template: the chat template, where it is not the processor's own.
-        max_length: where sequences are cut, in tokens.
+        template: the chat template, if it is not the processor's.
+        max_length: length to which sequences are cut, in tokens; None for no cut.
 
     Raises:
         ConfigError: there is no chat template.
@@ -56,8 +56,7 @@ class Screen:
     def __init__(
         self, processor: ProcessorMixin, adapter: VlmAdapter, template: str | None = None, max_length: int | None = None
     ):
-        own = template or getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-        if not own:
+        if not (template or getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
             raise ConfigError(
                 "a processor without a chat template, as base models have",
                 "one that renders conversations",
@@ -66,13 +65,13 @@ class Screen:
         self._processor, self._template, self._max_length = processor, template, max_length
         token = processor.tokenizer.convert_ids_to_tokens(adapter.image_token_id())
         named = [getattr(processor, name, None) for name in ("image_token", "video_token", "boi_token")]
-        self._tokens = sorted({one for one in (token, *named) if isinstance(one, str) and one})
-        self._placeholder = next((one for one in named[:1] if one), token)
-        self._size_fault = cache(self._tried)
+        self._tokens = sorted({name for name in (token, *named) if isinstance(name, str) and name})
+        self._placeholder = named[0] or token
+        self._size_fault = cache(self._fault_of_size)
         self._num_tokens = cache(self._counted)
 
     def check(self, example: Mapping[str, Any]) -> None:
-        """Raise SampleError for what is refused; DataError where the data set is of another kind altogether."""
+        """Raise SampleError if the model refuses the sample, DataError if the whole data set cannot be used."""
         images, name = images_of(example), describe(example)
         self._rendered(self.messages(dict(example) | {"images": [_BLANK] * len(images)}, name), name)
         for image in images:
@@ -91,7 +90,7 @@ class Screen:
                 )
 
     def is_long(self, example: Mapping[str, Any]) -> bool:
-        """Whether `max_length` may cut a picture of a sample that `check` has passed: to be tried in full."""
+        """Whether `max_length` may cut a picture of a checked sample, so that it must be processed in full."""
         images = images_of(example)
         if self._max_length is None or not images:
             return False
@@ -102,7 +101,7 @@ class Screen:
         return len(before["input_ids"]) + pictures + _MARGIN > self._max_length
 
     def messages(self, example: Mapping[str, Any], name: str) -> list[dict]:
-        """`messages_of`, without a text that the model would take for a picture."""
+        """`messages_of`; raises SampleError for a text that contains the model's image token."""
         messages = messages_of(example)
         for text in (text_of(message.get("content")) for message in messages):
             held = [token for token in self._tokens if token in text]
@@ -119,7 +118,7 @@ class Screen:
         conversation: list[Any] = messages
         try:
             return self._processor.apply_chat_template(conversation, chat_template=self._template, tokenize=False)
-        except Exception as error:  # a template may raise whatever it likes
+        except Exception as error:  # a template may raise any type
             raise SampleError(
                 f"{name}, which the chat template refuses: {line_of(error)}",
                 "turns as the template wants them",
@@ -128,22 +127,22 @@ class Screen:
             ) from error
 
     def _counted(self, height: int, width: int) -> int:
-        """How many tokens a picture takes in the sequence."""
+        """Number of tokens of a picture in the sequence."""
         try:
             processor: Any = self._processor
             counted = processor._get_num_multimodal_tokens(image_sizes=[[height, width]])
             return int(counted.num_image_tokens[0])
-        except Exception:  # some families cannot say; then the picture itself
+        except Exception:  # some families cannot tell; then a blank picture is processed
             conversation: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
             text = self._processor.apply_chat_template(conversation, chat_template=self._template, tokenize=False)
             blank = Image.new("RGB", (width, height))
             inputs = self._processor(images=[[blank]], text=[text], add_special_tokens=False, return_tensors="pt")
             return inputs["input_ids"].shape[1]
 
-    def _tried(self, height: int, width: int) -> str | None:
-        """What the image processor says to a blank picture of this size; None if it takes it."""
+    def _fault_of_size(self, height: int, width: int) -> str | None:
+        """The image processor's error for a blank picture of this size; None if it accepts it."""
         if self._fault_of(224, 224) is not None:
-            return None  # it wants to be called in another way: the collator will find out
+            return None  # it must be called in another way; the collator will find the fault
         return self._fault_of(height, width)
 
     def _fault_of(self, height: int, width: int) -> str | None:
@@ -158,17 +157,17 @@ _BLANK = Image.new("RGB", (8, 8))
 
 
 def images_of(example: Mapping[str, Any]) -> list[Any]:
-    """A sample's pictures as they came; [] where there are none."""
+    """A sample's pictures, not loaded; [] if it has none."""
     images = [example["image"]] if "image" in example else example.get("images") or []
-    return [one for one in images if one is not None]
+    return [image for image in images if image is not None]
 
 
 def messages_of(example: Mapping[str, Any]) -> list[dict]:
-    """The conversation with its picture parts, as TRL renders it. `images` are in the example.
+    """The conversation with its picture parts, as TRL renders it. The example must have `images`.
 
     Raises:
         DataError: there are no `messages`.
-        SampleError: they are not what TRL and transformers know, or have other places than pictures.
+        SampleError: the messages have another form than TRL and transformers know, or another number of pictures.
     """
     if "messages" not in example:
         raise DataError(
@@ -178,7 +177,7 @@ def messages_of(example: Mapping[str, Any]) -> list[dict]:
         )
     images = example["images"]
     try:
-        places = sum(part["type"] == "image" for one in example["messages"] for part in _parts(one))
+        places = sum(part["type"] == "image" for message in example["messages"] for part in _parts(message))
         return prepare_multimodal_messages(example["messages"], images=images)
     except ValueError as error:
         if places == len(images):
@@ -204,7 +203,7 @@ def messages_of(example: Mapping[str, Any]) -> list[dict]:
 
 
 def describe(example: Mapping[str, Any]) -> str:
-    """A sample's name for a person: how its answer begins, and its pictures."""
+    """A name by which a user finds a sample: the beginning of its answer, and its pictures."""
     try:
         texts = [text for message in example["messages"] if (text := text_of(message.get("content")))]
     except (AttributeError, KeyError, TypeError):
@@ -226,4 +225,5 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def line_of(error: Exception) -> str:
+    """An error's message as one line of at most 300 characters, or its type."""
     return textwrap.shorten(" ".join(str(error).split()), 300, placeholder=" …").rstrip(".") or type(error).__name__

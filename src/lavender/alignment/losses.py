@@ -14,27 +14,33 @@ FLOOR = 1e-6  # added to every cell before a map becomes a distribution, so that
 def per_word_loss(student: Tensor, teacher: Tensor, kind: AttentionLoss = "min-max") -> Tensor:
     """The loss of each word.
 
+    Example:
+        >>> import torch
+        >>> from lavender.alignment.losses import per_word_loss
+        >>> per_word_loss(torch.rand(2, 24, 24), torch.rand(2, 24, 24)).shape
+        torch.Size([2])
+
     Args:
-        student: Aligner's output, (word, rows, cols) in [0, 1].
-        teacher: heat maps, (word, rows, cols); scaled to [0, 1] here.
-        kind: "min-max", ‖δ‖² of Eq. 9 as a mean over cells, the authors' form; "min-max-sum", the same summed over
-            cells, as Eq. 9 is written; or a divergence of the maps as distributions: "mse" (summed over cells), "kl"
-            (teacher ‖ student) and "js" (Jensen–Shannon), in nats.
+        student: the Aligner's output, (word, rows, cols) in [0, 1].
+        teacher: the teacher's maps, (word, rows, cols), 0 or more; scaled to [0, 1] here.
+        kind: "min-max" is the squared difference of Eq. 9 as a mean over cells, the authors' form. "mse" (summed over
+            cells), "kl" (teacher ‖ student) and "js" (Jensen–Shannon) compare the maps as distributions. "min-max-sum",
+            only to reproduce the paper, is "min-max" summed over cells, as Eq. 9 is written.
 
     Returns:
-        (word,); in [0, 1] for "min-max", at most ln 2 for "js".
+        (word,). "min-max" is in [0, 1]; "kl" and "js" are in nats, "js" at most ln 2.
     """
     teacher = min_max(teacher)
     if kind in ("min-max", "min-max-sum"):
         error = (student - teacher).square()
         return error.mean(dim=(-2, -1)) if kind == "min-max" else error.sum(dim=(-2, -1))
-    ours, theirs = _distribution(student), _distribution(teacher)
+    student, teacher = _distribution(student), _distribution(teacher)
     if kind == "mse":
-        return (ours - theirs).square().sum(dim=(-2, -1))
+        return (student - teacher).square().sum(dim=(-2, -1))
     if kind == "kl":
-        return _kl(theirs, ours)
-    middle = (ours + theirs) / 2
-    return (_kl(ours, middle) + _kl(theirs, middle)) / 2
+        return _kl(teacher, student)
+    middle = (student + teacher) / 2
+    return (_kl(student, middle) + _kl(teacher, middle)) / 2
 
 
 def _distribution(maps: Tensor) -> Tensor:
@@ -42,5 +48,5 @@ def _distribution(maps: Tensor) -> Tensor:
     return maps / maps.sum(dim=(-2, -1), keepdim=True)
 
 
-def _kl(truth: Tensor, found: Tensor) -> Tensor:
-    return (truth * (torch.log(truth) - torch.log(found))).sum(dim=(-2, -1))
+def _kl(truth: Tensor, estimate: Tensor) -> Tensor:
+    return (truth * (torch.log(truth) - torch.log(estimate))).sum(dim=(-2, -1))

@@ -21,8 +21,8 @@ from transformers.utils import ModelOutput
 from lavender.alignment import parallel
 from lavender.alignment.aligner import Aligner
 from lavender.alignment.losses import per_word_loss
-from lavender.alignment.pooling import flow, is_flow, num_channels, pooled, pooled_heads
-from lavender.config import AlignmentConfig
+from lavender.alignment.pooling import flow, num_channels, pooled
+from lavender.config import POOLINGS, AlignmentConfig
 from lavender.errors import CaptureError, ConfigError
 from lavender.students.base import VlmAdapter
 from lavender.students.capture import PARALLEL_NAME, AttentionRequest, CaptureSession, real_keys, select_rows
@@ -207,7 +207,7 @@ class AlignmentHead(nn.Module):
             )
         if self.config.heads is not None:
             rows = rows[:, :, list(self.config.heads)]
-        if is_flow(self.config.pooling):
+        if POOLINGS[self.config.pooling].flow:
             rows = flow(rows, request.text_positions(), self.config.pooling)
         words = word_attention(rows, request.shares.to(rows))
         return to_grid(words, request.layout, request.word_pictures, grid, request.mixing)
@@ -245,7 +245,7 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
         model.register_forward_pre_hook(_pool_heads, with_kwargs=True),
         model.register_forward_hook(_add_attention_loss, with_kwargs=True),
     ]
-    if config.pooling == "learn":
+    if POOLINGS[config.pooling].learned:
         session.handles += [
             parallel.attach(adapter.attention_module(model, layer), config.parallel_init, adapter.head_norms)
             for layer in layers
@@ -275,7 +275,7 @@ def detach(model: PreTrainedModel) -> None:
 
 
 def _layers(adapter: VlmAdapter, config: AlignmentConfig) -> tuple[int, ...]:
-    if config.layers is None and config.pooling == "learn" and not adapter.cross_attends:
+    if config.layers is None and POOLINGS[config.pooling].learned and not adapter.cross_attends:
         return adapter.layers("middle", share=0.2)  # the paper's share (§4.2.3): each layer adds parameters
     return adapter.layers(config.layers, config.layer_share)
 
@@ -297,7 +297,7 @@ def _pool_heads(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     request = kwargs.get("attention_request")
     if isinstance(request, AlignmentRequest):
         config = cast(AlignmentHead, model.get_submodule(HEAD_NAME)).config
-        request.heads = pooled_heads(config.pooling) if config.heads is None else "all"
+        request.heads = POOLINGS[config.pooling].heads if config.heads is None else "all"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""From attention rows to word maps, and from many layers and heads to few (the paper's aggregation, §4.2, App. D).
+"""Pooling: attention of many layers and heads becomes one map per word (the paper's aggregation, §4.2, App. D).
 
 Axis suffixes: L layer, B sample, H head, R row, K image key, W word, C cell, N word of the batch, r c rows and columns.
 """
@@ -10,31 +10,27 @@ from typing import Literal
 
 from torch import Tensor
 
-from lavender.config import Pooling
+from lavender.config import POOLINGS, Pooling
 
 FLOOR = 1e-12  # of attention: the logarithm of a masked key stays finite
-
-
-def is_flow(pooling: Pooling) -> bool:
-    return "flow" in pooling
 
 
 def flow(rows_LBHRK: Tensor, positions_BR: Tensor, pooling: Pooling) -> Tensor:
     """Attention flow (Eq. 40–44): Â¹ = A¹, then Âˡ = Âˡ⁻¹ + Aˡ or Âˡ⁻¹ ⊙ Aˡ; rows weighted by r = i / N_text.
 
-    The weight keeps early rows, which see less text, from counting as much as late ones where a word has several.
+    Early rows see less text. The weight keeps them from counting as much as late ones where a word has several rows.
 
     Args:
-        rows_LBHRK: attention of each layer; its heads are pooled here where the pooling says so ("mean-flow-sum").
-        positions_BR: which of the text's tokens the rows are, from 0.
+        rows_LBHRK: attention of each layer. Heads are pooled here if `pooling` pools them ("mean-flow-sum").
+        positions_BR: position of each row's token in the text, from 0.
 
     Returns:
-        (1, sample, head, row, key). The sum is divided by the number of layers, and a product sums to 1 over the keys
-        before the weight: a product of 40 layers would leave every number format. Weights are relative to a sample's
-        last row.
+        (1, sample, head, row, key). A sum is divided by the number of layers. A product is scaled to sum to 1 over the
+        keys before the weight, because a product of 40 layers underflows. Weights are relative to a sample's last row.
     """
-    rows_LBHRK = _pool(rows_LBHRK, pooled_heads(pooling), dim=2)
-    if pooling.endswith("sum"):
+    steps = POOLINGS[pooling]
+    rows_LBHRK = _pool(rows_LBHRK, steps.heads, dim=2)
+    if steps.flow == "sum":
         merged_BHRK = rows_LBHRK.mean(dim=0)
     else:
         merged_BHRK = rows_LBHRK.float().clamp_min(FLOOR).log().sum(dim=0).softmax(dim=-1)
@@ -43,38 +39,33 @@ def flow(rows_LBHRK: Tensor, positions_BR: Tensor, pooling: Pooling) -> Tensor:
     return (merged_BHRK * weight_BR[:, None, :, None])[None]
 
 
-def pooled_heads(pooling: Pooling) -> Literal["all", "mean", "max"]:
-    """How a pooling pools heads before all else, which the capture then does in each row; "all" if it does not."""
-    first = pooling.partition("-")[0]
-    return first if first in ("mean", "max") else "all"
-
-
 def _pool(attention: Tensor, how: Literal["all", "mean", "max"], dim: int) -> Tensor:
-    """The mean or maximum along a dimension, which stays with length 1; "all" leaves it as it is."""
+    """The mean or maximum along a dimension, which keeps length 1; "all" leaves it unchanged."""
     if how == "all":
         return attention
     return attention.mean(dim, keepdim=True) if how == "mean" else attention.amax(dim, keepdim=True)
 
 
 def num_channels(pooling: Pooling, num_heads: int) -> int:
-    """How many channels of a pooling the Aligner sees: the heads, or one where they are pooled first."""
-    return num_heads if pooled_heads(pooling) == "all" else 1
+    """Number of input channels of the Aligner: the heads, or 1 where heads are pooled first."""
+    return num_heads if POOLINGS[pooling].heads == "all" else 1
 
 
 def pooled(attention_LNHrc: Tensor, pooling: Pooling, aligner: Callable[[Tensor], Tensor]) -> Tensor:
-    """One map a word, (word, rows, cols) in [0, 1].
+    """Pool attention to one map per word.
 
     Args:
-        attention_LNHrc: (layer, word, head, rows, cols); after a flow there is one layer, and one head where the
-            capture has pooled them.
-        pooling: "mean-max" and its kin pool heads by the first word, then layers by the second, then comes the
-            Aligner. The others put the Aligner on each layer with shared weights, then take the mean over layers
-            ("layer-max": the maximum); of a flow there is one.
+        attention_LNHrc: (layer, word, head, rows, cols). After a flow there is one layer. There is one head where the
+            capture has pooled the heads already.
         aligner: (map, channels, rows, cols) → (map, rows, cols).
+
+    Returns:
+        (word, rows, cols), with values in [0, 1] if the Aligner's are.
     """
-    attention_LNHrc = _pool(attention_LNHrc, pooled_heads(pooling), dim=2)
-    if pooled_heads(pooling) != "all" and not is_flow(pooling):
-        attention_LNHrc = _pool(attention_LNHrc, "max" if pooling.endswith("max") else "mean", dim=0)
+    steps = POOLINGS[pooling]
+    attention_LNHrc = _pool(attention_LNHrc, steps.heads, dim=2)
+    if steps.layers_first:
+        attention_LNHrc = _pool(attention_LNHrc, steps.layers, dim=0)
     num_layers, num_words = attention_LNHrc.shape[:2]
     maps_LNrc = aligner(attention_LNHrc.flatten(0, 1)).float().unflatten(0, (num_layers, num_words))
-    return maps_LNrc.amax(dim=0) if pooling == "layer-max" else maps_LNrc.mean(dim=0)
+    return _pool(maps_LNrc, steps.layers, dim=0)[0]

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.alignment.collator import SeveralStores
+from lavender.config import CONTENT_WORDS
 from lavender.data.conversations import text_of
 from lavender.data.images import image_id
 from lavender.data.samples import Sample
@@ -22,8 +23,6 @@ from lavender.evaluation.report.panels import Panel, WordRow
 from lavender.maps import WordMaps, entropy, map_agreement
 from lavender.students.word_maps import AnsweredPicture, processor_inputs, student_maps
 from lavender.words import content_words
-
-CONTENT = ("noun", "adjective", "verb")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +95,7 @@ def readings_of(samples: Sequence[Sample], store: MapStore | SeveralStores | Non
         turns = [text_of(message["content"]) for message in sample.messages if message["role"] in ("user", "assistant")]
         prompt, answer = turns[0], turns[1]
         teacher_maps = store.get(image_id(image), answer) if store is not None else None
-        words = teacher_maps.words if teacher_maps is not None else content_words(answer, CONTENT)
+        words = teacher_maps.words if teacher_maps is not None else content_words(answer, CONTENT_WORDS)
         readings.append(AnsweredPicture(image, prompt, answer, words))
     return readings
 
@@ -183,7 +182,7 @@ def content_f1(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def _lemmas(text: str) -> set[str]:
-    return {word.lemma for word in content_words(text, CONTENT)}
+    return {word.lemma for word in content_words(text, CONTENT_WORDS)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lavender.config import CONTENT_WORDS
 from lavender.data.store import MapStore
 from lavender.errors import ConfigError, UnsupportedModelError
 from lavender.evaluation.report.figure import draw_figure
@@ -208,7 +209,7 @@ def _located(adapter: VlmAdapter, processor: Any) -> dict[str, Any]:
     from lavender.words import content_words
 
     height, width = SAMPLE_SIZE
-    words = content_words(ANSWER, ("noun", "adjective", "verb"))
+    words = content_words(ANSWER, CONTENT_WORDS)
     picture = AnsweredPicture(Image.new("RGB", (width, height)), QUESTION, ANSWER, words)
     inputs, messages = processor_inputs(processor, [picture]), picture.messages()
     ids, dropped = inputs["input_ids"][0], Counter()
@@ -241,7 +242,7 @@ def _draw_sample(target: str, picture: Path, trust_remote_code: bool) -> dict[st
 
     image = _photograph()
     model, processor = load_run(target, trust_remote_code=trust_remote_code)
-    reading = AnsweredPicture(image, QUESTION, ANSWER, content_words(ANSWER, ("noun", "adjective", "verb")))
+    reading = AnsweredPicture(image, QUESTION, ANSWER, content_words(ANSWER, CONTENT_WORDS))
     maps = student_maps(model, processor, [reading])[0]
     rows = [WordRow(word.text, {"attention": heat}) for word, heat in zip(maps.words, maps.maps, strict=True)]
     with writing(picture):

@@ -1,85 +1,182 @@
-"""The settings of alignment beside those of a trainer."""
+"""The settings of alignment, as fields of a trainer's arguments and as options of a command line."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from lavender.config import ATTENTION_LOSSES, PARTS_OF_SPEECH, POOLINGS, AlignmentConfig
+from lavender.config import (
+    AlignerActivation,
+    AlignerForm,
+    AlignerKind,
+    AlignerNorm,
+    AlignmentConfig,
+    AttentionLoss,
+    Match,
+    ParallelInit,
+    PartOfSpeech,
+    Pooling,
+)
 from lavender.errors import ConfigError
 from lavender.type_checks import check_type
 
-# the settings lean on TrainingArguments' attributes; at run time the class they are put before brings them
+# AlignmentArguments uses attributes of TrainingArguments; at run time it is combined with a class that has them
 _ArgumentsLike = TrainingArguments if TYPE_CHECKING else object
+
+
+class NumberOrWord(argparse.Action):
+    """A command line option that takes a number or a word, such as `--align_weight 3` or `--align_weight estimated`.
+
+    HfArgumentParser gives each option a single type, so it would refuse one of the two.
+    """
+
+    number: type[float] = float
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **(settings | {"type": self._parse}))
+
+    def _parse(self, text: str) -> float | str:
+        try:
+            return self.number(text)
+        except ValueError:
+            return text
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        is_word = isinstance(values, list) and len(values) == 1 and isinstance(values[0], str)
+        setattr(namespace, self.dest, values[0] if is_word else values)
+
+
+class IndicesOrWord(NumberOrWord):
+    """A command line option that takes indices or a word, such as `--layers 1 3` or `--layers middle`."""
+
+    number = int
 
 
 @dataclass
 class AlignmentArguments(_ArgumentsLike):
-    """The settings of alignment as fields of a `transformers.TrainingArguments`, before which this is put.
+    """The settings of alignment as fields of a `transformers.TrainingArguments`.
+
+    List this class before the trainer's own arguments, as `LavenderConfig` does with TRL's `SFTConfig`. `TrlParser`
+    and `HfArgumentParser` read every field from the command line: `--layers 1 3`, `--align_weight 3`.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from transformers import TrainingArguments
+        >>> from lavender.training.arguments import AlignmentArguments
+        >>> @dataclass
+        ... class MyArguments(AlignmentArguments, TrainingArguments):
+        ...     pass
 
     Attributes:
-        maps: folder of the map store that `lavender extract` wrote.
-        probe_size: how many samples the probe looks at while training (docs/training.md); 0 for no probe. They are the
-            first with a mapped word of the evaluation set, or of the training set where there is none.
-        probe_steps: it looks before the first step, every so many steps, and after the last.
-        all others: as in AlignmentConfig.
+        maps: folder of the map store that `lavender extract` wrote. A trainer can also get the open store as `maps=`.
+        probe_size: number of samples on which the probe measures attention during training (docs/training.md); 0
+            switches the probe off. They are the first samples with a mapped word of the evaluation set, or of the
+            training set where there is no evaluation set.
+        probe_steps: number of steps between two measurements. The probe also measures before the first step and after
+            the last one.
+
+    All other fields are those of `lavender.config.AlignmentConfig`, which documents them. Those that only reproduce
+    the paper: `align_weight="estimated"`, `attention_loss="min-max-sum"`, `align_switches`.
+
+    Raises:
+        ConfigError: a setting is of another type, out of its range, or contradicts another.
     """
 
-    maps: str | None = field(default=None, metadata={"help": "Folder of the map store."})
+    maps: str | None = field(default=None, metadata={"help": "Folder of the map store that `lavender extract` wrote."})
     align_weight: float | str = field(
-        default=AlignmentConfig.align_weight, metadata={"help": "λ; 0 is plain fine-tuning; or estimated."}
+        default=AlignmentConfig.align_weight,
+        metadata={
+            "help": "λ, the weight of the alignment loss. 0 is plain fine-tuning; estimated is the paper's App. C.",
+            "action": NumberOrWord,
+        },
     )
-    pooling: str = field(default=AlignmentConfig.pooling, metadata={"help": f"One of {POOLINGS}."})
-    match: str = field(
+    pooling: Pooling = field(
+        default=AlignmentConfig.pooling,
+        metadata={"help": "How attention of many layers and heads becomes one map per word."},
+    )
+    match: Match = field(
         default=AlignmentConfig.match,
-        metadata={"help": "label: all words; exact: those the student predicts; root: or another form of them."},
+        metadata={
+            "help": "Which mapped words count: all (label), those that the student predicts (exact), or also those of "
+            "which it predicts another form (root)."
+        },
     )
     parts_of_speech: list[str] | None = field(
-        default=None, metadata={"help": f"Mapped words to align, some of {PARTS_OF_SPEECH}; all by default."}
+        default=None,
+        metadata={"help": f"Parts of speech to align, of {', '.join(get_args(PartOfSpeech))}. All by default."},
     )
     subjects_and_objects: bool = field(
         default=False, metadata={"help": "Align only heads of noun phrases that no preposition governs."}
     )
-    weight_by_confidence: bool = field(default=False, metadata={"help": "Words count by the teacher's confidence."})
-    attention_loss: str = field(
-        default=AlignmentConfig.attention_loss, metadata={"help": f"One of {ATTENTION_LOSSES}."}
+    weight_by_confidence: bool = field(
+        default=False, metadata={"help": "Weigh each word by the confidence of the teacher's map."}
+    )
+    attention_loss: AttentionLoss = field(
+        default=AlignmentConfig.attention_loss,
+        metadata={"help": "Distance between the student's map and the teacher's. min-max-sum is Eq. 9 as written."},
     )
     layers: list[int] | str | None = field(
-        default=None, metadata={"help": "Decoder layers to align: indices, all, first, middle or last."}
+        default=None,
+        metadata={
+            "help": "Decoder layers to align: indices, or all, first, middle or last. All by default.",
+            "action": IndicesOrWord,
+            "nargs": "+",
+        },
     )
     layer_share: float = field(
-        default=AlignmentConfig.layer_share, metadata={"help": "Share of the layers that first, middle, last are."}
+        default=AlignmentConfig.layer_share,
+        metadata={"help": "Share of the layers that first, middle and last select, from 0 to 1."},
     )
-    heads: list[int] | None = field(default=None, metadata={"help": "Attention heads to align; all by default."})
-    parallel_init: str = field(
-        default=AlignmentConfig.parallel_init, metadata={"help": "Start of learn's projections: pretrained or random."}
+    heads: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the attention heads to align in each layer. All by default."}
     )
-    aligner: str = field(default=AlignmentConfig.aligner, metadata={"help": "light, sim or deep."})
-    aligner_kind: str = field(default=AlignmentConfig.aligner_kind, metadata={"help": "convolution or mlp."})
-    aligner_norm: str = field(default=AlignmentConfig.aligner_norm, metadata={"help": "instance, batch, group, none."})
-    aligner_activation: str = field(
-        default=AlignmentConfig.aligner_activation, metadata={"help": "relu6 or leaky-relu."}
+    parallel_init: ParallelInit = field(
+        default=AlignmentConfig.parallel_init, metadata={"help": "How the projections of pooling learn start."}
     )
-    aligner_width: int = field(default=AlignmentConfig.aligner_width, metadata={"help": "Channels of the Aligner."})
-    align_warmup: float = field(default=0.0, metadata={"help": "Share of the steps in which λ rises from 0."})
-    align_decay: float = field(default=0.0, metadata={"help": "Share of the steps, at the end, in which λ falls to 0."})
-    align_switches: int = field(default=0, metadata={"help": "How often alignment is switched off and on again."})
-    aligner_pretraining: float = field(default=0.0, metadata={"help": "Share of the steps with a frozen VLM."})
+    aligner: AlignerForm = field(default=AlignmentConfig.aligner, metadata={"help": "Depth of the Aligner."})
+    aligner_kind: AlignerKind = field(default=AlignmentConfig.aligner_kind, metadata={"help": "Layers of the Aligner."})
+    aligner_norm: AlignerNorm = field(
+        default=AlignmentConfig.aligner_norm, metadata={"help": "Normalisation in the Aligner."}
+    )
+    aligner_activation: AlignerActivation = field(
+        default=AlignmentConfig.aligner_activation, metadata={"help": "Activation in the Aligner."}
+    )
+    aligner_width: int = field(
+        default=AlignmentConfig.aligner_width, metadata={"help": "Number of hidden channels of the Aligner."}
+    )
+    align_warmup: float = field(
+        default=AlignmentConfig.align_warmup,
+        metadata={"help": "Share of the steps, at the start, in which λ rises from 0."},
+    )
+    align_decay: float = field(
+        default=AlignmentConfig.align_decay, metadata={"help": "Share of the steps, at the end, in which λ falls to 0."}
+    )
+    align_switches: int = field(
+        default=AlignmentConfig.align_switches,
+        metadata={"help": "How many times alignment is switched off or on, in equal parts of the run (§9)."},
+    )
+    aligner_pretraining: float = field(
+        default=AlignmentConfig.aligner_pretraining,
+        metadata={"help": "Share of the steps, at the start, in which the VLM is frozen and the Aligner trains."},
+    )
     min_coverage: float = field(
-        default=AlignmentConfig.min_coverage, metadata={"help": "Least share of samples that must have maps."}
+        default=AlignmentConfig.min_coverage, metadata={"help": "Smallest share of samples that must have maps."}
     )
 
-    probe_size: int = field(default=8, metadata={"help": "Samples of the probe; 0 for none."})
-    probe_steps: int = field(default=100, metadata={"help": "Steps between two looks at the probe."})
+    probe_size: int = field(
+        default=8, metadata={"help": "Number of samples on which the probe measures attention; 0 for no probe."}
+    )
+    probe_steps: int = field(default=100, metadata={"help": "Number of steps between two measurements of the probe."})
 
     def alignment(self) -> AlignmentConfig:
         """The settings of alignment alone, checked."""
-        return AlignmentConfig(**{one.name: getattr(self, one.name) for one in fields(AlignmentConfig)})
+        return AlignmentConfig(**{setting.name: getattr(self, setting.name) for setting in fields(AlignmentConfig)})
 
     def __post_init__(self) -> None:
         self.alignment()
@@ -101,12 +198,12 @@ class AlignmentArguments(_ArgumentsLike):
         accelerator = cast(AcceleratorConfig, self.accelerator_config)
         if accelerator.dispatch_batches:
             raise ConfigError(
-                "accelerator_config={'dispatch_batches': True}, which cuts every tensor of a batch by its first axis",
-                "batches that each process makes itself: a picture's patches are no samples",
+                "accelerator_config={'dispatch_batches': True}, which splits a batch along each tensor's first axis",
+                "batches that each process makes itself: the first axis of pixels may be patches, not samples",
                 "leave dispatch_batches out",
             )
-        accelerator.dispatch_batches = False  # its default for streams is True
-        self.remove_unused_columns = False  # the collator wants pictures and conversations, which no model takes
+        accelerator.dispatch_batches = False  # accelerate's default for streams is True
+        self.remove_unused_columns = False  # the collator needs pictures and conversations
         if self.activation_checkpointing:
             options = as_dict(self.activation_checkpointing_kwargs)
             if options.get("use_reentrant"):
@@ -115,16 +212,16 @@ class AlignmentArguments(_ArgumentsLike):
                     "non-reentrant checkpointing; the reentrant kind loses the attention's gradient silently",
                     "set use_reentrant to False",
                 )
-            # transformers keeps the old names as mirrors, which TRL still reads
+            # transformers keeps copies under the old names, which TRL still reads
             options["use_reentrant"] = False
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = options
 
 
 def check_reports(names: Sequence[str]) -> None:
-    """See that what a run reports to is known and installed, which transformers finds amid its work.
+    """Check that the trackers of `report_to` are known and installed, before transformers needs them.
 
     Raises:
-        ConfigError: an unknown name, or a package that is missing.
+        ConfigError: an unknown name, or a missing package.
     """
     known, installed = sorted(INTEGRATION_TO_CALLBACK), {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     for name in names:
@@ -140,6 +237,6 @@ def check_reports(names: Sequence[str]) -> None:
 
 
 def as_dict(options: dict[str, Any] | str | None) -> dict[str, Any]:
-    """TrainingArguments declares such fields as dict or string, and has parsed strings by now."""
+    """The options as a dict. TrainingArguments declares such fields as dict or str, and has parsed strings already."""
     assert not isinstance(options, str)
     return dict(options or {})

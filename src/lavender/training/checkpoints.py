@@ -1,22 +1,27 @@
-"""Checkpoints during training: the counts that a resumed run goes on with."""
+"""Checkpoints during training: counts of coverage, types and names of weights, so that a resumed run is the same."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 COUNTS_FILE = "coverage_counts.json"
-"""What a run had counted when it wrote a checkpoint, in the checkpoint's folder."""
+"""File in a checkpoint's folder: what the run had counted when it wrote the checkpoint."""
 
 
 def write_counts(accelerator: Accelerator, counts: Tensor, folder: str) -> None:
-    """Write the sum over processes of what was counted, and wait until every process has written its part.
+    """Write the counts, summed over processes, and wait until every process has written its part of the checkpoint.
 
-    The main process alone writes what makes a checkpoint complete; it may do so after this.
+    The main process then writes the file that makes the checkpoint complete.
     """
     total = accelerator.gather(counts.to(accelerator.device)[None]).sum(dim=0)
     if accelerator.is_main_process:
@@ -25,10 +30,39 @@ def write_counts(accelerator: Accelerator, counts: Tensor, folder: str) -> None:
 
 
 def read_counts(accelerator: Accelerator, counts: Tensor, folder: str | None) -> Tensor:
-    """The counts with those of a checkpoint added, on the main process alone: they are summed at the end."""
+    """Add a checkpoint's counts to `counts`, on the main process alone: counts are summed over processes at the end."""
     path = Path(folder or "") / COUNTS_FILE
     if folder is None or not accelerator.is_main_process or not path.is_file():
         return counts
     saved = json.loads(path.read_text())
-    saved += [0] * (len(counts) - len(saved))  # of reasons that an older version did not know
+    saved += [0] * (len(counts) - len(saved))  # for reasons that an older version did not know
     return counts + torch.tensor(saved, device=counts.device)
+
+
+@contextmanager
+def types_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the types of parameters that loading changes: PEFT loads adapters as float32, but QLoRA's are bfloat16.
+
+    A resumed run would otherwise continue in another precision.
+    """
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before[name]:
+            parameter.data = parameter.data.to(before[name])
+
+
+@contextmanager
+def saved_under_module_names(model: nn.Module) -> Iterator[None]:
+    """Make `model.save_pretrained` write the modules' current names.
+
+    For some models transformers writes older names. A resumed run loads into existing modules, so it would silently
+    keep the base's weights.
+    """
+    if isinstance(model, PreTrainedModel):
+        save = partial(type(model).save_pretrained, model, save_original_format=False)
+        model.save_pretrained = cast(Any, save)
+    try:
+        yield
+    finally:
+        vars(model).pop("save_pretrained", None)

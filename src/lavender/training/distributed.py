@@ -1,8 +1,10 @@
-"""Training over several processes: what cannot work is refused, and what sharded training has to be told."""
+"""Distributed training: unsupported set-ups, FSDP preparation, batches that would deadlock."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.integrations import deepspeed
 
 from lavender.errors import ConfigError, DataError
 from lavender.training.arguments import AlignmentArguments
@@ -22,8 +25,8 @@ def refuse_settings(args: AlignmentArguments, with_peft: bool) -> None:
     zero_stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
     if args.torch_compile:
         raise ConfigError(
-            "torch_compile with alignment, whose rows of attention differ in number from batch to batch; torch's "
-            "default backend fails on them",
+            "torch_compile with alignment, whose number of attention rows changes from batch to batch; torch's "
+            "default backend fails on that",
             "a model that is not compiled",
             "set torch_compile: false",
         )
@@ -46,29 +49,28 @@ def refuse_settings(args: AlignmentArguments, with_peft: bool) -> None:
 
 def refuse_model(model: PreTrainedModel) -> None:
     """Raise ConfigError for a model whose layers are spread over devices."""
-    placed: dict[str, Any] = vars(model).get("hf_device_map", {})  # there if a device_map was asked for
+    placed: dict[str, Any] = vars(model).get("hf_device_map", {})  # of a model loaded with a device_map
     places = {str(place) for place in placed.values()}
     if len(places) > 1:
         raise ConfigError(
-            f"a model spread over the devices {sorted(places)}, whose captured rows could not be put together",
+            f"a model spread over the devices {sorted(places)}, whose captured attention rows are on different devices",
             "a model on one device, or sharded by FSDP2 or ZeRO",
             "load it without device_map='auto', and launch with examples/accelerate/fsdp2.yaml",
         )
 
 
 def refuse_accelerator(accelerator: Accelerator, model: PreTrainedModel) -> None:
-    """Raise ConfigError for a way of dividing a model that alignment cannot follow."""
+    """Raise ConfigError for a way of sharding or parallelising a model that alignment does not support."""
     shards = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if shards and vars(model).get("is_quantized"):
         raise ConfigError(
-            f"a quantised model with {accelerator.distributed_type.value}, which has not been tried with alignment",
+            f"a quantised model with {accelerator.distributed_type.value}, which is untested with alignment",
             "one process, or DDP",
             "launch with examples/accelerate/ddp.yaml, or leave quantization out",
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError(
-            "FSDP of version 1, which flattens the weights of a layer into one and hides those that TRL's fused loss "
-            "reads",
+            "FSDP version 1, which flattens a layer's weights and so hides those that TRL's fused loss reads",
             "FSDP2",
             "set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does",
         )
@@ -76,32 +78,31 @@ def refuse_accelerator(accelerator: Accelerator, model: PreTrainedModel) -> None
     if plan is not None and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled):
         raise ConfigError(
             f"tensor, context or sequence parallelism of size ({plan.tp_size}, {plan.cp_size}, {plan.sp_size}), "
-            "which divides heads or tokens among processes",
+            "which splits heads or tokens over processes",
             "all heads and tokens of a sample in one process",
             "use data parallelism: examples/accelerate/ddp.yaml, fsdp2.yaml, zero2.yaml or zero3.yaml",
         )
 
 
 def prepare_for_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
-    """Tell FSDP2 which layers are units, and gather the output layer's weights before each forward.
+    """Set the layers that FSDP2 wraps, and gather the output layer's weights before each forward.
 
-    The units are those classes of `_no_split_modules` that the model contains: accelerate refuses to start where one is
-    missing, as CLIP's text part is in LLaVA.
+    FSDP2 wraps those classes of `_no_split_modules` that the model contains. accelerate fails if one is missing, as
+    CLIP's text layers are in LLaVA.
     """
     base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     plugin = accelerator.state.fsdp_plugin
     assert plugin is not None
     if plugin.transformer_cls_names_to_wrap is None:
-        own = {type(module).__name__ for module in base.modules()}
-        plugin.transformer_cls_names_to_wrap = sorted(own & set(base._no_split_modules or ()))
+        classes = {type(module).__name__ for module in base.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(classes & set(base._no_split_modules or ()))
     base.register_forward_pre_hook(_gather_output_layer)
 
 
 def _gather_output_layer(model: PreTrainedModel, args: tuple) -> None:
-    """As FSDP2 does before a layer's own forward, which TRL's fused loss never calls.
+    """Gather the output layer's weights, as FSDP2 does before the layer's forward, which TRL's fused loss never calls.
 
-    TRL gathers the weights itself where it finds them sharded, but then the gradient of each process's share is its
-    own alone, not the mean over processes.
+    TRL gathers sharded weights itself, but then the gradient of each shard is not averaged over processes.
     """
     layer = model.get_output_embeddings()
     if isinstance(layer, FSDPModule):
@@ -109,19 +110,35 @@ def _gather_output_layer(model: PreTrainedModel, args: tuple) -> None:
 
 
 def check_batches(accelerator: Accelerator, with_pictures: Sequence[bool]) -> None:
-    """Stop where sharded training would hang: batches of text alone on some processes, of pictures on others.
+    """Stop where sharded training would deadlock: text-only batches on some processes, pictures on others.
 
     Args:
-        with_pictures: of each micro-batch of this process, whether it has a picture.
+        with_pictures: for each micro-batch of this process, whether it has a picture.
 
     Raises:
-        DataError: on all processes alike.
+        DataError: there are such batches; raised on every process.
     """
-    own = torch.tensor(with_pictures, dtype=torch.long, device=accelerator.device)
-    counts = accelerator.gather(own[None]).sum(dim=0)
+    flags = torch.tensor(with_pictures, dtype=torch.long, device=accelerator.device)
+    counts = accelerator.gather(flags[None]).sum(dim=0)
     if ((counts > 0) & (counts < accelerator.num_processes)).any():
         raise DataError(
-            "a batch of text alone on one process and a batch with pictures on another, which run different layers",
+            "a text-only batch on one process and a batch with pictures on another, which run different layers",
             "the same layers on all processes, as FSDP2 and ZeRO need",
             "raise per_device_train_batch_size, leave out samples without a picture, or use DDP",
         )
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Let `from_pretrained` read a whole model in this process alone, although a sharded training is set up.
+
+    transformers would otherwise divide it among the processes, and wait for those that read none.
+    """
+    config, fsdp = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop("ACCELERATE_USE_FSDP", None)
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+        if fsdp is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = fsdp

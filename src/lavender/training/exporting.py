@@ -1,10 +1,11 @@
-"""What remains of a training: an ordinary checkpoint, and beside it what alignment trained."""
+"""Export: the tuned model as an ordinary checkpoint, and what alignment trained beside it."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
@@ -15,48 +16,99 @@ from lavender.alignment.objective import TRAINED_PARTS, is_alignment_part
 from lavender.errors import ConfigError, FileError
 from lavender.files import TEMPORARY, expanded
 from lavender.students.loading import load_run
+from lavender.students.word_maps import random_state_kept
+from lavender.training.distributed import whole_models
 from lavender.training.mixin import AlignmentMixin
 
 
-def export(trainer: AlignmentMixin, path: str | Path) -> Path:
-    """Write an ordinary checkpoint with processor: no trace of alignment in weights or config.
+def export(
+    trained: AlignmentMixin | str | Path, path: str | Path, *, merge: bool = True, trust_remote_code: bool = False
+) -> Path:
+    """Write the tuned model and its processor as an ordinary checkpoint, which needs no Lavender to load.
 
-    Full tuning writes what `from_pretrained` loads; LoRA writes an adapter for `PeftModel.from_pretrained`.
-    With several processes every one must call this, to give its share of the weights; the main process writes.
+    By default every export is a whole model for `from_pretrained`, as `lavender export` writes it. With `merge=False`,
+    LoRA and other PEFT methods write an adapter for `PeftModel.from_pretrained`, as `Trainer.save_model` does. Neither
+    weights nor config contain anything of alignment.
+
+    Example:
+        >>> from lavender import export
+        >>> export(trainer, "tuned")  # doctest: +SKIP
+        >>> export("runs/first", "tuned-adapter", merge=False)  # doctest: +SKIP
+
+    Args:
+        trained: a trainer after `train()`, or the run folder that `lavender train` wrote. With several processes every
+            process must call this with its trainer, because each holds part of the weights; the main process writes.
+        path: folder to write to. For a run folder it must be new or empty, and appears only when it is complete.
+        merge: merge an adapter into the weights. The base model is read again from its folder or the Hub and keeps the
+            type it has there; the model in training does not change.
+        trust_remote_code: run the Python code that comes with the model, for a run folder or a merge.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileError: the run folder has no checkpoint.
+        ConfigError: the folder for a run is not empty; a merge needs a base model that was not read from anywhere.
+        ModelError: the model or the base model is missing, damaged or out of reach.
     """
-    path = expanded(path)
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(trained, str | Path):
+        return _export_run(expanded(trained), expanded(path), merge, trust_remote_code)
+    path, model = expanded(path), trained.accelerator.unwrap_model(trained.model)
+    merge = merge and isinstance(model, PeftModel)
+    if merge and not model.get_base_model().name_or_path:
+        raise ConfigError(
+            "an adapter to merge, and a base model that was not loaded from a folder or the Hub",
+            "a base model that can be read again",
+            "save the base model and load it from there before training, or export with merge=False",
+        )
+    state = trained.accelerator.get_state_dict(trained.model_wrapped)
+    if not trained.accelerator.is_main_process:
+        return path
+    if not merge:
+        _write(trained, model, state, path)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as adapter:
+        _write(trained, model, state, Path(adapter))
+        with whole_models(), random_state_kept(trained.args.device):
+            _write_loaded(Path(adapter), path, trust_remote_code)
+    return path
+
+
+def export_run(run: str | Path, out: str | Path, trust_remote_code: bool = False) -> Path:
+    """`export` of a run folder, with LoRA merged: what `lavender export` calls."""
+    return export(run, out, trust_remote_code=trust_remote_code)
+
+
+def save_head(trainer: AlignmentMixin, path: str | Path) -> None:
+    """Write the weights that alignment added, which every export leaves out: Aligner and parallel projections.
+
+    With several processes every process must call this; the main process writes the safetensors file.
+    """
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.accelerator.is_main_process:
-        return path
+        return
+    head = {name: value for name, value in state.items() if is_alignment_part(name) and "original_module" not in name}
+    saved = {name.replace(".modules_to_save.default", ""): value.contiguous() for name, value in head.items()}
+    save_file(saved, str(expanded(path)), metadata={"format": "pt"})
+
+
+def _write(trainer: AlignmentMixin, model: Any, state: dict[str, Tensor], path: Path) -> None:
+    """Write the model as it was trained, an adapter apart, and the processor."""
     # weights are written under the names they were read with; ZeRO-3's reader notes renamings that it did not use
     if renamings := vars(model).get("_weight_conversions"):
-        model._weight_conversions = [one for one in renamings if one.was_used()]
+        model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
     if isinstance(model, PeftModel):
-        _export_adapter(model, state, path)
+        _write_adapter(model, state, path)
     else:
         model.save_pretrained(
             path, state_dict={name: value for name, value in state.items() if not is_alignment_part(name)}
         )
     cast(ProcessorMixin, trainer.processing_class).save_pretrained(path)
-    return path
 
 
-def save_head(trainer: AlignmentMixin, path: str | Path) -> None:
-    """Write what alignment trained beside the model, and every export leaves out: Aligner, parallel projections.
-
-    With several processes every one must call this; the main process writes.
-    """
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not trainer.accelerator.is_main_process:
-        return
-    own = {name: value for name, value in state.items() if is_alignment_part(name) and "original_module" not in name}
-    saved = {name.replace(".modules_to_save.default", ""): value.contiguous() for name, value in own.items()}
-    save_file(saved, str(expanded(path)), metadata={"format": "pt"})
-
-
-def _export_adapter(model: PeftModel, state: dict[str, Tensor], path: Path) -> None:
-    """PEFT writes all it trained; then alignment's own parts are taken out of file and config."""
+def _write_adapter(model: PeftModel, state: dict[str, Tensor], path: Path) -> None:
+    """Let PEFT write all it trained, then remove alignment's parts from the file and the config."""
     config = cast(LoraConfig, model.peft_config["default"])
     kept = config.modules_to_save
     config.modules_to_save = [name for name in kept or () if name not in TRAINED_PARTS] or None
@@ -69,18 +121,27 @@ def _export_adapter(model: PeftModel, state: dict[str, Tensor], path: Path) -> N
     save_file(adapter, weights, metadata={"format": "pt"})
 
 
-def export_run(run: Path, out: Path, trust_remote_code: bool = False) -> Path:
-    """Write a run's tuned model as one ordinary checkpoint with processor, LoRA merged, in the weights' own dtype."""
-    run, out = expanded(run), expanded(out)
-    if not (run / "checkpoint").is_dir():
+def _write_loaded(folder: Path, out: Path, trust_remote_code: bool) -> None:
+    """Load a checkpoint, an adapter merged, and write it as one model in the type of its weights on disk."""
+    model, processor = load_run(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def _export_run(run: Path, out: Path, merge: bool, trust_remote_code: bool) -> Path:
+    checkpoint = run / "checkpoint"
+    if not checkpoint.is_dir():
         raise FileError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         got = f"{out}, which is {'not empty' if out.is_dir() else 'a file'}"
         raise ConfigError(got, "a new folder", "choose another --out")
-    model, processor = load_run(run, dtype="auto", trust_remote_code=trust_remote_code)
+    is_adapter = (checkpoint / "adapter_config.json").is_file()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out.parent) as partial:  # whole, or not there
-        model.save_pretrained(Path(partial) / "model")
-        processor.save_pretrained(Path(partial) / "model")
-        (Path(partial) / "model").replace(out)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out.parent) as partial:  # `out` appears when it is complete
+        model = Path(partial) / "model"
+        if is_adapter and not merge:
+            shutil.copytree(checkpoint, model)
+        else:
+            _write_loaded(run, model, trust_remote_code)
+        model.replace(out)
     return out

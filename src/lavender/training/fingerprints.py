@@ -1,6 +1,6 @@
-"""What a run was made from, as digests of content: its model, data, maps, and the files that its settings name.
+"""Digests of what a run is made from: its model, data and maps, and the files that its settings name.
 
-Models and maps are read whole: BLAKE2b takes about a second a gigabyte and core, little beside training.
+Models and maps are read in full. BLAKE2b needs about one second per gigabyte and core, little compared with training.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from lavender.data.samples import Samples
+from lavender.training.settings import PATHS
 
-FILE_SETTINGS = ("chat_template_path", "deepspeed", "fsdp_config")
-"""Settings of training that may name a file of the user's."""
 _UNREAD_BY_TRAINING = ("extraction.json", "writer.lock")
 _UNREAD_ENDINGS = (".md", ".jsonl")
 
 
 def digest_of_folder(folder: Path) -> str:
-    """Of the names and contents of all files that loading may read: not hidden ones, READMEs, or logs of a store."""
+    """Digest of names and contents of all files that loading may read: no hidden files, READMEs or logs of a store."""
     files = [
         path
         for path in sorted(folder.rglob("*"))
@@ -33,33 +32,35 @@ def digest_of_folder(folder: Path) -> str:
     ]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(digest_of_file, files)
-        return _digest((str(path.relative_to(folder)), one) for path, one in zip(files, digests, strict=True))
+        names = [str(path.relative_to(folder)) for path in files]
+        return _digest(zip(names, digests, strict=True))
 
 
 def digest_of_file(path: Path) -> str:
+    """BLAKE2b of the content, 32 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def digest_of_model(model: str, commit: str | None) -> str:
-    """Of a folder its content; of a hub id the commit that it stands for, which names the content."""
+    """Digest of a model folder's content; for a Hub id its commit, which identifies the content."""
     return digest_of_folder(Path(model)) if Path(model).is_dir() else f"commit {commit}"
 
 
 def digest_of_data(samples: Samples) -> str:
-    """Of texts and pixels in their order. The samples come from `readable`, which knows the pictures."""
+    """Digest of texts and pixels in their order, of samples from `lavender.data.samples.readable`."""
     pairs = zip(samples, samples.identities, strict=True)
-    return _digest((one.messages, pictures) for one, pictures in pairs)
+    return _digest((sample.messages, pictures) for sample, pictures in pairs)
 
 
 def digests_of_settings(training: Mapping[str, Any]) -> dict[str, str]:
-    """Of each file that a setting of training names."""
-    named = {key: training[key] for key in FILE_SETTINGS if isinstance(training.get(key), str)}
+    """Digest of each file that a training setting names."""
+    named = {key: training[key] for key in PATHS if isinstance(training.get(key), str)}
     return {key: digest_of_file(Path(path)) for key, path in named.items() if Path(path).is_file()}
 
 
 def _digest(parts: Iterable[Any]) -> str:
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        found.update(json.dumps(part, sort_keys=True).encode())
-    return found.hexdigest()
+        digest.update(json.dumps(part, sort_keys=True).encode())
+    return digest.hexdigest()

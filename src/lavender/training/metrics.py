@@ -1,7 +1,7 @@
-"""What is logged beside the loss, summed on the device: nothing waits for a number before it is logged.
+"""The metrics logged beside the loss. They are summed on the device, without synchronisation before logging.
 
-Every quantity is a sum with the weight it is divided by, so that accumulated batches, several processes and
-batches of unequal size come out as one batch would.
+Every metric is a sum and the weight that divides it, so accumulated batches, several processes and batches of unequal
+size give the same numbers as one batch.
 """
 
 from __future__ import annotations
@@ -19,46 +19,52 @@ from lavender.maps import entropy
 
 
 class Metrics:
-    """Sums since the last `take`.
+    """Sums of metrics since they were last taken.
 
-    Of training, numbers a step, mean over the optimiser's steps: `vlm_loss` and `attention_loss`, the addends of the
-    loss before λ, and `matched_words`; each of the whole accumulated batch, over all processes. Of evaluation, numbers
-    of the data set: `vlm_loss`, mean over samples of their batch's loss; `attention_loss`, mean over all matched words
-    by their weights, NaN where none matched; `matched_words`, their number, and `matched_share`, of the mapped words.
-    In both `student_entropy`: of where the student looks, before any Aligner; mean over words, in nats (Eq. 23).
+    In training, each metric is a mean over optimiser steps, of the whole accumulated batch over all processes:
+    - `vlm_loss` and `attention_loss`: the terms of the loss, before λ.
+    - `matched_words`: the number of words that count.
+
+    In evaluation, each metric is of the whole data set:
+    - `vlm_loss`: mean over samples of their batch's loss.
+    - `attention_loss`: weighted mean over all matched words; NaN if none matched.
+    - `matched_words` and `matched_share`: their number, and their share of the mapped words.
+
+    In both, `student_entropy` is the entropy of the student's attention before any Aligner: mean over words, in nats
+    per word (Eq. 23).
     """
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
 
     def add_step(self, vlm_loss: Tensor, attention_loss: Tensor, request: AlignmentRequest, share: float) -> None:
-        """A micro-batch of training that is `share` of an optimiser's step; the losses add up to the step's."""
+        """Add a training micro-batch, which is `share` of an optimiser step; its losses add up to the step's."""
         vlm, attention = vlm_loss.detach().float(), attention_loss.detach().float()
         self._add([vlm.new_full((), share), vlm, vlm.new_zeros(()), attention], request)
 
     def add_batch(self, vlm_loss: Tensor, total: Tensor, request: AlignmentRequest) -> None:
-        """A batch of evaluation: L_VLM, its own mean, and the weighted sum of its matched words' losses."""
+        """Add an evaluation batch: the mean L_VLM of the batch, and the weighted sum of its matched words' losses."""
         vlm = vlm_loss.detach().float()
         samples, words = vlm.new_full((), len(request.present)), matched_weight(request).to(vlm)
         self._add([samples, samples * vlm, words, total.detach().float()], request)
 
     def _add(self, sums: list[Tensor], request: AlignmentRequest) -> None:
-        """To steps or samples, L_VLM, words by weight and L_att add matched words, entropies, and the mapped words."""
+        """Add to the sums: steps or samples, L_VLM, weight of words, L_att; matched words, entropies, mapped words."""
         maps, like = request.student_maps, sums[0]
         sums = [*sums, request.matched.sum().to(like), entropy(maps).sum().to(like), like.new_full((), len(maps))]
         added = torch.stack(sums)
         self._sums = added if self._sums is None else self._sums + added
 
     def take_steps(self, accelerator: Accelerator) -> dict[str, float]:
-        """The numbers of training since the last time; every process must ask."""
+        """The training metrics since they were last taken. Every process must call this."""
         steps, vlm, _, attention, matched, spread, maps = self._take(accelerator)
         if not steps:
             return {}
-        # each process counts each step, and has scaled its losses up by the number of processes
+        # every process counts every step, and its losses are multiplied by the number of processes
         return _numbers(vlm / steps, attention / steps, matched * accelerator.num_processes / steps, spread, maps)
 
     def take_batches(self, accelerator: Accelerator) -> dict[str, float]:
-        """The numbers of an evaluation; every process must ask."""
+        """The metrics of an evaluation. Every process must call this."""
         samples, vlm, words, attention, matched, spread, maps = self._take(accelerator)
         if not samples:
             return {}
@@ -66,7 +72,7 @@ class Metrics:
         return numbers | ({"matched_share": matched / maps} if maps else {})
 
     def clear(self) -> None:
-        """Forget what was not taken."""
+        """Discard sums that were not taken."""
         self._sums = None
 
     def _take(self, accelerator: Accelerator) -> list[float]:
@@ -82,15 +88,15 @@ def _numbers(vlm: float, attention: float, matched: float, spread: float, maps: 
 
 
 def check_choice(metrics: Mapping[str, float], name: str | None, aligns: bool) -> None:
-    """Refuse to choose the best checkpoint by a number that says nothing.
+    """Refuse to choose the best checkpoint by a meaningless metric.
 
     Args:
-        metrics: of an evaluation.
+        metrics: those of an evaluation.
         name: `metric_for_best_model`.
-        aligns: whether the loss has L_att in it.
+        aligns: whether the loss contains L_att.
 
     Raises:
-        NotFiniteError: the number is NaN or infinite, or a loss that lacks L_att since no mapped word matched.
+        NotFiniteError: the metric is NaN or infinite, or is a loss without L_att because no mapped word matched.
     """
     if name is None:
         return
@@ -109,5 +115,5 @@ def check_choice(metrics: Mapping[str, float], name: str | None, aligns: bool) -
         "a number to choose the best checkpoint by" + (", with L_att in it" if lacks_part else ""),
         f"set metric_for_best_model: {begin}vlm_loss"
         if without
-        else "find out what makes it not finite, or choose by another number",
+        else "find out what makes it not finite, or choose by another metric",
     )

@@ -1,22 +1,20 @@
-"""What alignment adds to a trainer of the `transformers.Trainer` kind: its loss, normalised, metrics, guard and probe.
+"""Alignment in a trainer of the `transformers.Trainer` kind: loss, metrics, checks, probe.
 
-All mathematics is in `objective`; this module only carries tensors to it and its loss back. Losses are divided by the
-words that count in the whole accumulated batch over all processes (`divisor`), so batch 4 × accumulation 1 equals
-1 × 4.
+The mathematics is in `lavender.alignment.objective`; the mixin passes tensors to it and adds its loss. Losses are
+divided by the words that count in the whole accumulated batch over all processes (`Divisor`), so batch 4 ×
+accumulation 1 equals batch 1 × accumulation 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from lavender.alignment.collator import AlignmentCollator, Coverage, SeveralStores, root_matcher
@@ -28,13 +26,14 @@ from lavender.alignment.objective import (
     matched_weight,
     without_attention_loss,
 )
+from lavender.config import POOLINGS
 from lavender.data.store import MapStore
 from lavender.errors import ConfigError
 from lavender.model_files import spare_packing
 from lavender.students.registry import adapter_for
 from lavender.students.word_maps import random_state_kept
 from lavender.training.arguments import AlignmentArguments
-from lavender.training.checkpoints import read_counts, write_counts
+from lavender.training.checkpoints import read_counts, saved_under_module_names, types_kept, write_counts
 from lavender.training.distributed import (
     check_batches,
     prepare_for_fsdp,
@@ -44,37 +43,53 @@ from lavender.training.distributed import (
 )
 from lavender.training.matched_words import LEAST_WEIGHT, Divisor
 from lavender.training.metrics import Metrics, check_choice
-from lavender.training.not_finite import Health, answers_finite, fault
-from lavender.training.probe import OwnAttention, Probe, choose
+from lavender.training.not_finite import Health, answers_finite, not_finite_error
+from lavender.training.probe import OwnAttention, add_probe, choose
 from lavender.training.refused_samples import (
     NUM_NAMED,
-    Refused,
     check_coverage,
     counts_of,
-    first_of,
-    is_stream,
+    first_accepted,
+    leave_out_refused,
     refuse_in_plain_trainer,
-    refused_of,
-    told,
-    without,
 )
-from lavender.training.schedule import AlignerPretraining, EstimatedWeight
-from lavender.training.trainable import name_all_linear
+from lavender.training.schedule import AlignerPretraining, AlignWeight
+from lavender.training.trainable import name_all_linear, set_alignment_type
 
-# the mixin leans on Trainer's attributes; at run time the class it is mixed into brings them
+# AlignmentMixin uses attributes of Trainer; at run time it is combined with a class that has them
 _TrainerLike = Trainer if TYPE_CHECKING else object
 
 
 class AlignmentMixin(_TrainerLike):
-    """Adds the alignment loss to a trainer of the `transformers.Trainer` kind. Put it before the trainer class.
+    """Adds the alignment loss to a trainer of the `transformers.Trainer` kind. List it before the trainer class.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> from lavender.training.mixin import AlignmentMixin
+        >>> class AlignedTrainer(AlignmentMixin, Trainer):
+        ...     pass
 
     Args:
-        args: training arguments that are `AlignmentArguments` too.
+        model: a loaded VLM of a supported family, not yet wrapped by PEFT.
+        args: training arguments that are also `AlignmentArguments`.
         processing_class: the model's processor.
-        maps: the map store, or several, if `args.maps` does not name it.
-        peft_config: LoRA settings, or another method's; the model itself must not be a PeftModel yet.
-        kwargs: the trainer's other arguments. Data sets, streams too, need `messages` and `images`: none, one or
-            several. A `data_collator` makes the batch of plain fine-tuning from them; SFTTrainer brings its own.
+        maps: the open map store, or several as `SeveralStores`, if `args.maps` does not name it.
+        peft_config: settings of LoRA or another PEFT method that tunes modules; None trains the model itself.
+        kwargs: the trainer's other arguments. Data sets and streams need the columns `messages` and `images`, with any
+            number of images per sample. A `data_collator` makes the batch of plain fine-tuning from them; SFTTrainer
+            brings its own.
+
+    Attributes:
+        coverage: number of samples and words with maps, and why others have none. Complete when training has ended.
+        eval_coverage: the same for the last evaluation.
+        refused: the training samples that the model refuses; they are left out.
+        eval_refused: the same for the evaluation set.
+
+    Raises:
+        ConfigError: no maps; a PeftModel; a setting, launcher or model that alignment does not support.
+        DataError: a smaller share than `args.min_coverage` of the samples has maps; the model takes no sample.
+        UnsupportedModelError: the model's family is not supported.
+        NotFiniteError: while training, a loss is NaN or infinite.
     """
 
     def __init__(
@@ -100,31 +115,31 @@ class AlignmentMixin(_TrainerLike):
             name_all_linear(peft_config, model)
         self.maps = MapStore.open(str(args.maps)) if maps is None else maps
         config, adapter = args.alignment(), adapter_for(model.config)
-        set_seed(args.seed)  # before the Aligner is drawn; the trainer sets it again before it draws anything
+        set_seed(args.seed)  # for the Aligner's initial weights; the trainer sets the seed again
         self._alignment_layers, self._alignment = attach(model, config).layers, config
         self._train_metrics, self._eval_metrics = Metrics(), Metrics()
         self._counts = self._eval_counts = torch.zeros_like(Coverage().counts())
-        self._last_align_weight, self._told = 0.0, set[str]()
-        self._estimate = EstimatedWeight() if config.align_weight == "estimated" else None
-        if self._estimate is not None:
-            kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._estimate]
+        self._printed_faults: set[str] = set()
+        self._align_weight = AlignWeight(config)
+        if self._align_weight.estimate is not None:
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._align_weight.estimate]
         self._root_matcher = root_matcher(processing_class) if config.match == "root" else None
         self._divisor = Divisor(cast(Trainer, self), config.match == "label", self._root_matcher)
         if config.align_weight == 0:
             for name, parameter in model.named_parameters():
-                if is_alignment_part(name):  # without a loss they would be trained by nothing, and confuse DDP
+                if is_alignment_part(name):  # they get no gradient, which DDP would wait for
                     parameter.requires_grad_(False)
         elif peft_config is not None:
-            tuned: Any = peft_config  # of a method that tunes modules, as all but the prompts' do
+            tuned: Any = peft_config  # PeftConfig itself lacks the attribute
             tuned.modules_to_save = sorted({*(tuned.modules_to_save or ()), *TRAINED_PARTS})
         wrapped: nn.Module = model
         if isinstance(self, SFTTrainer):
             kwargs["peft_config"] = peft_config
         elif peft_config is not None:
-            set_seed(args.seed)  # as SFTTrainer does before adapters are drawn
+            set_seed(args.seed)  # as SFTTrainer does before it initialises adapters
             wrapped = get_peft_model(model, peft_config)
         super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
-        _set_type(model)
+        set_alignment_type(model)
         refuse_accelerator(self.accelerator, model)
         if self.is_fsdp_enabled:
             prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))
@@ -133,61 +148,49 @@ class AlignmentMixin(_TrainerLike):
             self.add_callback(self._pretraining)
         self.data_collator = AlignmentCollator(self.data_collator, processing_class, adapter, self.maps, config)
         with random_state_kept(args.device):
-            self._read_ahead(self.data_collator, args)
+            self._check_data(self.data_collator, args)
 
     @property
     def coverage(self) -> Coverage:
-        """What this training was on, counted: by all processes once it has ended; and, once each, what was refused."""
+        """Counts of the samples of this training, and of the samples left out. Summed over processes at the end."""
         return Coverage.of(self._counts.cpu() + counts_of(self.refused))
 
     @property
     def eval_coverage(self) -> Coverage:
-        """The same of the last evaluation, of all processes."""
+        """Counts of the samples of the last evaluation, summed over processes."""
         return Coverage.of(self._eval_counts)
 
-    def _read_ahead(self, collator: AlignmentCollator, args: AlignmentArguments) -> None:
-        """Leave out what the model refuses; check the coverage of what trains and what chooses; choose the probe."""
-        self.train_dataset, self.refused = self._without_refused(self.train_dataset)
-        several = isinstance(self.eval_dataset, dict)
-        evaluated = self.eval_dataset if several else {"": self.eval_dataset}
-        taken = {name: self._without_refused(one) for name, one in evaluated.items()}
-        self.eval_refused = [one for _, refused in taken.values() for one in refused]
-        evaluated = {name: dataset for name, (dataset, _) in taken.items()}
-        self.eval_dataset = evaluated if several else evaluated[""]
+    def _check_data(self, collator: AlignmentCollator, args: AlignmentArguments) -> None:
+        """Leave out refused samples; check the coverage of the data that trains or chooses; set up the probe."""
+
+        def split(dataset: Any) -> tuple[Any, list]:
+            return leave_out_refused(dataset, collator, self.accelerator, with_bar=not args.disable_tqdm)
+
+        self.train_dataset, self.refused = split(self.train_dataset)
+        has_several = isinstance(self.eval_dataset, dict)
+        checked = {
+            name: split(dataset)
+            for name, dataset in (self.eval_dataset if has_several else {"": self.eval_dataset}).items()
+        }
+        self.eval_refused = [sample for _, refused in checked.values() for sample in refused]
+        eval_sets = {name: dataset for name, (dataset, _) in checked.items()}
+        self.eval_dataset = eval_sets if has_several else eval_sets[""]
         chooses = (args.metric_for_best_model or "").endswith("attention_loss")
-        for dataset in (self.train_dataset, *(evaluated.values() if chooses else ())):
+        for dataset in (self.train_dataset, *(eval_sets.values() if chooses else ())):
             if dataset is not None:
                 check_coverage(dataset, collator, self._alignment.min_coverage)
-        looked_at = next((one for one in (*evaluated.values(), self.train_dataset) if one is not None), None)
-        if args.probe_size and looked_at is not None:
-            self._add_probe(choose(first_of(looked_at, collator), collator, args.probe_size), args)
-
-    def _without_refused(self, dataset: Any) -> tuple[Any, list[Refused]]:
-        """A data set without the samples that the model refuses, and these. Of a stream the collator drops them."""
-        collator = cast(AlignmentCollator, self.data_collator)
-        if dataset is None or is_stream(dataset):
-            collator.drops |= dataset is not None
-            return dataset, []
-        refused = refused_of(dataset, collator, self.accelerator, with_bar=not self.args.disable_tqdm)
-        if self.accelerator.is_main_process:
-            for line in told(refused, len(dataset)):
-                print(line)
-        return without(dataset, refused), refused
-
-    def _add_probe(self, examples: list[Any], args: AlignmentArguments) -> None:
-        # where a forward needs every process, all must look at as many
-        sizes = self.accelerator.gather(torch.tensor([len(examples)], device=self.accelerator.device))
-        if int(sizes.min()):
-            settings = {"use_cache": False} | ({"fused_lm_head": True} if isinstance(self, SFTTrainer) else {})
-            chosen = examples[: int(sizes.min())]
-            self.add_callback(Probe(self, self._probe_requests, chosen, args.probe_steps, settings))
+        probed = next((dataset for dataset in (*eval_sets.values(), self.train_dataset) if dataset is not None), None)
+        if args.probe_size and probed is not None:
+            examples = choose(first_accepted(probed, collator), collator, args.probe_size)
+            add_probe(self, self._probe_requests, examples, args.probe_steps)
 
     def _probe_requests(self, tensors: dict[str, Tensor]) -> list[AlignmentRequest]:
-        kinds = (AlignmentRequest, OwnAttention) if self._alignment.pooling == "learn" else (AlignmentRequest,)
+        learned = POOLINGS[self._alignment.pooling].learned
+        kinds = (AlignmentRequest, OwnAttention) if learned else (AlignmentRequest,)
         return [kind(self._alignment_layers, tensors, self._root_matcher) for kind in kinds]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any):
-        """As the trainer's own, which begins it anew where `auto_find_batch_size` has to."""
+        """The trainer's loop, with counts that start at 0 again where `auto_find_batch_size` restarts it."""
         self._train_metrics.clear()
         self._counts = torch.zeros_like(self._counts)
         result = super()._inner_training_loop(*args, **kwargs)
@@ -195,7 +198,7 @@ class AlignmentMixin(_TrainerLike):
         return result
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """As the trainer's own; the micro-batches of one step, whose words are counted together."""
+        """The micro-batches of one step; their words are counted together."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._divisor.begin(batches)
         if self.args.world_size > 1:
@@ -204,7 +207,7 @@ class AlignmentMixin(_TrainerLike):
 
     def _check_pictures(self, *pictures: Tensor) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            check_batches(self.accelerator, [bool((one >= 0).any()) for one in pictures])
+            check_batches(self.accelerator, [bool((indices >= 0).any()) for indices in pictures])
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
@@ -214,91 +217,75 @@ class AlignmentMixin(_TrainerLike):
         if not model.training:
             self._check_pictures(alignment["pictures"])
         request = AlignmentRequest(self._alignment_layers, alignment, self._root_matcher)
-        with _carried(model, request) as seen:
+        with _passed_on(model, request) as outputs_seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plain_loss, outputs = cast(tuple[Tensor, Any], result if return_outputs else (result, None))
-        total = seen[0].attention_loss
+        total = outputs_seen[0].attention_loss
         attention_loss = self._normalised(total, request, model.training, num_items_in_batch)
-        if self._estimate is not None and model.training:
-            cells = request.targets[0, 0].numel() if self._alignment.attention_loss == "min-max-sum" else 1
-            self._estimate.add(total / cells, matched_weight(request))
-        weight = self._align_weight(model.training)
         if model.training:
+            self._align_weight.note(total, request)
+            weight = self._align_weight.of_step(self.state)
             parts = self.current_gradient_accumulation_steps
             shown = 1 / parts if self._is_divided_later(num_items_in_batch) else 1.0
             self._train_metrics.add_step(plain_loss * shown, attention_loss * shown, request, 1 / parts)
             self._counts = self._counts.to(alignment["counts"].device) + alignment["counts"]
-            self._tell(alignment["faults"])
-            self._last_align_weight = weight
-            # not the request, which holds attention rows: they shall be gone when the next batch comes
-            self._health = Health(answers_finite(seen[0], labels), request.present, request.losses)
+            self._print_faults(alignment["faults"])
+            # not the request: it holds attention rows, whose memory the next batch needs
+            self._health = Health(answers_finite(outputs_seen[0], labels), request.present, request.losses)
         else:
+            weight = self._align_weight.of_evaluation()
             self._eval_metrics.add_batch(plain_loss, total, request)
             self._eval_counts = self._eval_counts.to(alignment["counts"].device) + alignment["counts"]
-        # without alignment nothing is added, not even 0 times something: that would reorder sums of gradients
+        # with align_weight=0 nothing is added, not even 0 · L_att, which would reorder sums of gradients
         loss = plain_loss + weight * attention_loss if self._alignment.align_weight else plain_loss
         return (loss, without_attention_loss(outputs)) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As the trainer's own; a loss that is not finite stops training with an error that names the sample.
+        """The trainer's step. A loss that is not finite raises NotFiniteError, which names the sample.
 
-        Here the trainer waits for the loss anyway, to filter what it logs.
+        Testing the loss costs no extra synchronisation: the trainer waits for it here anyway, to filter what it logs.
         """
         self._divisor.look_ahead(model)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite():
-            raise fault(
+            raise not_finite_error(
                 self.state.global_step + 1, model, cast(ProcessorMixin, self.processing_class), inputs, self._health
             )
         if self.args.world_size > 1 and self.accelerator.sync_gradients and self._pretraining.is_on(self.state):
             self._pretraining.drop_gradients(model)
         return loss
 
-    def _tell(self, faults: list[str]) -> None:
-        """Print what was left out of a batch, the first few; `coverage` counts all."""
-        new = [one for one in faults if one not in self._told]
-        self._told.update(new[: NUM_NAMED - len(self._told)])
-        for one in new:
-            if one in self._told:
-                print(f"left out of a batch, or of its alignment: {one}")
-
-    def _align_weight(self, training: bool) -> float:
-        """λ at this step: it may be estimated, rise at the start, fall at the end, be switched off."""
-        config = self._alignment
-        weight = self._estimate.value if self._estimate is not None else float(config.align_weight)
-        if training and self.state.max_steps > 0:
-            done = (self.state.global_step + 1) / self.state.max_steps
-            if self.state.global_step * (config.align_switches + 1) // self.state.max_steps % 2:
-                return 0.0
-            weight *= min(1.0, done / config.align_warmup) if config.align_warmup else 1.0
-            weight *= min(1.0, (1 - done) / config.align_decay) if config.align_decay else 1.0
-        return weight
+    def _print_faults(self, faults: list[str]) -> None:
+        """Print the first few faults of samples; `coverage` counts all."""
+        new = [fault for fault in faults if fault not in self._printed_faults]
+        for fault in new[: NUM_NAMED - len(self._printed_faults)]:
+            self._printed_faults.add(fault)
+            print(f"left out of a batch, or of its alignment: {fault}")
 
     def _normalised(self, total: Tensor, request: AlignmentRequest, training: bool, num_items_in_batch) -> Tensor:
-        """Weighted sum over words → mean: in training over the accumulated batch, in evaluation over this one."""
+        """Divide a weighted sum over words by the weight of the accumulated batch, or of an evaluation's batch."""
         if not training:
             return total / matched_weight(request).clamp_min(LEAST_WEIGHT)
         share = self._divisor.share(total, request)
         return share * self.current_gradient_accumulation_steps if self._is_divided_later(num_items_in_batch) else share
 
     def _is_divided_later(self, num_items_in_batch) -> bool:
-        """Whether the trainer will divide this micro-batch's loss by the accumulation steps: its own rule."""
+        """Whether the trainer will divide this micro-batch's loss by the accumulation steps, by the trainer's rule."""
         if self.loss_is_scaled_for_ga is not None:
             return not self.loss_is_scaled_for_ga
         by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return not (by_items or self.compute_loss_func is not None)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the numbers of `lavender.training.metrics.Metrics` wherever the trainer logs its loss."""
+        """Add the metrics of `lavender.training.metrics.Metrics` wherever the trainer logs its loss."""
         if "loss" in logs:
             logs |= self._train_metrics.take_steps(self.accelerator)
-            config = self._alignment
-            if self._estimate is not None or config.align_warmup or config.align_decay or config.align_switches:
-                logs["align_weight"] = self._last_align_weight
+            if self._align_weight.varies:
+                logs["align_weight"] = self._align_weight.last
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
-        """As the trainer's own, with the numbers of `lavender.training.metrics.Metrics` among its metrics."""
+        """The trainer's evaluation, with the metrics of `lavender.training.metrics.Metrics` added."""
         self._eval_metrics.clear()
         self._eval_counts = torch.zeros_like(self._eval_counts)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -308,83 +295,53 @@ class AlignmentMixin(_TrainerLike):
         metrics = cast(dict[str, float], output.metrics)
         if self._alignment.align_weight and f"{metric_key_prefix}_loss" in metrics and numbers:
             attention_loss = numbers["attention_loss"] if numbers["matched_words"] else 0.0
-            numbers["loss"] = numbers["vlm_loss"] + self._align_weight(training=False) * attention_loss
+            numbers["loss"] = numbers["vlm_loss"] + self._align_weight.of_evaluation() * attention_loss
         metrics.update({f"{metric_key_prefix}_{name}": value for name, value in numbers.items()})
         return output
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As the trainer's own, which would pass over NaN, or take a loss that no word counted in for a low one."""
+        """Raise NotFiniteError for NaN, which the trainer ignores, and for a loss in which no word counts."""
         check_choice(metrics, self.args.metric_for_best_model, aligns=bool(self._alignment.align_weight))
         return super()._determine_best_metric(metrics, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Also keep what was counted so far. What makes a checkpoint complete is written after this."""
+        """Also write the counts so far. The file that makes a checkpoint complete is written after this."""
         super()._save_rng_state(output_dir)
         write_counts(self.accelerator, self._counts, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As the trainer's own; what is trained keeps its type, where PEFT loads adapters as float32 (QLoRA's are not).
-
-        A resumed run would go on in another precision.
-        """
-        tuned = cast(nn.Module, self.model if model is None else model)
-        before = {name: one.dtype for name, one in tuned.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, one in tuned.named_parameters():
-            if one.dtype != before[name]:
-                one.data = one.data.to(before[name])
+        with types_kept(cast(nn.Module, self.model if model is None else model)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         self._counts = read_counts(self.accelerator, self._counts, checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the model under its modules' own names.
-
-        For some models transformers writes older names, and a resumed run, which loads into modules
-        that stand already, would silently keep the base's weights.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PreTrainedModel):
-            save = partial(type(model).save_pretrained, model, save_original_format=False)
-            model.save_pretrained = save
-        try:
+        with saved_under_module_names(self.accelerator.unwrap_model(self.model)):
             super()._save(output_dir, state_dict)
-        finally:
-            vars(model).pop("save_pretrained", None)
-
-
-def _set_type(model: PreTrainedModel) -> None:
-    """Float32 for what alignment trains: TRL makes bfloat16 of all that QLoRA does.
-
-    With ZeRO-3 the model's own type, since DeepSpeed wants one of all; it keeps copies in float32.
-    """
-    dtype = model.dtype if is_deepspeed_zero3_enabled() else torch.float32
-    for name, parameter in model.named_parameters():
-        if is_alignment_part(name) and parameter.dtype in (torch.float32, torch.bfloat16):
-            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
-def _carried(model: nn.Module, request: AlignmentRequest) -> Iterator[list[Any]]:
-    """The model's first call inside carries the request, and its output lands in the list.
+def _passed_on(model: nn.Module, request: AlignmentRequest) -> Iterator[list[Any]]:
+    """Pass the request to the model's first forward inside; its output is appended to the list.
 
-    TRL runs the model again for logits that somebody asked for; the request has had its answer by then.
+    TRL may run the model again to get logits; the request has been answered by then.
     """
-    seen: list[Any] = []
+    outputs: list[Any] = []
 
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, kwargs if seen else kwargs | {"attention_request": request}
+    def add_request(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs if outputs else kwargs | {"attention_request": request}
 
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
-        if not seen:
-            seen.append(output)
+    def keep_output(module: nn.Module, args: tuple, output: Any) -> None:
+        if not outputs:
+            outputs.append(output)
 
-    # the first of the hooks before: others of the model already look for the request
-    begin = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-    handles = begin, model.register_forward_hook(after)
+    # before the model's other hooks, which look for the request
+    first = model.register_forward_pre_hook(add_request, with_kwargs=True, prepend=True)
+    handles = first, model.register_forward_hook(keep_output)
     try:
-        yield seen
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

@@ -1,7 +1,7 @@
-"""What made a loss NaN or infinite, by name: the sample, the word, or the weights.
+"""Find which sample, word or weight made a loss NaN or infinite.
 
-All that is needed is taken in the forward pass, on the device: nothing is waited for and nothing runs twice, so it
-also holds where a forward needs every process.
+Everything needed is kept from the forward pass, on the device, so no forward runs twice. This works with FSDP and
+ZeRO, where a forward needs every process.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ _SHOWN_TEXT = 80  # characters of a conversation
 
 
 class Health(NamedTuple):
-    """Of a batch: which samples' predictions are finite, bool (sample,), None where unknown; and L_att by words.
+    """What of a batch is finite.
 
-    `present` bool (sample, word), and `losses` (word,) of those that are present.
+    Attributes:
+        answers: whether each sample's predictions are finite, bool (sample,); None where unknown.
+        present: which words the samples have, bool (sample, word).
+        losses: the loss of each present word, (word,).
     """
 
     answers: Tensor | None
@@ -34,28 +37,30 @@ class Health(NamedTuple):
 
 
 def answers_finite(output: Mapping[str, Any], labels: Tensor) -> Tensor | None:
-    """Which samples' predictions of their labels are finite: bool (sample,). None where an output does not say."""
+    """Whether each sample's predictions of its labels are finite, bool (sample,); None if the output has none."""
     if output.get("log_probs") is not None:  # TRL's fused head; 0 where there is no label
         return output["log_probs"].detach().isfinite().all(dim=1)
     if output.get("logits") is None or output["logits"].shape[:2] != labels.shape:
         return None
-    sums_BT = output["logits"].detach()[:, :-1].sum(dim=-1, dtype=torch.float32)  # of a row with NaN or ∞: not finite
+    sums_BT = (
+        output["logits"].detach()[:, :-1].sum(dim=-1, dtype=torch.float32)
+    )  # not finite if a logit is NaN or infinite
     return (sums_BT.isfinite() | (labels[:, 1:] == -100)).all(dim=1)
 
 
-def fault(
+def not_finite_error(
     step: int,
     model: nn.Module,
     processor: ProcessorMixin,
     inputs: Mapping[str, Any],
     health: Health,
 ) -> NotFiniteError:
-    """The error that says what is not finite in a batch whose loss is not.
+    """The error that names what is not finite in a batch whose loss is not.
 
     Args:
-        step: of the optimiser, from 1.
+        step: optimiser step, from 1.
         inputs: the batch, with its `alignment`.
-        health: the batch's, after the forward pass.
+        health: what of the batch is finite, after its forward pass.
     """
     places = health.present.nonzero()[~health.losses.isfinite()].tolist()
     answers = [] if health.answers is None else (~health.answers).nonzero().flatten().tolist()

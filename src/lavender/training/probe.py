@@ -1,4 +1,4 @@
-"""A few fixed samples, looked at again and again while training: does the student look where the teacher does?"""
+"""The probe: measures on a few fixed samples, during training, whether the student looks where the teacher does."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from trl import SFTTrainer
 
 from lavender.alignment.collator import word_text
 from lavender.alignment.examples import images_of
@@ -22,19 +23,25 @@ from lavender.maps import map_agreement
 from lavender.students.word_maps import evaluating, random_state_kept
 
 HIGH_SHARE = 0.1
-"""The share of a teacher's map that `peak_hits` calls high."""
+"""Share of a teacher's cells, the highest ones, in which `peak_hits` counts a hit."""
 NUM_DRAWN = 4
 _DRAWN_SIDE = 256  # pixels, of each of a drawing's three pictures
 
 
 class OwnAttention(AlignmentRequest):
-    """Of the layers themselves, also where parallel projections answer while training."""
+    """A request for the attention of the layers themselves, also where parallel projections are trained."""
 
     learned = False
 
 
 class Seen(NamedTuple):
-    """Maps of some words, (word, rows, cols): the student's before any Aligner, the teacher's; and L_att, (word,)."""
+    """What a look at the samples gives.
+
+    Attributes:
+        student: attention of the student before any Aligner, (word, rows, cols).
+        teacher: the teacher's maps, (word, rows, cols).
+        losses: L_att of each word, (word,).
+    """
 
     student: Tensor
     teacher: Tensor
@@ -42,7 +49,7 @@ class Seen(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A sample's first mapped word, the picture that its map is of, and how many mapped words the sample has."""
+    """What is drawn of a sample: its first mapped word and that map's picture; and its number of mapped words."""
 
     word: str
     picture: Image.Image
@@ -50,9 +57,12 @@ class Drawn(NamedTuple):
 
 
 def peak_hits(student: Tensor, teacher: Tensor) -> float:
-    """Share of words whose student map is highest in the tenth of the cells where the teacher's is: 0.1 by chance.
+    """Share of words whose student map has its maximum in the tenth of the cells where the teacher's map is highest.
 
-    Maps are (word, rows, cols). Cells of equal height share their rank, so that nothing hits a flat map.
+    Chance level is 0.1. Cells of equal height share their rank, so no map hits a constant one.
+
+    Args:
+        student, teacher: (word, rows, cols).
     """
     heights = teacher.flatten(1)
     at_peak = heights.gather(1, student.flatten(1).argmax(dim=1, keepdim=True))
@@ -62,23 +72,40 @@ def peak_hits(student: Tensor, teacher: Tensor) -> float:
 
 def choose(examples: Iterable[Any], collate: Callable[[list[Any]], Mapping[str, Any]], size: int) -> list[Any]:
     """The first `size` examples that have a mapped word."""
-    return list(islice((one for one in examples if collate([one])["alignment"]["present"].any()), size))
+    return list(islice((example for example in examples if collate([example])["alignment"]["present"].any()), size))
+
+
+def add_probe(
+    trainer: Trainer, requests: Callable[[dict[str, Tensor]], list[AlignmentRequest]], examples: list[Any], every: int
+) -> None:
+    """Let a trainer measure these samples every `every` steps. Does nothing if a process has none.
+
+    With FSDP or ZeRO a forward needs every process, so each gets as many samples as the process with the fewest.
+    """
+    sizes = trainer.accelerator.gather(torch.tensor([len(examples)], device=trainer.accelerator.device))
+    size = int(cast(Tensor, sizes).min())
+    if size:
+        settings = {"use_cache": False} | ({"fused_lm_head": True} if isinstance(trainer, SFTTrainer) else {})
+        trainer.add_callback(Probe(trainer, requests, examples[:size], every, settings))
 
 
 class Probe(TrainerCallback):
-    """Looks at the samples before the first step, every `every` steps and after the last.
+    """Measures some samples before the first step, every `every` steps and after the last one.
 
-    It logs `probe_map_agreement` and `probe_peak_hits`, of where the student itself looks (mean over heads and aligned
-    layers, before any Aligner, and never through the projections of "learn", which no export keeps), and
-    `probe_attention_loss`, L_att as it is trained. Training is the same to the bit with and without it: it runs in
-    evaluation mode and puts back the state of random numbers. Every process runs the forwards, the main one writes.
+    It logs three numbers:
+    - `probe_map_agreement` and `probe_peak_hits`, of the student's own attention: mean over heads and aligned layers,
+      before any Aligner, and without the projections of "learn", which no export keeps.
+    - `probe_attention_loss`, L_att as it is trained.
+
+    Training is bit-identical with and without the probe: it runs in evaluation mode and restores the state of random
+    numbers. Every process runs the forwards; the main process writes.
 
     Args:
-        trainer: whose model is looked at, wrapped as it trains.
-        requests: makes of a batch's tensors the request of its alignment and, if its rows come from parallel
-            projections, an `OwnAttention`.
-        examples: of the data set, each with a mapped word.
-        every: steps.
+        trainer: its model is measured, wrapped as it trains.
+        requests: builds the requests from a batch's alignment tensors: one for the loss and, if its rows come from
+            parallel projections, an `OwnAttention`.
+        examples: samples of the data set, each with a mapped word.
+        every: number of steps between two measurements.
         settings: keyword arguments of every forward.
     """
 
@@ -94,10 +121,10 @@ class Probe(TrainerCallback):
         step = trainer.args.per_device_eval_batch_size
         collate = cast(Callable[[list[Any]], dict[str, Any]], trainer.data_collator)
         self._batches = [collate(examples[start : start + step]) for start in range(0, len(examples), step)]
-        self._drawn = [self._first_word(one, collate([one])) for one in examples[:NUM_DRAWN]]
+        self._drawn = [self._first_word(example, collate([example])) for example in examples[:NUM_DRAWN]]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if state.global_step == 0:  # a resumed run has looked already
+        if state.global_step == 0:  # a resumed run has measured already
             self.look()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -105,13 +132,13 @@ class Probe(TrainerCallback):
             self.look()
 
     def look(self) -> None:
-        """Run the samples through the model as it is, log the numbers and draw."""
+        """Run the samples through the current model, log the numbers and draw the maps."""
         trainer = self._trainer
         model = cast(torch.nn.Module, trainer.model_wrapped)
         should_log = trainer.control.should_log
         with random_state_kept(trainer.args.device), evaluating(model), torch.no_grad():
             parts = [self._see(model, batch) for batch in self._batches]
-            seen = Seen(*(torch.cat(one) for one in zip(*parts, strict=True)))
+            seen = Seen(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
             numbers = {
                 "probe_peak_hits": peak_hits(seen.student, seen.teacher),
                 "probe_attention_loss": seen.losses.mean().item(),
@@ -119,8 +146,8 @@ class Probe(TrainerCallback):
             agreement = map_agreement(seen.student, seen.teacher)
             if agreement is not None:
                 numbers["probe_map_agreement"] = agreement
-            trainer.log(numbers)  # in evaluation mode, or TRL would empty its own numbers of training
-        trainer.control.should_log = should_log  # `log` takes it that the step's own numbers are done with
+            trainer.log(numbers)  # in evaluation mode: in training mode TRL would reset its own metrics
+        trainer.control.should_log = should_log  # `log` resets it, but the step's own numbers are still to be logged
         self._draw(seen)
 
     def _see(self, model: torch.nn.Module, batch: dict[str, Any]) -> Seen:
@@ -130,7 +157,7 @@ class Probe(TrainerCallback):
         for request in requests:
             model(**inputs, **self._settings, attention_request=request)
         maps = requests[-1].student_maps, tensors["targets"][tensors["present"]], requests[0].losses
-        return Seen(*(one.float().cpu() for one in maps))
+        return Seen(*(tensor.float().cpu() for tensor in maps))
 
     def _first_word(self, example: Mapping[str, Any], batch: Mapping[str, Any]) -> Drawn:
         alignment = {name: batch["alignment"][name][0] for name in ("rows", "shares", "word_pictures")}
@@ -140,13 +167,14 @@ class Probe(TrainerCallback):
         return Drawn(word, downscaled(picture, _DRAWN_SIDE), int(batch["alignment"]["present"].sum()))
 
     def _draw(self, seen: Seen) -> None:
-        """Picture, teacher and student side by side, for those who watch in TensorBoard."""
+        """Write picture, teacher and student side by side to TensorBoard."""
         callbacks = self._trainer.callback_handler.callbacks
-        writers = [one.tb_writer for one in callbacks if isinstance(one, TensorBoardCallback) and one.tb_writer]
+        boards = [callback for callback in callbacks if isinstance(callback, TensorBoardCallback)]
+        writers = [board.tb_writer for board in boards if board.tb_writer]
         place = 0
         for index, (word, picture, num_words) in enumerate(self._drawn if writers else ()):
             maps = seen.teacher[place], seen.student[place]
-            pixels = [np.asarray(one) for one in (picture, *(overlay_heat(picture, one) for one in maps))]
+            pixels = [np.asarray(image) for image in (picture, *(overlay_heat(picture, heat) for heat in maps))]
             for writer in writers:
                 writer.add_image(
                     f"probe/{index} {word}: picture, teacher, student",

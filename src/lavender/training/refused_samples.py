@@ -1,7 +1,7 @@
-"""Before the first step: which samples the model refuses, and whether enough of the others have maps.
+"""Checks before the first step: which samples the model refuses, and whether enough of the others have maps.
 
-All samples of a data set are looked at, each process at its share, so that none ends a run at a late step; samples of a
-stream are looked at as they come (`AlignmentCollator.drops`).
+Every sample of a data set is checked, a share of them on each process, so that no sample ends the run at a late step.
+Samples of a stream are checked as they arrive (`AlignmentCollator.drops`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ from lavender.errors import ConfigError, DataError
 from lavender.training.arguments import AlignmentArguments
 
 NUM_READ = 256
-"""How many samples are read as training will read them."""
+"""Number of samples that are read in full, as training reads them, to measure coverage."""
 NUM_NAMED = 10
-_MANY = 5000  # samples, from which on a bar shows how far the look at them has come
+_MANY = 5000  # samples; a longer check shows a progress bar
 
 
 class Refused(NamedTuple):
-    """A sample that is left out: its index in the data set, one of `REFUSALS` as the reason, and what was found."""
+    """A sample that is left out.
+
+    Attributes:
+        index: its index in the data set.
+        reason: one of `lavender.alignment.examples.REFUSALS`.
+        found: what is wrong with the sample, in words.
+    """
 
     index: int
     reason: str
@@ -39,38 +45,55 @@ class Refused(NamedTuple):
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether a data set can only be read from its beginning."""
+    """Whether a data set can only be read from its beginning: an IterableDataset of datasets or torch."""
     return isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset))
+
+
+def leave_out_refused(
+    dataset: Any, collator: AlignmentCollator, accelerator: Accelerator, with_bar: bool = False
+) -> tuple[Any, list[Refused]]:
+    """(data set without the samples that the model refuses, these samples). The main process prints a summary.
+
+    Of a stream nothing is read: the collator is told to drop such samples as they arrive.
+    """
+    if dataset is None or is_stream(dataset):
+        collator.drops |= dataset is not None
+        return dataset, []
+    refused = refused_of(dataset, collator, accelerator, with_bar)
+    if accelerator.is_main_process:
+        for line in summary(refused, len(dataset)):
+            print(line)
+    return without(dataset, refused), refused
 
 
 def refused_of(
     dataset: Any, collator: AlignmentCollator, accelerator: Accelerator, with_bar: bool = False
 ) -> list[Refused]:
-    """The samples of a data set that the model refuses, in order; the same on every process, and every one must call.
+    """The samples of a data set that the model refuses, in order. Every process must call this; all get the same list.
 
-    For each sample the chat template is rendered and its pictures' headers are read. In full, with its pixels, only
-    those are tried whose length is near `max_length`.
+    Of each sample the chat template is rendered and the pictures' headers are read. Only samples whose length is close
+    to `max_length` are processed in full, with their pixels.
 
     Raises:
-        DataError: no sample is left; or the data set as a whole is of another kind.
+        DataError: the model refuses every sample; or the data set as a whole cannot be used.
     """
     places = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    plain, own, failure = _undecoded(dataset), [], None
+    plain, refused_here, failure = _undecoded(dataset), [], None
     show = with_bar and accelerator.is_main_process and len(places) >= _MANY
     try:
         for index in tqdm(places, desc="checking samples", disable=not show, leave=False):
             fault = _fault(plain, dataset, index, collator)
             if fault is not None:
-                own.append(Refused(index, fault.reason, fault.got))
-    except Exception as error:  # told to the others first, who would wait for ever
+                refused_here.append(Refused(index, fault.reason, fault.got))
+    except Exception as error:  # raised after the gather below: the other processes would deadlock in it
         failure = error
-    shares = [(own, failure)]
+    shares = [(refused_here, failure)]
     if accelerator.num_processes > 1:
         shares = gather_object(shares)
-    for _, one in shares:
-        if one is not None:
-            raise one
-    refused = sorted(one for own, _ in shares for one in own)
+    for _, error in shares:
+        if error is not None:
+            raise error
+    refused = sorted(sample for refused_there, _ in shares for sample in refused_there)
     if refused and len(refused) == len(dataset):
         raise DataError(
             f"{len(refused)} samples, of which the model takes none; the first, {refused[0].index}: {refused[0].found}",
@@ -81,35 +104,39 @@ def refused_of(
 
 
 def without(dataset: Any, refused: list[Refused]) -> Any:
-    """The data set without these samples; the very same where there are none."""
+    """The data set without these samples; the same object if there are none."""
     if not refused:
         return dataset
-    gone = {one.index for one in refused}
+    gone = {sample.index for sample in refused}
     kept = [index for index in range(len(dataset)) if index not in gone]
     return dataset.select(kept) if isinstance(dataset, datasets.Dataset) else Subset(dataset, kept)
 
 
-def told(refused: list[Refused], num_samples: int) -> list[str]:
-    """Lines for a person: how many samples were left out for what, and the first of them."""
+def summary(refused: list[Refused], num_samples: int) -> list[str]:
+    """Lines to print: how many samples were left out, for which reasons, and the first of them."""
     if not refused:
         return []
-    reasons = Counter(one.reason for one in refused)
+    reasons = Counter(sample.reason for sample in refused)
     lines = [f"left out {len(refused)} of {num_samples} samples that the model refuses:"]
     lines += [f"  {count} × {reason}" for reason, count in reasons.most_common()]
-    lines += [f"  sample {one.index}: {one.found}" for one in refused[:NUM_NAMED]]
+    lines += [f"  sample {sample.index}: {sample.found}" for sample in refused[:NUM_NAMED]]
     return lines + ([f"  and {len(refused) - NUM_NAMED} more"] if len(refused) > NUM_NAMED else [])
 
 
 def counts_of(refused: list[Refused]) -> Tensor:
-    """As a batch's `counts`: each of them once."""
-    return Coverage(len(refused), dropped=Counter(one.reason for one in refused)).counts()
+    """These samples as a batch's `counts` (`Coverage.counts`)."""
+    return Coverage(len(refused), dropped=Counter(sample.reason for sample in refused)).counts()
 
 
 def check_coverage(dataset: Any, collator: AlignmentCollator, least: float) -> None:
-    """Read some samples as training will, of a stream the first, and stop if too few have maps."""
+    """Read some samples in full, the first ones of a stream, and stop if too few have maps.
+
+    Raises:
+        DataError: a smaller share than `least` of those with a picture has maps.
+    """
     found, faults = torch.zeros_like(Coverage().counts()), []
     step = 1 if is_stream(dataset) else max(1, len(dataset) // NUM_READ)
-    for example in taken(_first(dataset, step), collator):
+    for example in accepted(_first(dataset, step), collator):
         alignment = collator([example])["alignment"]
         found += alignment["counts"]
         faults += alignment["faults"]
@@ -123,18 +150,18 @@ def check_coverage(dataset: Any, collator: AlignmentCollator, least: float) -> N
         )
 
 
-def first_of(dataset: Any, collator: AlignmentCollator) -> Iterator[Any]:
-    """The first samples of a data set that the model takes. A stream begins anew for whoever reads it next."""
-    return taken(islice(_first(dataset, 1), NUM_READ), collator)
+def first_accepted(dataset: Any, collator: AlignmentCollator) -> Iterator[Any]:
+    """The first samples of a data set that the model takes. Reading a stream here does not advance it for others."""
+    return accepted(islice(_first(dataset, 1), NUM_READ), collator)
 
 
-def taken(examples: Iterable[Any], collator: AlignmentCollator) -> Iterator[Any]:
-    """Those that the model takes, of a stream's; of other data sets all are, since `without`."""
-    return (one for one in examples if not collator.drops or collator.fault_of(one) is None)
+def accepted(examples: Iterable[Any], collator: AlignmentCollator) -> Iterator[Any]:
+    """The examples that the model takes. Only those of a stream are checked: others were left out before."""
+    return (example for example in examples if not collator.drops or collator.fault_of(example) is None)
 
 
 def _first(dataset: Any, step: int) -> Iterable[Any]:
-    """Samples from all over a data set, every `step`-th, or the first of a stream."""
+    """Every `step`-th sample of a data set, or the first samples of a stream."""
     if is_stream(dataset):
         return islice(dataset, NUM_READ)
     return (dataset[index] for index in range(0, len(dataset), step))
@@ -143,7 +170,7 @@ def _first(dataset: Any, step: int) -> Iterable[Any]:
 def _fault(plain: Any, dataset: Any, index: int, collator: AlignmentCollator) -> SampleError | None:
     try:
         example = plain[index]
-    except Exception as error:  # a data set's own code, and the decoders in it
+    except Exception as error:  # the data set's own code and its decoders may raise anything
         got = f"a sample that the data set cannot give: {error}"
         return SampleError(got, "a sample", "repair it", reason=UNREADABLE)
     try:
@@ -162,12 +189,12 @@ class _Undecoded:
         self._pictures = dataset.select_columns(columns).with_format("arrow")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pictures = {name: own[0] for name, own in self._pictures[index].to_pydict().items()}
+        pictures = {name: values[0] for name, values in self._pictures[index].to_pydict().items()}
         return dict(self._rest[index]) | pictures
 
 
 def _undecoded(dataset: Any) -> Any:
-    """The same samples without decoding their pictures, where that can be had."""
+    """The same samples without decoding their pictures, where the data set can give them so."""
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] is not None:
         return dataset
     columns = [
@@ -179,7 +206,7 @@ def _undecoded(dataset: Any) -> Any:
 
 
 def refuse_in_plain_trainer(args: AlignmentArguments, collator: Any) -> None:
-    """What SFTTrainer looks after itself."""
+    """Raise ConfigError for what only SFTTrainer brings or handles: the collator, Liger without logits."""
     if collator is None:
         raise ConfigError(
             "no data_collator",

@@ -1,4 +1,4 @@
-"""Which checkpoint of the trainer a stopped run goes on from: the last whole one."""
+"""Find the checkpoint from which a stopped run continues: the last complete one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lavender.alignment.collator import Coverage
 from lavender.training.checkpoints import COUNTS_FILE
 
 UNUSABLE = "unusable-"
-"""Put before the name of a checkpoint that was passed over."""
+"""Prefix for the name of a checkpoint that was skipped."""
 _STATE = "trainer_state.json"
 _SHARDED = ("global_step*", "optimizer_*", "optimizer.bin", "pytorch_model_fsdp*")  # as DeepSpeed and FSDP write
 
@@ -27,10 +27,10 @@ class _BrokenError(Exception):
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The last checkpoint from which training can go on, and those after it that are not whole, each with the reason.
+    """The last checkpoint from which training can continue, and the incomplete ones after it with their faults.
 
-    transformers writes a checkpoint file by file, `trainer_state.json` last, and goes on from what is there: without an
-    optimiser's state, too. So each file is looked at. Nothing in them is executed; weights are not compared.
+    transformers writes a checkpoint file by file, `trainer_state.json` last. It continues from whatever exists, even
+    without the optimiser's state, so each file is checked here. No code in the files runs; weights are not compared.
     """
     steps = sorted(
         (path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[1].isdigit()),
@@ -48,7 +48,7 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def set_aside(passed: dict[Path, str]) -> None:
-    """Rename checkpoints that were passed over. The trainer would count them as its newest, and delete good ones."""
+    """Rename skipped checkpoints. The trainer would take them for its newest ones, and delete good ones."""
     for path in passed:
         aside = path.with_name(UNUSABLE + path.name)
         shutil.rmtree(aside, ignore_errors=True)
@@ -113,7 +113,7 @@ def _check_counts(checkpoint: Path) -> None:
 
 
 def _check_weights(path: Path) -> None:
-    """The header, and that the file is as long as the header says."""
+    """Check the header, and the file's length against it."""
     try:
         with safe_open(path, framework="pt") as file:
             file.keys()
@@ -122,7 +122,7 @@ def _check_weights(path: Path) -> None:
 
 
 def _check_pickle(path: Path, keys: tuple[str, ...]) -> None:
-    """The archive's own checksums, then its structure, of allowed types alone; large tensors stay on disk."""
+    """Check the archive's checksums, then its content, of allowed types alone. Large tensors stay on disk."""
     if not path.is_file():
         raise _BrokenError(f"which has no {path.name}")
     try:

@@ -1,4 +1,4 @@
-"""The settings of a run, from YAML and `key=value` overrides."""
+"""The settings of a run, read from a YAML file and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lavender.config import check_keys, from_mapping
 from lavender.errors import ConfigError
 from lavender.files import expanded, shown
-from lavender.training.training_settings import checked_training, training_keys
+from lavender.training.settings import checked_training, training_keys
 from lavender.training.yaml_files import parse_yaml, read_settings
 from lavender.type_checks import check_fields, check_path, write_paths_as_texts
 
@@ -19,12 +19,19 @@ Part = Literal["vision_tower", "connector", "language_model"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64", "float", "half", "double"]
 PATHS = ("model", "data", "out", "eval_data", "eval_maps")
 RECORD = "record"
-"""A key of a run folder's config.yaml: what that run was made with. It is no setting."""
+"""Key of a run folder's config.yaml that records what the run was made from. It is not a setting."""
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA as the paper used it (its adapter file's size fits r=8 on q and v)."""
+    """Settings of LoRA. The defaults are the paper's: its adapter file has the size of r=8 on q and v.
+
+    Attributes:
+        r: rank of the update.
+        alpha: scale of the update; it is multiplied by alpha / r.
+        dropout: dropout probability, from 0 to less than 1.
+        target_modules: names of the modules to tune, or a regular expression.
+    """
 
     r: int = 8
     alpha: int = 32
@@ -48,24 +55,27 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run needs.
+    """The settings of a run.
 
     Attributes:
-        model: path or hub id of the base model.
-        data: what `lavender.data.read_samples` reads.
-        maps: the map store of that data, or a list of several.
-        eval_data: held-out data of the same kind, for `eval_strategy`; or None.
-        eval_maps: the map store of that data, if `maps` does not hold its maps too.
+        model: folder or Hub id of the base model.
+        data: data set that `lavender.data.samples.read_samples` reads.
+        maps: folder of the map store of that data, or a list of several.
+        eval_data: held-out data of the same kind, for `eval_strategy`; None for no evaluation.
+        eval_maps: folder of the map store of `eval_data`; None if `maps` contains its maps.
         out: the run folder.
-        prompt: the question put before captions that come without one.
-        lora: LoRA settings, or None for full tuning.
-        peft: settings of any PEFT config, `peft_type` first, in the place of `lora`, its short form.
-        freeze: parts of which nothing is trained: vision_tower, connector, language_model.
-        image_processor: settings that replace the image processor's own, such as its `size`.
-        dtype: of the loaded weights, a torch name, or "auto".
-        quantization: settings of transformers' BitsAndBytesConfig, for QLoRA: the base's weights in 4 or 8 bits.
-        trust_remote_code: run code that comes with the model.
-        training: any setting of LavenderConfig, which is TRL's SFTConfig and alignment's.
+        prompt: question for captions that come without one.
+        lora: settings of LoRA; None for full tuning.
+        peft: settings of any PEFT config, with its `peft_type`; `lora` is the short form for LoRA.
+        freeze: parts that do not train: vision_tower, connector, language_model.
+        image_processor: settings of the image processor to change, such as its `size`.
+        dtype: type of the loaded weights, a torch name; "auto" is float32 where the weights themselves train.
+        quantization: settings of transformers' BitsAndBytesConfig, for QLoRA: base weights in 4 or 8 bits.
+        trust_remote_code: run the Python code that comes with the model.
+        training: any setting of LavenderConfig, that is, of TRL's SFTConfig and of alignment.
+
+    Raises:
+        ConfigError: a setting is of another type, out of its range, or contradicts another.
     """
 
     model: str
@@ -90,7 +100,7 @@ class RunConfig:
         for name in PATHS:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_path(name, getattr(self, name)))
-        stores = [check_path("maps", path) for path in (self.maps if isinstance(self.maps, list) else [self.maps])]
+        stores = [check_path("maps", path) for path in self.training_stores()]
         if not stores:
             raise ConfigError("maps=[]", "a map store, or several", "write maps: FOLDER")
         object.__setattr__(self, "maps", stores[0] if len(stores) == 1 else stores)
@@ -108,7 +118,7 @@ class RunConfig:
         return list(dict.fromkeys([*self.training_stores(), *([self.eval_maps] if self.eval_maps else [])]))
 
     def peft_settings(self) -> Mapping[str, Any] | None:
-        """Those of `peft`, or of `lora`, its short form; None for full tuning."""
+        """The settings of the PEFT config, from `peft` or `lora`; None for full tuning."""
         if self.lora is None:
             return self.peft
         targets = self.lora.target_modules
@@ -122,13 +132,13 @@ class RunConfig:
 
 
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run's settings from YAML and `key=value` overrides; settings of training need no prefix.
+    """Read a run's settings from a YAML file and `key=value` overrides. Training settings need no prefix.
 
     The config.yaml of a run folder is such a file too.
 
     Raises:
         DataError: there is no such file, or it cannot be read.
-        ConfigError: a missing key, a misspelt key (named with the nearest right one), a value of another type.
+        ConfigError: a missing key, an unknown key (with the most similar known one), a value of another type.
     """
     path = expanded(path)
     settings = _flat(read_settings(path), str(path)) | _flat(read_overrides(overrides), "--set")
@@ -136,7 +146,7 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` settings, values as YAML."""
+    """Read `KEY=VALUE` settings, with values in YAML."""
     settings = {}
     for override in overrides:
         key, sign, value = override.partition("=")
@@ -147,13 +157,13 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def check_out(path: str | Path) -> Path:
-    """Where a run's folder is to be; nothing is made yet.
+    """The path of a run's folder, with `~` expanded. Nothing is created.
 
     Raises:
         ConfigError: there is a file at the path or above it.
     """
     out = expanded(path)
-    there = next(one for one in (out, *out.absolute().parents) if os.path.lexists(one))
+    there = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
     if not there.is_dir():
         above = "" if there == out else f"above which {there} stands, "
         raise ConfigError(f"out={path}, {above}which is a file", "a folder", "choose another out")
@@ -161,24 +171,24 @@ def check_out(path: str | Path) -> Path:
 
 
 def _flat(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """Settings of training without the `training:` that config.yaml puts them under, and without its `record:`."""
-    own = {key: value for key, value in settings.items() if key not in ("training", RECORD)}
+    """The settings of a file with those under `training:` at the top level, and without `record:`."""
+    settings_of_run = {key: value for key, value in settings.items() if key not in ("training", RECORD)}
     for key in ("training", RECORD):
         if not isinstance(settings.get(key, {}), dict):
             raise ConfigError(f"{key}={shown(settings[key])} in {where}", "a mapping", f"remove {key}")
     training = settings.get("training", {})
-    if twice := sorted(own.keys() & training.keys()):
+    if twice := sorted(settings_of_run.keys() & training.keys()):
         raise ConfigError(f"{twice[0]!r} in {where} and in its training", "each setting once", "remove one of the two")
-    return own | training
+    return settings_of_run | training
 
 
 def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
-    own = [one.name for one in fields(RunConfig) if one.name != "training"]
-    check_keys(settings, own + sorted(training_keys()), where)
+    names = [field.name for field in fields(RunConfig) if field.name != "training"]
+    check_keys(settings, names + sorted(training_keys()), where)
     for key in ("model", "data", "maps", "out"):
         if key not in settings:
             raise ConfigError(f"no key {key!r} in {where}", f"{key}: …", "add it")
-    run = {key: value for key, value in settings.items() if key in own}
+    run = {key: value for key, value in settings.items() if key in names}
     lora = run.pop("lora", None)
     if lora is not None and lora is not False:
         if lora is not True and not isinstance(lora, dict):
@@ -186,7 +196,7 @@ def _run_config(settings: dict[str, Any], where: str) -> RunConfig:
                 f"lora={shown(lora)} in {where}", "true, false or settings", "write for example lora: {r: 8}"
             )
         run["lora"] = from_mapping(LoraSettings, {} if lora is True else lora, f"{where}: lora")
-    return RunConfig(**run, training={key: value for key, value in settings.items() if key not in own})
+    return RunConfig(**run, training={key: value for key, value in settings.items() if key not in names})
 
 
 def _check_methods(peft: Mapping[str, Any] | None, quantization: Mapping[str, Any] | None) -> None:

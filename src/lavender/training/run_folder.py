@@ -1,7 +1,7 @@
-"""The folder of a run: its config.yaml, whether wanted settings are those of the run in it, and how it begins anew.
+"""The folder of a run: its config.yaml, the comparison of its settings with those of a new call, and its removal.
 
-`config.yaml` has every setting as it was resolved, so that no later default is ever filled in, and under `record` what
-the run was made from: versions, digests of model, data and maps, the number of processes.
+`config.yaml` has every resolved setting, so later defaults never change a run. Under `record` it has what the run was
+made from: versions, digests of model, data and maps, the number of processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lavender.errors import ConfigError, DataError, FileError
 from lavender.files import TEMPORARY, write_whole
 from lavender.training.run_config import RunConfig
-from lavender.training.training_settings import training_keys
+from lavender.training.settings import training_keys
 from lavender.training.yaml_files import read_settings, yaml_text
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ CONFIG, METRICS, COVERAGE, CHECKPOINT, HEAD = (
     "alignment_head.safetensors",
 )
 TRAINER = "trainer"
-"""Where the trainer writes its own checkpoints, from which a run goes on."""
+"""Folder of the trainer's checkpoints, from which a run continues."""
 OWN = (CONFIG, METRICS, COVERAGE, CHECKPOINT, HEAD, TRAINER, "environment.json", "eval.json", "report.html")
-"""All that `train`, `eval` and `report` write into a run's folder."""
+"""Everything that `train`, `eval` and `report` write into a run folder."""
 PACKAGES = (
     "lavender-vlm",
     "torch",
@@ -54,7 +54,7 @@ FREE = frozenset(
     {
         "out",
         "trust_remote_code",
-        # how a run is watched: the probe keeps the state of random numbers, and its forwards change no weight
+        # monitoring: the probe restores the state of random numbers, and its forwards change no weight
         "probe_size",
         "probe_steps",
         "disable_tqdm",
@@ -71,7 +71,7 @@ FREE = frozenset(
         "logging_strategy",
         "logging_first_step",
         "skip_memory_metrics",
-        # how data reach the process, and what is kept where
+        # how data are loaded, and what is stored where
         "dataloader_num_workers",
         "dataloader_pin_memory",
         "dataloader_persistent_workers",
@@ -88,19 +88,19 @@ FREE = frozenset(
         "hub_revision",
     }
 )
-"""Settings that do not change what a run is: it may go on, or be finished, under others."""
+"""Settings that do not change the result of a run: it may continue with other values."""
 FREE_WITHOUT_BEST = frozenset({"save_strategy", "save_steps"})
-"""Likewise, unless the best of the saved checkpoints is chosen."""
+"""The same, unless the run keeps the best of its saved checkpoints."""
 CONTENT = {"model": "model", "data": "data", "maps": "maps", "eval_data": "eval_data", "eval_maps": "eval_maps"}
 NOT_RECORDED = "not recorded"
-# as given, not as resolved: the launcher decides the rest; the old names of two settings; a secret
+# recorded as given: the launcher resolves the rest. Left out: old names of two settings, a secret
 _AS_GIVEN = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")
 _LEFT_OUT = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "hub_token", "local_rank")
 
 
 def resolved_settings(run: RunConfig, args: LavenderConfig, content: Mapping[str, str]) -> dict[str, Any]:
-    """What config.yaml says of a run: all settings, and under `record` what it was made from."""
-    defaults = {one.name: one.default for one in fields(args)}
+    """The content of config.yaml: all settings, and under `record` what the run was made from."""
+    defaults = {setting.name: setting.default for setting in fields(args)}
     training = {}
     for name in sorted(training_keys() - set(_LEFT_OUT)):
         value = run.training.get(name, defaults[name]) if name in _AS_GIVEN else getattr(args, name)
@@ -116,7 +116,7 @@ def resolved_settings(run: RunConfig, args: LavenderConfig, content: Mapping[str
 
 
 def _divided_by(args: LavenderConfig) -> str:
-    """What divides the training among processes, whose checkpoints another cannot read."""
+    """How training is divided over processes. Checkpoints of one way cannot be read by another."""
     if args.deepspeed_plugin is not None:
         return f"ZeRO-{args.deepspeed_plugin.zero_stage}"
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -125,23 +125,27 @@ def _divided_by(args: LavenderConfig) -> str:
 
 
 def versions() -> dict[str, str]:
-    own = {"python": platform.python_version(), "platform": platform.platform()}
-    return own | {name: version(name) for name in PACKAGES}
+    """Versions of Python, the platform and the packages in `PACKAGES`."""
+    system = {"python": platform.python_version(), "platform": platform.platform()}
+    return system | {name: version(name) for name in PACKAGES}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 def check_place(out: Path, restart: bool = False) -> bool:
-    """Whether a run is in the folder, which may be removed for `restart`. Nothing is written.
+    """Whether the folder holds a run. Nothing is written.
+
+    Args:
+        restart: whether the run may be removed.
 
     Raises:
-        ConfigError: a file; content that is no run's; checkpoints whose settings are not known.
+        ConfigError: the path is a file; the folder holds other content, or checkpoints without config.yaml.
     """
     if not out.exists():
         return False
@@ -151,7 +155,7 @@ def check_place(out: Path, restart: bool = False) -> bool:
     foreign = sorted(names - set(OWN))
     if CONFIG in names:
         if foreign and restart:
-            read_config(out)  # is it a run's at all?
+            read_config(out)  # raises if the file is not a run's
         return True
     if foreign:
         got = f"out: {out}, which holds {foreign[0]!r} and no {CONFIG}"
@@ -166,18 +170,18 @@ def check_place(out: Path, restart: bool = False) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What a run's config.yaml says, and nothing else: what is not there was not recorded.
+    """The settings in a run's config.yaml, without any default: a missing setting was not recorded.
 
     Raises:
-        FileError: no such file.
-        DataError: one that no run wrote.
+        FileError: there is no such file.
+        DataError: no run wrote the file.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise FileError(f"no {CONFIG} in {folder}", "a run folder that `lavender train` wrote", "name such a folder")
     try:
         found = read_settings(path)
-    except ConfigError as error:  # what a run wrote is no setting of the user's
+    except ConfigError as error:  # the file is a run's, not the user's
         raise DataError(error.got, error.expected, f"put back what the run wrote to {path}") from error
     lacks = [key for key in ("model", "data", "maps") if key not in found]
     if lacks:
@@ -188,7 +192,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of every setting, nested ones as `lora.r`; settings of training need no prefix."""
+    """(name, value) of every setting: nested ones as `lora.r`, training settings without a prefix."""
     for key, value in settings.items():
         if prefix == "" and key == "training" and isinstance(value, Mapping):
             yield from flat(value)
@@ -199,21 +203,21 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """How the run in a folder differs from the wanted one, a text a setting. Where content is known, paths are free."""
-    own, other = dict(flat(found)), dict(flat(wanted))
+    """How a folder's run differs from the wanted one, one text per setting. Digests of content replace paths."""
+    old, new = dict(flat(found)), dict(flat(wanted))
     free = set(FREE)
-    if not (own.get("load_best_model_at_end") or other.get("load_best_model_at_end")):
+    if not (old.get("load_best_model_at_end") or new.get("load_best_model_at_end")):
         free |= FREE_WITHOUT_BEST
     lines = []
-    for key in [*other, *(key for key in own if key not in other)]:
+    for key in [*new, *(key for key in old if key not in new)]:
         name = key.removeprefix("record.content.")
         if key in free or key in CONTENT or key.startswith("record.versions.") or key in _UNCOMPARED:
             continue
-        before, after = own.get(key, NOT_RECORDED), other.get(key, NOT_RECORDED)
+        before, after = old.get(key, NOT_RECORDED), new.get(key, NOT_RECORDED)
         if before == after:
             continue
-        if name != key:  # a digest tells nobody anything
-            before, after = own.get(name, NOT_RECORDED), other.get(name, NOT_RECORDED)
+        if name != key:  # show the path, not the digest
+            before, after = old.get(name, NOT_RECORDED), new.get(name, NOT_RECORDED)
             same = before == after
             lines.append(f"{name}: the content of {after} has changed" if same else f"{name}: {before} → {after}")
         else:
@@ -222,7 +226,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 LENGTH = ("max_steps", "num_train_epochs")
-"""Settings that may grow: the run is made longer then, and its record says so."""
+"""Settings that may grow: the run is then made longer, and its record says so."""
 _UNCOMPARED = ("record.device", "record.later_versions", "record.made_longer", *LENGTH)
 
 
@@ -231,10 +235,10 @@ def _shown(value: Any) -> str:
 
 
 def check_same(out: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.yaml says, if the run in the folder is the wanted one.
+    """The content of the folder's config.yaml, if it is the wanted run.
 
     Raises:
-        ConfigError: it has other settings, each named, or does not say all of them.
+        ConfigError: the run has other settings, which the message lists, or did not record all of them.
     """
     found = read_config(out)
     do = "choose another out, set what the folder has, or add --restart to begin anew"
@@ -253,19 +257,21 @@ def check_same(out: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lengths(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Each setting of the length that differs, before and after. Steps count before epochs where both are given."""
-    names = ("max_steps",) if max(one["training"].get("max_steps", 0) for one in (found, wanted)) > 0 else LENGTH
+    """Settings of the run's length that differ: (before, after). If steps and epochs are given, steps decide."""
+    names = (
+        ("max_steps",) if max(settings["training"].get("max_steps", 0) for settings in (found, wanted)) > 0 else LENGTH
+    )
     pairs = {name: (found["training"].get(name, 0), wanted["training"].get(name, 0)) for name in names}
     return {name: (before, after) for name, (before, after) in pairs.items() if before != after}
 
 
 def is_finished(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether the run in the folder was trained to its end and exported: coverage.json is written last."""
+    """Whether the folder's run is trained to its end and exported: coverage.json is written last."""
     return not _lengths(found, wanted) and (out / COVERAGE).is_file() and (out / CHECKPOINT).is_dir()
 
 
 def remove_run(out: Path) -> None:
-    """Remove what a run wrote, and nothing else. config.yaml goes last: until then the folder is a run's."""
+    """Remove what a run wrote, and nothing else; config.yaml, which marks the folder as a run's, is removed last."""
     for name in sorted(OWN, key=lambda name: name == CONFIG):
         path = out / name
         if path.is_dir() and not path.is_symlink():
@@ -275,21 +281,22 @@ def remove_run(out: Path) -> None:
 
 
 def write_config(out: Path, settings: Mapping[str, Any]) -> None:
+    """Write `resolved_settings` to config.yaml."""
     write_whole(out / CONFIG, yaml_text(settings))
 
 
 def write_environment(out: Path, settings: Mapping[str, Any]) -> None:
-    """Versions, device and seed apart, for programs that read JSON."""
+    """Write versions, device and seed to environment.json, for programs that read JSON."""
     record = settings["record"]
     found = record["versions"] | {"device": record["device"], "seed": str(settings["training"]["seed"])}
     write_whole(out / "environment.json", json.dumps(found | {"processes": str(record["processes"])}, indent=1))
 
 
 def gone_on(found: Mapping[str, Any], wanted: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """config.yaml of a run that goes on, with the record of its beginning; notes where versions or length differ.
+    """config.yaml of a run that continues, with its first record; and notes where versions or length differ.
 
-    A run that is made longer is not the run that would have had this length from the beginning: what the learning rate
-    and the weight of alignment did until now followed the shorter one. So the record keeps it.
+    A run that is made longer differs from a run of that length: its learning rate and λ have followed the shorter
+    schedule so far. So the record keeps the change.
     """
     record = dict(found["record"])
     before, now = record.get("versions", {}), wanted["record"]["versions"]

@@ -1,4 +1,4 @@
-"""λ from the residuals (App. C): δ = Aligner(A_VLM) − A_DM is normal with variance σ², so λ = 1/(2σ²)."""
+"""Alignment over a run: λ at each step (estimate, warm-up, decay, switches), and the Aligner's pretraining."""
 
 from __future__ import annotations
 
@@ -10,20 +10,70 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from lavender.alignment.objective import AlignmentHead, is_alignment_part
+from lavender.alignment.objective import AlignmentHead, AlignmentRequest, is_alignment_part, matched_weight
+from lavender.config import AlignmentConfig
 
-FIRST_VARIANCE = 0.05  # for which λ is 10, the authors' constant
+FIRST_VARIANCE = 0.05  # λ is 10 then, the authors' constant
 DECAY = 0.95
 LEAST_VARIANCE = 1e-6
 
 
-class EstimatedWeight(TrainerCallback, ExportableState):
-    """λ = 1/(2σ²), where σ² is the running mean of a cell's squared residual over the steps before.
+class AlignWeight:
+    """λ at each step of a run: a constant or an estimate, with warm-up, decay and switches.
 
-    It begins at 0.05, hence λ = 10, and moves by a twentieth with every optimiser step. Part of the trainer's state, so
-    a resumed run goes on with it. As the residual shrinks λ grows: with the loss "min-max" (a mean over cells) the
-    product tends to 1/2, a map counting as one observation; with "min-max-sum" to half the number of cells, each
-    counting as one of its own (Eq. 9 and 35 as written), which is far more than L_VLM.
+    Attributes:
+        estimate: the callback that estimates λ, if `align_weight="estimated"`; else None.
+        last: λ of the last training step.
+    """
+
+    def __init__(self, config: AlignmentConfig):
+        self._config = config
+        self.estimate = EstimatedWeight() if config.align_weight == "estimated" else None
+        self.last = 0.0
+
+    @property
+    def varies(self) -> bool:
+        """Whether λ changes during the run, so that it is worth logging."""
+        config = self._config
+        return bool(self.estimate or config.align_warmup or config.align_decay or config.align_switches)
+
+    def of_evaluation(self) -> float:
+        """λ without warm-up, decay and switches, which depend on the step."""
+        return self.estimate.value if self.estimate is not None else float(self._config.align_weight)
+
+    def of_step(self, state: TrainerState) -> float:
+        """λ of the training step that runs."""
+        config, weight = self._config, self.of_evaluation()
+        if state.max_steps > 0:
+            done = (state.global_step + 1) / state.max_steps
+            if state.global_step * (config.align_switches + 1) // state.max_steps % 2:
+                weight = 0.0
+            weight *= min(1.0, done / config.align_warmup) if config.align_warmup else 1.0
+            weight *= min(1.0, (1 - done) / config.align_decay) if config.align_decay else 1.0
+        self.last = weight
+        return weight
+
+    def note(self, total: Tensor, request: AlignmentRequest) -> None:
+        """Pass a training micro-batch to the estimate, if there is one.
+
+        Args:
+            total: sum over its words of weight · loss, a scalar.
+            request: the micro-batch's, after its forward pass.
+        """
+        if self.estimate is not None:
+            cells = request.targets[0, 0].numel() if self._config.attention_loss == "min-max-sum" else 1
+            self.estimate.add(total / cells, matched_weight(request))
+
+
+class EstimatedWeight(TrainerCallback, ExportableState):
+    """λ = 1/(2σ²) from the residuals (App. C), which takes δ = Aligner(A_VLM) − A_DM as normal with variance σ².
+
+    σ² is the running mean of the squared residual per cell. It starts at 0.05 (λ = 10), and each optimiser step moves
+    it by a twentieth of the difference. It is part of the trainer's state, so a resumed run continues with it.
+
+    λ grows as the residual shrinks. With the loss "min-max", a mean over cells, λ · L_att tends to 1/2: a map counts
+    as one observation. With "min-max-sum" each cell counts as one (Eq. 9 and 35 as written), and λ · L_att tends to
+    half the number of cells, which is far more than L_VLM.
     """
 
     def __init__(self) -> None:
@@ -32,11 +82,11 @@ class EstimatedWeight(TrainerCallback, ExportableState):
 
     @property
     def value(self) -> float:
-        """λ of the step that runs."""
+        """The current λ."""
         return 1 / (2 * self.variance)
 
     def add(self, residual: Tensor, weight: Tensor) -> None:
-        """Note a micro-batch: the weighted sum of its words' mean squared residuals, and the sum of the weights."""
+        """Add a micro-batch: the weighted sum of its words' mean squared residuals, and the sum of the weights."""
         self._pending.append(torch.stack([residual, weight]).detach().float())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -48,7 +98,7 @@ class EstimatedWeight(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        states = cast(dict[str, Any], state.stateful_callbacks)  # in its constructor alone it is a list
+        states = cast(dict[str, Any], state.stateful_callbacks)  # annotated as the list that the constructor takes
         self.variance = states[type(self).__name__]["attributes"]["variance"]
 
     def state(self) -> dict[str, dict[str, Any]]:
@@ -56,21 +106,22 @@ class EstimatedWeight(TrainerCallback, ExportableState):
 
 
 class AlignerPretraining(TrainerCallback):
-    """Keeps the VLM frozen for a share of the steps: its parameters get no gradient, and the optimiser skips them.
+    """Freezes the VLM for a share of the steps: its parameters get no gradient, and the optimiser skips them.
 
-    With several processes every parameter must get its gradient, or DDP and FSDP2 would wait for it. There the VLM's
-    gradients are dropped instead, after backward: see `drop_gradients`.
+    With several processes DDP and FSDP2 wait for the gradient of every parameter. There the VLM's gradients are
+    dropped after backward instead, see `drop_gradients`.
     """
 
     def __init__(self, share: float):
-        self._share, self._frozen = share, []
+        self._share = share
+        self._frozen: list[nn.Parameter] = []
 
     def is_on(self, state: TrainerState) -> bool:
-        """Whether the next optimiser step belongs to the stage."""
+        """Whether the next optimiser step belongs to the pretraining."""
         return state.global_step < round(self._share * state.max_steps)
 
     def drop_gradients(self, model: nn.Module) -> None:
-        """Before gradients are clipped, so that their norm is the Aligner's alone."""
+        """Remove the VLM's gradients, before clipping: the gradient norm is then the Aligner's alone."""
         for name, parameter in model.named_parameters():
             if not is_alignment_part(name):
                 parameter.grad = None
@@ -81,18 +132,20 @@ class AlignerPretraining(TrainerCallback):
         if self.is_on(state):
             if not self._frozen:
                 named = kwargs["model"].named_parameters()
-                self._frozen = [one for name, one in named if one.requires_grad and not is_alignment_part(name)]
-                self._set(kwargs["model"], trains=False)
+                self._frozen = [
+                    parameter for name, parameter in named if parameter.requires_grad and not is_alignment_part(name)
+                ]
+                self._set_trainable(kwargs["model"], trainable=False)
         elif self._frozen:
-            self._set(kwargs["model"], trains=True)
+            self._set_trainable(kwargs["model"], trainable=True)
             self._frozen = []
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._set(kwargs["model"], trains=True)
+        self._set_trainable(kwargs["model"], trainable=True)
 
-    def _set(self, model: nn.Module, trains: bool) -> None:
+    def _set_trainable(self, model: nn.Module, trainable: bool) -> None:
         for parameter in self._frozen:
-            parameter.requires_grad_(trains)
+            parameter.requires_grad_(trainable)
         for module in model.modules():
             if isinstance(module, AlignmentHead):
-                module.vlm_is_frozen = not trains
+                module.vlm_is_frozen = not trainable

@@ -1,4 +1,4 @@
-"""Which of a model's weights are trained: frozen parts, any method of PEFT, the base of QLoRA; and the counts."""
+"""Which weights of a model train: frozen parts, PEFT methods, the quantised base of QLoRA; and their numbers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from lavender.alignment.objective import is_alignment_part
@@ -38,15 +39,19 @@ QUANTIZATION: dict[str, Any] = {
     "bnb_4bit_use_double_quant": bool,
     "bnb_4bit_quant_storage": Literal["float16", "float32", "int8", "uint8", "float64", "bfloat16"] | None,
 }
-"""Settings of BitsAndBytesConfig, which names no types, and theirs."""
+"""Settings of BitsAndBytesConfig and their types, which the class itself does not declare."""
 
 
 def weights_dtype(asked: str, config: PreTrainedConfig, with_peft: bool) -> str:
-    """The type of a run's weights. "auto" is float32 where the weights themselves are trained: AdamW's small steps are
-    lost in 16 bits, and its squares of gradients in float16. Under PEFT it is the type that the model's config names.
+    """The type in which a run loads its weights, as a torch name.
+
+    Args:
+        asked: a torch name, or "auto": float32 if the weights themselves train, because AdamW's small steps are lost
+            in 16 bits, and its squared gradients in float16; with PEFT the type that the model's config names.
+        with_peft: whether a PEFT method trains, not the weights themselves.
 
     Raises:
-        ConfigError: no type of torch; float16 for trained weights.
+        ConfigError: no type of torch; float16 for weights that train.
     """
     if asked == "auto":
         named = (
@@ -63,16 +68,16 @@ def weights_dtype(asked: str, config: PreTrainedConfig, with_peft: bool) -> str:
 
 def _float16(got: str) -> ConfigError:
     return ConfigError(
-        f"{got}, in which AdamW's squares of gradients become 0, and training diverges",
+        f"{got}, in which AdamW's squared gradients become 0 and training diverges",
         "trained weights of float32",
         "set dtype: float32, and bf16: true to compute in bfloat16 where the device can; or dtype: bfloat16",
     )
 
 
 def freeze(model: PreTrainedModel, parts: Sequence[str]) -> None:
-    """Train nothing of these parts: some of "vision_tower", "connector" and "language_model".
+    """Freeze parts of a model, some of "vision_tower", "connector" and "language_model".
 
-    For PEFT pass the same parts to `peft_config_of`: a PEFT method freezes the whole model, then adds its own weights.
+    With PEFT pass the same parts to `peft_config_of`: a PEFT method freezes the whole model, then adds its own weights.
 
     Raises:
         ConfigError: an unknown part, or all three.
@@ -85,37 +90,40 @@ def freeze(model: PreTrainedModel, parts: Sequence[str]) -> None:
 
 
 def peft_config_of(settings: Mapping[str, Any], model: PreTrainedModel, frozen: Sequence[str] = ()) -> PeftConfig:
-    """PEFT's own config from its settings, `peft_type` first, kept out of frozen parts.
+    """The PEFT config of these settings, restricted to modules outside the frozen parts.
+
+    Args:
+        settings: `peft_type`, and settings of that type's config.
 
     Raises:
-        ConfigError: an unknown type or setting; a type that adds tokens to the text, or that cannot spare a frozen
-            part; no target module of that name outside frozen parts.
+        ConfigError: an unknown type or setting; a type that adds tokens to the text, or that cannot exclude modules;
+            no target module of that name outside the frozen parts.
     """
     _check(frozen)
     config = plain_peft_config(settings)
-    _spare(config, model, frozen)
+    _exclude_frozen(config, model, frozen)
     return config
 
 
 def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
-    """PEFT's own config from its settings, whatever the model.
+    """The PEFT config of these settings, independent of the model.
 
     Raises:
         ConfigError: an unknown type or setting, a setting of another type, a type that tunes no chosen modules.
     """
-    known: dict[str, Any] = {str(one.value): config for one, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    known: dict[str, Any] = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     given = dict(settings)
     kind = given.pop("peft_type", None)
     if not isinstance(kind, str) or kind not in known:
         raise ConfigError(
             f"peft_type: {shown(kind)}", f"one of {sorted(known)}", "write for example peft: {peft_type: LORA}"
         )
-    allowed = [one.name for one in dataclasses.fields(known[kind]) if one.init]
+    allowed = [setting.name for setting in dataclasses.fields(known[kind]) if setting.init]
     if not {"target_modules", "modules_to_save"} <= set(allowed):
         raise ConfigError(
             f"peft_type: {kind}, which does not tune chosen modules",
             "a method that does, such as LORA or IA3",
-            "choose another; added tokens would move the text's places, and the Aligner could not be trained beside it",
+            "choose another; added tokens would shift the text's positions, and the Aligner could not train beside it",
         )
     check_keys(given, allowed, "peft")
     for name, value in given.items():
@@ -123,7 +131,7 @@ def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
         check_type(f"peft.{name}", value, hint)
     try:
         return known[kind](**({"task_type": "CAUSAL_LM"} | given))
-    except Exception as error:  # PEFT's own checks
+    except Exception as error:  # PEFT's checks raise many types
         got = f"settings of {kind} that PEFT refuses: {error}"
         raise ConfigError(got, "values that it accepts", "change the setting") from error
 
@@ -140,10 +148,10 @@ def check_quantization(settings: Mapping[str, Any]) -> None:
 
 
 def quantization_config(settings: Mapping[str, Any], with_peft: bool) -> BitsAndBytesConfig:
-    """transformers' own config from its settings, for QLoRA.
+    """The BitsAndBytesConfig of these settings, for QLoRA.
 
     Raises:
-        ConfigError: as `check_quantization`; nothing that could be trained; no bitsandbytes.
+        ConfigError: as in `check_quantization`; no PEFT method, so nothing could train; bitsandbytes is missing.
     """
     check_quantization(settings)
     if not with_peft:
@@ -158,14 +166,13 @@ def quantization_config(settings: Mapping[str, Any], with_peft: bool) -> BitsAnd
         raise ConfigError(got, "values that it accepts", "change the setting") from error
 
 
-def _spare(config: Any, model: PreTrainedModel, frozen: Sequence[str]) -> None:
-    """Keep a PEFT config out of frozen parts, and see that it finds a module elsewhere."""
+def _exclude_frozen(config: Any, model: PreTrainedModel, frozen: Sequence[str]) -> None:
+    """Exclude frozen parts from a PEFT config, and check that it matches a module elsewhere."""
     if not config.target_modules and not vars(config).get("target_parameters"):
         raise ConfigError("peft without target_modules", "the modules to tune", "add target_modules: [q_proj, v_proj]")
     adapter = adapter_for(model.config)
     names = [name for name, _ in model.named_modules()]
-    spared = [name for name in names if name and adapter.part_of(name) in frozen]
-    if spared:
+    if any(name and adapter.part_of(name) in frozen for name in names):
         if "exclude_modules" not in vars(config):
             raise ConfigError(
                 f"freeze with peft_type: {config.peft_type.value}, which cannot leave out modules",
@@ -179,49 +186,60 @@ def _spare(config: Any, model: PreTrainedModel, frozen: Sequence[str]) -> None:
     if config.target_modules and not special and not any(check_target_module_exists(config, name) for name in names):
         raise ConfigError(
             f"target_modules={config.target_modules!r}" + (f" with freeze: {list(frozen)}" if frozen else ""),
-            "names of modules of what is trained",
+            "names of modules in parts that train",
             "see the model's modules, or freeze less",
         )
 
 
 def name_all_linear(config: PeftConfig, model: PreTrainedModel) -> None:
-    """Replace PEFT's "all-linear" by the modules that it stands for, before alignment adds linear layers of its own.
+    """Replace PEFT's "all-linear" by the names of the linear layers, before alignment adds further ones.
 
-    Those of the output layer are left out, as PEFT leaves it out; it would itself take the inner ones of IDEFICS's.
+    The output layer is left out, as in PEFT, and so are the linear layers inside it, which PEFT includes for IDEFICS.
     """
-    tuned: Any = config  # of a method that tunes modules
+    tuned: Any = config  # PeftConfig itself lacks target_modules
     chosen = vars(tuned).get("target_modules")
     if not isinstance(chosen, str) or chosen.lower() != ALL_LINEAR:
         return
     head = model.get_output_embeddings()
     inner = set() if head is None else set(head.modules())
     tuned.target_modules = {
-        name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D) and one not in inner
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module not in inner
     }
 
 
+def set_alignment_type(model: PreTrainedModel) -> None:
+    """Make the weights that alignment adds float32: TRL casts all trained weights of QLoRA to bfloat16.
+
+    With ZeRO-3 they get the model's type, because DeepSpeed needs one type for all weights; it keeps float32 copies.
+    """
+    dtype = model.dtype if is_deepspeed_zero3_enabled() else torch.float32
+    for name, parameter in model.named_parameters():
+        if is_alignment_part(name) and parameter.dtype in (torch.float32, torch.bfloat16):
+            parameter.data = parameter.data.to(dtype)
+
+
 def _matching(adapter: Any, frozen: Sequence[str]) -> str:
-    """A regular expression for all that lies in frozen parts, as `part_of` has it: longer beginnings win."""
-    pieces = []
+    """A regular expression for all modules of frozen parts, by the rule of `part_of`: the longest prefix decides."""
+    patterns = []
     for part in frozen:
-        for begin in adapter.parts[part]:
-            inner = [
-                other
-                for name, begins in adapter.parts.items()
+        for prefix in adapter.parts[part]:
+            trained = [
+                longer
+                for name, prefixes in adapter.parts.items()
                 if name not in frozen
-                for other in begins
-                if other.startswith(f"{begin}.")
+                for longer in prefixes
+                if longer.startswith(f"{prefix}.")
             ]
-            but = "".join(f"(?!{re.escape(one)}(\\.|$))" for one in inner)
-            pieces.append(f"{but}{re.escape(begin)}(\\..*)?")
-    return "|".join(pieces)
+            excluded = "".join(f"(?!{re.escape(longer)}(\\.|$))" for longer in trained)
+            patterns.append(f"{excluded}{re.escape(prefix)}(\\..*)?")
+    return "|".join(patterns)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(trained, all) parameters of each part of a model, and of what alignment adds.
+    """Number of parameters, (trained, all), of each part of a model and of the weights that alignment adds.
 
-    Those of PEFT count where they lie. With DeepSpeed's ZeRO-3 the sizes are those of the whole, not of a shard; of
-    quantised weights those of what is packed.
+    PEFT's weights count in the part they are added to. A shard of ZeRO-3 counts as the whole weight, and a packed
+    weight as the numbers that it stands for.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     adapter = adapter_for(base.config)
@@ -235,18 +253,33 @@ def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _size(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter stands for."""
-    packed = vars(parameter).get("quant_state")  # of bitsandbytes' 4 bits, two in a byte
+    """Number of values that a parameter stands for."""
+    packed = vars(parameter).get("quant_state")  # bitsandbytes packs two 4-bit values per byte
     return vars(parameter).get("ds_numel", parameter.numel()) if packed is None else packed.shape.numel()
 
 
-def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
-    """What is trained, counted, in a line; and one more where small steps would be lost.
+class Trained(NamedTuple):
+    """What a model trains.
+
+    Attributes:
+        parameters: number of parameters of each part, (trained, all), see `trained_parameters`.
+        has_bfloat16: whether some trained weights are bfloat16, so that small steps are rounded away.
+        is_quantized: whether the base model is quantised.
+    """
+
+    parameters: dict[str, tuple[int, int]]
+    has_bfloat16: bool
+    is_quantized: bool
+
+
+def check_trained(model: nn.Module, frozen: Sequence[str]) -> Trained:
+    """What a model trains, after checking it against the frozen parts.
 
     Raises:
-        ConfigError: something in a frozen part is trained after all, or nothing of the model is; trained float16.
+        ConfigError: a weight in a frozen part trains; nothing of the model trains; a trained weight is float16.
     """
-    if halves := [name for name, one in model.named_parameters() if one.requires_grad and one.dtype == torch.float16]:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if halves := [name for name, parameter in trained.items() if parameter.dtype == torch.float16]:
         raise _float16(f"trained weights of float16, such as {halves[0]}")
     counts = trained_parameters(model)
     moved = [part for part in frozen if counts.get(part, (0, 0))[0]]
@@ -254,25 +287,15 @@ def check_trained(model: nn.Module, frozen: Sequence[str]) -> str:
         raise ConfigError(
             f"freeze: {list(frozen)}, and trained weights in {moved}", "none", "look at peft's bias and modules_to_save"
         )
-    if not any(trained for part, (trained, _) in counts.items() if part != ALIGNMENT):
+    if not any(number for part, (number, _) in counts.items() if part != ALIGNMENT):
         raise ConfigError(f"freeze: {list(frozen)}, which leaves nothing to train", "a part that trains", "freeze less")
-    parts = ", ".join(f"{part} {trained:,} of {whole:,}" for part, (trained, whole) in counts.items())
-    line = f"trained parameters: {parts}"
-    if any(one.requires_grad and one.dtype == torch.bfloat16 for one in model.parameters()):
-        line += (
-            "\ntrained weights of 16 bits: steps of less than about 1/500 of a weight are rounded away, unless FSDP or "
-            "DeepSpeed keeps float32 copies. "
-        )
-        line += (
-            "So TRL trains the adapters of a quantised model"
-            if vars(model.get_base_model() if isinstance(model, PeftModel) else model).get("is_quantized")
-            else "With dtype: float32 and bf16: true only the computing is of 16 bits"
-        )
-    return line
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    has_bfloat16 = any(parameter.dtype == torch.bfloat16 for parameter in trained.values())
+    return Trained(counts, has_bfloat16, is_quantized=bool(vars(base).get("is_quantized")))
 
 
 def _check(parts: Sequence[str]) -> None:
-    wrong = [one for one in parts if one not in PARTS]
+    wrong = [part for part in parts if part not in PARTS]
     if wrong or isinstance(parts, str):
         raise ConfigError(f"freeze: {parts!r}", f"a list of some of {list(PARTS)}", "write for example [vision_tower]")
     if set(parts) == set(PARTS):

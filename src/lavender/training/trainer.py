@@ -16,18 +16,47 @@ from lavender.training.mixin import AlignmentMixin
 
 @dataclass
 class LavenderConfig(AlignmentArguments, SFTConfig):
-    """SFTConfig with the settings of alignment, which `lavender.training.arguments.AlignmentArguments` lists."""
+    """TRL's SFTConfig with the settings of alignment. TRL's and transformers' settings and defaults are unchanged.
+
+    Example:
+        >>> from lavender import LavenderConfig
+        >>> args = LavenderConfig(output_dir="out", maps="maps", align_weight=2.0, bf16=False, use_cpu=True)
+        >>> args.alignment().pooling
+        'layer-mean'
+
+    Attributes:
+        maps: folder of the map store that `lavender extract` wrote.
+        align_weight: λ, the weight of the alignment loss; 0 is plain fine-tuning, bit for bit.
+        others: those of `lavender.training.arguments.AlignmentArguments`, and all of SFTConfig.
+
+    Raises:
+        ConfigError: a setting of alignment is of another type, out of its range, or contradicts another; packing or
+            padding_free, which put several samples in one row.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.packing or self.padding_free:
-            raise ConfigError("packing or padding_free", "one sample a row", "switch both off")
+            raise ConfigError("packing or padding_free", "one sample per row", "switch both off")
 
 
 class LavenderTrainer(AlignmentMixin, SFTTrainer):
-    """TRL's SFTTrainer plus the alignment loss.
+    """TRL's SFTTrainer with the alignment loss: L = L_VLM + align_weight · L_att.
 
-    `lavender.training.mixin.AlignmentMixin` has the arguments; here the model may also be a path or hub id.
+    It logs `vlm_loss`, `attention_loss`, `matched_words` and the probe's numbers beside TRL's. With `align_weight=0`
+    losses and weights are bit-identical to SFTTrainer's.
+
+    Example:
+        >>> from lavender import LavenderConfig, LavenderTrainer, read_samples, to_dataset
+        >>> args = LavenderConfig(output_dir="out", maps="maps")  # doctest: +SKIP
+        >>> data = to_dataset(read_samples("photos"))  # doctest: +SKIP
+        >>> LavenderTrainer(model, args, processing_class=processor, train_dataset=data).train()  # doctest: +SKIP
+
+    Args:
+        model: a loaded VLM of a supported family, or its folder or Hub id.
+        args: a LavenderConfig.
+        kwargs: `processing_class`, `maps`, `peft_config`, data sets and all other arguments of SFTTrainer, see
+            `lavender.training.mixin.AlignmentMixin`, which also lists attributes and errors.
     """
 
     def __init__(self, model: str | PreTrainedModel, args: LavenderConfig, **kwargs: Any):
@@ -37,9 +66,9 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
         super().__init__(model, args, **kwargs)
 
     def _run_epoch(self, *args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> None:
-        """As the trainer's own, which would train one more step from a checkpoint of the last one."""
+        """The trainer's epoch, which would train one step too many when resumed from the last step's checkpoint."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             return
-        self._load_rng_state(resume_from_checkpoint)  # and what was counted
+        self._load_rng_state(resume_from_checkpoint)  # restores the counts of coverage too
         self.control.should_training_stop = True

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import cast, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lavender.alignment.aligner import Aligner
-from lavender.config import ALIGNER_ACTIVATIONS, ALIGNER_FORMS, ALIGNER_KINDS, ALIGNER_NORMS
+from lavender.config import AlignerActivation, AlignerForm, AlignerKind, AlignerNorm
 
-FORMS = pytest.mark.parametrize("form", ALIGNER_FORMS)
-KINDS = pytest.mark.parametrize("kind", ALIGNER_KINDS)
-NORMS = pytest.mark.parametrize("norm", ALIGNER_NORMS)
-ACTIVATIONS = pytest.mark.parametrize("activation", ALIGNER_ACTIVATIONS)
+FORMS = pytest.mark.parametrize("form", get_args(AlignerForm))
+KINDS = pytest.mark.parametrize("kind", get_args(AlignerKind))
+NORMS = pytest.mark.parametrize("norm", get_args(AlignerNorm))
+ACTIVATIONS = pytest.mark.parametrize("activation", get_args(AlignerActivation))
 
 
 def size_of(aligner: Aligner) -> int:

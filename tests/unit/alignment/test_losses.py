@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from math import log
+from typing import get_args
 
 import pytest
 import torch
 
 from lavender.alignment.losses import per_word_loss
-from lavender.config import ATTENTION_LOSSES
+from lavender.config import AttentionLoss
 from lavender.maps import min_max
 
-KINDS = pytest.mark.parametrize("kind", ATTENTION_LOSSES)
+KINDS = pytest.mark.parametrize("kind", get_args(AttentionLoss))
 DIVERGENCES = pytest.mark.parametrize("kind", ["mse", "kl", "js"])
 STUDENT, TEACHER = torch.tensor([[[1.0, 0], [1, 0]]]), torch.tensor([[[1.0, 0], [0, 0]]])
 A = 1e-6  # of FLOOR: cells of the distributions are (1 + a) or a over the sum of all four

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,8 @@ from torch import Tensor
 from lavender.alignment.aligner import Aligner
 from lavender.alignment.losses import per_word_loss
 from lavender.alignment.objective import AlignmentHead, AlignmentRequest
-from lavender.alignment.pooling import flow, is_flow, num_channels, pooled
-from lavender.config import ATTENTION_LOSSES, POOLINGS, AlignmentConfig, Pooling
+from lavender.alignment.pooling import flow, num_channels, pooled
+from lavender.config import POOLINGS, AlignmentConfig, AttentionLoss, Pooling
 from lavender.students.capture import row_tensors
 
 KEYS, DEPTH = 577, 40  # a row of 577 keys in 40 layers: about 577⁻⁴⁰ = 10⁻¹¹⁰
@@ -73,7 +75,7 @@ def test_the_one_layer_of_a_flow_goes_through_the_aligner(pooling):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_words_do_not_see_each_other(pooling):
-    attention, shapes = torch.rand(1 if is_flow(pooling) else 3, 5, 2, 7, 11), []
+    attention, shapes = torch.rand(1 if POOLINGS[pooling].flow else 3, 5, 2, 7, 11), []
 
     def aligner(maps: Tensor) -> Tensor:
         shapes.append(tuple(maps.shape))
@@ -108,7 +110,7 @@ def test_channels_are_heads_unless_these_are_pooled_first():
         "mean-flow-multi": 1,
         "max-flow-multi": 1,
     }
-    assert [pooling for pooling in POOLINGS if is_flow(pooling)] == [
+    assert [pooling for pooling in POOLINGS if POOLINGS[pooling].flow] == [
         "flow-sum",
         "flow-multi",
         "mean-flow-sum",
@@ -224,7 +226,7 @@ def test_samples_heads_and_rows_flow_apart(pooling: Pooling):
     torch.testing.assert_close(whole[:, 1:, 3:4, 2:3], one)
 
 
-@pytest.mark.parametrize("kind", ATTENTION_LOSSES)
+@pytest.mark.parametrize("kind", get_args(AttentionLoss))
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_head_goes_by_its_settings(pooling, kind):
     """Three layers, five heads, six keys that are 2 × 3 cells; two samples with two words and one."""

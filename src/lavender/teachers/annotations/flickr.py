@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from lavender.config import CONTENT_WORDS
 from lavender.data.samples import Sample, Samples
 from lavender.errors import DataError
 from lavender.files import expanded, fault_of, printable
@@ -117,7 +118,7 @@ class Flickr30kEntities(Annotations):
         self.label = self.name if split is None else f"{self.name}-{split}"
         self._keys = self._listed(split)
         self._known = frozenset(self._keys)
-        self._parts = checked_parts(("noun", "adjective", "verb") if parts_of_speech is None else parts_of_speech)
+        self._parts = checked_parts(CONTENT_WORDS if parts_of_speech is None else parts_of_speech)
 
     def _listed(self, split: str | None) -> tuple[str, ...]:
         """The names of the images of a split, or of all images."""

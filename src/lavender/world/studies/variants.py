@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
-from lavender.config import ALIGNER_FORMS, ALIGNER_KINDS, ALIGNER_NORMS, MATCHES, POOLINGS, AlignmentConfig
+from lavender.config import POOLINGS, AlignerForm, AlignerKind, AlignerNorm, AlignmentConfig, Match
 from lavender.world.studies.cells import Arm
 from lavender.world.studies.page import draw_bars
 from lavender.world.studies.study import MAIN_METRICS, Finding, Scores, Study, compare_pairs
@@ -46,7 +46,7 @@ def _setting(name: str, value: str) -> dict[str, str]:
 
 
 def _words(quick: bool) -> dict[str, Arm]:
-    names_of_things = {match: _aligned({"match": match}) for match in MATCHES}
+    names_of_things = {match: _aligned({"match": match}) for match in get_args(Match)}
     every_word = {
         "every word": _aligned({}, EVERY_WORD),
         "every subject and object": _aligned({"subjects_and_objects": True}, EVERY_WORD),
@@ -68,15 +68,19 @@ VARIANTS: dict[str, Study] = {
         "Which pooling?",
         "Aligned fine-tuning with each way to pool the maps of all layers and heads into one.",
         "learned parallel attention is best and scales best; flow-multi is worst (§8.1, Fig. 19, 20).",
-        {pooling: _setting("pooling", pooling) for pooling in POOLINGS if "-flow-" not in pooling},
+        {
+            pooling: _setting("pooling", pooling)
+            for pooling, steps in POOLINGS.items()
+            if not (steps.flow and steps.heads != "all")
+        },
     ),
     "aligner": _study(
         "Which Aligner?",
         "The Aligner's depth, layers and normalisation. The default is sim, convolution, instance.",
         "convolutions are better than an MLP (§7.1, App. F.1).",
-        {f"form {form}": _setting("aligner", form) for form in ALIGNER_FORMS}
-        | {f"kind {kind}": _setting("aligner_kind", kind) for kind in ALIGNER_KINDS}
-        | {f"norm {norm}": _setting("aligner_norm", norm) for norm in ALIGNER_NORMS},
+        {f"form {form}": _setting("aligner", form) for form in get_args(AlignerForm)}
+        | {f"kind {kind}": _setting("aligner_kind", kind) for kind in get_args(AlignerKind)}
+        | {f"norm {norm}": _setting("aligner_norm", norm) for norm in get_args(AlignerNorm)},
     ),
     "words": Study(
         "Which words?",

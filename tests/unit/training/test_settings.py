@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import fields
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -12,42 +13,19 @@ import yaml
 
 from lavender.errors import ConfigError, DataError
 from lavender.training.run_config import LoraSettings, RunConfig, check_out, read_run
-from lavender.training.trainer import LavenderConfig
-from lavender.training.training_settings import (
+from lavender.training.settings import (
     STRATEGIES,
     checked_training,
     refused_settings,
     training_keys,
     try_optimizer,
 )
+from lavender.training.trainer import LavenderConfig
 from lavender.training.yaml_files import yaml_text
 from lavender.type_checks import hints_of
+from wrong_values import WRONG_VALUES
 
 NEEDED: dict[str, Any] = {"model": "m", "data": "d", "maps": "s", "out": "o"}
-WRONG = (
-    None,
-    True,
-    5,
-    -1,
-    1.5,
-    float("nan"),
-    float("inf"),
-    10**30,
-    "",
-    "x",
-    "-1",
-    "a" * 5000,
-    "\0",
-    [],
-    [1],
-    ["x"],
-    [[1]],
-    [{}],
-    {},
-    {"a": 1},
-    {1: 2},
-    "no",
-)
 
 
 def failure(**settings: Any) -> str:
@@ -70,7 +48,7 @@ def test_code_runs_only_after_a_plain_true(value):
     assert RunConfig(**NEEDED).trust_remote_code is False
 
 
-@pytest.mark.parametrize("value", WRONG, ids=lambda one: repr(one)[:20])
+@pytest.mark.parametrize("value", WRONG_VALUES, ids=lambda value: repr(value)[:20])
 def test_every_setting_has_its_type_or_is_refused_by_name(value):
     for name in hints_of(RunConfig):
         said = refusal(lambda settings: RunConfig(**settings), NEEDED | {name: value})
@@ -283,3 +261,28 @@ def test_whatever_a_library_raises_is_one_sentence():
     for other in (DataError("a", "b", "c"), MemoryError(), OSError(28, "No space left on device")):
         with pytest.raises(type(other)), refused_settings("TRL"):
             raise other
+
+
+def test_only_an_error_of_a_library_is_a_refused_setting():
+    """An error of other code of Lavender's is a bug: its traceback must not be hidden."""
+
+    def passed_on(function, *values):  # Lavender's function that calls a library
+        return function(*values)
+
+    def elsewhere(function, *values):  # other code of Lavender's
+        return function(*values)
+
+    def broken():
+        raise AttributeError("a bug")
+
+    namespace = {"__name__": "lavender.training.example"}
+    inside: Any = FunctionType(passed_on.__code__, namespace)
+    further: Any = FunctionType(elsewhere.__code__, namespace)
+    own: Any = FunctionType(broken.__code__, namespace | {"AttributeError": AttributeError})
+    library: Any = yaml.safe_load  # raises AttributeError for a number
+    said = pytest.raises(ConfigError, match="Got settings of training that TRL refuses: 'int' object")
+    with said, refused_settings("TRL", called_by=inside):
+        inside(library, 5)
+    for function, *values in ((inside, further, library, 5), (inside, own), (further, library, 5), (library, 5)):
+        with pytest.raises(AttributeError), refused_settings("TRL", called_by=inside):
+            function(*values)
