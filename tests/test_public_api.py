@@ -19,7 +19,7 @@ NAMES = [
     "LavenderConfig",
     "LavenderTrainer",
     "MapStore",
-    "Reading",
+    "AnsweredPicture",
     "Teacher",
     "WordMaps",
     "__version__",

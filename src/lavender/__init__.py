@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lavender.data.samples import read_samples, to_dataset
     from lavender.data.store import MapStore
     from lavender.maps import WordMaps
-    from lavender.students.word_maps import Reading, student_maps
+    from lavender.students.word_maps import AnsweredPicture, student_maps
     from lavender.teachers.diffusion.teacher import Teacher
     from lavender.teachers.extract import extract
     from lavender.training.arguments import AlignmentArguments
@@ -32,7 +32,7 @@ _HOMES = {
     "LavenderConfig": "training.trainer",
     "LavenderTrainer": "training.trainer",
     "MapStore": "data.store",
-    "Reading": "students.word_maps",
+    "AnsweredPicture": "students.word_maps",
     "Teacher": "teachers.diffusion.teacher",
     "WordMaps": "maps",
     "export": "training.export",
@@ -46,11 +46,11 @@ __all__ = [
     "AlignmentArguments",
     "AlignmentConfig",
     "AlignmentMixin",
+    "AnsweredPicture",
     "ExtractionConfig",
     "LavenderConfig",
     "LavenderTrainer",
     "MapStore",
-    "Reading",
     "Teacher",
     "WordMaps",
     "__version__",

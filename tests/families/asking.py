@@ -13,10 +13,12 @@ from families.geometry import GRID, Family
 from lavender.alignment.objective import AlignmentRequest
 from lavender.students.capture import AttentionRequest, real_keys, row_tensors
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import Reading, capturing
+from lavender.students.word_maps import AnsweredPicture, capturing
 
 
-def request_of(family: Family, model, batch: Mapping[str, Tensor], readings: list[Reading], layers) -> AlignmentRequest:
+def request_of(
+    family: Family, model, batch: Mapping[str, Tensor], readings: list[AnsweredPicture], layers
+) -> AlignmentRequest:
     """An alignment request of two words a sample (one in the last), rows near the end, random targets."""
     adapter, end = adapter_for(model.config), int(batch["attention_mask"].sum(1).min()) - 2
     words = [[(end, end - 3), (end - 1,)]] * (len(readings) - 1) + [[(end - 2,)]]

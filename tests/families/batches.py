@@ -14,7 +14,7 @@ from torch import Tensor
 from families.asking import captured, cast
 from families.core import EagerRows
 from families.geometry import GRID, Family, laid, picture
-from lavender.alignment.objective import TRAINED_PARTS, AlignmentRequest, attach
+from lavender.alignment.objective import TRAINED_PARTS, AlignmentRequest, attach, detach
 from lavender.config import AlignmentConfig
 from lavender.errors import UnsupportedModelError
 from lavender.evaluation.check import logits_keeping, word_losses
@@ -220,7 +220,7 @@ class Batches(EagerRows):
             for part in ("lora_A", "lora_B"):
                 assert module.q_proj.get_submodule(part).default.weight.grad.abs().max() > 0
             assert module.q_proj.base_layer.weight.grad is None
-        head.undo()
+        detach(model)
         model.eval()
         request = captured(model, batch)
         torch.testing.assert_close(request.stacked(), self.eager_rows(model, batch, request), rtol=0, atol=1e-6)

@@ -9,11 +9,14 @@ further text models or towers need `families.core` alone, the decisive part of 1
 
 from __future__ import annotations
 
+import copy
+import io
 from typing import get_args
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from families.asking import captured, cast, request_of, traces
 from families.batches import Batches
@@ -26,9 +29,9 @@ from families.words import Words
 from lavender.alignment.objective import HEAD_NAME, attach, detach
 from lavender.config import AlignmentConfig, Pooling
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
-from lavender.students.capture import install, set_kernel
+from lavender.students.capture import CaptureSession, install, set_kernel
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import Reading, capturing, student_maps
+from lavender.students.word_maps import AnsweredPicture, capturing, student_maps
 from lavender.words import words_of
 
 EVERY_POOLING = pytest.mark.parametrize(
@@ -139,10 +142,38 @@ class Contract(Batches, ByHand, Guards, Parts, Words, Core):
     def test_the_model_is_restored_after_failed_maps(self, family, model, readings):
         model.train()
         before = traces(model)
-        wrong = Reading(readings[0].image, "what?", "a dog", words_of("a very different text of many words, here"))
-        bad = Reading(Image.new("RGB", (40, 50)), "what?", None, wrong.words)  # ty: ignore[invalid-argument-type]
+        wrong = AnsweredPicture(
+            readings[0].image, "what?", "a dog", words_of("a very different text of many words, here")
+        )
+        bad = AnsweredPicture(Image.new("RGB", (40, 50)), "what?", None, wrong)  # ty: ignore[invalid-argument-type]
         with pytest.raises(Exception):  # noqa: B017, PT011
             student_maps(model, family.processor, [readings[0], bad], GRID)
+        assert traces(model) == before
+
+    @POOLINGS
+    @torch.no_grad()
+    def test_copies_and_files_of_a_model_in_alignment(self, family, model, batch, readings, pooling):
+        """A copy can be detached, and leaves the original as it is; so can what torch saves and loads."""
+        before = traces(model)
+        head = attach(model, AlignmentConfig(pooling=pooling))
+        attached = traces(model)
+
+        def loss_of(aligned) -> Tensor:
+            request = request_of(family, aligned, batch, readings, head.layers)
+            return aligned(**batch, attention_request=request).attention_loss
+
+        expected = loss_of(model)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            torch.testing.assert_close(loss_of(other), expected, rtol=1e-5, atol=1e-7)
+            detach(other)
+            assert traces(other) == before
+            assert CaptureSession.of(other) is None
+            assert traces(model) == attached
+        torch.testing.assert_close(loss_of(model), expected, rtol=1e-5, atol=1e-7)
+        detach(model)
         assert traces(model) == before
 
     def test_install_names_the_kernel_that_was_there(self, model):
@@ -188,7 +219,7 @@ class Contract(Batches, ByHand, Guards, Parts, Words, Core):
         assert (together[0].maps[0] - together[1].maps[0]).abs().max() > 1e-3
 
     def test_no_words_no_maps(self, family, model, readings):
-        maps = student_maps(model, family.processor, [Reading(readings[0].image, "what?", "12!", ())], GRID)[0]
+        maps = student_maps(model, family.processor, [AnsweredPicture(readings[0].image, "what?", "12!", ())], GRID)[0]
         assert maps.maps.shape == (0, *GRID)
 
     # 7

@@ -18,7 +18,7 @@ from lavender.alignment.objective import attach
 from lavender.config import AlignmentConfig, Pooling
 from lavender.students.capture import AttentionRequest
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import Reading, capturing
+from lavender.students.word_maps import AnsweredPicture, capturing
 
 ANSWERS = ("a dog and a cat", "one red apple near the tiny house", "sun")
 POOLINGS = pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
@@ -36,7 +36,7 @@ class Core(EagerRows, Geometry):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def readings(cls, family) -> list[Reading]:
+    def readings(cls, family) -> list[AnsweredPicture]:
         """Three pictures of different shapes, answers of different lengths."""
         return [reading(size, answer, seed) for seed, (size, answer) in enumerate(zip(family.sizes, ANSWERS))]  # noqa: B905
 

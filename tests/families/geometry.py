@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.students.image_keys import KeyLayout, to_grid
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import Reading
+from lavender.students.word_maps import AnsweredPicture
 from lavender.words import words_of
 
 GRID = (11, 13)
@@ -69,11 +69,11 @@ def coordinates(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.rint(BRIGHT * np.stack([x, y, np.ones(size)], axis=-1)).astype(np.uint8))
 
 
-def reading(size: tuple[int, int], answer: str, seed: int = 0) -> Reading:
-    return Reading(picture(size, seed), "what is it?", answer, words_of(answer))
+def reading(size: tuple[int, int], answer: str, seed: int = 0) -> AnsweredPicture:
+    return AnsweredPicture(picture(size, seed), "what is it?", answer, words_of(answer))
 
 
-def batch_of(family: Family, readings: list[Reading], side: str = "right") -> dict[str, Tensor]:
+def batch_of(family: Family, readings: list[AnsweredPicture], side: str = "right") -> dict[str, Tensor]:
     """The model's inputs for a batch of readings, by the real processor."""
     texts = [family.processor.apply_chat_template(one.messages(), tokenize=False) for one in readings]
     return dict(
@@ -114,7 +114,7 @@ class Geometry:
 
     def boxes_of(self, family, model, size, image=None) -> tuple[dict[str, Tensor], Tensor]:
         """A picture's inputs and the boxes (key, 4) of its keys; of a resampler, those of its patches."""
-        one = Reading(picture(size) if image is None else image, "what?", "dog", words_of("dog"))
+        one = AnsweredPicture(picture(size) if image is None else image, "what?", "dog", words_of("dog"))
         inputs = batch_of(family, [one])
         layout = adapter_for(model.config).image_boxes(inputs, [[size]], family.processor)
         return inputs, layout.boxes[0] if layout.views is None else layout.boxes.flatten(0, 1)

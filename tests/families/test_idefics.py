@@ -23,7 +23,7 @@ from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.config import AlignmentConfig
 from lavender.students.capture import AttentionRequest, row_tensors
 from lavender.students.families.idefics import IdeficsAdapter, IdeficsChatProcessor
-from lavender.students.word_maps import Reading, capturing, student_maps
+from lavender.students.word_maps import AnsweredPicture, capturing, student_maps
 from lavender.words import words_of
 from lavender.world.student_models import _tokenizer
 
@@ -361,7 +361,9 @@ def test_a_planted_patch_comes_back_through_the_latents(captions, seed):
     for row, col in ((0, 0), (1, 4), (5, 2), (3, 3)):
         image = Image.new("RGB", (600, 300))
         image.paste((255, 255, 255), (col * 100, row * 50, col * 100 + 100, row * 50 + 50))
-        maps = student_maps(model, processor, [Reading(image, "what?", "a dog", words_of("a dog"))], (6, 6))[0].maps
+        maps = student_maps(model, processor, [AnsweredPicture(image, "what?", "a dog", words_of("a dog"))], (6, 6))[
+            0
+        ].maps
         assert len(maps) == 2
         for one in maps.flatten(1):
             assert one.argmax().item() == row * 6 + col

@@ -28,7 +28,7 @@ from lavender.students.families.minicpm_v import (
     slice_grid,
     slices_of,
 )
-from lavender.students.word_maps import Reading, capturing, student_maps
+from lavender.students.word_maps import AnsweredPicture, capturing, student_maps
 from lavender.words import words_of
 from lavender.world.student_models import _tokenizer
 
@@ -315,7 +315,7 @@ class TestProcessor:
 
     def test_what_does_not_fit_is_refused(self, captions):
         processor, image = build_processor(captions), picture((97, 83))
-        with pytest.raises(DataError, match=r"Got \[1\] placeholders \(<image>./</image>\) in texts of \[2\] pictures"):
+        with pytest.raises(DataError, match=r"Got \[1\] \(<image>./</image>\) in texts of \[2\] pictures"):
             processor(images=[[image, image]], text=["(<image>./</image>)"])
         with pytest.raises(DataError, match=r"Got 2 whole slices in a text of 5"):
             processor(images=[[image]], text=["(<image>./</image>)"], truncation=True, max_length=25)
@@ -369,7 +369,9 @@ def test_a_planted_patch_comes_back_through_the_latents(captions):
     for row, col in ((0, 0), (1, 4), (5, 2), (3, 3)):
         image = Image.new("RGB", (96, 96))
         image.paste((255, 255, 255), (col * 16, row * 16, col * 16 + 16, row * 16 + 16))
-        maps = student_maps(model, processor, [Reading(image, "what?", "a dog", words_of("a dog"))], (6, 6))[0].maps
+        maps = student_maps(model, processor, [AnsweredPicture(image, "what?", "a dog", words_of("a dog"))], (6, 6))[
+            0
+        ].maps
         assert len(maps) == 2
         for one in maps.flatten(1):
             assert one.argmax().item() == row * 6 + col

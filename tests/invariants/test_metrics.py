@@ -155,11 +155,11 @@ def test_a_constant_weight_is_not_logged(run):  # noqa: F811
 def test_the_entropy_is_that_of_the_students_own_maps(run, processor, dataset, some_scenes, captions):  # noqa: F811
     """Through `student_maps`, another way to the same attention."""
     from lavender.maps import entropy
-    from lavender.students.word_maps import Reading, student_maps
+    from lavender.students.word_maps import AnsweredPicture, student_maps
 
     trainer = run(max_steps=1, per_device_train_batch_size=6, learning_rate=0.0)
     readings = [
-        Reading(scene.image, "describe the picture.", caption, content_words(caption, ("noun",)))
+        AnsweredPicture(scene.image, "describe the picture.", caption, content_words(caption, ("noun",)))
         for scene, caption in list(zip(some_scenes, captions, strict=True))[:-1]
     ]
     maps: list[WordMaps] = student_maps(trainer.model, processor, readings, (11, 13))

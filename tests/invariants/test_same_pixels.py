@@ -17,7 +17,7 @@ from lavender.data.images import image_id, load_image, picture_size
 from lavender.data.store import MapStore
 from lavender.maps import WordMaps, to_heat
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import Reading
+from lavender.students.word_maps import AnsweredPicture
 from lavender.words import words_of
 from lavender.world.student_models import STUDENTS
 
@@ -77,7 +77,7 @@ def test_student_and_teacher_see_the_same(family, name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reading_has_the_same_picture(name, tmp_path):
     source, _ = kinds(tmp_path)[name]
-    reading = Reading(source, "what is it?", ANSWER, words_of(ANSWER))
+    reading = AnsweredPicture(source, "what is it?", ANSWER, words_of(ANSWER))
     assert image_id(reading.image) == image_id(load_image(source, "a picture"))
 
 

@@ -23,6 +23,7 @@ from lavender.alignment.examples import (
     line_of,
 )
 from lavender.config import AlignmentConfig
+from lavender.data.conversations import text_of
 from lavender.data.images import image_id, load_image
 from lavender.data.store import MapStore
 from lavender.errors import DataError, LavenderError, StoreError
@@ -30,7 +31,7 @@ from lavender.maps import Word, WordMaps
 from lavender.students.base import VlmAdapter
 from lavender.students.capture import row_tensors
 from lavender.students.image_keys import KeyLayout
-from lavender.students.locate import BEYOND, CHANGED, UNKNOWN, UNSEEN, WordLocator, text_of
+from lavender.students.locate import BEYOND, CHANGED, UNKNOWN, UNSEEN, WordLocator
 from lavender.words import same_root, subjects_and_objects
 
 NO_PICTURE = "sample without a picture"
@@ -275,7 +276,7 @@ class AlignmentCollator:
         if not sample.identities:
             coverage.dropped[NO_PICTURE] += 1
             return []
-        texts = [text_of(message) if message["role"] == "assistant" else None for message in sample.messages]
+        texts = [text_of(message["content"]) if message["role"] == "assistant" else None for message in sample.messages]
         known = [
             (index, turn, maps)
             for index, identity in enumerate(sample.identities)

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
+from lavender.data.conversations import text_of
 from lavender.data.images import picture_size
 from lavender.errors import ConfigError, DataError
 from lavender.students.base import VlmAdapter
@@ -103,7 +104,7 @@ class Screen:
     def messages(self, example: Mapping[str, Any], name: str) -> list[dict]:
         """`messages_of`, without a text that the model would take for a picture."""
         messages = messages_of(example)
-        for text in _texts(messages):
+        for text in (text_of(message.get("content")) for message in messages):
             held = [token for token in self._tokens if token in text]
             if held:
                 raise SampleError(
@@ -205,7 +206,7 @@ def messages_of(example: Mapping[str, Any]) -> list[dict]:
 def describe(example: Mapping[str, Any]) -> str:
     """A sample's name for a person: how its answer begins, and its pictures."""
     try:
-        texts = _texts(example["messages"])
+        texts = [text for message in example["messages"] if (text := text_of(message.get("content")))]
     except (AttributeError, KeyError, TypeError):
         texts = []
     text = textwrap.shorten(" ".join(texts[-1:]), _SHOWN_TEXT, placeholder=" …")
@@ -217,18 +218,6 @@ def _picture(image: Any) -> str:
     if isinstance(path, (str, Path)):
         return f"the picture {path}"
     return f"a picture of {image.width} × {image.height} pixels" if isinstance(image, Image.Image) else "a picture"
-
-
-def _texts(messages: list[dict]) -> list[str]:
-    return [
-        text
-        for one in messages
-        for text in (
-            [one["content"]]
-            if isinstance(one.get("content"), str)
-            else [str(part["text"]) for part in _parts(one) if part.get("type") == "text" and part.get("text")]
-        )
-    ]
 
 
 def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -24,9 +24,8 @@ from lavender.alignment.pooling import flow, is_flow, num_channels, pooled, pool
 from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError, ConfigError
 from lavender.students.base import VlmAdapter
-from lavender.students.capture import PARALLEL_NAME, AttentionRequest, install, real_keys, select_rows, set_kernel
+from lavender.students.capture import PARALLEL_NAME, AttentionRequest, CaptureSession, real_keys, select_rows
 from lavender.students.image_keys import KeyLayout, to_grid, word_attention
-from lavender.students.latents import MixingCollector
 from lavender.students.registry import adapter_for
 
 HEAD_NAME = "alignment_head"
@@ -141,7 +140,6 @@ class AlignmentHead(nn.Module):
             config.aligner_norm,
             config.aligner_activation,
         )
-        self.undo: Callable[[], None] = lambda: None
         self.vlm_is_frozen = False
 
     def forward(self, request: AlignmentRequest) -> Tensor:
@@ -188,8 +186,19 @@ class AlignmentHead(nn.Module):
 def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
     """Make the alignment objective part of a model. `detach` undoes it.
 
-    Logits do not change. A forward call with `attention_request=AlignmentRequest(...)` returns the
-    model's own output with one more field, `attention_loss`.
+    The logits do not change. A forward call with `attention_request=AlignmentRequest(...)` returns the model's output
+    with one more field, `attention_loss`. The model can be copied with `copy.deepcopy` and saved with `torch.save`.
+
+    Args:
+        model: a model of a supported family.
+        config: settings of the objective.
+
+    Returns:
+        The head, which is now the submodule `HEAD_NAME` of the model. It holds the Aligner.
+
+    Raises:
+        UnsupportedModelError: a model of an unknown family, or with an attention kernel that cannot be captured.
+        ConfigError: the model has a head already, or `config` names layers or heads that the model does not have.
     """
     if HEAD_NAME in dict(model.named_children()):
         raise ConfigError(
@@ -199,43 +208,46 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
     layers = _layers(adapter, config)
     if config.heads is not None and not all(0 <= head < adapter.num_heads() for head in config.heads):
         raise ConfigError(f"heads={config.heads}", f"numbers from 0 to {adapter.num_heads() - 1}", "change heads")
-    before = install(model)
+    session = CaptureSession(model, adapter)
     head = AlignmentHead(adapter.num_heads(), layers, config)
     model.add_module(HEAD_NAME, head.to(model.device))
-    attentions = [adapter.attention_module(model, layer) for layer in layers] if config.pooling == "learn" else []
-    handles = [
+    session.handles += [
         model.register_forward_pre_hook(_pool_heads, with_kwargs=True),
         model.register_forward_hook(_add_attention_loss, with_kwargs=True),
-        *(parallel.attach(attention, config.parallel_init) for attention in attentions),
-        *MixingCollector(model, adapter).handles,
     ]
+    if config.pooling == "learn":
+        session.handles += [
+            parallel.attach(adapter.attention_module(model, layer), config.parallel_init, adapter.head_norms)
+            for layer in layers
+        ]
     if config.match == "root" and model.base_model is not model:
         choose = partial(_choose_tokens, model)
-        handles.append(model.base_model.register_forward_hook(choose, with_kwargs=True))
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-        for attention in attentions:
-            delattr(attention, PARALLEL_NAME)
-        delattr(model, HEAD_NAME)
-        set_kernel(model, before)
-
-    head.undo = undo
+        session.handles.append(model.base_model.register_forward_hook(choose, with_kwargs=True))
     return head
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Leave a model as it was before `attach`: its own kernel, no hook, no head. Works for a copy of the model too.
+
+    Raises:
+        ConfigError: the model has no alignment head.
+    """
+    session = CaptureSession.of(model)
+    if session is None or HEAD_NAME not in dict(model.named_children()):
+        raise ConfigError(
+            "a model without an alignment head",
+            "the model that lavender.alignment.objective.attach changed, or a copy of it",
+            "pass that model, without a wrapper around it",
+        )
+    session.close(model)
+    parallel.detach(model)
+    delattr(model, HEAD_NAME)
 
 
 def _layers(adapter: VlmAdapter, config: AlignmentConfig) -> tuple[int, ...]:
     if config.layers is None and config.pooling == "learn" and not adapter.cross_attends:
         return adapter.layers("middle", share=0.2)  # each has projections of its own; the paper's share (§4.2.3)
     return adapter.layers(config.layers, config.layer_share)
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Leave a model as it was before `attach`: its own kernel, no hook, no head."""
-    head = model.get_submodule(HEAD_NAME)
-    assert isinstance(head, AlignmentHead)
-    head.undo()
 
 
 @cache
@@ -268,6 +280,12 @@ def _choose_tokens(model: PreTrainedModel, base: nn.Module, args: tuple, kwargs:
         request.chosen_BR = head(rows_BRD).argmax(dim=-1)
 
 
+def _adapter(model: nn.Module) -> VlmAdapter:
+    session = CaptureSession.of(model)
+    assert session is not None, "attach opens one"
+    return session.adapter
+
+
 def _add_attention_loss(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], output: ModelOutput
 ) -> ModelOutput | None:
@@ -278,8 +296,7 @@ def _add_attention_loss(
     if head.config.match != "label":
         if head.config.match == "root" and request.same_word is None:
             raise CaptureError("match='root' without same_word", "a request that knows the words", "pass same_word")
-        inputs = kwargs.get("data", kwargs)  # as MiniCPM-V's own code wants them
-        request.match_predicted(output, inputs["input_ids"])
+        request.match_predicted(output, _adapter(model).token_ids(kwargs))
     if not request.layers:
         return None
     loss = head(request)

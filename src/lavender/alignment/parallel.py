@@ -1,13 +1,14 @@
-"""The learned parallel attention (Eq. 15–16): new query and key projections beside the pretrained ones.
+"""Learned parallel attention (Eq. 15–16): trainable query and key projections beside the pretrained ones.
 
-Only alignment sees them; the main path is untouched. They live inside the attention module, so that
-sharded training keeps them with their layer, and are removed on export.
+Alignment alone uses them; the model's output does not change. They are children of the attention modules, so that
+sharded training keeps them with their layer. Exports leave them out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,47 +20,56 @@ from transformers.models.llama.modeling_llama import rotate_half
 from lavender.config import ParallelInit
 from lavender.students.capture import PARALLEL_NAME, AttentionRequest, select_rows
 
-CROSS_STATES = ("cross_attention_states", "key_value_states")  # what a cross-attention layer's keys are made of
-HEAD_NORMS = (("q_norm", "k_norm"), ("q_layer_norm", "k_layer_norm"))  # Mllama, Qwen3 and Gemma 3; IDEFICS
+CROSS_STATES = ("cross_attention_states", "key_value_states")
+"""Names under which cross-attention modules get the states that their keys are made of."""
 
 
 class ParallelProjections(nn.Module):
-    """W′_Q and W′_K of one layer, started as copies of its own or random; with bias where it has one (Qwen).
+    """W′_Q and W′_K of one layer (Eq. 15), with a bias where the layer's own projections have one.
 
-    In float32, whatever the layer's own are, as adapters of PEFT: in 16 bits small steps would be rounded away.
+    In float32 even if the layer is not, as PEFT's adapters are: 16 bits round small steps away.
+
+    Args:
+        attention: attention module with `q_proj` and `k_proj`.
+        init: "pretrained" copies the layer's own projections; "random" keeps torch's initialisation.
     """
 
     def __init__(self, attention: nn.Module, init: ParallelInit):
         super().__init__()
-        own_query, own_key = cast(nn.Linear, attention.q_proj), cast(nn.Linear, attention.k_proj)
-        dtype = torch.promote_types(own_query.weight.dtype, torch.float32)  # of quantised weights float32 too
+        pretrained = cast(nn.Linear, attention.q_proj), cast(nn.Linear, attention.k_proj)
+        dtype = torch.promote_types(pretrained[0].weight.dtype, torch.float32)  # float32 for quantised weights too
         self.query, self.key = (
-            nn.Linear(own.in_features, own.out_features, bias=own.bias is not None, dtype=dtype)
-            for own in (own_query, own_key)
+            nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=dtype)
+            for linear in pretrained
         )
-        copied = ((self.query, own_query), (self.key, own_key)) if init == "pretrained" else ()
-        with _whole([*own_query.parameters(), *own_key.parameters()]), torch.no_grad():
-            for new, own in copied:
-                new.weight.copy_(dequantize_module_weight(own))
-                if own.bias is not None:
-                    new.bias.copy_(own.bias)
+        if init != "pretrained":
+            return
+        with _gathered([parameter for linear in pretrained for parameter in linear.parameters()]), torch.no_grad():
+            for copy, linear in zip((self.query, self.key), pretrained, strict=True):
+                copy.weight.copy_(dequantize_module_weight(linear))
+                if linear.bias is not None:
+                    copy.bias.copy_(linear.bias)
 
-    def forward(self, hidden: Tensor, context: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Queries (sample, head, row, width) of selected rows and keys (sample, group, key, width).
+    def forward(self, hidden: Tensor, context: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Project the rows and all keys.
 
         Args:
-            hidden: (sample, row, hidden size).
-            context: what keys are made of; Mllama keeps tiles in the first axis, so any leading shape.
-            width: of a head.
+            hidden: hidden states of the requested rows, (sample, row, hidden size).
+            context: states that the keys are made of, (…, hidden size). The leading axes are those of the sample and
+                the key, in any split, such as (sample · tile, token).
+            head_dim: width of a head.
+
+        Returns:
+            Queries (sample, head, row, head_dim) and keys (sample, key head, key, head_dim).
         """
         dtype = self.query.weight.dtype
         query, key = self.query(hidden.to(dtype)), self.key(context.to(dtype))
-        key = key.reshape(hidden.shape[0], -1, self.key.out_features // width, width)
-        return query.unflatten(-1, (-1, width)).transpose(1, 2), key.transpose(1, 2)
+        key = key.reshape(hidden.shape[0], -1, self.key.out_features // head_dim, head_dim)
+        return query.unflatten(-1, (-1, head_dim)).transpose(1, 2), key.transpose(1, 2)
 
 
-def _whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
-    """Within it, weights that ZeRO-3 has shared out among the processes as they were read are there."""
+def _gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+    """Inside the context every process holds the whole parameters, which ZeRO-3 shards while it loads a model."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
     import deepspeed
@@ -67,26 +77,43 @@ def _whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(list(parameters))
 
 
-def attach(attention: nn.Module, init: ParallelInit = "pretrained") -> torch.utils.hooks.RemovableHandle:
-    """Give an attention module its parallel projections; each forward with a request captures them."""
+def attach(
+    attention: nn.Module, init: ParallelInit = "pretrained", head_norms: tuple[str, str] = ("q_norm", "k_norm")
+) -> torch.utils.hooks.RemovableHandle:
+    """Add parallel projections to an attention module. They answer every request whose `learned` is True.
+
+    Args:
+        attention: attention module of a usable layer.
+        init: see `ParallelProjections`.
+        head_norms: names of its children that normalise query and key heads; see `VlmAdapter.head_norms`.
+
+    Returns:
+        The handle of the hook that captures. `detach` removes the projections themselves.
+    """
     attention.add_module(PARALLEL_NAME, ParallelProjections(attention, init))
-    return attention.register_forward_pre_hook(_capture, with_kwargs=True)
+    return attention.register_forward_pre_hook(partial(_capture, head_norms), with_kwargs=True)
 
 
-def _capture(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def detach(model: nn.Module) -> None:
+    """Remove the parallel projections of all layers of a model."""
+    for module in list(model.modules()):
+        if PARALLEL_NAME in dict(module.named_children()):
+            delattr(module, PARALLEL_NAME)
+
+
+def _capture(head_norms: tuple[str, str], attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     request: AttentionRequest | None = kwargs.get("attention_request")
     if request is None or attention.layer_idx not in request.layers or not request.answered_by_parallel(attention):
         return
     states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     hidden = select_rows(states[:, None], request.rows_BR)[:, 0]
     project = attention.get_submodule(PARALLEL_NAME)
-    others = [kwargs[name] for name in CROSS_STATES if kwargs.get(name) is not None]
-    query, key = project(hidden, others[0] if others else states, attention.head_dim)
+    cross_states = [kwargs[name] for name in CROSS_STATES if kwargs.get(name) is not None]
+    query, key = project(hidden, cross_states[0] if cross_states else states, attention.head_dim)
     norms = dict(attention.named_children())
-    for own_query, own_key in HEAD_NORMS:
-        if own_query in norms:  # of each head, before rotation: the layer's own are reused
-            query, key = norms[own_query](query), norms[own_key](key)
-    if not others:
+    if head_norms[0] in norms:  # the layer's own, of each head, before rotation
+        query, key = norms[head_norms[0]](query), norms[head_norms[1]](key)
+    if not cross_states:
         cos, sin = (table.expand(len(states), -1, -1)[:, None] for table in kwargs["position_embeddings"])
         query = _rotated(query, *(select_rows(table, request.rows_BR) for table in (cos, sin)))
         key = _rotated(key, cos, sin)
@@ -94,5 +121,5 @@ def _capture(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def _rotated(states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, its tables (sample, 1, token, width); Qwen-VL's are laid out by time, row, column."""
+    """Apply rotary position embedding. The tables are (sample, 1, token, head width)."""
     return states_BHTD * cos + rotate_half(states_BHTD) * sin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lavender.data.tables import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, VIDEO_COLUMNS
@@ -70,9 +70,11 @@ def mismatch(num_pictures: int, num_places: int) -> str:
     return f"{pictures} and {places} for pictures"
 
 
-def text_of(content: list[dict[str, str]]) -> str:
-    """The text of a turn."""
-    return "".join(part["text"] for part in content if part["type"] == "text")
+def text_of(content: str | Iterable[Mapping[str, Any]] | None) -> str:
+    """The text of a message, from its `content`: a string, or parts of which those of type "text" count."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(str(part["text"]) for part in content if part.get("type") == "text" and part.get("text"))
 
 
 def _turns_of_row(values: dict[str, Any], prompt: str, has_pictures: bool) -> list[list[Any]]:

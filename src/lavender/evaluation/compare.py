@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.alignment.collator import SeveralStores
+from lavender.data.conversations import text_of
 from lavender.data.images import image_id
 from lavender.data.samples import Sample
 from lavender.data.store import MapStore
@@ -19,8 +20,7 @@ from lavender.errors import ConfigError, DataError, NotFiniteError
 from lavender.evaluation.answers import generate_answers
 from lavender.evaluation.report.page import Panel, WordRow
 from lavender.maps import WordMaps, correlation, entropy
-from lavender.students.locate import text_of
-from lavender.students.word_maps import Reading, student_maps
+from lavender.students.word_maps import AnsweredPicture, processor_inputs, student_maps
 from lavender.words import content_words
 
 CONTENT = ("noun", "adjective", "verb")
@@ -82,23 +82,23 @@ def _hindrance(sample: Sample) -> str:
     return "" if shows else "whose picture is not in the first question"
 
 
-def readings_of(samples: Sequence[Sample], store: MapStore | SeveralStores | None) -> list[Reading]:
+def readings_of(samples: Sequence[Sample], store: MapStore | SeveralStores | None) -> list[AnsweredPicture]:
     """First question and answer of each sample with one picture; the words the teacher mapped, else content words."""
     readings = []
     for sample in samples:
         (image,) = sample.load()
-        turns = [text_of(message) for message in sample.messages if message["role"] in ("user", "assistant")]
+        turns = [text_of(message["content"]) for message in sample.messages if message["role"] in ("user", "assistant")]
         prompt, answer = turns[0], turns[1]
         known = store.get(image_id(image), answer) if store is not None else None
         words = known.words if known is not None else content_words(answer, CONTENT)
-        readings.append(Reading(image, prompt, answer, words))
+        readings.append(AnsweredPicture(image, prompt, answer, words))
     return readings
 
 
 def observe(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    readings: Sequence[Reading],
+    readings: Sequence[AnsweredPicture],
     store: MapStore | SeveralStores | None,
     max_new_tokens: int = 64,
 ) -> Observed:
@@ -135,7 +135,7 @@ def map_agreement(maps: Sequence[WordMaps], store: MapStore | SeveralStores) -> 
 
 @torch.inference_mode()
 def answer_nll(
-    model: PreTrainedModel, processor: ProcessorMixin, readings: Sequence[Reading], batch_size: int = 16
+    model: PreTrainedModel, processor: ProcessorMixin, readings: Sequence[AnsweredPicture], batch_size: int = 16
 ) -> float:
     """Mean negative log-likelihood of the reference answers' tokens (with their end token), nats a token.
 
@@ -145,19 +145,12 @@ def answer_nll(
     total, count = 0.0, 0
     for start in range(0, len(readings), batch_size):
         group = readings[start : start + batch_size]
-        full = [processor.apply_chat_template(one.messages(), tokenize=False) for one in group]
-        inputs = processor(
-            images=[[one.image] for one in group],
-            text=full,
-            padding=True,
-            padding_side="right",
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).to(model.device)
+        inputs = processor_inputs(processor, group).to(model.device)
         logits = model(**inputs).logits.float()
         for index, one in enumerate(group):
             prompt = processor.apply_chat_template(one.messages()[:1], add_generation_prompt=True, tokenize=False)
-            tail = processor.tokenizer(full[index][len(prompt) :], add_special_tokens=False)["input_ids"]
+            full = processor.apply_chat_template(one.messages(), tokenize=False)
+            tail = processor.tokenizer(full[len(prompt) :], add_special_tokens=False)["input_ids"]
             end = int(inputs["attention_mask"][index].sum())
             target = inputs["input_ids"][index, end - len(tail) : end]
             total += torch.nn.functional.cross_entropy(
@@ -192,7 +185,7 @@ class Phrase:
 
 
 def panels_of(
-    readings: Sequence[Reading],
+    readings: Sequence[AnsweredPicture],
     phrases: Sequence[Sequence[Phrase]],
     teacher: Sequence[WordMaps | None],
     observed: dict[str, Observed],

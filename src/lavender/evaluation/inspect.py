@@ -198,18 +198,13 @@ def _located(adapter: VlmAdapter, processor: Any) -> dict[str, Any]:
     from PIL import Image
 
     from lavender.students.locate import WordLocator
-    from lavender.students.word_maps import Reading
+    from lavender.students.word_maps import AnsweredPicture, processor_inputs
     from lavender.words import content_words
 
     height, width = SAMPLE_SIZE
     words = content_words(ANSWER, ("noun", "adjective", "verb"))
-    messages = Reading(Image.new("RGB", (width, height)), QUESTION, ANSWER, words).messages()
-    inputs = processor(
-        images=[[Image.new("RGB", (width, height))]],
-        text=[processor.apply_chat_template(messages, tokenize=False)],
-        add_special_tokens=False,
-        return_tensors="pt",
-    )
+    picture = AnsweredPicture(Image.new("RGB", (width, height)), QUESTION, ANSWER, words)
+    inputs, messages = processor_inputs(processor, [picture]), picture.messages()
     ids, dropped = inputs["input_ids"][0], Counter()
     found = WordLocator(processor, adapter).rows(
         messages, [(1, ANSWER, words)], ids, inputs["attention_mask"][0], dropped
@@ -235,12 +230,12 @@ def _located(adapter: VlmAdapter, processor: Any) -> dict[str, Any]:
 
 def _draw_sample(target: str, picture: Path, trust_remote_code: bool) -> dict[str, Any]:
     from lavender.students.loading import load_run
-    from lavender.students.word_maps import Reading, student_maps
+    from lavender.students.word_maps import AnsweredPicture, student_maps
     from lavender.words import content_words
 
     image = _photograph()
     model, processor = load_run(target, trust_remote_code=trust_remote_code)
-    reading = Reading(image, QUESTION, ANSWER, content_words(ANSWER, ("noun", "adjective", "verb")))
+    reading = AnsweredPicture(image, QUESTION, ANSWER, content_words(ANSWER, ("noun", "adjective", "verb")))
     maps = student_maps(model, processor, [reading])[0]
     rows = [WordRow(word.text, {"attention": one}) for word, one in zip(maps.words, maps.maps, strict=True)]
     with writing(picture):

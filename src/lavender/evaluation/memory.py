@@ -32,9 +32,10 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
         keys: image keys of a picture, as a sample has shown; None assumes the family's number.
         tokens: the length of that sample.
     """
-    says = "in the sample" if keys is not None else "from the config" if _known_keys(adapter) else "assumed"
-    keys = keys or _known_keys(adapter) or ASSUMED_KEYS
-    tokens = tokens or TEXT_TOKENS + (0 if _is_cross(adapter) else keys)
+    keys_in_config = adapter.keys_per_image()
+    source = "in the sample" if keys is not None else "from the config" if keys_in_config else "assumed"
+    keys = keys or keys_in_config or ASSUMED_KEYS
+    tokens = tokens or TEXT_TOKENS + (0 if adapter.cross_attends else keys)
     parameters = sum(one.numel() for one in model.parameters())
     lora, num_lora = LoraSettings(), _lora_parameters(model)
     text = adapter.config.get_text_config()
@@ -60,7 +61,7 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
         "learn": 4 * SINGLE * _parallel_parameters(model, adapter),
         "lora_parameters": num_lora,
         "assumptions": [
-            f"one sample of {tokens} tokens a step, one picture of {keys} image keys ({says})",
+            f"one sample of {tokens} tokens a step, one picture of {keys} image keys ({source})",
             "full tuning: weights, gradients and AdamW's two states in float32, computing in bfloat16 (dtype: float32, "
             "bf16: true); of 16 bits: all in bfloat16, where small steps are rounded away; no sharding",
             f"LoRA of rank {lora.r} on {', '.join(lora.target_modules)}, in float32: {num_lora:,} parameters; all else "
@@ -72,26 +73,6 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
             f"{GRID} × {GRID} through the default Aligner on each usable layer (fewer layers: `layers`)",
         ],
     }
-
-
-def _is_cross(adapter: VlmAdapter) -> bool:
-    return adapter.model_type in ("mllama", "idefics", "open_flamingo")
-
-
-def _known_keys(adapter: VlmAdapter) -> int | None:
-    """Image keys of one picture where the config fixes them; the most, for Mllama."""
-    config = adapter.config
-    if adapter.model_type == "mllama":
-        vision = config.vision_config
-        return vision.max_num_tiles * (1 + (vision.image_size // vision.patch_size) ** 2)
-    if adapter.model_type == "idefics":
-        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-        return config.perceiver_config.resampler_n_latents if config.use_resampler else 1 + patches
-    if adapter.model_type == "open_flamingo":
-        return config.perceiver_latents
-    if adapter.model_type == "llava":
-        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return config.mm_tokens_per_image if adapter.model_type == "gemma3" else None
 
 
 def _lora_parameters(model: nn.Module) -> int:

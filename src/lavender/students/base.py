@@ -1,9 +1,9 @@
-"""What a family of vision-language models must tell: where its image attention is, and its geometry."""
+"""The interface between Lavender and a family of vision-language models. To add a family, subclass `VlmAdapter`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -17,103 +17,113 @@ from lavender.model_files import load_weights
 from lavender.students.image_keys import KeyLayout
 
 PARTS = ("vision_tower", "connector", "language_model")
-"""What can be frozen: what sees, what lies between, and what reads and writes."""
+"""Parts of a model that can be frozen or tuned separately. The connector lies between the other two."""
 
 
 class Removable(Protocol):
-    """What is to be undone by `remove`, as a hook's handle."""
+    """A change to a model that `remove` undoes, such as the handle of a hook."""
 
     def remove(self) -> None: ...
 
 
 class VlmAdapter(ABC):
-    """One family of models. Holds no weights; a family is one subclass in one file.
+    """What Lavender needs to know about one family of models. One subclass per family, in `students/families`.
 
-    A batch may hold samples without a picture and samples with several. Where the language model gets a resampler's
-    latents, which lie nowhere in the picture, a family also overrides `resampler` and `latent_attention`; then a map
-    is the attention on the latents times the latents' own attention on the patches.
+    An adapter holds no weights. It answers from the model's config and from the processor's output. All knowledge
+    about a family is here: no other module names a family or compares `model_type`.
+
+    An *image key* is a key of an attention layer that carries information from a picture: a patch, a tile's cell, or
+    a latent of a resampler. A batch may hold samples without a picture and samples with several.
+
+    Every family implements `usable_layers`, `attention_module`, `image_keys`, `image_boxes`, `describe_keys` and
+    `image_token_id`. In addition:
+
+    - Layers that attend to pictures alone (cross-attention): set `cross_attends`, return None from `image_keys`, and
+      override `seen_from`; `image_states` too, unless there is a resampler.
+    - Keys that are latents of a resampler: override `resampler` and `latent_attention`. A latent has no place in the
+      picture. So a map is the attention on the latents times the latents' attention on the patches.
     """
 
     model_type: ClassVar[str]
-    """`config.model_type` of the family."""
+    """`config.model_type` of the family: its key in `lavender.students.registry.FAMILIES`."""
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision_tower": ("model.vision_tower",),
         "connector": ("model.multi_modal_projector",),
         "language_model": ("model.language_model", "lm_head"),
     }
-    """Where the parts that can be frozen lie: beginnings of names of modules and weights; the longest one counts."""
+    """For each of `PARTS`, the prefixes of its modules' and parameters' names. The longest matching prefix counts."""
     cross_attends: ClassVar[bool] = False
-    """Whether its usable layers attend to pictures alone; else pictures are part of the sequence."""
+    """Whether the usable layers attend to pictures alone. If False, the image keys are tokens of the sequence."""
+    head_norms: ClassVar[tuple[str, str]] = ("q_norm", "k_norm")
+    """Names of the attention module's children that normalise each query head and key head. They need not exist."""
 
     def __init__(self, config: Any):
         self.config = config
 
-    def part_of(self, name: str) -> str | None:
-        """Which of PARTS a module or weight of this name belongs to; None for what holds several."""
-        found = [
-            (len(begin), part)
-            for part, begins in self.parts.items()
-            for begin in begins
-            if name == begin or name.startswith(f"{begin}.")
-        ]
-        return max(found)[1] if found else None
+    # Every family implements these.
 
     @abstractmethod
     def usable_layers(self) -> tuple[int, ...]:
-        """Decoder layers whose attention on the picture can be captured, in order."""
+        """Indices of the decoder layers whose attention on the picture can be captured, ascending."""
 
     @abstractmethod
     def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
-        """The attention module of a usable layer."""
+        """The attention module of a usable layer.
 
-    def image_states(self, model: PreTrainedModel) -> Any:
-        """The module whose output cross-attention gets of the pictures, for `lavender check`.
-
-        One state an image key, sample by sample. Asked only where `image_keys` is None and there is no resampler.
+        It has `q_proj`, `k_proj`, `head_dim`, `scaling` and `layer_idx`, and calls transformers' `AttentionInterface`.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say where the states of its pictures come from")
 
     @abstractmethod
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """Which of a layer's keys are of the sample's pictures: long (sample, key), positions in the sequence.
+        """Positions of the image keys in the sequence: long (sample, key), ascending, padded with -1.
 
-        Those of all its pictures, ascending, and -1 after a sample's last where others have more (see `padded_keys`).
-        None where a layer attends to pictures alone (cross-attention): then all keys are.
+        A row holds the keys of all pictures of the sample; see `padded_keys`. None where the layers attend to pictures
+        alone: then every key of a layer is an image key.
+
+        Raises:
+            DataError: `max_length` has cut a picture.
         """
 
     @abstractmethod
     def image_boxes(
         self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
     ) -> KeyLayout:
-        """Where in its own picture each image key lies, and which picture that is; see `KeyLayout`.
+        """The box of each image key in its own picture, and the index of that picture.
 
-        One entry a key of `image_keys`, or of the layer where that is None. For a resampler the boxes are those of
-        its patches, and `views` says which of its outputs a key is part of.
+        The keys are in the order of `image_keys`, or of the layer's keys where that is None. With a resampler, `boxes`
+        are those of its patches, and `views` says which output of the resampler a key belongs to.
 
         Args:
-            inputs: what the processor made of the batch.
-            image_sizes: (height, width) of each sample's pictures, pixels, before the processor; [] for a sample
+            inputs: output of the processor for the batch.
+            image_sizes: (height, width) in pixels of each sample's pictures, before the processor; [] for a sample
                 without a picture.
-            processor: the model's; its settings may decide what part of a picture is seen.
+            processor: the model's processor. Its settings decide which part of a picture the model sees.
 
         Raises:
-            DataError: the inputs have another number of pictures, or of a picture's tokens.
+            DataError: `inputs` hold another number of pictures, or of tokens per picture.
         """
 
     @abstractmethod
     def describe_keys(self) -> str:
-        """One line for people: the image keys of a picture and their grid."""
+        """One line for the user: the image keys of a picture and how they tile it."""
 
     @abstractmethod
     def image_token_id(self) -> int:
-        """The token that stands for the picture in the text."""
+        """Id of the token that stands for a picture in the tokenized sequence."""
+
+    # Families override these where the default does not fit.
 
     def processor(self, published: Any) -> Any:
-        """The processor to train with, from the model's own: that one, where it takes batches of conversations."""
+        """The processor to train with. By default the published one; see `lavender.students.chat_processor`."""
         return published
 
     def load(self, auto: Any, path: str, **settings: Any) -> Any:
-        """The model, by the Auto class that fits it; `settings` are those of `from_pretrained`.
+        """Load the model.
+
+        Args:
+            auto: the Auto class of transformers that fits the model.
+            path: folder or hub id.
+            settings: arguments of `from_pretrained`.
 
         Raises:
             ModelError: see `lavender.model_files.load_weights`.
@@ -122,63 +132,141 @@ class VlmAdapter(ABC):
         return load_weights(auto, path, lambda: auto.from_config(self.config, trust_remote_code=trust), **settings)
 
     def num_heads(self) -> int:
-        """How many heads a usable layer's attention has."""
+        """Number of attention heads of a usable layer."""
         return self.config.get_text_config().num_attention_heads
 
+    def num_embeddings(self, model: PreTrainedModel) -> int:
+        """Number of token ids that the model has an embedding for."""
+        table: Any = model.get_input_embeddings()
+        return table.num_embeddings
+
+    def keys_per_image(self) -> int | None:
+        """Number of image keys per picture, or the most, if the config fixes it. None if it depends on the picture."""
+        return None
+
+    def token_ids(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The token ids among the keyword arguments of the model's forward: long (sample, token)."""
+        return inputs["input_ids"]
+
     def hooks(self, model: PreTrainedModel) -> list[Removable]:
-        """What else a model needs to answer requests, in place until it is removed; nothing for most families."""
+        """Change what a model needs in addition so that its forward works with attention requests.
+
+        Called when capture starts; the result is removed when capture ends. A hook must be a function of a module or a
+        bound method, not a closure: closures break `copy.deepcopy` and `torch.save` of the model.
+        """
         return []
 
+    def seen_from(self, inputs: Mapping[str, Tensor], layout: KeyLayout) -> Tensor:
+        """Which pictures each token can attend to: bool (sample, picture, token).
+
+        By default those that begin at the token or before it. Override it if `image_keys` is None.
+        """
+        keys = self.image_keys(inputs)
+        assert keys is not None, f"{type(self).__name__} must override seen_from, since its image_keys is None"
+        num_pictures = int(layout.pictures.max()) + 1 if layout.pictures.numel() else 0
+        picture_ids = torch.arange(num_pictures, device=keys.device)
+        is_of_picture = layout.pictures[:, None].to(keys.device) == picture_ids[:, None]
+        length = inputs["input_ids"].shape[1]
+        if keys.shape[1]:
+            first = torch.where(is_of_picture, keys[:, None], length).amin(dim=2)
+        else:
+            first = keys.new_zeros(len(keys), 0)
+        return first[..., None] <= torch.arange(length, device=keys.device)
+
     def resampler(self, model: PreTrainedModel) -> nn.Module | None:
-        """The module that turns patches into the latents that are the image keys; None where keys are patches."""
+        """The module that turns patches into the latents that are the image keys. None where keys are patches."""
         return None
 
     def latent_attention(
         self, resampler: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor:
-        """Where the latents look: float32 (view, latent, patch), mean over the resampler's heads and layers.
+        """Attention of the latents on the patches: float32 (view, latent, patch), mean over heads and layers.
 
-        Differentiable. A row sums to 1 over its view's own patches and is 0 at their padding; the patches are in the
-        order of the boxes of `image_boxes`. Called in a forward hook of `resampler`, with what that got and gave.
+        A view is a picture, or a crop of one, that the resampler turns into latents at once. The patches are in the
+        order of `image_boxes`. Each row sums to 1 over the patches of its view, and is 0 at their padding. The result
+        must be differentiable.
+
+        Args:
+            resampler: the module that `resampler` returned.
+            args, kwargs: arguments of its forward.
+            output: result of its forward.
         """
-        raise NotImplementedError(f"{type(self).__name__} names a resampler, but not how to read its attention")
+        raise NotImplementedError(f"{type(self).__name__} overrides resampler, but not latent_attention")
 
-    def seen_from(self, inputs: Mapping[str, Tensor], layout: KeyLayout) -> Tensor:
-        """Which pictures a token's row can attend to: bool (sample, picture, token).
+    def image_states(self, model: PreTrainedModel) -> nn.Module:
+        """The module whose output the cross-attention layers get. Needed for `lavender check` only.
 
-        Here those that begin at or before it. A family whose `image_keys` is None must override this.
+        Its output has one state per image key, sample by sample. Called only if `image_keys` is None and there is no
+        resampler.
         """
-        keys = self.image_keys(inputs)
-        assert keys is not None, f"{type(self).__name__} must say which rows see which picture"
-        num_pictures = int(layout.pictures.max()) + 1 if layout.pictures.numel() else 0
-        own = layout.pictures[:, None].to(keys.device) == torch.arange(num_pictures, device=keys.device)[:, None]
-        length = inputs["input_ids"].shape[1]
-        first = torch.where(own, keys[:, None], length).amin(dim=2) if keys.shape[1] else keys.new_zeros(len(keys), 0)
-        return first[..., None] <= torch.arange(length, device=keys.device)
+        raise NotImplementedError(f"{type(self).__name__} does not override image_states")
+
+    def replace_image_states(
+        self, decoder_inputs: dict[str, Any], keys: Tensor, replace: Callable[[Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """The decoder's keyword arguments with other states at the image keys. For `lavender check`.
+
+        Args:
+            decoder_inputs: keyword arguments of the decoder's forward, with `inputs_embeds`.
+            keys: result of `image_keys`, long (sample, key).
+            replace: maps the states of all image keys of the batch, (key, width), to the new ones.
+        """
+        states, is_key = decoder_inputs["inputs_embeds"].clone(), keys >= 0
+        samples, positions = is_key.nonzero()[:, 0].to(states.device), keys[is_key].to(states.device)
+        states[samples, positions] = replace(states[samples, positions])
+        return decoder_inputs | {"inputs_embeds": states}
+
+    # The rest is the same for all families.
+
+    def part_of(self, name: str) -> str | None:
+        """Which of `PARTS` a module or parameter belongs to, by its name. None if it holds several parts."""
+        matches = [
+            (len(prefix), part)
+            for part, prefixes in self.parts.items()
+            for prefix in prefixes
+            if name == prefix or name.startswith(f"{prefix}.")
+        ]
+        return max(matches)[1] if matches else None
 
     def key_tensors(
         self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
     ) -> dict[str, Tensor]:
-        """`image_keys` and `image_boxes` as tensors of an `AlignmentRequest`, and checked against each other."""
+        """Results of `image_keys` and `image_boxes`, checked against each other, as tensors for an `AlignmentRequest`.
+
+        Returns:
+            The fields of `KeyLayout` that are not None, and `keys` if the image keys are tokens of the sequence.
+
+        Raises:
+            DataError: the two methods disagree, or disagree with `image_sizes`.
+        """
         keys, layout = self.image_keys(inputs), self.image_boxes(inputs, image_sizes, processor)
-        given = [len(own) for own in image_sizes]
-        found = [len(own[own >= 0].unique()) for own in layout.pictures]
-        if found != given:
+        expected = [len(sizes) for sizes in image_sizes]
+        got = [len(pictures[pictures >= 0].unique()) for pictures in layout.pictures]
+        if got != expected:
             raise DataError(
-                f"boxes of {found} pictures for samples of {given}", "as many", "report this family and processor"
+                f"boxes of {got} pictures for samples of {expected}", "as many", "report this family and processor"
             )
         if keys is not None and not torch.equal((keys >= 0).cpu(), (layout.pictures >= 0).cpu()):
             raise DataError(
-                f"{(keys >= 0).sum(dim=1).tolist()} image keys a sample and boxes for "
+                f"{(keys >= 0).sum(dim=1).tolist()} image keys per sample and boxes for "
                 f"{(layout.pictures >= 0).sum(dim=1).tolist()}",
                 "a box for each key",
                 "set max_length=None if it cuts pictures; else report this family and processor",
             )
-        tensors = {name: one for name, one in layout._asdict().items() if one is not None}
+        tensors = {name: tensor for name, tensor in layout._asdict().items() if tensor is not None}
         return tensors if keys is None else tensors | {"keys": keys}
 
     def layers(self, wanted: tuple[int, ...] | LayerChoice | None, share: float = 1 / 3) -> tuple[int, ...]:
-        """The wanted layers, checked, or all usable ones; "first", "middle" and "last" are a share of these."""
+        """The layers to capture.
+
+        Args:
+            wanted: indices of layers, or "first", "middle" or "last" for a share of the usable layers. "all" and None
+                mean all usable layers.
+            share: that share, in (0, 1]. At least one layer is chosen.
+
+        Raises:
+            ConfigError: a layer in `wanted` is not usable.
+        """
         usable = self.usable_layers()
         if wanted is None or wanted == "all":
             return usable
@@ -195,10 +283,10 @@ class VlmAdapter(ABC):
 
 
 def check_pixels(inputs: Mapping[str, Tensor], side: int) -> None:
-    """See that the pictures of a batch are squares of `side` pixels, the only ones that the model's tower takes.
+    """Check that the processor made squares of `side` pixels, for models that take no other size.
 
     Raises:
-        ConfigError: the image processor makes others.
+        ConfigError: `pixel_values` have another height or width.
     """
     pixels = inputs.get("pixel_values")
     if pixels is not None and tuple(pixels.shape[-2:]) != (side, side):
@@ -210,6 +298,6 @@ def check_pixels(inputs: Mapping[str, Tensor], side: int) -> None:
         )
 
 
-def padded_keys(places: Tensor) -> Tensor:
-    """Positions of what is true in each row of (sample, token): long (sample, key), ascending, padded with -1."""
-    return pad_sequence([own.nonzero()[:, 0] for own in places], batch_first=True, padding_value=-1)
+def padded_keys(is_key: Tensor) -> Tensor:
+    """Positions of the True entries of each row of bool (sample, token): long (sample, key), padded with -1."""
+    return pad_sequence([row.nonzero()[:, 0] for row in is_key], batch_first=True, padding_value=-1)

@@ -1,16 +1,19 @@
-"""Capture of selected attention rows, with the model's own kernel untouched.
+"""Capture selected attention rows while the model's own kernel makes the output.
 
-One attention function is registered with transformers. It calls the base kernel for the output, then
-recomputes softmax(q·kᵀ) for the wanted rows alone. The request travels as a forward keyword argument:
-a global would be gone when activation checkpointing runs the forward again inside backward.
+`CaptureSession` prepares a model, and an `AttentionRequest` says what to capture in one forward call. An attention
+function is registered with transformers. It calls the base kernel for the output, then computes softmax(q·kᵀ) once
+more for the requested rows alone. The request is a keyword argument of the model's forward, not a global: activation
+checkpointing runs the forward again inside backward, when a global may have changed.
 
-Axis suffixes: B sample, H head, R row (a query that predicts a token), K key, D head width.
+Axis suffixes: B sample, H head, G key head, R row (a query that predicts a token), T token, K key, D head width,
+W word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, cast
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +22,36 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lavender.errors import CaptureError, UnsupportedModelError
+from lavender.students.base import Removable, VlmAdapter
+from lavender.students.registry import adapter_for
 from lavender.students.rows import Heads, attention_rows, select_rows
 
 BASE_KERNELS = ("sdpa",)
-PARALLEL_NAME = "alignment_parallel"  # the child of an attention module that holds its parallel projections
+PARALLEL_NAME = "alignment_parallel"
+"""Name of the child of an attention module that holds its parallel projections; see `lavender.alignment.parallel`."""
+_SESSION_NAME = "_lavender_capture"
 
 
 class AttentionRequest:
-    """Which rows of which layers are wanted, and what was captured.
+    """Which attention rows to capture in one forward call, and the captured rows.
 
-    A plain class on purpose: mixed-precision wrappers copy dicts and dataclasses, and the captures
-    would land in the copy.
+    Make a new request for every forward, and pass it as `attention_request=`. This is a plain class on purpose:
+    mixed-precision wrappers copy dicts and dataclasses, and the rows would be stored in the copy.
+
+    Args:
+        rows_BR: long (sample, row), positions of the queries in the sequence; padded with 0.
+        layers: indices of the decoder layers to capture.
+        keys_BK: long (sample, key), positions of the image keys in the sequence, ascending, padded with -1. None if
+            the layers attend to pictures alone. See `VlmAdapter.image_keys`.
 
     Attributes:
-        rows_BR: long (sample, row), the query positions; padded with 0.
-        layers: indices of decoder layers.
-        keys_BK: long (sample, key), the pictures' keys in the sequence of a self-attending layer, ascending, then
-            -1 where a sample has fewer; None where a layer attends to pictures alone.
-        rows: layer → attention (sample, head, row, key): softmax over all of the layer's keys, of which
-            the pictures' are kept, and 0 at padding of keys. One head where `heads` pools them.
-        heads: "all", or "mean" or "max": how a layer's heads are pooled as they are captured.
+        rows: for each layer the attention of the rows on the image keys, float32 (sample, head, row, key): softmax
+            over all keys of the layer, 0 at padded keys. One head if `heads` pools them.
+        heads: "all"; or "mean" or "max" to pool the heads of a layer during capture, which saves memory.
         padded: whether the batch has padding, so that every layer must get a mask.
-        mixing: where keys are a resampler's latents, their attention on patches, (view, latent, patch); else None.
-        learned: whether a layer's parallel projections, where it has them, answer instead of the layer.
+        mixing: attention of a resampler's latents on its patches, (view, latent, patch); None if there is no
+            resampler. See `VlmAdapter.latent_attention`.
+        learned: whether a layer's parallel projections, if it has them, replace its own queries and keys.
     """
 
     learned: ClassVar[bool] = False
@@ -54,20 +64,20 @@ class AttentionRequest:
         self.padded = False
 
     def answered_by_parallel(self, module: nn.Module) -> bool:
-        """Whether a layer's rows come from its parallel projections (Eq. 15) and not from the layer itself."""
+        """Whether the rows of an attention module come from its parallel projections (Eq. 15)."""
         return self.learned and PARALLEL_NAME in dict(module.named_children())
 
     def capture(self, module: nn.Module, query_BHTD: Tensor, key_BGKD: Tensor, mask: Tensor | None, scaling: float):
-        """Take a layer's queries and keys, all of them; called inside its forward."""
+        """Store the requested rows of a layer, from its queries and keys. Called inside the layer's forward."""
         self.capture_rows(module, select_rows(query_BHTD, self.rows_BR), key_BGKD, mask, scaling)
 
     def capture_rows(
         self, module: nn.Module, query_BHRD: Tensor, key_BGKD: Tensor, mask: Tensor | None, scaling: float
     ):
-        """Take a layer's queries of the wanted rows.
+        """Store the rows of a layer, from the queries of these rows and all keys.
 
-        Checkpointing runs the layer again during backward. Then the same must be computed again, but
-        the first capture is kept: it is the one in the graph.
+        Checkpointing runs the layer again during backward. Then the rows are computed again, since the graph must be
+        the same, but the first result is kept: the loss depends on that one.
         """
         layer = cast(int, module.layer_idx)
         self._check(layer, mask, key_BGKD.shape[2])
@@ -75,22 +85,26 @@ class AttentionRequest:
         self.rows.setdefault(layer, rows)
 
     def _check(self, layer: int, mask: Tensor | None, num_keys: int) -> None:
-        """What would be silently wrong. No mask is right for a self-attending layer whose batch has no padding."""
+        """Raise where the rows would be wrong without a word. No mask is right for self-attention without padding."""
         if mask is None and (self.keys_BK is None or self.padded):
             raise CaptureError(
                 f"no attention mask in layer {layer}" + (", of a batch with padding" if self.padded else ""),
-                "the mask the processor makes (cross_attention_mask for Mllama)",
+                "the mask the processor makes (cross_attention_mask for cross-attention)",
                 "pass everything the processor returns to the model, and let nothing replace its attention",
             )
         if not self.rows and self.keys_BK is not None and self.keys_BK.numel() and self.keys_BK.max() >= num_keys:
             raise CaptureError(
-                f"a picture's key at position {int(self.keys_BK.max())} of a layer with {num_keys} keys",
+                f"an image key at position {int(self.keys_BK.max())} of a layer with {num_keys} keys",
                 "keys of the same batch",
                 "make a request for each batch from its own inputs, and use no key-value cache",
             )
 
     def stacked(self) -> Tensor:
-        """All layers' rows: (layer, sample, head, row, key). Raises CaptureError if one is missing."""
+        """The rows of all requested layers: (layer, sample, head, row, key).
+
+        Raises:
+            CaptureError: a layer captured nothing.
+        """
         missing = [layer for layer in self.layers if layer not in self.rows]
         if missing:
             raise CaptureError(
@@ -101,12 +115,108 @@ class AttentionRequest:
         return torch.stack([self.rows[layer] for layer in self.layers])
 
 
+class CaptureSession:
+    """Makes a model answer attention requests, until `close`: the capturing kernel and the hooks of a forward.
+
+    The session is an attribute of the model. So a copy of the model (`copy.deepcopy`, `torch.save`) has a session of
+    its own, which `CaptureSession.of` returns.
+
+    Args:
+        model: a model of transformers. Its logits do not change by one bit.
+        adapter: the adapter of the model's family.
+
+    Attributes:
+        adapter: as given.
+        handles: all changes that `close` undoes. Append to it what must go with the session.
+
+    Raises:
+        UnsupportedModelError: the model uses another attention kernel than `BASE_KERNELS`.
+        CaptureError: the model has a session already.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapter: VlmAdapter):
+        if CaptureSession.of(model) is not None:
+            raise CaptureError(
+                "a model that answers attention requests already",
+                "one session per model",
+                "leave `capturing`, or call lavender.alignment.objective.detach, before you start another",
+            )
+        self.adapter = adapter
+        self._request: AttentionRequest | None = None
+        resampler = adapter.resampler(model)  # may refuse the model, before anything is changed
+        self._has_resampler = resampler is not None
+        self._kernel = install(model)
+        begin = model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
+        self.handles: list[Removable] = [begin, *adapter.hooks(model)]
+        if resampler is not None:
+            self.handles += [
+                model.register_forward_hook(self._end_forward, always_call=True),
+                resampler.register_forward_hook(self._store_mixing, with_kwargs=True),
+            ]
+        setattr(model, _SESSION_NAME, self)
+
+    @staticmethod
+    def of(model: nn.Module) -> CaptureSession | None:
+        """The session of a model; None if it has none."""
+        return getattr(model, _SESSION_NAME, None)
+
+    def close(self, model: PreTrainedModel) -> None:
+        """Leave the model, whose session this is, as it was before."""
+        for handle in self.handles:
+            handle.remove()
+        set_kernel(model, self._kernel)
+        delattr(model, _SESSION_NAME)
+
+    # The vision tower does not get the model's keyword arguments. So a hook of the model keeps the request for the
+    # hook of the resampler. Checkpointing runs the resampler again during backward: then there is no request, nothing
+    # is stored, and the first result stays the one in the graph.
+
+    def _begin_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        request, mask = kwargs.get("attention_request"), kwargs.get("attention_mask")
+        if request is not None and isinstance(mask, Tensor):
+            request.padded = not bool(mask.all())
+        if self._has_resampler:  # only then `_end_forward` lets go of it
+            self._request = request
+
+    def _end_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._request = None
+
+    def _store_mixing(self, resampler: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        request = self._request
+        if request is None:
+            return
+        if request.mixing is not None:
+            raise CaptureError(
+                f"a second run of {type(resampler).__name__} in one forward",
+                "all pictures of a batch in one run",
+                "make a new request for each forward; else report this model class",
+            )
+        request.mixing = self.adapter.latent_attention(resampler, args, kwargs, output)
+
+
+@contextlib.contextmanager
+def capturing(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the context the model answers attention requests. A model with a session keeps that one.
+
+    Raises:
+        UnsupportedModelError: a model of an unknown family, or with another attention kernel than `BASE_KERNELS`.
+    """
+    session = CaptureSession(model, adapter_for(model.config)) if CaptureSession.of(model) is None else None
+    try:
+        yield
+    finally:
+        if session is not None:
+            session.close(model)
+
+
 def real_keys(keys_BK: Tensor) -> Tensor:
-    """Which keys are a picture's, bool (sample, key): padding is -1."""
+    """Which keys are image keys and not padding: bool (sample, key)."""
     return keys_BK >= 0
 
 
-def _capturing(base: str):
+def _capturing_kernel(base: str):
+    """The attention function that calls the base kernel and answers the request of the forward call."""
+
     def attention(module: nn.Module, query, key, value, attention_mask, attention_request=None, **kwargs):
         output = ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
         request = attention_request
@@ -126,23 +236,22 @@ def _capturing(base: str):
 
 
 def kernel_name(base: str) -> str:
-    """The name our capturing version of a kernel is registered under."""
+    """Name of the capturing version of a base kernel, as registered with transformers."""
     return f"lavender_{base}"
 
 
-def is_ours(kernel: str) -> bool:
-    """Whether a kernel is a capturing one."""
-    return kernel in {kernel_name(one) for one in BASE_KERNELS}
-
-
 def install(model: PreTrainedModel) -> str:
-    """Let a model's language layers use the capturing kernel; the name of the kernel they used before.
+    """Switch the decoder to the capturing kernel. Part of `CaptureSession`.
 
-    Give that name to `set_kernel` to undo it. Logits do not change to the bit: the base kernel still
-    makes the output.
+    Returns:
+        The name of the kernel before. Pass it to `set_kernel` to undo the switch.
+
+    Raises:
+        UnsupportedModelError: the model uses another kernel than `BASE_KERNELS`.
+        CaptureError: the registration with transformers is missing.
     """
     base = model.config.get_text_config()._attn_implementation
-    if is_ours(base):
+    if base in {kernel_name(kernel) for kernel in BASE_KERNELS}:
         return base
     if base not in BASE_KERNELS:
         raise UnsupportedModelError(
@@ -161,8 +270,12 @@ def install(model: PreTrainedModel) -> str:
 
 
 def set_kernel(model: PreTrainedModel, name: str) -> None:
-    """Set the attention kernel of the language layers alone, and check that it took."""
-    # in IDEFICS and MiniCPM-V the language model has no config of its own
+    """Set the attention kernel of the decoder alone, not of the vision tower.
+
+    Raises:
+        CaptureError: the model class ignores the setting.
+    """
+    # some models have one config for all parts; then the decoder alone is told
     if model.config.get_text_config() is model.config:
         model.get_decoder().set_attn_implementation({"": name})
     else:
@@ -175,33 +288,39 @@ def set_kernel(model: PreTrainedModel, name: str) -> None:
         )
 
 
-# both registries, or masks vanish silently: the mask's form follows the kernel's name
+# Register with both interfaces: the form of the mask follows the kernel's name, and an unknown name gets no mask.
 for _base in BASE_KERNELS:
-    AttentionInterface.register(kernel_name(_base), _capturing(_base))
+    AttentionInterface.register(kernel_name(_base), _capturing_kernel(_base))
     AttentionMaskInterface.register(kernel_name(_base), ALL_MASK_ATTENTION_FUNCTIONS[_base])
 
 
 def row_tensors(
     words: Sequence[Sequence[tuple[int, ...]]], pictures: Sequence[Sequence[int]] | None = None
 ) -> dict[str, Tensor]:
-    """Pad ragged words (their row positions) to `rows`, `shares`, `present`, `weights`, `word_pictures` of a request.
+    """Pad the words' row positions to the tensors of an `AlignmentRequest`. Each word weighs 1.
 
-    A row that several words share is there once. Each word weighs 1. `pictures`: the index of each word's picture
-    within its sample; None where all words are of the first.
+    Args:
+        words: for each sample, for each word, the positions of the rows that predict its tokens.
+        pictures: for each sample, for each word, the index of its picture within the sample. By default the first.
+
+    Returns:
+        `rows` long (sample, row), each position once even if words share it; `shares` float (sample, word, row), 1/n
+        at the n rows of a word; `present` bool (sample, word); `weights` float (sample, word); `word_pictures` long
+        (sample, word).
     """
-    every = [list(dict.fromkeys(position for rows in own for position in rows)) for own in words]
-    num_words, num_rows = max([1, *map(len, words)]), max([1, *map(len, every)])
+    positions = [list(dict.fromkeys(row for rows in sample_words for row in rows)) for sample_words in words]
+    num_words, num_rows = max([1, *map(len, words)]), max([1, *map(len, positions)])
     tensors = {
         "rows": torch.zeros(len(words), num_rows, dtype=torch.long),
         "shares": torch.zeros(len(words), num_words, num_rows),
         "present": torch.zeros(len(words), num_words, dtype=torch.bool),
         "word_pictures": torch.zeros(len(words), num_words, dtype=torch.long),
     }
-    for sample, (own, positions) in enumerate(zip(words, every, strict=True)):
-        tensors["rows"][sample, : len(positions)] = torch.tensor(positions, dtype=torch.long)
-        tensors["present"][sample, : len(own)] = True
-        for index, rows in enumerate(own):
-            tensors["shares"][sample, index, [positions.index(position) for position in rows]] = 1 / len(rows)
+    for sample, (sample_words, sample_positions) in enumerate(zip(words, positions, strict=True)):
+        tensors["rows"][sample, : len(sample_positions)] = torch.tensor(sample_positions, dtype=torch.long)
+        tensors["present"][sample, : len(sample_words)] = True
+        for word, rows in enumerate(sample_words):
+            tensors["shares"][sample, word, [sample_positions.index(row) for row in rows]] = 1 / len(rows)
             if pictures is not None:
-                tensors["word_pictures"][sample, index] = pictures[sample][index]
+                tensors["word_pictures"][sample, word] = pictures[sample][word]
     return tensors | {"weights": tensors["present"].float()}

@@ -17,6 +17,7 @@ from lavender.model_files import (
     refuse_not_finite,
 )
 from lavender.students.base import VlmAdapter
+from lavender.students.chat_processor import check_offsets
 from lavender.type_checks import check_type
 
 __all__ = ["load_config", "load_model", "load_processor", "load_run", "loading", "read_config"]
@@ -68,7 +69,7 @@ def load_processor(adapter: VlmAdapter, path: str | Path, trust_remote_code: boo
     processor = adapter.processor(published)
     if processor.chat_template:
         try:
-            processor.apply_chat_template(list(_TURNS), tokenize=False)
+            rendered = processor.apply_chat_template(list(_TURNS), tokenize=False)
         except Exception as error:
             raise ModelError(
                 f"the chat template of {path}, which fails on a question about a picture and its answer: "
@@ -76,6 +77,7 @@ def load_processor(adapter: VlmAdapter, path: str | Path, trust_remote_code: boo
                 "a template for such conversations",
                 "repair chat_template.jinja, or get it once more",
             ) from error
+        check_offsets(processor, rendered)
     return processor
 
 
@@ -98,12 +100,12 @@ def load_model(
     trust = trust_remote_code is True
     auto = auto_class(adapter.config, trust)
     model = adapter.load(auto, str(path), dtype=dtype, use_safetensors=True, trust_remote_code=trust, **settings)
-    table: Any = model.get_input_embeddings()
-    rows = table.num_embeddings + getattr(table, "num_additional_embeddings", 0)  # the latter of IDEFICS
-    token, number = max(processor.tokenizer.get_vocab().items(), key=lambda one: one[1])
-    if number >= rows:
+    num_embeddings = adapter.num_embeddings(model)
+    token, number = max(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= num_embeddings:
         raise ModelError(
-            f"the model {path}, whose tokenizer has {token!r} as token {number} and whose embeddings are {rows}",
+            f"the model {path}, whose tokenizer has {token!r} as token {number} and whose embeddings are "
+            f"{num_embeddings}",
             "an embedding for each token",
             "get the tokenizer's files of this model",
         )

@@ -34,14 +34,6 @@ _BLANKS = " \t\n\r▁ĠĊĉč"  # white space, and what stands for it in the sur
 _BLANK_BYTES = ("<0x09>", "<0x0A>", "<0x0D>", "<0x20>")
 
 
-def text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message whose content is a string or a list of parts."""
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
-
-
 class WordLocator:
     """Finds the rows of words in conversations that a processor has rendered and tokenized.
 

@@ -1,4 +1,4 @@
-"""A student's own word maps: its attention on the picture, pooled over heads and layers, no Aligner."""
+"""Word maps of a student: its own attention on the picture, averaged over heads and layers, without an Aligner."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from lavender.data.images import image_id, load_image
 from lavender.maps import Dropped, Word, WordMaps, to_heat
-from lavender.students.capture import AttentionRequest, install, is_ours, row_tensors, set_kernel
+from lavender.students.base import VlmAdapter
+from lavender.students.capture import AttentionRequest, capturing, row_tensors
 from lavender.students.image_keys import KeyLayout, to_grid, word_attention
-from lavender.students.latents import MixingCollector
 from lavender.students.locate import WordLocator
 from lavender.students.registry import adapter_for
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """One picture, the question asked, the answer read teacher-forced, and the words to map.
+class AnsweredPicture:
+    """A picture with a question and its answer, as the model reads them (teacher-forced).
 
-    The picture becomes what `load_image` makes of it: upright, RGB. So it may also be what that takes, such as a path.
+    Args:
+        image: the picture, or what `lavender.data.images.load_image` takes, such as a path. Stored upright, in RGB.
+        prompt: the question.
+        answer: the answer.
+        words: the words of the answer to map. Their positions count characters from the start of the answer.
+
+    Raises:
+        DataError: `image` cannot be loaded.
     """
 
     image: Image.Image
@@ -38,16 +45,57 @@ class Reading:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image", load_image(self.image, "a picture to read"))
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the picture in pixels."""
+        return self.image.height, self.image.width
+
     def messages(self) -> list[dict]:
+        """The conversation as chat templates take it."""
         return [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]},
             {"role": "assistant", "content": [{"type": "text", "text": self.answer}]},
         ]
 
 
+def processor_inputs(processor: ProcessorMixin, pictures: Sequence[AnsweredPicture]) -> BatchFeature:
+    """The model's inputs for whole conversations: input_ids, attention_mask and the tensors of the pictures.
+
+    Padded on the right, on the CPU. Tokens are those of the chat template alone; none are added.
+    """
+    texts = [processor.apply_chat_template(picture.messages(), tokenize=False) for picture in pictures]
+    return processor(
+        images=[[picture.image] for picture in pictures],
+        text=texts,
+        padding=True,
+        padding_side="right",
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+
+
+def word_rows(
+    locator: WordLocator, pictures: Sequence[AnsweredPicture], inputs: BatchFeature, dropped: Sequence[Counter[str]]
+) -> list[list[tuple[Word, tuple[int, ...]]]]:
+    """For each picture its words that are found, each with the positions of the rows that predict its tokens.
+
+    Args:
+        locator: of the model's processor.
+        pictures: what `inputs` were made of.
+        inputs: result of `processor_inputs`.
+        dropped: for each picture a counter of the reasons why words have no rows.
+    """
+    return [
+        locator.rows(picture.messages(), [(1, picture.answer, picture.words)], ids, mask, reasons)
+        for picture, ids, mask, reasons in zip(
+            pictures, inputs["input_ids"], inputs["attention_mask"], dropped, strict=True
+        )
+    ]
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module's own flag, since a frozen tower may be in evaluation mode already."""
+    """Evaluation mode inside the context. Restores the mode of each module: a frozen tower may be in it already."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -59,7 +107,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Afterwards every generator of random numbers stands where it stood."""
+    """Restore the random states of Python, NumPy and torch when the context ends."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -69,77 +117,69 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-@contextlib.contextmanager
-def capturing(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's language layers answer an attention request; then the kernel it had is back."""
-    before = install(model)
-    # one that is in alignment has its hooks already
-    hooks = [] if is_ours(before) else MixingCollector(model, adapter_for(model.config)).handles
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        set_kernel(model, before)
-
-
 @torch.inference_mode()
 def student_maps(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    readings: Sequence[Reading],
+    pictures: Sequence[AnsweredPicture],
     grid: tuple[int, int] = (32, 32),
     batch_size: int = 16,
 ) -> list[WordMaps]:
-    """Heat maps of where a model looks when it predicts each word: mean over heads and all usable layers."""
+    """Heat maps of where a model looks when it predicts each word: mean over heads and all usable layers.
+
+    The model runs in evaluation mode and is afterwards as it was before.
+
+    Args:
+        model: a model of a supported family.
+        processor: its processor.
+        pictures: the pictures with their questions and answers, and the words to map.
+        grid: (rows, cols) of the maps.
+        batch_size: pictures per forward.
+
+    Returns:
+        One `WordMaps` per picture. Its maps are float32 (word, rows, cols) with maximum 1; words without a map are in
+        `dropped`, with the reason.
+
+    Raises:
+        UnsupportedModelError: the model's family or attention kernel is not supported.
+        DataError: the processor does not print an answer as it is.
+    """
     adapter = adapter_for(model.config)
-    locator, layers = WordLocator(processor, adapter), adapter.usable_layers()
-    results: list[WordMaps] = []
+    locator = WordLocator(processor, adapter)
+    maps: list[WordMaps] = []
     with evaluating(model), capturing(model):
-        for start in range(0, len(readings), batch_size):
-            results += _batch(model, processor, adapter, locator, layers, readings[start : start + batch_size], grid)
-    return results
+        for start in range(0, len(pictures), batch_size):
+            maps += _map_batch(model, processor, adapter, locator, pictures[start : start + batch_size], grid)
+    return maps
 
 
-def _batch(model, processor, adapter, locator, layers, readings: Sequence[Reading], grid) -> list[WordMaps]:
-    conversations = [reading.messages() for reading in readings]
-    texts = [processor.apply_chat_template(one, tokenize=False) for one in conversations]
-    inputs = processor(
-        images=[[reading.image] for reading in readings],
-        text=texts,
-        padding=True,
-        padding_side="right",
-        add_special_tokens=False,
-        return_tensors="pt",
-    ).to(model.device)
-    dropped: list[Counter[str]] = [Counter() for _ in readings]
-    located = [
-        locator.rows(
-            conversations[index],
-            [(1, reading.answer, reading.words)],
-            inputs["input_ids"][index],
-            inputs["attention_mask"][index],
-            dropped[index],
-        )
-        for index, reading in enumerate(readings)
-    ]
-    tensors = row_tensors([[rows for _, rows in own] for own in located])
-    sizes = [[(reading.image.height, reading.image.width)] for reading in readings]
-    keys = adapter.key_tensors(inputs, sizes, processor)
-    request = AttentionRequest(tensors["rows"].to(model.device), layers, keys.get("keys"))
+def _map_batch(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    adapter: VlmAdapter,
+    locator: WordLocator,
+    pictures: Sequence[AnsweredPicture],
+    grid: tuple[int, int],
+) -> list[WordMaps]:
+    inputs = processor_inputs(processor, pictures).to(model.device)
+    dropped: list[Counter[str]] = [Counter() for _ in pictures]
+    located = word_rows(locator, pictures, inputs, dropped)
+    tensors = row_tensors([[rows for _, rows in words] for words in located])
+    keys = adapter.key_tensors(inputs, [[picture.size] for picture in pictures], processor)
+    request = AttentionRequest(tensors["rows"].to(model.device), adapter.usable_layers(), keys.get("keys"))
     model(**inputs, attention_request=request)
     rows = request.stacked()
     layout = KeyLayout(keys["boxes"], keys["pictures"], keys.get("views"))
-    words = word_attention(rows, tensors["shares"].to(rows))
-    attention = to_grid(words, layout, tensors["word_pictures"], grid, request.mixing)
-    maps = to_heat(attention.mean(dim=(0, 2)).float().cpu())
+    attention = word_attention(rows, tensors["shares"].to(rows))
+    on_grid = to_grid(attention, layout, tensors["word_pictures"], grid, request.mixing)
+    maps = to_heat(on_grid.mean(dim=(0, 2)).float().cpu())
     return [
         WordMaps(
-            image_id(reading.image),
-            reading.answer,
-            tuple(word for word, _ in located[index]),
-            maps[index, : len(located[index])],
-            tuple(Dropped(reading.answer, reason) for reason in dropped[index]),
+            image_id(picture.image),
+            picture.answer,
+            tuple(word for word, _ in words),
+            picture_maps[: len(words)],
+            tuple(Dropped(picture.answer, reason) for reason in reasons),
         )
-        for index, reading in enumerate(readings)
+        for picture, words, picture_maps, reasons in zip(pictures, located, maps, dropped, strict=True)
     ]

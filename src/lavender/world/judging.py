@@ -14,7 +14,7 @@ from lavender.evaluation.compare import Observed, answer_nll
 from lavender.evaluation.map_scores import ENTROPY_GRID, JudgedMap, best_threshold, kl_from_mask, resize_map, score_maps
 from lavender.maps import WordMaps, entropy
 from lavender.students.loading import load_run
-from lavender.students.word_maps import Reading, student_maps
+from lavender.students.word_maps import AnsweredPicture, student_maps
 from lavender.teachers.diffusion.teacher import Job, Teacher
 from lavender.words import content_words
 from lavender.world.language import Caption, caption_scene
@@ -93,6 +93,6 @@ def score_attention(judged: Sequence[JudgedMap]) -> dict[str, Any]:
     }
 
 
-def reading_of(scene: Scene) -> Reading:
+def reading_of(scene: Scene) -> AnsweredPicture:
     text = caption_scene(scene).text
-    return Reading(scene.image, CAPTION_PROMPT, text, content_words(text, ExtractionConfig.parts_of_speech))
+    return AnsweredPicture(scene.image, CAPTION_PROMPT, text, content_words(text, ExtractionConfig.parts_of_speech))

@@ -15,7 +15,7 @@ from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError
 from lavender.students.capture import row_tensors
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import Reading
+from lavender.students.word_maps import AnsweredPicture
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.words import same_root, words_of
 
@@ -157,7 +157,10 @@ def model(make_student) -> Any:
 
 @pytest.fixture
 def batch(processor, some_scenes, captions) -> dict[str, torch.Tensor]:
-    chosen = [Reading(some_scenes[index].image, PROMPT, captions[index], words_of(captions[index])) for index in (0, 3)]
+    chosen = [
+        AnsweredPicture(some_scenes[index].image, PROMPT, captions[index], words_of(captions[index]))
+        for index in (0, 3)
+    ]
     texts = [processor.apply_chat_template(one.messages(), tokenize=False) for one in chosen]
     pictures = [[one.image] for one in chosen]
     return dict(processor(images=pictures, text=texts, padding=True, add_special_tokens=False, return_tensors="pt"))

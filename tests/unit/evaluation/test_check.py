@@ -11,7 +11,7 @@ from lavender.cli import main
 from lavender.errors import DataError
 from lavender.evaluation.check import KEPT, _Case, _shows, check_model, word_losses
 from lavender.maps import to_heat
-from lavender.students.word_maps import Reading
+from lavender.students.word_maps import AnsweredPicture
 from lavender.training.run import load_run
 from lavender.words import words_of
 from lavender.world import STUDENT_PATHS
@@ -30,8 +30,8 @@ def cases(count: int) -> list[_Case]:
             thing = scene.things[0]
             text = f"a {thing.name}"
             mask = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(thing.mask).float()[None, None], (32, 32))
-            reading = Reading(scene.image, CAPTION_PROMPT, text, words_of(text))
-            found.append(_Case(reading, words_of(text)[1], to_heat(mask[0, 0])))
+            picture = AnsweredPicture(scene.image, CAPTION_PROMPT, text, words_of(text))
+            found.append(_Case(picture, words_of(text)[1], to_heat(mask[0, 0])))
     return found
 
 
@@ -46,8 +46,8 @@ def test_the_loss_of_the_whole_picture_is_the_models_own():
     model, processor = load_run(STUDENT_PATHS["mllama"])
     case = cases(1)[0]
     found = word_losses(model, processor, [case], Counter())
-    text = processor.apply_chat_template(case.reading.messages(), tokenize=False)
-    inputs = processor(images=[[case.reading.image]], text=[text], add_special_tokens=False, return_tensors="pt")
+    text = processor.apply_chat_template(case.picture.messages(), tokenize=False)
+    inputs = processor(images=[[case.picture.image]], text=[text], add_special_tokens=False, return_tensors="pt")
     logits = model(**inputs).logits[0].log_softmax(-1)
     ids = processor.tokenizer(f" {case.word.text}", add_special_tokens=False)["input_ids"]
     sequence = inputs["input_ids"][0].tolist()

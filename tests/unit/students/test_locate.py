@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from lavender.data.conversations import text_of
 from lavender.errors import DataError
-from lavender.students.locate import WordLocator, text_of
+from lavender.students.locate import WordLocator
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import Reading
+from lavender.students.word_maps import AnsweredPicture
 from lavender.words import words_of
 from lavender.world.student_models import MLLAMA_TEMPLATE, conversation
 
@@ -209,12 +210,12 @@ def test_a_slow_tokenizer_is_refused(adapter):
 
 
 def test_text_of_messages():
-    assert text_of({"content": "a dog"}) == "a dog"
-    assert (
-        text_of({"content": [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}) == "ab"
-    )
+    assert text_of("a dog") == "a dog"
+    assert text_of([{"type": "image"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]) == "ab"
+    assert text_of([{"type": "image", "text": None}, {"type": "text", "text": "a"}]) == "a"  # as data sets fill gaps
+    assert text_of(None) == ""
 
 
-def test_a_reading_asks_about_one_picture():
-    messages = Reading(Image.new("RGB", (16, 16)), "what?", "a dog", ()).messages()
+def test_an_answered_picture_asks_about_one_picture():
+    messages = AnsweredPicture(Image.new("RGB", (16, 16)), "what?", "a dog", ()).messages()
     assert messages == conversation("what?", "a dog")

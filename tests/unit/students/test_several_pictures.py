@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 
 from lavender.errors import CaptureError, DataError
 from lavender.students.base import VlmAdapter, padded_keys
-from lavender.students.capture import AttentionRequest
+from lavender.students.capture import AttentionRequest, CaptureSession
 from lavender.students.image_keys import KeyLayout, grid_boxes, key_layout, to_grid
-from lavender.students.latents import MixingCollector
 
 TOP, BOTTOM = torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]])[:, None]  # boxes (1, 4)
 
@@ -85,6 +85,13 @@ class Resampling(nn.Module):
     def __init__(self):
         super().__init__()
         self.resampler, self.times, self.fails = nn.Linear(3, 3), 1, False
+        self.config = SimpleNamespace(get_text_config=lambda: self.config, _attn_implementation="sdpa")
+
+    def get_decoder(self) -> Resampling:
+        return self
+
+    def set_attn_implementation(self, names: dict[str, str]) -> None:
+        self.config._attn_implementation = names[""]
 
     def forward(self, states: Tensor, attention_mask: Tensor | None = None, attention_request: Any = None) -> Tensor:
         for _ in range(self.times):
@@ -111,7 +118,7 @@ class Adapter:
 def resampling() -> tuple[Any, Any]:
     """A model with its hooks, and how to make a request."""
     model = Resampling()
-    MixingCollector(cast(Any, model), cast(VlmAdapter, Adapter()))
+    CaptureSession(cast(Any, model), cast(VlmAdapter, Adapter()))
     return model, lambda: AttentionRequest(torch.zeros(1, 1, dtype=torch.long), (0,))
 
 
@@ -169,7 +176,7 @@ def test_keys_and_boxes_are_checked_against_each_other():
 
     Family.__abstractmethods__ = frozenset()
     family, processor = cast(Any, Family)(None), cast(Any, None)
-    with pytest.raises(DataError, match=r"Got \[2\] image keys a sample and boxes for \[2\]\. Expected a box"):
+    with pytest.raises(DataError, match=r"Got \[2\] image keys per sample and boxes for \[2\]\. Expected a box"):
         family.key_tensors({}, [[(4, 4)]], processor)
     family.keys = torch.tensor([[3, 4]])
     assert set(family.key_tensors({}, [[(4, 4)]], processor)) == {"boxes", "pictures", "keys"}

@@ -21,6 +21,7 @@ from transformers import (
 
 from lavender.errors import DataError, UnsupportedModelError
 from lavender.students.base import VlmAdapter, check_pixels
+from lavender.students.chat_processor import check_placeholders, texts_and_pictures, tokenize
 from lavender.students.families.flamingo_model import (
     LANGUAGE_MODELS,
     FlamingoConfig,
@@ -69,30 +70,16 @@ class FlamingoProcessor(ProcessorMixin):
         Raises:
             DataError: a text with another number of `<image>` than pictures, or cut by `max_length` amid them.
         """
-        texts = [text] if isinstance(text, str) else list(text or ())
-        pictures = [list(own) for own in images] if images is not None else [[] for _ in texts]
-        kwargs = {"add_special_tokens": False, "padding": True} | kwargs | {"return_tensors": "pt"}
-        encoded = self.tokenizer(texts, **kwargs)
-        named = (encoded["input_ids"] == self.image_token_id).sum(dim=1).tolist()
-        given = [len(own) for own in pictures]
-        if named != given:
-            raise DataError(
-                f"{named} {IMAGE_TOKEN} in texts of {given} pictures",
-                "one for each picture",
-                "let the chat template print <image> for each, and set max_length=None if it cuts them",
-            )
+        texts, pictures = texts_and_pictures(images, text)
+        tokens = tokenize(self.tokenizer, texts, kwargs)
+        named = (tokens["input_ids"] == self.image_token_id).sum(dim=1).tolist()
+        check_placeholders(named, pictures, IMAGE_TOKEN)
         crop = self.image_processor.crop_size
-        pixels = torch.zeros(len(texts), max(1, *given), 3, crop["height"], crop["width"])
+        pixels = torch.zeros(len(texts), max(1, *named), 3, crop["height"], crop["width"])
         for sample, own in enumerate(pictures):
             if own:
                 pixels[sample, : len(own)] = self.image_processor(own, return_tensors="pt")["pixel_values"]
-        return BatchFeature(
-            {
-                "input_ids": encoded["input_ids"],
-                "attention_mask": encoded["attention_mask"],
-                "pixel_values": pixels,
-            }
-        )
+        return BatchFeature(tokens | {"pixel_values": pixels})
 
 
 class FlamingoAdapter(VlmAdapter):
@@ -123,6 +110,9 @@ class FlamingoAdapter(VlmAdapter):
     def describe_keys(self) -> str:
         side = self._side()
         return f"{self.config.perceiver_latents} latents that look at {side} × {side} patches"
+
+    def keys_per_image(self) -> int:
+        return self.config.perceiver_latents
 
     def image_token_id(self) -> int:
         return self.config.image_token_id

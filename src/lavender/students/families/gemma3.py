@@ -50,6 +50,9 @@ class Gemma3Adapter(VlmAdapter):
             f"last {text.sliding_window} tokens"
         )
 
+    def keys_per_image(self) -> int:
+        return self.config.mm_tokens_per_image
+
     def image_token_id(self) -> int:
         return self.config.image_token_id
 

@@ -22,6 +22,7 @@ from transformers.models.idefics.processing_idefics import (
 
 from lavender.errors import ConfigError, DataError
 from lavender.students.base import Removable, VlmAdapter, check_pixels
+from lavender.students.chat_processor import check_placeholders, texts_and_pictures, tokenize
 from lavender.students.image_keys import EMPTY_BOX, KeyLayout, grid_boxes
 from lavender.students.latents import latent_layout, over_patches
 
@@ -80,32 +81,19 @@ class IdeficsChatProcessor(IdeficsProcessor):
         Raises:
             DataError: a text with another number of `<image>` than pictures, or cut by `max_length` amid them.
         """
-        texts = [text] if isinstance(text, str) else list(text or ())
-        pictures = [list(own) for own in images] if images is not None else [[] for _ in texts]
-        kwargs = {name: value for name, value in kwargs.items() if name != "return_tensors"}
-        encoded = self.tokenizer(texts, **({"add_special_tokens": False, "padding": True} | kwargs))
-        ids = torch.tensor(encoded["input_ids"])
-        named, given = (ids == self.image_token_id).sum(dim=1).tolist(), [len(own) for own in pictures]
-        if named != given:
-            raise DataError(
-                f"{named} <image> in texts of {given} pictures",
-                "one for each picture",
-                "let the chat template print <image> for each, and set max_length=None if it cuts them",
-            )
-        most, (_, height, width) = max(1, *given), self.default_image_dims
+        texts, pictures = texts_and_pictures(images, text)
+        tokens = tokenize(self.tokenizer, texts, kwargs)
+        ids = tokens["input_ids"]
+        named = (ids == self.image_token_id).sum(dim=1).tolist()
+        check_placeholders(named, pictures, "<image>")
+        most, (_, height, width) = max(1, *named), self.default_image_dims
         pixels = torch.zeros(len(texts), most, self.default_image_dims[0], height, width)
         for sample, own in enumerate(pictures):
             if own:
                 pixels[sample, : len(own)] = self.image_processor(own, return_tensors="pt")
         seen, _ = image_attention_mask_for_packed_input_ids(ids.clone(), self.tokenizer, "pt")
-        return BatchFeature(
-            {
-                "input_ids": ids,
-                "attention_mask": torch.tensor(encoded["attention_mask"]),
-                "pixel_values": pixels,
-                "image_attention_mask": incremental_to_binary_attention_mask(seen, "pt", num_classes=most),
-            }
-        )
+        mask = incremental_to_binary_attention_mask(seen, "pt", num_classes=most)
+        return BatchFeature(tokens | {"pixel_values": pixels, "image_attention_mask": mask})
 
 
 class IdeficsAdapter(VlmAdapter):
@@ -122,6 +110,7 @@ class IdeficsAdapter(VlmAdapter):
         "language_model": ("model", "lm_head"),
     }
     cross_attends = True
+    head_norms = ("q_layer_norm", "k_layer_norm")
 
     def processor(self, published: Any) -> IdeficsChatProcessor:
         if isinstance(published, IdeficsChatProcessor):
@@ -142,6 +131,13 @@ class IdeficsAdapter(VlmAdapter):
         side, latents = self._side(), self.config.perceiver_config.resampler_n_latents
         patches = f"{side} × {side} patches"
         return f"{latents} latents that look at {patches}" if self.config.use_resampler else f"class token + {patches}"
+
+    def keys_per_image(self) -> int:
+        return self.config.perceiver_config.resampler_n_latents if self.config.use_resampler else 1 + self._side() ** 2
+
+    def num_embeddings(self, model: PreTrainedModel) -> int:
+        table: Any = model.get_input_embeddings()
+        return table.num_embeddings + table.num_additional_embeddings
 
     def image_token_id(self) -> int:
         return self.config.vocab_size + 1  # behind <fake_token_around_image>, in every published IDEFICS
@@ -239,11 +235,14 @@ class _AllTokens:
     def __init__(self, model: PreTrainedModel):
         self._model, self._before = model, model.loss_function
         model.loss_function = self._loss
-        vars(model)["get_output_embeddings"] = lambda: self
+        vars(model)["get_output_embeddings"] = self._itself
 
     @property
     def weight(self) -> Tensor:
         return torch.cat(list(self._model.get_submodule("lm_head").parameters()))  # its own and the added tokens'
+
+    def _itself(self) -> _AllTokens:
+        return self
 
     def remove(self) -> None:
         self._model.loss_function = self._before

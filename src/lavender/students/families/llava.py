@@ -43,6 +43,9 @@ class LlavaAdapter(VlmAdapter):
             )
         return f"one square of {vision.image_size} px, {side} × {side} patches among the text's tokens"
 
+    def keys_per_image(self) -> int:
+        return (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
+
     def image_token_id(self) -> int:
         return self.config.image_token_index
 

@@ -19,6 +19,12 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
 from lavender.students.base import Removable, VlmAdapter
+from lavender.students.chat_processor import (
+    check_placeholders,
+    replace_placeholders,
+    texts_and_pictures,
+    tokenize,
+)
 from lavender.students.image_keys import KeyLayout, grid_boxes
 from lavender.students.latents import latent_layout
 
@@ -76,41 +82,34 @@ class MiniCpmVChatProcessor(ProcessorMixin):
         Raises:
             DataError: a text with another number of placeholders than pictures, or cut by `max_length` amid them.
         """
-        texts = [text] if isinstance(text, str) else list(text or ())
-        pictures = [list(own) for own in images] if images is not None else [[] for _ in texts]
-        named, given = [one.count(PLACEHOLDER) for one in texts], [len(own) for own in pictures]
-        if named != given:
-            raise DataError(
-                f"{named} placeholders {PLACEHOLDER} in texts of {given} pictures",
-                "one for each picture",
-                "let the chat template print it for each",
-            )
+        texts, pictures = texts_and_pictures(images, text)
+        check_placeholders([one.count(PLACEHOLDER) for one in texts], pictures, PLACEHOLDER, cut=False)
         seen = [self.image_processor(own) if own else {} for own in pictures]
-        written = [self._written(one, own) for one, own in zip(texts, seen, strict=True)]
-        kwargs = {"add_special_tokens": False, "padding": True} | kwargs | {"return_tensors": "pt"}
-        encoded = self.tokenizer(written, **kwargs)
+        written = [
+            replace_placeholders(one, PLACEHOLDER, self._slice_placeholders(own))
+            for one, own in zip(texts, seen, strict=True)
+        ]
+        tokens = tokenize(self.tokenizer, [one for one, _ in written], kwargs, [spans for _, spans in written])
         slices = [list(own["pixel_values"][0]) if own else [] for own in seen]
         return BatchFeature(
-            {
-                "input_ids": encoded["input_ids"],
-                "attention_mask": encoded["attention_mask"],
+            tokens
+            | {
                 "pixel_values": [[torch.as_tensor(one) for one in own] for own in slices],
                 "tgt_sizes": [
                     torch.as_tensor(own["tgt_sizes"][0]).view(-1, 2) if own else torch.zeros(0, 2, dtype=torch.int32)
                     for own in seen
                 ],
                 "image_bound": [
-                    self._bounds(ids, len(own)) for ids, own in zip(encoded["input_ids"], slices, strict=True)
+                    self._bounds(ids, len(own)) for ids, own in zip(tokens["input_ids"], slices, strict=True)
                 ],
-            }
+            },
+            skip_tensor_conversion=["pixel_values", "tgt_sizes", "image_bound"],  # of each sample another shape
         )
 
-    def _written(self, text: str, seen: Mapping[str, Any]) -> str:
-        """The text with each picture's slices in the place of its placeholder."""
-        first, *rest = text.split(PLACEHOLDER)
-        sizes = seen["image_sizes"][0] if rest else []
-        places = [self.image_processor.get_slice_image_placeholder(size) for size in sizes]
-        return first + "".join(place + piece for place, piece in zip(places, rest, strict=True))
+    def _slice_placeholders(self, seen: Mapping[str, Any]) -> list[str]:
+        """What stands in the text for each picture: a placeholder per slice."""
+        sizes = seen["image_sizes"][0] if seen else []
+        return [self.image_processor.get_slice_image_placeholder(size) for size in sizes]
 
     def _bounds(self, ids: Tensor, slices: int) -> Tensor:
         """Where each slice's latents begin and end: long (slice, 2), end exclusive."""
@@ -187,6 +186,9 @@ class MiniCpmVAdapter(VlmAdapter):
     def image_token_id(self) -> int:
         """That of the published tokenizer, unless the config has an `image_token_id` of its own."""
         return getattr(self.config, "image_token_id", IMAGE_TOKEN_ID)
+
+    def token_ids(self, inputs: Mapping[str, Any]) -> Tensor:
+        return inputs.get("data", inputs)["input_ids"]  # see `hooks`
 
     def image_keys(self, inputs: Mapping[str, Any]) -> Tensor:
         wrong = {end - start for own in inputs["image_bound"] for start, end in own.tolist()} - {self.config.query_num}
@@ -288,7 +290,8 @@ class _LanguageModelsParts:
     )
 
     def __init__(self, model: Any):
-        self._model, self._before = model, dict(vars(model))
+        self._model = model
+        self._before = {name: value for name, value in vars(model).items() if name in self.names}
         model.base_model_prefix = "backbone_with_pictures"
         vars(model)["backbone_with_pictures"] = self._backbone
         vars(model).setdefault("generation_config", model.llm.generation_config)
@@ -303,7 +306,7 @@ class _LanguageModelsParts:
     def _require_grads(self) -> None:
         type(self._model).enable_input_require_grads(self._model)
         embeddings = self._model.get_input_embeddings()
-        copied = embeddings.register_forward_hook(lambda module, args, output: output.clone())
+        copied = embeddings.register_forward_hook(_cloned)
         self._model._require_grads_hooks.append(copied)  # which disable_input_require_grads removes
 
     def remove(self) -> None:
@@ -312,6 +315,10 @@ class _LanguageModelsParts:
                 vars(self._model)[name] = self._before[name]
             else:
                 del vars(self._model)[name]
+
+
+def _cloned(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output.clone()
 
 
 DATA = ("input_ids", "pixel_values", "tgt_sizes", "image_bound", "position_ids")

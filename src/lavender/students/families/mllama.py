@@ -46,6 +46,10 @@ class MllamaAdapter(VlmAdapter):
         tiles = f"up to {vision.max_num_tiles} tiles of {vision.image_size} px"
         return f"{tiles}, each 1 class token + {side} × {side} patches"
 
+    def keys_per_image(self) -> int:
+        vision = self.config.vision_config
+        return vision.max_num_tiles * (1 + (vision.image_size // vision.patch_size) ** 2)
+
     def image_token_id(self) -> int:
         return self.config.image_token_index
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -92,3 +92,11 @@ class Qwen3VlAdapter(Qwen2VlAdapter):
     """
 
     model_type = "qwen3_vl"
+
+    def replace_image_states(
+        self, decoder_inputs: dict[str, Any], keys: Tensor, replace: Callable[[Tensor], Tensor]
+    ) -> dict[str, Any]:
+        replaced = super().replace_image_states(decoder_inputs, keys, replace)
+        if decoder_inputs.get("deepstack_visual_embeds") is not None:
+            replaced["deepstack_visual_embeds"] = [replace(one) for one in decoder_inputs["deepstack_visual_embeds"]]
+        return replaced
