@@ -42,7 +42,8 @@ class VipLlavaAdapter(VlmAdapter):
     # They decide what `freeze` freezes. `print(model)` shows the names; see the other families for other names.
 
     def usable_layers(self) -> tuple[int, ...]:
-        # The image is part of the sequence, so every decoder layer attends to it.
+        # The image is part of the sequence, so every decoder layer attends to it. `SelfAttentionAdapter` of
+        # `families/self_attention.py` has this method, `attention_module` and `image_token_id` as they stand here.
         return tuple(range(self.config.text_config.num_hidden_layers))
 
     def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
@@ -56,6 +57,10 @@ class VipLlavaAdapter(VlmAdapter):
             f"one square of {self.config.vision_config.image_size} px, {side} × {side} patches among the text's tokens"
         )
 
+    def keys_per_image(self) -> int:
+        # For the estimate of memory in `lavender inspect`. Leave it out if the number depends on the image.
+        return self._side() ** 2
+
     def image_token_id(self) -> int:
         # The token at each image key, in the finished sequence.
         return self.config.image_token_id
@@ -64,7 +69,7 @@ class VipLlavaAdapter(VlmAdapter):
         # Positions of all image keys of each sample: long (sample, key), ascending, padded with -1. `padded_keys` makes
         # them from a mask. A sample may have no image, or several. A cut image would get wrong boxes: refuse it.
         positions = inputs["input_ids"] == self.image_token_id()
-        per_image = self._side() ** 2
+        per_image = self.keys_per_image()
         cut = [count for count in positions.sum(dim=1).tolist() if count % per_image]
         if cut:
             raise DataError(

@@ -29,8 +29,8 @@ class Gemma3Adapter(SelfAttentionAdapter):
     """Image keys: `mm_tokens_per_image` soft tokens (16 × 16) per view, row by row.
 
     A view is the whole picture, squashed to a square, or one crop of it. A picture's views follow one another, the
-    whole picture first. A row of a sliding layer sees only the keys within its window; the keys of a view see each other in
-    both directions. The layer's own mask has both, so the captured rows do too.
+    whole picture first. A row of a sliding layer sees only the keys within its window; the keys of a view see each
+    other in both directions. The layer's own mask has both, so the captured rows do too.
     """
 
     model_type = "gemma3"

@@ -35,9 +35,9 @@ class Picture(NamedTuple):
 class LlavaNextAdapter(SelfAttentionAdapter):
     """Image keys: side × side cells of the whole picture, squashed to a square; then the cells of its tiles.
 
-    The tiles form one canvas, whose rows of cells each end in a newline: a token of the same id that shows nothing. The
-    canvas is the one of `image_grid_pinpoints` that fits the picture best. The picture is centred on it, with padding on
-    two sides; rows or columns of padding alone are left out.
+    The tiles form one canvas, whose rows of cells each end in a newline: a token of the same id that shows nothing.
+    The canvas is the one of `image_grid_pinpoints` that fits the picture best. The picture is centred on it, with
+    padding on two sides; rows or columns of padding alone are left out.
     """
 
     model_type = "llava_next"
