@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import get_args
 
 import pytest
@@ -39,6 +40,15 @@ EVERY_POOLING = pytest.mark.parametrize(
     [(pooling, torch.float32) for pooling in get_args(Pooling)]
     + [(pooling, torch.bfloat16) for pooling in ("layer-mean", "max-mean", "flow-multi", "learn")],
 )
+
+
+def is_saved_by_torch(model) -> bool:
+    """Whether torch can save a model whole: not if it holds functions that were made inside other functions."""
+    try:
+        torch.save(model, io.BytesIO())
+    except (AttributeError, pickle.PicklingError):
+        return False
+    return True
 
 
 class Contract(Batches, ByHand, Guards, Parts, Words, Core):
@@ -154,7 +164,8 @@ class Contract(Batches, ByHand, Guards, Parts, Words, Core):
     @torch.no_grad()
     def test_copies_and_files_of_a_model_in_alignment(self, family, model, batch, readings, pooling):
         """A copy can be detached, and leaves the original as it is; so can what torch saves and loads."""
-        before = traces(model)
+        model(**batch)  # to some models transformers itself now adds hooks that torch cannot save
+        can_be_saved, before = is_saved_by_torch(model), traces(model)
         head = attach(model, AlignmentConfig(pooling=pooling))
         attached = traces(model)
 
@@ -163,10 +174,13 @@ class Contract(Batches, ByHand, Guards, Parts, Words, Core):
             return aligned(**batch, attention_request=request).attention_loss
 
         expected = loss_of(model)
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        copies = [copy.deepcopy(model)]
+        if can_be_saved:
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            copies.append(torch.load(file, weights_only=False))
+        for other in copies:
             torch.testing.assert_close(loss_of(other), expected, rtol=1e-5, atol=1e-7)
             detach(other)
             assert traces(other) == before
