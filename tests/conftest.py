@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lavender.world.scenes import Scene
 
 pytest.register_assert_rewrite(
-    "families.contract", "families.geometry", "families.batches", "families.guards", "families.parts"
+    *(f"families.{part}" for part in ("contract", "core", "geometry", "batches", "by_hand", "guards", "parts", "words"))
 )
 
 SEED = 20250206

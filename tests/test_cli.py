@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from command_line import complaint, lavender, write_run, write_scenes
+from families.published_configs import UNSUPPORTED
 from lavender.cli.eval import _table
 from lavender.cli.main import DONE, FAILED, VERBS, WRONG_USAGE
 from lavender.cli.terminal import show
@@ -230,7 +231,7 @@ def test_inspect_needs_a_models_config_alone(mllama_config, make_student):
     assert facts["parameters"] == sum(parameter.numel() for parameter in student.parameters())
 
 
-@pytest.mark.parametrize("model_type", ["paligemma", "bert"])
+@pytest.mark.parametrize("model_type", [UNSUPPORTED, "bert"])
 def test_inspect_names_a_family_that_is_not_supported(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     line = complaint(lavender("inspect", tmp_path), FAILED)

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from families.asking import captured, cast, request_of, traces
 from families.batches import Batches
+from families.by_hand import ByHand
 from families.core import POOLINGS, Core
 from families.geometry import GRID, batch_of
 from families.guards import Guards
 from families.parts import Parts
+from families.words import Words
 from lavender.alignment.objective import HEAD_NAME, attach, detach
 from lavender.config import AlignmentConfig, Pooling
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
@@ -39,7 +41,7 @@ EVERY_POOLING = pytest.mark.parametrize(
 )
 
 
-class Contract(Batches, Guards, Parts, Core):
+class Contract(Batches, ByHand, Guards, Parts, Words, Core):
     """Collected as a subclass only."""
 
     # 1

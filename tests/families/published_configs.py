@@ -1,8 +1,18 @@
-"""What decides a model's size in the config.json of a published checkpoint of each family, and that size."""
+"""What decides a model's size in the config.json of published checkpoints, and that size.
+
+For families of which the estimate of memory was compared with a published size; a new family need not be here.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from lavender.students.registry import FAMILIES
+
+UNSUPPORTED = next(kind for kind in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) if kind not in FAMILIES)
+"""The type of a vision-language model that transformers has and this library does not know."""
 
 CLIP = {
     "model_type": "clip_vision_model",

@@ -143,6 +143,9 @@ def eager_layers(model) -> list[int]:
 
 
 class TestFlamingo(Contract):
+    adapter = FlamingoAdapter
+    describes = "10 latents that look at 12 × 12 patches"
+
     eager_rows = staticmethod(eager_rows)
 
     @pytest.fixture(scope="class")
@@ -214,9 +217,6 @@ class TestFlamingo(Contract):
         with torch.no_grad():
             # two copies of the weights: not the same bits on every CPU
             torch.testing.assert_close(loaded(**again).logits, model(**batch).logits, rtol=0, atol=1e-5)
-
-    def test_what_people_read(self, model):
-        assert FlamingoAdapter(model.config).describe_keys() == "10 latents that look at 12 × 12 patches"
 
 
 def tiny_published(kind: str, every: int, vocabulary: int, media_token_id: int) -> tuple[Any, Any, Any]:
@@ -341,10 +341,9 @@ class TestCheckpoints:
             load_open_flamingo(tmp_path / "checkpoint.pt", vision, language, 49, 2)
 
 
-@pytest.mark.parametrize(("kind", "pooling"), [("llama", "layer-mean"), ("mpt", "learn")])
-def test_training(captions, dataset, store_path, tmp_path, kind, pooling):
-    family = family_of(captions, kind)
-    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, pooling)
+def test_training_another_language_model(captions, dataset, store_path, tmp_path):
+    family = family_of(captions, "mpt")
+    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, "learn")
 
 
 def looking(processor: FlamingoProcessor, order: torch.Tensor) -> FlamingoForConditionalGeneration:

@@ -16,9 +16,11 @@ from transformers import (
 )
 
 from families.asking import captured, eager_rows
+from families.by_hand import Keys
 from families.contract import Contract
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture, reading
 from families.training import train_two_steps
+from families.words import Words
 from lavender.errors import ConfigError, DataError
 from lavender.students.families.gemma3 import Gemma3Adapter, PanAndScan, crop_frames, pan_and_scan_settings
 from lavender.students.registry import adapter_for
@@ -179,22 +181,17 @@ def several(processor: Gemma3Processor, images: list[list[tuple[int, int]]], **k
 
 
 class TestGemma3(Contract):
+    adapter = Gemma3Adapter
+    describes = (
+        "one square of 96 px, 12 × 12 soft tokens among the text's, and as many for each crop of pan-and-scan; "
+        "3 of 4 layers see only the last 200 tokens"
+    )
+    keys = Keys((CELLS, CELLS, CELLS), "<image_soft_token>", "\n\n\n<start_of_image>", "<end_of_image>")
+
     @pytest.fixture(scope="class")
     @classmethod
     def family(cls, captions) -> Family:
         return family_of(captions)
-
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_keys_are_the_pictures_tokens(self, family, model, readings, side):
-        batch, tokenizer = batch_of(family, readings, side), family.processor.tokenizer
-        keys = Gemma3Adapter(model.config).image_keys(batch)
-        assert keys.shape == (3, CELLS)
-        for ids, own in zip(batch["input_ids"].tolist(), keys.tolist(), strict=True):
-            assert own == list(range(own[0], own[0] + CELLS))
-            assert {tokenizer.decode(ids[place]) for place in own} == {"<image_soft_token>"}
-            assert tokenizer.decode(ids[own[0] - 1]) == "<start_of_image>"
-            assert tokenizer.decode(ids[own[-1] + 1]) == "<end_of_image>"
-            assert tokenizer.decode(ids[own[0] - 2]) == "\n\n\n"
 
     def test_rows_see_what_their_layer_lets_them(self, family, model):
         """In a picture both ways, after it causal, and in sliding layers nothing that is a window or more back."""
@@ -277,11 +274,12 @@ class TestGemma3(Contract):
             "pan-and-scan in processor.images_kwargs and not in the call."
         )
 
-    def test_what_people_read(self, model):
-        assert adapter_for(model.config).describe_keys() == (
-            "one square of 96 px, 12 × 12 soft tokens among the text's, and as many for each crop of pan-and-scan; "
-            "3 of 4 layers see only the last 200 tokens"
-        )
+
+class TestWordsAmidCrops(Words):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def family(cls, captions) -> Family:
+        return family_of(captions, **(SCAN | {"pan_and_scan_min_crop_size": 32}))
 
 
 class TestPanAndScan(Geometry):
@@ -361,11 +359,11 @@ def test_settings_of_the_processor_win(captions):
     )
 
 
-@pytest.mark.parametrize(("pooling", "scan"), [("layer-mean", {}), ("learn", SCAN)])
-def test_training(captions, dataset, store_path, tmp_path, pooling, scan):
+def test_training_with_crops(captions, dataset, store_path, tmp_path):
     """TRL's collator and the trainer carry token types, and crops."""
-    family = family_of(captions, **scan)
+    family = family_of(captions, **SCAN)
     model, given = family.make(), []
     model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
-    train_two_steps(model, family.processor, dataset, store_path, tmp_path, pooling)
-    assert all((one["token_type_ids"] == (one["input_ids"] == model.config.image_token_id)).all() for one in given)
+    train_two_steps(model, family.processor, dataset, store_path, tmp_path, "learn")
+    for inputs in given:
+        assert torch.equal(inputs["token_type_ids"] == 1, inputs["input_ids"] == model.config.image_token_id)

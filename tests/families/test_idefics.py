@@ -19,7 +19,6 @@ from families.asking import captured, request_of
 from families.batches import sizes_of
 from families.contract import Contract
 from families.geometry import GRID, Family, parameters_zeroed, picture
-from families.training import train_two_steps
 from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.config import AlignmentConfig
 from lavender.students.capture import AttentionRequest, row_tensors
@@ -146,6 +145,8 @@ def eager_rows(model, batch, request) -> torch.Tensor:
 class LastPictureAlone(Contract):
     """Rows see the last picture before them. The tower is frozen: nothing before its layers has a gradient."""
 
+    adapter = IdeficsAdapter
+
     eager_rows = staticmethod(eager_rows)
 
     def request_of_many(self, family, model, many, samples, layers) -> AlignmentRequest:
@@ -167,6 +168,8 @@ class LastPictureAlone(Contract):
 
 
 class TestIdefics(LastPictureAlone):
+    describes = "10 latents that look at 6 × 6 patches"
+
     @pytest.fixture(scope="class")
     @classmethod
     def family(cls, captions) -> Family:
@@ -262,9 +265,6 @@ class TestIdefics(LastPictureAlone):
         torch.testing.assert_close(mass[0], torch.tensor([0.0, 1.0]).expand(4, 2))
         torch.testing.assert_close(mass[2], torch.tensor([1.0, 0.0]).expand(4, 2))
 
-    def test_what_people_read(self, model):
-        assert IdeficsAdapter(model.config).describe_keys() == "10 latents that look at 6 × 6 patches"
-
 
 def taken(attention, context, latents) -> torch.Tensor:
     """How much of each key a perceiver's latents take, mean over heads, by its own forward: (view, latent, key).
@@ -291,6 +291,8 @@ def taken(attention, context, latents) -> torch.Tensor:
 class TestWithoutResampler(LastPictureAlone):
     """Keys are the class token and the patches."""
 
+    describes = "class token + 6 × 6 patches"
+
     @pytest.fixture(scope="class")
     @classmethod
     def family(cls, captions) -> Family:
@@ -311,9 +313,6 @@ class TestWithoutResampler(LastPictureAlone):
         assert layout.boxes[:, [0, 37]].abs().sum() == 0  # class tokens
         assert layout.boxes[0, 1 + 7].tolist() == pytest.approx([1 / 6, 1 / 6, 2 / 6, 2 / 6])
         assert layout.boxes[1].abs().sum() == layout.boxes[2, 37:].abs().sum() == 0
-
-    def test_what_people_read(self, model):
-        assert IdeficsAdapter(model.config).describe_keys() == "class token + 6 × 6 patches"
 
 
 def looking(processor: IdeficsChatProcessor, order: torch.Tensor) -> IdeficsForVisionText2Text:
@@ -369,10 +368,3 @@ def test_a_planted_patch_comes_back_through_the_latents(captions, seed):
         for one in maps.flatten(1):
             assert one.argmax().item() == row * 6 + col
             assert one.sort().values[-2] < 0.1
-
-
-@pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
-def test_training(captions, dataset, store_path, tmp_path, pooling):
-    """TRL's collator gives the processor what it wants, and the trainer reaches the loss."""
-    family = family_of(captions, LATENTS)
-    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, pooling)

@@ -21,11 +21,11 @@ from transformers import (
 )
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from families.by_hand import Keys
 from families.contract import Contract
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture
-from families.training import train_two_steps
 from lavender.errors import DataError
-from lavender.students.families.idefics3 import Idefics3Adapter, tile_boxes
+from lavender.students.families.idefics3 import Idefics3Adapter, SmolVlmAdapter, tile_boxes
 from lavender.students.registry import adapter_for
 from lavender.world.student_models import _tokenizer
 
@@ -169,6 +169,10 @@ def inputs_of(family: Family, sizes: list[list[tuple[int, int]]]) -> dict[str, t
 
 
 class TestIdefics3(Contract):
+    adapter = Idefics3Adapter
+    describes = "tiles of 32 px row by row, then the whole picture, each 4 × 4 cells among the text's tokens"
+    keys = Keys((7 * 16, 4 * 16, 10 * 16), "<image>", "<row_1_col_1>", "<fake_token_around_image>")
+
     kind, tile, patch, scale, side = "idefics3", 32, 4, 2, 4
 
     @pytest.fixture(scope="class")
@@ -196,17 +200,11 @@ class TestIdefics3(Contract):
             assert tiles[-1, -1, 2:].tolist() == [1, 1], size
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    def test_keys_are_the_pictures_tokens_and_padding(self, family, model, readings, side):
+    def test_labels_stand_between_tiles(self, family, model, readings, side):
         """Tiles of 1 × 3, before each its label, a blank line, then the whole."""
-        batch, decode = batch_of(family, readings, side), family.processor.tokenizer.decode
-        keys, each = Idefics3Adapter(model.config).image_keys(batch), self.side**2
-        counts = [self.cells(size) for size in list(SIZES)[:3]]
-        for ids, own, count in zip(batch["input_ids"], keys.tolist(), counts, strict=True):
-            assert own[count:] == [-1] * (max(counts) - count)
-            assert {decode(ids[place]) for place in own[:count]} == {"<image>"}
-            assert (ids == model.config.image_token_id).sum() == count
-        ids, views = batch["input_ids"][1], keys[1, : counts[1]].view(4, each)
-        assert torch.equal(views - views[:, :1], torch.arange(each).expand(4, each))
+        batch, decode, cells = batch_of(family, readings, side), family.processor.tokenizer.decode, self.side**2
+        ids, views = batch["input_ids"][1], Idefics3Adapter(model.config).image_keys(batch)[1, : 4 * cells].view(4, -1)
+        assert torch.equal(views - views[:, :1], torch.arange(cells).expand(4, cells))
         between = [decode(ids[end + 1 : start]) for end, start in zip(views[:-1, -1], views[1:, 0], strict=True)]
         fake = "<fake_token_around_image>"
         assert between == [f"{fake}<row_1_col_2>", f"{fake}<row_1_col_3>", f"\n\n{fake}<global-img>"]
@@ -270,14 +268,11 @@ class TestIdefics3(Contract):
             "none left out. Do this: pass what the model's own processor returns, its truncation off."
         )
 
-    def test_what_people_read(self, model):
-        assert adapter_for(model.config).describe_keys() == (
-            f"tiles of {self.tile} px row by row, then the whole picture, each {self.side} × {self.side} cells among "
-            "the text's tokens"
-        )
-
 
 class TestSmolVlm(TestIdefics3):
+    adapter = SmolVlmAdapter
+    describes = "tiles of 60 px row by row, then the whole picture, each 5 × 5 cells among the text's tokens"
+    keys = Keys((7 * 25, 4 * 25, 10 * 25), "<image>", "<row_1_col_1>", "<fake_token_around_image>")
     kind, tile, patch, scale, side = "smolvlm", 60, 3, 4, 5
 
 
@@ -309,10 +304,3 @@ def test_boxes_by_hand():
     assert boxes[1, 5].tolist() == pytest.approx([8 / 34, (34 + 8) / 68, 16 / 34, (34 + 16) / 68])
     assert boxes[2, 15].tolist() == pytest.approx([24 / 34, 24 / 34, 32 / 34, 32 / 34])
     assert tile_boxes((0, 0), 32, 4, 2)[0].tolist() == [0, 0, 0.25, 0.25]
-
-
-@pytest.mark.parametrize(("kind", "pooling"), [("idefics3", "layer-mean"), ("smolvlm", "learn")])
-def test_training(captions, dataset, store_path, tmp_path, kind, pooling):
-    """TRL's collator and the trainer carry pictures of different shapes."""
-    family = family_of(kind, captions)
-    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, pooling)

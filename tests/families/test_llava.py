@@ -17,8 +17,10 @@ from transformers import (
 )
 
 from families.asking import captured, eager_rows, request_of
+from families.by_hand import Keys
 from families.contract import POOLINGS, Contract
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, reading
+from families.words import Words
 from lavender.alignment.objective import attach
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
@@ -129,6 +131,10 @@ def family_of(texts: list[str], images, **rest) -> Family:
 
 
 class TestLlava(Contract):
+    adapter = LlavaAdapter
+    describes = "one square of 96 px, 12 × 12 patches among the text's tokens"
+    keys = Keys((144, 144, 144), "<image>", "<s>USER: ", "\n")
+
     @pytest.fixture(scope="class")
     @classmethod
     def family(cls, captions) -> Family:
@@ -138,17 +144,6 @@ class TestLlava(Contract):
         # 300 × 500 becomes 96 × 160: columns 32 to 128 are left; 133 × 97 becomes 131 × 96: rows 17 to 113
         assert view((300, 500)) == pytest.approx((0, 32 / 160, 1, 128 / 160))
         assert view((133, 97)) == pytest.approx((17 / 131, 0, 113 / 131, 1))
-
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_keys_are_the_pictures_tokens(self, family, model, readings, side):
-        batch, tokenizer = batch_of(family, readings, side), family.processor.tokenizer
-        keys = LlavaAdapter(model.config).image_keys(batch)
-        assert keys.shape == (3, SIDE * SIDE)
-        for ids, own in zip(batch["input_ids"].tolist(), keys.tolist(), strict=True):
-            assert own == list(range(own[0], own[0] + 144))
-            assert tokenizer.decode(ids[: own[0]]).endswith("<s>USER: ")
-            assert {tokenizer.decode(ids[place]) for place in own} == {"<image>"}
-            assert tokenizer.decode(ids[own[-1] + 1]) == "\n"
 
     def test_rows_see_the_picture_up_to_themselves(self, model, batch):
         """Each layer sees text and picture: the kept columns are a part of the whole, and none is from the future."""
@@ -165,7 +160,7 @@ class TestLlava(Contract):
         assert ((after.sum(-1) > 0.5) & (after.sum(-1) < 1)).all()
 
     @POOLINGS
-    def test_a_batch_without_padding(self, family, model, pooling):
+    def test_the_kernel_gets_no_mask_of_a_batch_without_padding(self, family, model, pooling):
         """The kernel is told "causal" and gets no mask: the rows still see nothing after themselves."""
         readings, masks = [reading((300, 500), "a dog", seed) for seed in (1, 2)], []
         batch = batch_of(family, readings)
@@ -202,10 +197,6 @@ class TestLlava(Contract):
             "Got vision_feature_select_strategy='full' with a clip_vision_model. Expected 'default', which leaves the "
             "class token out. Do this: load a model with that strategy."
         )
-
-    def test_what_people_read(self, model):
-        line = adapter_for(model.config).describe_keys()
-        assert line == "one square of 96 px, 12 × 12 patches among the text's tokens"
 
     def test_pictures_of_another_size_than_the_towers_are_refused(self, family, model, batch):
         """Its tower knows places of 12 × 12 patches; transformers itself refuses them amid training."""
@@ -250,6 +241,24 @@ def test_a_tower_that_interpolates_places_has_the_grid_of_its_pixels(captions, t
     facts = inspect_target(str(tmp_path))
     assert facts["sample"]["image_keys"] == SIDE * SIDE
     assert f"{SIDE * SIDE} image keys (in the sample)" in facts["memory"]["assumptions"][0]
+
+
+class TestPicturesFirst(Words):
+    """A template that prints all pictures of a conversation before its text, as PaliGemma's processor does."""
+
+    pictures_first = True
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def family(cls, captions) -> Family:
+        family = family_of(captions, CROP, sizes=SIZES, blur=blur)
+        family.processor.chat_template = (
+            "{{- '<s>' }}{%- for message in messages %}{%- for part in message['content'] %}"
+            "{{- '<image>' if part['type'] == 'image' }}{%- endfor %}{%- endfor %}"
+            "{%- for message in messages %}{%- for part in message['content'] %}"
+            "{{- part['text'] + '\n' if part['type'] == 'text' }}{%- endfor %}{%- endfor %}"
+        )
+        return family
 
 
 class TestOtherSquares(Geometry):

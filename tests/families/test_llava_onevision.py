@@ -22,12 +22,12 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from families.by_hand import Keys
 from families.contract import Contract
 from families.geometry import BRIGHT, Family, Geometry, coordinates, picture
 from families.test_llava_next import local_states
-from families.training import train_two_steps
 from lavender.errors import DataError, UnsupportedModelError
-from lavender.students.families.llava_next import square_boxes, tile_boxes
+from lavender.students.families.llava_next import LlavaOnevisionAdapter, square_boxes, tile_boxes
 from lavender.students.registry import adapter_for
 from lavender.world.student_models import build_llava_processor
 
@@ -105,6 +105,13 @@ def inputs_of(family: Family, images) -> dict[str, torch.Tensor]:
 
 
 class TestLlavaOnevision(Contract):
+    adapter = LlavaOnevisionAdapter
+    describes = (
+        "the whole picture, 6 × 6 cells, then up to 9 tiles of 50 px without their padding, a newline after each row, "
+        "among the text's tokens; anyres_max_9 interpolates them to fewer, and several pictures have no tiles"
+    )
+    keys = Keys((36 + 10 * 19, 36 + 2 * 19, 36 + 18 * 19), "<image>", "<s>USER: ", "\n")
+
     @pytest.fixture(scope="class")
     @classmethod
     def family(cls, captions) -> Family:
@@ -151,12 +158,6 @@ class TestLlavaOnevision(Contract):
             "published models have it: 'anyres_max_9'."
         )
 
-    def test_what_people_read(self, model):
-        assert adapter_for(model.config).describe_keys() == (
-            "the whole picture, 6 × 6 cells, then up to 9 tiles of 50 px without their padding, a newline after each "
-            "row, among the text's tokens; anyres_max_9 interpolates them to fewer, and several pictures have no tiles"
-        )
-
 
 class TestManyTiles(Geometry):
     """Cells of more tiles than two are interpolated to as many."""
@@ -186,10 +187,3 @@ def test_as_many_keys_as_the_published_processor_writes(captions):
     assert found == expected
     plain = [len(tile_boxes(one, select_best_resolution(one, pinpoints), 384, 14)) for one in sizes]
     assert 100 < sum(one != other for one, other in zip(found, plain, strict=True)) < 200
-
-
-@pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
-def test_training(captions, dataset, store_path, tmp_path, pooling):
-    """TRL's collator and the trainer carry pictures of different shapes."""
-    family = family_of(captions)
-    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, pooling)

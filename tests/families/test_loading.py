@@ -21,7 +21,7 @@ from lavender.students.families.flamingo_model import FlamingoForConditionalGene
 from lavender.training.run import load_run
 from lavender.world.student_models import _tokenizer
 
-DOCS = Path(__file__).parents[2] / "docs" / "add-a-vlm.md"
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 STEP = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
 
 

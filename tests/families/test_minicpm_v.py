@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from unittest.mock import Mock
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
+from command_line import lavender
 from families.asking import captured, request_of
+from families.by_hand import Keys
 from families.contract import Contract
 from families.geometry import Family, batch_of, parameters_zeroed, picture
 from families.minicpm_v_published import MiniCPMV, MiniCPMVConfig, MiniCPMVImageProcessor
-from families.training import train_two_steps
 from lavender.alignment.objective import attach
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError, DataError
@@ -126,6 +128,10 @@ def blur(size: tuple[int, int]) -> tuple[float, float]:
 
 
 class TestMiniCpmV(Contract):
+    adapter = MiniCpmVAdapter
+    describes = "8 latents for the picture and for each of its slices, among the text's tokens"
+    keys = Keys((9 * LATENTS, 5 * LATENTS, 3 * LATENTS), "<unk>", "<image>", "</image></slice>")
+
     @pytest.fixture(scope="class")
     @classmethod
     def family(cls, captions) -> Family:
@@ -210,6 +216,22 @@ class TestMiniCpmV(Contract):
         model(**batch, attention_request=request)
         assert request.matched.sum() == (5 if match == "label" else 0)  # a random model predicts no word
 
+    def test_inspect_reads_the_config_alone(self, model, tmp_path):
+        """The weights of a model with its own code cannot be counted; with that code see `test_loading`."""
+        config = model.config.to_dict() | {"auto_map": {"AutoConfig": "own.Config"}, "architectures": ["MiniCPMV"]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        facts = json.loads(lavender("inspect", tmp_path).out)
+        assert facts["family"] == "minicpmv"
+        assert facts["usable_layers"] == list(MiniCpmVAdapter(model.config).usable_layers())
+        assert facts["image_keys"] == self.describes
+        assert facts["parameters"] is None
+
+    @pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
+    def test_training(self, family, model, dataset, store_path, tmp_path, pooling):
+        """The published forward gets its one dict."""
+        published = MiniCPMV(copy.deepcopy(model.config))
+        super().test_training(family, published, dataset, store_path, tmp_path, pooling)
+
     def test_what_does_not_fit_is_refused(self, family, model):
         inputs, _ = self.boxes_of(family, model, (300, 500))
         adapter = MiniCpmVAdapter(model.config)
@@ -232,10 +254,6 @@ class TestMiniCpmV(Contract):
         model.config.batch_vision_input = False
         with pytest.raises(ConfigError, match="set model.config.batch_vision_input = True"), capturing(model):
             pass
-
-    def test_what_people_read(self, model):
-        line = MiniCpmVAdapter(model.config).describe_keys()
-        assert line == "8 latents for the picture and for each of its slices, among the text's tokens"
 
 
 class TestSlices:
@@ -358,10 +376,3 @@ def test_a_planted_patch_comes_back_through_the_latents(captions):
         for one in maps.flatten(1):
             assert one.argmax().item() == row * 6 + col
             assert one.sort().values[-2] < 0.3
-
-
-@pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
-def test_training(captions, dataset, store_path, tmp_path, pooling):
-    """TRL's collator gives the processor what it wants, and the published forward gets one dict."""
-    processor = build_processor(captions)
-    train_two_steps(MiniCPMV(config_of(processor.tokenizer)), processor, dataset, store_path, tmp_path, pooling)

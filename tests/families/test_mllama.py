@@ -13,7 +13,7 @@ from families.contract import Contract
 from families.geometry import Family, batch_of, parameters_zeroed, picture, reading
 from lavender.errors import CaptureError, DataError, UnsupportedModelError
 from lavender.students.capture import AttentionRequest
-from lavender.students.families.mllama import tile_boxes
+from lavender.students.families.mllama import MllamaAdapter, tile_boxes
 from lavender.students.registry import FAMILIES, adapter_for
 from lavender.students.word_maps import capturing
 
@@ -85,6 +85,9 @@ def local_states(model, inputs) -> torch.Tensor:
 
 
 class TestMllama(Contract):
+    adapter = MllamaAdapter
+    describes = "up to 4 tiles of 64 px, each 1 class token + 8 × 8 patches"
+
     @pytest.fixture(scope="class")
     @classmethod
     def family(cls, processor, make_student) -> Family:
@@ -178,10 +181,6 @@ class TestMllama(Contract):
             adapter_for(type("Config", (), {"model_type": "llama"})())
         assert f"Got a model of type 'llama'. Expected one of {sorted(FAMILIES)}." in str(caught.value)
         assert {"llava", "mllama", "qwen2_vl"} < set(FAMILIES)
-
-    def test_what_people_read(self, model):
-        line = adapter_for(model.config).describe_keys()
-        assert line == "up to 4 tiles of 64 px, each 1 class token + 8 × 8 patches"
 
     def test_a_picture_of_every_size_has_its_whole_in_view(self, family, model):
         """Uniform attention over a picture's patches covers it evenly, up to the border that is cut or padded."""

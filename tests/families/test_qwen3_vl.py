@@ -15,13 +15,12 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
-from families.asking import captured, eager_rows
+from families.by_hand import Keys
 from families.contract import Contract
-from families.geometry import Family, batch_of, parameters_zeroed, reading
+from families.geometry import Family, parameters_zeroed, reading
 from families.test_qwen_vl import MERGE, PATCH, SPECIAL_TOKENS, TEMPLATE, local_states
 from lavender.errors import DataError
 from lavender.evaluation.check import logits_keeping
-from lavender.students.capture import real_keys
 from lavender.students.families.qwen_vl import Qwen3VlAdapter
 from lavender.students.registry import adapter_for
 from lavender.world.student_models import _tokenizer
@@ -110,6 +109,10 @@ def patches(inputs) -> torch.Tensor:
 
 
 class TestQwen3Vl(Contract):
+    adapter = Qwen3VlAdapter
+    describes = "a grid of the picture's own shape, cells of 8 px among the text's tokens"
+    keys = Keys((135, 120, 72), "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+
     @pytest.fixture(scope="class")
     @classmethod
     def family(cls, captions) -> Family:
@@ -137,17 +140,6 @@ class TestQwen3Vl(Contract):
             assert boxes[cols + 1].tolist() == pytest.approx([1 / rows, 1 / cols, 2 / rows, 2 / cols])
             assert boxes[-1, 2:].tolist() == [1, 1]
 
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_keys_are_the_pictures_tokens_and_padding(self, family, model, readings, side):
-        batch, tokenizer = batch_of(family, readings, side), family.processor.tokenizer
-        keys = Qwen3VlAdapter(model.config).image_keys(batch)
-        assert real_keys(keys).sum(dim=1).tolist() == [135, 120, 72]
-        for ids, own, count in zip(batch["input_ids"].tolist(), keys.tolist(), (135, 120, 72), strict=True):
-            assert own == list(range(own[0], own[0] + count)) + [-1] * (135 - count)
-            assert {tokenizer.decode(ids[place]) for place in own[:count]} == {"<|image_pad|>"}
-            assert tokenizer.decode(ids[own[0] - 1]) == "<|vision_start|>"
-            assert tokenizer.decode(ids[own[count - 1] + 1]) == "<|vision_end|>"
-
     @torch.no_grad()
     def test_deepstack_keeps_the_keys_in_place(self, family, model):
         """What the tower adds after the first text layer stands at the keys that show it; its last state is silent."""
@@ -169,14 +161,6 @@ class TestQwen3Vl(Contract):
         changed = (seen[1] - seen[0]).norm(dim=-1)
         assert changed.argmax().item() == 4 * 15 + 9
         assert (changed > 1e-3 * changed.max()).sum() <= 9  # the filter's neighbours
-
-    @torch.no_grad()
-    def test_a_batch_without_padding(self, family, model):
-        """The kernel is told "causal" and gets no mask."""
-        batch = batch_of(family, [reading((300, 500), "a dog", seed) for seed in (1, 2)])
-        assert batch["attention_mask"].all()
-        request = captured(model, batch, rows=torch.tensor([[20, 150], [141, 149]]))
-        torch.testing.assert_close(request.stacked(), eager_rows(family.make(), batch, request), rtol=0, atol=1e-6)
 
     @torch.no_grad()
     def test_the_check_replaces_what_deepstack_adds(self, model, batch, monkeypatch):
@@ -211,7 +195,3 @@ class TestQwen3Vl(Contract):
         inputs = {"input_ids": torch.full((2, 40), 5), "video_grid_thw": torch.tensor([[2, 6, 8]] * 2)}
         with pytest.raises(DataError, match="Got a batch with videos. Expected pictures: a map is of one picture"):
             adapter_for(model.config).image_keys(inputs)
-
-    def test_what_people_read(self, model):
-        line = adapter_for(model.config).describe_keys()
-        assert line == "a grid of the picture's own shape, cells of 8 px among the text's tokens"

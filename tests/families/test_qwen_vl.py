@@ -17,15 +17,14 @@ from transformers import (
     Qwen2VLProcessor,
 )
 
-from families.asking import captured, eager_rows, request_of
+from families.asking import captured, request_of
+from families.by_hand import Keys
 from families.contract import Contract
-from families.geometry import Family, batch_of, parameters_zeroed, reading
-from families.training import train_two_steps
+from families.geometry import Family, batch_of, parameters_zeroed
 from lavender.alignment.objective import AlignmentRequest, attach, detach
 from lavender.config import AlignmentConfig
 from lavender.errors import DataError
-from lavender.students.capture import real_keys
-from lavender.students.families.qwen_vl import Qwen2VlAdapter
+from lavender.students.families.qwen_vl import Qwen2VlAdapter, Qwen25VlAdapter
 from lavender.world.student_models import _tokenizer
 
 PATCH, MERGE = 4, 2
@@ -168,6 +167,10 @@ def family_of(kind: str, texts: list[str]) -> Family:
 
 
 class TestQwen2Vl(Contract):
+    adapter = Qwen2VlAdapter
+    describes = "a grid of the picture's own shape, cells of 8 px among the text's tokens"
+    keys = Keys((135, 120, 72), "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+
     kind = "qwen2_vl"
 
     @pytest.fixture(scope="class")
@@ -183,22 +186,11 @@ class TestQwen2Vl(Contract):
             assert boxes[cols + 1].tolist() == pytest.approx([1 / rows, 1 / cols, 2 / rows, 2 / cols])
             assert boxes[-1, 2:].tolist() == [1, 1]
 
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_keys_are_the_pictures_tokens_and_padding(self, family, model, readings, side):
-        batch, tokenizer = batch_of(family, readings, side), family.processor.tokenizer
-        adapter = Qwen2VlAdapter(model.config)
-        keys = adapter.image_keys(batch)
-        counts = [rows * cols for rows, cols in list(SIZES.values())[:3]]
-        assert keys.shape == (3, max(counts))
-        assert real_keys(keys).sum(dim=1).tolist() == counts == [135, 120, 72]
-        boxes = adapter.image_boxes(batch, [[one] for one in SIZES][:3], family.processor).boxes
-        for ids, own, count, there in zip(batch["input_ids"].tolist(), keys.tolist(), counts, boxes, strict=True):
-            assert own == list(range(own[0], own[0] + count)) + [-1] * (max(counts) - count)
-            assert {tokenizer.decode(ids[place]) for place in own[:count]} == {"<|image_pad|>"}
-            assert tokenizer.decode(ids[own[0] - 1]) == "<|vision_start|>"
-            assert tokenizer.decode(ids[own[count - 1] + 1]) == "<|vision_end|>"
-            assert (there[:count, 2:] > there[:count, :2]).all()
-            assert there[count:].abs().sum() == 0
+    def test_padding_of_keys_has_empty_boxes(self, family, model, batch):
+        boxes = Qwen2VlAdapter(model.config).image_boxes(batch, [[size] for size in SIZES][:3], family.processor).boxes
+        for sample, count in zip(boxes, (135, 120, 72), strict=True):
+            assert (sample[:count, 2:] > sample[:count, :2]).all()
+            assert sample[count:].abs().sum() == 0
 
     def test_rows_see_the_picture_up_to_themselves(self, model, batch):
         adapter = Qwen2VlAdapter(model.config)
@@ -210,15 +202,6 @@ class TestQwen2Vl(Contract):
         assert within[..., :11].min() > 0
         assert within[..., 11:].abs().sum() == 0
         assert after.min() > 0
-
-    @torch.no_grad()
-    def test_a_batch_without_padding(self, family, model):
-        """The kernel is told "causal" and gets no mask."""
-        batch = batch_of(family, [reading((300, 500), "a dog", seed) for seed in (1, 2)])
-        assert batch["attention_mask"].all()
-        rows = torch.tensor([[20, 150], [141, 149]])
-        request = captured(model, batch, rows=rows)
-        torch.testing.assert_close(request.stacked(), eager_rows(family.make(), batch, request), rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("pooling", ["layer-mean", "flow-sum", "flow-multi", "learn"])
     @torch.no_grad()
@@ -274,17 +257,7 @@ class TestQwen2Vl(Contract):
             "several frames. Do this: drop the samples with videos."
         )
 
-    def test_what_people_read(self, model):
-        line = Qwen2VlAdapter(model.config).describe_keys()
-        assert line == "a grid of the picture's own shape, cells of 8 px among the text's tokens"
-
 
 class TestQwen25Vl(TestQwen2Vl):
+    adapter = Qwen25VlAdapter
     kind = "qwen2_5_vl"
-
-
-@pytest.mark.parametrize(("kind", "pooling"), [("qwen2_vl", "layer-mean"), ("qwen2_5_vl", "learn")])
-def test_training(captions, dataset, store_path, tmp_path, kind, pooling):
-    """TRL's collator and the trainer carry pictures of different shapes."""
-    family = family_of(kind, captions)
-    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, pooling)

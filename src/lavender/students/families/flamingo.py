@@ -1,4 +1,7 @@
-"""OpenFlamingo: text attends to 64 latents of the last picture before it. Its checkpoints, read and written."""
+"""OpenFlamingo (`openflamingo/OpenFlamingo-9B-vitl-mpt7b`, 4B): text cross-attends to 64 latents of the last picture.
+
+The adapter, the processor, and reading and writing of published checkpoints. The model is in `flamingo_model`.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,11 @@ FLAMINGO_TEMPLATE = (
     "{{- '<|endofchunk|>' if message['role'] == 'assistant' else ' ' }}"
     "{%- endfor %}"
 )
-"""`<image>question answer<|endofchunk|>`: OpenFlamingo has no roles."""
+"""Renders `<image>question answer<|endofchunk|>`: OpenFlamingo has no roles."""
 
 
 class FlamingoProcessor(ProcessorMixin):
-    """CLIP's image processor and the language model's tokenizer, to which `<image>` and `<|endofchunk|>` are added."""
+    """CLIP's image processor and the language model's tokenizer, with the tokens `<image>` and `<|endofchunk|>`."""
 
     def __init__(self, image_processor, tokenizer, chat_template: str | None = FLAMINGO_TEMPLATE):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -60,15 +63,19 @@ class FlamingoProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Inputs of the model: input_ids, attention_mask and pixel_values, (sample, picture, 3, height, width).
+        """Inputs of the model.
 
         Args:
-            images: the pictures of each text, in the order of its `<image>`; none at all for texts without.
+            images: the pictures of each text, in the order of its `<image>`; None for texts without pictures.
             text: rendered texts, special tokens included.
-            kwargs: the tokenizer's.
+            kwargs: arguments of the tokenizer.
+
+        Returns:
+            input_ids and attention_mask, long (sample, token); pixel_values (sample, picture, 3, height, width), zeros
+            for padding.
 
         Raises:
-            DataError: a text with another number of `<image>` than pictures, or cut by `max_length` amid them.
+            DataError: the number of `<image>` is not that of the pictures, or `max_length` cuts some of them.
         """
         texts, pictures = texts_and_pictures(images, text)
         tokens = tokenize(self.tokenizer, texts, kwargs)
@@ -76,17 +83,17 @@ class FlamingoProcessor(ProcessorMixin):
         check_placeholders(named, pictures, IMAGE_TOKEN)
         crop = self.image_processor.crop_size
         pixels = torch.zeros(len(texts), max(1, *named), 3, crop["height"], crop["width"])
-        for sample, own in enumerate(pictures):
-            if own:
-                pixels[sample, : len(own)] = self.image_processor(own, return_tensors="pt")["pixel_values"]
+        for index, sample in enumerate(pictures):
+            if sample:
+                pixels[index, : len(sample)] = self.image_processor(sample, return_tensors="pt")["pixel_values"]
         return BatchFeature(tokens | {"pixel_values": pixels})
 
 
 class FlamingoAdapter(VlmAdapter):
-    """Cross-attention keys: as many pictures as a sample of the batch has at most, each its latents.
+    """Image keys: `perceiver_latents` (64) per picture; every sample has those of as many pictures as the largest one.
 
-    Layers are those of the language model that a block stands before. The picture is cut to a square in its middle,
-    as CLIP has it.
+    Layers are the decoder layers that have a gated cross-attention block before them. CLIP's image processor crops the
+    centre square of a picture. A map is the attention on the latents times the latents' attention on the patches.
     """
 
     model_type = "open_flamingo"
@@ -124,7 +131,7 @@ class FlamingoAdapter(VlmAdapter):
         self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
     ) -> KeyLayout:
         found = (inputs["input_ids"] == self.config.image_token_id).sum(dim=1).tolist()
-        numbers = [len(own) for own in image_sizes]
+        numbers = list(map(len, image_sizes))
         if found != numbers:
             raise DataError(
                 f"{found} pictures in the inputs", f"{numbers}", "pass the pictures the inputs were made of"
@@ -154,17 +161,17 @@ class FlamingoAdapter(VlmAdapter):
             maps.append(attention.weights(media, latents)[0].mean(dim=1))
             latents = attention(media, latents) + latents
             latents = mlp(latents) + latents
-        return over_patches(torch.stack(maps).mean(dim=0)[..., : media.shape[1]])  # behind them come the latents
+        return over_patches(torch.stack(maps).mean(dim=0)[..., : media.shape[1]])  # the latents follow the patches
 
     def _side(self) -> int:
         return self.config.vision_config.image_size // self.config.vision_config.patch_size
 
 
 def convert(state: Mapping[str, Tensor], language_model_type: str, layers: int) -> dict[str, Tensor]:
-    """A published checkpoint's weights under our names.
+    """The weights of a published checkpoint, under the names of `FlamingoForConditionalGeneration`.
 
-    The perceiver's and the blocks' are all there. Of the language model it has what was trained, its embeddings; the
-    rest comes from the language model itself.
+    A checkpoint holds the perceiver, the blocks and the embeddings, which were trained; the other weights come from
+    the language model.
 
     Raises:
         UnsupportedModelError: a language model that transformers does not have, or a weight that has no place here.
@@ -184,7 +191,7 @@ def convert(state: Mapping[str, Tensor], language_model_type: str, layers: int) 
 
 
 def published(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
-    """A model's trained weights as OpenFlamingo's own code loads them, with `strict=False`: `convert`, backwards."""
+    """The trained weights as OpenFlamingo's own code loads them, with `strict=False`: the inverse of `convert`."""
     config, state = model.config, model.state_dict()
     parts = _parts(config.language_config.model_type)
     layers = f"lang_encoder.{parts.backbone}.{parts.layers}"
@@ -213,13 +220,14 @@ def load_open_flamingo(
     image_token_id: int,
     cross_attn_every_n_layers: int = 1,
 ) -> FlamingoForConditionalGeneration:
-    """A published OpenFlamingo from its checkpoint and the two models it was built on.
+    """Load a published OpenFlamingo from its checkpoint and the two models that it was built on.
 
     Args:
         path: the published `checkpoint.pt`, or one that OpenFlamingo's training wrote.
-        vision: for all published ones openai/clip-vit-large-patch14.
-        language: the causal language model, a class of transformers; it is taken over, and its embeddings resized.
-        image_token_id: of `<image>`, behind `<|endofchunk|>` in the tokenizer both were added to.
+        vision: the vision tower; openai/clip-vit-large-patch14 for all published checkpoints.
+        language: the causal language model, of a class of transformers; it becomes part of the result, and its
+            embeddings are resized.
+        image_token_id: id of `<image>` in the tokenizer to which `<|endofchunk|>` and `<image>` were added.
         cross_attn_every_n_layers: as published for the checkpoint: 1, 2 or 4.
 
     Raises:
@@ -261,9 +269,9 @@ def load_open_flamingo(
 
 
 BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
-"""What older language models saved beside their weights: nothing learned, and made anew today."""
+"""Buffers that older language models saved with their weights: not learned, and computed again today."""
 INSIDE_BLOCKS = {"attn.q_proj": "attn.to_q", "attn.o_proj": "attn.to_out", "norm.": "attn.norm."}
-"""Our names in a block → the published ones; keys and values, one matrix there, aside."""
+"""Names in a block here → the published names, except keys and values, which are one matrix there."""
 
 
 def _parts(language_model_type: str) -> LanguageParts:

@@ -1,8 +1,8 @@
 """OpenFlamingo for transformers 5: CLIP, a perceiver, a language model, and gated cross-attention before its layers.
 
-The published package pins torch 2.0.1, and its models are no `PreTrainedModel`; IDEFICS-1, which has the same plan,
-cannot hold its weights (see docs of `convert`). So the structure is written again here, on the language models of
-transformers: `load_open_flamingo` reads a published checkpoint, `published` gives one back.
+The published package pins torch 2.0.1, and its models are no `PreTrainedModel`. IDEFICS has a similar structure, but
+its blocks, norms and feed-forwards differ, so it cannot hold the weights. Therefore the structure is written again
+here, on the language models of transformers. `flamingo.load_open_flamingo` reads a published checkpoint.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from transformers.models.clip.modeling_clip import eager_attention_forward
 
 
 class FlamingoConfig(PreTrainedConfig):
-    """Sizes that OpenFlamingo never changed have its values.
+    """Config of OpenFlamingo. The defaults of the perceiver and the heads are those of all published checkpoints.
 
     Args:
-        language_config: of the language model. Not called `text_config`: its attention kernel is its own affair.
-        image_token_id: of `<image>`, which stands where a picture is.
+        language_config: config of the language model. It is not called `text_config`, so that the capturing kernel is
+            set for the cross-attention and not for the language model.
+        image_token_id: id of `<image>`, which stands for a picture.
         cross_attn_every_n_layers: 1 in the 3B checkpoints, 2 in the 4B, 4 in the 9B; before layers n−1, 2n−1 and so on.
     """
 
@@ -62,7 +63,7 @@ class FlamingoConfig(PreTrainedConfig):
 
     @property
     def intermediate_size(self) -> int:
-        """Of the gated blocks, no narrower than those of the language models."""
+        """Width of the feed-forwards in the gated blocks; those of the language models are no wider."""
         return 4 * self.hidden_size
 
     @property
@@ -78,7 +79,7 @@ def _config(given: dict | PreTrainedConfig | None, default: str) -> PreTrainedCo
 
 
 class LanguageParts(NamedTuple):
-    """Where a language model of transformers has its parts: the backbone, in it the layers and embeddings; the head."""
+    """Names of the parts of a language model: the backbone, its layers and embeddings, and the head."""
 
     backbone: str
     layers: str
@@ -146,7 +147,7 @@ class PerceiverResampler(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Text attends to latents. Its kernel is the whole model's `attn_implementation`."""
+    """Attention of text on latents. Its kernel is the model's `attn_implementation`."""
 
     def __init__(self, config: FlamingoConfig, layer_idx: int):
         super().__init__()
@@ -170,7 +171,7 @@ class CrossAttention(nn.Module):
 
 
 class GatedCrossAttentionBlock(GradientCheckpointingLayer):
-    """What stands before a layer of the language model; gates at 0 let nothing of it through."""
+    """Cross-attention and feed-forward before a layer of the language model. With gates at 0 it changes nothing."""
 
     def __init__(self, config: FlamingoConfig, layer_idx: int):
         super().__init__()
@@ -218,13 +219,13 @@ class FlamingoPreTrainedModel(PreTrainedModel):
 
 
 class FlamingoModel(FlamingoPreTrainedModel):
-    """All but the head. The blocks run in hooks of the language model's own layers, which stay as they are."""
+    """The model without its head. The blocks run in hooks of the language model's layers, which stay unchanged."""
 
     def __init__(self, config: FlamingoConfig, vision: PreTrainedModel | None = None, language: Any = None):
         super().__init__(config)
         self.vision_tower = vision or AutoModel.from_config(config.vision_config)
         self.language_model = language or AutoModel.from_config(config.language_config)
-        # the same objects, or what is set in one of them would be lost
+        # the same objects, so that a setting in one is seen in the other
         config.vision_config, config.language_config = self.vision_tower.config, self.language_model.config
         self.perceiver = PerceiverResampler(
             config.vision_config.hidden_size, config.perceiver_depth, config.perceiver_latents
@@ -287,7 +288,7 @@ class FlamingoModel(FlamingoPreTrainedModel):
         pictures = torch.arange(1, image_latents.shape[1] + 1, device=input_ids.device)
         sees = (picture_of_token[..., None] == pictures).repeat_interleave(image_latents.shape[2], dim=2)
         media = image_latents.flatten(1, 2)
-        # the least number and not -inf: a row before any picture sees nothing, and must not become NaN
+        # the least number instead of -inf: a row before any picture sees nothing, and must not become NaN
         mask = torch.zeros_like(sees, dtype=media.dtype).masked_fill(~sees, torch.finfo(media.dtype).min)[:, None]
         self._seen = {
             "media": media,

@@ -1,8 +1,8 @@
-"""IDEFICS (the first), the open Flamingo: text attends to a perceiver's latents of each picture.
+"""IDEFICS, the first version (`HuggingFaceM4/idefics-9b`, 80b): text cross-attends to a resampler's latents.
 
-Gated cross-attention layers stand between those of the language model. With `use_resampler` a picture's keys are
-latents, which lie nowhere: a map is the text's attention on the latents times the latents' own on the patches.
-Without it the keys are the class token and the patches themselves.
+Gated cross-attention layers stand between the layers of the language model. With `use_resampler` the image keys are
+latents, which have no place in the picture: a map is the text's attention on the latents times the latents' attention
+on the patches. Without it the keys are the class token and the patches.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ IDEFICS_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '\nAssistant: ' }}{%- endif %}"
 )
-"""A conversation as idefics-9b-instruct was tuned on it; its published processor has no chat template."""
+"""The format of conversations that idefics-9b-instruct was tuned on; its published processor has no chat template."""
 
 
 class IdeficsChatProcessor(IdeficsProcessor):
-    """IDEFICS's processor for texts that a chat template has rendered: pictures stand where the text names them.
+    """IDEFICS's processor for rendered conversations: pictures stand where the text names them.
 
-    The published one, given images and texts apart, sets every picture behind its text, where no word can see it;
-    trainers call it so. Made from the published one: `IdeficsChatProcessor(old.image_processor, old.tokenizer)`.
+    Trainers pass images and texts apart. The published processor then puts every picture behind its text, where no word
+    can see it. Make this one from it: `IdeficsChatProcessor(published.image_processor, published.tokenizer)`.
     """
 
     def __init__(self, image_processor, tokenizer=None, chat_template: str | None = IDEFICS_TEMPLATE, **kwargs: Any):
@@ -60,7 +60,7 @@ class IdeficsChatProcessor(IdeficsProcessor):
         self.chat_template = chat_template
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save the published processor, with the chat template: what is exported needs nothing of ours."""
+        """Save the published processor with the chat template: an export then needs no Lavender."""
         plain = IdeficsProcessor(self.image_processor, self.tokenizer)
         plain.chat_template = self.chat_template
         return plain.save_pretrained(save_directory, push_to_hub, **kwargs)
@@ -71,15 +71,19 @@ class IdeficsChatProcessor(IdeficsProcessor):
         text: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Inputs of the model: input_ids, attention_mask, pixel_values and image_attention_mask.
+        """Inputs of the model.
 
         Args:
-            images: the pictures of each text, in the order of its `<image>`; none at all for texts without.
+            images: the pictures of each text, in the order of its `<image>`; None for texts without pictures.
             text: rendered texts, special tokens included.
-            kwargs: the tokenizer's. What is meant for the image processor is its own setting here.
+            kwargs: arguments of the tokenizer; the image processor uses its own settings.
+
+        Returns:
+            input_ids and attention_mask, long (sample, token); pixel_values (sample, picture, 3, height, width), zeros
+            for padding; image_attention_mask, bool (sample, token, picture), which pictures a token sees.
 
         Raises:
-            DataError: a text with another number of `<image>` than pictures, or cut by `max_length` amid them.
+            DataError: the number of `<image>` is not that of the pictures, or `max_length` cuts some of them.
         """
         texts, pictures = texts_and_pictures(images, text)
         tokens = tokenize(self.tokenizer, texts, kwargs)
@@ -88,19 +92,20 @@ class IdeficsChatProcessor(IdeficsProcessor):
         check_placeholders(named, pictures, "<image>")
         most, (_, height, width) = max(1, *named), self.default_image_dims
         pixels = torch.zeros(len(texts), most, self.default_image_dims[0], height, width)
-        for sample, own in enumerate(pictures):
-            if own:
-                pixels[sample, : len(own)] = self.image_processor(own, return_tensors="pt")
+        for index, sample in enumerate(pictures):
+            if sample:
+                pixels[index, : len(sample)] = self.image_processor(sample, return_tensors="pt")
         seen, _ = image_attention_mask_for_packed_input_ids(ids.clone(), self.tokenizer, "pt")
         mask = incremental_to_binary_attention_mask(seen, "pt", num_classes=most)
         return BatchFeature(tokens | {"pixel_values": pixels, "image_attention_mask": mask})
 
 
 class IdeficsAdapter(VlmAdapter):
-    """Cross-attention keys: `max_num_images` pictures a sample, each its latents, or its class token and patches.
+    """Image keys: per picture its latents, or without resampler its class token and side × side patches.
 
-    Layers are counted among the cross-attention layers: layer i stands before decoder layer i · cross_layer_interval.
-    The picture is squashed to a square, so the patches are a grid over the whole of it.
+    Every sample has the keys of as many pictures as the sample with the most. Layers are indices of cross-attention
+    layers: layer i stands before decoder layer i · cross_layer_interval. The picture is squashed to a square, so the
+    patches are a grid over the whole picture.
     """
 
     model_type = "idefics"
@@ -125,7 +130,7 @@ class IdeficsAdapter(VlmAdapter):
         return model.model.gated_cross_attn_layers[layer].cross_attn
 
     def image_states(self, model: PreTrainedModel) -> nn.Module:
-        return model.model.vision_model.encoder.layers[-1]  # its output is what the keys, or the latents, are made of
+        return model.model.vision_model.encoder.layers[-1]  # the keys, or the latents, are computed from its output
 
     def describe_keys(self) -> str:
         side, latents = self._side(), self.config.perceiver_config.resampler_n_latents
@@ -157,7 +162,7 @@ class IdeficsAdapter(VlmAdapter):
             )
         most, side = inputs["pixel_values"].shape[1], self._side()
         check_pixels(inputs, self.config.vision_config.image_size)
-        numbers = [len(own) for own in image_sizes]
+        numbers = list(map(len, image_sizes))
         found = inputs["image_attention_mask"].bool().any(dim=1).sum(dim=1).tolist()
         if found != numbers:
             raise DataError(
@@ -165,7 +170,9 @@ class IdeficsAdapter(VlmAdapter):
             )
         patches = grid_boxes(side, side).float()
         if self.config.use_resampler:
-            views = [[(sample * most + index, index) for index in range(own)] for sample, own in enumerate(numbers)]
+            views = [
+                [(sample * most + index, index) for index in range(number)] for sample, number in enumerate(numbers)
+            ]
             boxes = patches.expand(len(numbers) * most, -1, -1)
             latents = self.config.perceiver_config.resampler_n_latents
             return latent_layout(boxes, views, latents, most * latents)
@@ -188,14 +195,16 @@ class IdeficsAdapter(VlmAdapter):
             maps.append(perceiver_attention(attention, context, latents))
             latents = attention(context, latents) + latents
             latents = feed_forward(latents) + latents
-        # of its keys the first is the class token, and behind the patches come the latents themselves
+        # the first key is the class token, and the latents themselves follow the patches
         return over_patches(torch.stack(maps).mean(dim=0)[..., 1 : context.shape[1]])
 
     def hooks(self, model: PreTrainedModel) -> list[Removable]:
-        """Keep requests from self-attention, whose layers bear the same numbers, and mend the loss."""
-        layers = model.model.layers
-        handles = [one.self_attn.register_forward_pre_hook(_without_request, with_kwargs=True) for one in layers]
-        return [*handles, _AllTokens(model)]
+        """Keep requests from self-attention layers, which have the same indices, and correct the loss."""
+        handles = [
+            layer.self_attn.register_forward_pre_hook(_without_request, with_kwargs=True)
+            for layer in model.model.layers
+        ]
+        return [*handles, _LossOverAllTokens(model)]
 
     def _side(self) -> int:
         vision = self.config.vision_config
@@ -209,7 +218,7 @@ class IdeficsAdapter(VlmAdapter):
 
 
 def perceiver_attention(attention: IdeficsPerceiverAttention, context: Tensor, latents: Tensor) -> Tensor:
-    """A perceiver layer's attention, mean over heads: float32 (view, latent, key); the latents are the last keys."""
+    """Attention of a perceiver layer, mean over heads: float32 (view, latent, key); the last keys are the latents."""
     context, latents = attention.context_layer_norm(context), attention.latents_layer_norm(latents)
     query = attention.q_proj(latents).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
     key = attention.k_proj(torch.cat([context, latents], dim=1)).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
@@ -223,11 +232,11 @@ def _without_request(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     return args, {name: value for name, value in kwargs.items() if name != "attention_request"}
 
 
-class _AllTokens:
-    """Lets a model take its loss over all the tokens it knows, those that IDEFICS added too.
+class _LossOverAllTokens:
+    """Makes the loss of a model cover all its tokens, including those that IDEFICS added.
 
-    transformers reshapes the logits by `vocab_size`, which leaves them out, and fails. TRL makes its own logits from
-    the weight of the output embeddings, which leaves them out too, and is silently wrong.
+    transformers reshapes the logits by `vocab_size`, which leaves the added tokens out, and fails. TRL computes logits
+    from the weight of the output embeddings, which leaves them out too, and is silently wrong.
     """
 
     bias = None
@@ -241,7 +250,7 @@ class _AllTokens:
     def weight(self) -> Tensor:
         return torch.cat(list(self._model.get_submodule("lm_head").parameters()))  # its own and the added tokens'
 
-    def _itself(self) -> _AllTokens:
+    def _itself(self) -> _LossOverAllTokens:
         return self
 
     def remove(self) -> None:

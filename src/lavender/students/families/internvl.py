@@ -1,4 +1,4 @@
-"""InternVL (2.5, 3 and 3.5 in transformers' own format): square tiles of the picture, then a thumbnail of it."""
+"""InternVL 2.5, 3 and 3.5 in transformers' format (`OpenGVLab/InternVL3-8B-hf`): square tiles, then a thumbnail."""
 
 from __future__ import annotations
 
@@ -8,55 +8,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
-from lavender.students.base import VlmAdapter, padded_keys
+from lavender.students.base import padded_keys
+from lavender.students.families.self_attention import SelfAttentionAdapter, check_view_tokens, tile_frames
 from lavender.students.image_keys import KeyLayout, grid_boxes, key_layout
 
 
-class InternVlAdapter(VlmAdapter):
-    """Self-attention keys: rows × cols tiles row-major and a thumbnail last, each a square of cells.
+class InternVlAdapter(SelfAttentionAdapter):
+    """Image keys: rows × cols tiles, row by row, and a thumbnail last; each view is a square of cells.
 
-    The image processor squashes a picture to whole tiles and cuts nothing, so the tiles are an exact grid; a picture
+    The image processor squashes a picture to whole tiles and crops nothing, so the tiles are an exact grid. A picture
     of one tile has no thumbnail. A cell is 2 × 2 patches at a downsample ratio of 0.5 (pixel shuffle).
     """
 
     model_type = "internvl"
-
-    def usable_layers(self) -> tuple[int, ...]:
-        return tuple(range(self.config.text_config.num_hidden_layers))
-
-    def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
-        return model.model.language_model.layers[layer].self_attn
 
     def describe_keys(self) -> str:
         size = self.config.vision_config.image_size[0]
         side = self._side(size)
         return f"tiles of {size} px row by row, then a thumbnail, each {side} × {side} cells among the text's tokens"
 
-    def image_token_id(self) -> int:
-        return self.config.image_token_id
-
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
         places = inputs["input_ids"] == self.config.image_token_id
         pixels, counts = inputs.get("pixel_values"), places.sum(dim=1).tolist()
-        tiles = 0 if pixels is None else len(pixels)
+        num_views = 0 if pixels is None else len(pixels)
         cells = 1 if pixels is None else self._side(pixels.shape[-1]) ** 2
-        wrong = [count for count in counts if count % cells]
-        if wrong:
-            raise DataError(
-                f"{wrong[0]} picture tokens in a sample",
-                f"{cells} for each tile or thumbnail",
-                "raise max_length (or set it to None) if it cuts pictures",
-            )
-        if sum(counts) != tiles * cells:
-            raise DataError(
-                f"{sum(counts)} picture tokens in a batch",
-                f"{tiles * cells}: {tiles} tiles and thumbnails of {cells} cells",
-                "raise max_length (or set it to None) if it cuts pictures",
-            )
+        check_view_tokens(counts, num_views, cells, "tile or thumbnail", f"tiles and thumbnails of {cells} cells")
         return padded_keys(places)
 
     def image_boxes(
@@ -64,13 +44,13 @@ class InternVlAdapter(VlmAdapter):
     ) -> KeyLayout:
         keys, boxes = self.image_keys(inputs), []
         tile, least, most = tile_settings(processor)
-        for own, sizes in zip(keys.cpu(), image_sizes, strict=True):
-            found = [len(run) for run in _runs(own[own >= 0].tolist())]
+        for positions, sizes in zip(keys.cpu(), image_sizes, strict=True):
+            lengths = [len(run) for run in _runs(positions[positions >= 0].tolist())]
             pictures = [self._boxes(size, tile, least, most) for size in sizes]
-            expected = [len(one) for one in pictures]
-            if found != expected:
+            expected = list(map(len, pictures))
+            if lengths != expected:
                 raise DataError(
-                    f"pictures of {found} tokens in a sample",
+                    f"pictures of {lengths} tokens in a sample",
                     f"{expected}, for pictures of {sizes} px in {least} to {most} tiles, and no videos: a map is of "
                     "one picture, and frames look like pictures",
                     "drop samples with videos, give the batch and the sizes of the same samples, and set "
@@ -80,6 +60,7 @@ class InternVlAdapter(VlmAdapter):
         return key_layout(boxes)
 
     def _boxes(self, image_size: tuple[int, int], tile: tuple[int, int], least: int, most: int) -> Tensor:
+        """Boxes of the keys of a picture of (height, width) pixels: (key, 4)."""
         height, width = tile
         if height != width:
             raise ConfigError(f"tiles of {height} × {width} px", "squares", "load the model's own processor")
@@ -88,7 +69,7 @@ class InternVlAdapter(VlmAdapter):
         return tile_boxes((rows, cols), self._side(height), 1 - height % patch / height)
 
     def _side(self, size: int) -> int:
-        """Cells along a side of a tile of `size` pixels."""
+        """Number of cells along a side of a tile of `size` pixels."""
         config = self.config
         if config.vision_feature_select_strategy != "default":
             raise UnsupportedModelError(
@@ -100,10 +81,9 @@ class InternVlAdapter(VlmAdapter):
 
 
 def tile_settings(processor: ProcessorMixin) -> tuple[tuple[int, int], int, int]:
-    """A tile's (height, width) and the least and most tiles of a picture, 1 and 1 where it is not cut.
+    """A tile's (height, width) in pixels, and the least and most tiles per picture: 1 and 1 if pictures are not cut.
 
-    A processor's own `images_kwargs` win over the attributes of its image processor; InternVL's own cuts pictures
-    by them.
+    `images_kwargs` of the processor take precedence over the attributes of its image processor.
     """
     images: Any = processor.image_processor
     size, crop, least, most = (
@@ -116,23 +96,20 @@ def tile_settings(processor: ProcessorMixin) -> tuple[tuple[int, int], int, int]
 
 @lru_cache(maxsize=128)
 def tile_boxes(grid: tuple[int, int], side: int, seen: float) -> Tensor:
-    """Boxes of one picture's keys: tiles row-major, the thumbnail last; one tile has none: float32 (key, 4).
+    """Boxes of one picture's keys, float32 (key, 4): tiles row by row, then the thumbnail unless there is one tile.
 
     Args:
         grid: rows and columns of tiles.
-        side: cells along a side of a tile.
-        seen: share of a tile's side that whole patches fit, from its top or left.
+        side: number of cells along a side of a tile.
+        seen: share of a tile's side that whole patches cover, from its top or left.
     """
-    rows, cols = grid
-    frames = [
-        (row / rows, col / cols, (row + seen) / rows, (col + seen) / cols) for row in range(rows) for col in range(cols)
-    ]
+    frames = tile_frames(*grid, seen)
     thumbnail = [(0.0, 0.0, seen, seen)] if len(frames) > 1 else []
     return torch.cat([grid_boxes(side, side, frame) for frame in frames + thumbnail]).float()
 
 
 def _runs(places: list[int]) -> list[list[int]]:
-    """Consecutive numbers together: each picture stands between tokens of its own."""
+    """Groups of consecutive positions, one per picture: markers stand between pictures."""
     runs: list[list[int]] = []
     for place in places:
         if runs and runs[-1][-1] == place - 1:

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: the picture's patches stand in the text as tokens, and every layer attends to both."""
+"""LLaVA-1.5 (`llava-hf/llava-1.5-7b-hf`): the patches of one square per picture are tokens of the text."""
 
 from __future__ import annotations
 
@@ -6,32 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
-from lavender.students.base import VlmAdapter, check_pixels, padded_keys
+from lavender.students.base import check_pixels, padded_keys
+from lavender.students.families.self_attention import Box, SelfAttentionAdapter
 from lavender.students.image_keys import KeyLayout, grid_boxes, key_layout
 
 STRATEGIES = {"clip_vision_model": "default", "siglip_vision_model": "full"}
-"""Whether a tower's first state is a class token, which the model must leave out: "default" does, "full" does not."""
+"""The `vision_feature_select_strategy` that removes the class token of a tower, if it has one: "default" removes the
+first state, "full" removes nothing."""
 FIXED_TOWERS = tuple(STRATEGIES)
-"""Towers that take pictures of the config's size alone; others interpolate their patches' places."""
+"""Towers that take only pictures of the config's size; others interpolate their position embeddings."""
 
 
-class LlavaAdapter(VlmAdapter):
-    """Self-attention keys: a row-major grid of patches at the picture's tokens, no class token.
+class LlavaAdapter(SelfAttentionAdapter):
+    """Image keys: one grid of patches per picture, row by row, without class token (24 × 24 for LLaVA-1.5).
 
-    What part of a picture is seen is the image processor's choice: LLaVA-1.5's own cuts the longer side
-    off (centre crop); others pad to a square or squash.
+    The image processor decides which part of a picture the model sees: LLaVA-1.5's crops the centre of the longer
+    side; others squash the picture or pad it to a square.
     """
 
     model_type = "llava"
-
-    def usable_layers(self) -> tuple[int, ...]:
-        return tuple(range(self.config.text_config.num_hidden_layers))
-
-    def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
-        return model.model.language_model.layers[layer].self_attn
 
     def describe_keys(self) -> str:
         vision = self.config.vision_config
@@ -46,14 +42,11 @@ class LlavaAdapter(VlmAdapter):
     def keys_per_image(self) -> int:
         return (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
 
-    def image_token_id(self) -> int:
-        return self.config.image_token_index
-
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
         (rows, cols), tower = self._grid(inputs), self.config.vision_config.model_type
         places = inputs["input_ids"] == self.config.image_token_index
         counts = places.sum(dim=1).tolist()
-        wrong = [count for count in counts if count % (rows * cols)]
+        cut = [count for count in counts if count % (rows * cols)]
         strategy, needed = self.config.vision_feature_select_strategy, STRATEGIES.get(tower, "default")
         if strategy != needed:
             what = "leaves the class token out" if needed == "default" else "leaves nothing out: it has no class token"
@@ -62,9 +55,9 @@ class LlavaAdapter(VlmAdapter):
                 f"{needed!r}, which {what}",
                 "load a model with that strategy",
             )
-        if wrong:
+        if cut:
             raise DataError(
-                f"{wrong[0]} picture tokens in a sample",
+                f"{cut[0]} picture tokens in a sample",
                 f"{rows * cols} for each picture, of {rows} × {cols} patches",
                 "raise max_length (or set it to None) if it cuts pictures; else load the model's own processor",
             )
@@ -78,10 +71,10 @@ class LlavaAdapter(VlmAdapter):
         def boxes(size: tuple[int, int]) -> Tensor:
             return grid_boxes(rows, cols, seen_frame(size, processor.image_processor, (rows * patch, cols * patch)))
 
-        return key_layout([[boxes(size) for size in own] for own in image_sizes])
+        return key_layout([[boxes(size) for size in sizes] for sizes in image_sizes])
 
     def _grid(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
-        """(rows, cols) of each picture's patches: of the pixels that the processor made, which a tower may take so."""
+        """(rows, cols) of each picture's patches, from the processor's pixels; from the config without pictures."""
         vision = self.config.vision_config
         if vision.model_type in FIXED_TOWERS:
             check_pixels(inputs, vision.image_size)
@@ -90,11 +83,19 @@ class LlavaAdapter(VlmAdapter):
         return height // vision.patch_size, width // vision.patch_size
 
 
-def seen_frame(image_size: tuple[int, int], images: Any, covered: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Where in the picture the first `covered` rows and columns of the model's pixels lie: (top, left, bottom, right).
+def seen_frame(image_size: tuple[int, int], images: Any, covered: tuple[int, int]) -> Box:
+    """The box of the picture that the model's pixels show, as shares of the picture; beyond [0, 1] there is padding.
 
-    Follows the image processor's steps (pad to a square, resize, centre crop). An axis of the picture
-    begins at `origin` pixels of the canvas and is `extent` pixels long; a share is (pixel − origin) / extent.
+    Follows the image processor's steps: pad to a square, resize, centre crop. An axis of the picture begins at
+    `origin` pixels of the canvas and is `extent` pixels long; a share is (pixel − origin) / extent.
+
+    Args:
+        image_size: (height, width) of the picture in pixels, before the processor.
+        images: the image processor, of CLIP's or LLaVA's kind.
+        covered: (rows, cols) of the model's pixels that whole patches cover, from the top left.
+
+    Raises:
+        ConfigError: the image processor pads or resizes in another way.
     """
     canvas, origin, extent = list(image_size), [0.0, 0.0], [float(side) for side in image_size]
     if getattr(images, "do_pad", False):
@@ -122,15 +123,15 @@ def seen_frame(image_size: tuple[int, int], images: Any, covered: tuple[int, int
 
 
 def _resized(canvas: list[int], size: Mapping[str, int]) -> list[int]:
-    """(height, width) after the resize: a fixed size, or the shorter side given and the aspect kept."""
-    given = {key: value for key, value in dict(size).items() if value}
-    if set(given) == {"height", "width"}:
-        return [given["height"], given["width"]]
-    if set(given) != {"shortest_edge"}:
+    """(height, width) after the resize: a fixed size, or the shorter side fixed and the aspect kept."""
+    target = {key: value for key, value in dict(size).items() if value}
+    if set(target) == {"height", "width"}:
+        return [target["height"], target["width"]]
+    if set(target) != {"shortest_edge"}:
         raise ConfigError(
-            f"the image processor's size {given}", "height and width, or shortest_edge alone", "change its size"
+            f"the image processor's size {target}", "height and width, or shortest_edge alone", "change its size"
         )
-    edge = given["shortest_edge"]
+    edge = target["shortest_edge"]
     short, long = min(canvas), max(canvas)
     longer = int(edge * long / short)
     return [edge, longer] if canvas[0] <= canvas[1] else [longer, edge]

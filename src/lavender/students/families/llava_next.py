@@ -1,4 +1,7 @@
-"""LLaVA-NeXT (LLaVA-1.6, Granite Vision) and LLaVA-OneVision: the whole picture squashed, then tiles of it."""
+"""LLaVA-NeXT (`llava-hf/llava-v1.6-mistral-7b-hf`, Granite Vision) and LLaVA-OneVision.
+
+A picture's keys are those of the whole picture, squashed to a square, then those of its tiles.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
-from lavender.students.base import VlmAdapter, padded_keys
+from lavender.students.base import padded_keys
 from lavender.students.families.llava import STRATEGIES
+from lavender.students.families.self_attention import SelfAttentionAdapter
 from lavender.students.image_keys import KeyLayout, grid_boxes, key_layout
 
 
 class Picture(NamedTuple):
-    """(height, width) of a picture in pixels, and whether the processor makes tiles of it."""
+    """(height, width) of a picture in pixels, and whether the processor cuts it into tiles."""
 
     size: tuple[int, int]
     tiled: bool
 
 
-class LlavaNextAdapter(VlmAdapter):
-    """Self-attention keys of a picture: side × side cells of the whole squashed to a square; then the rows of all
-    tiles side by side, each row with a newline at its end, a token of the same id that shows nothing.
+class LlavaNextAdapter(SelfAttentionAdapter):
+    """Image keys: side × side cells of the whole picture, squashed to a square; then the cells of its tiles.
 
-    The picture fits a canvas of tiles, the one of `image_grid_pinpoints` that suits it, with padding on two sides;
-    cells of padding alone are left out.
+    The tiles form one canvas, whose rows of cells each end in a newline: a token of the same id that shows nothing.
+    The canvas is the one of `image_grid_pinpoints` that fits the picture best. The picture is centred on it, with
+    padding on two sides; rows or columns of padding alone are left out.
     """
 
     model_type = "llava_next"
@@ -42,12 +46,6 @@ class LlavaNextAdapter(VlmAdapter):
         "connector": ("model.multi_modal_projector", "model.image_newline"),
         "language_model": ("model.language_model", "lm_head"),
     }
-
-    def usable_layers(self) -> tuple[int, ...]:
-        return tuple(range(self.config.text_config.num_hidden_layers))
-
-    def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
-        return model.model.language_model.layers[layer].self_attn
 
     def describe_keys(self) -> str:
         vision = self.config.vision_config
@@ -58,9 +56,6 @@ class LlavaNextAdapter(VlmAdapter):
             "without their padding, a newline after each row, among the text's tokens"
         )
 
-    def image_token_id(self) -> int:
-        return self.config.image_token_id
-
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
         self._pictures(inputs)
         return padded_keys(inputs["input_ids"] == self.config.image_token_id)
@@ -68,48 +63,53 @@ class LlavaNextAdapter(VlmAdapter):
     def image_boxes(
         self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
     ) -> KeyLayout:
-        self._check(processor.image_processor)
-        pictures, given = self._pictures(inputs), [[tuple(size) for size in own] for own in image_sizes]
-        found = [[one.size for one in own] for own in pictures]
-        if found != given:
+        self._check_tiles(processor.image_processor)
+        pictures = self._pictures(inputs)
+        found = [[picture.size for picture in sample] for sample in pictures]
+        expected = [[tuple(size) for size in sizes] for sizes in image_sizes]
+        if found != expected:
             raise DataError(
                 f"a batch with pictures of {found} px",
-                f"{given}",
+                f"{expected}",
                 "give the batch and the sizes of the same samples, (height, width)",
             )
-        return key_layout([[self._boxes(one) for one in own] for own in pictures])
+        return key_layout([[self._boxes(picture) for picture in sample] for sample in pictures])
 
     def _boxes(self, picture: Picture) -> Tensor:
-        """Boxes of a picture's keys, newlines too: (key, 4)."""
+        """Boxes of a picture's keys, newlines included: (key, 4)."""
         canvas = select_best_resolution(picture.size, self.config.image_grid_pinpoints)
         return tile_boxes(
             picture.size, canvas, self.config.vision_config.image_size, self.config.vision_config.patch_size
         )
 
     def _batch_pictures(self, inputs: Mapping[str, Tensor]) -> list[Picture]:
-        """All pictures of a batch, in order."""
+        """All pictures of the batch, in order."""
         sizes = inputs.get("image_sizes")
         return [] if sizes is None else [Picture((height, width), True) for height, width in sizes.tolist()]
 
     def _pictures(self, inputs: Mapping[str, Tensor]) -> list[list[Picture]]:
-        """Each sample's pictures: those of the batch in order, dealt out by the samples' numbers of tokens."""
+        """The pictures of each sample: those of the batch in order, assigned by the samples' numbers of tokens.
+
+        Raises:
+            DataError: the tokens of a sample are not those of whole pictures.
+        """
         self._check_strategy()
         left, pictures = self._batch_pictures(inputs), []
         for count in (inputs["input_ids"] == self.config.image_token_id).sum(dim=1).tolist():
-            own, expected = [], 0
+            sample, expected = [], 0
             while expected < count and left:
-                own.append(left.pop(0))
-                expected += len(self._boxes(own[-1]))
+                sample.append(left.pop(0))
+                expected += len(self._boxes(sample[-1]))
             if expected != count:
                 raise DataError(
                     f"{count} picture tokens in a sample",
-                    f"{expected}: its pictures have {[one.size for one in own]} px",
+                    f"{expected}: its pictures have {[picture.size for picture in sample]} px",
                     "raise max_length (or set it to None), which cuts pictures",
                 )
-            pictures.append(own)
+            pictures.append(sample)
         if left:
             raise DataError(
-                f"{len(left)} pictures without tokens, of {[one.size for one in left]} px",
+                f"{len(left)} pictures without tokens, of {[picture.size for picture in left]} px",
                 "tokens in the text for each picture",
                 "raise max_length (or set it to None), which cuts pictures",
             )
@@ -124,28 +124,30 @@ class LlavaNextAdapter(VlmAdapter):
                 "load a model with that strategy",
             )
 
-    def _check(self, images: Any) -> None:
-        """The image processor's tiles must be those that the model's config tells."""
+    def _check_tiles(self, images: Any) -> None:
+        """Check that the image processor makes the tiles that the model's config names."""
         size = self.config.vision_config.image_size
-        sides = {side for given in (images.size, images.crop_size) for side in dict(given or {}).values() if side}
+        sides = {side for sizes in (images.size, images.crop_size) for side in dict(sizes or {}).values() if side}
         if sides != {size}:
             raise ConfigError(
                 f"the image processor's size {dict(images.size)} and crop_size {dict(images.crop_size or {})}",
                 f"{size} px for both, the side of the model's tiles",
                 "load the model's own processor",
             )
-        own, expected = ([list(one) for one in each.image_grid_pinpoints] for each in (images, self.config))
-        if own != expected:
+        found, expected = (list(map(list, settings.image_grid_pinpoints)) for settings in (images, self.config))
+        if found != expected:
             raise ConfigError(
-                f"the image processor's image_grid_pinpoints {own}",
+                f"the image processor's image_grid_pinpoints {found}",
                 f"the model's, {expected}",
                 "load the model's own processor",
             )
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
-    """As LLaVA-NeXT, with two differences. Where a picture has many tiles, their cells are interpolated to fewer. Of a
-    sample's several pictures none has tiles: each is padded to a square, with one newline at its end.
+    """As LLaVA-NeXT (`llava-hf/llava-onevision-qwen2-7b-ov-hf`), with two differences.
+
+    The cells of many tiles are interpolated to fewer cells. If a sample has several pictures, none is cut into tiles:
+    each is padded to a square, with one newline at its end.
     """
 
     model_type = "llava_onevision"
@@ -172,28 +174,35 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         if counts is None:
             return pictures
         tiled = [count == 1 for count in counts.tolist() for _ in range(count)]
-        return [Picture(one.size, own) for one, own in zip(pictures, tiled, strict=True)]
+        return [Picture(picture.size, is_tiled) for picture, is_tiled in zip(pictures, tiled, strict=True)]
 
 
 @lru_cache(maxsize=128)
 def tile_boxes(
     image_size: tuple[int, int], canvas: tuple[int, int], tile_size: int, patch_size: int, most_tiles: int | None = None
 ) -> Tensor:
-    """Boxes of one picture's keys in the order of `pack_image_features`: float32 (key, 4), newlines empty.
+    """Boxes of one picture's keys in the order of `pack_image_features`: float32 (key, 4), empty for newlines.
 
-    The picture is resized to fit the canvas of (height, width) pixels and stands in its middle. A border of a tile
-    that no whole patch fits is not seen. Cells of more than `most_tiles` tiles are interpolated to fewer.
+    The picture is resized to fit the canvas and centred on it. A border of a tile that no whole patch covers is not
+    seen.
+
+    Args:
+        image_size: (height, width) of the picture in pixels.
+        canvas: (height, width) of all tiles together in pixels.
+        tile_size, patch_size: sides in pixels.
+        most_tiles: cells of more tiles are interpolated to the cells of so many; None keeps all.
     """
     side = tile_size // patch_size
     seen = side * patch_size / tile_size
     image = torch.empty(3, *image_size, device="meta")
     resized = get_patch_output_size(image, canvas, input_data_format=ChannelDimension.FIRST)
     starts, ends = [], []
-    for whole, own in zip(canvas, resized, strict=True):
+    for canvas_length, length in zip(canvas, resized, strict=True):
         cells = torch.arange(side, dtype=torch.float64) * patch_size
-        start = (torch.arange(whole // tile_size)[:, None] * tile_size + cells).flatten() - (whole - own) // 2
-        starts.append(start / own)
-        ends.append((start + patch_size) / own)
+        tiles = torch.arange(canvas_length // tile_size)[:, None] * tile_size
+        start = (tiles + cells).flatten() - (canvas_length - length) // 2
+        starts.append(start / length)
+        ends.append((start + patch_size) / length)
     rows, cols = len(starts[0]), len(starts[1])
     boxes = torch.stack(
         [
@@ -211,9 +220,9 @@ def tile_boxes(
 
 
 def _interpolated(boxes: Tensor, most: int) -> Tensor:
-    """Boxes (4, row, col) of cells that the model interpolates where they are far more than `most`.
+    """Boxes (4, row, col) of the cells after the model's interpolation, which happens if they are far more than `most`.
 
-    A new cell is where its samples are taken, and as large as its share of the grid.
+    A new cell lies where the interpolation samples, and is as large as its share of the grid.
     """
     rows, cols = boxes.shape[1:]
     ratio = math.sqrt(rows * cols / most)
@@ -227,9 +236,9 @@ def _interpolated(boxes: Tensor, most: int) -> Tensor:
 
 
 def square_boxes(image_size: tuple[int, int], tile_size: int, patch_size: int) -> Tensor:
-    """Boxes of a picture that is padded to a square on two sides, float32 (side² + 1, 4), the newline's empty."""
+    """Boxes of a picture that is padded to a square, float32 (side² + 1, 4); that of the newline is empty."""
     side, longest = tile_size // patch_size, max(image_size)
     covered = side * patch_size / tile_size * longest
-    (height, width), (above, before) = image_size, [(longest - own) // 2 for own in image_size]
+    (height, width), (above, before) = image_size, [(longest - length) // 2 for length in image_size]
     frame = (-above / height, -before / width, (covered - above) / height, (covered - before) / width)
     return torch.cat([grid_boxes(side, side, frame), torch.zeros(1, 4)]).float()

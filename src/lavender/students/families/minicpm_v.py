@@ -1,7 +1,7 @@
-"""MiniCPM-Llama3-V-2.5: slices of the picture, each resampled to 96 latents that stand in the text.
+"""MiniCPM-Llama3-V-2.5 (`openbmb/MiniCPM-Llama3-V-2_5`): 96 latents of a resampler per slice of the picture.
 
 The published code comes with the checkpoint (`trust_remote_code=True`) and is not part of transformers. This adapter
-works on its modules: `vpm` (the tower), `resampler` (one attention layer) and `llm` (a plain LlamaForCausalLM).
+works on its modules: `vpm` (the vision tower), `resampler` (one attention layer) and `llm` (a plain LlamaForCausalLM).
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
 from lavender.students.base import Removable, VlmAdapter
-from lavender.students.chat_processor import (
-    check_placeholders,
-    replace_placeholders,
-    texts_and_pictures,
-    tokenize,
-)
+from lavender.students.chat_processor import check_placeholders, replace_placeholders, texts_and_pictures, tokenize
+from lavender.students.families.self_attention import Box, tile_frames
 from lavender.students.image_keys import KeyLayout, grid_boxes
 from lavender.students.latents import latent_layout
 
@@ -44,14 +40,14 @@ MINICPM_V_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
-"""The published template, with pictures where the published `chat` writes them."""
+"""The published template, with pictures where the published `chat` method writes them."""
 
 
 class MiniCpmVChatProcessor(ProcessorMixin):
-    """MiniCPM-V's processor for batches, and for texts that a chat template has rendered.
+    """MiniCPM-V's processor for batches of rendered conversations.
 
-    The published one takes one text at a time and makes no attention mask. Made from it:
-    `MiniCpmVChatProcessor(old.image_processor, old.tokenizer)`.
+    The published processor takes one text at a time and makes no attention mask. Make this one from it:
+    `MiniCpmVChatProcessor(published.image_processor, published.tokenizer)`.
     """
 
     image_token = PLACEHOLDER
@@ -61,7 +57,7 @@ class MiniCpmVChatProcessor(ProcessorMixin):
         self.published: Any = None
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save the published processor with its code, where this was made from one: an export needs nothing of ours."""
+        """Save the published processor with its code, if there is one: an export then needs no Lavender."""
         if self.published is None:
             return super().save_pretrained(save_directory, push_to_hub, **kwargs)
         return self.published.save_pretrained(save_directory, push_to_hub, **kwargs)
@@ -72,50 +68,46 @@ class MiniCpmVChatProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Inputs of the model: input_ids, attention_mask, and of each sample pixel_values, tgt_sizes, image_bound.
+        """Inputs of the model.
 
         Args:
-            images: the pictures of each text, in the order of its placeholders; none at all for texts without.
+            images: the pictures of each text, in the order of its placeholders; None for texts without pictures.
             text: rendered texts, special tokens included.
-            kwargs: the tokenizer's.
+            kwargs: arguments of the tokenizer.
+
+        Returns:
+            input_ids and attention_mask, long (sample, token), and a list with an entry per sample of: pixel_values,
+            a list of slices (3, height, width); tgt_sizes, (slice, 2), rows and columns of patches; image_bound,
+            long (slice, 2), where the latents of a slice begin and end in the text.
 
         Raises:
-            DataError: a text with another number of placeholders than pictures, or cut by `max_length` amid them.
+            DataError: the number of placeholders is not that of the pictures, or `max_length` cuts a picture.
         """
         texts, pictures = texts_and_pictures(images, text)
-        check_placeholders([one.count(PLACEHOLDER) for one in texts], pictures, PLACEHOLDER, cut=False)
-        seen = [self.image_processor(own) if own else {} for own in pictures]
-        written = [
-            replace_placeholders(one, PLACEHOLDER, self._slice_placeholders(own))
-            for one, own in zip(texts, seen, strict=True)
+        check_placeholders([text.count(PLACEHOLDER) for text in texts], pictures, PLACEHOLDER, cut=False)
+        processed = [self.image_processor(sample) if sample else {} for sample in pictures]
+        replaced = [
+            replace_placeholders(text, PLACEHOLDER, self._slice_placeholders(sample))
+            for text, sample in zip(texts, processed, strict=True)
         ]
-        tokens = tokenize(self.tokenizer, [one for one, _ in written], kwargs, [spans for _, spans in written])
-        slices = [list(own["pixel_values"][0]) if own else [] for own in seen]
-        return BatchFeature(
-            tokens
-            | {
-                "pixel_values": [[torch.as_tensor(one) for one in own] for own in slices],
-                "tgt_sizes": [
-                    torch.as_tensor(own["tgt_sizes"][0]).view(-1, 2) if own else torch.zeros(0, 2, dtype=torch.int32)
-                    for own in seen
-                ],
-                "image_bound": [
-                    self._bounds(ids, len(own)) for ids, own in zip(tokens["input_ids"], slices, strict=True)
-                ],
-            },
-            skip_tensor_conversion=["pixel_values", "tgt_sizes", "image_bound"],  # of each sample another shape
-        )
+        tokens = tokenize(self.tokenizer, [text for text, _ in replaced], kwargs, [spans for _, spans in replaced])
+        slices = [list(map(torch.as_tensor, sample["pixel_values"][0])) if sample else [] for sample in processed]
+        no_sizes = torch.zeros(0, 2, dtype=torch.int32)
+        sizes = [torch.as_tensor(sample["tgt_sizes"][0]).view(-1, 2) if sample else no_sizes for sample in processed]
+        bounds = [self._bounds(ids, len(sample)) for ids, sample in zip(tokens["input_ids"], slices, strict=True)]
+        ragged: dict[str, list[Any]] = {"pixel_values": slices, "tgt_sizes": sizes, "image_bound": bounds}
+        return BatchFeature(tokens | ragged, skip_tensor_conversion=list(ragged))
 
-    def _slice_placeholders(self, seen: Mapping[str, Any]) -> list[str]:
-        """What stands in the text for each picture: a placeholder per slice."""
-        sizes = seen["image_sizes"][0] if seen else []
+    def _slice_placeholders(self, processed: Mapping[str, Any]) -> list[str]:
+        """The text that stands for each picture of a sample: a placeholder per slice."""
+        sizes = processed["image_sizes"][0] if processed else []
         return [self.image_processor.get_slice_image_placeholder(size) for size in sizes]
 
     def _bounds(self, ids: Tensor, slices: int) -> Tensor:
-        """Where each slice's latents begin and end: long (slice, 2), end exclusive."""
+        """Where the latents of each slice begin and end: long (slice, 2), end exclusive."""
         images = self.image_processor
         marks = ((images.im_start_token, images.slice_start_token), (images.im_end_token, images.slice_end_token))
-        starts, ends = (torch.isin(ids, torch.tensor(self.tokenizer.convert_tokens_to_ids(one))) for one in marks)
+        starts, ends = (torch.isin(ids, torch.tensor(self.tokenizer.convert_tokens_to_ids(pair))) for pair in marks)
         # 2.5 writes one <slice> around all slices and <image> around each; later versions <slice> around each
         inside = ids == self.tokenizer.convert_tokens_to_ids(images.unk_token)
         first = (inside & starts.roll(1)).nonzero().flatten()
@@ -130,9 +122,10 @@ class MiniCpmVChatProcessor(ProcessorMixin):
 
 
 class MiniCpmVAdapter(VlmAdapter):
-    """Self-attention keys: `query_num` latents a slice; the whole picture's first, then those of its parts, row-major.
+    """Image keys: `query_num` latents (96) per slice; the whole picture first, then its parts, row by row.
 
-    Each slice is squashed to whole patches, of its own shape, and cuts nothing off; so its patches are a grid.
+    Each slice is resized to whole patches in its own shape, and nothing is cropped, so its patches are an exact grid. A
+    map is the attention on the latents times the latents' attention on the patches.
     """
 
     model_type = "minicpmv"
@@ -161,17 +154,19 @@ class MiniCpmVAdapter(VlmAdapter):
         return made
 
     def load(self, auto: Any, path: str, **settings: Any) -> Any:
-        """The published code is of transformers 4. In 5 it says too little of tied weights, and nothing ties them.
+        """Load the model, and repair two things of its code, which was written for transformers 4.
 
-        And 5 leaves buffers that no checkpoint holds as they come from memory: the patches' places are set again.
+        The code lacks the list of tied weights that transformers 5 reads; no weights are tied. And transformers 5
+        leaves buffers that no checkpoint holds uninitialised: the position embeddings of the patches are computed
+        again.
         """
         assert settings["trust_remote_code"] is True, "without it AutoConfig has refused this model"
-        own: Any = get_class_from_dynamic_module(self.config.auto_map[auto.__name__], path)
-        own.all_tied_weights_keys = {}
+        model_class: Any = get_class_from_dynamic_module(self.config.auto_map[auto.__name__], path)
+        model_class.all_tied_weights_keys = {}
         model = super().load(auto, path, **settings)
-        places = model.resampler.pos_embed
-        model.resampler._set_2d_pos_cache(model.resampler.max_size, places.device)
-        model.resampler.pos_embed = model.resampler.pos_embed.to(places)
+        positions = model.resampler.pos_embed
+        model.resampler._set_2d_pos_cache(model.resampler.max_size, positions.device)
+        model.resampler.pos_embed = model.resampler.pos_embed.to(positions)
         return model
 
     def usable_layers(self) -> tuple[int, ...]:
@@ -184,14 +179,15 @@ class MiniCpmVAdapter(VlmAdapter):
         return f"{self.config.query_num} latents for the picture and for each of its slices, among the text's tokens"
 
     def image_token_id(self) -> int:
-        """That of the published tokenizer, unless the config has an `image_token_id` of its own."""
+        """The id of the published tokenizer, unless the config has an `image_token_id`."""
         return getattr(self.config, "image_token_id", IMAGE_TOKEN_ID)
 
     def token_ids(self, inputs: Mapping[str, Any]) -> Tensor:
         return inputs.get("data", inputs)["input_ids"]  # see `hooks`
 
     def image_keys(self, inputs: Mapping[str, Any]) -> Tensor:
-        wrong = {end - start for own in inputs["image_bound"] for start, end in own.tolist()} - {self.config.query_num}
+        bounds: list[list[list[int]]] = [sample.tolist() for sample in inputs["image_bound"]]
+        wrong = {end - start for sample in bounds for start, end in sample} - {self.config.query_num}
         if wrong:
             raise DataError(
                 f"slices of {sorted(wrong)} tokens in the text",
@@ -199,8 +195,8 @@ class MiniCpmVAdapter(VlmAdapter):
                 "set the image processor's image_feature_size to the model's query_num",
             )
         keys = [
-            torch.cat([torch.zeros(0, dtype=torch.long), *(torch.arange(start, end) for start, end in own.tolist())])
-            for own in inputs["image_bound"]
+            torch.tensor([place for start, end in sample for place in range(start, end)], dtype=torch.long)
+            for sample in bounds
         ]
         return pad_sequence(keys, batch_first=True, padding_value=-1).to(inputs["input_ids"].device)
 
@@ -215,18 +211,18 @@ class MiniCpmVAdapter(VlmAdapter):
                 "MiniCpmVChatProcessor(processor.image_processor, processor.tokenizer)",
             )
         settings = SliceSettings.of(processor.image_processor)
-        known = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        if known != self.image_token_id():
+        token_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if token_id != self.image_token_id():
             raise ConfigError(
-                f"{IMAGE_TOKEN} as token {known}",
+                f"{IMAGE_TOKEN} as token {token_id}",
                 f"{self.image_token_id()}, as the published tokenizer has it",
-                f"set model.config.image_token_id = {known}",
+                f"set model.config.image_token_id = {token_id}",
             )
         boxes: list[Tensor] = []
         views: list[list[tuple[int, int]]] = []
         for sizes, found in zip(image_sizes, inputs["tgt_sizes"], strict=True):
-            slices = [(picture, one) for picture, size in enumerate(sizes) for one in slices_of(size, settings)]
-            expected = [[one.rows, one.cols] for _, one in slices]
+            slices = [(picture, part) for picture, size in enumerate(sizes) for part in slices_of(size, settings)]
+            expected = [[part.rows, part.cols] for _, part in slices]
             if expected != found.tolist():
                 raise DataError(
                     f"slices of {found.tolist()} patches for pictures of {sizes} pixels",
@@ -234,7 +230,7 @@ class MiniCpmVAdapter(VlmAdapter):
                     "pass the pictures' sizes before the processor, and the processor that made the inputs",
                 )
             views.append([(len(boxes) + index, picture) for index, (picture, _) in enumerate(slices)])
-            boxes += [grid_boxes(one.rows, one.cols, one.frame).float() for _, one in slices]
+            boxes += [grid_boxes(part.rows, part.cols, part.frame).float() for _, part in slices]
         padded = pad_sequence(boxes, batch_first=True) if boxes else torch.zeros(0, 0, 4)
         return latent_layout(padded, views, self.config.query_num)
 
@@ -250,13 +246,12 @@ class MiniCpmVAdapter(VlmAdapter):
     def latent_attention(self, resampler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         states = args[0] if args else kwargs["x"]
         sizes = (args[1] if len(args) > 1 else kwargs["tgt_sizes"]).tolist()
-        places = [resampler.pos_embed[:rows, :cols].flatten(0, 1) for rows, cols in sizes]
-        own = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+        is_patch = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
         keys = resampler.ln_kv(resampler.kv_proj(states))
         position = torch.zeros_like(keys)
-        for view, place in enumerate(places):
-            own[view, : len(place)] = True
-            position[view, : len(place)] = place.to(keys)
+        for view, (rows, cols) in enumerate(sizes):
+            is_patch[view, : rows * cols] = True
+            position[view, : rows * cols] = resampler.pos_embed[:rows, :cols].flatten(0, 1).to(keys)
         attention, width = resampler.attn, resampler.attn.embed_dim
         weight, bias = attention.in_proj_weight, attention.in_proj_bias
         query_ND = linear(resampler.ln_q(resampler.query), weight[:width], bias[:width])
@@ -264,21 +259,19 @@ class MiniCpmVAdapter(VlmAdapter):
         query_HND = query_ND.unflatten(-1, (attention.num_heads, -1)).transpose(0, 1)
         key_VHPD = key_VPD.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
         scores = query_HND.float() @ key_VHPD.float().transpose(-1, -2) * query_HND.shape[-1] ** -0.5
-        return scores.masked_fill(~own[:, None, None], -torch.inf).softmax(dim=-1).mean(dim=1)
+        return scores.masked_fill(~is_patch[:, None, None], -torch.inf).softmax(dim=-1).mean(dim=1)
 
     def hooks(self, model: PreTrainedModel) -> list[Removable]:
-        """The published forward wants its inputs in one dict, `data`; trainers pass them one by one.
-
-        And they ask for what only the language model has: its backbone and its generation config.
-        """
-        return [model.register_forward_pre_hook(_as_data, with_kwargs=True), _LanguageModelsParts(model)]
+        """Pack the inputs into the dict `data`, as the published forward takes them, and add what trainers expect."""
+        return [model.register_forward_pre_hook(_as_data, with_kwargs=True), _TrainerAttributes(model)]
 
 
-class _LanguageModelsParts:
-    """Lends a model what trainers ask for: its language model's backbone, which TRL runs without the head, and more.
+class _TrainerAttributes:
+    """Adds the attributes that trainers expect from a model, and removes them again.
 
-    And LoRA with checkpointing lets the embeddings' output require gradients. The published code writes the latents
-    into that output itself, which torch allows in a copy alone.
+    TRL runs the backbone of the language model without its head; generation needs its config and input preparation.
+    LoRA with checkpointing makes the output of the embeddings require gradients. The published code writes the latents
+    into that output in place, which torch allows only in a copy.
     """
 
     names = (
@@ -337,7 +330,7 @@ def _as_data(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
 
 
 class SliceSettings(NamedTuple):
-    """The image processor's: at most so many slices, their side in pixels if square, and a patch's side."""
+    """Settings of the image processor: most slices per picture, side of a square slice and of a patch in pixels."""
 
     max_slices: int
     resolution: int
@@ -351,35 +344,31 @@ class SliceSettings(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """What part of the picture a slice shows, (top, left, bottom, right) as shares, and its grid of patches."""
+    """The part of the picture that a slice shows, and its grid of patches."""
 
-    frame: tuple[float, float, float, float]
+    frame: Box
     rows: int
     cols: int
 
 
 def slices_of(image_size: tuple[int, int], settings: SliceSettings) -> list[Slice]:
-    """A picture's slices, the whole first, as the published processor makes them of (height, width) pixels."""
+    """The slices that the published processor makes of a picture of (height, width) pixels, the whole picture first."""
     height, width = image_size
     grid = slice_grid(image_size, settings)
-    whole = _patches(height, width, settings, enlarge=grid is None)
-    slices = [Slice((0.0, 0.0, 1.0, 1.0), *whole)]
-    if grid is not None:
-        rows, cols = grid
-        # the picture is squashed so that its parts are of one size, of about the wanted number of pixels
-        part = _patches(_nearest(height, rows) / rows, _nearest(width, cols) / cols, settings, enlarge=True)
-        slices += [
-            Slice((row / rows, col / cols, (row + 1) / rows, (col + 1) / cols), *part)
-            for row in range(rows)
-            for col in range(cols)
-        ]
-    return slices
+    whole = Slice((0.0, 0.0, 1.0, 1.0), *_patches(height, width, settings, enlarge=grid is None))
+    if grid is None:
+        return [whole]
+    rows, cols = grid
+    # the picture is resized so that its parts have one size, of about the wanted number of pixels
+    part = _patches(_nearest(height, rows) / rows, _nearest(width, cols) / cols, settings, enlarge=True)
+    return [whole, *(Slice(frame, *part) for frame in tile_frames(rows, cols, 1.0))]
 
 
 def slice_grid(image_size: tuple[int, int], settings: SliceSettings) -> tuple[int, int] | None:
-    """(rows, cols) of the parts a picture of (height, width) pixels is cut into; None if it is small enough.
+    """(rows, cols) of the parts that a picture of (height, width) pixels is cut into; None if it is small enough.
 
-    So many parts as its pixels ask for, one fewer or one more; of those the grid whose shape is nearest the picture's.
+    The number of parts is that of the picture's pixels by `resolution`², or one fewer or more; of these grids, the one
+    whose aspect is nearest to the picture's.
     """
     height, width = image_size
     wanted = min(math.ceil(width * height / settings.resolution**2), settings.max_slices)
@@ -397,7 +386,7 @@ def slice_grid(image_size: tuple[int, int], settings: SliceSettings) -> tuple[in
 
 
 def _patches(height: float, width: float, settings: SliceSettings, enlarge: bool) -> tuple[int, int]:
-    """(rows, cols) of patches of a slice: its pixels brought to the wanted number, the aspect kept, then rounded."""
+    """(rows, cols) of a slice's patches: resized to `resolution`² pixels with the aspect kept, then rounded."""
     if enlarge or width * height > settings.resolution**2:
         aspect = width / height
         height = int(settings.resolution / math.sqrt(aspect))
@@ -406,5 +395,5 @@ def _patches(height: float, width: float, settings: SliceSettings, enlarge: bool
 
 
 def _nearest(length: float, unit: int) -> int:
-    """The multiple of `unit` nearest a length, but not 0."""
+    """The positive multiple of `unit` that is nearest to a length."""
     return max(round(length / unit) * unit, unit)

@@ -1,4 +1,4 @@
-"""Mllama: Llama-3.2-Vision, whose text layers cross-attend to tiles of the picture."""
+"""Mllama (`meta-llama/Llama-3.2-11B-Vision-Instruct`, 90B): some text layers cross-attend to tiles of the picture."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lavender.students.image_keys import KeyLayout, grid_boxes, key_layout
 
 
 class MllamaAdapter(VlmAdapter):
-    """Cross-attention keys: max_num_tiles × (1 class token + g × g patches) for each picture.
+    """Image keys: max_num_tiles × (1 class token + g × g patches) per picture, g = image_size // patch_size.
 
-    Every sample has as many keys as the one with the most pictures. A row sees the last picture before it, and those
-    that stand with it, nothing between.
+    Every sample has as many keys as the sample with the most pictures. A row sees the last picture before it, and the
+    pictures that stand side by side with that one.
     """
 
     model_type = "mllama"
@@ -62,10 +62,12 @@ class MllamaAdapter(VlmAdapter):
         vision = self.config.vision_config
         check_pixels(inputs, vision.image_size)
         ratios = inputs.get("aspect_ratio_ids", torch.zeros(len(image_sizes), 0, dtype=torch.long))
-        found, given = (ratios > 0).sum(dim=1).tolist(), [len(own) for own in image_sizes]  # 0 where there is none
-        if found != given:
-            raise DataError(f"{found} pictures in the inputs", f"{given}", "pass the pictures the inputs were made of")
-        layout = key_layout(
+        found, expected = (ratios > 0).sum(dim=1).tolist(), list(map(len, image_sizes))  # a ratio of 0 is padding
+        if found != expected:
+            raise DataError(
+                f"{found} pictures in the inputs", f"{expected}", "pass the pictures the inputs were made of"
+            )
+        return key_layout(
             [
                 [
                     tile_boxes(
@@ -75,12 +77,11 @@ class MllamaAdapter(VlmAdapter):
                         vision.image_size,
                         vision.patch_size,
                     )
-                    for size, ratio in zip(sizes, own, strict=False)
+                    for size, ratio in zip(sizes, ratios_of_sample, strict=False)
                 ]
-                for sizes, own in zip(image_sizes, ratios, strict=True)
+                for sizes, ratios_of_sample in zip(image_sizes, ratios, strict=True)
             ]
         )
-        return layout
 
     def seen_from(self, inputs: Mapping[str, Tensor], layout: KeyLayout) -> Tensor:
         tokens = inputs["input_ids"]
@@ -94,13 +95,13 @@ def tile_boxes(
 ) -> Tensor:
     """Boxes of one picture's keys: float64 (max_tiles·(1 + g²), 4), g = tile_size // patch_size.
 
-    The picture is resized to fit `tiles` = (rows, cols), padded at the bottom and right, and cut
-    row-major. Class tokens and unused tiles are empty; padding lies outside the picture.
+    The picture is resized to fit `tiles` = (rows, cols), padded at the bottom and right, and cut into tiles row by row.
+    The boxes of class tokens and unused tiles are empty; those of padding lie outside the picture.
     """
     height, width = get_image_size_fit_to_canvas(*image_size, tiles[0] * tile_size, tiles[1] * tile_size, tile_size)
     side = tile_size // patch_size
     boxes = torch.zeros(max_tiles, 1 + side * side, 4, dtype=torch.float64)
-    covered = side * patch_size  # the border of a tile that no whole patch fits stays unseen
+    covered = side * patch_size  # a border of a tile that no whole patch covers is not seen
     for row in range(tiles[0]):
         for col in range(tiles[1]):
             top, left = row * tile_size, col * tile_size

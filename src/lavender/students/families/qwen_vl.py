@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: pictures of any shape, whose cells stand in the text as tokens seen by every layer."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (`Qwen/Qwen2.5-VL-7B-Instruct` …): one grid of cells of the picture's own shape."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 
 from lavender.errors import DataError
-from lavender.students.base import VlmAdapter, padded_keys
+from lavender.students.base import padded_keys
+from lavender.students.families.self_attention import SelfAttentionAdapter
 from lavender.students.image_keys import KeyLayout, grid_boxes, key_layout
 
 
-class Qwen2VlAdapter(VlmAdapter):
-    """Self-attention keys: a row-major grid over the whole picture, a key for merge × merge patches.
+class Qwen2VlAdapter(SelfAttentionAdapter):
+    """Image keys: a grid over the whole picture, row by row; a key per cell of merge × merge patches.
 
-    The image processor squashes a picture to whole cells and cuts nothing, so the boxes are an exact grid. Pictures
-    of a batch have different grids.
+    The image processor resizes a picture to whole cells and crops nothing, so the boxes are an exact grid. The pictures
+    of a batch have different grids: `image_grid_thw`, long (picture, 3), in patches.
     """
 
     model_type = "qwen2_vl"
@@ -28,19 +29,10 @@ class Qwen2VlAdapter(VlmAdapter):
         "language_model": ("model.language_model", "lm_head"),
     }
 
-    def usable_layers(self) -> tuple[int, ...]:
-        return tuple(range(self.config.text_config.num_hidden_layers))
-
-    def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
-        return model.model.language_model.layers[layer].self_attn
-
     def describe_keys(self) -> str:
         vision = self.config.vision_config
         cell = vision.patch_size * vision.spatial_merge_size
         return f"a grid of the picture's own shape, cells of {cell} px among the text's tokens"
-
-    def image_token_id(self) -> int:
-        return self.config.image_token_id
 
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
         places = inputs["input_ids"] == self.config.image_token_id
@@ -56,13 +48,13 @@ class Qwen2VlAdapter(VlmAdapter):
     def image_boxes(
         self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
     ) -> KeyLayout:
-        grids, given = self._grids(inputs), sum(len(own) for own in image_sizes)
-        if len(grids) != given:
+        grids, expected = self._grids(inputs), sum(map(len, image_sizes))
+        if len(grids) != expected:
             raise DataError(
-                f"{len(grids)} pictures in the inputs", f"{given}", "pass the pictures the inputs were made of"
+                f"{len(grids)} pictures in the inputs", f"{expected}", "pass the pictures the inputs were made of"
             )
-        every = iter(grids)
-        return key_layout([[grid_boxes(*next(every)) for _ in own] for own in image_sizes])
+        remaining = iter(grids)
+        return key_layout([[grid_boxes(*next(remaining)) for _ in sizes] for sizes in image_sizes])
 
     def _grids(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
         """(rows, cols) of each picture's keys."""
@@ -78,17 +70,16 @@ class Qwen2VlAdapter(VlmAdapter):
 
 
 class Qwen25VlAdapter(Qwen2VlAdapter):
-    """As Qwen2-VL. Its tower looks through windows, and puts the keys back in order at the end."""
+    """As Qwen2-VL. Its vision tower works in windows, and restores the order of the keys at its end."""
 
     model_type = "qwen2_5_vl"
 
 
 class Qwen3VlAdapter(Qwen2VlAdapter):
-    """As Qwen2-VL: the same image processor, its patches of 16 px.
+    """As Qwen2-VL: the same image processor, with patches of 16 px.
 
-    DeepStack adds states of earlier tower layers to the outputs of the first text layers, at the keys' own positions:
-    a key still shows the cell that its box says. Videos are refused as for Qwen2-VL, though here each frame stands in
-    the text by itself.
+    DeepStack adds states of earlier tower layers to the outputs of the first text layers, at the keys' own positions: a
+    key still shows the cell that its box says. Videos are refused as for Qwen2-VL.
     """
 
     model_type = "qwen3_vl"
