@@ -62,7 +62,6 @@ def _run(script: str, **namespace: Any) -> dict:
     return namespace
 
 
-@pytest.mark.xfail(raises=TypeError, strict=True, reason="Teacher.from_pretrained does not yet do without a config")
 def test_the_first_example_runs(folder):
     """With the built-in teacher as `teacher`, and the model, processor and data set of the stock script."""
     assert len(GESTURE.splitlines()) <= 15

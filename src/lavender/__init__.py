@@ -10,7 +10,11 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,3 +98,101 @@ def lazy_attributes(
 
 
 __getattr__, __dir__ = lazy_attributes(__name__, _HOMES, _OLD_NAMES)
+
+_MOVED = {
+    "aligner": "alignment.aligner",
+    "alignment_data": "alignment.collator alignment.examples students.capture",
+    "alignment_mixin": "training.mixin",
+    "annotations": "teachers.annotations",
+    "annotations.extraction": "teachers.annotations.extract",
+    "annotations.layout": "teachers.annotations.base",
+    "annotations.names": "teachers.annotations.category_names",
+    "arguments": "training.arguments",
+    "attention": "students.word_maps students.capture",
+    "checkpoints": "training.exporting",
+    "comparison": "evaluation.compare",
+    "demo": "world.demo",
+    "diagnosis": "evaluation.check",
+    "diffusion": "teachers.diffusion",
+    "diffusion.frames": "teachers.diffusion.views",
+    "diffusion.modes": "teachers.diffusion.denoising",
+    "diffusion.sd3": "teachers.diffusion.stable_diffusion_3",
+    "diffusion.unet": "teachers.diffusion.stable_diffusion",
+    "diffusion.windows": "teachers.diffusion.text_windows",
+    "evaluation.maps": "evaluation.map_scores",
+    "evaluation.text": "evaluation.answers",
+    "extraction": "teachers.extract",
+    "footprint": "evaluation.memory",
+    "grids": "students.image_keys",
+    "images": "data.images",
+    "inspection": "evaluation.inspect",
+    "judgement": "evaluation.runs",
+    "loading": "students.loading training.exporting",
+    "locate": "students.locate",
+    "losses": "alignment.losses",
+    "metrics": "training.metrics",
+    "objective": "alignment.objective",
+    "pooling": "alignment.pooling students.image_keys",
+    "probe": "training.probe",
+    "processes": "training.distributed training.checkpoints",
+    "report": "evaluation.report.page evaluation.report.figure",
+    "run": "training.run training.run_config training.settings",
+    "run_config": "training.run_config",
+    "run_folder": "training.run_folder",
+    "stages": "training.schedule",
+    "store": "data.store data.store_writer data.store_format",
+    "studies": "world.studies",
+    "summary": "teachers.summary",
+    "trainable": "training.trainable",
+    "trainer": "training.trainer",
+    "vlm": "students students.families",
+    "weighting": "training.schedule",
+}
+"""Old module → the modules that hold its names now. A submodule that is not listed moved with its package."""
+
+
+class _OldModule(ModuleType):
+    """A module under its old name. It reads and sets names in the modules that hold them now."""
+
+    def _home(self, name: str) -> tuple[ModuleType, str]:
+        for home in vars(self).get("_homes", ()):
+            for new_name in (name, name.removeprefix("_")):  # what was private may have become public
+                if new_name in vars(home):
+                    return home, new_name
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(*self._home(name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            setattr(*self._home(name), value)
+        except AttributeError:  # its own: `__path__`, or a submodule
+            super().__setattr__(name, value)
+
+
+class _OldImports(MetaPathFinder, Loader):
+    """Makes `import lavender.run` and other old paths work, with a DeprecationWarning."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        homes = self._homes(fullname.removeprefix("lavender."))
+        return ModuleSpec(fullname, self, loader_state=homes, is_package=True) if homes else None
+
+    def _homes(self, old: str) -> list[str]:
+        if old in _MOVED:
+            return [f"lavender.{home}" for home in _MOVED[old].split()]
+        package, _, module = old.partition(".")
+        homes = [f"lavender.{home}.{module}" for home in _MOVED.get(package, "").split() if module]
+        return [home for home in homes if find_spec(home) is not None]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _OldModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        homes = module.__spec__.loader_state
+        vars(module)["_homes"] = [import_module(home) for home in homes]
+        warnings.warn(f"{module.__name__} is deprecated: use {' or '.join(homes)}", DeprecationWarning, stacklevel=2)
+
+
+sys.meta_path.append(_OldImports())

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import runpy
+import sys
 from collections.abc import Generator, Mapping
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,12 @@ from lavender.students.registry import FAMILIES
 from lavender.world.student_models import PATCH_SIZE, SQUARE_SIZE, build_llava_processor
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "add_a_family.py"
-VipLlavaAdapter = runpy.run_path(str(EXAMPLE))["VipLlavaAdapter"]
+SPEC = spec_from_file_location("add_a_family", EXAMPLE)
+assert SPEC is not None
+assert SPEC.loader is not None
+sys.modules["add_a_family"] = module_from_spec(SPEC)  # under a name: pickle looks for classes there
+SPEC.loader.exec_module(sys.modules["add_a_family"])
+VipLlavaAdapter = sys.modules["add_a_family"].VipLlavaAdapter
 
 SIDE = SQUARE_SIZE // PATCH_SIZE  # patches along a side of the square
 SIZES = ((300, 500), (500, 300), (120, 900), (200, 200), (37, 23))  # upright, lying, very long, square, tiny

@@ -1,3 +1,5 @@
+"""`python -m lavender.cli`."""
+
 import sys
 
 from lavender.cli import main

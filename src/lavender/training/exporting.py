@@ -31,9 +31,21 @@ def export(
     weights nor config contain anything of alignment.
 
     Example:
-        >>> from lavender import export
-        >>> export(trainer, "tuned")  # doctest: +SKIP
-        >>> export("runs/first", "tuned-adapter", merge=False)  # doctest: +SKIP
+        >>> from datasets import Dataset
+        >>> from PIL import Image
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> from lavender import LavenderConfig, LavenderTrainer, Teacher, export, extract, read_samples, to_dataset
+        >>> from lavender.world import STUDENT_PATH, TEACHER_PATH
+        >>> rows = [{"image": Image.new("RGB", (96, 64), "red"), "text": "a red dog"}]
+        >>> samples = read_samples(Dataset.from_list(rows))
+        >>> _ = extract(samples, Teacher.from_pretrained(TEACHER_PATH), "maps")
+        >>> model = AutoModelForImageTextToText.from_pretrained(STUDENT_PATH)
+        >>> processor = AutoProcessor.from_pretrained(STUDENT_PATH)
+        >>> args = LavenderConfig("run", maps="maps", max_steps=1, max_length=None, use_cpu=True, bf16=False)
+        >>> trainer = LavenderTrainer(model, args, train_dataset=to_dataset(samples), processing_class=processor)
+        >>> _ = trainer.train()
+        >>> export(trainer, "tuned").name
+        'tuned'
 
     Args:
         trained: a trainer after `train()`, or the run folder that `lavender train` wrote. With several processes every

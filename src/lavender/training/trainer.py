@@ -47,10 +47,21 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
     losses and weights are bit-identical to SFTTrainer's.
 
     Example:
-        >>> from lavender import LavenderConfig, LavenderTrainer, read_samples, to_dataset
-        >>> args = LavenderConfig(output_dir="out", maps="maps")  # doctest: +SKIP
-        >>> data = to_dataset(read_samples("photos"))  # doctest: +SKIP
-        >>> LavenderTrainer(model, args, processing_class=processor, train_dataset=data).train()  # doctest: +SKIP
+        >>> from datasets import Dataset
+        >>> from PIL import Image
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> from lavender import LavenderConfig, LavenderTrainer, Teacher, extract, read_samples, to_dataset
+        >>> from lavender.world import STUDENT_PATH, TEACHER_PATH
+        >>> rows = [{"image": Image.new("RGB", (96, 64), "red"), "text": "a red dog"}]
+        >>> samples = read_samples(Dataset.from_list(rows))
+        >>> _ = extract(samples, Teacher.from_pretrained(TEACHER_PATH), "maps")
+        >>> model = AutoModelForImageTextToText.from_pretrained(STUDENT_PATH)
+        >>> processor = AutoProcessor.from_pretrained(STUDENT_PATH)
+        >>> args = LavenderConfig("run", maps="maps", max_steps=1, max_length=None, use_cpu=True, bf16=False)
+        >>> trainer = LavenderTrainer(model, args, train_dataset=to_dataset(samples), processing_class=processor)
+        >>> _ = trainer.train()
+        >>> trainer.state.global_step
+        1
 
     Args:
         model: a loaded VLM of a supported family, or its folder or Hub id.
