@@ -24,7 +24,7 @@ ANNOTATIONS = ("coco-panoptic", "flickr30k-entities")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=expanded, default=None, help="folder or file of pictures and texts; docs/data.md has the layouts"
+        "--data", type=expanded, default=None, help="folder or file of pictures and texts; docs/data.md has the formats"
     )
     parser.add_argument("--out", type=expanded, required=True, metavar="DIR", help="folder of the map store")
     source = parser.add_argument_group("source of the maps, one of").add_mutually_exclusive_group(required=True)
