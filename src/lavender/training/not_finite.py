@@ -97,8 +97,8 @@ def _described(
 ) -> str:
     ids, mask, alignment = inputs["input_ids"][sample], inputs["attention_mask"][sample], inputs["alignment"]
     text = " ".join(str(processor.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)).split())
-    own = {name: alignment[name][sample] for name in ("rows", "shares")}
-    words = [word_text(processor.tokenizer, ids, own, word) for one, word in places if one == sample]
+    places_of_sample = {name: alignment[name][sample] for name in ("rows", "shares")}
+    words = [word_text(processor.tokenizer, ids, places_of_sample, word) for index, word in places if index == sample]
     faults = ["L_VLM"] if answer else []
     if words:
         faults.append(f"L_att of {', '.join(repr(word) for word in words)}")

@@ -66,7 +66,7 @@ def _check(checkpoint: Path) -> None:
         _check_weights(path)
     for path in sorted(checkpoint.glob("*.safetensors.index.json")):
         named = _json(path).get("weight_map", {}).values()
-        if missing := sorted({*named} - {one.name for one in weights}):
+        if missing := sorted({*named} - {file.name for file in weights}):
             raise _BrokenError(f"which has no {missing[0]}")
     sharded = any(any(checkpoint.glob(pattern)) for pattern in _SHARDED)
     if not weights and not sharded:
@@ -94,7 +94,7 @@ def _check_state(checkpoint: Path) -> None:
         raise _BrokenError(f"whose {path.name} is not what the trainer wrote: {error}") from error
     logged = found.get("log_history")
     whole = [found.get(name) for name in ("global_step", "max_steps", "num_train_epochs")]
-    if whole[0] != int(checkpoint.name.split("-")[1]) or not all(isinstance(one, int) for one in whole):
+    if whole[0] != int(checkpoint.name.split("-")[1]) or not all(isinstance(number, int) for number in whole):
         raise _BrokenError(f"whose {path.name} says step {state.global_step!r}")
     if not isinstance(logged, list) or not all(isinstance(entry, dict) and "step" in entry for entry in logged):
         raise _BrokenError(f"whose {path.name} has no list of what was logged")

@@ -170,7 +170,7 @@ def _set_types() -> None:
     _Loader.yaml_implicit_resolvers = {
         first: kinds
         for first, all_kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        if (kinds := [one for one in all_kinds if one[0] in words])
+        if (kinds := [kind for kind in all_kinds if kind[0] in words])
     }
     _Loader.add_implicit_resolver(
         "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$|0x[0-9a-fA-F]+$"), list("-+0123456789")

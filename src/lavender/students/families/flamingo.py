@@ -195,22 +195,27 @@ def published(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
     config, state = model.config, model.state_dict()
     parts = _parts(config.language_config.model_type)
     layers = f"lang_encoder.{parts.backbone}.{parts.layers}"
-    found = {name.removeprefix("model."): one for name, one in state.items() if name.startswith("model.perceiver.")}
-    for name, one in state.items():
+    weights = {
+        name.removeprefix("model."): weight for name, weight in state.items() if name.startswith("model.perceiver.")
+    }
+    for name, weight in state.items():
         block = re.fullmatch(r"model\.gated_cross_attn_layers\.(\d+)\.(.+)", name)
         if block is None or ".k_proj." in name:
             continue
         inside = block[2]
         if ".v_proj." in name:
-            inside, one = inside.replace("v_proj", "to_kv"), torch.cat([state[name.replace("v_proj", "k_proj")], one])
-        for ours, theirs in INSIDE_BLOCKS.items():
-            inside = inside.replace(ours, theirs)
-        found[f"{layers}.{block[1]}.gated_cross_attn_layer.{inside}"] = one
+            inside, weight = (
+                inside.replace("v_proj", "to_kv"),
+                torch.cat([state[name.replace("v_proj", "k_proj")], weight]),
+            )
+        for name_here, name_there in INSIDE_BLOCKS.items():
+            inside = inside.replace(name_here, name_there)
+        weights[f"{layers}.{block[1]}.gated_cross_attn_layer.{inside}"] = weight
     embeddings = f"{parts.embeddings}.weight"
-    found[f"lang_encoder.{parts.backbone}.{embeddings}"] = state[f"model.language_model.{embeddings}"]
+    weights[f"lang_encoder.{parts.backbone}.{embeddings}"] = state[f"model.language_model.{embeddings}"]
     if not config.tie_word_embeddings and "embed" in parts.head:  # what its own training saves
-        found[f"lang_encoder.{parts.head}.weight"] = state["lm_head.weight"]
-    return found
+        weights[f"lang_encoder.{parts.head}.weight"] = state["lm_head.weight"]
+    return weights
 
 
 def load_open_flamingo(
@@ -256,8 +261,8 @@ def load_open_flamingo(
         for name in model.state_dict()
         if name.startswith(("model.perceiver.", "model.gated_cross_attn_layers.")) and name not in converted
     ]
-    own = model.state_dict()
-    wrong = [name for name, one in converted.items() if name not in own or own[name].shape != one.shape]
+    expected = model.state_dict()
+    wrong = [name for name, weight in converted.items() if name not in expected or expected[name].shape != weight.shape]
     if missing or wrong:
         raise DataError(
             f"a checkpoint without {missing[:3]} and with {wrong[:3]} that do not fit",
@@ -292,8 +297,8 @@ def _our_name(name: str, parts: LanguageParts, layers: int) -> str:
         if block[2] == "decoder":
             return f"model.language_model.{parts.layers}.{block[1]}.{block[3]}"
         inside = block[3]
-        for ours, theirs in INSIDE_BLOCKS.items():
-            inside = re.sub(f"^{re.escape(theirs)}", ours, inside)
+        for name_here, name_there in INSIDE_BLOCKS.items():
+            inside = re.sub(f"^{re.escape(name_there)}", name_here, inside)
         return f"model.gated_cross_attn_layers.{block[1]}.{inside}"
     if name.startswith("perceiver."):
         return f"model.{name}"

@@ -117,7 +117,7 @@ class PerceiverAttention(nn.Module):
         media, latents = self.norm_media(media), self.norm_latents(latents)
         key, value = self.to_kv(torch.cat([media, latents], dim=1)).chunk(2, dim=-1)
         query, key, value = (
-            one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (self.to_q(latents), key, value)
+            states.unflatten(-1, (self.heads, -1)).transpose(1, 2) for states in (self.to_q(latents), key, value)
         )
         scores = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
         return scores.softmax(dim=-1), value
@@ -162,8 +162,8 @@ class CrossAttention(nn.Module):
         self, hidden_states: Tensor, key_value_states: Tensor, attention_mask: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = (
-            one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for one in (self.q_proj(hidden_states), self.k_proj(key_value_states), self.v_proj(key_value_states))
+            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for states in (self.q_proj(hidden_states), self.k_proj(key_value_states), self.v_proj(key_value_states))
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         states, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)

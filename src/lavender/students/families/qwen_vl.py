@@ -89,5 +89,7 @@ class Qwen3VlAdapter(Qwen2VlAdapter):
     ) -> dict[str, Any]:
         replaced = super().replace_image_states(decoder_inputs, keys, replace)
         if decoder_inputs.get("deepstack_visual_embeds") is not None:
-            replaced["deepstack_visual_embeds"] = [replace(one) for one in decoder_inputs["deepstack_visual_embeds"]]
+            replaced["deepstack_visual_embeds"] = [
+                replace(states) for states in decoder_inputs["deepstack_visual_embeds"]
+            ]
         return replaced
