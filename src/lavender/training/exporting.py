@@ -65,26 +65,7 @@ def export(
     """
     if isinstance(trained, str | Path):
         return _export_run(expanded(trained), expanded(path), merge, trust_remote_code)
-    path, model = expanded(path), trained.accelerator.unwrap_model(trained.model)
-    merge = merge and isinstance(model, PeftModel)
-    if merge and not model.get_base_model().name_or_path:
-        raise ConfigError(
-            "an adapter to merge, and a base model that was not loaded from a folder or the Hub",
-            "a base model that can be read again",
-            "save the base model and load it from there before training, or export with merge=False",
-        )
-    state = trained.accelerator.get_state_dict(trained.model_wrapped)
-    if not trained.accelerator.is_main_process:
-        return path
-    if not merge:
-        _write(trained, model, state, path)
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as adapter:
-        _write(trained, model, state, Path(adapter))
-        with whole_models(), random_state_kept(trained.args.device):
-            _write_loaded(Path(adapter), path, trust_remote_code)
-    return path
+    return _export_trainer(trained, expanded(path), merge, trust_remote_code)
 
 
 def export_run(run: str | Path, out: str | Path, trust_remote_code: bool = False) -> Path:
@@ -103,6 +84,29 @@ def save_head(trainer: AlignmentMixin, path: str | Path) -> None:
     head = {name: value for name, value in state.items() if is_alignment_part(name) and "original_module" not in name}
     saved = {name.replace(".modules_to_save.default", ""): value.contiguous() for name, value in head.items()}
     save_file(saved, str(expanded(path)), metadata={"format": "pt"})
+
+
+def _export_trainer(trainer: AlignmentMixin, path: Path, merge: bool, trust_remote_code: bool) -> Path:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    merge = merge and isinstance(model, PeftModel)
+    if merge and not model.get_base_model().name_or_path:
+        raise ConfigError(
+            "an adapter to merge, and a base model that was not loaded from a folder or the Hub",
+            "a base model that can be read again",
+            "save the base model and load it from there before training, or export with merge=False",
+        )
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.accelerator.is_main_process:
+        return path
+    if not merge:
+        _write(trainer, model, state, path)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as adapter:
+        _write(trainer, model, state, Path(adapter))
+        with whole_models(), random_state_kept(trainer.args.device):
+            _write_loaded(Path(adapter), path, trust_remote_code)
+    return path
 
 
 def _write(trainer: AlignmentMixin, model: Any, state: dict[str, Tensor], path: Path) -> None:
