@@ -68,7 +68,7 @@ def test_a_run(places, tmp_path, settings, pooling, packing, capsys):
             training=STEPS | {"pooling": pooling},
         )
     )
-    assert "TRL trains the adapters of a quantised model so" in capsys.readouterr().out
+    assert "TRL itself trains the adapters of a quantised model in bfloat16" in capsys.readouterr().out
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len([entry for entry in logged if 0 < entry.get("attention_loss", 0) < 1]) == 2
     assert {one.dtype for one in load_file(tmp_path / "alignment_head.safetensors").values()} == {torch.float32}

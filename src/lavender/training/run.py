@@ -148,7 +148,7 @@ def trained_lines(trained: Trained) -> list[str]:
             "trained weights of 16 bits: steps of less than about 1/500 of a weight are rounded away, unless FSDP or "
             "DeepSpeed keeps float32 copies. "
             + (
-                "TRL trains the adapters of a quantised model so"
+                "TRL itself trains the adapters of a quantised model in bfloat16"
                 if trained.is_quantized
                 else "With dtype: float32 and bf16: true only the computation uses 16 bits"
             )
