@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from families.geometry import picture
 from families.test_flamingo import build_processor as flamingo
@@ -19,6 +22,9 @@ from lavender.students.chat_processor import (
     texts_and_pictures,
 )
 from lavender.students.families.minicpm_v import MiniCpmVChatProcessor
+from lavender.students.loading import load_processor
+from lavender.students.registry import adapter_for
+from lavender.world import STUDENT_PATHS
 
 ANSWER = "a dog near a tree"
 PLACEHOLDERS = {
@@ -82,6 +88,17 @@ def test_a_processor_without_offsets_is_refused(captions, missing):
         check_offsets(forgetful, rendered)
     forgetful.chat_template = minicpm_v(captions).chat_template  # which marks nothing, so nobody asks for offsets
     check_offsets(forgetful, rendered)
+
+
+def test_a_published_processor_is_not_run_when_it_is_loaded(tmp_path):
+    """Here it would expand a picture to a billion tokens."""
+    folder = tmp_path / "model"
+    shutil.copytree(STUDENT_PATHS["llava"], folder)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["num_additional_image_tokens"] = 10**9
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    adapter = adapter_for(AutoConfig.from_pretrained(folder))
+    assert load_processor(adapter, folder).num_additional_image_tokens == 10**9
 
 
 def test_replaced_placeholders():
