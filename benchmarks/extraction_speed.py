@@ -286,7 +286,11 @@ class Stopwatch:
         self._local.part, self._local.since = part, time_now
 
 
-CAPTURING = ((WordCapture, "on_attention", "capture"), (Aggregate, "maps", "capture"), (Aggregate, "agreement", "capture"))
+CAPTURING = (
+    (WordCapture, "on_attention", "capture"),
+    (Aggregate, "maps", "capture"),
+    (Aggregate, "agreement", "capture"),
+)
 READING = (
     (Sample, "load", "io"),
     (lavender.teachers.extract, "image_id", "io"),
