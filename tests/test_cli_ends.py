@@ -166,6 +166,7 @@ def test_debugging_shows_the_traceback(monkeypatch):
 _WAITS = """
 import os, signal, sys, time
 from lavender.cli.main import VERBS, main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with it ignored
 def wait(options):
     try:
         print('ready', flush=True)  # inside: a signal right after this line must find the clean-up in place
@@ -178,26 +179,37 @@ sys.exit(main(['demo']))
 """
 
 
-def _start(script: str) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+@pytest.fixture
+def start():
+    """Starts a script and waits until it is ready; kills it at the end, whatever the test finds."""
+    started: list[subprocess.Popen] = []
+
+    def begin(script: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield begin
+    for process in started:
+        with process:
+            process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_verb_with_one_line(number):
-    process = _start(_WAITS.format(slow=False))
+def test_a_signal_ends_a_verb_with_one_line(start, number):
+    process = start(_WAITS.format(slow=False))
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert err.strip() == "stopped; files written so far are kept"
 
 
-def test_a_second_signal_ends_it_at_once():
-    process = _start(_WAITS.format(slow=True))
+def test_a_second_signal_ends_it_at_once(start):
+    process = start(_WAITS.format(slow=True))
     process.send_signal(signal.SIGINT)
     time.sleep(1)  # it is cleaning up now, and would for a minute
     process.send_signal(signal.SIGINT)
