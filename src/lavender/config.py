@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -37,7 +38,7 @@ AlignerForm = Literal["light", "sim", "deep"]
 AlignerKind = Literal["convolution", "mlp"]
 AlignerNorm = Literal["instance", "batch", "group", "none"]
 AlignerActivation = Literal["relu6", "leaky-relu"]
-AttentionLoss = Literal["min-max", "min-max-sum", "mse", "kl", "js"]
+AttentionLoss = Literal["mass", "kl", "published", "published-sum", "published-mse", "published-kl", "published-js"]
 PartOfSpeech = Literal["noun", "adjective", "verb", "other"]
 T = TypeVar("T")
 
@@ -79,6 +80,18 @@ POOLINGS: dict[Pooling, PoolingSteps] = {
     "learn": PoolingSteps(learned=True),
 }
 """What each value of `AlignmentConfig.pooling` does."""
+
+DIRECT_LOSSES: tuple[AttentionLoss, ...] = ("mass", "kl")
+"""The losses of the student's own attention, without an Aligner. They add no parameters."""
+DIRECT_POOLINGS: tuple[Pooling, ...] = ("layer-mean", "mean-mean")
+"""The poolings of `DIRECT_LOSSES`: a loss per layer, or one loss of the mean over layers. Heads are averaged."""
+RENAMED_LOSSES: dict[str, AttentionLoss] = {
+    "min-max": "published",
+    "min-max-sum": "published-sum",
+    "mse": "published-mse",
+    "js": "published-js",
+}
+"""Earlier name of a loss → its name. "kl" has another meaning now: its earlier form is "published-kl"."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +238,18 @@ class AlignmentConfig:
         subjects_and_objects: align only the heads of noun phrases that no preposition governs, see
             `lavender.words.subjects_and_objects`.
         weight_by_confidence: weigh each word by the confidence of the teacher's map, instead of 1.
-        attention_loss: distance between two maps, see `lavender.alignment.losses.per_word_loss`. "min-max" is the
-            authors'.
+        attention_loss: what L_att compares, see `lavender.alignment.losses`. "mass" and "kl" are of the student's own
+            attention on the image keys, without an Aligner: "mass" is −ln of the share of attention on the map, "kl"
+            the divergence of the attention from the map. "published" is the authors': the squared difference of
+            min–max maps behind an Aligner; "published-mse", "published-kl" and "published-js" compare these maps in
+            other ways.
+        sharpen: power to which the maps, scaled to [0, 1], are raised before the loss. 2 keeps less of their
+            surroundings.
+        subtract_background: subtract each map's median first, so that at least half of the map is 0.
+        word_share: share of a text's mapped words to align, from 0 to 1: the most confident.
+        attention_forcing: probability, at the first step, that a word's predicting rows attend to the picture as the
+            map says, in place of their own attention (as in teacher forcing). 0 is off.
+        forcing_share: share of the steps over which that probability falls to 0.
         layers: indices of the decoder layers to align; or "all" layers that see the picture, or the "first", "middle"
             or "last" of them. None is all; with "learn" in a self-attending model, the middle fifth.
         layer_share: share of the layers that "first", "middle" and "last" select, from 0 to 1.
@@ -245,8 +268,8 @@ class AlignmentConfig:
 
     To reproduce the paper only; our measurements reject these settings, see docs/method.md:
         align_weight: "estimated" sets λ = 1/(2σ²) (App. C), where σ² is the mean squared residual per cell over the
-            steps before, see `lavender.training.schedule.EstimatedWeight`. Needs a "min-max" loss.
-        attention_loss: "min-max-sum" sums over cells instead of taking the mean, as Eq. 9 is written.
+            steps before, see `lavender.training.schedule.EstimatedWeight`. Needs "published" or "published-sum".
+        attention_loss: "published-sum" sums over cells instead of taking the mean, as Eq. 9 is written.
         align_switches: how many times alignment is switched off or on, in equal parts of the run, starting with on
             (§9).
 
@@ -260,7 +283,12 @@ class AlignmentConfig:
     parts_of_speech: tuple[PartOfSpeech, ...] | None = None
     subjects_and_objects: bool = False
     weight_by_confidence: bool = False
-    attention_loss: AttentionLoss = "min-max"
+    attention_loss: AttentionLoss = "published"
+    sharpen: float = 1.0
+    subtract_background: bool = False
+    word_share: float = 1.0
+    attention_forcing: float = 0.0
+    forcing_share: float = 0.8
     layers: tuple[int, ...] | LayerChoice | None = None
     layer_share: float = 1 / 3
     heads: tuple[int, ...] | None = None
@@ -277,6 +305,7 @@ class AlignmentConfig:
     min_coverage: float = 0.5
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "attention_loss", name_of_loss(self.attention_loss))
         check_fields(self)
         for name in ("layers", "heads", "parts_of_speech"):
             value = getattr(self, name)
@@ -284,11 +313,11 @@ class AlignmentConfig:
                 object.__setattr__(self, name, _without_repeats(name, value))
         if self.align_weight != "estimated":
             _check_ranges(self, ("align_weight", 0, 1e9))
-        elif self.attention_loss not in ("min-max", "min-max-sum"):
+        elif self.attention_loss not in ("published", "published-sum"):
             raise ConfigError(
                 f"align_weight='estimated' with attention_loss={self.attention_loss!r}",
                 "squared residuals of maps",
-                "set attention_loss to min-max or min-max-sum, or align_weight to a number",
+                "set attention_loss to published or published-sum, or align_weight to a number",
             )
         _check_ranges(
             self,
@@ -299,7 +328,62 @@ class AlignmentConfig:
             ("align_decay", 0, 1),
             ("aligner_pretraining", 0, 1),
             ("min_coverage", 0, 1),
+            ("sharpen", 0.1, 16),
+            ("word_share", 1e-9, 1),
+            ("attention_forcing", 0, 1),
+            ("forcing_share", 1e-9, 1),
         )
+        self._check_direct()
+        self._check_forcing()
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the loss is of the student's own attention, so that there is no Aligner."""
+        return self.attention_loss in DIRECT_LOSSES
+
+    def _check_direct(self) -> None:
+        """Refuse settings of the Aligner, which a direct loss would ignore."""
+        if not self.is_direct:
+            return
+        if self.pooling not in DIRECT_POOLINGS:
+            raise ConfigError(
+                f"pooling={self.pooling!r} with attention_loss={self.attention_loss!r}",
+                f"{' or '.join(DIRECT_POOLINGS)}: this loss has no Aligner and no projections of its own",
+                "leave pooling out, or set attention_loss: published",
+            )
+        names = [field.name for field in fields(self) if field.name.startswith("aligner")]
+        changed = [name for name in names if getattr(self, name) != getattr(type(self), name)]
+        if changed:
+            raise ConfigError(
+                f"{changed[0]}={shown(getattr(self, changed[0]))} with attention_loss={self.attention_loss!r}",
+                "no setting of the Aligner: this loss has none",
+                f"leave {changed[0]} out, or set attention_loss: published",
+            )
+
+    def _check_forcing(self) -> None:
+        if not self.attention_forcing:
+            return
+        if self.match != "label":
+            raise ConfigError(
+                f"match={self.match!r} with attention_forcing={self.attention_forcing}",
+                "match: label, since forced attention changes what the model predicts",
+                "set match: label, or leave attention_forcing out",
+            )
+        if POOLINGS[self.pooling].learned:
+            raise ConfigError(
+                f"pooling={self.pooling!r} with attention_forcing={self.attention_forcing}",
+                "a loss of the attention that makes the model's output",
+                "choose another pooling, or leave attention_forcing out",
+            )
+
+
+def name_of_loss(name: Any) -> Any:
+    """The name of an attention loss that is given by an earlier name, with a DeprecationWarning."""
+    if not isinstance(name, str) or name not in RENAMED_LOSSES:
+        return name
+    new = RENAMED_LOSSES[name]
+    warnings.warn(f"attention_loss={name!r} is called {new!r} now", DeprecationWarning, stacklevel=3)
+    return new
 
 
 def _without_repeats(name: str, value: Sequence) -> tuple:

@@ -22,6 +22,7 @@ from families.asking import captured, cast, request_of, traces
 from families.batches import Batches
 from families.by_hand import ByHand
 from families.core import POOLINGS, Core
+from families.direct import DirectLosses
 from families.geometry import GRID, batch_of
 from families.guards import Guards
 from families.parts import Parts
@@ -41,7 +42,7 @@ EVERY_POOLING = pytest.mark.parametrize(
 )
 
 
-class Contract(Batches, ByHand, Guards, Parts, Words, Core):
+class Contract(Batches, ByHand, DirectLosses, Guards, Parts, Words, Core):
     """Collected as a subclass only."""
 
     # 1

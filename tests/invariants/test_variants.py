@@ -43,7 +43,7 @@ VARIANTS = [
     for value in values
     if name == "pooling" or value != getattr(AlignmentConfig, name)  # the default once
 ]
-TOGETHER = {"pooling": "flow-multi", "aligner": "deep", "aligner_norm": "batch", "attention_loss": "js"}
+TOGETHER = {"pooling": "flow-multi", "aligner": "deep", "aligner_norm": "batch", "attention_loss": "published-js"}
 RANDOM = {"pooling": "learn", "parallel_init": "random"}
 
 
@@ -98,7 +98,7 @@ def test_the_weight_is_that_of_the_residuals_before(run):  # noqa: F811
 def test_a_sum_over_cells_has_the_same_variance(run):  # noqa: F811
     """The residual is that of a cell, whichever way the loss adds them up."""
     settings = {"align_weight": "estimated", "max_steps": 1}
-    mean, total = run(**settings), run(attention_loss="min-max-sum", **settings)
+    mean, total = run(**settings), run(attention_loss="published-sum", **settings)
     assert total._align_weight.estimate.variance == pytest.approx(mean._align_weight.estimate.variance, rel=1e-5)
     assert logged(total, "attention_loss")[0] == pytest.approx(11 * 13 * logged(mean, "attention_loss")[0], rel=1e-3)
 

@@ -25,7 +25,7 @@ def test_defaults_are_the_papers():
     assert ExtractionConfig().grid == (32, 32)
     assert ExtractionConfig().parts_of_speech == ("noun", "adjective", "verb")
     assert AlignmentConfig().pooling == "layer-mean"
-    assert AlignmentConfig().attention_loss == "min-max"
+    assert AlignmentConfig().attention_loss == "published"
     assert AlignmentConfig().aligner == "sim"
     assert AlignmentConfig().aligner_kind == "convolution"
     assert AlignmentConfig().aligner_norm == "instance"
@@ -129,7 +129,7 @@ def test_extraction_ranges(settings, message):
         ),
         (
             {"attention_loss": "l2"},
-            "Got attention_loss='l2'. Expected one of ('min-max', 'min-max-sum', 'mse', 'kl', 'js').",
+            "Got attention_loss='l2'. Expected one of ('mass', 'kl', 'published', 'published-sum', 'published-mse', 'published-kl', 'published-js').",
         ),
         ({"aligner": "wide"}, "Got aligner='wide'. Expected one of ('light', 'sim', 'deep')."),
         ({"aligner_kind": "conv"}, "Got aligner_kind='conv'. Expected one of ('convolution', 'mlp')."),

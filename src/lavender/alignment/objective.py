@@ -1,7 +1,11 @@
-"""The alignment objective of one batch: attention rows → words → grid → Aligner → loss. It knows no trainer.
+"""The alignment objective of one batch: attention rows → words → loss. It knows no trainer.
 
-`attach` makes it part of a model. The Aligner becomes a submodule, and a forward hook adds `attention_loss` to the
-output of every call with an `AlignmentRequest`. So it works inside whatever wraps the model: PEFT, DDP, FSDP, TRL.
+The direct losses compare the attention of words with maps laid onto the image keys. The published loss resamples it to
+the maps' grid, and an Aligner makes it one map.
+
+`attach` makes the objective part of a model. An Aligner becomes a submodule, and a forward hook adds `attention_loss`
+to the output of every call with an `AlignmentRequest`. So it works inside whatever wraps the model: PEFT, DDP, FSDP,
+TRL.
 
 Axis suffixes: B sample, R row, T token, W word, K key, D width.
 """
@@ -20,13 +24,14 @@ from transformers.utils import ModelOutput
 
 from lavender.alignment import parallel
 from lavender.alignment.aligner import Aligner
-from lavender.alignment.losses import per_word_loss
+from lavender.alignment.losses import direct_loss, per_word_loss, prepared, share_on_map
 from lavender.alignment.pooling import flow, num_channels, pooled
 from lavender.config import POOLINGS, AlignmentConfig
 from lavender.errors import CaptureError, ConfigError
 from lavender.students.base import VlmAdapter
 from lavender.students.capture import PARALLEL_NAME, AttentionRequest, CaptureSession, real_keys, select_rows
-from lavender.students.image_keys import KeyLayout, to_grid, word_attention
+from lavender.students.forcing import Forcing
+from lavender.students.image_keys import KeyLayout, on_keys, to_grid, word_attention
 from lavender.students.registry import adapter_for
 
 HEAD_NAME = "alignment_head"
@@ -57,6 +62,7 @@ class AlignmentRequest(AttentionRequest):
             `present` bool (sample, word), False at padding;
             `weights` float (sample, word), weight of a word in the loss, 0 at padding.
         same_word: needed for `match="root"`.
+        forced: bool (sample, word), the words whose rows attend as their maps say; None for no word.
 
     Attributes:
         matched: bool (sample, word), the words that count in the loss. Like the rest, known after the forward.
@@ -64,6 +70,8 @@ class AlignmentRequest(AttentionRequest):
         losses: loss of each present word, (word,), without gradient.
         student_maps: the student's map of each present word before the Aligner, (word, rows, cols), without gradient:
             mean over layers and heads; with a flow pooling, the flow.
+        map_shares: the share of its attention on the picture that lies on its map, of each present word, (word,),
+            without gradient; mean over layers and heads.
     """
 
     learned = True
@@ -73,6 +81,7 @@ class AlignmentRequest(AttentionRequest):
         layers: tuple[int, ...],
         tensors: dict[str, Tensor],
         same_word: SameWord | None = None,
+        forced: Tensor | None = None,
     ):
         super().__init__(tensors["rows"], layers, tensors.get("keys"))
         self.shares, self.word_pictures = tensors["shares"], tensors["word_pictures"]
@@ -81,6 +90,7 @@ class AlignmentRequest(AttentionRequest):
         self.same_word, self.chosen_BR = same_word, cast(Tensor | None, None)
         self.matched = self.present
         self.losses, self.student_maps = self.targets.new_zeros(0), self.targets.new_zeros(0, *self.targets.shape[2:])
+        self.map_shares, self.forced = self.targets.new_zeros(0), forced
 
     def text_positions(self) -> Tensor:
         """Position of each row among the tokens that are not image keys: long (sample, row)."""
@@ -132,7 +142,7 @@ def matched_weight(request: AlignmentRequest) -> Tensor:
 
 
 class AlignmentHead(nn.Module):
-    """The trainable part of the objective, besides the parallel projections of `pooling="learn"`.
+    """The objective as a part of the model. Only the Aligner of a published loss has parameters.
 
     Args:
         num_heads: number of attention heads of a layer.
@@ -140,7 +150,7 @@ class AlignmentHead(nn.Module):
         config: settings of the objective.
 
     Attributes:
-        aligner: the Aligner.
+        aligner: the Aligner; None with a direct loss.
         num_channels: number of its input channels.
         vlm_is_frozen: set it while only the head is trained; else rows without gradient are an error.
     """
@@ -149,28 +159,30 @@ class AlignmentHead(nn.Module):
         super().__init__()
         self.layers, self.config = layers, config
         self.num_channels = num_channels(config.pooling, len(config.heads) if config.heads else num_heads)
-        self.aligner = Aligner(
-            self.num_channels,
-            config.aligner_width,
-            config.aligner,
-            config.aligner_kind,
-            config.aligner_norm,
-            config.aligner_activation,
-        )
+        self.aligner = None
+        if not config.is_direct:
+            self.aligner = Aligner(
+                self.num_channels,
+                config.aligner_width,
+                config.aligner,
+                config.aligner_kind,
+                config.aligner_norm,
+                config.aligner_activation,
+            )
         self.vlm_is_frozen = False
 
     def forward(self, request: AlignmentRequest) -> Tensor:
-        """Loss of the batch: the weighted sum over its matched words of ‖Aligner(A) − A_DM‖², a scalar.
-
-        Eq. 9, with a mean over cells.
-        """
+        """Loss of the batch: the weighted sum of the losses of its matched words, a scalar."""
         words = request.present
         if not words.any():
             # Sharded training needs gradients of the same parameters, in the same order, in every process. So a padded
             # word, of weight 0, takes the place.
             words = torch.zeros_like(words)
             words[0, 0] = True
-        losses = per_word_loss(self.maps(request, words), request.targets[words], self.config.attention_loss)
+        if self.aligner is None:
+            losses = self._direct_losses(request, words)
+        else:
+            losses = per_word_loss(self.maps(request, words), self._targets(request)[words], self.config.attention_loss)
         request.losses = losses.detach()[request.present[words]]
         return (losses * (request.weights * request.matched)[words]).sum()
 
@@ -180,24 +192,70 @@ class AlignmentHead(nn.Module):
         Args:
             words: bool (sample, word), the words whose maps are wanted; by default those present.
         """
+        assert self.aligner is not None, "a direct loss has no Aligner"
         words = request.present if words is None else words
-        attention = self.attention(request).permute(0, 1, 3, 2, 4, 5)[:, words]
-        request.student_maps = attention.detach().float().mean(dim=(0, 2))[request.present[words]]
+        attention = self.attention(request)
+        self._observe(request, attention)
         dtype = next(self.aligner.parameters()).dtype
-        return pooled(attention.to(dtype), self.config.pooling, self.aligner)
+        chosen = attention.permute(0, 1, 3, 2, 4, 5)[:, words]
+        return pooled(chosen.to(dtype), self.config.pooling, self.aligner)
+
+    def _direct_losses(self, request: AlignmentRequest, words: Tensor) -> Tensor:
+        """Losses of the attention itself, (word,): on the image keys; with a resampler, KL is on the maps' grid."""
+        if not request.layout.pictures.numel():  # a batch of text alone
+            return request.targets.new_zeros(int(words.sum()))
+        rows = self._rows(request).mean(dim=2, keepdim=True)
+        if POOLINGS[self.config.pooling].layers_first:
+            rows = rows.mean(dim=0, keepdim=True)
+        attention = word_attention(rows, request.shares.to(rows))
+        heat, kind = self._targets(request), self.config.attention_loss
+        grid = (heat.shape[-2], heat.shape[-1])
+        on_grid = partial(to_grid, attention, request.layout, request.word_pictures, grid, request.mixing)
+        if request.mixing is not None and kind == "kl":  # a latent has no place of its own
+            maps = on_grid()
+            self._observe(request, maps)
+            return direct_loss(maps[:, :, 0][:, words].flatten(-2), heat[words].flatten(-2), kind)
+        with torch.no_grad():
+            self._observe(request, on_grid())
+        heat = on_keys(heat.to(rows), request.layout, request.word_pictures, request.mixing)
+        is_key = request.layout.pictures.to(rows.device) >= 0
+        return direct_loss((attention[:, :, 0] * is_key[:, None])[:, words], heat[words], kind)
+
+    def _targets(self, request: AlignmentRequest) -> Tensor:
+        """The maps that the loss is of: (sample, word, rows, cols)."""
+        config = self.config
+        if not config.is_direct and config.sharpen == 1 and not config.subtract_background:
+            return request.targets  # the published loss scales them itself
+        return prepared(request.targets, config.sharpen, config.subtract_background)
+
+    @torch.no_grad()
+    def _observe(self, request: AlignmentRequest, attention: Tensor) -> None:
+        """Set `student_maps` and `map_shares` of a request, from (layer, sample, head, word, rows, cols)."""
+        request.student_maps = attention.detach().float().mean(dim=(0, 2))[request.present]
+        heat = prepared(request.targets[request.present])
+        request.map_shares = share_on_map(request.student_maps.flatten(-2), heat.flatten(-2))
 
     def attention(self, request: AlignmentRequest) -> Tensor:
         """Attention on the pictures before the Aligner: (layer, sample, head, word, rows, cols).
 
         With a flow pooling there is one layer.
-
-        Raises:
-            CaptureError: the rows carry no gradient in training.
         """
         grid = (request.targets.shape[-2], request.targets.shape[-1])
         if not request.layout.pictures.numel():  # a batch of text alone: some models skip these layers
             samples, words = request.present.shape
             return request.targets.new_zeros(1, samples, self.num_channels, words, *grid)
+        rows = self._rows(request)
+        if POOLINGS[self.config.pooling].flow:
+            rows = flow(rows, request.text_positions(), self.config.pooling)
+        words = word_attention(rows, request.shares.to(rows))
+        return to_grid(words, request.layout, request.word_pictures, grid, request.mixing)
+
+    def _rows(self, request: AlignmentRequest) -> Tensor:
+        """The captured rows of the aligned heads: (layer, sample, head, row, key).
+
+        Raises:
+            CaptureError: the rows carry no gradient in training.
+        """
         rows = request.stacked()
         if self.training and torch.is_grad_enabled() and not rows.requires_grad and not self.vlm_is_frozen:
             raise CaptureError(
@@ -205,12 +263,7 @@ class AlignmentHead(nn.Module):
                 "rows that carry gradient to the model's queries and keys",
                 "use non-reentrant checkpointing, and train parameters at or before the attention layers",
             )
-        if self.config.heads is not None:
-            rows = rows[:, :, list(self.config.heads)]
-        if POOLINGS[self.config.pooling].flow:
-            rows = flow(rows, request.text_positions(), self.config.pooling)
-        words = word_attention(rows, request.shares.to(rows))
-        return to_grid(words, request.layout, request.word_pictures, grid, request.mixing)
+        return rows if self.config.heads is None else rows[:, :, list(self.config.heads)]
 
 
 def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
@@ -297,7 +350,11 @@ def _pool_heads(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     request = kwargs.get("attention_request")
     if isinstance(request, AlignmentRequest):
         config = cast(AlignmentHead, model.get_submodule(HEAD_NAME)).config
-        request.heads = POOLINGS[config.pooling].heads if config.heads is None else "all"
+        pooled_heads = "mean" if config.is_direct else POOLINGS[config.pooling].heads
+        request.heads = pooled_heads if config.heads is None else "all"
+        if request.forced is not None:
+            heat = prepared(request.targets, config.sharpen, config.subtract_background)
+            request.forcing = Forcing(heat, request.shares, request.forced, request.layout, request.word_pictures)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lavender.errors import CaptureError, UnsupportedModelError
 from lavender.students.base import Removable, VlmAdapter
+from lavender.students.forcing import Forcing
 from lavender.students.registry import adapter_for
 from lavender.students.rows import Heads, attention_rows, select_rows
 
@@ -49,6 +50,8 @@ class AttentionRequest:
             over all keys of the layer, 0 at padded keys. One head if `heads` pools them.
         heads: "all"; or "mean" or "max" to pool the heads of a layer during capture, which saves memory.
         padded: whether the batch has padding, so that every layer must get a mask.
+        forcing: rows that attend as maps say in the captured layers; None for no row. What is captured is still the
+            layer's own attention.
         mixing: attention of a resampler's latents on its patches, (view, latent, patch); None if there is no
             resampler. See `VlmAdapter.latent_attention`.
         learned: whether a layer's parallel projections, if it has them, replace its own queries and keys.
@@ -62,6 +65,7 @@ class AttentionRequest:
         self.mixing: Tensor | None = None
         self.heads: Heads = "all"
         self.padded = False
+        self.forcing: Forcing | None = None
 
     def answered_by_parallel(self, module: nn.Module) -> bool:
         """Whether the rows of an attention module come from its parallel projections (Eq. 15)."""
@@ -230,6 +234,12 @@ def _capturing_kernel(base: str):
                     "report this model class",
                 )
             request.capture(module, query, key, attention_mask, kwargs["scaling"])
+            if request.forcing is not None:
+                places = request.rows_BR, request.keys_BK, request.mixing
+                forced = request.forcing.output(
+                    output[0], query, key, value, attention_mask, kwargs["scaling"], *places
+                )
+                return forced, *output[1:]
         return output
 
     return attention

@@ -140,16 +140,37 @@ def to_grid(
             "a box for each key",
             "pass the model the batch that the boxes were made of",
         )
-    device = attention_LBHWK.device
-    if layout.pictures.numel() and layout.pictures.max() > 0:
-        is_of_word_BWK = layout.pictures[:, None] == word_pictures_BW[..., None].to(layout.pictures.device)
-        attention_LBHWK = attention_LBHWK * is_of_word_BWK.to(device)[:, None]
-    overlaps = [_cached_overlap(boxes.numpy().tobytes(), grid) for boxes in layout.boxes.float().cpu()]
-    overlap = torch.stack(overlaps).to(device)
-    if layout.views is not None:
-        overlap = _latent_overlap(overlap, layout.views.to(device), mixing_VNP)
+    attention_LBHWK = attention_LBHWK * is_of_word(layout, word_pictures_BW).to(attention_LBHWK)[:, None]
+    overlap = _overlap(layout, grid, attention_LBHWK.device, mixing_VNP)
     maps = torch.einsum("lbhwk,bkc->lbhwc", attention_LBHWK, overlap.to(attention_LBHWK.dtype))
     return maps.unflatten(-1, grid) * (grid[0] * grid[1])
+
+
+def on_keys(heat_BWrc: Tensor, layout: KeyLayout, word_pictures_BW: Tensor, mixing_VNP: Tensor | None = None) -> Tensor:
+    """Lay maps onto the image keys: the mean heat within each key's box, (sample, word, key).
+
+    The part of a box outside the picture counts as 0, and so do keys of other pictures. If the keys are latents of a
+    resampler, a latent has the heat of the patches it attends to.
+
+    Args:
+        heat_BWrc: maps over the words' pictures.
+        layout, word_pictures_BW, mixing_VNP: as for `to_grid`.
+    """
+    overlap = _overlap(layout, (heat_BWrc.shape[-2], heat_BWrc.shape[-1]), heat_BWrc.device, mixing_VNP)
+    heat_BWK = torch.einsum("bwc,bkc->bwk", heat_BWrc.flatten(-2).to(overlap.dtype), overlap)
+    return heat_BWK * is_of_word(layout, word_pictures_BW).to(heat_BWK)
+
+
+def is_of_word(layout: KeyLayout, word_pictures_BW: Tensor) -> Tensor:
+    """Which image keys are of the picture that a word's map is of: bool (sample, word, key)."""
+    return layout.pictures[:, None] == word_pictures_BW[..., None].to(layout.pictures.device)
+
+
+def _overlap(layout: KeyLayout, grid: tuple[int, int], device: torch.device, mixing_VNP: Tensor | None) -> Tensor:
+    """What each image key shows of each cell: (sample, key, cell)."""
+    overlaps = [_cached_overlap(boxes.numpy().tobytes(), grid) for boxes in layout.boxes.float().cpu()]
+    overlap = torch.stack(overlaps).to(device)
+    return overlap if layout.views is None else _latent_overlap(overlap, layout.views.to(device), mixing_VNP)
 
 
 def _latent_overlap(overlap_VPC: Tensor, views_BK: Tensor, mixing_VNP: Tensor | None) -> Tensor:

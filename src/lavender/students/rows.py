@@ -49,7 +49,7 @@ def attention_rows(
 class _AttentionRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, rows: Tensor, keys: Tensor | None, mask, scaling, heads):
-        scores = _scores(query, key, rows, mask, scaling)
+        scores = scores_of(query, key, rows, mask, scaling)
         largest = scores.amax(dim=-1, keepdim=True)
         exponentials = scores.sub_(largest).exp_()
         total = exponentials.sum(dim=-1, keepdim=True)
@@ -67,7 +67,7 @@ class _AttentionRows(torch.autograd.Function):
         query, key, rows, keys, mask, largest, total = ctx.saved_tensors
         hidden = torch.finfo(mask.dtype if mask is not None and mask.is_floating_point() else largest.dtype).min
         normaliser = (largest > hidden / 2) / total  # 0 for a row that sees nothing: it has no gradient
-        exponentials = _scores(query, key, rows, mask, ctx.scaling).sub_(largest).exp_()
+        exponentials = scores_of(query, key, rows, mask, ctx.scaling).sub_(largest).exp_()
         kept = _kept(exponentials, keys) * normaliser
         if ctx.heads == "mean":
             grad = (grad / kept.shape[1]).expand_as(kept)
@@ -84,7 +84,7 @@ class _AttentionRows(torch.autograd.Function):
         return *_query_and_key_gradients(grad_scores, query, key), None, None, None, None, None
 
 
-def _scores(query_BHRD: Tensor, key_BGKD: Tensor, rows_BR: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def scores_of(query_BHRD: Tensor, key_BGKD: Tensor, rows_BR: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Masked scores of the rows and all keys: (sample, head, row, key), in float32 or float64."""
     dtype = torch.promote_types(query_BHRD.dtype, torch.float32)
     samples, heads, num_rows, width = query_BHRD.shape

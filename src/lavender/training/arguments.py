@@ -22,6 +22,7 @@ from lavender.config import (
     ParallelInit,
     PartOfSpeech,
     Pooling,
+    name_of_loss,
 )
 from lavender.errors import ConfigError
 from lavender.type_checks import check_type
@@ -82,7 +83,7 @@ class AlignmentArguments(_ArgumentsLike):
             the last one.
 
     All other fields are those of `lavender.config.AlignmentConfig`, which documents them. Those that only reproduce
-    the paper: `align_weight="estimated"`, `attention_loss="min-max-sum"`, `align_switches`.
+    the paper: `align_weight="estimated"`, `attention_loss="published-sum"`, `align_switches`.
 
     Raises:
         ConfigError: a setting is of another type, out of its range, or contradicts another.
@@ -119,7 +120,26 @@ class AlignmentArguments(_ArgumentsLike):
     )
     attention_loss: AttentionLoss = field(
         default=AlignmentConfig.attention_loss,
-        metadata={"help": "Distance between the student's map and the teacher's. min-max-sum is Eq. 9 as written."},
+        metadata={
+            "help": "What L_att compares: the student's own attention (mass, kl), or its Aligner's map (published, the "
+            "paper's). published-sum is Eq. 9 as written."
+        },
+    )
+    sharpen: float = field(
+        default=AlignmentConfig.sharpen, metadata={"help": "Power to which the maps are raised, such as 2."}
+    )
+    subtract_background: bool = field(default=False, metadata={"help": "Subtract each map's median."})
+    word_share: float = field(
+        default=AlignmentConfig.word_share,
+        metadata={"help": "Share of a text's mapped words to align: the most confident, from 0 to 1."},
+    )
+    attention_forcing: float = field(
+        default=AlignmentConfig.attention_forcing,
+        metadata={"help": "Probability, at the first step, that a word's rows attend as its map says. It falls to 0."},
+    )
+    forcing_share: float = field(
+        default=AlignmentConfig.forcing_share,
+        metadata={"help": "Share of the steps over which the probability of attention_forcing falls to 0."},
     )
     layers: list[int] | str | None = field(
         default=None,
@@ -179,6 +199,7 @@ class AlignmentArguments(_ArgumentsLike):
         return AlignmentConfig(**{setting.name: getattr(self, setting.name) for setting in fields(AlignmentConfig)})
 
     def __post_init__(self) -> None:
+        self.attention_loss = name_of_loss(self.attention_loss)
         self.alignment()
         for name, least in (("probe_size", 0), ("probe_steps", 1)):
             check_type(name, getattr(self, name), int)

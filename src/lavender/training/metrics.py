@@ -30,8 +30,10 @@ class Metrics:
     - `attention_loss`: weighted mean over all matched words; NaN if none matched.
     - `matched_words` and `matched_share`: their number, and their share of the mapped words.
 
-    In both, `student_entropy` is the entropy of the student's attention before any Aligner: mean over words, in nats
-    per word (Eq. 23).
+    In both, of the student's attention on the picture before any Aligner, mean over words:
+    - `student_entropy`: its entropy, in nats (Eq. 23).
+    - `attention_mass`: the share of it that lies on the teacher's map, from 0 to 1. This is its level, which the
+      published loss hardly changes; the place of its maximum, "pointing", does not show it.
     """
 
     def __init__(self) -> None:
@@ -49,27 +51,28 @@ class Metrics:
         self._add([samples, samples * vlm, words, total.detach().float()], request)
 
     def _add(self, sums: list[Tensor], request: AlignmentRequest) -> None:
-        """Add to the sums: steps or samples, L_VLM, weight of words, L_att; matched words, entropies, mapped words."""
+        """Add to the sums: steps or samples, L_VLM, weight of words, L_att; then the sums over words."""
         maps, like = request.student_maps, sums[0]
-        sums = [*sums, request.matched.sum().to(like), entropy(maps).sum().to(like), like.new_full((), len(maps))]
+        of_words = request.matched.sum(), entropy(maps).sum(), request.map_shares.sum()
+        sums = [*sums, *(total.to(like) for total in of_words), like.new_full((), len(maps))]
         added = torch.stack(sums)
         self._sums = added if self._sums is None else self._sums + added
 
     def take_steps(self, accelerator: Accelerator) -> dict[str, float]:
         """The training metrics since they were last taken. Every process must call this."""
-        steps, vlm, _, attention, matched, spread, maps = self._take(accelerator)
+        steps, vlm, _, attention, matched, *of_words = self._take(accelerator)
         if not steps:
             return {}
         # every process counts every step, and its losses are multiplied by the number of processes
-        return _numbers(vlm / steps, attention / steps, matched * accelerator.num_processes / steps, spread, maps)
+        return _numbers(vlm / steps, attention / steps, matched * accelerator.num_processes / steps, *of_words)
 
     def take_batches(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics of an evaluation. Every process must call this."""
-        samples, vlm, words, attention, matched, spread, maps = self._take(accelerator)
+        samples, vlm, words, attention, matched, *of_words = self._take(accelerator)
         if not samples:
             return {}
-        numbers = _numbers(vlm / samples, attention / words if words else math.nan, matched, spread, maps)
-        return numbers | ({"matched_share": matched / maps} if maps else {})
+        numbers = _numbers(vlm / samples, attention / words if words else math.nan, matched, *of_words)
+        return numbers | ({"matched_share": matched / of_words[-1]} if of_words[-1] else {})
 
     def clear(self) -> None:
         """Discard sums that were not taken."""
@@ -77,14 +80,16 @@ class Metrics:
 
     def _take(self, accelerator: Accelerator) -> list[float]:
         if self._sums is None:
-            return [0.0] * 7
+            return [0.0] * 8
         sums, self._sums = self._sums, None
         return accelerator.gather(sums[None]).sum(dim=0).tolist()
 
 
-def _numbers(vlm: float, attention: float, matched: float, spread: float, maps: float) -> dict[str, float]:
+def _numbers(
+    vlm: float, attention: float, matched: float, entropies: float, map_shares: float, maps: float
+) -> dict[str, float]:
     numbers = {"vlm_loss": vlm, "attention_loss": attention, "matched_words": matched}
-    return numbers | ({"student_entropy": spread / maps} if maps else {})
+    return numbers | ({"student_entropy": entropies / maps, "attention_mass": map_shares / maps} if maps else {})
 
 
 def check_choice(metrics: Mapping[str, float], name: str | None, aligns: bool) -> None:

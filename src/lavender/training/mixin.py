@@ -53,7 +53,7 @@ from lavender.training.refused_samples import (
     leave_out_refused,
     refuse_in_plain_trainer,
 )
-from lavender.training.schedule import AlignerPretraining, AlignWeight
+from lavender.training.schedule import AlignerPretraining, AlignWeight, forced_words
 from lavender.training.trainable import name_all_linear, set_alignment_type
 
 # AlignmentMixin uses attributes of Trainer; at run time it is combined with a class that has them
@@ -131,7 +131,8 @@ class AlignmentMixin(_TrainerLike):
                     parameter.requires_grad_(False)
         elif peft_config is not None:
             tuned: Any = peft_config  # PeftConfig itself lacks the attribute
-            tuned.modules_to_save = sorted({*(tuned.modules_to_save or ()), *TRAINED_PARTS})
+            parts = {part for part in TRAINED_PARTS if not config.is_direct}  # a direct loss has no parameters
+            tuned.modules_to_save = sorted({*(tuned.modules_to_save or ()), *parts}) or None
         wrapped: nn.Module = model
         if isinstance(self, SFTTrainer):
             kwargs["peft_config"] = peft_config
@@ -216,7 +217,10 @@ class AlignmentMixin(_TrainerLike):
         alignment, labels = inputs.pop("alignment"), inputs["labels"]
         if not model.training:
             self._check_pictures(alignment["pictures"])
-        request = AlignmentRequest(self._alignment_layers, alignment, self._root_matcher)
+        forced = None
+        if model.training:
+            forced = forced_words(self._alignment, self.state, alignment["names"], alignment["present"])
+        request = AlignmentRequest(self._alignment_layers, alignment, self._root_matcher, forced)
         with _passed_on(model, request) as outputs_seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plain_loss, outputs = cast(tuple[Tensor, Any], result if return_outputs else (result, None))

@@ -41,11 +41,13 @@ class Seen(NamedTuple):
         student: attention of the student before any Aligner, (word, rows, cols).
         teacher: the teacher's maps, (word, rows, cols).
         losses: L_att of each word, (word,).
+        map_shares: share of each word's attention on the picture that lies on its map, (word,).
     """
 
     student: Tensor
     teacher: Tensor
     losses: Tensor
+    map_shares: Tensor
 
 
 class Drawn(NamedTuple):
@@ -92,8 +94,8 @@ def add_probe(
 class Probe(TrainerCallback):
     """Measures some samples before the first step, every `every` steps and after the last one.
 
-    It logs three numbers:
-    - `probe_map_agreement` and `probe_peak_hits`, of the student's own attention: mean over heads and aligned layers,
+    It logs four numbers:
+    - `probe_map_agreement`, `probe_peak_hits` and `probe_attention_mass`, of the student's own attention: mean over heads and aligned layers,
       before any Aligner, and without the projections of "learn", which no export keeps.
     - `probe_attention_loss`, L_att as it is trained.
 
@@ -141,6 +143,7 @@ class Probe(TrainerCallback):
             seen = Seen(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
             numbers = {
                 "probe_peak_hits": peak_hits(seen.student, seen.teacher),
+                "probe_attention_mass": seen.map_shares.mean().item(),
                 "probe_attention_loss": seen.losses.mean().item(),
             }
             agreement = map_agreement(seen.student, seen.teacher)
@@ -156,7 +159,8 @@ class Probe(TrainerCallback):
         requests = self._requests(tensors)
         for request in requests:
             model(**inputs, **self._settings, attention_request=request)
-        maps = requests[-1].student_maps, tensors["targets"][tensors["present"]], requests[0].losses
+        own = requests[-1]
+        maps = own.student_maps, tensors["targets"][tensors["present"]], requests[0].losses, own.map_shares
         return Seen(*(tensor.float().cpu() for tensor in maps))
 
     def _first_word(self, example: Mapping[str, Any], batch: Mapping[str, Any]) -> Drawn:

@@ -1,7 +1,9 @@
-"""Alignment over a run: λ at each step (estimate, warm-up, decay, switches), and the Aligner's pretraining."""
+"""Alignment over a run: λ at each step (estimate, warm-up, decay, switches), attention forcing, the pretraining."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,8 @@ from lavender.config import AlignmentConfig
 FIRST_VARIANCE = 0.05  # λ is 10 then, the authors' constant
 DECAY = 0.95
 LEAST_VARIANCE = 1e-6
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+"""Its multiples, modulo 1, are spread evenly: a word's draws of successive steps cover [0, 1)."""
 
 
 class AlignWeight:
@@ -61,8 +65,36 @@ class AlignWeight:
             request: the micro-batch's, after its forward pass.
         """
         if self.estimate is not None:
-            cells = request.targets[0, 0].numel() if self._config.attention_loss == "min-max-sum" else 1
+            cells = request.targets[0, 0].numel() if self._config.attention_loss == "published-sum" else 1
             self.estimate.add(total / cells, matched_weight(request))
+
+
+def forced_words(config: AlignmentConfig, state: TrainerState, names: Sequence[str], present: Tensor) -> Tensor | None:
+    """The words whose rows are forced at the training step that runs: bool (sample, word). None if forcing is off.
+
+    Each word is forced with the probability of the step. The draw is a function of the sample's pictures, the word's
+    place and the step. So it does not depend on batches, processes or random states, and is the same after resuming.
+
+    Args:
+        config: its `attention_forcing` is the probability at the first step, which falls to 0 over `forcing_share`.
+        state: of the trainer.
+        names: a text for each sample that identifies its pictures.
+        present: bool (sample, word), False at padding.
+    """
+    done = state.global_step / max(1, state.max_steps)
+    probability = config.attention_forcing * max(0.0, 1 - done / config.forcing_share)
+    if probability <= 0:
+        return None
+    draws = [
+        [(_uniform(f"{name} {word}") + state.global_step * GOLDEN_RATIO) % 1 for word in range(present.shape[1])]
+        for name in names
+    ]
+    return present & (torch.tensor(draws) < probability).to(present.device)
+
+
+def _uniform(text: str) -> float:
+    """A number in [0, 1) that depends on a text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 class EstimatedWeight(TrainerCallback, ExportableState):
@@ -71,8 +103,8 @@ class EstimatedWeight(TrainerCallback, ExportableState):
     σ² is the running mean of the squared residual per cell. It starts at 0.05 (λ = 10), and each optimiser step moves
     it by a twentieth of the difference. It is part of the trainer's state, so a resumed run continues with it.
 
-    λ grows as the residual shrinks. With the loss "min-max", a mean over cells, λ · L_att tends to 1/2: a map counts
-    as one observation. With "min-max-sum" each cell counts as one (Eq. 9 and 35 as written), and λ · L_att tends to
+    λ grows as the residual shrinks. With the loss "published", a mean over cells, λ · L_att tends to 1/2: a map counts
+    as one observation. With "published-sum" each cell counts as one (Eq. 9 and 35 as written), and λ · L_att tends to
     half the number of cells, which is far more than L_VLM.
     """
 

@@ -13,7 +13,7 @@ from lavender.config import AttentionLoss
 from lavender.maps import min_max
 
 KINDS = pytest.mark.parametrize("kind", get_args(AttentionLoss))
-DIVERGENCES = pytest.mark.parametrize("kind", ["mse", "kl", "js"])
+DIVERGENCES = pytest.mark.parametrize("kind", ["published-mse", "published-kl", "published-js"])
 STUDENT, TEACHER = torch.tensor([[[1.0, 0], [1, 0]]]), torch.tensor([[[1.0, 0], [0, 0]]])
 A = 1e-6  # of FLOOR: cells of the distributions are (1 + a) or a over the sum of all four
 LIT, DARK = (1 + A) / (2 + 4 * A), A / (2 + 4 * A)  # of the student: two lit cells
@@ -46,15 +46,15 @@ def test_a_flat_teacher_asks_for_nothing_anywhere():
 @pytest.mark.parametrize(
     ("kind", "loss"),
     [
-        ("min-max", 1 / 4),
-        ("min-max-sum", 1),
+        ("published", 1 / 4),
+        ("published-sum", 1),
         # ½, 0, ½, 0 against 1, 0, 0, 0: a quarter twice
-        ("mse", (LIT - ONE) ** 2 + (LIT - NONE) ** 2 + 2 * (DARK - NONE) ** 2),
+        ("published-mse", (LIT - ONE) ** 2 + (LIT - NONE) ** 2 + 2 * (DARK - NONE) ** 2),
         # ln 2, and 10⁻⁶ · −13.1 for the lit cell that should be dark
-        ("kl", ONE * log(ONE / LIT) + NONE * log(NONE / LIT) + 2 * NONE * log(NONE / DARK)),
+        ("published-kl", ONE * log(ONE / LIT) + NONE * log(NONE / LIT) + 2 * NONE * log(NONE / DARK)),
         # against ¾, 0, ¼, 0
         (
-            "js",
+            "published-js",
             (LIT * log(2 * LIT / (LIT + ONE)) + LIT * log(2 * LIT / (LIT + NONE))) / 2
             + (ONE * log(2 * ONE / (LIT + ONE)) + NONE * log(2 * NONE / (LIT + NONE))) / 2
             + DARK * log(2 * DARK / (DARK + NONE))
@@ -65,24 +65,31 @@ def test_a_flat_teacher_asks_for_nothing_anywhere():
 def test_each_kind_by_hand(kind, loss):
     """Two lit cells of four where the teacher has one."""
     assert loss == pytest.approx(
-        {"min-max": 0.25, "min-max-sum": 1, "mse": 0.5, "kl": log(2), "js": 0.75 * log(4 / 3)}[kind], abs=2e-5
+        {
+            "published": 0.25,
+            "published-sum": 1,
+            "published-mse": 0.5,
+            "published-kl": log(2),
+            "published-js": 0.75 * log(4 / 3),
+        }[kind],
+        abs=2e-5,
     )
     assert per_word_loss(STUDENT, TEACHER, kind).tolist() == pytest.approx([loss], abs=2e-6)
 
 
 def test_a_missed_place_costs_no_more_than_the_floor_allows():
     """1, 0, 0, 0 against 0, 0, 1, 0: ln 10⁶ = 13.8."""
-    found = per_word_loss(TEACHER.flip(1), TEACHER, "kl")
+    found = per_word_loss(TEACHER.flip(1), TEACHER, "published-kl")
     assert found.tolist() == pytest.approx([(ONE - NONE) * log(ONE / NONE)], rel=1e-5)
     assert found.tolist() == pytest.approx([log(1e6)], abs=1e-4)
 
 
 def test_js_is_symmetric_and_at_most_ln_2():
     ours, theirs = min_max(torch.rand(101, 5, 7) ** 8), min_max(torch.rand(101, 5, 7) ** 8)
-    found = per_word_loss(ours, theirs, "js")
-    torch.testing.assert_close(per_word_loss(theirs, ours, "js"), found, rtol=0, atol=1e-5)
+    found = per_word_loss(ours, theirs, "published-js")
+    torch.testing.assert_close(per_word_loss(theirs, ours, "published-js"), found, rtol=0, atol=1e-5)
     assert 0.2 < found.min() <= found.max() < log(2)
-    apart = per_word_loss(TEACHER.flip(1), TEACHER, "js")  # no cell in common
+    apart = per_word_loss(TEACHER.flip(1), TEACHER, "published-js")  # no cell in common
     assert log(2) - 1e-4 < apart.item() <= log(2)
 
 

@@ -246,6 +246,7 @@ def test_the_head_goes_by_its_settings(pooling, kind):
         aligner_width=7,
     )
     head = AlignmentHead(5, (1, 4, 7), config).eval()
+    assert head.aligner is not None
     assert [str(layer) for layer in head.aligner] == [
         str(layer)
         for layer in Aligner(

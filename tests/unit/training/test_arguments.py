@@ -27,7 +27,7 @@ OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("subjects_and_objects", "", True),
     ("subjects_and_objects", "True", True),
     ("weight_by_confidence", "true", True),
-    ("attention_loss", "js", "js"),
+    ("attention_loss", "kl", "kl"),
     ("layers", "1 3", [1, 3]),
     ("layers", "2", [2]),
     ("layers", "middle", "middle"),

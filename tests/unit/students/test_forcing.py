@@ -1,0 +1,47 @@
+"""Attention forcing against the formula by hand, for layers that see pictures alone and for self-attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lavender.students.forcing import Forcing
+from lavender.students.image_keys import grid_boxes, key_layout, on_keys
+
+SAMPLES, HEADS, GROUPS, TOKENS, WIDTH = 2, 4, 2, 9, 5
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_a_forced_row_attends_as_its_map_says(cross):
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    layout = key_layout([[grid_boxes(2, 2)]] * SAMPLES)
+    keys_BI = None if cross else torch.tensor([[1, 2, 3, 4], [0, 1, 2, 3]])
+    num_keys = 4 if cross else TOKENS
+    query, key, value = (
+        random(SAMPLES, heads, num, WIDTH) for heads, num in ((HEADS, TOKENS), (GROUPS, num_keys), (GROUPS, num_keys))
+    )
+    mask = torch.ones(SAMPLES, 1, TOKENS, num_keys, dtype=torch.bool)
+    if not cross:
+        mask = mask.tril()
+    heat = random(SAMPLES, 2, 4, 4)
+    rows = torch.tensor([[5, 7, 8], [6, 8, 0]])
+    shares = torch.tensor([[[0.5, 0.5, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 0]]])
+    forced = torch.tensor([[True, False], [False, True]])
+    own = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
+    forcing = Forcing(heat, shares, forced, layout, torch.zeros(SAMPLES, 2, dtype=torch.long))
+    output = forcing.output(own.transpose(1, 2), query, key, value, mask, 0.3, rows, keys_BI, None)
+    repeat = HEADS // GROUPS
+    scores = (query @ key.repeat_interleave(repeat, 1).mT * 0.3).masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = own.transpose(1, 2).clone()
+    quarters = on_keys(heat, layout, torch.zeros(SAMPLES, 2, dtype=torch.long))
+    torch.testing.assert_close(quarters[0, 0, 0], heat[0, 0, :2, :2].mean().to(quarters))
+    for sample, row, word in ((0, 5, 0), (0, 7, 0), (1, 8, 1)):
+        spread = (quarters[sample, word] / quarters[sample, word].sum()).double()
+        weights = scores[sample, :, row].clone()
+        places = torch.arange(4) if cross else keys_BI[sample]
+        weights[:, places] = weights[:, places].sum(-1, keepdim=True) * spread
+        expected[sample, row] = torch.einsum("hk,hkd->hd", weights, value[sample].repeat_interleave(repeat, 0))
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
+    untouched = [(0, 8), (1, 6), (1, 0)]
+    assert all(torch.equal(output[place], own.transpose(1, 2)[place]) for place in untouched)
