@@ -95,8 +95,8 @@ class Probe(TrainerCallback):
     """Measures some samples before the first step, every `every` steps and after the last one.
 
     It logs four numbers:
-    - `probe_map_agreement`, `probe_peak_hits` and `probe_attention_mass`, of the student's own attention: mean over heads and aligned layers,
-      before any Aligner, and without the projections of "learn", which no export keeps.
+    - `probe_map_agreement`, `probe_peak_hits` and `probe_attention_mass`, of the student's own attention: mean over
+      heads and aligned layers, before any Aligner, and without the projections of "learn", which no export keeps.
     - `probe_attention_loss`, L_att as it is trained.
 
     Training is bit-identical with and without the probe: it runs in evaluation mode and restores the state of random

@@ -8,11 +8,11 @@ from typing import get_args
 import pytest
 import torch
 
-from lavender.alignment.losses import per_word_loss
-from lavender.config import AttentionLoss
+from lavender.alignment.losses import direct_loss, per_word_loss, prepared
+from lavender.config import DIRECT_LOSSES, AttentionLoss
 from lavender.maps import min_max
 
-KINDS = pytest.mark.parametrize("kind", get_args(AttentionLoss))
+KINDS = pytest.mark.parametrize("kind", [kind for kind in get_args(AttentionLoss) if kind not in DIRECT_LOSSES])
 DIVERGENCES = pytest.mark.parametrize("kind", ["published-mse", "published-kl", "published-js"])
 STUDENT, TEACHER = torch.tensor([[[1.0, 0], [1, 0]]]), torch.tensor([[[1.0, 0], [0, 0]]])
 A = 1e-6  # of FLOOR: cells of the distributions are (1 + a) or a over the sum of all four
@@ -140,3 +140,68 @@ def test_flat_maps_give_finite_gradients(kind, ours, theirs):
     loss.sum().backward()
     assert student.grad is not None
     assert student.grad.isfinite().all()
+
+
+# the losses of the attention itself
+
+QUARTERS = torch.tensor([[[0.1, 0.2, 0.3, 0.4]], [[0.4, 0.4, 0.1, 0.1]]])  # two layers, one word, four keys
+
+
+@pytest.mark.parametrize(
+    ("kind", "heat", "loss"),
+    [
+        ("mass", [1, 1, 0, 0], -(log(0.3) + log(0.8)) / 2),
+        ("mass", [1, 0.5, 0, 0], -(log(0.2) + log(0.6)) / 2),
+        ("mass", [1, 1, 1, 1], 0),
+        ("kl", [1, 0, 0, 0], -(log(0.1) + log(0.4)) / 2),
+        ("kl", [1, 1, 0, 0], (log(0.5 / 0.1) + log(0.5 / 0.2) + 2 * log(0.5 / 0.4)) / 4),
+        ("kl", [0.1, 0.2, 0.3, 0.4], (0.1 * log(1 / 4) + 0.2 * log(1 / 2) + 0.3 * log(3) + 0.4 * log(4)) / 2),
+    ],
+)
+@pytest.mark.parametrize("scale", [1, 0.01], ids=["", "of a row that mostly sees text"])
+def test_direct_losses_by_hand(kind, heat, loss, scale):
+    """The level counts: of the first layer's attention three tenths are on the map, of the second's eight tenths."""
+    computed = direct_loss(scale * QUARTERS, torch.tensor([heat], dtype=torch.float32), kind)
+    assert computed.tolist() == pytest.approx([loss], abs=2e-5)
+
+
+def test_direct_losses_fall_as_attention_moves_to_the_map():
+    """The published loss of such maps is the same, since each is 0 or 1 in the right place."""
+    heat = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    levels = [torch.tensor([[[level / 2, level / 2, (1 - level) / 2, (1 - level) / 2]]]) for level in (0.52, 0.7, 0.95)]
+    for kind in ("mass", "kl"):
+        losses = [direct_loss(level, heat, kind).item() for level in levels]
+        assert losses == sorted(losses, reverse=True)
+        assert losses[0] - losses[2] > 0.5
+    published = [per_word_loss(min_max(level.view(1, 2, 2)), heat.view(1, 2, 2)).item() for level in levels]
+    assert max(published) < 1e-6
+
+
+def test_what_cannot_be_on_the_map_stays_finite():
+    attention = torch.tensor([[[0.0, 0.0, 1.0]]], requires_grad=True)
+    for kind in ("mass", "kl"):
+        loss = direct_loss(attention, torch.tensor([[1.0, 0.0, 0.0]]), kind).sum()
+        (gradient,) = torch.autograd.grad(loss, attention)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "heat"),
+    [
+        ({}, [0, 1 / 4, 1 / 2, 1]),
+        ({"sharpen": 2}, [0, 1 / 16, 1 / 4, 1]),
+        ({"subtract_background": True}, [0, 0, 1 / 3, 1]),
+        ({"subtract_background": True, "sharpen": 2}, [0, 0, 1 / 9, 1]),
+    ],
+)
+def test_targets_by_hand(settings, heat):
+    """The median of an even number of cells is the lower of the two in the middle: 3."""
+    maps = torch.tensor([[[2.0, 3.0], [4.0, 6.0]]])
+    torch.testing.assert_close(prepared(maps, **settings).flatten(), torch.tensor(heat), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 5.0])
+def test_a_map_without_contrast_is_1_everywhere(level):
+    for subtract in (False, True):
+        assert torch.equal(prepared(torch.full((1, 3, 3), level), 2.0, subtract), torch.ones(1, 3, 3))
