@@ -36,7 +36,8 @@ class DirectLosses:
         generator = torch.Generator().manual_seed(1)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         directions = [
-            torch.randn(p.shape, generator=generator, dtype=p.dtype) * p.std().nan_to_num() for p in parameters
+            parameter.square().mean().sqrt() * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            for parameter in parameters
         ]
         gradients = torch.autograd.grad(objective(), parameters, allow_unused=True)
         slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True) if g is not None)

@@ -39,7 +39,7 @@ def test_a_forced_row_attends_as_its_map_says(cross):
     for sample, row, word in ((0, 5, 0), (0, 7, 0), (1, 8, 1)):
         spread = (quarters[sample, word] / quarters[sample, word].sum()).double()
         weights = scores[sample, :, row].clone()
-        places = torch.arange(4) if cross else keys_BI[sample]
+        places = torch.arange(4) if keys_BI is None else keys_BI[sample]
         weights[:, places] = weights[:, places].sum(-1, keepdim=True) * spread
         expected[sample, row] = torch.einsum("hk,hkd->hd", weights, value[sample].repeat_interleave(repeat, 0))
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
