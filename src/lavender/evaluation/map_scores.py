@@ -69,6 +69,7 @@ class MapScores:
         pointing_by_mention, words_by_mention: order of mention → pointing, and the number of words.
         iou_fixed, iou_threshold: mean IoU at a threshold that was chosen on other scenes, and this threshold.
         iou_best, best_threshold: mean IoU at the single best threshold for these maps, and this threshold.
+        mass: share of the map that lies in the mask, mean; `uniform_pointing` is that of a uniform map.
         ap, auroc: means of the pixels' average precision, and of the area under their ROC curve.
         pointing_by_size, words_by_size: key of `SIZES` → pointing, and the number of words.
         wrong_word_pointing, num_wrong: share of other words' maps that point at this word, None without such maps; and
@@ -86,6 +87,7 @@ class MapScores:
     iou_threshold: float
     iou_best: float
     best_threshold: float
+    mass: float
     ap: float
     auroc: float
     pointing_by_size: dict[str, float]
@@ -119,6 +121,17 @@ def pointing(map: Tensor, mask: np.ndarray | Tensor) -> bool:
         mask: bool (height, width).
     """
     return _rank(map, mask).points
+
+
+def mass_in_mask(map: Tensor, mask: np.ndarray | Tensor) -> float:
+    """The share of the resized map that lies in the mask, from 0 to 1; of attention, the share on the thing.
+
+    Args:
+        map: non-negative (rows, cols).
+        mask: bool (height, width).
+    """
+    mask = torch.as_tensor(mask)
+    return float(to_distribution(resize_map(map, (mask.shape[0], mask.shape[1])).double())[mask].sum())
 
 
 def kl_from_mask(map: Tensor, mask: np.ndarray | Tensor, floor: float = 1e-4) -> float:
@@ -182,6 +195,7 @@ def score_maps(judged: Sequence[JudgedMap], iou_threshold: float) -> MapScores:
         iou_threshold=iou_threshold,
         iou_best=iou_best,
         best_threshold=threshold,
+        mass=_mean([mass_in_mask(word.map, word.mask) for word in judged]),
         ap=_mean([ranking.average_precision() for ranking in ranked]),
         auroc=_mean([ranking.auroc() for ranking in ranked]),
         pointing_by_size={name: _mean(points) for name, points in by_size.items()},

@@ -136,12 +136,14 @@ def score_attention(judged: Sequence[JudgedMap]) -> dict[str, Any]:
     """Score maps against the true masks.
 
     Returns:
-        `pointing` and its controls (shares of maps, see `MapScores`); `entropy` in nats, mean; `mask_kl`, the mean KL
+        `pointing` and its controls (shares of maps, see `MapScores`); `attention_mass`, the share of attention on the
+        thing, mean; `entropy` in nats, mean; `mask_kl`, the mean KL
         divergence from the true mask to the map, in nats; `entropies`, the entropy of every map.
     """
     scores = score_maps(judged, best_threshold(judged)[0])
     return {
         "pointing": scores.pointing,
+        "attention_mass": scores.mass,
         "entropy": scores.entropy,
         "wrong_word_pointing": scores.wrong_word_pointing,
         "uniform_pointing": scores.uniform_pointing,

@@ -20,6 +20,7 @@ METRICS: dict[str, str] = {
     "out_of_domain": "captions of OpenMoji drawings, object F1",
     "held_out_loss": "loss of true captions, nats per token",
     "pointing": "pointing accuracy of attention",
+    "attention_mass": "share of attention on the thing",
     "wrong_word_pointing": "pointing accuracy of another word's attention",
     "entropy": "entropy of attention, nats",
     "mask_kl": "KL divergence from the true mask, nats",

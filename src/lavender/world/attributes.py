@@ -1,0 +1,106 @@
+"""Scenes whose things have a coloured edge, and texts that bind a colour to a thing: questions and captions.
+
+The edge lies around a thing, which keeps its own colours: a tinted drawing would lose its name for the vision tower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import binary_dilation
+
+from lavender.world.language import Question
+from lavender.world.scenes import Scene, draw_scene
+from lavender.world.sprites import NAMES
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 30, 30),
+    "green": (40, 170, 50),
+    "blue": (40, 80, 230),
+    "yellow": (245, 220, 40),
+    "purple": (150, 50, 190),
+    "white": (250, 250, 250),
+}
+"""Colour of an edge → RGB, 0 to 255."""
+EDGE = 3  # pixels
+_STREAM = 77
+_OWN_COLOUR = {"red apple", "green apple", "fire engine"}
+NAMES_WITHOUT_COLOUR = tuple(name for name in NAMES if name not in _OWN_COLOUR)
+
+
+@dataclass(frozen=True, eq=False)
+class EdgedScene(Scene):
+    """A scene of two to four things, each with an edge of its own colour.
+
+    Attributes:
+        colours: the colour of each thing's edge, in the order of `things`; all different.
+    """
+
+    colours: tuple[str, ...] = ()
+
+    def colour_of(self, name: str) -> str:
+        """The colour of a thing's edge."""
+        return self.colours[self.names.index(name)]
+
+
+def draw_edged(seed: int) -> EdgedScene:
+    """The scene of a seed with coloured edges. It has other things than the plain scene of that seed.
+
+    A thing's mask is that of the thing, without its edge.
+
+    Raises:
+        ValueError: the seed is in no split.
+    """
+    rng = np.random.default_rng([seed, _STREAM])
+    count = 2 + int(rng.choice(3, p=(0.4, 0.35, 0.25)))
+    names = [str(name) for name in rng.choice(NAMES_WITHOUT_COLOUR, size=count, replace=False)]
+    colours = tuple(str(colour) for colour in rng.choice(list(COLOURS), size=count, replace=False))
+    scene = draw_scene(seed, "plain", names=names, stream=_STREAM)
+    pixels = scene.pixels.copy()
+    for thing, colour in zip(scene.things, colours, strict=True):
+        around = binary_dilation(thing.mask, structure=np.ones((3, 3), bool), iterations=EDGE)
+        others = np.any([other.mask for other in scene.things], axis=0)
+        pixels[around & ~others] = COLOURS[colour]
+    return EdgedScene(seed, "plain", pixels, scene.things, colours)
+
+
+def ask_about_colour(scene: EdgedScene, variant: int = 0) -> Question:
+    """ "the dog is on" → "red": a question about one thing of the scene, drawn at random."""
+    rng = np.random.default_rng([scene.seed, 13, variant])
+    name = scene.names[int(rng.integers(len(scene.things)))]
+    return Question("colour", f"the {name} is on", scene.colour_of(name), name)
+
+
+def bind_colours(scene: EdgedScene, variant: int = 0) -> tuple[str, list[dict[str, str]]]:
+    """A caption that names every thing with its colour, "a dog on red and a cat on blue".
+
+    Returns:
+        The caption, and which colour is about which thing, as a data set's column `about`.
+    """
+    rng = np.random.default_rng([scene.seed, 17, variant])
+    order = rng.permutation(len(scene.things))
+    parts, about = [], []
+    for index in order:
+        name, colour = scene.names[index], scene.colours[index]
+        article = "an" if name[0] in "aeiou" else "a"
+        parts.append(f"{article} {name} on {colour}")
+        about.append({"word": colour, "about": name})
+    return " and ".join(parts) + ".", about
+
+
+def pairs_said(text: str) -> set[tuple[str, str]]:
+    """The pairs (name, colour) that a caption of the form of `bind_colours` says."""
+    pairs = set()
+    for part in text.rstrip(". ").split(" and "):
+        words, _, colour = part.partition(" on ")
+        name = words.removeprefix("an ").removeprefix("a ").strip()
+        if name in NAMES and colour.strip() in COLOURS:
+            pairs.add((name, colour.strip()))
+    return pairs
+
+
+def edged_image(scene: EdgedScene) -> Image.Image:
+    """The picture as a PIL image, RGB."""
+    return Image.fromarray(scene.pixels)

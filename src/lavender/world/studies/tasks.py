@@ -1,0 +1,271 @@
+"""What a study's students are fine-tuned on and scored by: captions, new words, and attributes that bind to things."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lavender.evaluation.answers import generate_answers, micro_f1, names_said
+from lavender.evaluation.compare import answer_nll
+from lavender.evaluation.map_scores import JudgedMap
+from lavender.maps import Word
+from lavender.students.loading import load_run
+from lavender.students.word_maps import AnsweredPicture, student_maps
+from lavender.world.attributes import EdgedScene, ask_about_colour, bind_colours, draw_edged, pairs_said
+from lavender.world.judging import (
+    BATCH_SIZE,
+    DOMAINS,
+    captioned_picture,
+    held_out_scenes,
+    judge,
+    score_attention,
+    score_student,
+)
+from lavender.world.language import Mention, caption_scene
+from lavender.world.scenes import SPLITS, Scene, Split, draw_scene, scenes
+from lavender.world.sprites import NAMES, NEW_NAMES
+from lavender.world.student_models import CAPTION_PROMPT
+
+TaskName = Literal["captions", "new-words", "new-words-one-named", "questions", "binding"]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The held-out scenes of the scores: `count` per domain, from the `start`-th seed of a split on."""
+
+    split: Split
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A sample of fine-tuning, with the truth about its scene.
+
+    Attributes:
+        scene: the scene.
+        prompt, answer: the texts.
+        mapped: the text whose words get maps, the answer or the prompt.
+        mentions: the names in `mapped`.
+        about: pairs (word of the answer, name that it is about).
+    """
+
+    scene: Scene
+    prompt: str
+    answer: str
+    mapped: str
+    mentions: tuple[Mention, ...]
+    about: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and how it is scored.
+
+    Attributes:
+        examples: (index of the first scene, count) → samples of the fine-tuning split.
+        score: (checkpoint or run folder, scenes) → scores by name.
+        settings: settings of `LavenderConfig` that the task needs in every arm that aligns.
+        steps: optimizer steps, of 16 samples each.
+    """
+
+    examples: Callable[[int, int], list[Example]]
+    score: Callable[[Path, Scoring], dict[str, Any]]
+    settings: tuple[tuple[str, Any], ...] = ()
+    steps: int = 200
+
+
+def write_examples(folder: Path, examples: Iterable[Example]) -> None:
+    """Write samples as an image folder (`metadata.jsonl` and PNG files), which `read_samples` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metadata.jsonl").open("w") as lines:
+        for index, example in enumerate(examples):
+            name = f"{index}.png"
+            example.scene.image.save(folder / name)
+            row: dict[str, Any] = {"file_name": name, "prompt": example.prompt, "completion": example.answer}
+            if example.about:
+                row["about"] = [{"word": word, "about": name} for word, name in example.about]
+            lines.write(json.dumps(row) + "\n")
+
+
+# captions
+
+
+def _captions(start: int, count: int) -> list[Example]:
+    return [_captioned(scene) for scene in scenes("finetune", count, start=start)]
+
+
+def _captioned(scene: Scene) -> Example:
+    caption = caption_scene(scene)
+    return Example(scene, CAPTION_PROMPT, caption.text, caption.text, caption.mentions)
+
+
+def _score_captions(path: Path, scoring: Scoring) -> dict[str, Any]:
+    return score_student(path, held_out_scenes(scoring.split, scoring.count, scoring.start, tuple(DOMAINS)))[0]
+
+
+# new words: 14 of the 42 names, which the base's language side never heard
+
+
+def _several(start: int, count: int) -> list[Scene]:
+    """Scenes of two to four things, the first `count` from the `start`-th seed on."""
+    found: list[Scene] = []
+    for seed in SPLITS["finetune"][start:]:
+        scene = draw_scene(seed)
+        if len(scene.things) > 1:
+            found.append(scene)
+        if len(found) == count:
+            break
+    return found
+
+
+def _new_words(start: int, count: int) -> list[Example]:
+    return [_captioned(scene) for scene in _several(start, count)]
+
+
+def _one_named(start: int, count: int) -> list[Example]:
+    """Captions that name one of the things alone: which thing is meant is not said."""
+    examples = []
+    for scene in _several(start, count):
+        name = scene.names[scene.seed % len(scene.names)]
+        article = "an" if name[0] in "aeiou" else "a"
+        text = f"{article} {name}."
+        first = len(article) + 1
+        mention = Mention(name, first, first + len(name), 0)
+        examples.append(Example(scene, CAPTION_PROMPT, text, text, (mention,)))
+    return examples
+
+
+def _score_new_words(path: Path, scoring: Scoring) -> dict[str, Any]:
+    """F1 of new, known and all names and of scenes with one thing; attention; loss of captions of known names."""
+    model, processor = load_run(path)
+    drawn = list(scenes(scoring.split, scoring.count, start=scoring.start))
+    images, prompts = [scene.image for scene in drawn], [CAPTION_PROMPT] * len(drawn)
+    texts = generate_answers(model, processor, images, prompts, batch_size=BATCH_SIZE)
+    said, present = [names_said(text, NAMES) for text in texts], [set(scene.names) for scene in drawn]
+    new, known = set(NEW_NAMES), set(NAMES) - set(NEW_NAMES)
+    single = [index for index, scene in enumerate(drawn) if len(scene.things) == 1]
+    captioned = [captioned_picture(scene) for scene in drawn]
+    all_known = [picture for scene, picture in zip(drawn, captioned, strict=True) if set(scene.names) <= known]
+    maps = student_maps(model, processor, captioned, batch_size=BATCH_SIZE)
+    judged = [
+        (mention.name, judged_map)
+        for scene, scene_maps in zip(drawn, maps, strict=True)
+        for mention, judged_map in zip(caption_scene(scene).mentions, judge(scene, caption_scene(scene), scene_maps))
+    ]
+    attention = score_attention([judged_map for _, judged_map in judged])
+    of_new = score_attention([judged_map for name, judged_map in judged if name in new])
+    return attention | {
+        "new_names": _f1(said, present, new),
+        "known_names": _f1(said, present, known),
+        "all_names": micro_f1(said, present),
+        "single_things": micro_f1([said[index] for index in single], [present[index] for index in single]),
+        "known_loss": answer_nll(model, processor, all_known, batch_size=BATCH_SIZE),
+        "new_pointing": of_new["pointing"],
+        "new_attention_mass": of_new["attention_mass"],
+    }
+
+
+def _f1(said: Sequence[set[str]], present: Sequence[set[str]], names: set[str]) -> float:
+    return micro_f1([texts & names for texts in said], [things & names for things in present])
+
+
+# attributes: the colour of the edge around a thing
+
+
+def _edged(start: int, count: int) -> list[EdgedScene]:
+    return [draw_edged(seed) for seed in SPLITS["finetune"][start : start + count]]
+
+
+def _questions(start: int, count: int) -> list[Example]:
+    return [_asked(scene) for scene in _edged(start, count)]
+
+
+def _asked(scene: EdgedScene) -> Example:
+    asked = ask_about_colour(scene)
+    assert asked.name is not None
+    first = asked.question.index(asked.name)
+    mention = Mention(asked.name, first, first + len(asked.name), 0)
+    about = ((asked.answer, asked.name),)
+    return Example(scene, asked.question, asked.answer, asked.question, (mention,), about)
+
+
+def _binding(start: int, count: int) -> list[Example]:
+    return [_bound(scene) for scene in _edged(start, count)]
+
+
+def _bound(scene: EdgedScene) -> Example:
+    text, about = bind_colours(scene)
+    pairs = tuple((pair["word"], pair["about"]) for pair in about)
+    mentions = []
+    for order, (_, name) in enumerate(pairs):
+        first = text.index(f" {name} on ") + 1
+        mentions.append(Mention(name, first, first + len(name), order))
+    return Example(scene, CAPTION_PROMPT, text, text, tuple(mentions), pairs)
+
+
+def _held_out_edged(scoring: Scoring) -> list[EdgedScene]:
+    seeds = SPLITS[scoring.split][scoring.start : scoring.start + scoring.count]
+    return [draw_edged(seed) for seed in seeds]
+
+
+def _score_questions(path: Path, scoring: Scoring) -> dict[str, Any]:
+    """Exact match of the answers; attention of the answer on the thing that is asked about."""
+    model, processor = load_run(path)
+    examples = [_asked(scene) for scene in _held_out_edged(scoring)]
+    images, prompts = [example.scene.image for example in examples], [example.prompt for example in examples]
+    answers = generate_answers(model, processor, images, prompts, batch_size=BATCH_SIZE)
+    hits = [answer.strip(" .") == example.answer for answer, example in zip(answers, examples, strict=True)]
+    judged = _attention_of_colours(model, processor, examples)
+    return score_attention(judged) | {"answers": sum(hits) / len(hits)}
+
+
+def _score_binding(path: Path, scoring: Scoring) -> dict[str, Any]:
+    """F1 of the pairs of name and colour; right colours of rightly named things; F1 of names; attention of colours."""
+    model, processor = load_run(path)
+    examples = [_bound(scene) for scene in _held_out_edged(scoring)]
+    images, prompts = [example.scene.image for example in examples], [example.prompt for example in examples]
+    texts = generate_answers(model, processor, images, prompts, batch_size=BATCH_SIZE)
+    said = [pairs_said(text) for text in texts]
+    true = [{(name, colour) for colour, name in example.about} for example in examples]
+    rightly_named = [
+        (pair, truth) for pairs, truth in zip(said, true, strict=True) for pair in pairs if pair[0] in dict(truth)
+    ]
+    judged = _attention_of_colours(model, processor, examples)
+    return score_attention(judged) | {
+        "pairs": micro_f1([set(map(" on ".join, pairs)) for pairs in said], [set(map(" on ".join, t)) for t in true]),
+        "right_colours": sum(pair in truth for pair, truth in rightly_named) / max(1, len(rightly_named)),
+        "all_names": micro_f1([names_said(text, NAMES) for text in texts], [set(dict(truth)) for truth in true]),
+    }
+
+
+def _attention_of_colours(model: Any, processor: Any, examples: Sequence[Example]) -> list[JudgedMap]:
+    """Maps of the rows that predict a colour, judged by the mask of the thing that it is about."""
+    pictures, names = [], []
+    for example in examples:
+        words, about = [], []
+        for colour, name in example.about:
+            first = example.answer.index(colour)
+            words.append(Word(colour, first, first + len(colour), "adjective"))
+            about.append(name)
+        pictures.append(AnsweredPicture(example.scene.image, example.prompt, example.answer, tuple(words)))
+        names.append(about)
+    maps = student_maps(model, processor, pictures, batch_size=BATCH_SIZE)
+    judged = []
+    for example, about, scene_maps in zip(examples, names, maps, strict=True):
+        for order, (name, heat) in enumerate(zip(about, scene_maps.maps, strict=True)):
+            wrong = scene_maps.maps[(order + 1) % len(about)] if len(about) > 1 else None
+            judged.append(JudgedMap(heat, example.scene.mask_of(name), order, wrong))
+    return judged
+
+
+TASKS: dict[TaskName, Task] = {
+    "captions": Task(_captions, _score_captions),
+    "new-words": Task(_new_words, _score_new_words),
+    "new-words-one-named": Task(_one_named, _score_new_words),
+    "questions": Task(_questions, _score_questions, (("texts", "all"),), steps=600),
+    "binding": Task(_binding, _score_binding, (("tokens", "first"),), steps=450),
+}
