@@ -6,7 +6,7 @@ from pathlib import Path
 
 WEIGHTS_PATH = Path(__file__).parent / "weights"
 TEACHER_PATH = WEIGHTS_PATH / "teacher"
-STUDENT_PATHS = {family: WEIGHTS_PATH / f"student_{family}" for family in ("mllama", "llava")}
+STUDENT_PATHS = {name: WEIGHTS_PATH / f"student_{name}" for name in ("mllama", "llava", "mllama_new_words")}
 STUDENT_PATH = STUDENT_PATHS["mllama"]
 
 TEACHER_NAME = "world"

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import binary_dilation
 
 from lavender.world.language import Question
-from lavender.world.scenes import Scene, draw_scene
+from lavender.world.scenes import Scene, place_things, random_background, split_of
 from lavender.world.sprites import NAMES
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -53,17 +52,18 @@ def draw_edged(seed: int) -> EdgedScene:
     Raises:
         ValueError: the seed is in no split.
     """
+    split_of(seed)
     rng = np.random.default_rng([seed, _STREAM])
+    background = random_background(rng)
     count = 2 + int(rng.choice(3, p=(0.4, 0.35, 0.25)))
     names = [str(name) for name in rng.choice(NAMES_WITHOUT_COLOUR, size=count, replace=False)]
     colours = tuple(str(colour) for colour in rng.choice(list(COLOURS), size=count, replace=False))
-    scene = draw_scene(seed, "plain", names=names, stream=_STREAM)
-    pixels = scene.pixels.copy()
-    for thing, colour in zip(scene.things, colours, strict=True):
+    pixels, things = place_things(rng, background, names, ["twemoji"] * count)
+    is_thing = np.any([thing.mask for thing in things], axis=0)
+    for thing, colour in zip(things, colours, strict=True):
         around = binary_dilation(thing.mask, structure=np.ones((3, 3), bool), iterations=EDGE)
-        others = np.any([other.mask for other in scene.things], axis=0)
-        pixels[around & ~others] = COLOURS[colour]
-    return EdgedScene(seed, "plain", pixels, scene.things, colours)
+        pixels[around & ~is_thing] = COLOURS[colour]
+    return EdgedScene(seed, "plain", pixels, things, colours)
 
 
 def ask_about_colour(scene: EdgedScene, variant: int = 0) -> Question:
@@ -99,8 +99,3 @@ def pairs_said(text: str) -> set[tuple[str, str]]:
         if name in NAMES and colour.strip() in COLOURS:
             pairs.add((name, colour.strip()))
     return pairs
-
-
-def edged_image(scene: EdgedScene) -> Image.Image:
-    """The picture as a PIL image, RGB."""
-    return Image.fromarray(scene.pixels)

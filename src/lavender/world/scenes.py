@@ -135,19 +135,35 @@ def draw_scene(seed: int, style: Style = "plain", hands: Sequence[str] = HANDS) 
     """
     split_of(seed)
     rng = np.random.default_rng([seed, get_args(Style).index(style)])
-    height, width = SHORT_SIDE, int(rng.choice(LONG_SIDES))
-    if rng.random() < 0.5:
-        height, width = width, height
-    textured = style in ("plain", "mixed")
-    background = _texture(rng, height, width) if textured else _photograph(rng, height, width)
+    background = random_background(rng, textured=style in ("plain", "mixed"))
     num_things = 1 + int(rng.choice(4, p=NUM_THINGS_PROBABILITIES))
     choices = sprite_choices(style, hands)
     names = [str(name) for name in rng.choice(list(choices), size=num_things, replace=False)]
     set_rng = np.random.default_rng([seed, get_args(Style).index(style), 1])
     sprite_sets = [choices[name][int(set_rng.integers(len(choices[name])))] for name in names]
+    return Scene(seed, style, *place_things(rng, background, names, sprite_sets))
+
+
+def random_background(rng: np.random.Generator, textured: bool = True) -> np.ndarray:
+    """A texture, or a photograph, of a random size: uint8 (height, width, 3)."""
+    height, width = SHORT_SIDE, int(rng.choice(LONG_SIDES))
+    if rng.random() < 0.5:
+        height, width = width, height
+    return _texture(rng, height, width) if textured else _photograph(rng, height, width)
+
+
+def place_things(
+    rng: np.random.Generator, background: np.ndarray, names: Sequence[str], sprite_sets: Sequence[SpriteSet]
+) -> tuple[np.ndarray, tuple[Thing, ...]]:
+    """Draw things at random places on a background, each from its set of sprites.
+
+    Returns:
+        The picture, uint8 (height, width, 3), and the things in the order of `names`.
+    """
+    height, width = background.shape[:2]
     placed = None
     while placed is None:
-        placed = _place_things(rng, names, sprite_sets, height, width)
+        placed = _try_to_place(rng, names, sprite_sets, height, width)
     boxes, flips, alphas = placed
     pixels = background.astype(np.float32)
     masks: list[np.ndarray] = []
@@ -162,7 +178,7 @@ def draw_scene(seed: int, style: Style = "plain", hands: Sequence[str] = HANDS) 
     things = tuple(
         Thing(name, box, flipped, mask) for name, box, flipped, mask in zip(names, boxes, flips, masks, strict=True)
     )
-    return Scene(seed, style, pixels.round().astype(np.uint8), things)
+    return pixels.round().astype(np.uint8), things
 
 
 def sprite_choices(style: Style, hands: Sequence[str] = HANDS) -> dict[str, tuple[SpriteSet, ...]]:
@@ -182,7 +198,7 @@ def _scaled_sprite(name: str, sprite_set: SpriteSet, height: int, width: int, fl
     return drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else drawing
 
 
-def _place_things(
+def _try_to_place(
     rng: np.random.Generator, names: Sequence[str], sprite_sets: Sequence[SpriteSet], height: int, width: int
 ):
     """Boxes, flips and alphas, float32 (height, width), of one random placement; None if things hide each other."""

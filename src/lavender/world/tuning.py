@@ -41,9 +41,10 @@ STOP_SECONDS = 10.0
 """How long a training process may clean up after SIGTERM, before it is killed."""
 
 
-def load_teacher() -> Teacher:
-    """The built-in teacher, with the settings that suit it."""
-    config = ExtractionConfig(grid=GRID, timesteps=(100,), geometry="squash", batch_size=16)
+def load_teacher(**settings: Any) -> Teacher:
+    """The built-in teacher, with the settings that suit it; `settings` of `ExtractionConfig` replace or add some."""
+    suitable: dict[str, Any] = {"grid": GRID, "timesteps": (100,), "geometry": "squash", "batch_size": 16}
+    config = ExtractionConfig(**(suitable | settings))
     return Teacher.from_pretrained(TEACHER_PATH, config, name="world")
 
 

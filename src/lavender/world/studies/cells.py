@@ -19,10 +19,9 @@ from lavender.data.samples import read_samples
 from lavender.data.store import MapStore
 from lavender.teachers.extract import extract
 from lavender.world import STUDENT_PATHS, TEACHER_PATH
-from lavender.world.language import write_scenes
-from lavender.world.scenes import Scene, Split, scenes
 from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.studies.targets import Target, write_target
+from lavender.world.studies.tasks import TASKS, WARM_UP_START, Example, Scoring, Task, TaskName, write_examples
 from lavender.world.tuning import load_teacher, run_paths, training_settings
 
 SCENES_PER_SEED = 20_000  # distance between the first fine-tuning scenes of two seeds
@@ -40,6 +39,7 @@ class Arm:
         num_scenes: fine-tuning scenes.
         steps: optimizer steps, of 16 samples each.
         settings: (name, value) of LavenderConfig, where they differ from `training_settings`.
+        task: what is learned and scored.
     """
 
     student: Literal["mllama", "llava", "teacher"]
@@ -48,20 +48,18 @@ class Arm:
     num_scenes: int = 800
     steps: int = 200
     settings: tuple[tuple[str, Any], ...] = ()
+    task: TaskName = "captions"
 
     def training(self, seed: int) -> dict[str, Any]:
         """The settings of `LavenderConfig` at a seed."""
         is_aligned = self.target is not None
-        return training_settings(self.student, self.tuning, seed, self.steps, is_aligned) | dict(self.settings)
+        settings = dict(TASKS[self.task].settings) | dict(self.settings)
+        return training_settings(self.student, self.tuning, seed, self.steps, is_aligned) | settings
 
-
-@dataclass(frozen=True)
-class Scoring:
-    """The held-out scenes of the scores: `count` per domain, from the `start`-th seed of a split on."""
-
-    split: Split
-    start: int
-    count: int
+    @property
+    def base(self) -> str:
+        """The name of the base in `STUDENT_PATHS`, before a warm-up of the task."""
+        return TASKS[self.task].base or self.student
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,8 @@ class Cell:
             facts["training"] = self.arm.training(self.seed)
             facts["teacher"] = _teacher_digest()
         if self.arm.student != "teacher":
-            facts["weights"] = _digest(STUDENT_PATHS[self.arm.student] / "model.safetensors")
+            facts["weights"] = _digest(STUDENT_PATHS[self.arm.base] / "model.safetensors")
+            facts["warm_up"] = str(TASKS[self.arm.task].warm_up)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -93,16 +92,54 @@ def result_path(folder: Path, cell: Cell) -> Path:
 
 
 def prepare(folder: Path, cell: Cell) -> None:
-    """Write the scenes and maps that a cell trains on, if they are missing. Only one process at a time may do this."""
+    """Write what a cell needs, if it is missing: its base, samples and maps. Only one process at a time may do this."""
+    task = TASKS[cell.arm.task]
+    _warm_up(folder, cell.arm)
     if cell.arm.tuning == "none":
         return
     data = _data_path(folder, cell)
-    drawn = list(scenes("finetune", cell.arm.num_scenes, start=cell.seed * SCENES_PER_SEED))
-    if not (data / "maps" / "extraction.json").is_file():
-        write_scenes(data / "pictures", drawn)
-        extract(read_samples(data / "pictures", CAPTION_PROMPT), load_teacher(), data / "maps")
+    examples = task.examples(cell.seed * SCENES_PER_SEED, cell.arm.num_scenes)
+    _write_samples(data, task, examples)
     target = _target(cell)
-    write_target(data / target, target, MapStore.open(data / "maps"), drawn)
+    write_target(data / target, target, MapStore.open(data / "maps"), examples)
+
+
+def _write_samples(data: Path, task: Task, examples: list[Example]) -> None:
+    """Write samples and the teacher's maps of their texts to the folder `data`, unless they are there."""
+    if (data / "maps" / "extraction.json").is_file():
+        return
+    write_examples(data / "pictures", examples)
+    texts = "all" if any(example.mapped == example.prompt for example in examples) else "answers"
+    extract(read_samples(data / "pictures", CAPTION_PROMPT), load_teacher(texts=texts), data / "maps")
+
+
+def base_path(folder: Path, arm: Arm) -> Path:
+    """The checkpoint that an arm starts from."""
+    warm_up = TASKS[arm.task].warm_up
+    if warm_up is None:
+        return STUDENT_PATHS[arm.base]
+    facts = json.dumps([asdict(warm_up), _digest(STUDENT_PATHS[arm.base] / "model.safetensors")])
+    return folder / "bases" / f"{arm.base}-{warm_up.task}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+
+
+def _warm_up(folder: Path, arm: Arm) -> None:
+    """Make the task's base by plain fine-tuning, if it has a warm-up and the base is missing."""
+    from lavender.training.exporting import export
+    from lavender.training.run import RunConfig, train
+
+    warm_up, path = TASKS[arm.task].warm_up, base_path(folder, arm)
+    if warm_up is None or path.is_dir():
+        return
+    task, run, data = TASKS[warm_up.task], path.with_suffix(".run"), path.with_suffix(".data")
+    for leftover in (run, data):
+        shutil.rmtree(leftover, ignore_errors=True)
+    _write_samples(data, task, task.examples(WARM_UP_START, warm_up.num_scenes))
+    settings = training_settings(arm.student, "full", 0, warm_up.steps, align=False) | {"probe_size": 0}
+    paths = run_paths(arm.base, data / "pictures", data / "maps", run)
+    train(RunConfig(**paths, training=settings))
+    export(run, path)
+    for leftover in (run, data):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def run_cell(folder: Path, cell: Cell) -> None:
@@ -119,18 +156,18 @@ def run_cell(folder: Path, cell: Cell) -> None:
 def _train_and_score(folder: Path, cell: Cell) -> dict[str, Any]:
     import torch
 
-    from lavender.world.judging import DOMAINS, held_out_scenes, judge_teacher, score_attention, score_student
+    from lavender.world.judging import held_out_scenes, judge_teacher, score_attention
 
     torch.set_num_threads(1)
     scoring, run, curves = cell.scoring, folder / "runs" / cell.key, []
-    held_out: dict[str, list[Scene]] = held_out_scenes(scoring.split, scoring.count, scoring.start, tuple(DOMAINS))
     if cell.arm.student == "teacher":
+        held_out = held_out_scenes(scoring.split, scoring.count, scoring.start, ("in_domain",))
         return {"scores": score_attention(judge_teacher(load_teacher(), held_out["in_domain"])), "curves": curves}
-    path = STUDENT_PATHS[cell.arm.student]
+    path = base_path(folder, cell.arm)
     if cell.arm.tuning != "none":
         _train(folder, cell, run)
         path, curves = run, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores, _ = score_student(path, held_out)
+    scores = TASKS[cell.arm.task].score(path, scoring)
     shutil.rmtree(run, ignore_errors=True)
     return {"scores": scores, "curves": curves}
 
@@ -142,7 +179,8 @@ def _train(folder: Path, cell: Cell, run: Path) -> None:
     data = _data_path(folder, cell)
     train(
         RunConfig(
-            **run_paths(cell.arm.student, data / "pictures", data / _target(cell), run),
+            **run_paths(cell.arm.base, data / "pictures", data / _target(cell), run)
+            | {"model": str(base_path(folder, cell.arm))},
             lora=LoraSettings() if cell.arm.tuning == "lora" else None,
             training=cell.arm.training(cell.seed) | {"probe_size": 0},
         )
@@ -155,7 +193,7 @@ def _target(cell: Cell) -> Target:
 
 
 def _data_path(folder: Path, cell: Cell) -> Path:
-    return folder / "data" / f"{cell.seed}-{cell.arm.num_scenes}-{_teacher_digest()}"
+    return folder / "data" / f"{cell.arm.task}-{cell.seed}-{cell.arm.num_scenes}-{_teacher_digest()}"
 
 
 def _teacher_digest() -> str:

@@ -13,10 +13,11 @@ from lavender.errors import ConfigError
 from lavender.world.scenes import SPLITS, Split
 from lavender.world.studies import controls as teacher_controls
 from lavender.world.studies import entropy, main_study, scaling
-from lavender.world.studies.cells import SCENES_PER_SEED, Cell, Scoring
+from lavender.world.studies.cells import SCENES_PER_SEED, Cell
 from lavender.world.studies.page import page
 from lavender.world.studies.runner import run_cells
 from lavender.world.studies.study import Study
+from lavender.world.studies.tasks import Scoring
 from lavender.world.studies.variants import VARIANTS
 
 STUDIES: dict[str, Study] = {

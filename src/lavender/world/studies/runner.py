@@ -42,7 +42,7 @@ def run_cells(folder: Path, cells: Iterable[Cell], jobs: int) -> dict[str, dict[
 def _run(folder: Path, cells: list[Cell], jobs: int) -> None:
     torch.set_num_threads(1)  # on busy cores, PyTorch's threads wait for each other
     folder.mkdir(parents=True, exist_ok=True)
-    data_sets = {(cell.seed, cell.arm.num_scenes, cell.arm.target): cell for cell in cells if cell.arm.tuning != "none"}
+    data_sets = {(cell.seed, cell.arm.task, cell.arm.num_scenes, cell.arm.target): cell for cell in cells}
     for cell in tqdm(data_sets.values(), desc="scenes and maps", unit="set", leave=False):
         # model loading has its own progress bars
         with (folder / "prepare.log").open("a") as log, contextlib.redirect_stderr(log):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,10 +16,9 @@ from torch import Tensor
 from lavender.data.images import image_id
 from lavender.data.store import MapStore
 from lavender.maps import Word, WordMaps, to_heat
-from lavender.world.language import caption_scene
-from lavender.world.scenes import Scene
+from lavender.world.studies.tasks import Example
 
-Target = Literal["teacher", "wrong-word", "wrong-image", "uniform", "centre", "masks", "maps"]
+Target = Literal["teacher", "wrong-word", "wrong-image", "uniform", "centre", "things", "masks", "maps"]
 EVERY_WORD: Target = "maps"
 """The teacher's store itself: adjectives and verbs too, each map with its confidence."""
 TARGETS: dict[Target, str] = {
@@ -27,6 +27,7 @@ TARGETS: dict[Target, str] = {
     "wrong-image": "the teacher's map of a thing in another picture",
     "uniform": "a constant map, which min–max normalisation turns into zeros",
     "centre": "a round blob in the picture's centre, the same for every word",
+    "things": "the true masks of all things together, so that the map does not say which one is meant",
     "masks": "the thing's true mask",
 }
 BLOB_WIDTH = 0.2  # standard deviation of the blob, as a share of the picture's side
@@ -42,21 +43,21 @@ class _MappedScene:
         thing_maps: each thing's map, (rows, cols): the mean over its words.
     """
 
-    scene: Scene
-    text: str
+    example: Example
     words: tuple[tuple[Word, str], ...]
     maps: dict[Word, Tensor]
     thing_maps: dict[str, Tensor]
 
 
-def write_target(path: Path, target: Target, store: MapStore, scenes: Sequence[Scene]) -> Path:
+def write_target(path: Path, target: Target, store: MapStore, examples: Sequence[Example]) -> Path:
     """Write a map store of the words that name things, with the maps of `target`, unless it exists already.
 
     Every target has exactly the same words, so that the stores differ in the maps alone.
 
     Args:
         path: the folder of the new store.
-        store: the teacher's maps of these scenes' captions.
+        store: the teacher's maps of the texts of these samples.
+        examples: the samples of fine-tuning.
 
     Raises:
         ValueError: the store has no maps of a scene.
@@ -65,7 +66,7 @@ def write_target(path: Path, target: Target, store: MapStore, scenes: Sequence[S
         return path
     partial = path.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    mapped = [mapped_scene for scene in scenes if (mapped_scene := _map_scene(scene, store)).words]
+    mapped = [mapped_scene for example in examples if (mapped_scene := _map_scene(example, store)).words]
     with MapStore.writer(partial, dict(store.identity) | {"target": target}, {}, store.grid) as writer:
         for index, mapped_scene in enumerate(mapped):
             next_map = next(iter(mapped[(index + 1) % len(mapped)].thing_maps.values()))
@@ -73,25 +74,25 @@ def write_target(path: Path, target: Target, store: MapStore, scenes: Sequence[S
                 [_map(target, mapped_scene, word, name, next_map, store.grid) for word, name in mapped_scene.words]
             )
             words = tuple(word for word, _ in mapped_scene.words)
-            writer.add(WordMaps(image_id(mapped_scene.scene.image), mapped_scene.text, words, maps))
+            example = mapped_scene.example
+            writer.add(WordMaps(image_id(example.scene.image), example.mapped, words, maps))
     partial.rename(path)
     return path
 
 
-def _map_scene(scene: Scene, store: MapStore) -> _MappedScene:
-    caption = caption_scene(scene)
-    maps = store.get(image_id(scene.image), caption.text)
+def _map_scene(example: Example, store: MapStore) -> _MappedScene:
+    maps = store.get(image_id(example.scene.image), example.mapped)
     if maps is None:
-        raise ValueError(f"Got no maps of scene {scene.seed}; expected a store of these scenes' captions.")
+        raise ValueError(f"Got no maps of scene {example.scene.seed}; expected a store of these samples' texts.")
     words = tuple(
         (word, mention.name)
         for word in maps.words
-        for mention in caption.mentions
+        for mention in example.mentions
         if mention.start <= word.start < mention.end
     )
-    by_name = {mention.name: maps.map_of(mention.start, mention.end) for mention in caption.mentions}
+    by_name = {mention.name: maps.map_of(mention.start, mention.end) for mention in example.mentions}
     thing_maps = {name: heat for name, heat in by_name.items() if heat is not None}
-    return _MappedScene(scene, caption.text, words, dict(zip(maps.words, maps.maps, strict=True)), thing_maps)
+    return _MappedScene(example, words, dict(zip(maps.words, maps.maps, strict=True)), thing_maps)
 
 
 def _map(
@@ -110,5 +111,7 @@ def _map(
     if target == "centre":
         rows, cols = ((torch.arange(count) + 0.5) / count - 0.5 for count in grid)
         return to_heat(torch.exp(-(rows[:, None] ** 2 + cols**2) / (2 * BLOB_WIDTH**2)))
-    mask = torch.from_numpy(mapped.scene.mask_of(name)).float()
+    scene = mapped.example.scene
+    masks = [thing.mask for thing in scene.things] if target == "things" else [scene.mask_of(name)]
+    mask = torch.from_numpy(np.any(masks, axis=0)).float()
     return to_heat(F.adaptive_avg_pool2d(mask[None, None], grid)[0, 0])

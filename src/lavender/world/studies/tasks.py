@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lavender.evaluation.answers import generate_answers, micro_f1, names_said
 from lavender.evaluation.compare import answer_nll
 from lavender.evaluation.map_scores import JudgedMap
-from lavender.maps import Word
+from lavender.maps import Word, WordMaps
 from lavender.students.loading import load_run
 from lavender.students.word_maps import AnsweredPicture, student_maps
 from lavender.world.attributes import EdgedScene, ask_about_colour, bind_colours, draw_edged, pairs_said
@@ -29,7 +29,7 @@ from lavender.world.scenes import SPLITS, Scene, Split, draw_scene, scenes
 from lavender.world.sprites import NAMES, NEW_NAMES
 from lavender.world.student_models import CAPTION_PROMPT
 
-TaskName = Literal["captions", "new-words", "new-words-one-named", "questions", "binding"]
+TaskName = Literal["captions", "new-words", "new-words-one-named", "edged-captions", "questions", "binding"]
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,34 @@ class Task:
     Attributes:
         examples: (index of the first scene, count) → samples of the fine-tuning split.
         score: (checkpoint or run folder, scenes) → scores by name.
-        settings: settings of `LavenderConfig` that the task needs in every arm that aligns.
-        steps: optimizer steps, of 16 samples each.
+        base: name of the base in `lavender.world.STUDENT_PATHS`; None is the arm's own student.
+        warm_up: samples and steps of plain fine-tuning that turn the base into the task's base, or None.
+        settings: settings of `LavenderConfig` that the task needs in every arm.
     """
 
     examples: Callable[[int, int], list[Example]]
     score: Callable[[Path, Scoring], dict[str, Any]]
+    base: str | None = None
+    warm_up: WarmUp | None = None
     settings: tuple[tuple[str, Any], ...] = ()
-    steps: int = 200
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Plain fine-tuning on another task before any arm, with the same result for all arms and seeds.
+
+    Attributes:
+        task: what is learned.
+        num_scenes, steps: samples, and optimizer steps of 16 samples.
+    """
+
+    task: str
+    num_scenes: int
+    steps: int
+
+
+WARM_UP_START = 900_000
+"""Index of the first fine-tuning scene of warm-ups, beyond those of every seed."""
 
 
 def write_examples(folder: Path, examples: Iterable[Example]) -> None:
@@ -154,7 +174,7 @@ def _score_new_words(path: Path, scoring: Scoring) -> dict[str, Any]:
     judged = [
         (mention.name, judged_map)
         for scene, scene_maps in zip(drawn, maps, strict=True)
-        for mention, judged_map in zip(caption_scene(scene).mentions, judge(scene, caption_scene(scene), scene_maps))
+        for mention, judged_map in _judged_mentions(scene, scene_maps)
     ]
     attention = score_attention([judged_map for _, judged_map in judged])
     of_new = score_attention([judged_map for name, judged_map in judged if name in new])
@@ -167,6 +187,14 @@ def _score_new_words(path: Path, scoring: Scoring) -> dict[str, Any]:
         "new_pointing": of_new["pointing"],
         "new_attention_mass": of_new["attention_mass"],
     }
+
+
+def _judged_mentions(scene: Scene, maps: WordMaps) -> list[tuple[Mention, JudgedMap]]:
+    """The mentions of a caption that have a map, judged."""
+    caption = caption_scene(scene)
+    judged = judge(scene, caption, maps)
+    mentions = {mention.order: mention for mention in caption.mentions}
+    return [(mentions[judged_map.order], judged_map) for judged_map in judged]
 
 
 def _f1(said: Sequence[set[str]], present: Sequence[set[str]], names: set[str]) -> float:
@@ -262,10 +290,16 @@ def _attention_of_colours(model: Any, processor: Any, examples: Sequence[Example
     return judged
 
 
+def _edged_captions(start: int, count: int) -> list[Example]:
+    return [_captioned(scene) for scene in _edged(start, count)]
+
+
+_EDGED = WarmUp("edged-captions", 1600, 250)
 TASKS: dict[TaskName, Task] = {
     "captions": Task(_captions, _score_captions),
-    "new-words": Task(_new_words, _score_new_words),
-    "new-words-one-named": Task(_one_named, _score_new_words),
-    "questions": Task(_questions, _score_questions, (("texts", "all"),), steps=600),
-    "binding": Task(_binding, _score_binding, (("tokens", "first"),), steps=450),
+    "new-words": Task(_new_words, _score_new_words, base="mllama_new_words"),
+    "new-words-one-named": Task(_one_named, _score_new_words, base="mllama_new_words"),
+    "edged-captions": Task(_edged_captions, _score_captions),
+    "questions": Task(_questions, _score_questions, warm_up=_EDGED, settings=(("texts", "all"), ("rows", "both"))),
+    "binding": Task(_binding, _score_binding, warm_up=_EDGED, settings=(("tokens", "first"),)),
 }
