@@ -42,7 +42,7 @@ def page(study: Study, results: dict[str, Any]) -> str:
         "centre {centre_pointing:.3f}.".format(**results["controls"]),
         "![plot](plot.png)",
         "## Comparisons",
-        "\n".join(f"- {finding}" for finding in study.judge(results["arms"])),
+        "\n".join(f"- {finding}" for finding in (*study.judge(results["arms"]), *study.extra(results["arms"]))),
         "Differences are between arms of the same seed: mean, smallest and largest. “Above” and “below”: the ranges "
         "over seeds do not overlap. “Higher” and “lower on average”: they overlap, but all differences have one sign.",
     ]

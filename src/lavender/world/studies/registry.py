@@ -11,9 +11,9 @@ from typing import Any
 
 from lavender.errors import ConfigError
 from lavender.world.scenes import SPLITS, Split
+from lavender.world.studies import attributes, entropy, main_study, new_words, scaling
 from lavender.world.studies import controls as teacher_controls
-from lavender.world.studies import entropy, main_study, scaling
-from lavender.world.studies.cells import SCENES_PER_SEED, Cell
+from lavender.world.studies.cells import SCENES_PER_SEED, Arm, Cell
 from lavender.world.studies.page import page
 from lavender.world.studies.runner import run_cells
 from lavender.world.studies.study import Study
@@ -21,6 +21,8 @@ from lavender.world.studies.tasks import Scoring
 from lavender.world.studies.variants import VARIANTS
 
 STUDIES: dict[str, Study] = {
+    "new-words": new_words.STUDY,
+    "attributes": attributes.STUDY,
     "main": main_study.STUDY,
     "teacher-controls": teacher_controls.STUDY,
     "entropy": entropy.STUDY,
@@ -89,7 +91,7 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
     began, study = time.monotonic(), STUDIES[name]
     arms = study.arms(scale.quick)
     if scale.quick:
-        arms = {label: replace(arm, num_scenes=min(200, arm.num_scenes), steps=60) for label, arm in arms.items()}
+        arms = {label: _smaller(arm, study.quick_steps) for label, arm in arms.items()}
     cells = {label: [Cell(arm, seed, scale.scoring) for seed in scale.seeds] for label, arm in arms.items()}
     results = run_cells(out, [cell for arm_cells in cells.values() for cell in arm_cells], jobs)
     scores = {
@@ -104,7 +106,7 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
         "seeds": list(scale.seeds),
         "arms": scores,
         "controls": controls,
-        "verdict": [str(finding) for finding in study.judge(scores)],
+        "verdict": [*map(str, study.judge(scores)), *study.extra(scores)],
         "settings": {"scoring": asdict(scale.scoring), "arms": {label: asdict(arm) for label, arm in arms.items()}},
         "seconds": round(time.monotonic() - began),
     }
@@ -114,6 +116,11 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
     (folder / "page.md").write_text(page(study, summary))
     (folder / "results.json").write_text(json.dumps(summary, indent=1))
     return summary
+
+
+def _smaller(arm: Arm, steps: int | None) -> Arm:
+    """An arm of the quick study; without `steps` it is the arm itself."""
+    return arm if steps is None else replace(arm, num_scenes=min(200, arm.num_scenes), steps=steps)
 
 
 def _by_metric(scores: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -21,6 +21,16 @@ METRICS: dict[str, str] = {
     "held_out_loss": "loss of true captions, nats per token",
     "pointing": "pointing accuracy of attention",
     "attention_mass": "share of attention on the thing",
+    "new_names": "new names, F1",
+    "known_names": "known names, F1",
+    "all_names": "all names, F1",
+    "single_things": "scenes of one thing, F1",
+    "known_loss": "loss of captions of known names, nats per token",
+    "new_pointing": "pointing accuracy, new names",
+    "new_attention_mass": "share of attention on the thing, new names",
+    "answers": "answers, exact match",
+    "pairs": "pairs of name and colour, F1",
+    "right_colours": "right colours of rightly named things",
     "wrong_word_pointing": "pointing accuracy of another word's attention",
     "entropy": "entropy of attention, nats",
     "mask_kl": "KL divergence from the true mask, nats",
@@ -87,6 +97,8 @@ class Study:
         judge: scores → the comparisons that answer the question.
         draw: results, path → writes the plot there.
         metrics: the columns of the page's table.
+        extra: scores → further lines of the page, computed from the means.
+        quick_steps, quick_seeds: optimizer steps (None for those of each arm) and seeds of the quick study.
     """
 
     title: str
@@ -96,3 +108,6 @@ class Study:
     judge: Callable[[Scores], list[Finding]]
     draw: Callable[[dict[str, Any], Path], None]
     metrics: tuple[str, ...] = (*CAPTIONS, "pointing", "wrong_word_pointing")
+    extra: Callable[[Scores], list[str]] = lambda scores: []
+    quick_steps: int | None = 60
+    quick_seeds: tuple[int, ...] = (40,)

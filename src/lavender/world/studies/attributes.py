@@ -1,0 +1,68 @@
+"""Can a student bind attributes to the right thing? In questions about a colour, and in captions that name it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from lavender.world.studies.cells import Arm
+from lavender.world.studies.page import draw_bars
+from lavender.world.studies.study import Finding, Scores, Study, compare_pairs
+from lavender.world.studies.targets import Target
+from lavender.world.studies.tasks import TaskName
+
+SIZES = (400, 800, 1600, 3200)
+CONTROLLED = 1600
+"""The number of samples at which controls and forms of the loss are compared."""
+METRICS_SHOWN = ("answers", "pairs", "right_colours", "all_names", "pointing", "attention_mass")
+RATE = (("learning_rate", 1e-3),)
+FORMS: dict[str, tuple[tuple[str, Any], ...]] = {
+    "published": (("attention_loss", "published"), ("align_weight", 5.0), ("match", "label")),
+    "recipe": (("attention_loss", "kl"), ("align_weight", 1.0), ("match", "label"), ("sharpen", 2.0)),
+}
+"""Form of alignment → its settings."""
+TASKS: dict[TaskName, int] = {"questions": 600, "binding": 450}
+"""Task → optimizer steps."""
+CONTROLS: tuple[Target, ...] = ("masks", "wrong-word", "uniform", "things")
+
+
+def _arm(task: TaskName, size: int, form: str | None = None, target: Target = "teacher") -> Arm:
+    settings = RATE + (FORMS[form] if form else ())
+    return Arm("mllama", "full", target if form else None, size, TASKS[task], settings, task)
+
+
+def arms(quick: bool) -> dict[str, Arm]:
+    """Of each task: plain and the recipe at each size; the published loss and the controls at one size."""
+    arms: dict[str, Arm] = {}
+    for task in TASKS:
+        for size in (CONTROLLED,) if quick else SIZES:
+            arms |= {f"{task} plain {size}": _arm(task, size), f"{task} recipe {size}": _arm(task, size, "recipe")}
+        arms[f"{task} published {CONTROLLED}"] = _arm(task, CONTROLLED, "published")
+        for target in CONTROLS[:2] if quick else CONTROLS:
+            arms[f"{task} recipe, {target} {CONTROLLED}"] = _arm(task, CONTROLLED, "recipe", target)
+    return arms
+
+
+def judge(scores: Scores) -> list[Finding]:
+    """Every arm against plain fine-tuning on as many samples of the same task."""
+    findings: list[Finding] = []
+    for task, metrics in (("questions", ("answers",)), ("binding", ("pairs", "right_colours", "all_names"))):
+        of_task = [arm for arm in scores if arm.startswith(f"{task} ") and f"{task} plain" not in arm]
+        pairs = [(arm, f"{task} plain {arm.split()[-1]}") for arm in of_task]
+        findings += compare_pairs(scores, metrics, pairs)
+    return findings
+
+
+STUDY = Study(
+    title="Can it bind attributes to things?",
+    question="Each thing has an edge of its own colour. *questions*: “the dog is on”, “red”; the name in the question "
+    "and the answer take the map of the name. *binding*: captions such as “a dog on red and a cat on blue”; a colour "
+    "takes the map of its thing. *recipe*: KL of the attention from the teacher's squared map, λ = 1. *published*: the "
+    "authors' loss, λ = 5, of the same words. The controls get other maps of the same words.",
+    paper="does not study it.",
+    arms=arms,
+    judge=judge,
+    draw=partial(draw_bars, metrics=("pointing", "attention_mass")),
+    metrics=METRICS_SHOWN,
+    quick_steps=None,
+)
