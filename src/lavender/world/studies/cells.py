@@ -177,10 +177,10 @@ def _train(folder: Path, cell: Cell, run: Path) -> None:
 
     shutil.rmtree(run, ignore_errors=True)
     data = _data_path(folder, cell)
+    model: dict[str, Any] = {"model": str(base_path(folder, cell.arm))}
     train(
         RunConfig(
-            **run_paths(cell.arm.base, data / "pictures", data / _target(cell), run)
-            | {"model": str(base_path(folder, cell.arm))},
+            **(run_paths(cell.arm.base, data / "pictures", data / _target(cell), run) | model),
             lora=LoraSettings() if cell.arm.tuning == "lora" else None,
             training=cell.arm.training(cell.seed) | {"probe_size": 0},
         )

@@ -124,9 +124,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
 STUDY = Study(
     title="Can it learn new words from few captions?",
     question="The base's language side never heard 14 of the 42 names; its vision tower saw them. It is fine-tuned on "
-    "captions of scenes with two to four things, 200 steps each. *recipe*: attention mass on the teacher's squared map, "
-    "λ = 0.5, with attention forcing. *mass*: the same without forcing. *published*: the authors' loss, λ = 5. The "
-    "controls get other maps of the same words.",
+    "captions of scenes with two to four things, 200 steps each. *recipe*: attention mass on the teacher's squared "
+    "map, λ = 0.5, with attention forcing. *mass*: the same without forcing. *published*: the authors' loss, λ = 5. "
+    "The controls get other maps of the same words.",
     paper="does not study it.",
     arms=arms,
     judge=judge,

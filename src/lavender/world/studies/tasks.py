@@ -89,7 +89,7 @@ class WarmUp:
         num_scenes, steps: samples, and optimizer steps of 16 samples.
     """
 
-    task: str
+    task: TaskName
     num_scenes: int
     steps: int
 
@@ -277,7 +277,7 @@ def _attention_of_colours(model: Any, processor: Any, examples: Sequence[Example
         words, about = [], []
         for colour, name in example.about:
             first = example.answer.index(colour)
-            words.append(Word(colour, first, first + len(colour), "adjective"))
+            words.append(Word(colour, first, first + len(colour), colour, "adjective"))
             about.append(name)
         pictures.append(AnsweredPicture(example.scene.image, example.prompt, example.answer, tuple(words)))
         names.append(about)
