@@ -32,6 +32,9 @@ Pooling = Literal[
     "learn",
 ]
 Match = Literal["label", "exact", "root"]
+Texts = Literal["answers", "questions", "all"]
+Rows = Literal["predict", "read", "both"]
+WordTokens = Literal["all", "first"]
 LayerChoice = Literal["all", "first", "middle", "last"]
 ParallelInit = Literal["pretrained", "random"]
 AlignerForm = Literal["light", "sim", "deep"]
@@ -234,6 +237,9 @@ class AlignmentConfig:
         match: which words count. "label": every word of the answer that has a map. "exact" (the paper's): only words
             that the student predicts at that step. "root": also words of which it predicts another form ("dog" for
             "dogs").
+        rows: which rows of an answer's word are aligned. "predict": those that predict its tokens. "read": those that
+            read them, one position later. "both": each with half of the word's weight.
+        tokens: whether "all" tokens of a word have rows, or only the "first".
         parts_of_speech: which of the mapped words to align; None aligns all.
         subjects_and_objects: align only the heads of noun phrases that no preposition governs, see
             `lavender.words.subjects_and_objects`.
@@ -280,6 +286,8 @@ class AlignmentConfig:
     align_weight: float | Literal["estimated"] = 2.0
     pooling: Pooling = "layer-mean"
     match: Match = "label"
+    rows: Rows = "predict"
+    tokens: WordTokens = "all"
     parts_of_speech: tuple[PartOfSpeech, ...] | None = None
     subjects_and_objects: bool = False
     weight_by_confidence: bool = False
@@ -335,6 +343,7 @@ class AlignmentConfig:
         )
         self._check_direct()
         self._check_forcing()
+        self._check_match()
 
     @property
     def is_direct(self) -> bool:
@@ -358,6 +367,15 @@ class AlignmentConfig:
                 f"{changed[0]}={shown(getattr(self, changed[0]))} with attention_loss={self.attention_loss!r}",
                 "no setting of the Aligner: this loss has none",
                 f"leave {changed[0]} out, or set attention_loss: published",
+            )
+
+    def _check_match(self) -> None:
+        """Refuse rows that predict nothing where predictions decide which words count."""
+        if self.match != "label" and self.rows != "predict":
+            raise ConfigError(
+                f"rows={self.rows!r} with match={self.match!r}",
+                "rows that predict the word, by which a match is found",
+                "set match: label, or leave rows out",
             )
 
     def _check_forcing(self) -> None:

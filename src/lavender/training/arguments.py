@@ -22,6 +22,8 @@ from lavender.config import (
     ParallelInit,
     PartOfSpeech,
     Pooling,
+    Rows,
+    WordTokens,
     name_of_loss,
 )
 from lavender.errors import ConfigError
@@ -107,6 +109,13 @@ class AlignmentArguments(_ArgumentsLike):
             "help": "Which mapped words count: all (label), those that the student predicts (exact), or also those of "
             "which it predicts another form (root)."
         },
+    )
+    rows: Rows = field(
+        default=AlignmentConfig.rows,
+        metadata={"help": "Rows of an answer's word to align: those that predict it, those that read it, or both."},
+    )
+    tokens: WordTokens = field(
+        default=AlignmentConfig.tokens, metadata={"help": "Whether all tokens of a word have rows, or only the first."}
     )
     parts_of_speech: list[str] | None = field(
         default=None,

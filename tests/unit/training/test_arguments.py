@@ -28,6 +28,8 @@ OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("subjects_and_objects", "True", True),
     ("weight_by_confidence", "true", True),
     ("attention_loss", "kl", "kl"),
+    ("rows", "both", "both"),
+    ("tokens", "first", "first"),
     ("sharpen", "2", 2.0),
     ("subtract_background", "true", True),
     ("word_share", "0.5", 0.5),
