@@ -351,7 +351,7 @@ class AlignmentCollator:
         answers = [(turn, maps.text, self._chosen_words(maps)) for _, turn, maps in known]
         dropped: Counter[str] = Counter()
         try:
-            located = self._locator.rows_by_answer(
+            located = self._locator.rows_by_text(
                 sample.messages, answers, ids, attention_mask, dropped, [index for index, _, _ in known]
             )
         except DataError as error:
