@@ -23,6 +23,7 @@ from lavender.config import (
     PartOfSpeech,
     Pooling,
     Rows,
+    Texts,
     WordTokens,
     name_of_loss,
 )
@@ -102,6 +103,10 @@ class AlignmentArguments(_ArgumentsLike):
     pooling: Pooling = field(
         default=AlignmentConfig.pooling,
         metadata={"help": "How attention of many layers and heads becomes one map per word."},
+    )
+    texts: Texts = field(
+        default=AlignmentConfig.texts,
+        metadata={"help": "Turns whose words are aligned: the assistant's (answers), the user's (questions), or all."},
     )
     match: Match = field(
         default=AlignmentConfig.match,

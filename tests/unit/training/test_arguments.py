@@ -28,6 +28,7 @@ OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("subjects_and_objects", "True", True),
     ("weight_by_confidence", "true", True),
     ("attention_loss", "kl", "kl"),
+    ("texts", "questions", "questions"),
     ("rows", "both", "both"),
     ("tokens", "first", "first"),
     ("sharpen", "2", 2.0),
