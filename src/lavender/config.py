@@ -32,6 +32,7 @@ Pooling = Literal[
     "learn",
 ]
 Match = Literal["label", "exact", "root"]
+Attributes = Literal["own", "noun"]
 Texts = Literal["answers", "questions", "all"]
 Rows = Literal["predict", "read", "both"]
 WordTokens = Literal["all", "first"]
@@ -253,6 +254,8 @@ class AlignmentConfig:
             read them, one position later. "both": each with half of the word's weight.
         tokens: whether "all" tokens of a word have rows, or only the "first".
         parts_of_speech: which of the mapped words to align; None aligns all.
+        attributes: the map of an adjective: its "own", or that of the "noun" that it describes by grammar, see
+            `lavender.alignment.attributes.described_nouns`. An adjective whose noun is not found is then not aligned.
         subjects_and_objects: align only the heads of noun phrases that no preposition governs, see
             `lavender.words.subjects_and_objects`.
         weight_by_confidence: weigh each word by the confidence of the teacher's map, instead of 1.
@@ -302,6 +305,7 @@ class AlignmentConfig:
     rows: Rows = "predict"
     tokens: WordTokens = "all"
     parts_of_speech: tuple[PartOfSpeech, ...] | None = None
+    attributes: Attributes = "own"
     subjects_and_objects: bool = False
     weight_by_confidence: bool = False
     attention_loss: AttentionLoss = "published"
@@ -357,6 +361,7 @@ class AlignmentConfig:
         self._check_direct()
         self._check_forcing()
         self._check_match()
+        self._check_attributes()
 
     @property
     def is_direct(self) -> bool:
@@ -393,6 +398,17 @@ class AlignmentConfig:
                     f"{name}: {value}, since predictions decide which words match",
                     f"set match: label, or leave {name} out",
                 )
+
+    def _check_attributes(self) -> None:
+        """Refuse settings that leave no attribute to align."""
+        parts = self.parts_of_speech
+        if self.attributes == "noun" and (self.subjects_and_objects or (parts and "adjective" not in parts)):
+            name = "subjects_and_objects" if self.subjects_and_objects else "parts_of_speech"
+            raise ConfigError(
+                f"attributes='noun' with {name}={shown(getattr(self, name))}, which leaves out adjectives",
+                "adjectives among the aligned words",
+                f"leave attributes or {name} out",
+            )
 
     def _check_forcing(self) -> None:
         if not self.attention_forcing:

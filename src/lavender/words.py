@@ -93,7 +93,7 @@ def words_of(text: str) -> tuple[Word, ...]:
     Returns:
         The words with their span of characters, lemma and part of speech.
     """
-    return tuple(tagged.word for tagged in _tagged(text))
+    return tuple(tagged.word for tagged in tagged_words(text))
 
 
 def too_long(text: str) -> tuple[Dropped, ...]:
@@ -128,7 +128,7 @@ def subjects_and_objects(text: str) -> frozenset[int]:
     """
     heads: list[int] = []
     is_governed = follows_noun = False
-    for word, tag, clitic, begins_clause in _tagged(text):
+    for word, tag, clitic, begins_clause in tagged_words(text):
         if begins_clause:
             is_governed = follows_noun = False
         if tag == "POS":  # the "'s" of "dog 's", written apart from its noun
@@ -171,7 +171,7 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list
 # Tagging
 
 
-class _Tagged(NamedTuple):
+class TaggedWord(NamedTuple):
     """A word, its C5 tag, the tag of its clitic or "", and whether a clause ended before it."""
 
     word: Word
@@ -187,12 +187,12 @@ def _tagger() -> HanoverTagger:
     return hanta.HanoverTagger("morphmodel_en.pgz")
 
 
-def _tagged(text: str) -> tuple[_Tagged, ...]:
+def tagged_words(text: str) -> tuple[TaggedWord, ...]:
     """Every word of a text, in order."""
     return _cached_tags(text) if len(text) <= _CACHED else _tag(text)
 
 
-def _tag(text: str) -> tuple[_Tagged, ...]:
+def _tag(text: str) -> tuple[TaggedWord, ...]:
     read = plain(text)
     spans = [span for span in _spans(read.text) if span.end() - span.start() <= LONGEST]
     pieces = [_pieces(read.text, span) for span in spans]
@@ -206,7 +206,7 @@ def _tag(text: str) -> tuple[_Tagged, ...]:
         start, end = read.written(*span.span())
         word = Word(text[start:end], start, end, lemma.lower(), _part_of_speech(word_pieces, tag))
         begins_clause = _CLAUSE_END.search(read.text, last_end, span.start()) is not None
-        tagged.append(_Tagged(word, tag, clitic, begins_clause))
+        tagged.append(TaggedWord(word, tag, clitic, begins_clause))
         index, last_end = index + len(word_pieces), span.end()
     return tuple(tagged)
 

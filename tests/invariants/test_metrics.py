@@ -11,7 +11,7 @@ import torch
 
 from closeness import close
 from invariants.test_trainer import logged, lora, run  # noqa: F401
-from lavender.alignment.collator import NO_MAPS, Coverage
+from lavender.alignment.coverage import NO_MAPS, Coverage
 from lavender.alignment.objective import AlignmentRequest
 from lavender.data.store import MapStore
 from lavender.maps import WordMaps

@@ -16,7 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from families.geometry import picture
 from families.test_qwen_vl import family_of
 from invariants.picture_kinds import encoded
-from lavender.alignment.collator import NO_MAPS, NO_PICTURE, NO_WORDS, REASONS, UNPLACED, WITHOUT, Coverage
+from lavender.alignment.coverage import NO_MAPS, NO_PICTURE, NO_WORDS, REASONS, UNPLACED, WITHOUT, Coverage
 from lavender.alignment.examples import CUT, HOLDS_TOKEN, REFUSALS, REFUSED, SIZE, TEMPLATE, UNREADABLE, SampleError
 from lavender.data.images import image_id
 from lavender.data.store import MapStore
@@ -285,7 +285,7 @@ def test_a_processor_that_fails_on_one_sample_names_it(build):
 @pytest.mark.parametrize("spoilt", ["confidence", "map"])
 def test_numbers_that_would_spoil_the_loss_stop(build, spoilt):
     trainer = build("llava", Dataset.from_list([good(0), good(1)], features=FEATURES))
-    read = trainer.data_collator._store.get
+    read = trainer.data_collator._targets.store.get
 
     def planted(identity: str, text: str) -> WordMaps | None:
         found = read(identity, text)
@@ -293,7 +293,7 @@ def test_numbers_that_would_spoil_the_loss_stop(build, spoilt):
             (found.confidence if spoilt == "confidence" else found.maps)[0] = float("nan")
         return found
 
-    trainer.data_collator._store = type("Planted", (), {"get": staticmethod(planted), "grid": (11, 13)})()
+    trainer.data_collator._targets.store = type("Planted", (), {"get": staticmethod(planted), "grid": (11, 13)})()
     wrong = {"confidence": "a confidence of nan", "map": "a map that is not finite"}[spoilt]
     with pytest.raises(StoreError, match=f"Got {wrong} for 'a' in the map store"):
         trainer.data_collator([in_memory(0)])
@@ -330,7 +330,7 @@ def test_every_sample_is_mapped_or_has_one_reason(build):
     batch = [in_memory(0), other, {"images": [], "messages": other["messages"]}]
     coverage = Coverage.of(trainer.data_collator(batch)["alignment"]["counts"])
     assert coverage.dropped == {NO_MAPS: 1, NO_PICTURE: 1}
-    trainer.data_collator._chosen_words = lambda maps: []
+    trainer.data_collator._targets._own = lambda *arguments: []
     coverage = Coverage.of(coverage.counts() + trainer.data_collator(batch)["alignment"]["counts"])
     assert coverage.dropped == {NO_MAPS: 2, NO_PICTURE: 2, NO_WORDS: 1}
     assert coverage.samples == coverage.mapped_samples + sum(coverage.dropped[one] for one in (*WITHOUT, *REFUSALS))

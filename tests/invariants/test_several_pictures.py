@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from families import test_qwen_vl as qwen
-from lavender.alignment.collator import NO_PICTURE
+from lavender.alignment.coverage import NO_PICTURE
 from lavender.alignment.objective import AlignmentRequest
 from lavender.config import ExtractionConfig
 from lavender.data.images import image_id

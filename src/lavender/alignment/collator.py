@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from lavender.alignment.coverage import NO_MAPS, NO_PICTURE, NO_WORDS, UNPLACED, Coverage
 from lavender.alignment.examples import (
     CUT,
-    REFUSALS,
     REFUSED,
     UNREADABLE,
     SampleError,
@@ -21,30 +20,19 @@ from lavender.alignment.examples import (
     describe,
     images_of,
     line_of,
+    links_in,
 )
-from lavender.config import AlignmentConfig, Rows, WordTokens
-from lavender.data.conversations import text_of
+from lavender.alignment.word_targets import WordTargets, rows_of_word
+from lavender.config import AlignmentConfig
+from lavender.data.about import Link
 from lavender.data.images import image_id, load_image
-from lavender.data.store import MapStore
-from lavender.errors import DataError, LavenderError, StoreError
-from lavender.maps import Word, WordMaps
+from lavender.data.store import MapStore, SeveralStores
+from lavender.errors import DataError, LavenderError
 from lavender.students.base import VlmAdapter
 from lavender.students.capture import row_tensors
 from lavender.students.image_keys import KeyLayout
-from lavender.students.locate import BEYOND, CHANGED, UNKNOWN, UNSEEN, WordLocator
-from lavender.words import same_root, subjects_and_objects
-
-NO_PICTURE = "sample without a picture"
-NO_MAPS = "sample without maps in the store"
-NO_WORDS = "sample none of whose mapped words is aligned"
-UNPLACED = "sample whose answer is not found in its tokens"
-WITHOUT = (NO_PICTURE, NO_MAPS, NO_WORDS, UNPLACED)
-"""Reasons why a sample that is trained on has no mapped word."""
-REASONS = (NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN, CHANGED, NO_WORDS, UNPLACED, *REFUSALS)
-"""Reasons why a sample or a word has no map, in the order of a batch's counts.
-
-Each sample has a mapped word or one reason of `WITHOUT` or `REFUSALS`; the other reasons are of words.
-"""
+from lavender.students.locate import UNSEEN, WordLocator
+from lavender.words import same_root
 
 
 class MappedWord(NamedTuple):
@@ -67,46 +55,21 @@ class MappedWord(NamedTuple):
     weight: float
 
 
-class WordRows(NamedTuple):
-    """Rows of a word.
+class _Sample(NamedTuple):
+    """A sample that was read.
 
     Attributes:
-        rows: their positions.
-        reads: whether they read the word's tokens, or predict them.
+        example: for the base collator, with the pictures loaded.
+        messages: the conversation as TRL renders it.
+        identities, sizes: the `image_id` and (height, width) of each picture.
+        links: the words of the answers that are about others.
     """
-
-    rows: tuple[int, ...]
-    reads: bool
-
-
-def rows_of_word(predicting: tuple[int, ...], rows: Rows, tokens: WordTokens) -> list[WordRows]:
-    """The rows of a word to align: one entry, or with `rows="both"` two.
-
-    Example:
-        >>> from lavender.alignment.collator import rows_of_word
-        >>> [tuple(entry) for entry in rows_of_word((7, 8), "both", "first")]
-        [((7,), False), ((8,), True)]
-
-    Args:
-        predicting: positions of the rows that predict the word's tokens. The next position reads the token.
-        rows, tokens: the settings of `AlignmentConfig`.
-    """
-    predicting = predicting[:1] if tokens == "first" else predicting
-    reading = tuple(row + 1 for row in predicting)
-    return {
-        "predict": [WordRows(predicting, False)],
-        "read": [WordRows(reading, True)],
-        "both": [WordRows(predicting, False), WordRows(reading, True)],
-    }[rows]
-
-
-class _Sample(NamedTuple):
-    """A sample with its pictures loaded, the conversation as TRL renders it, and its pictures' ids and sizes (h, w)."""
 
     example: dict[str, Any]
     messages: list[dict]
     identities: list[str]
     sizes: list[tuple[int, int]]
+    links: list[Link]
 
     @property
     def name(self) -> str:
@@ -126,65 +89,6 @@ class _BaseBatch(NamedTuple):
     seen: Tensor
 
 
-@dataclass
-class Coverage:
-    """How many samples and words have maps, and why the others have none.
-
-    Attributes:
-        samples: number of samples.
-        mapped_samples: number of samples with at least one mapped word.
-        words: number of mapped words.
-        dropped: number of samples or words for each of `REASONS`.
-    """
-
-    samples: int = 0
-    mapped_samples: int = 0
-    words: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def share(self) -> float:
-        """Share of samples with at least one mapped word, among those with a picture that the model takes; 0 to 1."""
-        with_picture = self.samples - sum(self.dropped[reason] for reason in (NO_PICTURE, *REFUSALS))
-        return self.mapped_samples / with_picture if with_picture else 0.0
-
-    def counts(self) -> Tensor:
-        """The numbers as a tensor for a batch: long (3 + reasons,)."""
-        assert set(self.dropped) <= set(REASONS)
-        return torch.tensor(
-            [self.samples, self.mapped_samples, self.words, *(self.dropped[reason] for reason in REASONS)]
-        )
-
-    @classmethod
-    def of(cls, counts: Tensor) -> Coverage:
-        """The coverage of a tensor from `counts`, or of a sum of several."""
-        samples, mapped, words, *dropped = counts.tolist()
-        return cls(samples, mapped, words, +Counter(dict(zip(REASONS, dropped, strict=True))))
-
-
-class SeveralStores:
-    """Several map stores used as one. The first store that has a picture and a text answers.
-
-    Raises:
-        DataError: the stores have maps of different sizes.
-    """
-
-    def __init__(self, *stores: MapStore):
-        grids = [store.grid for store in stores]
-        if len(set(grids)) != 1:
-            raise DataError(
-                f"map stores with maps of {' and '.join(f'{rows} × {cols}' for rows, cols in grids)}",
-                "maps of one size",
-                "extract them with the same --grid",
-            )
-        self._stores, self.grid = stores, grids[0]
-
-    def get(self, image_id: str, text: str) -> WordMaps | None:
-        """The record of a picture and a text; None if no store has it."""
-        records = (store.get(image_id, text) for store in self._stores)
-        return next((maps for maps in records if maps is not None), None)
-
-
 class AlignmentCollator:
     """Wraps the collator of plain fine-tuning: its batch is unchanged, with one more entry, `alignment`.
 
@@ -202,17 +106,19 @@ class AlignmentCollator:
 
     Args:
         base: the trainer's collator, for examples with `messages` and `images` (or `image`), any number per sample.
+            Examples may also have `about`, see `lavender.data.about`; the base collator does not get it.
         processor: the model's processor; its tokenizer must return character offsets.
         adapter: the adapter of the model's family.
-        store: the teacher's maps. They are looked up by content: the picture's pixels and the answer's text, for each
+        store: the teacher's maps. They are looked up by content: the picture's pixels and the turn's text, for each
             picture of the sample. A word with maps on several pictures counts once for each.
-        config: which words to align, and their weights.
+        config: which words to align, in which rows, and their weights.
 
     Attributes:
         drops: whether samples that the model refuses are left out and counted, as a stream needs; if False they raise
             an error. If a whole batch is refused, the last good sample replaces it.
 
     Raises:
+        ConfigError: the map store was made without maps of the turns that are to be aligned.
         SampleError: on a call, the model refuses a sample and `drops` is False, or no sample is left.
         StoreError: on a call, a map or confidence in the store is not finite or out of range.
     """
@@ -225,8 +131,9 @@ class AlignmentCollator:
         store: MapStore | SeveralStores,
         config: AlignmentConfig | None = None,
     ):
-        self._base, self._processor, self._adapter, self._store = base, processor, adapter, store
+        self._base, self._processor, self._adapter, self._grid = base, processor, adapter, store.grid
         self._config = config or AlignmentConfig()
+        self._targets = WordTargets(store, self._config)
         self._locator = WordLocator(processor, adapter)
         self.screen = Screen(
             processor, adapter, getattr(base, "chat_template", None), getattr(base, "max_length", None)
@@ -249,7 +156,7 @@ class AlignmentCollator:
             [[word.picture for word in words] for words in words_of],
         )
         rows["weights"][rows["present"]] = torch.tensor([word.weight for words in words_of for word in words])
-        targets = _pad_targets([[word.map for word in words] for words in words_of], rows["present"], self._store.grid)
+        targets = _pad_targets([[word.map for word in words] for words in words_of], rows["present"], self._grid)
         reads = rows["present"].clone()
         reads[rows["present"]] = torch.tensor([word.reads for words in words_of for word in words], dtype=torch.bool)
         described = {
@@ -314,9 +221,11 @@ class AlignmentCollator:
             images = [load_image(image, f"{name}: its picture") for image in images]
         except DataError as error:
             raise SampleError(error.got, error.expected, error.do, reason=UNREADABLE) from error
-        loaded = {key: value for key, value in example.items() if key != "image"} | {"images": images}
+        loaded = {key: value for key, value in example.items() if key not in ("image", "about")} | {"images": images}
+        messages = self.screen.messages(loaded, name)
+        links = links_in(example, messages, name)
         sizes = [(image.height, image.width) for image in images]
-        return _Sample(loaded, self.screen.messages(loaded, name), [image_id(image) for image in images], sizes)
+        return _Sample(loaded, messages, [image_id(image) for image in images], sizes, links)
 
     def _base_batch(self, samples: Sequence[_Sample]) -> _BaseBatch:
         batch = self._base([dict(sample.example) for sample in samples])
@@ -338,66 +247,45 @@ class AlignmentCollator:
         if not sample.identities:
             coverage.dropped[NO_PICTURE] += 1
             return []
-        texts = [text_of(message["content"]) if message["role"] == "assistant" else None for message in sample.messages]
-        known = [
-            (index, turn, maps)
-            for index, identity in enumerate(sample.identities)
-            for turn, text in enumerate(texts)
-            if text is not None and (maps := self._store.get(identity, text)) is not None
-        ]
-        if not known:
-            coverage.dropped[NO_MAPS] += 1
-            return []
-        answers = [(turn, maps.text, self._chosen_words(maps)) for _, turn, maps in known]
         dropped: Counter[str] = Counter()
+        turns = self._targets.of(sample.example, sample.messages, sample.identities, sample.links, dropped)
+        if turns is None:
+            coverage.dropped += dropped + Counter({NO_MAPS: 1})
+            return []
         try:
             located = self._locator.rows_by_text(
-                sample.messages, answers, ids, attention_mask, dropped, [index for index, _, _ in known]
+                sample.messages,
+                [(turn, text, [target.word for target in targets]) for _, turn, text, targets in turns],
+                ids,
+                attention_mask,
+                dropped,
+                [turn.picture for turn in turns],
             )
         except DataError as error:
             coverage.dropped[UNPLACED] += 1
             faults.append(f"{describe(sample.example)}: {error.got}")
             return []
         mapped: list[MappedWord] = []
-        for (index, _, maps), located_words in zip(known, located, strict=True):
-            places = {word.start: place for place, word in enumerate(maps.words)}
+        for (picture, turn, _, targets), located_words in zip(turns, located, strict=True):
+            target_of = {target.word.start: target for target in targets}
+            is_question = sample.messages[turn]["role"] == "user"
             for word, rows in located_words:
                 entries = [
                     entry
-                    for entry in rows_of_word(rows, self._config.rows, self._config.tokens)
-                    if seen[index, list(entry.rows)].all()
+                    for entry in rows_of_word(rows, "read" if is_question else self._config.rows, self._config.tokens)
+                    if seen[picture, list(entry.rows)].all()
                 ]
                 if not entries:
                     dropped[UNSEEN] += 1
                     continue
                 coverage.words += 1
-                heat, weight = self._target(maps, places[word.start], sample)
-                mapped += [MappedWord(word.text, *entry, index, heat, weight / len(entries)) for entry in entries]
+                _, heat, confidence = target_of[word.start]
+                weight = (confidence if self._config.weight_by_confidence else 1.0) / len(entries)
+                mapped += [MappedWord(word.text, *entry, picture, heat, weight) for entry in entries]
         coverage.dropped += dropped
         coverage.dropped[NO_WORDS] += int(not mapped)
         coverage.mapped_samples += bool(mapped)
         return mapped
-
-    def _target(self, maps: WordMaps, place: int, sample: _Sample) -> tuple[Tensor, float]:
-        """A word's map and weight. Raises StoreError for numbers that would make the loss meaningless."""
-        confidence = float(maps.confidence[place])
-        is_sure = 0 <= confidence <= 1  # NaN is not
-        if not (is_sure and maps.maps[place].isfinite().all()):
-            raise StoreError(
-                f"{'a map that is not finite' if is_sure else f'a confidence of {confidence}'} for "
-                f"{maps.words[place].text!r} in the map store, of {describe(sample.example)}",
-                "finite maps, and confidences from 0 to 1",
-                "run `lavender inspect` on the store, and extract what is damaged anew",
-            )
-        return maps.maps[place], confidence if self._config.weight_by_confidence else 1.0
-
-    def _chosen_words(self, maps: WordMaps) -> list[Word]:
-        parts = self._config.parts_of_speech
-        words = [word for word in maps.words if parts is None or word.part_of_speech in parts]
-        if self._config.subjects_and_objects:
-            heads = subjects_and_objects(maps.text)
-            words = [word for word in words if word.start in heads]
-        return words
 
 
 def root_matcher(processor: ProcessorMixin) -> Callable[[list[int], list[int]], bool]:

@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from lavender.data.conversations import text_of
+from lavender.data.about import Link, entries_of, links_of
+from lavender.data.conversations import UnusableError, text_of
 from lavender.data.images import picture_size
 from lavender.errors import ConfigError, DataError
 from lavender.students.base import VlmAdapter
@@ -23,7 +24,8 @@ UNREADABLE = "sample whose picture cannot be read"
 SIZE = "sample whose picture has a size that the model refuses"
 CUT = "sample whose picture max_length cuts"
 REFUSED = "sample that the model's processor refuses"
-REFUSALS = (HOLDS_TOKEN, TEMPLATE, UNREADABLE, SIZE, CUT, REFUSED)
+ABOUT = "sample whose column about does not fit its texts"
+REFUSALS = (HOLDS_TOKEN, TEMPLATE, UNREADABLE, SIZE, CUT, REFUSED, ABOUT)
 """Reasons why the model refuses a sample."""
 
 _SHOWN_TEXT = 60  # characters
@@ -73,7 +75,9 @@ class Screen:
     def check(self, example: Mapping[str, Any]) -> None:
         """Raise SampleError if the model refuses the sample, DataError if the whole data set cannot be used."""
         images, name = images_of(example), describe(example)
-        self._rendered(self.messages(dict(example) | {"images": [_BLANK] * len(images)}, name), name)
+        messages = self.messages(dict(example) | {"images": [_BLANK] * len(images)}, name)
+        self._rendered(messages, name)
+        links_in(example, messages, name)
         for image in images:
             try:
                 height, width = picture_size(image, f"{name}: its picture")
@@ -199,6 +203,19 @@ def messages_of(example: Mapping[str, Any]) -> list[dict]:
             "a list of {'role': …, 'content': text or parts}",
             "repair it, or leave the sample out",
             reason=TEMPLATE,
+        ) from error
+
+
+def links_in(example: Mapping[str, Any], messages: list[dict], name: str) -> list[Link]:
+    """The example's words that are about others, from its column `about`. Raises SampleError if it does not fit."""
+    try:
+        return links_of(entries_of(example.get("about")), messages)
+    except UnusableError as error:
+        raise SampleError(
+            f"{name}: {error}",
+            "words that are in the conversation",
+            "correct its column about, or leave the sample out",
+            reason=ABOUT,
         ) from error
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lavender.config import ROLES, Texts
+from lavender.data.about import About, entries_of, links_of
 from lavender.data.conversations import (
     UnusableError,
     check_columns,
@@ -67,6 +68,7 @@ class Sample:
             image in memory. () for a text-only sample.
         messages: [{"role": …, "content": [{"type": "image"} or {"type": "text", "text": …}, …]}, …]. The user's turns
             have a part of type "image" for each image.
+        about: which words of the answers take the map of which other words, see `lavender.data.about`.
 
     Raises:
         DataError: the numbers of places and images differ.
@@ -75,6 +77,7 @@ class Sample:
     name: str
     sources: tuple[Source, ...]
     messages: list[dict[str, Any]]
+    about: tuple[About, ...] = ()
 
     def __post_init__(self) -> None:
         if (places := num_places(self.messages)) != len(self.sources):
@@ -159,7 +162,8 @@ def read_samples(path: str | Path | datasets.Dataset, prompt: str = "Describe th
 
     Columns are tried in the order messages, conversations, prompt + completion, text, caption. A list of captions
     gives one sample per caption. A conversation may have any number of images, each with its place in a user's turn.
-    A single image without a place is put at the beginning of the first user turn.
+    A single image without a place is put at the beginning of the first user turn. A column `about` may say which words
+    of the answers take the map of which other words, see `lavender.data.about`.
 
     Example:
         >>> from pathlib import Path
@@ -217,8 +221,8 @@ def _without_pictures(label: str, samples: list[Sample], dropped: list[Dropped],
 def to_dataset(samples: Iterable[Sample]) -> datasets.Dataset:
     """Convert samples to a dataset with the columns `images` and `messages`, as TRL's SFTTrainer takes it.
 
-    Paths stay paths, and encoded images stay encoded. An image in memory is stored as PNG, which keeps its pixels and
-    its `image_id`.
+    If a sample has `about`, the dataset has this column too; an `AlignmentCollator` reads it. Paths stay paths, and
+    encoded images stay encoded. An image in memory is stored as PNG, which keeps its pixels and its `image_id`.
 
     Example:
         >>> from PIL import Image
@@ -242,23 +246,29 @@ def to_dataset(samples: Iterable[Sample]) -> datasets.Dataset:
 
     part = {"type": datasets.Value("string"), "text": datasets.Value("string")}
     turn = {"role": datasets.Value("string"), "content": datasets.List(part)}
-    features = datasets.Features({"images": datasets.List(datasets.Image()), "messages": datasets.List(turn)})
-    pieces = [datasets.Dataset.from_dict(piece, features=features) for piece in _pieces(samples)]
+    columns = {"images": datasets.List(datasets.Image()), "messages": datasets.List(turn)}
+    samples = list(samples)
+    if any(sample.about for sample in samples):
+        columns["about"] = datasets.List(dict.fromkeys(About._fields, datasets.Value("string")))
+    features = datasets.Features(columns)
+    pieces = [datasets.Dataset.from_dict(piece, features=features) for piece in _pieces(samples, columns)]
     return datasets.concatenate_datasets(pieces)
 
 
-def _pieces(samples: Iterable[Sample]) -> Iterator[dict[str, list[Any]]]:
+def _pieces(samples: Iterable[Sample], columns: Iterable[str] = ("images", "messages")) -> Iterator[dict[str, list[Any]]]:
     """The columns of some samples at a time; of no samples, once."""
-    piece: dict[str, list[Any]] = {"images": [], "messages": []}
+    piece: dict[str, list[Any]] = {column: [] for column in columns}
     size = 0
     for sample in samples:
         images = [_encoded(sample, index) for index in range(len(sample.sources))]
         num_bytes = sum(len(image["bytes"] or b"") for image in images)
         if len(piece["images"]) == _PIECE_ROWS or (piece["images"] and size + num_bytes > _PIECE_BYTES):
             yield piece
-            piece, size = {"images": [], "messages": []}, 0
+            piece, size = {column: [] for column in columns}, 0
         piece["images"].append(images)
         piece["messages"].append(sample.messages)
+        if "about" in piece:
+            piece["about"].append([entry._asdict() for entry in sample.about])
         size += num_bytes
     yield piece
 
@@ -280,9 +290,13 @@ def _samples_of_row(row: Row, folder: _Folder, prompt: str) -> list[Sample]:
     check_columns(row.values)
     pictures = pictures_of(row.values)
     conversations = conversations_of(row.values, prompt, len(pictures))
+    about = entries_of(row.values.get("about"))
+    if about and len(conversations) > 1:
+        raise UnusableError("about with several captions; write a row for each caption")
+    links_of(about, conversations[0])
     sources = tuple(folder.source(picture, row.name) for picture in pictures)
     if len(conversations) == 1:
-        return [Sample(row.name, sources, conversations[0])]
+        return [Sample(row.name, sources, conversations[0], about)]
     return [Sample(f"{row.name} caption {index}", sources, turns) for index, turns in enumerate(conversations)]
 
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from lavender.config import ROLES
 from lavender.data.store_format import Manifest, Shard, key_of, read_manifest, shard_numbers, unreadable
-from lavender.data.store_writer import StoreWriter
-from lavender.errors import StoreError
+from lavender.data.store_writer import UNRECORDED, StoreWriter
+from lavender.errors import DataError, StoreError
 from lavender.files import expanded
 from lavender.maps import WordMaps
 
-__all__ = ["MapStore", "StoreWriter"]
+__all__ = ["MapStore", "SeveralStores", "StoreWriter"]
 
 
 class MapStore:
@@ -116,6 +117,12 @@ class MapStore:
         return len(self._keys)
 
     @property
+    def roles(self) -> frozenset[str] | None:
+        """The roles whose turns were mapped, "user" or "assistant"; None if the store's identity does not tell."""
+        texts = self.identity.get("texts", UNRECORDED["texts"] if "teacher" in self.identity else None)
+        return frozenset(ROLES[texts]) if texts in ROLES else None
+
+    @property
     def num_words(self) -> int:
         """The number of maps."""
         return sum(shard.num_words for shard in self._shards)
@@ -167,3 +174,32 @@ class MapStore:
                 return self._shards[number], position - self._starts[number]
             place += 1
         return None
+
+
+class SeveralStores:
+    """Several map stores used as one. The first store that has a picture and a text answers.
+
+    Raises:
+        DataError: the stores have maps of different sizes.
+    """
+
+    def __init__(self, *stores: MapStore):
+        grids = [store.grid for store in stores]
+        if len(set(grids)) != 1:
+            raise DataError(
+                f"map stores with maps of {' and '.join(f'{rows} × {cols}' for rows, cols in grids)}",
+                "maps of one size",
+                "extract them with the same --grid",
+            )
+        self._stores, self.grid = stores, grids[0]
+
+    @property
+    def roles(self) -> frozenset[str] | None:
+        """As of `MapStore`: the roles whose turns a store has."""
+        known = [store.roles for store in self._stores]
+        return None if None in known else frozenset().union(*(roles for roles in known if roles is not None))
+
+    def get(self, image_id: str, text: str) -> WordMaps | None:
+        """The record of a picture and a text; None if no store has it."""
+        records = (store.get(image_id, text) for store in self._stores)
+        return next((maps for maps in records if maps is not None), None)

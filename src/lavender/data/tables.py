@@ -46,7 +46,7 @@ PICTURE_COLUMNS = ("images", "image", "file_name")
 CAPTION_COLUMNS = ("text", "caption")
 VIDEO_COLUMNS = ("videos", "video")
 TEXT_COLUMNS = ("messages", "conversations", "completion", *CAPTION_COLUMNS)
-OTHER_COLUMNS = ("prompt", "system", "tools", "audios", "audio")
+OTHER_COLUMNS = ("prompt", "system", "about", "tools", "audios", "audio")
 _COLUMNS = frozenset((*PICTURE_COLUMNS, *VIDEO_COLUMNS, *TEXT_COLUMNS, *OTHER_COLUMNS))
 
 _FLICKR_HEADER = ["image_name", "comment_number", "comment"]

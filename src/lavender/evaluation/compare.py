@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from lavender.alignment.collator import SeveralStores
 from lavender.config import CONTENT_WORDS
 from lavender.data.conversations import text_of
 from lavender.data.images import image_id
 from lavender.data.samples import Sample
-from lavender.data.store import MapStore
+from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import ConfigError, DataError, NotFiniteError
 from lavender.evaluation.answers import generate_answers, micro_f1
 from lavender.evaluation.report.panels import Panel, WordRow

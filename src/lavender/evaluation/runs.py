@@ -9,11 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lavender.alignment.collator import SeveralStores
 from lavender.config import AlignmentConfig
 from lavender.data.images import image_id
 from lavender.data.samples import Sample, Samples, read_samples, readable
-from lavender.data.store import MapStore
+from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import DataError
 from lavender.evaluation.compare import (
     Observed,

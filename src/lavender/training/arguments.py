@@ -18,6 +18,7 @@ from lavender.config import (
     AlignerNorm,
     AlignmentConfig,
     AttentionLoss,
+    Attributes,
     Match,
     ParallelInit,
     PartOfSpeech,
@@ -125,6 +126,10 @@ class AlignmentArguments(_ArgumentsLike):
     parts_of_speech: list[str] | None = field(
         default=None,
         metadata={"help": f"Parts of speech to align, of {', '.join(get_args(PartOfSpeech))}. All by default."},
+    )
+    attributes: Attributes = field(
+        default=AlignmentConfig.attributes,
+        metadata={"help": "The map of an adjective: its own, or that of the noun that it describes."},
     )
     subjects_and_objects: bool = field(
         default=False, metadata={"help": "Align only heads of noun phrases that no preposition governs."}

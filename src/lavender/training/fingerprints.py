@@ -48,9 +48,9 @@ def digest_of_model(model: str, commit: str | None) -> str:
 
 
 def digest_of_data(samples: Samples) -> str:
-    """Digest of texts and pixels in their order, of samples from `lavender.data.samples.readable`."""
+    """Digest of texts, pixels and `about` in their order, of samples from `lavender.data.samples.readable`."""
     pairs = zip(samples, samples.identities, strict=True)
-    return _digest((sample.messages, pictures) for sample, pictures in pairs)
+    return _digest((sample.messages, pictures, *([sample.about] if sample.about else [])) for sample, pictures in pairs)
 
 
 def digests_of_settings(training: Mapping[str, Any]) -> dict[str, str]:

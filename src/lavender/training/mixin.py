@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from trl import SFTTrainer
 
-from lavender.alignment.collator import AlignmentCollator, Coverage, SeveralStores, root_matcher
+from lavender.alignment.collator import AlignmentCollator, root_matcher
+from lavender.alignment.coverage import Coverage
 from lavender.alignment.objective import (
     TRAINED_PARTS,
     AlignmentRequest,
@@ -27,7 +28,7 @@ from lavender.alignment.objective import (
     without_attention_loss,
 )
 from lavender.config import POOLINGS
-from lavender.data.store import MapStore
+from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import ConfigError
 from lavender.model_files import spare_packing
 from lavender.students.registry import adapter_for

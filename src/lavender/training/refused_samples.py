@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from lavender.alignment.collator import AlignmentCollator, Coverage
+from lavender.alignment.collator import AlignmentCollator
+from lavender.alignment.coverage import Coverage
 from lavender.alignment.examples import UNREADABLE, SampleError
 from lavender.errors import ConfigError, DataError
 from lavender.training.arguments import AlignmentArguments

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from lavender.alignment.collator import Coverage
+from lavender.alignment.coverage import Coverage
 from lavender.training.checkpoints import COUNTS_FILE
 
 UNUSABLE = "unusable-"

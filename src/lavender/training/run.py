@@ -40,7 +40,8 @@ from lavender.training.settings import refused_settings, set_image_processor, tr
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, ProcessorMixin
 
-    from lavender.alignment.collator import Coverage
+    from lavender.alignment.coverage import Coverage
+    from lavender.config import Texts
     from lavender.data.samples import Samples
     from lavender.data.store import MapStore
     from lavender.training.trainable import Trained
@@ -105,7 +106,7 @@ def train(run: RunConfig, restart: bool = False) -> Path:
             return out
         notes += changed
     PartialState().wait_for_everyone()  # every process compares before the main process writes
-    notes.append(_maps_line(sets[0], stores))
+    notes.append(_maps_line(sets[0], stores, args.texts))
     _print(notes, is_main)
     trainer = _trainer(run, args, processor, load_model(), sets, stores)
     checkpoint = _begin(trainer, out, wanted, restart, is_main)
@@ -115,8 +116,8 @@ def train(run: RunConfig, restart: bool = False) -> Path:
 
 
 def _trainer(run: RunConfig, args: LavenderConfig, processor: Any, model: Any, sets: list[Samples], stores: list):
-    from lavender.alignment.collator import SeveralStores
     from lavender.data.samples import to_dataset
+    from lavender.data.store import SeveralStores
     from lavender.training.mixin import AlignmentMixin
     from lavender.training.trainable import check_trained, freeze, peft_config_of
     from lavender.training.trainer import LavenderTrainer
@@ -204,11 +205,11 @@ def _finish(trainer: LavenderTrainer, out: Path, sets: list[Samples], is_main: b
     trainer.accelerator.wait_for_everyone()
 
 
-def _maps_line(samples: Samples, stores: list[MapStore]) -> str:
+def _maps_line(samples: Samples, stores: list[MapStore], texts: Texts) -> str:
     """How many samples have maps, before the first step. Which of their words can be aligned is counted later."""
     with_picture = [(sample, ids) for sample, ids in zip(samples, samples.identities, strict=True) if ids]
     known = sum(
-        any((ids[index], text) in store for index, text in sample.pairs for store in stores)
+        any((ids[index], text) in store for index, text in sample.pairs_of(texts) for store in stores)
         for sample, ids in with_picture
     )
     line = f"maps for {known} of {len(with_picture)} samples with a picture"

@@ -12,8 +12,10 @@ from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from families.geometry import picture
-from lavender.alignment.collator import NO_PICTURE, AlignmentCollator, Coverage, rows_of_word
+from lavender.alignment.collator import AlignmentCollator
+from lavender.alignment.coverage import NO_PICTURE, Coverage
 from lavender.alignment.objective import AlignmentRequest, attach
+from lavender.alignment.word_targets import rows_of_word
 from lavender.config import AlignmentConfig
 from lavender.data.images import image_id
 from lavender.data.store import MapStore
