@@ -26,7 +26,7 @@ HANDS = ("twemoji", "noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "emo
 `streamline-emojis` lack some names. OpenMoji is held out."""
 HANDS_VARIABLE, CUTOUTS_VARIABLE = "LAVENDER_HANDS", "LAVENDER_CUTOUTS"
 INSTALLED_CUTOUTS = Path("/usr/share/tuxpaint/stamps")
-DRAWN_HEIGHT = 128  # pixels of a rendered drawing
+DRAWN_HEIGHT = 72  # pixels of a rendered drawing, as Twemoji's have
 
 _ICONS: dict[str, tuple[str, ...]] = {
     "cake": ("birthdaycake",),
