@@ -29,12 +29,17 @@ from lavender.world.training.students import train_student
 from lavender.world.training.teacher import train_teacher
 from lavender.world.tuning import GRID
 
-TEACHER_SETTINGS: dict[str, Any] = {"steps": 4000, "vae_steps": 800, "num_scenes": 16_000, "batch": 32, "seed": 0}
+TEACHER_SETTINGS: dict[str, Any] = {"steps": 7000, "vae_steps": 1200, "num_scenes": 24_000, "batch": 32, "seed": 0}
 _MLLAMA: dict[str, Any] = {"family": "mllama", "vision_steps": 6000, "num_scenes": 30_000, "batch": 32, "seed": 0}
+_LLAVA: dict[str, Any] = {"family": "llava", "steps": 600, "batch": 32, "seed": 0}
 STUDENT_SETTINGS: dict[str, dict[str, Any]] = {
     "mllama_new_words": _MLLAMA | {"steps": 900, "new_names": NEW_NAMES},
     "mllama": _MLLAMA | {"steps": 900},
+    "llava": _LLAVA | {"vision_steps": 3000, "num_scenes": 20_000, "style": "plain", "freeze_vision": False},
+    "llava_local": _LLAVA | {"vision_steps": 6000, "num_scenes": 30_000, "paste_weight": 5.0},
 }
+SHARED_WORK = {"mllama_new_words": "mllama"}
+"""Student → the student in whose work folder it is trained, because it shares pictures and vision stage with it."""
 NUM_SCORED, NUM_SCORED_OF_HAND = 300, 100
 log = logging.getLogger(__name__)
 
@@ -65,13 +70,26 @@ used, pictures squashed to 80 × 80 pixels (100 patches among the text's tokens)
 }
 STUDENT_CARD = """
 First the vision tower learned which names a picture shows. Then the model was trained on captions (three of four
-samples) and questions. Training stopped early on purpose, so that fine-tuning can improve it. The training scenes show
-things in several drawing hands (`lavender.world.hands`), but never OpenMoji's, and no photographs.
+samples) and questions. Training stopped early on purpose, so that fine-tuning can improve it.
+"""
+HANDS_NOTE = """The training scenes show things in several drawing hands (`lavender.world.hands`), but never OpenMoji's,
+and no photographs. Vision tower and projector were frozen in the second stage.
 
 """
 STUDENT_NOTES = {
-    "mllama_new_words": f"""The second stage had neither pictures nor texts with these names: {", ".join(NEW_NAMES)}.
+    "mllama": HANDS_NOTE,
+    "mllama_new_words": f"""{HANDS_NOTE}The second stage had neither pictures nor texts with these names: {", ".join(NEW_NAMES)}.
 Only the vision tower knows them. Tower and projector are those of `student_mllama`.
+
+""",
+    "llava": """The training scenes show Twemoji drawings only.
+
+This student is a counter-example: its tower moves the evidence for a thing away from the thing's patches. Attention to
+these patches reads nothing, so alignment cannot help. `lavender check` has to find that out.
+
+""",
+    "llava_local": f"""{HANDS_NOTE}In the first stage, a second loss kept evidence local: a patch had to look the same
+after its surroundings were pasted into another picture (`lavender.world.training.students.paste_loss`).
 
 """,
 }
@@ -94,7 +112,7 @@ def main() -> None:
         if part == "teacher":
             make_teacher(arguments.work, arguments.out / "teacher")
         else:
-            make_student(part, arguments.work / STUDENT_SETTINGS[part]["family"], arguments.out / f"student_{part}")
+            make_student(part, arguments.work / SHARED_WORK.get(part, part), arguments.out / f"student_{part}")
 
 
 def make_teacher(work: Path, out: Path) -> None:
@@ -120,7 +138,7 @@ def make_student(name: str, work: Path, out: Path) -> None:
     train_student(name, work, out, **settings)
     scores, _ = score_student(out, scored_scenes())
     del scores["entropies"]
-    lead = STUDENT_CARDS[settings["family"]] + STUDENT_CARD + STUDENT_NOTES.get(name, "")
+    lead = STUDENT_CARDS[settings["family"]] + STUDENT_CARD + STUDENT_NOTES[name]
     write_card(out, lead, settings, [work / "student_vision.jsonl", work / f"{name}.jsonl"], with_mean_of_hands(scores))
 
 

@@ -8,6 +8,7 @@ questions. Training stops early on purpose, so that fine-tuning can still improv
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -73,9 +74,20 @@ class PatchNames(nn.Module):
 
 
 def train_vision(
-    work: Path, family: StudentFamily, model, pictures: Pictures, steps: int, batch: int, seed: int
+    work: Path,
+    family: StudentFamily,
+    model,
+    pictures: Pictures,
+    steps: int,
+    batch: int,
+    seed: int,
+    paste_weight: float = 0.0,
 ) -> None:
-    """The first stage: vision tower and projector learn which names each picture shows."""
+    """The first stage: vision tower and projector learn which names each picture shows.
+
+    Args:
+        paste_weight: weight of `paste_loss`. 0 leaves it out.
+    """
     torch.manual_seed(seed)
     head = PatchNames(model.config.text_config.hidden_size)
     index_of = {name: index for index, name in enumerate(NAMES)}
@@ -90,11 +102,46 @@ def train_vision(
     for step in loop.remaining():
         chosen = np.random.default_rng([seed, 1, step]).integers(len(pictures.scenes), size=batch)
         inputs = pictures.batch(chosen)
-        logits = head(*family.patches(model, inputs))
+        states, shown = family.patches(model, inputs)
+        logits = head(states, shown)
         loss = F.binary_cross_entropy_with_logits(logits, targets[chosen], reduction="sum") / batch
         predicted = (logits.detach() > 0).float()
         f1 = 2 * (predicted * targets[chosen]).sum() / (predicted.sum() + targets[chosen].sum())
-        loop.update(loss, {"bce": loss.item(), "f1": f1.item()})
+        metrics = {"bce": loss.item(), "f1": f1.item()}
+        if paste_weight:
+            pasted = paste_loss(family, model, inputs, states, np.random.default_rng([seed, 3, step]))
+            loss = loss + paste_weight * pasted
+            metrics["paste"] = pasted.item()
+        loop.update(loss, metrics)
+
+
+def paste_loss(
+    family: StudentFamily, model, inputs: dict[str, Tensor], states: Tensor, rng: np.random.Generator
+) -> Tensor:
+    """How much patch states depend on what is far from them: a loss that keeps a thing's evidence in its patches.
+
+    A random rectangle of each picture is pasted into the next picture of the batch. Patches inside the rectangle should
+    have the states that they have in their own picture. No location of a thing is used.
+
+    Args:
+        inputs: the model's image inputs; `pixel_values` are square pictures, (image, 3, side, side).
+        states: the patch states of these pictures, (image, patch, width), patches row by row.
+
+    Returns:
+        The mean squared difference of the normalised states, a scalar: 0 for a tower that looks at single patches.
+    """
+    pixels = inputs["pixel_values"]
+    side = math.isqrt(states.shape[1])
+    size = pixels.shape[-1] // side  # pixels per side of a patch
+    height, width = rng.integers(side // 2, side - 1, size=2)
+    top, left = rng.integers(side - height + 1), rng.integers(side - width + 1)
+    rows, columns = slice(top * size, (top + height) * size), slice(left * size, (left + width) * size)
+    pasted = pixels.roll(1, dims=0)
+    pasted[:, :, rows, columns] = pixels[:, :, rows, columns]
+    there, _ = family.patches(model, {**inputs, "pixel_values": pasted})
+    difference = F.layer_norm(there, there.shape[-1:]) - F.layer_norm(states, states.shape[-1:])
+    inside = difference.unflatten(1, (side, side))[:, top : top + height, left : left + width]
+    return inside.square().mean()
 
 
 def train_language(
@@ -153,6 +200,7 @@ def train_student(
     style: Style = "mixed",
     freeze_vision: bool = True,
     new_names: Collection[str] = (),
+    paste_weight: float = 0.0,
 ) -> Path:
     """Train a student; write it to `out` as an ordinary checkpoint with its processor, float16.
 
@@ -168,6 +216,7 @@ def train_student(
         batch: samples per step.
         style: the style of the training scenes.
         freeze_vision: whether the second stage leaves vision tower and projector as they are.
+        paste_weight: weight of `paste_loss` in the first stage.
         new_names: names that do not occur in the second stage, neither in pictures nor in texts.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -181,7 +230,7 @@ def train_student(
     log.info("%s: %.2f M parameters", name, millions(model))
     pictures = kept_pictures(work / "pictures.pt", processor, seeds, style)
     log.info("%d pictures after %.0f s", num_scenes, time.time() - began)
-    train_vision(work, parts, model, pictures, vision_steps, batch, seed)
+    train_vision(work, parts, model, pictures, vision_steps, batch, seed, paste_weight)
     if freeze_vision:
         for module in parts.vision(model):
             module.requires_grad_(False)
