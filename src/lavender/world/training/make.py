@@ -78,8 +78,8 @@ and no photographs. Vision tower and projector were frozen in the second stage.
 """
 STUDENT_NOTES = {
     "mllama": HANDS_NOTE,
-    "mllama_new_words": f"""{HANDS_NOTE}The second stage had neither pictures nor texts with these names: {", ".join(NEW_NAMES)}.
-Only the vision tower knows them. Tower and projector are those of `student_mllama`.
+    "mllama_new_words": f"""{HANDS_NOTE}The second stage had neither pictures nor texts with these names:
+{", ".join(NEW_NAMES)}. Only the vision tower knows them. Tower and projector are those of `student_mllama`.
 
 """,
     "llava": """The training scenes show Twemoji drawings only.
