@@ -265,7 +265,12 @@ def train_teacher(
 
 
 def save_pipeline(out: Path, vae, unet, text_encoder, tokenizer, scheduler) -> None:
-    """Write a folder that `StableDiffusionPipeline.from_pretrained` loads."""
+    """Write a folder that `StableDiffusionPipeline.from_pretrained` loads.
+
+    What the last call of the tokenizer left in it, padding and truncation, is not written.
+    """
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     pipeline = StableDiffusionPipeline(
         vae=vae,
         unet=unet,
