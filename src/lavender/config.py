@@ -32,6 +32,9 @@ Pooling = Literal[
     "learn",
 ]
 Match = Literal["label", "exact", "root"]
+Texts = Literal["answers", "questions", "all"]
+Rows = Literal["predict", "read", "both"]
+WordTokens = Literal["all", "first"]
 LayerChoice = Literal["all", "first", "middle", "last"]
 ParallelInit = Literal["pretrained", "random"]
 AlignerForm = Literal["light", "sim", "deep"]
@@ -41,6 +44,13 @@ AlignerActivation = Literal["relu6", "leaky-relu"]
 AttentionLoss = Literal["mass", "kl", "published", "published-sum", "published-mse", "published-kl", "published-js"]
 PartOfSpeech = Literal["noun", "adjective", "verb", "other"]
 T = TypeVar("T")
+
+ROLES: dict[Texts, tuple[str, ...]] = {
+    "answers": ("assistant",),
+    "questions": ("user",),
+    "all": ("user", "assistant"),
+}
+"""The roles of the turns that each value of `texts` names."""
 
 CONTENT_WORDS: tuple[PartOfSpeech, ...] = ("noun", "adjective", "verb")
 """The parts of speech that get a map by default: words that name something visible."""
@@ -131,6 +141,8 @@ class ExtractionConfig:
         grid: (rows, cols) of the stored maps; the paper uses 32 × 32.
         batch_size: number of (picture, text) pairs per batch. It changes no map.
         parts_of_speech: which words get a map.
+        texts: the turns whose words get a map: the assistant's "answers" on every picture before them, the user's
+            "questions" on every picture before or in them, or "all". A question without such a word is no fault.
 
     To reproduce the paper only; our measurements reject these settings, see docs/teachers.md:
         refine: how many times a map is propagated along the image's self-attention, 0 to 2.
@@ -163,6 +175,7 @@ class ExtractionConfig:
     grid: tuple[int, int] = (32, 32)
     batch_size: int = 8
     parts_of_speech: tuple[PartOfSpeech, ...] = CONTENT_WORDS
+    texts: Texts = "answers"
 
     def __post_init__(self) -> None:
         write_paths_as_texts(self, ["tiny_vae"])
@@ -231,9 +244,14 @@ class AlignmentConfig:
             "learn" does the same with new query and key projections beside the pretrained ones (Eq. 15–16).
             "mean-max" and its like pool heads (first word), then layers (second word), then apply the Aligner.
             "flow-sum" and "flow-multi" are attention flow (Eq. 40–44); "mean-flow-sum" and its like pool heads first.
-        match: which words count. "label": every word of the answer that has a map. "exact" (the paper's): only words
+        texts: the turns whose words are aligned: "answers" of the assistant, "questions" of the user, or "all". A
+            question's words are aligned in the rows that read them. The map store must have maps of these texts.
+        match: which words count. "label": every word that has a map. "exact" (the paper's): only words
             that the student predicts at that step. "root": also words of which it predicts another form ("dog" for
             "dogs").
+        rows: which rows of an answer's word are aligned. "predict": those that predict its tokens. "read": those that
+            read them, one position later. "both": each with half of the word's weight.
+        tokens: whether "all" tokens of a word have rows, or only the "first".
         parts_of_speech: which of the mapped words to align; None aligns all.
         subjects_and_objects: align only the heads of noun phrases that no preposition governs, see
             `lavender.words.subjects_and_objects`.
@@ -279,7 +297,10 @@ class AlignmentConfig:
 
     align_weight: float | Literal["estimated"] = 2.0
     pooling: Pooling = "layer-mean"
+    texts: Texts = "answers"
     match: Match = "label"
+    rows: Rows = "predict"
+    tokens: WordTokens = "all"
     parts_of_speech: tuple[PartOfSpeech, ...] | None = None
     subjects_and_objects: bool = False
     weight_by_confidence: bool = False
@@ -335,6 +356,7 @@ class AlignmentConfig:
         )
         self._check_direct()
         self._check_forcing()
+        self._check_match()
 
     @property
     def is_direct(self) -> bool:
@@ -359,6 +381,18 @@ class AlignmentConfig:
                 "no setting of the Aligner: this loss has none",
                 f"leave {changed[0]} out, or set attention_loss: published",
             )
+
+    def _check_match(self) -> None:
+        """Refuse rows that predict nothing where predictions decide which words count."""
+        if self.match == "label":
+            return
+        for name, value in (("rows", "predict"), ("texts", "answers")):
+            if getattr(self, name) != value:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} with match={self.match!r}",
+                    f"{name}: {value}, since predictions decide which words match",
+                    f"set match: label, or leave {name} out",
+                )
 
     def _check_forcing(self) -> None:
         if not self.attention_forcing:

@@ -16,6 +16,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from families.geometry import Family
+from lavender.data.conversations import text_of
 from lavender.errors import DataError
 from lavender.students.base import VlmAdapter
 from lavender.students.locate import UNSEEN, WordLocator
@@ -129,6 +130,37 @@ class Words:
             assert sum(head.count(text) for text in texts[:turn]) >= turn
             assert all(text in rest for text in texts[turn + 1 :])
             last = places[-1]
+
+    @pytest.mark.parametrize("index", range(len(EXAMPLES)))
+    def test_the_users_words_are_found(self, made, index):
+        """Each turn's in its own place, after the words of the turn before; the row at a token's own place reads it."""
+        processor, adapter = made
+        batch, (messages,) = trl_batch(processor, [EXAMPLES[index]])
+        ids, mask, locator = batch["input_ids"][0], batch["attention_mask"][0], WordLocator(processor, adapter)
+        first_picture, last = int((ids == adapter.image_token_id()).nonzero()[0]), -1
+        for turn, message in enumerate(messages):
+            text, dropped = text_of(message["content"]), Counter[str]()
+            words = words_of(text)
+            found = locator.rows(messages, [(turn, text, words)], ids, mask, dropped)
+            assert not dropped
+            assert [word for word, _ in found] == list(words)
+            reading = [[row + 1 for row in rows] for _, rows in found]
+            assert [processor.tokenizer.decode(ids[rows]).strip(" .?") for rows in reading] == [w.text for w in words]
+            places = [place for rows in reading for place in rows]
+            assert places == sorted(set(places))
+            assert places[0] > max(last, first_picture)
+            last = places[-1]
+
+    def test_the_users_words_wait_for_their_picture(self, made):
+        """ "then" stands before the second picture, "this" after it, in one turn."""
+        processor, adapter = made
+        batch, (messages,) = trl_batch(processor, [EXAMPLES[3]])
+        ids, mask, locator = batch["input_ids"][0], batch["attention_mask"][0], WordLocator(processor, adapter)
+        text, dropped = text_of(messages[2]["content"]), Counter[str]()
+        assert text == "then   this"
+        found = locator.rows(messages, [(2, text, words_of(text))], ids, mask, dropped, pictures=[1])
+        assert [word.text for word, _ in found] == (["then"] if self.pictures_first else []) + ["this"]
+        assert dropped == ({} if self.pictures_first else {UNSEEN: 1})
 
     def test_words_wait_for_their_picture(self, made):
         """The first answer stands before the second picture, unless the processor moves pictures to the front."""

@@ -306,7 +306,7 @@ def test_an_answer_that_cannot_be_placed_is_counted(build):
     def lost(*args: Any) -> Any:
         raise DataError("tokens that are not this conversation's", "its own", "look")
 
-    trainer.data_collator._locator.rows_by_answer = lost
+    trainer.data_collator._locator.rows_by_text = lost
     alignment = trainer.data_collator([in_memory(0)])["alignment"]
     assert Coverage.of(alignment["counts"]).dropped == {UNPLACED: 1}
     assert alignment["faults"][0].endswith("90 × 60 pixels: tokens that are not this conversation's")

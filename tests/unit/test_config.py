@@ -162,6 +162,12 @@ def test_extraction_ranges(settings, message):
         ({"subjects_and_objects": "no"}, "Got subjects_and_objects='no'. Expected true or false."),
         ({"aligner_width": 0}, "Got aligner_width=0."),
         ({"min_coverage": 1.1}, "Got min_coverage=1.1. Expected a number from 0 to 1."),
+        ({"rows": "reads"}, "Got rows='reads'. Expected one of ('predict', 'read', 'both')."),
+        (
+            {"rows": "both", "match": "exact"},
+            "Got rows='both' with match='exact'. Expected rows: predict, since predictions decide which words match.",
+        ),
+        ({"texts": "all", "match": "root"}, "Got texts='all' with match='root'. Expected texts: answers, since"),
         ({"sharpen": 0}, "Got sharpen=0. Expected a number from 0.1 to 16."),
         ({"word_share": 0}, "Got word_share=0."),
         ({"attention_forcing": 2}, "Got attention_forcing=2. Expected a number from 0 to 1."),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import ProcessorMixin
 
 from lavender.alignment.examples import (
     CUT,
@@ -22,7 +22,7 @@ from lavender.alignment.examples import (
     images_of,
     line_of,
 )
-from lavender.config import AlignmentConfig
+from lavender.config import AlignmentConfig, Rows, WordTokens
 from lavender.data.conversations import text_of
 from lavender.data.images import image_id, load_image
 from lavender.data.store import MapStore
@@ -51,16 +51,53 @@ class MappedWord(NamedTuple):
     """A word with its map.
 
     Attributes:
-        rows: positions of the tokens that predict the word's tokens.
+        text: the word as written.
+        rows: positions of the word's rows.
+        reads: whether these rows read the word's tokens, or predict them.
         picture: index of the map's picture in the sample.
         map: the teacher's map, (rows, cols).
         weight: the word's weight in the loss.
     """
 
+    text: str
     rows: tuple[int, ...]
+    reads: bool
     picture: int
     map: Tensor
     weight: float
+
+
+class WordRows(NamedTuple):
+    """Rows of a word.
+
+    Attributes:
+        rows: their positions.
+        reads: whether they read the word's tokens, or predict them.
+    """
+
+    rows: tuple[int, ...]
+    reads: bool
+
+
+def rows_of_word(predicting: tuple[int, ...], rows: Rows, tokens: WordTokens) -> list[WordRows]:
+    """The rows of a word to align: one entry, or with `rows="both"` two.
+
+    Example:
+        >>> from lavender.alignment.collator import rows_of_word
+        >>> [tuple(entry) for entry in rows_of_word((7, 8), "both", "first")]
+        [((7,), False), ((8,), True)]
+
+    Args:
+        predicting: positions of the rows that predict the word's tokens. The next position reads the token.
+        rows, tokens: the settings of `AlignmentConfig`.
+    """
+    predicting = predicting[:1] if tokens == "first" else predicting
+    reading = tuple(row + 1 for row in predicting)
+    return {
+        "predict": [WordRows(predicting, False)],
+        "read": [WordRows(reading, True)],
+        "both": [WordRows(predicting, False), WordRows(reading, True)],
+    }[rows]
 
 
 class _Sample(NamedTuple):
@@ -153,6 +190,8 @@ class AlignmentCollator:
 
     `alignment` is a dict that holds:
     - the tensors of an `AlignmentRequest`, which lists their shapes;
+    - `reads`: bool (sample, word), whether a word's rows read its tokens, or predict them;
+    - `words`: for each sample the texts of its words, in the order of the tensors;
     - `counts`: this batch's `Coverage` as a tensor;
     - `names`: a text for each sample by which a user finds it, with content and size of its pictures;
     - `faults`: a text for each sample that was left out of the batch or of alignment.
@@ -211,8 +250,15 @@ class AlignmentCollator:
         )
         rows["weights"][rows["present"]] = torch.tensor([word.weight for words in words_of for word in words])
         targets = _pad_targets([[word.map for word in words] for words in words_of], rows["present"], self._store.grid)
-        described = {"counts": coverage.counts(), "names": [sample.name for sample in samples], "faults": faults}
-        batch["alignment"] = rows | keys | {"targets": targets} | described
+        reads = rows["present"].clone()
+        reads[rows["present"]] = torch.tensor([word.reads for words in words_of for word in words], dtype=torch.bool)
+        described = {
+            "words": [[word.text for word in words] for words in words_of],
+            "counts": coverage.counts(),
+            "names": [sample.name for sample in samples],
+            "faults": faults,
+        }
+        batch["alignment"] = rows | keys | {"targets": targets, "reads": reads} | described
         return batch
 
     def fault_of(self, example: Mapping[str, Any]) -> SampleError | None:
@@ -305,25 +351,31 @@ class AlignmentCollator:
         answers = [(turn, maps.text, self._chosen_words(maps)) for _, turn, maps in known]
         dropped: Counter[str] = Counter()
         try:
-            located = self._locator.rows_by_answer(
+            located = self._locator.rows_by_text(
                 sample.messages, answers, ids, attention_mask, dropped, [index for index, _, _ in known]
             )
         except DataError as error:
             coverage.dropped[UNPLACED] += 1
             faults.append(f"{describe(sample.example)}: {error.got}")
             return []
-        mapped = []
+        mapped: list[MappedWord] = []
         for (index, _, maps), located_words in zip(known, located, strict=True):
             places = {word.start: place for place, word in enumerate(maps.words)}
             for word, rows in located_words:
-                if seen[index, list(rows)].all():
-                    mapped.append(MappedWord(rows, index, *self._target(maps, places[word.start], sample)))
-                else:
+                entries = [
+                    entry
+                    for entry in rows_of_word(rows, self._config.rows, self._config.tokens)
+                    if seen[index, list(entry.rows)].all()
+                ]
+                if not entries:
                     dropped[UNSEEN] += 1
+                    continue
+                coverage.words += 1
+                heat, weight = self._target(maps, places[word.start], sample)
+                mapped += [MappedWord(word.text, *entry, index, heat, weight / len(entries)) for entry in entries]
         coverage.dropped += dropped
         coverage.dropped[NO_WORDS] += int(not mapped)
         coverage.mapped_samples += bool(mapped)
-        coverage.words += len(mapped)
         return mapped
 
     def _target(self, maps: WordMaps, place: int, sample: _Sample) -> tuple[Tensor, float]:
@@ -351,18 +403,6 @@ class AlignmentCollator:
 def root_matcher(processor: ProcessorMixin) -> Callable[[list[int], list[int]], bool]:
     """A function for `match="root"`: whether predicted and true token ids spell forms of the same word."""
     return lambda predicted, true: same_root(processor.tokenizer.decode(predicted), processor.tokenizer.decode(true))
-
-
-def word_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor, alignment: Mapping[str, Any], word: int) -> str:
-    """A mapped word as the batch spells it.
-
-    Args:
-        ids: token ids of one sample, (token,).
-        alignment: the entry `alignment` of that sample alone.
-        word: index of the word.
-    """
-    rows = alignment["rows"][alignment["shares"][word] > 0]
-    return str(tokenizer.decode(ids[rows + 1])).strip()
 
 
 def _is_of_a_sample(error: Exception) -> bool:

@@ -49,6 +49,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="parts of speech to map, of noun, adjective, verb and other (default: all but other)",
     )
     parser.add_argument(
+        "--texts",
+        choices=("answers", "questions", "all"),
+        default="answers",
+        help="turns whose words to map: the assistant's answers (default), the user's questions, or all",
+    )
+    parser.add_argument(
         "--strict",
         action="store_true",
         help="stop at the first sample that cannot be used, and refuse pictures outside the folder of the data",
@@ -151,13 +157,14 @@ def _extract_annotations(options: argparse.Namespace) -> int:
     )
     samples = annotations.samples() if options.data is None else read_samples(options.data)
     data_file = options.out / f"{annotations.label}.jsonl" if options.data is None else None
-    total = sum(len(sample.pairs) for sample in samples)
+    total = sum(len(sample.pairs_of(options.texts)) for sample in samples)
     with writing(options.out), tqdm(total=total, unit="text", desc="maps") as bar:
         summary = extract_annotations(
             samples,
             annotations,
             options.out,
             grid=(options.grid, options.grid),
+            texts=options.texts,
             data_file=data_file,
             strict=options.strict,
             on_progress=bar.update,
@@ -187,6 +194,7 @@ def _extract_teacher(options: argparse.Namespace) -> int:
         "grid": (options.grid, options.grid),
         "batch_size": options.batch_size,
         "parts_of_speech": options.words,
+        "texts": options.texts,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     settings |= read_overrides(options.overrides)
@@ -196,7 +204,7 @@ def _extract_teacher(options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
     path = str(TEACHER_PATH) if options.teacher == TEACHER_NAME else options.teacher
     teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
-    total = sum(len(sample.pairs) for sample in samples)
+    total = sum(len(sample.pairs_of(config.texts)) for sample in samples)
     with writing(options.out), tqdm(total=total, unit="text", desc="maps") as bar:
 
         def show_estimate(estimate: Estimate) -> None:

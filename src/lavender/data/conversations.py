@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lavender.data.tables import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, VIDEO_COLUMNS
 from lavender.files import JsonError, half_character, parse_json, shown
@@ -70,11 +70,35 @@ def mismatch(num_pictures: int, num_places: int) -> str:
     return f"{pictures} and {places} for pictures"
 
 
-def text_of(content: str | Iterable[Mapping[str, Any]] | None) -> str:
-    """The text of a message, from its `content`: a string, or parts of which those of type "text" count."""
+class TextPart(NamedTuple):
+    """A part of a message with a text: its index in the content, its first character in `text_of`, and the text."""
+
+    index: int
+    start: int
+    text: str
+
+
+def text_parts(content: str | Iterable[Mapping[str, Any]] | None) -> list[TextPart]:
+    """The parts of a message's `content` that have a text. A content that is a text is one part."""
     if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(str(part["text"]) for part in content if part.get("type") == "text" and part.get("text"))
+        return [TextPart(0, 0, content)] if content else []
+    parts: list[TextPart] = []
+    end, pictures = 0, False
+    for index, part in enumerate(content):
+        if part.get("type") == "text" and part.get("text"):
+            start = end + (pictures and bool(parts))
+            parts.append(TextPart(index, start, str(part["text"])))
+            end, pictures = start + len(parts[-1].text), False
+        pictures |= part.get("type") == "image"
+    return parts
+
+
+def text_of(content: str | Iterable[Mapping[str, Any]] | None) -> str:
+    """The text of a message, from its `content`: its texts, with a space where pictures stand between two of them."""
+    text = ""
+    for part in text_parts(content):
+        text += " " * (part.start - len(text)) + part.text
+    return text
 
 
 def _turns_of_row(values: dict[str, Any], prompt: str, has_pictures: bool) -> list[list[Any]]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from lavender.config import ROLES, Texts
 from lavender.data.conversations import (
     UnusableError,
     check_columns,
@@ -93,12 +94,20 @@ class Sample:
 
     @property
     def pairs(self) -> tuple[tuple[int, str], ...]:
-        """(index of an image, answer) of each answer on each image before it, image by image: what gets maps."""
+        """(index of an image, answer) of each answer on each image before it, image by image."""
+        return self.pairs_of("answers")
+
+    def pairs_of(self, texts: Texts) -> tuple[tuple[int, str], ...]:
+        """(index of an image, text) of each turn on each image before or in it, image by image: what gets maps.
+
+        Args:
+            texts: the turns: "answers" of the assistant, "questions" of the user, or "all". Never the system's.
+        """
         pairs: list[tuple[int, str]] = []
         for turn, message in enumerate(self.messages):
-            if message["role"] == "assistant":
-                before = range(num_places(self.messages[:turn]))
-                pairs += [(index, text_of(message["content"])) for index in before]
+            text = text_of(message["content"])
+            if message["role"] in ROLES[texts] and (text.strip() or message["role"] == "assistant"):
+                pairs += [(index, text) for index in range(num_places(self.messages[: turn + 1]))]
         return tuple(sorted(pairs, key=lambda pair: pair[0]))
 
     def load(self) -> tuple[Image.Image, ...]:

@@ -32,6 +32,8 @@ from lavender.maps import WordMaps
 _LOCK = "writer.lock"
 _PREFIXES = (_LOCK, MANIFEST, "extraction.json", "shard-", TEMPORARY)
 """How the names of files begin that a writer writes or removes."""
+UNRECORDED = {"texts": "answers"}
+"""Settings that stores of earlier releases do not name in their identity, and the value that they had."""
 
 
 class StoreWriter:
@@ -226,8 +228,8 @@ def _check_folder(folder: Path) -> None:
 
 def _check_same(folder: Path, stored: Manifest, wanted: Manifest) -> None:
     """Refuse to add to a store made with other settings; name each setting that differs."""
-    old = {**stored.identity, "grid": list(stored.grid)}
-    new = {**wanted.identity, "grid": list(wanted.grid)}
+    old = {**UNRECORDED, **stored.identity, "grid": list(stored.grid)}
+    new = {**UNRECORDED, **wanted.identity, "grid": list(wanted.grid)}
     missing = "(not set)"
     differences = [
         f"{key} is {old.get(key, missing)!r} there and {new.get(key, missing)!r} here"

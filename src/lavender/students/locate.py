@@ -1,4 +1,4 @@
-"""Find the words of an answer in a model's token sequence, and the rows that predict them.
+"""Find the words of a turn in a model's token sequence, and the rows that predict them.
 
 A processor writes more than the chat template. Where the template prints one placeholder for a picture, the sequence
 has hundreds of tokens, with markers, newlines or whole sentences around them. So the rendered text is cut at its
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from lavender.data.conversations import text_parts
 from lavender.errors import DataError
 from lavender.maps import Word
 from lavender.students.base import VlmAdapter
@@ -64,62 +65,64 @@ class WordLocator:
     def rows(
         self,
         messages: Sequence[Mapping[str, Any]],
-        answers: Iterable[tuple[int, str, Sequence[Word]]],
+        texts: Iterable[tuple[int, str, Sequence[Word]]],
         ids: Tensor,
         attention_mask: Tensor,
         dropped: Counter[str],
         pictures: Iterable[int] | None = None,
     ) -> list[tuple[Word, tuple[int, ...]]]:
-        """As `rows_by_answer`, with the words of all answers in one list."""
-        by_answer = self.rows_by_answer(messages, answers, ids, attention_mask, dropped, pictures)
-        return [word_and_rows for words in by_answer for word_and_rows in words]
+        """As `rows_by_text`, with the words of all texts in one list."""
+        by_text = self.rows_by_text(messages, texts, ids, attention_mask, dropped, pictures)
+        return [word_and_rows for words in by_text for word_and_rows in words]
 
-    def rows_by_answer(
+    def rows_by_text(
         self,
         messages: Sequence[Mapping[str, Any]],
-        answers: Iterable[tuple[int, str, Sequence[Word]]],
+        texts: Iterable[tuple[int, str, Sequence[Word]]],
         ids: Tensor,
         attention_mask: Tensor,
         dropped: Counter[str],
         pictures: Iterable[int] | None = None,
     ) -> list[list[tuple[Word, tuple[int, ...]]]]:
-        """For each answer its words, each with the positions of the rows that predict its tokens.
+        """For each text its words, each with the positions of the rows that predict its tokens.
+
+        The row before a token predicts it; the row at the token's own position reads it.
 
         Args:
             messages: the conversation, with a part of type "image" for each picture.
-            answers: (index of the message, its text, words) for each answer of the assistant to search. The positions
-                of the words count characters from the start of that text.
+            texts: (index of the message, its text, words) for each turn to search, of the user or the assistant. The
+                positions of the words count characters from the start of that text, which is `text_of` the message.
             ids, attention_mask: (token,), of one sample of the batch.
             dropped: counter of the reasons why words have no rows. It is updated.
-            pictures: for each answer the index of the picture in the conversation that its words are mapped on. By
+            pictures: for each text the index of the picture in the conversation that its words are mapped on. By
                 default the first. Words before the end of their picture are dropped.
 
         Returns:
-            For each answer the words that were found, in their order. The row before a token predicts it.
+            For each text the words that were found, in their order.
 
         Raises:
-            DataError: the sequence does not match the conversation, or the template does not print an answer as it is.
+            DataError: the sequence does not match the conversation, or the template does not print a text as it is.
         """
-        answers = list(answers)
-        for _, text, words in answers:
+        texts = list(texts)
+        for _, text, words in texts:
             _check_words(text, words)
         rendered = self._render(messages)
         if encodable(rendered) != rendered:  # no tokenizer takes this text as it is
-            dropped[CHANGED] += sum(len(words) for _, _, words in answers)
-            return [[] for _ in answers]
+            dropped[CHANGED] += sum(len(words) for _, _, words in texts)
+            return [[] for _ in texts]
         sequence = _Sequence.of(self._vocabulary, ids, attention_mask)
         pieces = self._pieces(rendered)
         placed = sequence.place([piece.surface for piece in pieces])
-        located: list[list[tuple[Word, tuple[int, ...]]]] = [[] for _ in answers]
-        pictures = [0] * len(answers) if pictures is None else pictures
-        starts_of: dict[tuple[int, str], list[tuple[int, int, int]]] = {}  # an answer may be mapped on several pictures
-        for answer_rows, (turn, text, words), picture in zip(located, answers, pictures, strict=True):
-            if words and (turn, text) not in starts_of:
-                starts_of[turn, text] = self._starts(rendered, messages, turn, text)
+        located: list[list[tuple[Word, tuple[int, ...]]]] = [[] for _ in texts]
+        pictures = [0] * len(texts) if pictures is None else pictures
+        starts_of: dict[int, list[tuple[int, int, int]]] = {}  # a text may be mapped on several pictures
+        for text_rows, (turn, _, words), picture in zip(located, texts, pictures, strict=True):
+            if words and turn not in starts_of:
+                starts_of[turn] = self._starts(rendered, messages, turn)
             for word in words:
                 spans = [
                     (start + max(word.start, first), start + min(word.end, last))
-                    for start, first, last in starts_of[turn, text]
+                    for start, first, last in starts_of[turn]
                     if word.start < last and word.end > first
                 ]
                 reason, tokens = self._tokens(pieces, placed, sequence, spans, picture)
@@ -128,7 +131,7 @@ class WordLocator:
                 if reason:
                     dropped[reason] += 1
                 else:
-                    answer_rows.append((word, tuple(sequence.positions[index] - 1 for index in tokens)))
+                    text_rows.append((word, tuple(sequence.positions[index] - 1 for index in tokens)))
         return located
 
     def _tokens(
@@ -166,36 +169,32 @@ class WordLocator:
         conversation: list[Any] = list(messages)
         return self._processor.apply_chat_template(conversation, add_generation_prompt=False, tokenize=False)
 
-    def _starts(
-        self, rendered: str, messages: Sequence[Mapping[str, Any]], turn: int, answer: str
-    ) -> list[tuple[int, int, int]]:
-        """The place of an answer in the rendered conversation: (shift, first, last) for each of its text parts.
+    def _starts(self, rendered: str, messages: Sequence[Mapping[str, Any]], turn: int) -> list[tuple[int, int, int]]:
+        """The place of a turn's text in the rendered conversation: (shift, first, last) for each of its text parts.
 
-        Characters first to last of the answer are `shift` characters later in the rendered text. To find a part, the
+        Characters first to last of the text are `shift` characters later in the rendered text. To find a part, the
         conversation is rendered once more with a probe in its place: the part is where the two texts differ. That
         holds even if the same text occurs elsewhere in the conversation.
         """
-        content = messages[turn]["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        content, role = messages[turn]["content"], messages[turn]["role"]
         probe = 3 * next(sign for sign in map(chr, PRIVATE) if sign not in rendered)
-        starts, first = [], 0
-        for index, part in enumerate(parts):
-            if part["type"] != "text":
-                continue
-            probes = [*parts[:index], {**part, "text": probe}, *parts[index + 1 :]]
-            probed = {**messages[turn], "content": probe if isinstance(content, str) else probes}
-            before, *rest = self._render([*messages[:turn], probed, *messages[turn + 1 :]]).split(probe)
+        starts = []
+        for index, first, text in text_parts(content):
+            probed: Any = probe
+            if not isinstance(content, str):
+                probed = [*content[:index], {**content[index], "text": probe}, *content[index + 1 :]]
+            changed = [*messages[:turn], {**messages[turn], "content": probed}, *messages[turn + 1 :]]
+            before, *rest = self._render(changed).split(probe)
             after = rest[0] if len(rest) == 1 else None
             printed = rendered[len(before) : len(rendered) - len(after)] if after is not None else ""
-            if after is None or rendered != before + printed + after or printed.strip() != part["text"].strip():
+            if after is None or rendered != before + printed + after or printed.strip() != text.strip():
                 raise DataError(
-                    f"a chat template that does not print the answer {answer!r}",
-                    "a template that prints the assistant's text as it is, and once",
+                    f"a chat template that does not print the {role}'s text {text!r}",
+                    "a template that prints each turn's text as it is, and once",
                     "use the model's own chat template",
                 )
-            stripped = part["text"].find(printed)  # some templates strip white space
-            starts.append((len(before) - stripped - first, first, first + len(part["text"])))
-            first += len(part["text"])
+            stripped = text.find(printed)  # some templates strip white space
+            starts.append((len(before) - stripped - first, first, first + len(text)))
         return starts
 
     def _pieces(self, rendered: str) -> list[_Piece]:
@@ -381,7 +380,7 @@ def _check_words(text: str, words: Sequence[Word]) -> None:
         if (characters := text[word.start : word.end]) != word.text:
             raise DataError(
                 f"{characters!r} where the word {word.text!r} should be in {text[:60]!r}",
-                "words whose characters count from the start of their answer",
+                "words whose characters count from the start of their turn's text",
                 "find the words in that same text",
             )
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
 
-from lavender.config import ExtractionConfig
+from lavender.config import ExtractionConfig, Texts
 from lavender.data.images import image_id
 from lavender.data.samples import Sample, Samples
 from lavender.data.store import StoreWriter
@@ -35,7 +35,7 @@ class Estimate:
     """Time and disk space of the remaining texts, from the first batch.
 
     Attributes:
-        texts: pairs of an image and an answer that are still to do.
+        texts: different pairs of an image and a text that are still to do.
         seconds: expected duration.
         megabytes: expected size of their maps.
     """
@@ -54,7 +54,10 @@ def extract(
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Summary:
-    """Write the maps of every answer, on every image before it, to the store at `out`.
+    """Write the maps of every text, on every image before it, to the store at `out`.
+
+    The teacher's config names the texts: answers, questions or all; a question is also mapped on the images in it. A
+    text on an image has one record, so a prompt that every sample repeats is mapped once per image.
 
     A sample is dropped if one of its images cannot be read, as in training. Text-only samples need no maps. After an
     interruption the same call continues where it stopped and ends with the same records. Their maps may differ in the
@@ -107,7 +110,7 @@ def _steps(
     already_there, is_first = 0, True
     for window in _windows(_prefetch(items, size * READ_AHEAD), size * READ_AHEAD):
         if isinstance(window, Step):
-            already_there += window.already_there
+            already_there += window.already_there - window.repeated
             yield window
             continue
         window.sort(key=lambda job: job.image.size)  # the teacher runs each shape apart
@@ -116,7 +119,8 @@ def _steps(
             started = time.monotonic()
             maps = teacher(batch)
             if is_first:
-                on_estimate(_estimate(samples, already_there, batch, time.monotonic() - started, teacher.config))
+                remaining = num_different(samples, teacher.config.texts) - already_there
+                on_estimate(_estimate(remaining, batch, time.monotonic() - started, teacher.config))
                 is_first = False
             dropped = [drop for record in maps for drop in _dropped_words(record)]
             yield Step(len(batch), maps, dropped, reconstruction=teacher.reconstruction[num_errors:])
@@ -125,16 +129,17 @@ def _steps(
 def _read(samples: Iterable[Sample], teacher: Teacher, writer: StoreWriter, strict: bool) -> Iterator[Job | Step]:
     """Every pair of every sample: images decoded, hashed and resized, words found."""
     seen: set[tuple[str, str]] = set()
+    texts = teacher.config.texts
     for sample in samples:
         try:
             images = sample.load()
         except DataError as error:
             if strict:
                 raise
-            yield Step(len(sample.pairs), dropped=[Dropped(sample.name, str(error))])
+            yield Step(len(sample.pairs_of(texts)), dropped=[Dropped(sample.name, str(error))])
             continue
-        if images and not sample.pairs:
-            drop = Dropped(sample.name, "no answer after a picture")
+        if images and not sample.pairs_of(texts):
+            drop = Dropped(sample.name, f"no {'answer' if texts == 'answers' else 'text'} after a picture")
             if strict:
                 _refuse(drop)
             yield Step(0, dropped=[drop])
@@ -150,23 +155,27 @@ def _pairs(
     strict: bool,
 ) -> Iterator[Job | Step]:
     """A job for each pair of a sample that is new and has a word to map."""
-    config = teacher.config
+    config, answers = teacher.config, set(sample.answers)
     image_ids, views = [image_id(image) for image in images], {}
-    for index, answer in sample.pairs:
-        key = image_ids[index], answer
+    for index, text in sample.pairs_of(config.texts):
+        key = image_ids[index], text
         if key in seen or key in writer:
-            yield Step(already_there=1)
+            yield Step(already_there=1, repeated=int(key in seen))
+            seen.add(key)
             continue
         seen.add(key)
-        if words := content_words(answer, config.parts_of_speech):
+        if words := content_words(text, config.parts_of_speech):
             if index not in views:
                 views[index] = teacher.view(images[index])
             yield Job(views[index], *key, words)
             continue
-        drop = Dropped(f"{sample.name}: {answer[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}")
+        record = WordMaps(*key, (), torch.zeros(0, *config.grid), too_long(text))
+        if text not in answers:  # a question may name nothing: "what is it?"
+            yield Step(maps=[record], dropped=_dropped_words(record))
+            continue
+        drop = Dropped(f"{sample.name}: {text[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}")
         if strict:
             _refuse(drop)
-        record = WordMaps(*key, (), torch.zeros(0, *config.grid), too_long(answer))
         yield Step(maps=[record], dropped=[drop, *_dropped_words(record)])
 
 
@@ -231,10 +240,19 @@ def _prefetch(items: Iterator[Job | Step], size: int) -> Iterator[Job | Step]:
         thread.join()
 
 
-def _estimate(
-    samples: Samples, already_there: int, batch: list[Job], seconds: float, config: ExtractionConfig
-) -> Estimate:
-    texts = sum(len(sample.pairs) for sample in samples) - already_there
+def num_different(samples: Iterable[Sample], texts: Texts) -> int:
+    """The number of different pairs of an image and a text, where images are the same if they are the same file."""
+    sources: dict[Any, int] = {}
+    different = set()
+    for sample in samples:
+        for index, text in sample.pairs_of(texts):
+            source = sample.sources[index]
+            key = source if isinstance(source, (Path, bytes)) else id(source)
+            different.add((sources.setdefault(key, len(sources)), text))
+    return len(different)
+
+
+def _estimate(texts: int, batch: list[Job], seconds: float, config: ExtractionConfig) -> Estimate:
     words = sum(len(job.words) for job in batch) / len(batch)
     size = words * (config.grid[0] * config.grid[1] + 64) / 1e6
     return Estimate(texts, texts * seconds / len(batch), texts * size)

@@ -21,10 +21,11 @@ class Step:
     """What became of some texts of a data set.
 
     Attributes:
-        texts: how many pairs of an image and an answer this settles, for the progress bar.
+        texts: how many pairs of an image and a text this settles, for the progress bar.
         maps: records to write.
         dropped: what could not be used.
-        already_there: how many of the texts the store already has.
+        already_there: how many of the texts the store already has, or will have from this run.
+        repeated: how many of these came up in this run before.
         reconstruction: the mean squared errors of null-text inversion, see `Summary.reconstruction`.
     """
 
@@ -32,6 +33,7 @@ class Step:
     maps: Sequence[WordMaps] = ()
     dropped: Sequence[Dropped] = ()
     already_there: int = 0
+    repeated: int = 0
     reconstruction: Sequence[float] = ()
 
 

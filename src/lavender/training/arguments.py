@@ -22,6 +22,9 @@ from lavender.config import (
     ParallelInit,
     PartOfSpeech,
     Pooling,
+    Rows,
+    Texts,
+    WordTokens,
     name_of_loss,
 )
 from lavender.errors import ConfigError
@@ -101,12 +104,23 @@ class AlignmentArguments(_ArgumentsLike):
         default=AlignmentConfig.pooling,
         metadata={"help": "How attention of many layers and heads becomes one map per word."},
     )
+    texts: Texts = field(
+        default=AlignmentConfig.texts,
+        metadata={"help": "Turns whose words are aligned: the assistant's (answers), the user's (questions), or all."},
+    )
     match: Match = field(
         default=AlignmentConfig.match,
         metadata={
             "help": "Which mapped words count: all (label), those that the student predicts (exact), or also those of "
             "which it predicts another form (root)."
         },
+    )
+    rows: Rows = field(
+        default=AlignmentConfig.rows,
+        metadata={"help": "Rows of an answer's word to align: those that predict it, those that read it, or both."},
+    )
+    tokens: WordTokens = field(
+        default=AlignmentConfig.tokens, metadata={"help": "Whether all tokens of a word have rows, or only the first."}
     )
     parts_of_speech: list[str] | None = field(
         default=None,

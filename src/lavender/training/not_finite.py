@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import ProcessorMixin
 
-from lavender.alignment.collator import word_text
 from lavender.errors import NotFiniteError
 
 NUM_NAMED = 3
@@ -97,8 +96,8 @@ def _described(
 ) -> str:
     ids, mask, alignment = inputs["input_ids"][sample], inputs["attention_mask"][sample], inputs["alignment"]
     text = " ".join(str(processor.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)).split())
-    places_of_sample = {name: alignment[name][sample] for name in ("rows", "shares")}
-    words = [word_text(processor.tokenizer, ids, places_of_sample, word) for index, word in places if index == sample]
+    texts = [alignment["words"][sample][word] for index, word in places if index == sample]
+    words = list(dict.fromkeys(texts))  # a word that is predicted and read is there twice
     faults = ["L_VLM"] if answer else []
     if words:
         faults.append(f"L_att of {', '.join(repr(word) for word in words)}")

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from trl import SFTTrainer
 
-from lavender.alignment.collator import word_text
 from lavender.alignment.examples import images_of
 from lavender.alignment.objective import AlignmentRequest
 from lavender.data.images import load_image
@@ -164,11 +163,9 @@ class Probe(TrainerCallback):
         return Seen(*(tensor.float().cpu() for tensor in maps))
 
     def _first_word(self, example: Mapping[str, Any], batch: Mapping[str, Any]) -> Drawn:
-        alignment = {name: batch["alignment"][name][0] for name in ("rows", "shares", "word_pictures")}
-        processor = cast(ProcessorMixin, self._trainer.processing_class)
-        word = word_text(processor.tokenizer, batch["input_ids"][0], alignment, 0)
-        picture = load_image(images_of(example)[int(alignment["word_pictures"][0])], "a picture of the probe")
-        return Drawn(word, downscaled(picture, _DRAWN_SIDE), int(batch["alignment"]["present"].sum()))
+        alignment = batch["alignment"]
+        picture = load_image(images_of(example)[int(alignment["word_pictures"][0, 0])], "a picture of the probe")
+        return Drawn(alignment["words"][0][0], downscaled(picture, _DRAWN_SIDE), int(alignment["present"].sum()))
 
     def _draw(self, seen: Seen) -> None:
         """Write picture, teacher and student side by side to TensorBoard."""

@@ -12,7 +12,7 @@ from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from families.geometry import picture
-from lavender.alignment.collator import NO_PICTURE, AlignmentCollator, Coverage
+from lavender.alignment.collator import NO_PICTURE, AlignmentCollator, Coverage, rows_of_word
 from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.config import AlignmentConfig
 from lavender.data.images import image_id
@@ -62,11 +62,10 @@ def student(request, captions) -> tuple[Any, Any]:
     return family.build_model(processor), processor
 
 
-def collator_of(student, store: MapStore) -> AlignmentCollator:
+def collator_of(student, store: MapStore, config: AlignmentConfig | None = None) -> AlignmentCollator:
     model, processor = student
-    return AlignmentCollator(
-        DataCollatorForVisionLanguageModeling(processor), processor, adapter_for(model.config), store
-    )
+    base = DataCollatorForVisionLanguageModeling(processor)
+    return AlignmentCollator(base, processor, adapter_for(model.config), store, config)
 
 
 def test_a_batch_of_several_none_and_one(student, store):
@@ -202,3 +201,35 @@ def test_rows_of_words():
     assert found["word_pictures"].tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert row_tensors([[(5,)]])["word_pictures"].tolist() == [[0]]
     assert row_tensors([[]])["rows"].shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "expected"),
+    [
+        ("predict", "all", [((7, 8), False)]),
+        ("read", "all", [((8, 9), True)]),
+        ("both", "all", [((7, 8), False), ((8, 9), True)]),
+        ("predict", "first", [((7,), False)]),
+        ("both", "first", [((7,), False), ((8,), True)]),
+    ],
+)
+def test_the_rows_of_a_word(rows, tokens, expected):
+    assert rows_of_word((7, 8), rows, tokens) == expected
+
+
+@pytest.mark.parametrize("rows", ["read", "both"])
+def test_rows_that_read_stand_at_the_word_itself(student, store, rows):
+    """Their tokens spell the word; with "both" a word counts once, and each of its entries weighs half."""
+    _, processor = student
+    config = AlignmentConfig(rows=rows)
+    batch = collator_of(student, store, config)([{"images": [THIRD], "messages": messages(CAT)}])
+    found, ids = batch["alignment"], batch["input_ids"][0]
+    assert found["words"] == [["apple"] * found["present"].shape[1]]
+    assert found["reads"].tolist() == [[True] if rows == "read" else [False, True]]
+    assert found["weights"].tolist() == [[1.0] if rows == "read" else [0.5, 0.5]]
+    for word, reads in enumerate(found["reads"][0].tolist()):
+        at = found["rows"][0][found["shares"][0, word] > 0]
+        assert processor.tokenizer.decode(ids[at + (0 if reads else 1)]).strip() == "apple"
+    assert Coverage.of(found["counts"]) == Coverage(1, 1, 1)
+    plain = collator_of(student, store)([{"images": [THIRD], "messages": messages(CAT)}])
+    assert not plain["alignment"]["reads"].any()

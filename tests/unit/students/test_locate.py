@@ -154,7 +154,7 @@ def test_a_template_that_changes_the_answer_is_refused(processor, adapter):
     shouting.chat_template = MLLAMA_TEMPLATE.replace("part['text'] }}", "part['text'] | upper }}")
     messages = conversation("hm?", "a dog")
     ids, mask = encode(shouting, [messages])
-    with pytest.raises(DataError, match="Got a chat template that does not print the answer 'a dog'"):
+    with pytest.raises(DataError, match="Got a chat template that does not print the assistant's text 'a dog'"):
         locate(WordLocator(shouting, adapter), messages, [(1, "a dog", words_of("a dog"))], ids[0], mask[0])
 
 

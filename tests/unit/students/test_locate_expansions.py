@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
+from lavender.data.conversations import text_of
 from lavender.errors import DataError
 from lavender.maps import Word
 from lavender.students.locate import BEYOND, CHANGED, UNKNOWN, UNSEEN, WordLocator
@@ -261,11 +262,12 @@ def test_an_answer_in_parts(tokenizer):
     messages = [turn("user", "what?"), turn("assistant", "a dog", None, "near a crocodile")]
     text, _ = written(messages, expansion)
     ids, offsets = encoded(tokenizer, text)
-    answer = "a dognear a crocodile"
-    words = [Word("a", 0, 1, "", "other"), Word("near", 5, 9, "", "other"), Word("crocodile", 12, 21, "", "other")]
+    answer = text_of(messages[1]["content"])
+    assert answer == "a dog near a crocodile", "a space stands for the picture"
+    words = words_of(answer)[0], *words_of(answer)[2:]
     found, dropped = rows_of(locator_of(tokenizer, expansion), messages, [(1, answer, words)], ids)
     assert dropped == {UNSEEN: 1}
-    assert found == [(word, expected(offsets, text.index("near a") - 5, word)) for word in words[1:]]
+    assert found == [(word, expected(offsets, text.index("near a") - 6, word)) for word in words[1:]]
 
 
 def test_a_start_that_the_template_does_not_print(tokenizer):
@@ -323,7 +325,7 @@ def test_templates_that_change_an_answer(tokenizer, change):
     messages = [turn("user", None), turn("assistant", "a Dog")]
     locator = with_template(tokenizer, template)
     rendered = locator._render(messages).replace("<image>", "<image>" * 7)
-    with pytest.raises(DataError, match="Got a chat template that does not print the answer 'a Dog'"):
+    with pytest.raises(DataError, match="Got a chat template that does not print the assistant's text 'a Dog'"):
         rows_of(locator, messages, all_answers(messages), encoded(tokenizer, rendered)[0])
 
 

@@ -386,3 +386,23 @@ def test_pictures_that_links_lead_outside(coco):
     assert [one.what for one in samples.outside] == ["000000000139.png"]
     with pytest.raises(DataError, match=r"000000000139\.png: it lies outside the folder"):
         extract_annotations(samples, layout, coco.root / "maps", grid=GRID, strict=True)
+
+
+@pytest.mark.parametrize("texts", ["questions", "all"])
+def test_questions_are_mapped_where_any_text_can_be(coco, tmp_path, texts):
+    layout, expected = coco.write(), {"Is the dog red?", *(["Yes."] if texts == "all" else [])}
+    picture(100).save(tmp_path / "COCO_train2014_000000000139.png")
+    row = {"image": "COCO_train2014_000000000139.png", "prompt": "Is the dog red?", "completion": "Yes."}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    data_file = tmp_path / "out.jsonl"
+    samples = read_samples(tmp_path / "data.jsonl")
+    summary = extract_annotations(samples, layout, tmp_path / "maps", grid=GRID, texts=texts, data_file=data_file)
+    found = {record.text: record for record in MapStore.open(tmp_path / "maps")}
+    assert found.keys() == expected
+    assert [word.text for word in found["Is the dog red?"].words] == ["dog"]
+    assert summary.records == len(expected)
+    assert [json.loads(line)["text"] for line in data_file.read_text().splitlines()] == [
+        text for text in expected if text == "Yes."
+    ]
+    with pytest.raises(StoreError, match=f"texts is '{texts}' there and 'answers' here"):
+        extract_annotations(samples, layout, tmp_path / "maps", grid=GRID)

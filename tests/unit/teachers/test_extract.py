@@ -352,3 +352,81 @@ def test_an_estimate_is_of_what_is_still_to_do(teacher, samples, tmp_path):
     estimates = []
     extract(samples, teacher, tmp_path / "maps", on_estimate=estimates.append)
     assert estimates[0].texts == 3
+
+
+def asked(name: str, source, *turns: tuple[str, str], system: str = "") -> Sample:
+    """A conversation about one picture: (question, answer) by turn."""
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    for index, (question, answer) in enumerate(turns):
+        picture = [] if index else [{"type": "image"}]
+        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return Sample(name, (source,), messages)
+
+
+def with_texts(pipeline, texts: Any) -> Teacher:
+    return Teacher(pipeline, ExtractionConfig(grid=(11, 13), batch_size=2, texts=texts), name="tiny")
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ("answers", {"red", "a cat"}),
+        ("questions", {"is the dog small?", "what is it?"}),
+        ("all", {"is the dog small?", "what is it?", "red", "a cat"}),
+    ],
+)
+def test_the_turns_that_are_mapped(pipeline, tmp_path, texts, expected):
+    """A system turn never is. A question that names nothing is recorded, and no fault."""
+    given = asked("row", shade(1), ("is the dog small?", "red"), ("what is it?", "a cat"), system="name a house")
+    summary = extract(Samples((given,)), with_texts(pipeline, texts), tmp_path / "maps", strict=True)
+    found = records(tmp_path / "maps")
+    assert {text for _, text in found} == expected
+    assert summary.dropped == []
+    assert {text: [word.text for word in words] for (_, text), (words, _, _) in found.items()} == {
+        text: {"is the dog small?": ["dog", "small"], "what is it?": [], "red": ["red"], "a cat": ["cat"]}[text]
+        for text in expected
+    }
+    assert MapStore.open(tmp_path / "maps").identity["texts"] == texts
+
+
+def test_a_question_is_mapped_on_the_pictures_in_it(teacher, pipeline, tmp_path):
+    """An answer only on those before it."""
+    turns = several(([shade(1)], "a dog"), ([shade(2)], "a cat"))
+    turns[1][2]["content"] = [{"type": "text", "text": "the hat"}, {"type": "image"}, {"type": "text", "text": "here?"}]
+    given = Sample("row", *turns)
+    assert given.pairs_of("questions") == ((0, "what?"), (0, "the hat here?"), (1, "the hat here?"))
+    first, second = ("what?", "a dog", "the hat here?", "a cat"), ("the hat here?", "a cat")
+    assert given.pairs_of("all") == (*((0, text) for text in first), *((1, text) for text in second))
+    extract(Samples((given,)), with_texts(pipeline, "questions"), tmp_path / "maps")
+    found = records(tmp_path / "maps")
+    assert [word.text for word in found[image_id(shade(2)), "the hat here?"][0]] == ["hat"]
+
+
+def test_a_prompt_that_repeats_is_one_record_per_picture(pipeline, tmp_path):
+    """In the estimate too, where a picture has several samples."""
+    for value in (1, 2):
+        shade(value).save(tmp_path / f"{value}.png")
+    rows = [(1, "a dog"), (1, "a cat"), (1, "a red hat"), (2, "a sun"), (2, "a dog")]
+    prompt = "name the thing"
+    given = Samples(tuple(asked(text, tmp_path / f"{value}.png", (prompt, text)) for value, text in rows))
+    estimates, progress = [], []
+    out = tmp_path / "maps"
+    summary = extract(
+        given, with_texts(pipeline, "all"), out, on_estimate=estimates.append, on_progress=progress.append
+    )
+    assert (summary.records, summary.already_there, sum(progress)) == (7, 3, 10)
+    assert estimates[0].texts == 7
+    extract(Samples(given.samples[:3]), with_texts(pipeline, "all"), tmp_path / "part")
+    extract(given, with_texts(pipeline, "all"), tmp_path / "part", on_estimate=estimates.append)
+    assert estimates[1].texts == 3
+
+
+def test_a_store_of_before_texts_is_one_of_answers(teacher, pipeline, samples, tmp_path):
+    """It goes on as such, and refuses other texts by name."""
+    identity = {"teacher": "tiny", **{name: value for name, value in CONFIG.identity().items() if name != "texts"}}
+    with MapStore.writer(tmp_path / "maps", identity, {}, CONFIG.grid):
+        pass
+    assert extract(samples, teacher, tmp_path / "maps").records == 9
+    with pytest.raises(StoreError, match=r"texts is 'answers' there and 'all' here"):
+        extract(samples, with_texts(pipeline, "all"), tmp_path / "maps")

@@ -196,6 +196,14 @@ def test_the_grid_is_checked(flickr, tmp_path):
         extract_annotations(layout.samples(), layout, tmp_path / "maps", grid=(1, 500))
 
 
+def test_questions_have_no_annotations(flickr, tmp_path):
+    layout = Flickr30kEntities(flickr)
+    with pytest.raises(ConfigError) as caught:
+        extract_annotations(layout.samples(), layout, tmp_path / "maps", texts="all")
+    assert "Got texts='all' with flickr30k-entities, whose captions alone are annotated." in str(caught.value)
+    assert not (tmp_path / "maps").exists()
+
+
 def test_a_sentence_ends_at_a_line_feed_alone(flickr):
     first, second = SENTENCES.splitlines()
     (flickr / "Sentences" / "36979.txt").write_text(f"{first[:-1]}\u2028\x85\x0c.\r\n{second}\n")

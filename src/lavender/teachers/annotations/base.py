@@ -52,10 +52,12 @@ class Annotations(ABC):
     Attributes:
         name: the name of the format, one of `lavender.teachers.annotations.extract.FORMATS`.
         label: the name of this data set, usable as a file name.
+        maps_any_text: whether words of any text can be found on an image, or only those of the captions.
     """
 
     name: str
     label: str
+    maps_any_text: bool = False
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

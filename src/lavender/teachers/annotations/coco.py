@@ -63,6 +63,7 @@ class CocoPanoptic(Annotations):
     """
 
     name = "coco-panoptic"
+    maps_any_text = True
 
     def __init__(
         self,

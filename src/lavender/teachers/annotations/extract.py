@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lavender.config import ExtractionConfig
+from lavender.config import ExtractionConfig, Texts
 from lavender.data.images import image_id, stored_orientation
 from lavender.data.samples import Sample, Samples
 from lavender.data.store import StoreWriter
@@ -71,11 +71,12 @@ def extract_annotations(
     out: str | Path,
     *,
     grid: tuple[int, int] = (32, 32),
+    texts: Texts = "answers",
     data_file: str | Path | None = None,
     strict: bool = False,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Summary:
-    """Write the maps of every answer, on every image before it, to the store at `out`.
+    """Write the maps of every text, on every image before it, to the store at `out`.
 
     A map is the share of each cell's area that the word's region covers, divided by the largest share. After an
     interruption the same call continues where it stopped and ends with the same records.
@@ -85,6 +86,8 @@ def extract_annotations(
         annotations: from `open_annotations`.
         out: folder of the store.
         grid: (rows, cols) of the stored maps.
+        texts: the turns to map: "answers", "questions" or "all". Questions need annotations of any text, as those of
+            "coco-panoptic" are.
         data_file: a .jsonl file to write, one row per text that has a record; it can be the `data` of a training run.
         strict: raise DataError at the first sample that cannot be used, instead of counting it as dropped.
         on_progress: called with the number of texts done since the last call.
@@ -94,12 +97,18 @@ def extract_annotations(
         region are named in their record in the store, and counted here by word and reason.
 
     Raises:
-        ConfigError: a grid out of range.
+        ConfigError: a grid out of range; `texts` with questions, and annotations of captions alone.
         DataError: with `strict`, a sample that cannot be used; or `data_file` cannot be written.
         StoreError: the folder holds another store, or cannot be written.
     """
-    grid = ExtractionConfig(grid=grid).grid  # checks it
-    work = _Work(annotations, grid)
+    grid = ExtractionConfig(grid=grid, texts=texts).grid  # checks them
+    if texts != "answers" and not annotations.maps_any_text:
+        raise ConfigError(
+            f"texts={texts!r} with {annotations.name}, whose captions alone are annotated",
+            "texts: answers",
+            f"leave texts out, or map questions with a diffusion teacher or {CocoPanoptic.name}",
+        )
+    work = _Work(annotations, grid, texts)
     summary = write_maps(
         samples,
         out,
@@ -108,6 +117,7 @@ def extract_annotations(
             "teacher": "annotations",
             "layout": annotations.name,
             "grid": list(grid),
+            "texts": texts,
             **annotations.identity(),
         },
         info={"lavender-vlm": version("lavender-vlm"), "annotations": annotations.label},
@@ -124,11 +134,11 @@ class _Work:
     """Makes the maps of one run. The last image stays open, because its texts follow one another.
 
     Attributes:
-        texts: (image_id, text) of every record, and the path of its image.
+        texts: (image_id, text) of every answer with a record, and the path of its image.
     """
 
-    def __init__(self, annotations: Annotations, grid: tuple[int, int]):
-        self._annotations, self._grid = annotations, grid
+    def __init__(self, annotations: Annotations, grid: tuple[int, int], texts: Texts):
+        self._annotations, self._grid, self._texts = annotations, grid, texts
         self.texts: dict[tuple[str, str], Path] = {}
         self._dropped_words: Counter[tuple[str, str]] = Counter()
         self._num_mapless = 0
@@ -137,7 +147,7 @@ class _Work:
     def steps(self, samples: Samples, writer: StoreWriter, strict: bool) -> Generator[Step, None, None]:
         """A step for each pair of each sample, then the counts of words without a map."""
         for sample in samples:
-            for index, text in sample.pairs:
+            for index, text in sample.pairs_of(self._texts):
                 try:
                     yield from self._map(sample, index, text, writer)
                 except DataError as error:
@@ -147,7 +157,7 @@ class _Work:
         yield Step(0, dropped=self._counted())
 
     def _map(self, sample: Sample, index: int, text: str, writer: StoreWriter) -> Iterator[Step]:
-        """The maps of one answer on one image, after the faults of its annotations. Raises DataError."""
+        """The maps of one text on one image, after the faults of its annotations. Raises DataError."""
         path = sample.sources[index]
         if not isinstance(path, Path):
             got = f"{sample.name}, whose picture is no file"
@@ -167,7 +177,8 @@ class _Work:
             self._num_mapless += not maps.words
             self._dropped_words.update((drop.what.lower(), drop.reason) for drop in maps.dropped)
             yield Step(maps=[maps])
-        self.texts.setdefault(key, path)
+        if text in sample.answers:  # a row of data is an answer; a question alone is none
+            self.texts.setdefault(key, path)
 
     def _counted(self) -> list[Dropped]:
         """Texts and words without a map, most frequent first. They are counted, because there may be millions."""
