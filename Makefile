@@ -23,6 +23,11 @@ CPU_TESTS ?= tests/families tests/invariants tests/teachers tests/unit
 THREADED_TESTS ?= tests/teachers
 AVX2 := OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
+# what only the training of the weights takes: drawings, from npm packages
+DRAWINGS := weights-work/drawings
+HANDS := noto@1.2.9 noto-v1@1.2.5 fluent-emoji@1.2.7 fluent-emoji-flat@1.2.6 emojione@1.2.3 fxemoji@1.2.2 \
+  streamline-emojis@1.2.4
+
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
 
@@ -55,8 +60,19 @@ evidence: $(STAMP) ## the studies behind the README's table: main and teacher-co
 	$(BIN)/lavender study main
 	$(BIN)/lavender study teacher-controls
 
-weights: $(STAMP) ## train the weights of the built-in world anew (hours on a CPU)
-	$(BIN)/python -m lavender.world.training.make all --out src/lavender/world/weights
+weights: $(STAMP) $(DRAWINGS) ## train the weights of the built-in world anew (hours on a CPU; needs npm)
+	LAVENDER_HANDS=$(DRAWINGS) $(BIN)/python -m lavender.world.training.make all --out src/lavender/world/weights
+
+$(DRAWINGS): $(STAMP)
+	mkdir -p weights-work/packages
+	for package in $(HANDS); do \
+	  folder=weights-work/packages/$${package%@*}; mkdir -p $$folder; \
+	  packed=$$(npm pack --silent --pack-destination weights-work/packages @iconify-json/$$package) || exit; \
+	  tar -xzf weights-work/packages/$$packed -C $$folder --strip-components 1 || exit; \
+	done
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet resvg-py==0.5.0
+	$(BIN)/python -m lavender.world.hands --packages weights-work/packages --out $@.partial
+	mv $@.partial $@
 
 clean: ## remove what the other targets made, except .venv and the weights
 	rm -rf build dist lavender-demo .pytest_cache .ruff_cache .import_linter_cache

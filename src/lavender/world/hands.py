@@ -11,6 +11,7 @@ on them. `$LAVENDER_CUTOUTS` names their folder, if it is not where Debian insta
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -26,7 +27,7 @@ HANDS = ("twemoji", "noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "emo
 `streamline-emojis` lack some names. OpenMoji is held out."""
 HANDS_VARIABLE, CUTOUTS_VARIABLE = "LAVENDER_HANDS", "LAVENDER_CUTOUTS"
 INSTALLED_CUTOUTS = Path("/usr/share/tuxpaint/stamps")
-DRAWN_HEIGHT = 128  # pixels of a rendered drawing
+DRAWN_HEIGHT = 72  # pixels of a rendered drawing, as Twemoji's have
 
 _ICONS: dict[str, tuple[str, ...]] = {
     "cake": ("birthdaycake",),
@@ -163,8 +164,6 @@ def render_hand(package: Path, out: Path, names: Collection[str]) -> list[str]:
         package: folder with the package's `icons.json`; the folder's name is the hand's.
         out: folder of the drawings.
     """
-    import resvg_py
-
     pack = json.loads((package / "icons.json").read_text())
     aliases: dict[str, Any] = pack.get("aliases", {})
     lacking = []
@@ -182,9 +181,18 @@ def render_hand(package: Path, out: Path, names: Collection[str]) -> list[str]:
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="{box}" width="{drawn["width"]}" height="{drawn["height"]}">{drawn["body"]}</svg>'
         )
-        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, height=DRAWN_HEIGHT))
-        Image.open(io.BytesIO(png)).convert("RGBA").save(out / f"{name}.png")
+        _render(svg).save(out / f"{name}.png")
     return lacking
+
+
+def _render(svg: str) -> Image.Image:
+    try:
+        resvg = importlib.import_module("resvg_py")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Got no package 'resvg_py'. Expected it to render drawings from SVG. Do this: pip install resvg-py."
+        ) from error
+    return Image.open(io.BytesIO(bytes(resvg.svg_to_bytes(svg_string=svg, height=DRAWN_HEIGHT)))).convert("RGBA")
 
 
 def main() -> None:

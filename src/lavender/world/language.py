@@ -8,7 +8,7 @@ and endings all vary: only the noun's own tokens carry it reliably.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,12 +83,16 @@ def caption_scene(scene: Scene, variant: int = 0) -> Caption:
     return Caption(text + _pick(rng, _ENDINGS) + ".", tuple(mentions))
 
 
-def ask_about(scene: Scene, variant: int = 0) -> list[Question]:
-    """One question of each form that the scene allows; every answer has one or two words. See `caption_scene`."""
+def ask_about(scene: Scene, variant: int = 0, names: Collection[str] = tuple(NAMES)) -> list[Question]:
+    """One question of each form that the scene allows; every answer has one or two words. See `caption_scene`.
+
+    Args:
+        names: the names that questions may ask for, besides those of the scene.
+    """
     rng = np.random.default_rng([scene.seed, 11, variant])
     things = list(scene.things)
     thing = things[int(rng.integers(len(things)))]
-    absent = [name for name in NAMES if name not in scene.names]
+    absent = [name for name in names if name not in scene.names]
     asked = thing.name if rng.random() < 0.5 else _pick(rng, absent)
     questions = [
         Question("exists", f"is there {_article(asked)} {asked}?", "yes" if asked in scene.names else "no", asked),

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from lavender.world.student_models import StudentFamily
 from lavender.world.training import common
 from lavender.world.training.common import Ema, TrainingLoop, warmup_stable_decay
+from lavender.world.training.students import paste_loss
 
 
 class Stopped(Exception):
@@ -18,7 +23,7 @@ class Stopped(Exception):
 
 
 def train(folder: Path, steps: int, stop_before: int | None = None) -> tuple[nn.Linear, Ema]:
-    """Fit a linear layer to a target that depends on the step."""
+    """Fit a linear layer to a target that depends on the step, with noise on its input."""
     torch.manual_seed(3)
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -28,7 +33,8 @@ def train(folder: Path, steps: int, stop_before: int | None = None) -> tuple[nn.
     for step in loop.remaining():
         if step == stop_before:
             raise Stopped
-        loss = (model(torch.full((1, 3), 0.5 + step)) - 0.25 * step).square().mean()
+        noise = 0.1 * torch.randn(1, 3)  # as dropout, from PyTorch's random state
+        loss = (model(torch.full((1, 3), 0.5 + step) + noise) - 0.25 * step).square().mean()
         loop.update(loss, {"loss": loss.item()})
     return model, ema
 
@@ -67,3 +73,21 @@ def test_averaged_weights_are_held_only_inside_the_context(tmp_path):
 def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
     factor = warmup_stable_decay(100, warmup=10, decay_share=0.2)
     assert [factor(step) for step in (0, 4, 9, 50, 80, 90, 100)] == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0])
+
+
+@pytest.mark.parametrize("looks_around", [False, True])
+def test_the_paste_loss_tells_a_tower_that_looks_around_from_one_that_does_not(looks_around):
+    def patches(_, inputs):
+        cells = torch.nn.functional.unfold(inputs["pixel_values"], 8, stride=8).transpose(1, 2)
+        states = cells + looks_around * cells.mean(dim=1, keepdim=True)
+        return states, torch.ones(states.shape[:2], dtype=torch.bool)
+
+    family = SimpleNamespace(patches=patches)
+    inputs = {"pixel_values": torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))}
+    inputs["pixel_values"] += torch.arange(4.0).view(4, 1, 1, 1) * torch.linspace(-1, 1, 48)  # pictures differ
+    kept = inputs["pixel_values"].clone()
+    states, _ = patches(None, inputs)
+    loss = paste_loss(cast(StudentFamily, family), None, inputs, states, np.random.default_rng(0)).item()
+    assert torch.equal(inputs["pixel_values"], kept)
+    # the rectangle's own patches are the same numbers either way; float32 sums may differ in the last digits
+    assert loss > 1e-3 if looks_around else loss < 1e-6

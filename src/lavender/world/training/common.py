@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lavender.world.scenes import Scene, draw_scene
+from lavender.world.scenes import Scene, Style, draw_scene
 
 log = logging.getLogger(__name__)
 WARMUP_STEPS = 200
 SAVE_STEPS, LOG_STEPS = 500, 100
 
 
-def scene_batches(seeds: range, size: int) -> Iterator[list[Scene]]:
-    """The scenes of the seeds, `size` at a time."""
+def scene_batches(seeds: range, size: int, style: Style = "mixed") -> Iterator[list[Scene]]:
+    """The scenes of the seeds, `size` at a time, in many hands unless the style says otherwise."""
     for start in range(0, len(seeds), size):
-        yield [draw_scene(seed) for seed in seeds[start : start + size]]
+        yield [draw_scene(seed, style) for seed in seeds[start : start + size]]
 
 
 def without_pixels(scenes: Iterable[Scene]) -> list[Scene]:
@@ -91,7 +91,8 @@ class Ema:
 class TrainingLoop:
     """Updates the weights of one training, logs its metrics, and saves its state.
 
-    The state is saved every `SAVE_STEPS` steps; a stopped training continues from the last saved one. Smoothed metrics
+    The state is saved every `SAVE_STEPS` steps, PyTorch's random state included; a stopped training continues from the
+    last saved one. Smoothed metrics
     of every `LOG_STEPS` steps are written beside it as JSON Lines.
 
     Args:
@@ -127,6 +128,7 @@ class TrainingLoop:
             for name, part in self._parts.items():
                 part.load_state_dict(state[name])
             self._seconds, self._done = state["seconds"], state["step"]
+            torch.set_rng_state(state["rng"])
         return range(self._done, self._steps)
 
     def update(self, loss: Tensor, metrics: dict[str, float]) -> None:
@@ -156,5 +158,5 @@ class TrainingLoop:
         if self._done % SAVE_STEPS == 0 or is_last:
             state = {name: part.state_dict() for name, part in self._parts.items()}
             partial = self._path.with_suffix(".partial")
-            torch.save(state | {"step": self._done, "seconds": self._seconds}, partial)
+            torch.save(state | {"step": self._done, "seconds": self._seconds, "rng": torch.get_rng_state()}, partial)
             partial.replace(self._path)

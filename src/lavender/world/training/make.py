@@ -1,6 +1,8 @@
 """Train the weights that the package ships: `python -m lavender.world.training.make all`, or `make weights`.
 
-This takes hours on a CPU. Seeds are fixed. A stopped training continues from its last checkpoint in the work folder.
+This takes hours on a CPU. It needs the drawings of `lavender.world.hands`. Seeds are fixed: one machine with one number
+of threads trains the same weights again, to the bit. A stopped training continues from its last checkpoint in the work
+folder.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,19 +21,27 @@ from safetensors.torch import load_file, save_file
 from lavender.config import ExtractionConfig
 from lavender.teachers.diffusion.teacher import Teacher
 from lavender.world import WEIGHTS_PATH
+from lavender.world.hands import HANDS
 from lavender.world.judging import held_out_scenes, score_student, score_teacher
-from lavender.world.scenes import scenes
-from lavender.world.student_models import STUDENTS
+from lavender.world.scenes import Scene, scenes
+from lavender.world.sprites import NEW_NAMES
 from lavender.world.training.students import train_student
 from lavender.world.training.teacher import train_teacher
 from lavender.world.tuning import GRID
 
-TEACHER_SETTINGS: dict[str, Any] = {"steps": 4000, "vae_steps": 800, "num_scenes": 16_000, "batch": 32, "seed": 0}
+TEACHER_SETTINGS: dict[str, Any] = {"steps": 7000, "vae_steps": 1200, "num_scenes": 24_000, "batch": 32, "seed": 0}
+_MLLAMA: dict[str, Any] = {"family": "mllama", "vision_steps": 6000, "num_scenes": 30_000, "batch": 32, "seed": 0}
+_LLAVA: dict[str, Any] = {"family": "llava", "steps": 600, "batch": 32, "seed": 0}
 STUDENT_SETTINGS: dict[str, dict[str, Any]] = {
-    "mllama": {"vision_steps": 3000, "steps": 700, "num_scenes": 20_000, "batch": 32, "seed": 0},
-    "llava": {"vision_steps": 3000, "steps": 600, "num_scenes": 20_000, "batch": 32, "seed": 0},
+    "mllama_new_words": _MLLAMA | {"steps": 900, "new_names": NEW_NAMES},
+    "mllama": _MLLAMA | {"steps": 900},
+    "llava": _LLAVA | {"vision_steps": 3000, "num_scenes": 20_000, "style": "plain", "freeze_vision": False},
+    "llava_local": _LLAVA | {"vision_steps": 6000, "num_scenes": 30_000, "paste_weight": 5.0},
 }
-NUM_SCORED = 300
+SHARED_WORK = {"mllama_new_words": "mllama"}
+"""Student → the student in whose work folder it is trained, because it shares pictures and vision stage with it."""
+NUM_SCORED, NUM_SCORED_OF_HAND = 300, 100
+log = logging.getLogger(__name__)
 
 TEACHER_CARD = """# The built-in world's teacher
 
@@ -38,8 +49,8 @@ A Stable Diffusion folder: `StableDiffusionPipeline.from_pretrained` loads it. A
 UNet2DConditionModel with cross-attention at 16 × 16 and 8 × 8, CLIPTextModel with 2 causal layers, a CLIP tokenizer so
 small that the longer names split into several tokens. ε-prediction, Stable Diffusion's noise schedule.
 
-It was trained only on Twemoji sprites (CC-BY 4.0) on textured backgrounds, squashed to 64 × 64. It is a fixture for
-tests, the demo and the studies, not an image generator.
+It was trained on drawings in several hands (`lavender.world.hands`), never OpenMoji's, on textured backgrounds,
+squashed to 64 × 64. It is a fixture for tests, the demo and the studies, not an image generator.
 
 Two choices differ from a plain recipe: captions vary around their nouns, and tokens outside names are often hidden from
 the UNet in training. `lavender/world/training/teacher.py` explains why.
@@ -58,15 +69,37 @@ used, pictures squashed to 80 × 80 pixels (100 patches among the text's tokens)
 """,
 }
 STUDENT_CARD = """
-First the vision tower learned which names a picture shows. Then the whole model was trained on captions (three of four
-samples) and questions about Twemoji scenes. Training stopped early on purpose, so that fine-tuning can improve it.
+First the vision tower learned which names a picture shows. Then the model was trained on captions (three of four
+samples) and questions. Training stopped early on purpose, so that fine-tuning can improve it.
+"""
+HANDS_NOTE = """The training scenes show things in several drawing hands (`lavender.world.hands`), but never OpenMoji's,
+and no photographs. Vision tower and projector were frozen in the second stage.
 
 """
+STUDENT_NOTES = {
+    "mllama": HANDS_NOTE,
+    "mllama_new_words": f"""{HANDS_NOTE}The second stage had neither pictures nor texts with these names:
+{", ".join(NEW_NAMES)}. Only the vision tower knows them. Tower and projector are those of `student_mllama`.
+
+""",
+    "llava": """The training scenes show Twemoji drawings only.
+
+This student is a counter-example: its tower moves the evidence for a thing away from the thing's patches. Attention to
+these patches reads nothing, so alignment cannot help. `lavender check` has to find that out.
+
+""",
+    "llava_local": f"""{HANDS_NOTE}In the first stage, a second loss kept evidence local: a patch had to look the same
+after its surroundings were pasted into another picture (`lavender.world.training.students.paste_loss`).
+
+""",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lavender.world.training.make", description=__doc__)
-    parser.add_argument("part", choices=["all", "teacher", *STUDENTS], help="which weights to train")
+    parser.add_argument(
+        "parts", nargs="+", choices=["all", "teacher", *STUDENT_SETTINGS], help="which weights to train"
+    )
     parser.add_argument("--out", type=Path, default=WEIGHTS_PATH, help="folder of the weights (default: the package)")
     parser.add_argument("--work", type=Path, default=Path("weights-work"), help="folder of checkpoints and loss curves")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's)")
@@ -74,11 +107,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if arguments.part in ("all", "teacher"):
-        make_teacher(arguments.work, arguments.out / "teacher")
-    for name in STUDENTS:
-        if arguments.part in ("all", name):
-            make_student(name, arguments.work / name, arguments.out / f"student_{name}")
+    parts = [*STUDENT_SETTINGS, "teacher"] if "all" in arguments.parts else arguments.parts
+    for part in parts:
+        if part == "teacher":
+            make_teacher(arguments.work, arguments.out / "teacher")
+        else:
+            make_student(part, arguments.work / SHARED_WORK.get(part, part), arguments.out / f"student_{part}")
 
 
 def make_teacher(work: Path, out: Path) -> None:
@@ -87,17 +121,43 @@ def make_teacher(work: Path, out: Path) -> None:
     shutil.copytree(trained, out, dirs_exist_ok=True)
     to_half(out)
     teacher = Teacher.from_pretrained(out, ExtractionConfig(grid=GRID, batch_size=16))
-    scores = score_teacher(teacher, list(scenes("development", NUM_SCORED))).to_dict()
-    write_card(out, TEACHER_CARD, TEACHER_SETTINGS, [work / "vae.jsonl", work / "teacher.jsonl"], scores)
+    scores = {domain: score_teacher(teacher, drawn).to_dict() for domain, drawn in scored_scenes().items()}
+    pointing = {domain: domain_scores["pointing"] for domain, domain_scores in scores.items()}
+    write_card(
+        out,
+        TEACHER_CARD,
+        TEACHER_SETTINGS,
+        [work / "vae.jsonl", work / "teacher.jsonl"],
+        {"pointing": with_mean_of_hands(pointing), "in_domain": scores["in_domain"]},
+    )
 
 
 def make_student(name: str, work: Path, out: Path) -> None:
-    """Train, convert to float16, score on development scenes, write the model card."""
-    train_student(name, work, out, **STUDENT_SETTINGS[name])
-    scores, _ = score_student(out, held_out_scenes("development", NUM_SCORED))
+    """Train, score on development scenes, write the model card."""
+    settings = STUDENT_SETTINGS[name]
+    train_student(name, work, out, **settings)
+    scores, _ = score_student(out, scored_scenes())
     del scores["entropies"]
-    lead = STUDENT_CARDS[name] + STUDENT_CARD
-    write_card(out, lead, STUDENT_SETTINGS[name], [work / "student_vision.jsonl", work / "student.jsonl"], scores)
+    lead = STUDENT_CARDS[settings["family"]] + STUDENT_CARD + STUDENT_NOTES[name]
+    write_card(out, lead, settings, [work / "student_vision.jsonl", work / f"{name}.jsonl"], with_mean_of_hands(scores))
+
+
+def scored_scenes() -> dict[str, list[Scene]]:
+    """Domain → development scenes: in domain, OpenMoji, each other hand of training and, if there, the cut-outs."""
+    drawn = held_out_scenes("development", NUM_SCORED)
+    for hand in HANDS[1:]:
+        drawn[f"hand_{hand}"] = list(scenes("development", NUM_SCORED_OF_HAND, "mixed", hands=(hand,)))
+    try:
+        drawn["cutouts"] = list(scenes("development", NUM_SCORED, "cutout"))
+    except FileNotFoundError as error:
+        log.warning("No scores on cut-outs. %s", error)
+    return drawn
+
+
+def with_mean_of_hands(scores: dict[str, Any]) -> dict[str, Any]:
+    """The scores, and the mean of those of the hands of training other than Twemoji, rounded to four digits."""
+    mean = fmean(scores[f"hand_{hand}"] for hand in HANDS[1:])
+    return {name: round(score, 4) for name, score in {**scores, "other_training_hands": mean}.items()}
 
 
 def to_half(folder: Path) -> None:

@@ -48,18 +48,27 @@ VOCABULARY = 480  # so small that the longer names split into several tokens
 
 
 def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """Train a CLIP tokenizer on captions."""
+    """Train a CLIP tokenizer on captions. The same captions give the same tokenizer, in every process.
+
+    The trainer numbers the letters that end words in the order of a hash table, which differs from process to process,
+    and it breaks ties between pairs by these numbers. So they are numbered before, as "special tokens" of the trainer.
+    """
     blank = CLIPTokenizer()
     backend = Tokenizer(BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     backend.normalizer = blank.backend_tokenizer.normalizer
     backend.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
     alphabet = sorted(ByteLevel.alphabet())
+    last_letters = {
+        word[-1]
+        for caption in captions
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption))
+    }
     trainer = BpeTrainer(
         vocab_size=VOCABULARY,
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         continuing_subword_prefix="",
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in sorted(last_letters))],
         show_progress=False,
     )
     backend.train_from_iterator(captions, trainer)
@@ -156,14 +165,24 @@ def train_vae(work: Path, steps: int, batch: int = 16, seed: int = 0) -> Autoenc
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, seeds: range) -> tuple[torch.Tensor, list[Scene]]:
-    """Unscaled latents (the posterior's mean), (len(seeds), 4, 16, 16), and the scenes without pixels."""
+def encode_scenes(path: Path, vae: AutoencoderKL, seeds: range) -> tuple[torch.Tensor, list[Scene]]:
+    """Unscaled latents (the posterior's mean), (len(seeds), 4, 16, 16), and the scenes without pixels.
+
+    They are saved at `path`, and read from there when a stopped training continues.
+    """
+    if path.exists():
+        saved = torch.load(path, weights_only=False)
+        if saved["seeds"] == seeds:
+            return saved["latents"], saved["scenes"]
     latents, kept = [], []
     for group in scene_batches(seeds, 64):
         pixels = torch.from_numpy(np.stack([squash(scene.image) for scene in group]))
         latents.append(vae.encode(pixels).latent_dist.mean)
         kept += without_pixels(group)
-    return torch.cat(latents), kept
+    saved = {"seeds": seeds, "latents": torch.cat(latents), "scenes": kept}
+    torch.save(saved, path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)
+    return saved["latents"], kept
 
 
 def visible_tokens(
@@ -208,7 +227,7 @@ def train_teacher(
     began = time.time()
     vae = train_vae(work, vae_steps, seed=seed)
     seeds = SPLITS["teacher"][:num_scenes]
-    latents, scenes = encode_scenes(vae, seeds)
+    latents, scenes = encode_scenes(work / "latents.pt", vae, seeds)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     latents *= vae.config.scaling_factor
     tokenizer = train_tokenizer([caption_scene(scene).text for scene in scenes[:4000]])
@@ -246,7 +265,12 @@ def train_teacher(
 
 
 def save_pipeline(out: Path, vae, unet, text_encoder, tokenizer, scheduler) -> None:
-    """Write a folder that `StableDiffusionPipeline.from_pretrained` loads."""
+    """Write a folder that `StableDiffusionPipeline.from_pretrained` loads.
+
+    What the last call of the tokenizer left in it, padding and truncation, is not written.
+    """
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     pipeline = StableDiffusionPipeline(
         vae=vae,
         unet=unet,
