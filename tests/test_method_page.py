@@ -15,7 +15,11 @@ from lavender.training.run import read_run
 PAGE = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
 OPTIONS = (
     config.Pooling,
+    config.Texts,
     config.Match,
+    config.Rows,
+    config.WordTokens,
+    config.Attributes,
     config.LayerChoice,
     config.ParallelInit,
     config.AlignerForm,

@@ -167,6 +167,11 @@ def test_extraction_ranges(settings, message):
             {"rows": "both", "match": "exact"},
             "Got rows='both' with match='exact'. Expected rows: predict, since predictions decide which words match.",
         ),
+        (
+            {"attributes": "noun", "subjects_and_objects": True},
+            "Got attributes='noun' with subjects_and_objects=True, which leaves out adjectives.",
+        ),
+        ({"attributes": "noun", "parts_of_speech": ("noun",)}, "Got attributes='noun' with parts_of_speech=('noun',)"),
         ({"texts": "all", "match": "root"}, "Got texts='all' with match='root'. Expected texts: answers, since"),
         ({"sharpen": 0}, "Got sharpen=0. Expected a number from 0.1 to 16."),
         ({"word_share": 0}, "Got word_share=0."),

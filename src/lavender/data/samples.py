@@ -54,6 +54,7 @@ __all__ = [
 Source = Path | bytes | Image.Image
 
 _PIECE_ROWS, _PIECE_BYTES = 1000, 10**9  # limits of a table: an Arrow array of bytes holds 2 GB
+_NEEDED = ("images", "messages")  # columns that every dataset has
 _COLUMN = re.compile(r"\w[\w .\-]{0,39}")
 _MAX_THREADS = 8  # that decode at once: an image of the largest size takes up to 1 GB
 
@@ -255,7 +256,7 @@ def to_dataset(samples: Iterable[Sample]) -> datasets.Dataset:
     return datasets.concatenate_datasets(pieces)
 
 
-def _pieces(samples: Iterable[Sample], columns: Iterable[str] = ("images", "messages")) -> Iterator[dict[str, list[Any]]]:
+def _pieces(samples: Iterable[Sample], columns: Iterable[str] = _NEEDED) -> Iterator[dict[str, list[Any]]]:
     """The columns of some samples at a time; of no samples, once."""
     piece: dict[str, list[Any]] = {column: [] for column in columns}
     size = 0

@@ -18,6 +18,8 @@ from lavender.training.checkpoints import COUNTS_FILE
 
 UNUSABLE = "unusable-"
 """Prefix for the name of a checkpoint that was skipped."""
+FIRST_COUNTS = 17
+"""The number of counts in checkpoints of earlier releases, which knew fewer reasons."""
 _STATE = "trainer_state.json"
 _SHARDED = ("global_step*", "optimizer_*", "optimizer.bin", "pytorch_model_fsdp*")  # as DeepSpeed and FSDP write
 
@@ -108,8 +110,9 @@ def _check_counts(checkpoint: Path) -> None:
         counts = json.loads(path.read_text())
     except ValueError as error:
         raise _BrokenError(f"whose {path.name} is not JSON: {error}") from error
-    if not isinstance(counts, list) or len(counts) != len(Coverage().counts()) or {*map(type, counts)} != {int}:
-        raise _BrokenError(f"whose {path.name} does not hold {len(Coverage().counts())} counts")
+    known = len(Coverage().counts())
+    if not isinstance(counts, list) or not FIRST_COUNTS <= len(counts) <= known or {*map(type, counts)} != {int}:
+        raise _BrokenError(f"whose {path.name} does not hold {known} counts")
 
 
 def _check_weights(path: Path) -> None:

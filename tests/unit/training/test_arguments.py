@@ -30,6 +30,7 @@ OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("attention_loss", "kl", "kl"),
     ("texts", "questions", "questions"),
     ("rows", "both", "both"),
+    ("attributes", "noun", "noun"),
     ("tokens", "first", "first"),
     ("sharpen", "2", 2.0),
     ("subtract_background", "true", True),
