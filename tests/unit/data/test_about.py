@@ -152,7 +152,8 @@ def test_every_format_reads_the_column(folder, about):
     cell = json.dumps(about).replace('"', '""')
     (folder / "a.csv").write_text(f'image,prompt,completion,about\na.png,{QUESTION},{ANSWER},"{cell}"\n')
     pq.write_table(pa.Table.from_pylist([ROW | {"about": about}]), folder / "a.parquet")
-    rows = [ROW | {"image": str(folder / "a.png"), "about": about}, ROW | {"image": str(folder / "a.png"), "about": None}]
+    row = ROW | {"image": str(folder / "a.png")}
+    rows = [row | {"about": about}, row | {"about": None}]
     read = [*(folder / f"a.{kind}" for kind in ("jsonl", "json", "csv", "parquet")), datasets.Dataset.from_list(rows)]
     for source in read:
         samples = read_samples(source)
