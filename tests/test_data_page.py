@@ -32,13 +32,14 @@ def read(tmp_path) -> dict[str, Samples]:
 
 
 def test_every_layout_has_an_example_that_is_read_whole(read):
-    assert list(read) == ["metadata.jsonl", "results.csv", "train.jsonl", "several.jsonl"]
+    assert list(read) == ["metadata.jsonl", "results.csv", "train.jsonl", "several.jsonl", "about.jsonl"]
     assert not [drop for samples in read.values() for drop in samples.dropped]
     assert {name: len(samples) for name, samples in read.items()} == {
         "metadata.jsonl": 3,
         "results.csv": 2,
         "train.jsonl": 4,
         "several.jsonl": 3,
+        "about.jsonl": 2,
     }
 
 
@@ -54,6 +55,12 @@ def test_several_pictures_and_none(read):
     assert first == ((0, "A cat and a dog."), (1, "A cat and a dog."))
     assert second == ((0, "A cat."), (0, "A dog."), (1, "A dog."))
     assert text == ()
+
+
+def test_words_that_are_about_others(read):
+    question, caption = read["about.jsonl"]
+    assert question.about == (("red", "dog"),)
+    assert caption.about == (("red", "dog"), ("blue", "cat"))
 
 
 def test_the_tables_name_every_column_in_order():
