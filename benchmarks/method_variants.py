@@ -44,8 +44,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from lavender.alignment.collator import AlignmentCollator
 from lavender.alignment.losses import FLOOR, per_word_loss
 from lavender.alignment.objective import AlignmentRequest, attach
+from lavender.alignment.pooling import POOLINGS
 from lavender.config import (
-    POOLINGS,
     AlignerActivation,
     AlignerForm,
     AlignerKind,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 from lavender.errors import ConfigError
 from lavender.files import shown
-from lavender.type_checks import check_fields, check_path, fits, hints_of, write_paths_as_texts
+from lavender.type_checks import check_fields, check_path, check_ranges, without_repeats, write_paths_as_texts
 
 Mode = Literal["noise", "ddim", "null-text"]
 Geometry = Literal["squash", "crop", "letterbox", "aspect"]
@@ -44,7 +43,6 @@ AlignerNorm = Literal["instance", "batch", "group", "none"]
 AlignerActivation = Literal["relu6", "leaky-relu"]
 AttentionLoss = Literal["mass", "kl", "published", "published-sum", "published-mse", "published-kl", "published-js"]
 PartOfSpeech = Literal["noun", "adjective", "verb", "other"]
-T = TypeVar("T")
 
 ROLES: dict[Texts, tuple[str, ...]] = {
     "answers": ("assistant",),
@@ -56,41 +54,6 @@ ROLES: dict[Texts, tuple[str, ...]] = {
 CONTENT_WORDS: tuple[PartOfSpeech, ...] = ("noun", "adjective", "verb")
 """The parts of speech that get a map by default: words that name something visible."""
 
-
-class PoolingSteps(NamedTuple):
-    """What a pooling does, in this order, with attention of many layers and heads.
-
-    Attributes:
-        heads: how heads are pooled before everything else; "all" keeps one channel per head.
-        flow: how layers are merged by attention flow (Eq. 40–44), as a sum or a product; None for no flow.
-        layers: how layers are pooled where no flow has merged them.
-        layers_first: whether layers are pooled before the Aligner, which then runs once, instead of after it.
-        learned: whether parallel query and key projections are trained (Eq. 15–16).
-    """
-
-    heads: Literal["all", "mean", "max"] = "all"
-    flow: Literal["sum", "product"] | None = None
-    layers: Literal["mean", "max"] = "mean"
-    layers_first: bool = False
-    learned: bool = False
-
-
-POOLINGS: dict[Pooling, PoolingSteps] = {
-    "layer-mean": PoolingSteps(),
-    "layer-max": PoolingSteps(layers="max"),
-    "mean-mean": PoolingSteps(heads="mean", layers="mean", layers_first=True),
-    "max-mean": PoolingSteps(heads="max", layers="mean", layers_first=True),
-    "mean-max": PoolingSteps(heads="mean", layers="max", layers_first=True),
-    "max-max": PoolingSteps(heads="max", layers="max", layers_first=True),
-    "flow-sum": PoolingSteps(flow="sum"),
-    "flow-multi": PoolingSteps(flow="product"),
-    "mean-flow-sum": PoolingSteps(heads="mean", flow="sum"),
-    "max-flow-sum": PoolingSteps(heads="max", flow="sum"),
-    "mean-flow-multi": PoolingSteps(heads="mean", flow="product"),
-    "max-flow-multi": PoolingSteps(heads="max", flow="product"),
-    "learn": PoolingSteps(learned=True),
-}
-"""What each value of `AlignmentConfig.pooling` does."""
 
 DIRECT_LOSSES: tuple[AttentionLoss, ...] = ("mass", "kl")
 """The losses of the student's own attention, without an Aligner. They add no parameters."""
@@ -186,7 +149,7 @@ class ExtractionConfig:
         for name in ("timesteps", "parts_of_speech"):
             if not getattr(self, name):
                 raise ConfigError(f"{name}=()", "a list of one or more", f"leave {name} out for its default")
-        _check_ranges(
+        check_ranges(
             self,
             ("timesteps", 0, 999),
             ("num_noises", 1, 1000),
@@ -200,7 +163,7 @@ class ExtractionConfig:
             ("head_share", 1e-9, 1),
             ("word_share", 1e-9, 1),
         )
-        _check_ranges(self, ("inversion_steps", 1, self.num_steps))
+        check_ranges(self, ("inversion_steps", 1, self.num_steps))
         if self.inversion_steps is not None and self.num_steps % self.inversion_steps:
             raise ConfigError(
                 f"inversion_steps={self.inversion_steps} with num_steps={self.num_steps}",
@@ -240,7 +203,8 @@ class AlignmentConfig:
     Attributes:
         align_weight: λ, the weight of the alignment loss L_att. L_att is a mean over cells and over the words that
             count: all mapped words, or with `match="exact"` and "root" those that match. 0 is plain fine-tuning.
-        pooling: how attention of many layers and heads becomes one map (§4.2, App. D); `POOLINGS` lists the steps.
+        pooling: how attention of many layers and heads becomes one map (§4.2, App. D); `lavender.alignment.pooling`
+            lists the steps.
             "layer-mean" and "layer-max" apply the Aligner to each layer, then take the mean or maximum over layers.
             "learn" does the same with new query and key projections beside the pretrained ones (Eq. 15–16).
             "mean-max" and its like pool heads (first word), then layers (second word), then apply the Aligner.
@@ -335,16 +299,16 @@ class AlignmentConfig:
         for name in ("layers", "heads", "parts_of_speech"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, _without_repeats(name, value))
+                object.__setattr__(self, name, without_repeats(name, value))
         if self.align_weight != "estimated":
-            _check_ranges(self, ("align_weight", 0, 1e9))
+            check_ranges(self, ("align_weight", 0, 1e9))
         elif self.attention_loss not in ("published", "published-sum"):
             raise ConfigError(
                 f"align_weight='estimated' with attention_loss={self.attention_loss!r}",
                 "squared residuals of maps",
                 "set attention_loss to published or published-sum, or align_weight to a number",
             )
-        _check_ranges(
+        check_ranges(
             self,
             ("layer_share", 1e-9, 1),
             ("aligner_width", 1, 4096),
@@ -419,7 +383,7 @@ class AlignmentConfig:
                 "match: label, since forced attention changes what the model predicts",
                 "set match: label, or leave attention_forcing out",
             )
-        if POOLINGS[self.pooling].learned:
+        if self.pooling == "learn":
             raise ConfigError(
                 f"pooling={self.pooling!r} with attention_forcing={self.attention_forcing}",
                 "a loss of the attention that makes the model's output",
@@ -434,44 +398,3 @@ def name_of_loss(name: Any) -> Any:
     new = RENAMED_LOSSES[name]
     warnings.warn(f"attention_loss={name!r} is called {new!r} now", DeprecationWarning, stacklevel=3)
     return new
-
-
-def _without_repeats(name: str, value: Sequence) -> tuple:
-    if not value or len({*value}) < len(value):
-        raise ConfigError(
-            f"{name}={shown(value)}", "one or more, none twice", f"change {name}, or leave it out for all"
-        )
-    return tuple(value)
-
-
-def from_mapping(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
-    """Build a config dataclass from a mapping.
-
-    Args:
-        where: the source of the settings, for the message, such as a file's name.
-
-    Raises:
-        ConfigError: an unknown key, with the most similar known one; a setting that `cls` refuses.
-    """
-    check_keys(settings, [field.name for field in fields(cls)], where)  # ty: ignore[invalid-argument-type]
-    return cls(**settings)
-
-
-def check_keys(settings: Mapping[str, Any], allowed: list[str], where: str) -> None:
-    """Raise ConfigError for a key that is not in `allowed`, with the most similar one that is."""
-    for key in settings:
-        if key not in allowed:
-            near = difflib.get_close_matches(key[:100], allowed, n=3) if isinstance(key, str) else []
-            hint = f"write {near[0]!r} instead" if near else "remove it, or look it up in the documentation"
-            known = sorted(set(near if near and len(allowed) > 20 else allowed))
-            raise ConfigError(f"the key {shown(key)} in {where}", f"a known key, such as {', '.join(known)}", hint)
-
-
-def _check_ranges(settings: Any, *ranges: tuple[str, float, float]) -> None:
-    """Check that each named field, or each item of a tuple in it, is None or from `low` to `high`."""
-    for name, low, high in ranges:
-        value, hint = getattr(settings, name), hints_of(type(settings))[name]
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not low <= number <= high:
-                kind = "a number" if fits(0.5, hint) else "a whole number"
-                raise ConfigError(f"{name}={shown(number)}", f"{kind} from {low} to {high}", f"change {name}")

@@ -1,4 +1,4 @@
-"""Checks that settings have the types of their dataclass's fields.
+"""Checks that settings have known keys, the types of their dataclass's fields, and values in range.
 
 No dependency has these rules, which settings files need: an int is a valid float, true is not 1, a list is a valid
 tuple, NaN and infinity are refused, and the error names the innermost wrong value.
@@ -6,6 +6,7 @@ tuple, NaN and infinity are refused, and the error names the innermost wrong val
 
 from __future__ import annotations
 
+import difflib
 import enum
 import math
 import os
@@ -14,10 +15,12 @@ from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lavender.errors import ConfigError
 from lavender.files import expanded, shown
+
+T = TypeVar("T")
 
 _NAMES = {
     bool: "true or false",
@@ -199,3 +202,44 @@ def write_paths_as_texts(settings: Any, names: Sequence[str]) -> None:
         value = getattr(settings, name)
         if isinstance(value, os.PathLike):
             object.__setattr__(settings, name, os.fspath(value))
+
+
+def without_repeats(name: str, value: Sequence) -> tuple:
+    if not value or len({*value}) < len(value):
+        raise ConfigError(
+            f"{name}={shown(value)}", "one or more, none twice", f"change {name}, or leave it out for all"
+        )
+    return tuple(value)
+
+
+def from_mapping(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
+    """Build a config dataclass from a mapping.
+
+    Args:
+        where: the source of the settings, for the message, such as a file's name.
+
+    Raises:
+        ConfigError: an unknown key, with the most similar known one; a setting that `cls` refuses.
+    """
+    check_keys(settings, [field.name for field in fields(cls)], where)  # ty: ignore[invalid-argument-type]
+    return cls(**settings)
+
+
+def check_keys(settings: Mapping[str, Any], allowed: list[str], where: str) -> None:
+    """Raise ConfigError for a key that is not in `allowed`, with the most similar one that is."""
+    for key in settings:
+        if key not in allowed:
+            near = difflib.get_close_matches(key[:100], allowed, n=3) if isinstance(key, str) else []
+            hint = f"write {near[0]!r} instead" if near else "remove it, or look it up in the documentation"
+            known = sorted(set(near if near and len(allowed) > 20 else allowed))
+            raise ConfigError(f"the key {shown(key)} in {where}", f"a known key, such as {', '.join(known)}", hint)
+
+
+def check_ranges(settings: Any, *ranges: tuple[str, float, float]) -> None:
+    """Check that each named field, or each item of a tuple in it, is None or from `low` to `high`."""
+    for name, low, high in ranges:
+        value, hint = getattr(settings, name), hints_of(type(settings))[name]
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not low <= number <= high:
+                kind = "a number" if fits(0.5, hint) else "a whole number"
+                raise ConfigError(f"{name}={shown(number)}", f"{kind} from {low} to {high}", f"change {name}")

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from closeness import close, moved
 from invariants.test_trainer import logged, lora, own_head, run  # noqa: F401
 from lavender.alignment.objective import HEAD_NAME
+from lavender.alignment.pooling import POOLINGS
 from lavender.config import (
-    POOLINGS,
     AlignerActivation,
     AlignerForm,
     AlignerKind,

@@ -111,6 +111,6 @@ def test_without_weight_it_is_plain_fine_tuning(kind, samples, maps, tmp_path):
         train_dataset=to_dataset(samples).remove_columns("about"),
     )
     plain.train()
-    expected = dict(plain.model.named_parameters())  # ty: ignore[unresolved-attribute]
-    found = dict(aligned.model.named_parameters())  # ty: ignore[unresolved-attribute]
+    models: Any = plain.model, aligned.model
+    expected, found = (dict(each.named_parameters()) for each in models)
     assert all(torch.equal(found[name], parameter) for name, parameter in expected.items())

@@ -7,9 +7,10 @@ from typing import get_args
 
 import pytest
 
-from lavender.config import POOLINGS, AlignmentConfig, ExtractionConfig, Pooling, check_keys, from_mapping
+from lavender.alignment.pooling import POOLINGS
+from lavender.config import AlignmentConfig, ExtractionConfig, Pooling
 from lavender.errors import ConfigError, LavenderError
-from lavender.type_checks import fits, hints_of
+from lavender.type_checks import check_keys, fits, from_mapping, hints_of
 from wrong_values import WRONG_VALUES
 
 

@@ -25,8 +25,8 @@ from transformers.utils import ModelOutput
 from lavender.alignment import parallel
 from lavender.alignment.aligner import Aligner
 from lavender.alignment.losses import direct_loss, per_word_loss, prepared, share_on_map
-from lavender.alignment.pooling import flow, num_channels, pooled
-from lavender.config import POOLINGS, AlignmentConfig
+from lavender.alignment.pooling import POOLINGS, flow, num_channels, pooled
+from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError, ConfigError
 from lavender.students.base import VlmAdapter
 from lavender.students.capture import PARALLEL_NAME, AttentionRequest, CaptureSession, real_keys, select_rows

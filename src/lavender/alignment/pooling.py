@@ -6,13 +6,49 @@ Axis suffixes: L layer, B sample, H head, R row, K image key, W word, C cell, N 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from lavender.config import POOLINGS, Pooling
+from lavender.config import Pooling
 
 FLOOR = 1e-12  # of attention: the logarithm of a masked key stays finite
+
+
+class PoolingSteps(NamedTuple):
+    """What a pooling does, in this order, with attention of many layers and heads.
+
+    Attributes:
+        heads: how heads are pooled before everything else; "all" keeps one channel per head.
+        flow: how layers are merged by attention flow (Eq. 40–44), as a sum or a product; None for no flow.
+        layers: how layers are pooled where no flow has merged them.
+        layers_first: whether layers are pooled before the Aligner, which then runs once, instead of after it.
+        learned: whether parallel query and key projections are trained (Eq. 15–16).
+    """
+
+    heads: Literal["all", "mean", "max"] = "all"
+    flow: Literal["sum", "product"] | None = None
+    layers: Literal["mean", "max"] = "mean"
+    layers_first: bool = False
+    learned: bool = False
+
+
+POOLINGS: dict[Pooling, PoolingSteps] = {
+    "layer-mean": PoolingSteps(),
+    "layer-max": PoolingSteps(layers="max"),
+    "mean-mean": PoolingSteps(heads="mean", layers="mean", layers_first=True),
+    "max-mean": PoolingSteps(heads="max", layers="mean", layers_first=True),
+    "mean-max": PoolingSteps(heads="mean", layers="max", layers_first=True),
+    "max-max": PoolingSteps(heads="max", layers="max", layers_first=True),
+    "flow-sum": PoolingSteps(flow="sum"),
+    "flow-multi": PoolingSteps(flow="product"),
+    "mean-flow-sum": PoolingSteps(heads="mean", flow="sum"),
+    "max-flow-sum": PoolingSteps(heads="max", flow="sum"),
+    "mean-flow-multi": PoolingSteps(heads="mean", flow="product"),
+    "max-flow-multi": PoolingSteps(heads="max", flow="product"),
+    "learn": PoolingSteps(learned=True),
+}
+"""What each value of `AlignmentConfig.pooling` does."""
 
 
 def flow(rows_LBHRK: Tensor, positions_BR: Tensor, pooling: Pooling) -> Tensor:

@@ -179,11 +179,12 @@ def _extract_teacher(options: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from lavender.config import ExtractionConfig, from_mapping
+    from lavender.config import ExtractionConfig
     from lavender.data.samples import read_samples
     from lavender.teachers.diffusion.teacher import Teacher
     from lavender.teachers.extract import Estimate, extract
     from lavender.training.run import read_overrides
+    from lavender.type_checks import from_mapping
     from lavender.world import TEACHER_NAME, TEACHER_PATH
 
     settings = {

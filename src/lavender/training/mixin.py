@@ -27,7 +27,7 @@ from lavender.alignment.objective import (
     matched_weight,
     without_attention_loss,
 )
-from lavender.config import POOLINGS
+from lavender.alignment.pooling import POOLINGS
 from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import ConfigError
 from lavender.model_files import spare_packing

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lavender.config import check_keys, from_mapping
 from lavender.errors import ConfigError
 from lavender.files import expanded, shown
 from lavender.training.settings import checked_training, training_keys
 from lavender.training.yaml_files import parse_yaml, read_settings
-from lavender.type_checks import check_fields, check_path, write_paths_as_texts
+from lavender.type_checks import check_fields, check_keys, check_path, from_mapping, write_paths_as_texts
 
 Part = Literal["vision_tower", "connector", "language_model"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64", "float", "half", "double"]

@@ -12,10 +12,9 @@ from traceback import walk_tb
 from types import FunctionType, NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
-from lavender.config import check_keys
 from lavender.errors import ConfigError, LavenderError
 from lavender.files import shown
-from lavender.type_checks import check_path, check_type, hints_of
+from lavender.type_checks import check_keys, check_path, check_type, hints_of
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin

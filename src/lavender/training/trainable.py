@@ -18,12 +18,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from lavender.alignment.objective import is_alignment_part
-from lavender.config import check_keys
 from lavender.errors import ConfigError
 from lavender.files import shown
 from lavender.students.base import PARTS
 from lavender.students.registry import adapter_for
-from lavender.type_checks import check_type, hints_of
+from lavender.type_checks import check_keys, check_type, hints_of
 
 ALIGNMENT = "alignment"
 ALL_LINEAR = "all-linear"

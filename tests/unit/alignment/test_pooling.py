@@ -11,8 +11,8 @@ from torch import Tensor
 from lavender.alignment.aligner import Aligner
 from lavender.alignment.losses import per_word_loss
 from lavender.alignment.objective import AlignmentHead, AlignmentRequest
-from lavender.alignment.pooling import flow, num_channels, pooled
-from lavender.config import DIRECT_LOSSES, POOLINGS, AlignmentConfig, AttentionLoss, Pooling
+from lavender.alignment.pooling import POOLINGS, flow, num_channels, pooled
+from lavender.config import DIRECT_LOSSES, AlignmentConfig, AttentionLoss, Pooling
 from lavender.students.capture import row_tensors
 
 KEYS, DEPTH = 577, 40  # a row of 577 keys in 40 layers: about 577⁻⁴⁰ = 10⁻¹¹⁰

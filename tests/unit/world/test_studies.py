@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lavender.config import POOLINGS
+from lavender.alignment.pooling import POOLINGS
 from lavender.data.images import image_id
 from lavender.data.store import MapStore
 from lavender.errors import ConfigError

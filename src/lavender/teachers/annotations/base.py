@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lavender.config import ExtractionConfig, from_mapping
+from lavender.config import ExtractionConfig
 from lavender.data.samples import Sample, Samples
 from lavender.errors import DataError
 from lavender.files import JsonError, expanded, half_character, parse_json, printable, read_plain
 from lavender.maps import Dropped, Word
 from lavender.teachers.annotations.regions import Region, Size
+from lavender.type_checks import from_mapping
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,7 @@ def extract_annotations(
         StoreError: the folder holds another store, or cannot be written.
     """
     grid = ExtractionConfig(grid=grid, texts=texts).grid  # checks them
-    if texts != "answers" and not annotations.maps_any_text:
-        raise ConfigError(
-            f"texts={texts!r} with {annotations.name}, whose captions alone are annotated",
-            "texts: answers",
-            f"leave texts out, or map questions with a diffusion teacher or {CocoPanoptic.name}",
-        )
+    _check_texts(annotations, texts)
     work = _Work(annotations, grid, texts)
     summary = write_maps(
         samples,
@@ -270,3 +265,12 @@ def _write_rows(path: Path, texts: dict[tuple[str, str], Path]) -> None:
 def _refuse_setting(setting: str, value: object, format_name: str) -> None:
     if value is not None:
         raise ConfigError(f"{setting}={value!r} with {format_name}", "no such setting there", f"leave {setting} out")
+
+
+def _check_texts(annotations: Annotations, texts: Texts) -> None:
+    if texts != "answers" and not annotations.maps_any_text:
+        raise ConfigError(
+            f"texts={texts!r} with {annotations.name}, whose captions alone are annotated",
+            "texts: answers",
+            f"leave texts out, or map questions with a diffusion teacher or {CocoPanoptic.name}",
+        )

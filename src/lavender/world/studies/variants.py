@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
-from lavender.config import POOLINGS, AlignerForm, AlignerKind, AlignerNorm, AlignmentConfig, Match
+from lavender.alignment.pooling import POOLINGS
+from lavender.config import AlignerForm, AlignerKind, AlignerNorm, AlignmentConfig, Match
 from lavender.world.studies.cells import Arm
 from lavender.world.studies.page import draw_bars
 from lavender.world.studies.study import MAIN_METRICS, Finding, Scores, Study, compare_pairs
