@@ -161,6 +161,14 @@ def _row(rng: random.Random, odd: list[Any]) -> dict[str, Any]:
             row[column] = [_turn(rng, odd) for _ in range(rng.randrange(5))]
         else:
             row[column] = rng.choice(odd)
+    if rng.random() < 0.2:
+        pair = {
+            "word": rng.choice(("dog", "a dog", rng.choice(odd))),
+            "about": rng.choice(("cat", "a", rng.choice(odd))),
+        }
+        row["about"] = rng.choice(
+            ([pair], [pair, pair], {"dog": "cat"}, json.dumps([pair], default=str), rng.choice(odd))
+        )
     if rng.random() < 0.1:
         row[rng.choice(("video", "videos", "tools", "", "x", "\0", "\ud800"))] = rng.choice(odd)
     return row
