@@ -53,8 +53,6 @@ ROLES: dict[Texts, tuple[str, ...]] = {
 
 CONTENT_WORDS: tuple[PartOfSpeech, ...] = ("noun", "adjective", "verb")
 """The parts of speech that get a map by default: words that name something visible."""
-
-
 DIRECT_LOSSES: tuple[AttentionLoss, ...] = ("mass", "kl")
 """The losses of the student's own attention, without an Aligner. They add no parameters."""
 DIRECT_POOLINGS: tuple[Pooling, ...] = ("layer-mean", "mean-mean")
@@ -233,7 +231,7 @@ class AlignmentConfig:
         subtract_background: subtract each map's median first, so that at least half of the map is 0.
         word_share: share of a text's mapped words to align, from 0 to 1: the most confident.
         attention_forcing: probability, at the first step, that a word's predicting rows attend to the picture as the
-            map says, in place of their own attention (as in teacher forcing). 0 is off.
+            map says, in place of their own attention (as in teacher forcing); in the aligned layers and heads.
         forcing_share: share of the steps over which that probability falls to 0.
         layers: indices of the decoder layers to align; or "all" layers that see the picture, or the "first", "middle"
             or "last" of them. None is all; with "learn" in a self-attending model, the middle fifth.
@@ -375,20 +373,21 @@ class AlignmentConfig:
             )
 
     def _check_forcing(self) -> None:
+        """Refuse settings with which attention forcing would do nothing, or would decide what is aligned."""
         if not self.attention_forcing:
             return
-        if self.match != "label":
-            raise ConfigError(
-                f"match={self.match!r} with attention_forcing={self.attention_forcing}",
-                "match: label, since forced attention changes what the model predicts",
-                "set match: label, or leave attention_forcing out",
-            )
-        if self.pooling == "learn":
-            raise ConfigError(
-                f"pooling={self.pooling!r} with attention_forcing={self.attention_forcing}",
-                "a loss of the attention that makes the model's output",
-                "choose another pooling, or leave attention_forcing out",
-            )
+        for name, is_wrong, expected in (
+            ("match", self.match != "label", "match: label, since forced attention changes what the model predicts"),
+            ("rows", self.rows == "read", "rows: predict or both, since only rows that predict a word are forced"),
+            ("texts", self.texts == "questions", "texts: answers or all, since only words of answers are forced"),
+            ("pooling", self.pooling == "learn", "a loss of the attention that makes the model's output"),
+        ):
+            if is_wrong:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} with attention_forcing={self.attention_forcing}",
+                    expected,
+                    f"change {name}, or leave attention_forcing out",
+                )
 
 
 def name_of_loss(name: Any) -> Any:

@@ -181,6 +181,8 @@ def test_extraction_ranges(settings, message):
             {"attention_forcing": 0.5, "match": "exact"},
             "Got match='exact' with attention_forcing=0.5. Expected match: label",
         ),
+        ({"attention_forcing": 0.5, "rows": "read"}, "Expected rows: predict or both, since only rows that predict"),
+        ({"attention_forcing": 0.5, "texts": "questions"}, "Expected texts: answers or all, since only words of"),
         ({"attention_forcing": 0.5, "pooling": "learn"}, "Got pooling='learn' with attention_forcing=0.5."),
         (
             {"attention_loss": "mass", "pooling": "flow-sum"},

@@ -21,10 +21,11 @@ NO_RECORD = "turn without maps in the store"  # counted if questions are aligned
 NO_NOUN = "attribute whose noun is not found"
 NOUN_WITHOUT = "attribute whose noun has no map"
 SUBJECT_WITHOUT = "word about a phrase that has no map"
+LEAST_CONFIDENT = "word among the least confident of its text"
 REASONS = (
     *(NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN, CHANGED, NO_WORDS, UNPLACED),
     *REFUSALS,
-    *(NO_RECORD, NO_NOUN, NOUN_WITHOUT, SUBJECT_WITHOUT),
+    *(NO_RECORD, NO_NOUN, NOUN_WITHOUT, SUBJECT_WITHOUT, LEAST_CONFIDENT),
 )
 """Reasons why a sample, a turn or a word has no map, in the order of a batch's counts.
 

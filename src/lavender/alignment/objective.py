@@ -354,7 +354,9 @@ def _pool_heads(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         request.heads = pooled_heads if config.heads is None else "all"
         if request.forced is not None:
             heat = prepared(request.targets, config.sharpen, config.subtract_background)
-            request.forcing = Forcing(heat, request.shares, request.forced, request.layout, request.word_pictures)
+            request.forcing = Forcing(
+                heat, request.shares, request.forced, request.layout, request.word_pictures, config.heads
+            )
 
 
 @torch.no_grad()

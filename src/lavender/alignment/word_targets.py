@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lavender.alignment.attributes import described_nouns
-from lavender.alignment.coverage import NO_NOUN, NO_RECORD, NOUN_WITHOUT, SUBJECT_WITHOUT
+from lavender.alignment.coverage import LEAST_CONFIDENT, NO_NOUN, NO_RECORD, NOUN_WITHOUT, SUBJECT_WITHOUT
 from lavender.alignment.examples import describe
 from lavender.config import ROLES, AlignmentConfig, Rows, WordTokens
 from lavender.data.about import Link
@@ -174,11 +174,22 @@ class WordTargets:
                     chosen[adjective] = places[:1]
                 else:
                     dropped[NO_NOUN if noun is None else NOUN_WITHOUT] += 1
-        return [
+        targets = [
             _target(word, maps, places, example)
             for word, places in chosen.items()
             if not any(_overlap(word, place.start, place.end) for place in taken)
         ]
+        return _most_confident(targets, config.word_share, dropped)
+
+
+def _most_confident(targets: list[Target], share: float, dropped: Counter[str]) -> list[Target]:
+    """This share of the targets, at least one: those with the most confident maps. The others are counted."""
+    if share == 1 or not targets:
+        return targets
+    ranked = sorted(targets, key=lambda target: -target.confidence)
+    num_kept = max(1, round(share * len(targets)))
+    dropped[LEAST_CONFIDENT] += len(targets) - num_kept
+    return ranked[:num_kept]
 
 
 def _linked(link: Link, text: str, subject: WordMaps, example: Mapping[str, Any]) -> Target | None:

@@ -9,6 +9,8 @@ Axis suffixes: B sample, H head, G key head, R row, T token, W word, K key, I im
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,12 +28,19 @@ class Forcing:
         shares_BWR: 1/n at the n rows of a word, 0 elsewhere.
         forced_BW: bool, the words whose rows are forced.
         layout, word_pictures_BW: as for `lavender.students.image_keys.to_grid`.
+        heads: indices of the heads that are forced; None for all.
     """
 
     def __init__(
-        self, heat_BWrc: Tensor, shares_BWR: Tensor, forced_BW: Tensor, layout: KeyLayout, word_pictures_BW: Tensor
+        self,
+        heat_BWrc: Tensor,
+        shares_BWR: Tensor,
+        forced_BW: Tensor,
+        layout: KeyLayout,
+        word_pictures_BW: Tensor,
+        heads: Sequence[int] | None = None,
     ):
-        self._heat, self._layout, self._word_pictures = heat_BWrc, layout, word_pictures_BW
+        self._heat, self._layout, self._word_pictures, self._heads = heat_BWrc, layout, word_pictures_BW, heads
         self._weight_BWR = (shares_BWR > 0) * forced_BW[..., None].to(shares_BWR)
         self._target_BRI: Tensor | None = None
 
@@ -71,7 +80,9 @@ class Forcing:
         mixed = torch.einsum("bgnrk,bgkd->brgnd", forced_BGNRK, value_BGKD.to(forced_BGNRK.dtype)).flatten(2, 3)
         positions = rows_BR.to(samples.device)[samples, rows].to(output_BTHD.device)
         samples, rows = samples.to(output_BTHD.device), rows.to(output_BTHD.device)
-        return output_BTHD.index_put((samples, positions), mixed[samples, rows].to(output_BTHD.dtype))
+        heads = torch.tensor(range(mixed.shape[2]) if self._heads is None else self._heads, device=positions.device)
+        places = samples[:, None], positions[:, None], heads[None]
+        return output_BTHD.index_put(places, mixed[samples, rows][:, heads].to(output_BTHD.dtype))
 
     def _target(self, mixing_VNP: Tensor | None) -> Tensor:
         """The forced rows' shares of the image keys, which sum to 1: (sample, row, key). Without gradient."""

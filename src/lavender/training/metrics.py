@@ -23,7 +23,8 @@ class Metrics:
 
     In training, each metric is a mean over optimiser steps, of the whole accumulated batch over all processes:
     - `vlm_loss` and `attention_loss`: the terms of the loss, before λ.
-    - `matched_words`: the number of words that count.
+    - `matched_words`: the number of words that count. With `rows="both"` the rows that predict a word and those that
+      read it count as two, here and in the means.
 
     In evaluation, each metric is of the whole data set:
     - `vlm_loss`: mean over samples of their batch's loss.

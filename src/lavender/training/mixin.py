@@ -220,7 +220,8 @@ class AlignmentMixin(_TrainerLike):
             self._check_pictures(alignment["pictures"])
         forced = None
         if model.training:
-            forced = forced_words(self._alignment, self.state, alignment["names"], alignment["present"])
+            predicted = alignment["present"] & ~alignment["reads"]
+            forced = forced_words(self._alignment, self.state, alignment["names"], predicted)
         request = AlignmentRequest(self._alignment_layers, alignment, self._root_matcher, forced)
         with _passed_on(model, request) as outputs_seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

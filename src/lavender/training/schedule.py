@@ -69,7 +69,9 @@ class AlignWeight:
             self.estimate.add(total / cells, matched_weight(request))
 
 
-def forced_words(config: AlignmentConfig, state: TrainerState, names: Sequence[str], present: Tensor) -> Tensor | None:
+def forced_words(
+    config: AlignmentConfig, state: TrainerState, names: Sequence[str], predicted: Tensor
+) -> Tensor | None:
     """The words whose rows are forced at the training step that runs: bool (sample, word). None if forcing is off.
 
     Each word is forced with the probability of the step. The draw is a function of the sample's pictures, the word's
@@ -79,17 +81,17 @@ def forced_words(config: AlignmentConfig, state: TrainerState, names: Sequence[s
         config: its `attention_forcing` is the probability at the first step, which falls to 0 over `forcing_share`.
         state: of the trainer.
         names: a text for each sample that identifies its pictures.
-        present: bool (sample, word), False at padding.
+        predicted: bool (sample, word), the words whose rows predict them; False at padding.
     """
     done = state.global_step / max(1, state.max_steps)
     probability = config.attention_forcing * max(0.0, 1 - done / config.forcing_share)
     if probability <= 0:
         return None
     draws = [
-        [(_uniform(f"{name} {word}") + state.global_step * GOLDEN_RATIO) % 1 for word in range(present.shape[1])]
+        [(_uniform(f"{name} {word}") + state.global_step * GOLDEN_RATIO) % 1 for word in range(predicted.shape[1])]
         for name in names
     ]
-    return present & (torch.tensor(draws) < probability).to(present.device)
+    return predicted & (torch.tensor(draws) < probability).to(predicted.device)
 
 
 def _uniform(text: str) -> float:

@@ -12,6 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from families.geometry import picture
 from lavender.alignment.collator import AlignmentCollator
 from lavender.alignment.coverage import (
+    LEAST_CONFIDENT,
     NO_MAPS,
     NO_NOUN,
     NO_RECORD,
@@ -172,6 +173,16 @@ def test_attributes_take_the_map_of_their_noun(student, store):
     assert coverage.dropped == {NOUN_WITHOUT: 1, NO_WORDS: 1}
     chosen = aligned(student, store, example(QUESTION, ANSWER), attributes="noun", parts_of_speech=("adjective",))[0]
     assert_words(chosen, ("red", False, answered))
+
+
+def test_the_most_confident_words(student, store):
+    """Of the answer's red, dog and red, with confidences of 0.5, 0.75 and 1, two thirds are the last two."""
+    words, coverage = aligned(student, store, example(QUESTION, ANSWER), word_share=0.67)
+    assert_words(
+        words, ("dog", False, map_of(store, ANSWER, "dog")), ("red", False, map_of(store, ANSWER, "red", occurrence=1))
+    )
+    assert coverage == Coverage(1, 1, 2, Counter({LEAST_CONFIDENT: 1}))
+    assert len(aligned(student, store, example(QUESTION, ANSWER), word_share=0.01)[0]) == 1
 
 
 @pytest.mark.parametrize("attributes", ["own", "noun"])

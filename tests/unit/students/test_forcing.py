@@ -11,8 +11,9 @@ from lavender.students.image_keys import grid_boxes, key_layout, on_keys
 SAMPLES, HEADS, GROUPS, TOKENS, WIDTH = 2, 4, 2, 9, 5
 
 
+@pytest.mark.parametrize("heads", [None, (1, 2)])
 @pytest.mark.parametrize("cross", [True, False])
-def test_a_forced_row_attends_as_its_map_says(cross):
+def test_a_forced_row_attends_as_its_map_says(cross, heads):
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     layout = key_layout([[grid_boxes(2, 2)]] * SAMPLES)
@@ -29,7 +30,7 @@ def test_a_forced_row_attends_as_its_map_says(cross):
     shares = torch.tensor([[[0.5, 0.5, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 0]]])
     forced = torch.tensor([[True, False], [False, True]])
     own = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
-    forcing = Forcing(heat, shares, forced, layout, torch.zeros(SAMPLES, 2, dtype=torch.long))
+    forcing = Forcing(heat, shares, forced, layout, torch.zeros(SAMPLES, 2, dtype=torch.long), heads)
     output = forcing.output(own.transpose(1, 2), query, key, value, mask, 0.3, rows, keys_BI, None)
     repeat = HEADS // GROUPS
     scores = (query @ key.repeat_interleave(repeat, 1).mT * 0.3).masked_fill(~mask, -torch.inf).softmax(-1)
@@ -41,7 +42,11 @@ def test_a_forced_row_attends_as_its_map_says(cross):
         weights = scores[sample, :, row].clone()
         places = torch.arange(4) if keys_BI is None else keys_BI[sample]
         weights[:, places] = weights[:, places].sum(-1, keepdim=True) * spread
-        expected[sample, row] = torch.einsum("hk,hkd->hd", weights, value[sample].repeat_interleave(repeat, 0))
+        mixed = torch.einsum("hk,hkd->hd", weights, value[sample].repeat_interleave(repeat, 0))
+        for head in range(HEADS) if heads is None else heads:
+            expected[sample, row, head] = mixed[head]
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
     untouched = [(0, 8), (1, 6), (1, 0)]
     assert all(torch.equal(output[place], own.transpose(1, 2)[place]) for place in untouched)
+    others = [head for head in range(HEADS) if heads is not None and head not in heads]
+    assert torch.equal(output[:, :, others], own.transpose(1, 2)[:, :, others])
