@@ -18,6 +18,7 @@ from typing import Any, Literal
 from lavender.data.samples import read_samples
 from lavender.data.store import MapStore
 from lavender.teachers.extract import extract
+from lavender.training.run_config import Part
 from lavender.world import STUDENT_PATHS, TEACHER_PATH
 from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.studies.targets import Target, write_target
@@ -40,6 +41,7 @@ class Arm:
         steps: optimizer steps, of 16 samples each.
         settings: (name, value) of LavenderConfig, where they differ from `training_settings`.
         task: what is learned and scored.
+        freeze: parts of the model that do not train, as in `RunConfig`.
     """
 
     student: Literal["mllama", "llava", "teacher"]
@@ -49,6 +51,7 @@ class Arm:
     steps: int = 200
     settings: tuple[tuple[str, Any], ...] = ()
     task: TaskName = "captions"
+    freeze: tuple[Part, ...] = ()
 
     def training(self, seed: int) -> dict[str, Any]:
         """The settings of `LavenderConfig` at a seed."""
@@ -182,6 +185,7 @@ def _train(folder: Path, cell: Cell, run: Path) -> None:
         RunConfig(
             **(run_paths(cell.arm.base, data / "pictures", data / _target(cell), run) | model),
             lora=LoraSettings() if cell.arm.tuning == "lora" else None,
+            freeze=cell.arm.freeze,
             training=cell.arm.training(cell.seed) | {"probe_size": 0},
         )
     )
