@@ -20,8 +20,8 @@ Writes DIR/NAME/page.md, results.json and plot.png. A study that was stopped con
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
-        help="main, teacher-controls, entropy, scaling, pooling, aligner, words, layers, pretraining, lambda, "
-        "learning-rate or switching",
+        help="new-words, attributes, main, teacher-controls, entropy, scaling, pooling, aligner, words, layers, "
+        "pretraining, lambda, learning-rate or switching",
     )
     parser.add_argument(
         "--out",
@@ -33,9 +33,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="try the study in minutes: fewer steps, one seed, development scenes; its scores are no result",
+        help="try the study in minutes: fewer arms, seeds and steps, development scenes; its scores are no result",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 1 2 3; with --quick: 40")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: those of the study, three or five")
     parser.add_argument(
         "--split",
         choices=("development", "sealed"),

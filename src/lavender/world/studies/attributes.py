@@ -64,5 +64,6 @@ STUDY = Study(
     judge=judge,
     draw=partial(draw_bars, metrics=("pointing", "attention_mass")),
     metrics=METRICS_SHOWN,
+    seeds=(1, 2, 3, 4, 5),
     quick_steps=None,
 )

@@ -37,9 +37,13 @@ CONTROLS = ("uniform_pointing", "centre_pointing")  # of maps that do not depend
 
 @dataclass(frozen=True)
 class Scale:
-    """The size of a study: its seeds, the scenes of its scores, and whether it has fewer scenes, steps and arms."""
+    """The size of a study: its seeds, the scenes of its scores, and whether it has fewer scenes, steps and arms.
 
-    seeds: tuple[int, ...]
+    Attributes:
+        seeds: None for those of the study.
+    """
+
+    seeds: tuple[int, ...] | None
     scoring: Scoring
     quick: bool = False
 
@@ -47,8 +51,7 @@ class Scale:
     def of(cls, quick: bool, split: Split | None, seeds: tuple[int, ...] | None) -> Scale:
         """The scale that the options of `lavender study` ask for.
 
-        The full study has three seeds and is scored on sealed scenes; the quick one has one seed and is scored on
-        development scenes.
+        The full study is scored on sealed scenes, the quick one on development scenes.
 
         Raises:
             ConfigError: the quick study on sealed scenes, or seeds that repeat or are out of range.
@@ -59,7 +62,7 @@ class Scale:
             raise ConfigError(f"--seeds {list(seeds)}", f"different numbers from 0 to {MAX_SEEDS - 1}", "change them")
         split = split or ("development" if quick else "sealed")
         scoring = Scoring(split, SEALED_START if split == "sealed" else 0, 100 if quick else NUM_HELD_OUT)
-        return cls(seeds or ((40,) if quick else (1, 2, 3)), scoring, quick)
+        return cls(seeds or None, scoring, quick)
 
 
 def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> dict[str, Any]:
@@ -89,10 +92,10 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}", "at least 1", "leave it out to use every core")
     began, study = time.monotonic(), STUDIES[name]
-    arms = study.arms(scale.quick)
+    arms, seeds = study.arms(scale.quick), scale.seeds or (study.quick_seeds if scale.quick else study.seeds)
     if scale.quick:
         arms = {label: _smaller(arm, study.quick_steps) for label, arm in arms.items()}
-    cells = {label: [Cell(arm, seed, scale.scoring) for seed in scale.seeds] for label, arm in arms.items()}
+    cells = {label: [Cell(arm, seed, scale.scoring) for seed in seeds] for label, arm in arms.items()}
     results = run_cells(out, [cell for arm_cells in cells.values() for cell in arm_cells], jobs)
     scores = {
         label: _by_metric([results[cell.key]["scores"] for cell in arm_cells]) for label, arm_cells in cells.items()
@@ -103,7 +106,7 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
         "study": name,
         "command": command,
         "quick": scale.quick,
-        "seeds": list(scale.seeds),
+        "seeds": list(seeds),
         "arms": scores,
         "controls": controls,
         "verdict": [*map(str, study.judge(scores)), *study.extra(scores)],

@@ -98,6 +98,7 @@ class Study:
         draw: results, path → writes the plot there.
         metrics: the columns of the page's table.
         extra: scores → further lines of the page, computed from the means.
+        seeds: seeds of the full study.
         quick_steps, quick_seeds: optimizer steps (None for those of each arm) and seeds of the quick study.
     """
 
@@ -109,5 +110,6 @@ class Study:
     draw: Callable[[dict[str, Any], Path], None]
     metrics: tuple[str, ...] = (*CAPTIONS, "pointing", "wrong_word_pointing")
     extra: Callable[[Scores], list[str]] = lambda scores: []
+    seeds: tuple[int, ...] = (1, 2, 3)
     quick_steps: int | None = 60
     quick_seeds: tuple[int, ...] = (40,)
