@@ -7,7 +7,8 @@ The model is a Llama decoder with random weights (8 layers of width 512, 16 head
 one sample, of whose tokens 576 are a picture's keys. A plain step is forward and backward of the language loss. With
 capture, the loss also has a weighted sum of the attention rows of some words (one row each) in all layers, captured by
 the same functions as in training. Eager attention takes the same rows from `output_attentions=True`. The Aligner's step
-starts from captured rows.
+starts from captured rows. The steps of the direct losses, mass and kl, are whole: language loss, capture and alignment
+loss, without attention forcing.
 
 Steps run in random order, and times are the process's CPU seconds. Each ratio is the median over the rounds, with the
 95 % interval of a bootstrap. Memory is what autograd keeps between forward and backward, each storage counted once. The
@@ -26,6 +27,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +63,17 @@ class Case:
     keys: Tensor
     weights: Tensor
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The alignment tensors: each word has one row and a random map, and the picture is a square of keys."""
+        words = self.rows.shape[1]
+        return row_tensors([[(row,) for row in self.rows[0].tolist()]]) | {
+            "boxes": grid_boxes(SIDE, SIDE).float()[None],
+            "pictures": torch.zeros(1, SIDE**2, dtype=torch.long),
+            "targets": torch.rand(1, words, *GRID),
+            "keys": self.keys,
+        }
+
     def plain(self) -> Tensor:
         """The language loss."""
         return self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
@@ -70,6 +83,18 @@ class Case:
         request = AttentionRequest(self.rows, tuple(range(LAYERS)), self.keys)
         output = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, attention_request=request)
         return output.loss + torch.tensordot(request.stacked(), self.weights, dims=5)
+
+    def direct(self, kind: Literal["mass", "kl"]) -> Step:
+        """The language loss plus a direct loss of all layers, as training computes it."""
+        head, tensors = AlignmentHead(HEADS, tuple(range(LAYERS)), AlignmentConfig(attention_loss=kind)), self.tensors
+
+        def step() -> Tensor:
+            request = AlignmentRequest(tuple(range(LAYERS)), tensors)
+            request.heads = "mean"  # what the hook of `lavender.alignment.objective.attach` sets
+            output = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, attention_request=request)
+            return output.loss + head.train()(request)
+
+        return step
 
     def eager(self) -> Tensor:
         """The same as `with_capture`, from the maps that eager attention returns. The kernel must be eager."""
@@ -99,15 +124,10 @@ def build_case(model: LlamaForCausalLM, tokens: int, words: int) -> Case:
     )
 
 
-def aligner_step(words: int) -> Step:
+def aligner_step(case: Case) -> Step:
     """The alignment loss of captured rows: pooling per word, resampling to the grid, Aligner, loss."""
-    head = AlignmentHead(HEADS, tuple(range(LAYERS)), AlignmentConfig()).train()
-    tensors = row_tensors([[(100 + index,) for index in range(words)]]) | {
-        "boxes": grid_boxes(SIDE, SIDE).float()[None],
-        "pictures": torch.zeros(1, SIDE**2, dtype=torch.long),
-        "targets": torch.rand(1, words, *GRID),
-    }
-    captured = torch.rand(LAYERS, 1, HEADS, words, SIDE**2).softmax(dim=-1).requires_grad_()
+    head, tensors = AlignmentHead(HEADS, tuple(range(LAYERS)), AlignmentConfig()).train(), case.tensors
+    captured = torch.rand_like(case.weights).softmax(dim=-1).requires_grad_()
 
     def step() -> Tensor:
         request = AlignmentRequest(tuple(range(LAYERS)), tensors)
@@ -153,13 +173,15 @@ def with_kernel(model: LlamaForCausalLM, kernel: str, measure: Callable[[], floa
 
 def measure_row(model: LlamaForCausalLM, tokens: int, words: int, runs: int, eager_runs: int) -> dict:
     """One row of the result, for a number of tokens and words. All steps share the weights."""
-    case, aligner, draw = build_case(model, tokens, words), aligner_step(words), random.Random(7)
+    case, draw = build_case(model, tokens, words), random.Random(7)
     base = model.config._attn_implementation.removeprefix("lavender_")
     capturing = f"lavender_{base}"
     steps: dict[str, tuple[str, Step]] = {
         "plain": (base, case.plain),
         "capture": (capturing, case.with_capture),
-        "aligner": (base, aligner),
+        "aligner": (base, aligner_step(case)),
+        "mass": (capturing, case.direct("mass")),
+        "kl": (capturing, case.direct("kl")),
     }
     if eager_runs:
         steps["eager"] = ("eager", case.eager)
@@ -183,7 +205,11 @@ def measure_row(model: LlamaForCausalLM, tokens: int, words: int, runs: int, eag
         "plain_seconds": median(plain),
         "capture_time_vs_plain": ratio(times["capture"], plain),
         "aligner_time_vs_plain": ratio(times["aligner"], plain),
+        "mass_time_vs_plain": ratio(times["mass"], plain),
+        "kl_time_vs_plain": ratio(times["kl"], plain),
         "extra_mib_per_layer": (memory["capture"] - memory["plain"]) / LAYERS / MIB,
+        "mass_extra_mib_per_layer": (memory["mass"] - memory["plain"]) / LAYERS / MIB,
+        "kl_extra_mib_per_layer": (memory["kl"] - memory["plain"]) / LAYERS / MIB,
         "rows_mib_per_layer": case.weights.nbytes / LAYERS / MIB,
         "eager_time_vs_plain": None,
         "eager_extra_mib_per_layer": None,

@@ -12,8 +12,9 @@ held-out scenes, under its own attention loss and over all words with a map, is 
 - the best constant map: the mean of the training words' maps, as heat or as distribution, whichever is better.
 
 The loss of the best uniform map is reported as well. All scenes are development scenes; held-out scenes are not in the
-training data. `SLOW_STARTERS` get twice the steps in short runs. The exit code is 1 if a variant fails at any seed;
---quick does not judge.
+training data. The direct losses are left out, since they have no Aligner: the studies new-words and attributes measure
+them. `SLOW_STARTERS` get twice the steps in short runs. The exit code is 1 if a variant fails at any seed; --quick does
+not judge.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from lavender.alignment.losses import FLOOR, per_word_loss
 from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.alignment.pooling import POOLINGS
 from lavender.config import (
+    DIRECT_LOSSES,
     AlignerActivation,
     AlignerForm,
     AlignerKind,
@@ -85,7 +87,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     **variants_of("aligner_kind", get_args(AlignerKind)),
     **variants_of("aligner_norm", get_args(AlignerNorm)),
     **variants_of("aligner_activation", get_args(AlignerActivation)),
-    **variants_of("attention_loss", get_args(AttentionLoss)),
+    **variants_of("attention_loss", [kind for kind in get_args(AttentionLoss) if kind not in DIRECT_LOSSES]),
     **variants_of("match", get_args(Match)),
     **variants_of("layers", [*get_args(LayerChoice), "[3]"]),
     **variants_of("heads", ["[0, 2, 5]"]),

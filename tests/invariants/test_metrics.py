@@ -18,7 +18,7 @@ from lavender.maps import WordMaps
 from lavender.training.metrics import Metrics
 from lavender.words import content_words
 
-NUMBERS = ("vlm_loss", "attention_loss", "matched_words", "student_entropy")
+NUMBERS = ("vlm_loss", "attention_loss", "matched_words", "student_entropy", "attention_mass")
 
 
 class Processes:
@@ -32,7 +32,7 @@ class Processes:
 
 
 def request_of(*maps: torch.Tensor, matched: int | None = None) -> AlignmentRequest:
-    """One sample, whose student looks where the maps say."""
+    """One sample, whose student looks where the maps say; the n-th word's share on its map is n tenths."""
     count = len(maps)
     present = torch.ones(1, count, dtype=torch.bool)
     request = AlignmentRequest(
@@ -49,6 +49,7 @@ def request_of(*maps: torch.Tensor, matched: int | None = None) -> AlignmentRequ
         },
     )
     request.student_maps = torch.stack(maps)
+    request.map_shares = torch.arange(1, count + 1) / 10
     request.matched = present & (torch.arange(count) < (count if matched is None else matched))
     return request
 
@@ -58,7 +59,7 @@ UNIFORM, TWO, ONE = torch.ones(2, 2), torch.tensor([[3.0, 3.0], [0.0, 0.0]]), to
 
 @pytest.mark.parametrize("num_processes", [1, 3])
 def test_golden_values_of_training(num_processes):
-    """Two steps of two micro-batches; entropies are ln 4, ln 2 and 0."""
+    """Two steps of two micro-batches; entropies are ln 4, ln 2 and 0. The mean over words counts the unmatched too."""
     metrics, accelerator = Metrics(), Processes(num_processes)
     for vlm, attention, request in (
         (1.0, 0.5, request_of(UNIFORM, TWO)),
@@ -74,6 +75,7 @@ def test_golden_values_of_training(num_processes):
             "attention_loss": 0.4375,
             "matched_words": 2 * num_processes,
             "student_entropy": (2 * torch.tensor(4.0).log() + 2 * torch.tensor(2.0).log()).item() / 5,
+            "attention_mass": (0.1 + 0.2 + 0.1 + 0.1 + 0.1) / 5,
         }
     )
     assert metrics.take_steps(accelerator) == {}  # ty: ignore[invalid-argument-type]
@@ -90,7 +92,8 @@ def test_golden_values_of_evaluation():
     found = metrics.take_batches(accelerator)  # ty: ignore[invalid-argument-type]
     entropy = (torch.tensor(4.0).log() + 2 * torch.tensor(2.0).log()).item() / 5
     expected = {"vlm_loss": 3.0, "attention_loss": 0.4, "matched_words": 6, "matched_share": 0.6}
-    assert found == pytest.approx(expected | {"student_entropy": entropy})
+    attention_mass = (0.1 + 0.2 + 0.3 + 0.1 + 0.1) / 5
+    assert found == pytest.approx(expected | {"student_entropy": entropy, "attention_mass": attention_mass})
     metrics.add_batch(torch.tensor(6.0), torch.tensor(0.0), request_of(ONE, matched=0))
     none = metrics.take_batches(accelerator)  # ty: ignore[invalid-argument-type]
     assert math.isnan(none["attention_loss"])
@@ -106,10 +109,10 @@ def test_words_weigh_what_they_weigh_in_an_evaluation():
     assert found["attention_loss"] == pytest.approx(0.4)
 
 
-def test_entropy_is_not_logged_without_a_word():
+def test_entropy_and_mass_are_not_logged_without_a_word():
     metrics = Metrics()
     request = request_of(UNIFORM, matched=0)
-    request.student_maps = request.student_maps[:0]
+    request.student_maps, request.map_shares = request.student_maps[:0], request.map_shares[:0]
     metrics.add_step(torch.tensor(2.0), torch.tensor(0.0), request, 1.0)
     assert metrics.take_steps(Processes(1)) == {  # ty: ignore[invalid-argument-type]
         "vlm_loss": 2.0,
@@ -144,7 +147,7 @@ def test_where_the_trainer_divides_the_loss_the_numbers_are_right(run, make_stud
         parts = [logged(runs[-1], name) for name in ("loss", "vlm_loss", "attention_loss")]
         for total, language, attention in zip(*parts, strict=True):
             assert total == pytest.approx(language + 10 * attention, rel=1e-5)
-    for name in ("attention_loss", "matched_words", "student_entropy"):
+    for name in ("attention_loss", "matched_words", "student_entropy", "attention_mass"):
         assert logged(runs[1], name) == close(logged(runs[0], name))
 
 
@@ -152,8 +155,8 @@ def test_a_constant_weight_is_not_logged(run):  # noqa: F811
     assert logged(run(), "align_weight") == []
 
 
-def test_the_entropy_is_that_of_the_students_own_maps(run, processor, dataset, some_scenes, captions):  # noqa: F811
-    """Through `student_maps`, another way to the same attention."""
+def test_entropy_and_mass_are_those_of_the_students_own_maps(run, processor, store_path, some_scenes, captions):  # noqa: F811
+    """Through `student_maps`, another way to the same attention. The mass is the share on the map of the store."""
     from lavender.maps import entropy
     from lavender.students.word_maps import AnsweredPicture, student_maps
 
@@ -165,6 +168,14 @@ def test_the_entropy_is_that_of_the_students_own_maps(run, processor, dataset, s
     maps: list[WordMaps] = student_maps(trainer.model, processor, readings, (11, 13))
     expected = entropy(torch.cat([one.maps for one in maps])).mean().item()
     assert logged(trainer, "student_entropy") == [pytest.approx(expected, rel=1e-4)]
+    shares = []
+    for own, stored in zip(maps, MapStore.open(store_path), strict=True):
+        assert own.words == stored.words
+        for attention, heat in zip(own.maps.double(), stored.maps.double(), strict=True):
+            heat = (heat - heat.min()) / (heat.max() - heat.min())
+            shares.append(float((attention * heat).sum() / attention.sum()))
+    assert len(shares) == 19
+    assert logged(trainer, "attention_mass") == [pytest.approx(sum(shares) / len(shares), rel=1e-4)]
 
 
 @pytest.mark.parametrize("peft", [False, True])
@@ -183,7 +194,7 @@ def test_evaluation_does_not_depend_on_its_batches(run, dataset, peft):  # noqa:
         assert len(history) == 1
         assert not {"vlm_loss", "attention_loss"} & history[0].keys()
     for found in metrics[1:]:
-        for name in ("attention_loss", "matched_words", "student_entropy"):
+        for name in ("attention_loss", "matched_words", "student_entropy", "attention_mass"):
             for part in ("all", "last"):
                 assert found[f"eval_{part}_{name}"] == close(metrics[0][f"eval_{part}_{name}"])
     alone = metrics[-1]

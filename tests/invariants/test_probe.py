@@ -19,7 +19,7 @@ from lavender.errors import ConfigError
 from lavender.maps import to_heat
 from lavender.training.probe import map_agreement, peak_hits, random_state_kept
 
-PROBE = ("probe_map_agreement", "probe_peak_hits", "probe_attention_loss")
+PROBE = ("probe_map_agreement", "probe_peak_hits", "probe_attention_loss", "probe_attention_mass")
 
 
 def test_golden_agreement():
@@ -71,7 +71,7 @@ def test_training_does_not_notice_it(run, kind):  # noqa: F811
         )
     without, looked = runs
     assert not any(logged(without, name) for name in PROBE)
-    assert [len(logged(looked, name)) for name in PROBE] == [5, 5, 5]
+    assert [len(logged(looked, name)) for name in PROBE] == [5] * len(PROBE)
     plain = [entry for entry in looked.state.log_history if PROBE[0] not in entry]
     timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
     for one, other in zip(plain, without.state.log_history, strict=True):
@@ -126,8 +126,9 @@ def test_it_looks_at_mapped_samples_of_the_evaluation_set(run, dataset, make_stu
         eval_dataset={"one": evaluated},
     )
     trainer.train()
-    expected = trainer.evaluate(dataset.select([2, 4]))["eval_attention_loss"]
-    assert logged(trainer, "probe_attention_loss") == [pytest.approx(expected, rel=1e-5)] * 2
+    evaluation = trainer.evaluate(dataset.select([2, 4]))
+    for name in ("attention_loss", "attention_mass"):
+        assert logged(trainer, f"probe_{name}") == [pytest.approx(evaluation[f"eval_{name}"], rel=1e-5)] * 2
 
 
 def test_of_learned_projections_it_looks_at_the_students_own(run):  # noqa: F811

@@ -31,6 +31,12 @@ INT8 = {  # with 8 bits on a CPU bitsandbytes fails on states of four dimensions
     "load_in_8bit": True,
     "llm_int8_skip_modules": ["model.vision_model", "model.multi_modal_projector", "lm_head"],
 }
+KINDS: dict[str, dict[str, Any]] = {
+    "layer-mean": {},
+    "learn": {"pooling": "learn"},
+    "mass": {"attention_loss": "mass", "attention_forcing": 0.9},
+    "kl": {"attention_loss": "kl", "sharpen": 2.0},
+}
 STEPS: dict[str, Any] = {
     "max_steps": 2,
     "per_device_train_batch_size": 2,
@@ -56,8 +62,8 @@ def quantized(places) -> Any:
 
 
 @pytest.mark.parametrize("settings", [NF4, INT8], ids=["4 bits", "8 bits"])
-@pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
-def test_a_run(places, tmp_path, settings, pooling, packing, capsys):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run(places, tmp_path, settings, kind, packing, capsys):
     """Adapters learn; what alignment adds stays of 32 bits; the export is an ordinary checkpoint of the base's type."""
     train(
         RunConfig(
@@ -65,13 +71,15 @@ def test_a_run(places, tmp_path, settings, pooling, packing, capsys):
             out=str(tmp_path),
             quantization=settings,
             lora=LoraSettings(),
-            training=STEPS | {"pooling": pooling},
+            training=STEPS | KINDS[kind],
         )
     )
     assert "TRL itself trains the adapters of a quantised model in bfloat16" in capsys.readouterr().out
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len([entry for entry in logged if 0 < entry.get("attention_loss", 0) < 1]) == 2
-    assert {one.dtype for one in load_file(tmp_path / "alignment_head.safetensors").values()} == {torch.float32}
+    assert len([entry for entry in logged if 0 < entry.get("attention_mass", 0) < 1]) == 2
+    added = {one.dtype for one in load_file(tmp_path / "alignment_head.safetensors").values()}
+    assert added == (set() if kind in ("mass", "kl") else {torch.float32})
     adapter = load_file(tmp_path / "checkpoint" / "adapter_model.safetensors")
     assert not [name for name in adapter if "alignment" in name]
     assert all(one.abs().max() > 0 for name, one in adapter.items() if "lora_B" in name and "language" in name)
@@ -128,10 +136,11 @@ def test_weight_zero_is_plain_qlora_step_for_step(packing, places, processor, da
         assert torch.equal(one, trained["ours"][key]), key
 
 
-def test_resuming_is_no_interruption(places, tmp_path):
+@pytest.mark.parametrize("kind", ["learn", "mass"])
+def test_resuming_is_no_interruption(places, tmp_path, kind):
     """Also of the quantised base's adapters and of what alignment adds."""
     common: dict[str, Any] = {**places, "quantization": NF4, "lora": LoraSettings()}
-    training = STEPS | {"pooling": "learn", "max_steps": 4, "save_steps": 2}
+    training = STEPS | KINDS[kind] | {"max_steps": 4, "save_steps": 2}
     whole = train(RunConfig(**common, out=str(tmp_path / "whole"), training=training))
     broken = tmp_path / "broken"
     (broken / "trainer").mkdir(parents=True)

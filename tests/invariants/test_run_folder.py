@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from command_line import complaint, lavender, write_run
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
 from lavender.config import AlignmentConfig
-from lavender.training.run import read_run, train
+from lavender.training.run import RunConfig, read_run, train
 from lavender.training.run_config import training_keys
 from lavender.training.run_folder import FREE, FREE_WITHOUT_BEST, differences, write_config
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
@@ -263,8 +263,7 @@ def test_which_settings_are_free():
     assert differences({"training": {"save_steps": 1}}, {"training": {"save_steps": 2}}) == []
 
 
-def test_an_interrupted_run_has_its_lines_and_goes_on_without_one_twice(finished, places, tmp_path, monkeypatch):
-    run = read_run(finished[0], [f"out={tmp_path / 'out'}", "probe_size=1", "probe_steps=1"])
+def interrupt_at_the_fourth_step(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     step = LavenderTrainer.training_step
 
     def until_the_fourth(self, *args, **kwargs):
@@ -275,6 +274,11 @@ def test_an_interrupted_run_has_its_lines_and_goes_on_without_one_twice(finished
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(LavenderTrainer, "training_step", until_the_fourth)
         train(run)
+
+
+def test_an_interrupted_run_has_its_lines_and_goes_on_without_one_twice(finished, places, tmp_path, monkeypatch):
+    run = read_run(finished[0], [f"out={tmp_path / 'out'}", "probe_size=1", "probe_steps=1"])
+    interrupt_at_the_fourth_step(run, monkeypatch)
     out = tmp_path / "out"
     assert [one["step"] for one in metrics(out) if "loss" in one] == [1, 2, 3]
     train(run)
@@ -284,6 +288,23 @@ def test_an_interrupted_run_has_its_lines_and_goes_on_without_one_twice(finished
     assert metrics(out)[:-1] == state["log_history"]  # and the line of the end
     assert "train_runtime" in metrics(out)[-1]
     assert_same_weights(out, finished[1])
+
+
+@pytest.mark.parametrize("loss", ["mass", "kl"])
+def test_a_direct_loss_goes_on_after_a_break_too(finished, places, tmp_path, monkeypatch, loss):
+    """The draws of attention forcing go on with it: at the third step, which is done again, some words are forced."""
+    whole, broken = (
+        read_run(finished[0], [f"out={tmp_path / name}", f"attention_loss={loss}", "attention_forcing=0.9"])
+        for name in ("whole", "broken")
+    )
+    train(whole)
+    interrupt_at_the_fourth_step(broken, monkeypatch)
+    train(broken)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
+    assert not load_file(tmp_path / "whole" / "alignment_head.safetensors")
+    lines = [[one for one in metrics(tmp_path / name) if "loss" in one] for name in ("whole", "broken")]
+    for name in ("loss", "attention_loss", "attention_mass", "matched_words"):
+        assert [one[name] for one in lines[0]] == [one[name] for one in lines[1]]
 
 
 def cut(path: Path) -> None:

@@ -19,15 +19,33 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
 from closeness import close, moved
-from lavender.alignment.objective import TRAINED_PARTS, attach
+from lavender.alignment.objective import HEAD_NAME, TRAINED_PARTS, attach, is_alignment_part
 from lavender.data.store import MapStore
 from lavender.errors import ConfigError, DataError
+from lavender.training import mixin
 from lavender.training.exporting import export
+from lavender.training.schedule import forced_words
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.words import content_words
 from lavender.world.student_models import conversation
 
 KINDS = ["full", "lora", "learn"]
+DIRECT: dict[str, dict[str, Any]] = {
+    "mass": {"attention_loss": "mass"},
+    "kl": {"attention_loss": "kl"},
+    "mass, forced": {"attention_loss": "mass", "attention_forcing": 0.6},
+    "kl of sharpened maps, forced": {
+        "attention_loss": "kl",
+        "attention_forcing": 0.6,
+        "sharpen": 2.0,
+        "subtract_background": True,
+        "weight_by_confidence": True,
+    },
+    "kl, lora, both rows": {"attention_loss": "kl", "rows": "both"},
+}
+"""Runs with a loss of the attention itself, and their settings."""
+UNEVEN = (0, 1, 2, 5, 3, 4, 0, 1)
+"""Samples of 3 or 4 mapped words, but the fourth has none."""
 LOSSES = ("loss", "vlm_loss", "attention_loss", "matched_words")
 
 READER = """
@@ -151,21 +169,60 @@ def test_alignment_changes_the_run(run):
         assert total == pytest.approx(language + 10 * attention, rel=1e-3)  # logged to four digits
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_accumulated_batches_are_one_batch(run, kind):
-    """Ragged: the captions have 1 to 4 mapped words and other lengths."""
-    settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.05, "peft": lora() if kind == "lora" else None}
-    settings["pooling"] = "learn" if kind == "learn" else "layer-mean"
-    whole = run(per_device_train_batch_size=4, **settings)
-    parts = run(per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
+@pytest.mark.parametrize("kind", [*KINDS, *DIRECT])
+def test_accumulated_batches_are_one_batch(run, dataset, monkeypatch, kind):
+    """8 × 1 and 1 × 8 make the same steps. Ragged: the captions have other lengths and numbers of mapped words."""
+    forced: list[int] = []
+
+    def counted(*given: Any) -> torch.Tensor | None:
+        words = forced_words(*given)
+        forced.append(0 if words is None else int(words.sum()))
+        return words
+
+    monkeypatch.setattr(mixin, "forced_words", counted)
+    settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.05, "train_sampling_strategy": "sequential"}
+    settings |= DIRECT.get(kind, {"pooling": "learn" if kind == "learn" else "layer-mean"})
+    runs = []
+    for size in (8, 1):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        peft = lora() if "lora" in kind else None
+        runs.append(run(data=dataset.select(UNEVEN), peft=peft, **sizes, **settings))
+    whole, parts = runs
     assert logged(parts, "matched_words") == logged(whole, "matched_words")
-    assert len(set(logged(whole, "matched_words"))) > 1 or logged(whole, "matched_words")[0] % 4
-    for name in ("vlm_loss", "attention_loss"):
+    present = whole.data_collator([dataset[index] for index in UNEVEN])["alignment"]["present"]
+    counts = set(present.sum(dim=1).tolist())
+    assert 0 in counts
+    assert len(counts) > 2
+    for name in ("vlm_loss", "attention_loss", "attention_mass", "loss"):
         assert logged(parts, name) == close(logged(whole, name))
-    assert logged(parts, "loss") == close(logged(whole, "loss"))
     expected, found = whole.model.state_dict(), parts.model.state_dict()
+    assert found.keys() == expected.keys()
     for name, one in expected.items():
         torch.testing.assert_close(found[name], one, rtol=1e-5, atol=1e-6, msg=name)
+    # the same words are forced: some at the first step, fewer at the second
+    assert len(forced) == 2 + 16
+    assert forced[:2] == [sum(forced[2:10]), sum(forced[10:])]
+    if "forced" in kind:
+        assert 0 < forced[1] < forced[0] < int(present.sum())
+    else:
+        assert forced[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("kind", DIRECT)
+def test_a_direct_loss_adds_no_parameter(run, make_student, kind):
+    """There is no Aligner: the trained parameters are those of plain fine-tuning."""
+    peft = lora() if "lora" in kind else None
+    trainer = run(peft=peft, build_only=True, **DIRECT[kind])
+    head = trainer.model.get_submodule(("base_model.model." if peft else "") + HEAD_NAME)
+    assert head.aligner is None
+    assert not list(head.parameters())
+    names = {name for name, _ in trainer.model.named_parameters()}
+    assert not [name for name in names if is_alignment_part(name)]
+    if peft is None:
+        assert names == {name for name, _ in make_student().named_parameters()}
+    trainer.train()
+    assert len(logged(trainer, "attention_loss")) == 2
+    assert all(0 < mass < 1 for mass in logged(trainer, "attention_mass"))
 
 
 def test_a_batch_without_a_matched_word_costs_nothing_and_is_counted(run, dataset, captions):

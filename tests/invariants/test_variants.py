@@ -36,6 +36,9 @@ OPTIONS = {
     "heads": [[1]],
     "subjects_and_objects": [True],
     "weight_by_confidence": [True],
+    "sharpen": [2.0],
+    "subtract_background": [True],
+    "attention_forcing": [0.6],
 }
 VARIANTS = [
     {name: value}

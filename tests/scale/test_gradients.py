@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from lavender.alignment.objective import is_alignment_part
 from scale.launching import gradients
 from scale.worker import Case, run_case
 
@@ -19,8 +20,25 @@ CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True}
 PARTS: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 NO_WORD = (0, 1, 5, 5)  # the second process has pictures, but no word with a map
 
+MASS: dict[str, Any] = {"attention_loss": "mass"}
+KL: dict[str, Any] = {"attention_loss": "kl", "sharpen": 2.0}
+FORCED: dict[str, Any] = {"attention_forcing": 0.6}  # at the first step
+
 EXACT_IN_PARTS = Case("exact match, two micro-batches", model="taught", settings={"match": "exact"} | PARTS)
-QUICK = [Case("full"), EXACT_IN_PARTS, Case("lora, learn, checkpointed", lora=True, settings=LEARN | CHECKPOINTED)]
+DIRECT = [
+    Case("mass, forced, two micro-batches", settings=MASS | FORCED | PARTS),
+    Case("kl, lora, checkpointed", lora=True, settings=KL | CHECKPOINTED),
+    Case("kl, forced, no word", samples=NO_WORD, settings=KL | FORCED),
+    Case("mass, forced, llava", model="llava", settings=MASS | FORCED),
+    Case("mass, both rows, weighted words", settings=MASS | {"rows": "both", "weight_by_confidence": True}),
+]
+"""The losses of the attention itself."""
+QUICK = [
+    Case("full"),
+    DIRECT[0],
+    EXACT_IN_PARTS,
+    Case("lora, learn, checkpointed", lora=True, settings=LEARN | CHECKPOINTED),
+]
 EVERYWHERE = [
     Case("full"),
     Case("full, checkpointed", settings=CHECKPOINTED),
@@ -39,6 +57,7 @@ EVERYWHERE = [
     EXACT_IN_PARTS,
     Case("root match in parts, lora, learn", lora=True, model="taught", settings={"match": "root"} | PARTS | LEARN),
     Case("root match, λ estimated", model="taught", settings={"match": "root", "align_weight": "estimated"}),
+    *DIRECT,
     Case("llava", model="llava"),
     Case("llava, learn", model="llava", settings=LEARN),
     Case("llava, tied embeddings", model="llava_tied"),
@@ -92,6 +111,8 @@ def compare(
     found = gradients(kind, cases, workspace, out / kind, options)
     for case in cases:
         assert_equal(found[case.name][0], of_one_process(case, parts), case)
+        if case in DIRECT:
+            assert not [name for name in of_one_process(case, parts) if is_alignment_part(name)], case.name
     return {name: about for name, (_, about) in found.items()}
 
 

@@ -24,6 +24,8 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora": LORA},
     "qlora": {"lora": LORA, "quantization": {"load_in_4bit": True}},
+    "mass": {"attention_loss": "mass", "attention_forcing": 0.6},
+    "qlora, kl": {"lora": LORA, "quantization": {"load_in_4bit": True}, "attention_loss": "kl"},
 }
 
 
@@ -54,7 +56,7 @@ def write_run(folder: Path, workspace: Path, processes: int, **settings: Any) ->
 
 @pytest.fixture(scope="session")
 def of_one_process(workspace, tmp_path_factory):
-    """Run folders of one process: full tuning, LoRA and QLoRA."""
+    """Run folders of one process, one for each of `TUNINGS`."""
     folders = {}
     for kind, settings in TUNINGS.items():
         path = tmp_path_factory.mktemp(kind)
@@ -96,7 +98,12 @@ def assert_same_folder(found: Path, expected: Path, rounding: float = 1e-4) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "tuning"), [(kind, tuning) for kind in KINDS for tuning in ("full", "lora")] + [("ddp", "qlora")]
+    ("kind", "tuning"),
+    [
+        *((kind, tuning) for kind in KINDS for tuning in ("full", "lora", "mass")),
+        ("ddp", "qlora"),
+        ("ddp", "qlora, kl"),
+    ],
 )
 def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning, workspace, of_one_process, tmp_path):
     file = write_run(tmp_path, workspace, 2, **SETTINGS[kind], **TUNINGS[tuning])
@@ -104,12 +111,13 @@ def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning,
     run = tmp_path / "out"
     assert said.count("run folder: ") == 1
     # QLoRA's adapters and their gradients are of 16 bits
-    assert_same_folder(run, of_one_process[tuning], 1e-3 if tuning == "qlora" else 1e-4)
+    assert_same_folder(run, of_one_process[tuning], 1e-3 if "qlora" in tuning else 1e-4)
     assert json.loads((run / "environment.json").read_text())["processes"] == "2"
     expected, found = weights(of_one_process[tuning]), weights(run)
     assert found.keys() == expected.keys()
+    assert any(name.startswith("head: ") for name in found) == ("attention_loss" not in TUNINGS[tuning])
     for name, one in expected.items():
-        if tuning == "qlora":  # lora_B begins at 0: all of it was learned
+        if "qlora" in tuning:  # lora_B begins at 0: all of it was learned
             assert (found[name] - one).norm() < 0.1 * one.norm(), name
         else:
             torch.testing.assert_close(found[name], one, rtol=1e-4, atol=1e-5, msg=name)
@@ -124,7 +132,7 @@ def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning,
     assert said.count(f"passed over {broken / 'trainer' / 'checkpoint-4'}") == 1
     assert said.count(f"going on from {broken / 'trainer' / 'checkpoint-2'}") == 1
     assert_same_folder(broken, run)
-    assert moved(found, weights(broken), step=1e-2 if tuning == "qlora" else 1e-4) == []
+    assert moved(found, weights(broken), step=1e-2 if "qlora" in tuning else 1e-4) == []
 
 
 @pytest.mark.slow

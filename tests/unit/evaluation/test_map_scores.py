@@ -14,6 +14,7 @@ from lavender.evaluation.map_scores import (
     JudgedMap,
     best_threshold,
     kl_from_mask,
+    mass_in_mask,
     pointing,
     resize_map,
     score_maps,
@@ -102,6 +103,21 @@ def test_auroc_counts_ties_half():
     assert score_maps([everywhere], 0.5).auroc == 1
 
 
+def test_mass_is_the_share_in_the_mask():
+    """Of 1 + 0.8 + 0.5 + 0.2, the mask holds 0.8 and 0.5; the map's scale does not matter."""
+    for scale in (1.0, 7.0, 1e-6):
+        assert mass_in_mask(scale * STEPS, STEPS_MASK) == pytest.approx(1.3 / 2.5, rel=1e-5)
+    assert mass_in_mask(STEPS, torch.from_numpy(~STEPS_MASK)) == pytest.approx(1.2 / 2.5, rel=1e-5)
+    assert mass_in_mask(torch.ones(5, 7), STEPS_MASK) == pytest.approx(3 / 35, rel=1e-5)  # its share of the picture
+    assert mass_in_mask(heat_of({(2, 3): 0.4}), np.ones((11, 13), dtype=bool)) == pytest.approx(1)
+    # one of 2 × 3 cells is lit, of 4 × 6 pixels: the pixel in its corner has all of its heat, its neighbours 3/4
+    lit = heat_of({(0, 0): 1.0}, (2, 3))
+    row = col = np.array([1, 3 / 4, 1 / 4, 0])
+    assert mass_in_mask(lit, mask_of((0, 0), (0, 1), size=(4, 6))) == pytest.approx(
+        (1 + 3 / 4) / (row.sum() * col.sum()), rel=1e-5
+    )
+
+
 def test_pointing_by_the_size_of_the_mask():
     """Of 35 pixels, 2 are 5.7 %, 3 are 8.6 % and 4 are 11.4 %."""
     masks = [
@@ -142,6 +158,7 @@ def test_scores_of_three_maps():
     assert scores.iou_threshold == 0.6
     assert (scores.best_threshold, scores.iou_best) == (0.25, pytest.approx((1 / 2 + 1 + 1 / 35) / 3))
     assert scores.ap == pytest.approx(((1 / 2 + 2 / 3 + 3 / 35) / 3 + 1 + 1 / 35) / 3)
+    assert scores.mass == pytest.approx((1.3 / 2.5 + 1 + 1 / 35) / 3)
     assert (scores.wrong_word_pointing, scores.num_wrong) == (pytest.approx(1 / 3), 3)
     assert scores.uniform_pointing == pytest.approx((3 + 1 + 1) / 35 / 3)
     assert scores.centre_pointing == pytest.approx(2 / 3)

@@ -27,6 +27,7 @@ from lavender.world.demo import NUM_HELD_OUT as NUM_HELD_OUT_OF_DEMO
 from lavender.world.demo import run_demo
 from lavender.world.language import caption_scene
 from lavender.world.scenes import SPLITS, Scene, Thing
+from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.studies import cells
 from lavender.world.studies.cells import SCENES_PER_SEED, Arm, Cell, Scoring, result_path
 from lavender.world.studies.page import QUICK, page, show
@@ -34,6 +35,7 @@ from lavender.world.studies.registry import STUDIES, Scale, run_study
 from lavender.world.studies.scaling import SIZES
 from lavender.world.studies.study import METRICS, compare
 from lavender.world.studies.targets import TARGETS, write_target
+from lavender.world.studies.tasks import Example
 from lavender.world.tuning import ALIGNMENT, LEARNING_RATES
 
 GRID, SIZE = (11, 13), (22, 39)
@@ -99,8 +101,14 @@ def drawn(seed: int, *names: str) -> Scene:
     return Scene(seed, "plain", pixels, tuple(things))
 
 
+def captioned(scene: Scene) -> Example:
+    caption = caption_scene(scene)
+    return Example(scene, CAPTION_PROMPT, caption.text, caption.text, caption.mentions)
+
+
 # a scene of one thing; one with a name of two words; one without a map; one of three things
 DRAWN = (drawn(7, "dog"), drawn(3, "ice cream", "cat"), drawn(19, "tree"), drawn(41, "cow", "red apple", "bus"))
+EXAMPLES = tuple(captioned(scene) for scene in DRAWN)
 
 
 def key_of(scene: Scene) -> tuple[str, str]:
@@ -137,7 +145,7 @@ def order_of(scene: Scene) -> list[str]:
 
 @pytest.fixture
 def targets(store, tmp_path) -> dict[str, MapStore]:
-    return {target: MapStore.open(write_target(tmp_path / target, target, store, DRAWN)) for target in TARGETS}
+    return {target: MapStore.open(write_target(tmp_path / target, target, store, EXAMPLES)) for target in TARGETS}
 
 
 def test_every_target_has_the_words_that_name_things(targets):
@@ -198,9 +206,19 @@ def test_masks_are_averaged_over_cells(targets):
             torch.testing.assert_close(heat, expected, atol=TOLERANCE, rtol=0)
 
 
+def test_the_masks_of_all_things_are_one_map(targets):
+    """The same for every word: a cell that is 6 of 6 pixels, 3 of 6 and 2 of 6, for each of the things."""
+    for scene in (DRAWN[0], DRAWN[1], DRAWN[3]):
+        expected = torch.zeros(GRID)
+        for index in range(len(scene.things)):
+            expected[2 * index, 2], expected[2 * index, 3], expected[2 * index + 1, 2] = 1, 1 / 2, 1 / 3
+        for heat in maps_of(targets["things"], scene).values():
+            torch.testing.assert_close(heat, expected, atol=TOLERANCE, rtol=0)
+
+
 def test_an_existing_target_is_kept(store, tmp_path):
     (tmp_path / "masks").mkdir()
-    assert write_target(tmp_path / "masks", "masks", store, DRAWN) == tmp_path / "masks"
+    assert write_target(tmp_path / "masks", "masks", store, EXAMPLES) == tmp_path / "masks"
     assert list(tmp_path.rglob("*")) == [tmp_path / "masks"]
 
 
@@ -208,15 +226,15 @@ def test_a_partial_target_of_a_killed_run_is_replaced(store, tmp_path):
     partial = tmp_path / "masks.partial"
     with MapStore.writer(partial, {"made by": "someone else"}, {}, (5, 7)) as writer:
         writer.add(WordMaps("another", "a dog", words_of("a dog"), torch.ones(2, 5, 7)))
-    target_store = MapStore.open(write_target(tmp_path / "masks", "masks", store, DRAWN), verify=True)
+    target_store = MapStore.open(write_target(tmp_path / "masks", "masks", store, EXAMPLES), verify=True)
     assert target_store.grid == GRID
     assert [len(maps.words) for maps in target_store] == [1, 3, 4]
     assert not partial.exists()
 
 
 def test_scenes_that_are_not_in_the_store(store, tmp_path):
-    with pytest.raises(ValueError, match=r"Got no maps of scene 5; expected a store of these scenes' captions\."):
-        write_target(tmp_path / "masks", "masks", store, [drawn(5, "dog")])
+    with pytest.raises(ValueError, match=r"Got no maps of scene 5; expected a store of these samples' texts\."):
+        write_target(tmp_path / "masks", "masks", store, [captioned(drawn(5, "dog"))])
     assert not (tmp_path / "masks").exists()
 
 
@@ -424,8 +442,8 @@ def test_an_unknown_study_and_no_jobs_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         run_study("mian", tmp_path / "out", Scale.of(True, None, None), 1, "")
     assert str(caught.value) == (
-        "Got the study 'mian'. Expected one of main, teacher-controls, entropy, scaling, pooling, aligner, words, "
-        "layers, pretraining, lambda, switching, learning-rate. Do this: write 'main' instead."
+        "Got the study 'mian'. Expected one of new-words, attributes, main, teacher-controls, entropy, scaling, "
+        "pooling, aligner, words, layers, pretraining, lambda, switching, learning-rate. Do this: write 'main' instead."
     )
     with pytest.raises(ConfigError) as caught:
         run_study("main", tmp_path / "out", Scale.of(True, None, None), 0, "")

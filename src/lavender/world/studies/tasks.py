@@ -229,8 +229,8 @@ def _bound(scene: EdgedScene) -> Example:
     text, about = bind_colours(scene)
     pairs = tuple((pair["word"], pair["about"]) for pair in about)
     mentions = []
-    for order, (_, name) in enumerate(pairs):
-        first = text.index(f" {name} on ") + 1
+    for order, (colour, name) in enumerate(pairs):
+        first = text.index(f"{name} on {colour}")  # with its colour, since "dog" is a part of "hot dog"
         mentions.append(Mention(name, first, first + len(name), order))
     return Example(scene, CAPTION_PROMPT, text, text, tuple(mentions), pairs)
 
