@@ -85,7 +85,7 @@ def forced_words(
     """
     done = state.global_step / max(1, state.max_steps)
     probability = config.attention_forcing * max(0.0, 1 - done / config.forcing_share)
-    if probability <= 0:
+    if probability <= 0 or config.align_weight == 0:  # without λ the run is plain fine-tuning
         return None
     draws = [
         [(_uniform(f"{name} {word}") + state.global_step * GOLDEN_RATIO) % 1 for word in range(predicted.shape[1])]

@@ -47,6 +47,11 @@ def test_it_is_off_by_default():
     assert forced(0, attention_forcing=0.0) is None
 
 
+def test_without_lambda_the_run_is_plain_fine_tuning():
+    config = AlignmentConfig(attention_loss="mass", attention_forcing=1.0, align_weight=0.0)
+    assert forced_words(config, TrainerState(global_step=0, max_steps=40), NAMES, PRESENT) is None
+
+
 def test_a_probability_of_1_forces_every_word():
     chosen = forced(0, attention_forcing=1.0)
     assert chosen is not None

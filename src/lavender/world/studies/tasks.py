@@ -94,8 +94,8 @@ class WarmUp:
     steps: int
 
 
-WARM_UP_START = 900_000
-"""Index of the first fine-tuning scene of warm-ups, beyond those of every seed."""
+WARM_UP_START = 990_000
+"""Index of the first fine-tuning scene of warm-ups, which no seed uses."""
 
 
 def write_examples(folder: Path, examples: Iterable[Example]) -> None:
@@ -301,5 +301,7 @@ TASKS: dict[TaskName, Task] = {
     "new-words-one-named": Task(_one_named, _score_new_words, base="mllama_new_words"),
     "edged-captions": Task(_edged_captions, _score_captions),
     "questions": Task(_questions, _score_questions, warm_up=_EDGED, settings=(("texts", "all"), ("rows", "both"))),
-    "binding": Task(_binding, _score_binding, warm_up=_EDGED, settings=(("tokens", "first"),)),
+    "binding": Task(
+        _binding, _score_binding, warm_up=_EDGED, settings=(("tokens", "first"), ("parts_of_speech", ("adjective",)))
+    ),
 }
