@@ -182,14 +182,28 @@ def groups_of(measured: Measured) -> dict[str, dict[str, Any] | None]:
     surprise = torch.minimum(measured.losses["whole"], measured.losses["there"])
     is_new = _mean_of_equals(surprise, labels) > SURPRISE
     pictures = [case.index for case in measured.cases]
-    classes = [sorted(set(labels)).index(label) for label in labels]
-    hits = {name: read_words(features, classes, pictures) for name, features in measured.features.items()}
+    hits = {name: _read(features, measured.cases, is_new) for name, features in measured.features.items()}
     pictures_of: dict[str, set[int]] = {}
     for label, picture in zip(labels, pictures, strict=True):
         pictures_of.setdefault(label, set()).add(picture)
     repeats = torch.tensor([len(pictures_of[label]) > 1 for label in labels])
     masks = {"all": torch.ones_like(is_new), "known": ~is_new, "new": is_new}
     return {name: _group(measured, hits, repeats, mask) if mask.any() else None for name, mask in masks.items()}
+
+
+def _read(features: Tensor, cases: Sequence[Case], is_new: Tensor) -> Tensor:
+    """Which words a reader gets right: (case,). It chooses among known or new words of one part of speech.
+
+    "red" and "dog" may have the same place, so a reader of all words could not tell which of them is asked for.
+    """
+    hits = torch.zeros(len(cases))
+    kinds = [(case.word.part_of_speech, new) for case, new in zip(cases, is_new.tolist(), strict=True)]
+    for kind in set(kinds):
+        chosen = [place for place, other in enumerate(kinds) if other == kind]
+        labels = [cases[place].label for place in chosen]
+        classes = [sorted(set(labels)).index(label) for label in labels]
+        hits[chosen] = read_words(features[chosen], classes, [cases[place].index for place in chosen])
+    return hits
 
 
 def _mean_of_equals(values: Tensor, labels: Sequence[str]) -> Tensor:

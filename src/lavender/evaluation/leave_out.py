@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from lavender.alignment.losses import prepared, share_on_map
+from lavender.alignment.losses import LEAST, prepared, share_on_map
 from lavender.maps import Word
 from lavender.students.base import VlmAdapter
 from lavender.students.capture import AttentionRequest, capturing, row_tensors
@@ -134,9 +134,8 @@ def _measure_batch(
     tensors = adapter.key_tensors(inputs, [[picture.size] for picture in pictures], processor)
     layout = KeyLayout(tensors["boxes"], tensors["pictures"], tensors.get("views"))
     maps = torch.stack([case.maps for case in cases])
-    heat = _heat(maps, layout, request.mixing)
-    shows = (heat >= SHOWS * heat.amax(dim=-1, keepdim=True)) & (heat > 0)
-    is_key = (layout.pictures >= 0).to(heat.device)
+    shows = keys_that_show(maps, layout, request.mixing)
+    is_key = (layout.pictures >= 0).to(shows.device)
     losses = {"whole": _word_losses(logits, inputs, rows)}
     for view, (index, keeps) in views.items():
         mask = shows[:, index] == keeps
@@ -169,13 +168,17 @@ def _levels(
     return share_on_map(attention, heat[:, 0]), share_on_map(attention, heat[:, 2])
 
 
-def _heat(maps: Tensor, layout: KeyLayout, mixing: Tensor | None) -> Tensor:
-    """Mean heat of the part of the picture that a key shows, 0 for keys that show none: (case, map, key)."""
-    maps = torch.cat([maps, torch.ones_like(maps[:, :1])], dim=1)
-    if mixing is not None:
-        maps = maps.to(mixing.device)
+def keys_that_show(maps: Tensor, layout: KeyLayout, mixing: Tensor | None = None) -> Tensor:
+    """Which image keys show the words of maps: bool (case, map, key).
+
+    Args:
+        maps: (case, map, rows, cols) of samples of one picture each.
+        layout, mixing: as for `lavender.students.image_keys.on_keys`.
+    """
+    maps = torch.cat([maps, torch.ones_like(maps[:, :1])], dim=1).to(layout.boxes if mixing is None else mixing)
     heat = on_keys(maps, layout, torch.zeros(maps.shape[:2], dtype=torch.long), mixing)
-    return heat[:, :-1] / heat[:, -1:].clamp_min(1e-6)
+    heat = heat[:, :-1] / heat[:, -1:].clamp_min(LEAST)  # mean over the part of a key that is inside the picture
+    return (heat >= SHOWS * heat.amax(dim=-1, keepdim=True)) & (heat > 0)
 
 
 def _mean_states(states: Tensor, mask: Tensor, is_key: Tensor) -> Tensor:

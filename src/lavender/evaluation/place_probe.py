@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FOLDS = 5
-RIDGE = 0.3
-"""Weight of the penalty, relative to features of variance 1. From 0.03 to 3 the world's students read about as well."""
+RIDGE = 0.03
+"""Weight of the penalty, relative to features of variance 1. Chosen on development scenes of the world."""
 
 
 def read_words(features: Tensor, words: Sequence[int], pictures: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ SURPRISE = 3.0
 """A word is new if its loss is above this, in nats: a probability below 5 %."""
 LEAST_GAIN = 0.25
 """Knowing places pays if the loss of a known word falls by more than this, in nats."""
-LEAST_READ = 0.1
+LEAST_READ = 0.05
 """New words pay if a reader gets a share of them right that is larger by more than this from their places."""
 LOCAL = 0.25
 """A model keeps things in places if hiding one part of the picture costs this share of what hiding all of it costs."""
