@@ -56,8 +56,8 @@ def promise(result: Mapping[str, Any]) -> Promise:
         parts["known"] = _of_known(known, result["hidden"], result["samples"])
     if new is not None:
         holds = known is not None and _maps_hold(known)
-        is_told = holds or ("known" in parts and parts["known"].verdict == "no gain")
-        parts["new"] = _of_new(new, holds, is_told, result["samples"])
+        is_spread = not holds and "known" in parts and parts["known"].verdict == "no gain"
+        parts["new"] = _of_new(new, holds, is_spread, result["samples"])
     deciding = [name for name in parts if result["groups"][name]["words"] >= FEW * result["groups"]["all"]["words"]]
     verdicts = [part.verdict for name, part in parts.items() if name in deciding or part.verdict == "pays"]
     order: tuple[Verdict, ...] = ("pays", "cannot say", "no gain")
@@ -135,15 +135,17 @@ def _without_places(known: Mapping[str, Any], hidden: Mapping[str, float] | None
     )
 
 
-def _of_new(new: Mapping[str, Any], holds: bool, is_told: bool, samples: int) -> Part:
+def _of_new(new: Mapping[str, Any], holds: bool, is_spread: bool, samples: int) -> Part:
     """The verdict on new words.
 
     Args:
         new: their figures.
         holds: whether the model reads known words from where the maps show them.
-        is_told: whether the known words tell what the maps and this model's places are worth.
+        is_spread: whether it keeps what it sees of known words all over the picture.
         samples: number of samples that were checked.
     """
+    if is_spread and (new["gain_of_reading"] is None or _interval(new["gain_of_reading"])[0] <= LEAST_READ):
+        return Part("no gain", "their places do not read better either, as this model keeps no thing in its place.")
     few = _too_few(new["read_pictures"], new["read_words"], samples, " that occur in two pictures or more")
     if few:
         return few
@@ -164,7 +166,7 @@ def _of_new(new: Mapping[str, Any], holds: bool, is_told: bool, samples: int) ->
         )
     if high > LEAST_READ:
         return Part("cannot say", f"{told}. {_more(gain, LEAST_READ, new, samples)}")
-    if is_told and new["read_words"] >= LEAST_PER_FORM * new["read_forms"]:
+    if holds and new["read_words"] >= LEAST_PER_FORM * new["read_forms"]:
         return Part("no gain", f"{told}: their places tell no more. Plain fine-tuning does as well.")
     return Part(
         "cannot say",

@@ -68,10 +68,10 @@ LITTLE = {"gain_of_reading": figure(LEAST_READ - 0.02)}
         ({}, None, LOCAL, "cannot say", "does not read known words from their places"),
         ({}, group(over_control=figure(0.0)), NOT_LOCAL, "cannot say", "does not read known words from their places"),
         (LITTLE, group(), None, "no gain", "tell no more"),
-        (LITTLE, group(over_control=figure(0.0)), NOT_LOCAL, "no gain", "tell no more"),
+        (LITTLE, group(over_control=figure(0.0)), NOT_LOCAL, "no gain", "keeps no thing in its place"),
         (LITTLE, group(over_control=figure(0.0)), LOCAL, "cannot say", "do not show these words"),
         (LITTLE | {"read_forms": 90}, group(), None, "cannot say", "too few samples per word (100 of 90 words)"),
-        ({"gain_of_reading": figure(0.2, 0.2)}, group(), None, "cannot say", "check about 282 samples"),
+        ({"gain_of_reading": figure(0.2, 0.2)}, group(), None, "cannot say", "check about 126 samples"),
         ({"read_pictures": 0, "read_words": 0}, group(), None, "cannot say", "that occur in two pictures or more"),
     ],
 )
