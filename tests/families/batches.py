@@ -218,8 +218,8 @@ class Batches(EagerRows):
         assert all(values.isfinite().all() and (values > 0).all() for values in measured.losses.values())
         assert (measured.losses["there"] - measured.losses["elsewhere"]).abs().max() > 0
         torch.testing.assert_close(measured.chance, torch.ones_like(measured.chance))
-        assert ((0 < measured.level) & (measured.level < 1)).all()
-        assert ((0 < measured.area) & (measured.area <= 1)).all()
+        assert ((measured.level > 0) & (measured.level < 1)).all()
+        assert ((measured.area > 0) & (measured.area <= 1)).all()
         assert all(states.isfinite().all() and len(states) == len(cases) for states in measured.features.values())
 
     def test_lora(self, family, model, batch):

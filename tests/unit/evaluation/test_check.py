@@ -31,12 +31,14 @@ from lavender.world.scenes import Scene, scenes
 from lavender.world.student_models import CAPTION_PROMPT
 
 GRID = (16, 16)
-RENAMED = {"dog": "blick", "umbrella": "wug", "teapot": "zav", "robot": "gorp"}
+RENAMED = {"dog": "blick", "umbrella": "wug", "whale": "zav", "cake": "gorp"}
 """Names of things that a student knows → words that it has never heard."""
 
 
 def mask_map(scene: Scene, name: str) -> torch.Tensor:
-    return to_heat(torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(scene.mask_of(name)).float()[None], GRID)[0])
+    return to_heat(
+        torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(scene.mask_of(name)).float()[None], GRID)[0]
+    )
 
 
 def write_data(
@@ -66,9 +68,9 @@ def write_data(
     return ["--data", str(folder / "data"), "--maps", str(folder / "maps")]
 
 
-def of_another_scene(drawn: Sequence[Scene], index: int, name: str) -> torch.Tensor:
-    other = drawn[(index + 1) % len(drawn)]
-    return mask_map(other, other.things[0].name)
+def of_the_next_thing(drawn: Sequence[Scene], index: int, name: str) -> torch.Tensor:
+    names = drawn[index].names
+    return mask_map(drawn[index], names[(names.index(name) + 1) % len(names)])
 
 
 def check(folder: Path, student: str, limit: int = 64) -> dict:
@@ -79,10 +81,10 @@ def check(folder: Path, student: str, limit: int = 64) -> dict:
 
 
 def test_known_words_of_a_model_that_looks_already_gain_nothing(tmp_path):
-    write_data(tmp_path, list(scenes("development", 16)))
+    write_data(tmp_path, list(scenes("development", 24)))
     result = check(tmp_path, "mllama")
     known = result["groups"]["known"]
-    assert (result["verdict"], result["groups"]["new"], result["hidden"]) == ("no gain", None, None)
+    assert (result["verdict"], result["hidden"]) == ("no gain", None)
     assert known["over_control"]["mean"] > 1
     assert known["cost_without"]["mean"] > 1
     assert known["gain"]["mean"] > 0.3  # which of the things is named next
@@ -92,7 +94,7 @@ def test_known_words_of_a_model_that_looks_already_gain_nothing(tmp_path):
 
 
 def test_a_model_that_keeps_its_evidence_elsewhere_gains_nothing(tmp_path):
-    write_data(tmp_path, list(scenes("development", 16)))
+    write_data(tmp_path, list(scenes("development", 24)))
     result = check(tmp_path, "llava")
     known = result["groups"]["known"]
     assert result["verdict"] == "no gain"
@@ -121,8 +123,9 @@ def test_new_words_that_the_tower_knows_pay(tmp_path, capsys):
     assert "New words: a linear reader" in said.err
 
 
-def test_maps_of_other_pictures_say_nothing(tmp_path):
-    write_data(tmp_path, list(scenes("development", 16)), map_of=of_another_scene)
+def test_maps_of_other_words_say_nothing(tmp_path):
+    drawn = [scene for scene in scenes("development", 24) if len(scene.things) > 1][:12]
+    write_data(tmp_path, drawn, map_of=of_the_next_thing)
     result = check(tmp_path, "mllama")
     assert result["verdict"] == "cannot say"
     assert "the maps say nothing" in result["reasons"]["known"]

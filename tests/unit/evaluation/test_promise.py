@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lavender.evaluation.promise import LEAST_GAIN, LEAST_READ, hits, promise
+from lavender.evaluation.promise import LEAST_GAIN, LEAST_READ, Verdict, hits, promise
 
 
 def figure(mean: float, margin: float = 0.01) -> dict[str, float]:
@@ -90,6 +90,12 @@ def test_a_few_new_words_decide_nothing_unless_they_pay():
 
 
 def test_hit_rate():
-    outcomes = [("pays", True), ("pays", False), ("no gain", False), ("no gain", False), ("cannot say", True)]
+    outcomes: list[tuple[Verdict, bool]] = [
+        ("pays", True),
+        ("pays", False),
+        ("no gain", False),
+        ("no gain", False),
+        ("cannot say", True),
+    ]
     assert hits(outcomes) == {"right": 3, "wrong": 1, "open": 1, "hit_rate": 0.75}
     assert hits([("cannot say", True)])["hit_rate"] is None
