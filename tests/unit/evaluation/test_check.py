@@ -113,11 +113,10 @@ def test_new_words_that_the_tower_knows_pay(tmp_path, capsys):
     result = json.loads(said.out)
     new = result["groups"]["new"]
     assert result["verdict"] == "pays"
-    assert new["forms"] == len(RENAMED)
+    assert len(RENAMED) <= new["forms"] <= len(RENAMED) + 3  # a known word that is seen once may be hard too
     assert new["loss"]["there"]["mean"] > 5  # it cannot name them, wherever it looks
-    assert new["read"]["there"]["mean"] > 0.8
-    assert new["read"]["control"]["mean"] < 0.5
-    assert new["read"]["whole"]["mean"] < 0.6
+    assert new["read"]["there"]["mean"] > 0.7
+    assert new["gain_of_reading"]["mean"] > 0.2
     assert result["groups"]["known"]["gain_of_place"]["mean"] < 0.25
     assert said.err.startswith("Alignment will pay.\nKnown words: ")
     assert "New words: a linear reader" in said.err
