@@ -92,11 +92,5 @@ def test_a_few_new_words_decide_nothing_unless_they_pay():
 def test_hit_rate():
     outcomes: list[tuple[Verdict, bool]] = [("pays", True), ("pays", False), ("no gain", False), ("no gain", False)]
     outcomes.append(("cannot say", True))
-        ("pays", True),
-        ("pays", False),
-        ("no gain", False),
-        ("no gain", False),
-        ("cannot say", True),
-    ]
     assert hits(outcomes) == {"right": 3, "wrong": 1, "open": 1, "hit_rate": 0.75}
     assert hits([("cannot say", True)])["hit_rate"] is None
