@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lavender.evaluation.check import logits_keeping
+from lavender.evaluation.leave_out import logits_keeping
 from lavender.students.image_keys import overlap_matrix
 from lavender.students.registry import adapter_for
 from lavender.training.run import load_run

@@ -16,8 +16,7 @@ from families.core import EagerRows
 from families.geometry import GRID, Family, laid, picture
 from lavender.alignment.objective import TRAINED_PARTS, AlignmentRequest, attach, detach
 from lavender.config import AlignmentConfig
-from lavender.errors import UnsupportedModelError
-from lavender.evaluation.check import logits_keeping, word_losses
+from lavender.evaluation.leave_out import VIEWS, Case, logits_keeping, measure
 from lavender.students.capture import AttentionRequest, row_tensors
 from lavender.students.image_keys import KeyLayout
 from lavender.students.registry import adapter_for
@@ -171,21 +170,29 @@ class Batches(EagerRows):
 
     @torch.no_grad()
     def test_the_check_replaces_the_keys_it_means(self, family, model, batch, readings):
-        """What the language model gets: a kept key's own state, and elsewhere the mean; a resampler is refused."""
+        """What the language model gets: a kept key's own state, and elsewhere the mean."""
         adapter, seen = adapter_for(model.config), []
-        if adapter.resampler(model) is not None:
-            with pytest.raises(UnsupportedModelError, match="whose language model sees a resampler's latents"):
-                word_losses(model, family.processor, [], Counter())
-            return
         real = adapter.image_boxes(batch, [[size] for size in family.sizes[:3]], family.processor).pictures >= 0
         kept = torch.rand(int(real.sum()), generator=torch.Generator().manual_seed(2)) < 0.3
         plain, everything = model(**batch).logits, torch.ones_like(kept)
         assert torch.equal(logits_keeping(model, adapter, batch, everything), plain)
         if (keys := adapter.image_keys(batch)) is None:
+            module = adapter.resampler(model) or adapter.image_states(model)
             assert not torch.equal(logits_keeping(model, adapter, batch, kept), plain)
-            assert not adapter.image_states(model)._forward_hooks
+            assert not module._forward_hooks
+            if adapter.resampler(model) is None:
+                return
+            key_projection = adapter.attention_module(model, adapter.usable_layers()[0]).k_proj
+            for mask in (None, kept):
+                handle = key_projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+                logits_keeping(model, adapter, batch, mask)
+                handle.remove()
+            whole, part = (states.flatten(0, -2) for states in seen)
+            torch.testing.assert_close(part[kept], whole[kept], rtol=0, atol=0)
+            torch.testing.assert_close(part[~kept], whole.mean(0).expand_as(part[~kept]))
             return
-        layers = model.get_decoder().layers
+        decoder = model.get_decoder()
+        layers = getattr(decoder, "model", decoder).layers
         for mask in (None, kept):
             handle = layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
             logits_keeping(model, adapter, batch, mask)
@@ -198,6 +205,22 @@ class Batches(EagerRows):
         others[samples, keys[real]] = False
         assert torch.equal(seen[0][others], seen[1][others])
         assert not model.get_decoder()._forward_pre_hooks
+
+    def test_words_are_predicted_from_parts_of_a_picture(self, family, model, readings):
+        """What `lavender check` measures: with a map that is 1 everywhere, all attention lies on it."""
+        maps = torch.cat([torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(4)), torch.ones(1, 4, 4)])
+        cases = [Case(own, index, word, maps) for index, own in enumerate(readings) for word in own.words]
+        dropped: Counter[str] = Counter()
+        measured = measure(model, family.processor, cases, dropped)
+        assert measured is not None
+        assert len(measured.cases) == len(cases) - dropped.total()
+        assert set(measured.losses) == {"whole", *VIEWS}
+        assert all(values.isfinite().all() and (values > 0).all() for values in measured.losses.values())
+        assert (measured.losses["there"] - measured.losses["elsewhere"]).abs().max() > 0
+        torch.testing.assert_close(measured.chance, torch.ones_like(measured.chance))
+        assert ((measured.level > 0) & (measured.level < 1)).all()
+        assert ((measured.area > 0) & (measured.area <= 1)).all()
+        assert all(states.isfinite().all() and len(states) == len(cases) for states in measured.features.values())
 
     def test_lora(self, family, model, batch):
         """Rows are those of eager attention with the adapter in place, and the loss trains the adapter alone."""

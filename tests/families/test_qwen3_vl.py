@@ -20,7 +20,7 @@ from families.contract import Contract
 from families.geometry import Family, parameters_zeroed, reading
 from families.test_qwen_vl import MERGE, PATCH, SPECIAL_TOKENS, TEMPLATE, local_states
 from lavender.errors import DataError
-from lavender.evaluation.check import logits_keeping
+from lavender.evaluation.leave_out import logits_keeping
 from lavender.students.families.qwen_vl import Qwen3VlAdapter
 from lavender.students.registry import adapter_for
 from lavender.world.student_models import _tokenizer

@@ -1,4 +1,4 @@
-"""`lavender check`: can alignment help this model? The numbers on stdout, the verdict on stderr."""
+"""`lavender check`: will alignment pay? The figures on stdout, the verdict with its reasons on stderr."""
 
 from __future__ import annotations
 
@@ -6,22 +6,33 @@ import argparse
 import json
 import os
 import sys
-from typing import Any
 
 from lavender.cli.options import add_limit, add_trust_remote_code
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
 from lavender.files import expanded
 
-HELP = "estimate, before training, how much alignment can help a model"
-DESCRIPTION = """Compare the loss of mapped words from the whole picture with the loss from the patches of each word
-alone. The difference is an upper bound on what alignment can gain. Prints JSON."""
+HELP = "tell, before training, whether alignment will pay for a model"
+DESCRIPTION = """Tell before training whether alignment will pay for a model, data and maps. Known words are predicted
+from the whole picture and from parts of it. For new words, a linear reader learns them from the model's image features.
+Prints JSON, and the verdict on stderr."""
+SAID = {
+    "pays": "Alignment will pay.",
+    "no gain": "Alignment will gain nothing.",
+    "cannot say": "This check cannot say whether alignment will pay.",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=os.path.expanduser, help="model folder, hub id, or run folder")
     parser.add_argument("--data", type=expanded, required=True, help="folder or file of pictures and texts")
     parser.add_argument("--maps", type=expanded, required=True, help="map store of this data")
+    parser.add_argument(
+        "--attributes",
+        choices=("own", "noun"),
+        default="own",
+        help="the map of an adjective, as the run will have it (default: %(default)s)",
+    )
     add_limit(parser)
     add_trust_remote_code(parser)
 
@@ -29,17 +40,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from lavender.evaluation.check import check_model
 
-    result = check_model(options.model, options.data, options.maps, options.limit, options.trust_remote_code)
-    print(json.dumps(result, indent=1))
-    show(_verdict(result), sys.stderr)
-    return DONE
-
-
-def _verdict(result: dict[str, Any]) -> str:
-    error = result["gain_standard_error"] or 0.0
-    if result["gain"] < 2 * error:
-        return "Knowing where a word is does not lower this model's loss: expect little from alignment."
-    return (
-        f"Knowing where a word is can lower this model's loss by at most {result['gain']:.3f} ± {error:.3f} "
-        f"of {result['loss']['whole']:.3f} nats per token."
+    result = check_model(
+        options.model, options.data, options.maps, options.limit, options.attributes, options.trust_remote_code
     )
+    print(json.dumps(result, indent=1))
+    show(SAID[result["verdict"]], sys.stderr)
+    for group, reason in result["reasons"].items():
+        show(f"{group.capitalize()} words: {reason}", sys.stderr)
+    return DONE

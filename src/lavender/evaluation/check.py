@@ -1,73 +1,91 @@
-"""`lavender check`: can alignment help this model? Measures, before any tuning, what its words depend on.
+"""`lavender check`: will alignment pay for this model, data and maps? Measured before any tuning.
 
-Alignment moves attention to the place of a word. That can help if the model could predict the word from that place
-alone, and does not. So the words of true answers are predicted three times: from the whole picture, from the patches
-where the teacher's map shows the word, and from all other patches. Patches left out are replaced by the mean patch.
+Alignment moves attention to the place of a word. That can pay in two cases:
+
+- **Known words**, which the model can name: if it predicts them better once it is told where to look. So they are
+  predicted from the whole picture, and from parts of it (`lavender.evaluation.leave_out`).
+- **New words**, which the model cannot name yet, wherever it looks: if a reader of the model's own image features can
+  learn them from their places, and not from the rest of the picture (`lavender.evaluation.place_probe`).
+
+Every figure is a mean over pictures, of the picture's mean over its words. Its margin is half a 95 % interval.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
 
+from lavender.alignment.attributes import described_nouns
+from lavender.alignment.word_targets import WordTargets
+from lavender.config import AlignmentConfig, Attributes
+from lavender.data.about import Link, links_of
 from lavender.data.images import image_id
-from lavender.data.samples import Samples, read_samples, readable
+from lavender.data.samples import Sample, Samples, read_samples, readable
 from lavender.data.store import MapStore
-from lavender.errors import DataError, NotFiniteError, UnsupportedModelError
+from lavender.errors import DataError, NotFiniteError
 from lavender.evaluation.compare import left_out, readings_of, require_limit, spread
+from lavender.evaluation.leave_out import Case, Measured, measure
+from lavender.evaluation.place_probe import read_words
+from lavender.evaluation.promise import SURPRISE, is_local, promise
 from lavender.maps import Word
-from lavender.students.base import VlmAdapter
-from lavender.students.image_keys import overlap_matrix
 from lavender.students.loading import load_run
-from lavender.students.locate import WordLocator
-from lavender.students.registry import adapter_for
-from lavender.students.word_maps import AnsweredPicture, evaluating, processor_inputs, word_rows
 
-SHOWS = 0.4
-"""A patch shows a word if the teacher's map, averaged over the patch, has this share of its maximum over patches."""
-KEPT = ("whole", "there", "elsewhere")
-"""Which patches a word is predicted from: all, those that show it, the others."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Case:
-    """One mapped word of an answered picture, and the teacher's map of it, (rows, cols)."""
-
-    picture: AnsweredPicture
-    word: Word
-    map: Tensor
+BLOCKS = 3
+"""The picture is cut into BLOCKS × BLOCKS parts to find out whether hiding any of them matters."""
+NUM_HIDDEN = 32
+"""Words of which parts of the picture are hidden."""
 
 
 def check_model(
-    model_path: str | Path, data: Path, maps: Path, limit: int = 64, trust_remote_code: bool = False
+    model_path: str | Path,
+    data: Path,
+    maps: Path,
+    limit: int = 64,
+    attributes: Attributes = "own",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Mean loss of mapped words, in nats per token, for each choice of patches.
+    """Whether alignment will pay, and the figures behind it.
 
     Args:
         model_path: a run folder, model folder or hub id.
         data: what `lavender.data.read_samples` reads.
         maps: map store with the teacher's maps of the answers.
         limit: number of samples to use, spread evenly over the data.
+        attributes: the map of an adjective, as in `AlignmentConfig`. Words with an entry in the column `about` take
+            the map that it names.
         trust_remote_code: whether code that comes with the model may run.
 
     Returns:
-        Among others `loss` for each of `KEPT`, and:
+        Among others `verdict` and `reasons`, see `lavender.evaluation.promise.Promise`, and `groups`: the
+        figures of all words, of `known` and of `new` words. A group is None if it has no word. A word is new if the
+        model gives its form less than 5 % on average (`SURPRISE`), from the whole picture and from the word's place.
+        Figures are {"mean": …, "margin": …}:
 
-        - `gain`: the loss from the whole picture minus that from the patches that show the word. Near zero, alignment
-          can gain little.
-        - `cost_without`: the loss from the other patches minus that from the whole picture. Near zero, this model does
-          not store a thing in the patches where it is.
+        - `loss`, −ln p of a word in nats: from the `whole` picture; from the keys where the word is (`there`); from
+          the others (`elsewhere`); from those of all `candidates`, the words of the same part of speech among which the
+          word's row has to choose; from those where a word of another picture is (`control`). Keys that are left out
+          are replaced by the mean key.
+        - `gain`: whole − there. `gain_of_place`: whole − candidates, what knowing places alone is worth.
+          `over_control`: control − there. `cost_without`: elsewhere − whole.
+        - `attention_mass` and `attention_mass_control`: the share of the model's attention on the picture that lies
+          on the word's map, and on the control's.
+        - `read`: the share of words that a linear reader of the features of these keys gets right, `there`, on the
+          `control` and on the `whole` picture, for words that several pictures have. `gain_of_reading`: there − the
+          better one of the others.
+
+        `hidden`, measured where maps are not above the control: `part`, by how much the loss of known words rises
+        when the worst ninth of the picture is hidden; `all`, when everything is.
 
     Raises:
         NotFiniteError: a loss is NaN or infinite.
-        DataError: no mapped word to ask for.
+        DataError: no mapped word to ask for, or mapped words in one picture alone.
         ModelError: the model is missing or damaged.
     """
     require_limit(limit)
@@ -75,35 +93,81 @@ def check_model(
     read = read_samples(data).samples
     samples = readable(Samples(spread(read, limit))).samples
     model, processor = load_run(model_path, trust_remote_code=trust_remote_code)
-    cases = _cases(readings_of(samples, store), store)
     dropped: Counter[str] = Counter()
-    losses = word_losses(model, processor, cases, dropped)
-    _check_losses(model_path, losses, dropped)
-    means = {kept: losses[kept].mean().item() for kept in KEPT}
-    gains = losses["whole"] - losses["there"]
-    error = (gains.std() / len(gains) ** 0.5).item() if len(gains) > 1 else None
-    return {
-        "model": str(model_path),
-        "samples": len(samples),
-        "left_out": left_out(read),
-        "words": len(gains),
-        "dropped": dict(dropped),
-        "loss": means,
-        "gain": gains.mean().item(),
-        "gain_standard_error": error,
-        "cost_without": (losses["elsewhere"] - losses["whole"]).mean().item(),
-    }
-
-
-def _check_losses(model_path: str | Path, losses: Mapping[str, Tensor], dropped: Counter[str]) -> None:
-    """Raise if there is no loss, or one that is not finite."""
-    if not len(losses["whole"]):
+    measured = measure(model, processor, cases_of(samples, store, attributes, dropped), dropped)
+    if measured is None:
         raise DataError(
             f"no mapped word that {model_path} could be asked for, {dict(dropped)} left out",
             "one at least",
             "see why they are left out, and check other data",
         )
-    wrong = [kept for kept, values in losses.items() if not values.isfinite().all()]
+    check_finite(str(model_path), measured)
+    result = {
+        "model": str(model_path),
+        "samples": len(samples),
+        "left_out": left_out(read),
+        "dropped": {reason: count for reason, count in dropped.items() if count},
+        "groups": groups_of(measured),
+        "hidden": None,
+    }
+    if not is_local(result):
+        result["hidden"] = _cost_of_hiding(model, processor, measured)
+    return {**result, **promise(result)._asdict()}
+
+
+def cases_of(samples: Sequence[Sample], store: MapStore, attributes: Attributes, dropped: Counter[str]) -> list[Case]:
+    """The mapped words of the samples' first answers, with the maps that training would align them to.
+
+    Raises:
+        DataError: no word has a map, or all words are in one picture.
+    """
+    word_targets = WordTargets(store, AlignmentConfig(attributes=attributes))
+    cases: list[Case] = []
+    for index, (sample, picture) in enumerate(zip(samples, readings_of(samples, store), strict=True)):
+        links = links_of(sample.about, sample.messages)
+        turn = next(place for place, message in enumerate(sample.messages) if message["role"] == "assistant")
+        example = {"messages": sample.messages, "images": list(sample.sources)}
+        chosen = word_targets.of(example, sample.messages, [image_id(picture.image)], links, dropped) or []
+        targets = [target for of_turn in chosen if of_turn.turn == turn for target in of_turn.targets]
+        links = [link for link in links if link.word.turn == turn]
+        nouns = described_nouns(picture.answer) if attributes == "noun" else {}
+        for target in targets:
+            alike = [other for other in targets if other.word.part_of_speech == target.word.part_of_speech]
+            choice = [target] if _place_is_told(target.word, links, nouns) else alike
+            union = torch.stack([candidate.map for candidate in choice]).amax(dim=0)
+            cases.append(Case(picture, index, target.word, torch.stack([target.map, union])))
+    if len({case.index for case in cases}) < 2:
+        raise DataError(
+            f"{'mapped words in one picture alone' if cases else 'no word with a map'}",
+            "maps of this data's answers, of two pictures at least",
+            "extract maps for this data set, or name its store; if they are there, raise the limit",
+        )
+    return [replace(case, maps=torch.cat([case.maps, _control(cases, place)])) for place, case in enumerate(cases)]
+
+
+def _place_is_told(word: Word, links: Sequence[Link], nouns: Mapping[Word, Word | None]) -> bool:
+    """Whether the text before a word says which thing the word is about, so that its row can know where to look."""
+    noun = nouns.get(word)
+    if noun is not None and noun.end <= word.start:
+        return True
+    return any(
+        link.word.start <= word.start < link.word.end
+        and (link.about.turn < link.word.turn or link.about.end <= word.start)
+        for link in links
+    )
+
+
+def _control(cases: Sequence[Case], place: int) -> Tensor:
+    """The map of a word of another picture, of the same part of speech if there is one: (1, rows, cols)."""
+    case = cases[place]
+    others = [other for other in cases if other.index != case.index]
+    same = [other for other in others if other.word.part_of_speech == case.word.part_of_speech] or others
+    return same[(place + len(same) // 2) % len(same)].maps[:1]
+
+
+def check_finite(model_path: str, measured: Measured) -> None:
+    """Raise NotFiniteError if a loss is NaN or infinite."""
+    wrong = [view for view, values in measured.losses.items() if not values.isfinite().all()]
     if wrong:
         raise NotFiniteError(
             f"NaN or infinity in the loss of {model_path} from the patches: {', '.join(wrong)}",
@@ -112,120 +176,112 @@ def _check_losses(model_path: str | Path, losses: Mapping[str, Tensor], dropped:
         )
 
 
-def _cases(pictures: Sequence[AnsweredPicture], store: MapStore) -> list[_Case]:
-    cases = []
-    for picture in pictures:
-        known = store.get(image_id(picture.image), picture.answer)
-        if known is not None:
-            cases += [_Case(picture, word, heat) for word, heat in zip(known.words, known.maps, strict=True)]
-    if not cases:
-        raise DataError(
-            "no word with a map", "maps of this data's answers", "extract maps for this data set, or name its store"
-        )
-    return cases
+def groups_of(measured: Measured) -> dict[str, dict[str, Any] | None]:
+    """The figures of all words, of known and of new ones. See `check_model`."""
+    labels = [case.label for case in measured.cases]
+    surprise = torch.minimum(measured.losses["whole"], measured.losses["there"])
+    is_new = _mean_of_equals(surprise, labels) > SURPRISE
+    pictures = [case.index for case in measured.cases]
+    hits = {name: _read(features, measured.cases, is_new) for name, features in measured.features.items()}
+    pictures_of: dict[str, set[int]] = {}
+    for label, picture in zip(labels, pictures, strict=True):
+        pictures_of.setdefault(label, set()).add(picture)
+    repeats = torch.tensor([len(pictures_of[label]) > 1 for label in labels])
+    masks = {"all": torch.ones_like(is_new), "known": ~is_new, "new": is_new}
+    return {name: _group(measured, hits, repeats, mask) if mask.any() else None for name, mask in masks.items()}
 
 
-@torch.inference_mode()
-def word_losses(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    cases: Sequence[_Case],
-    dropped: Counter[str],
-    batch_size: int = 16,
-) -> dict[str, Tensor]:
-    """Negative log-likelihood of each case's word, in nats per token: for each of `KEPT`, (case,).
+def _read(features: Tensor, cases: Sequence[Case], is_new: Tensor) -> Tensor:
+    """Which words a reader gets right: (case,). It chooses among known or new words of one part of speech.
 
-    Words that no row predicts are left out, and counted in `dropped`.
-
-    Raises:
-        UnsupportedModelError: a model with a resampler.
+    "red" and "dog" may have the same place, so a reader of all words could not tell which of them is asked for.
     """
-    adapter = adapter_for(model.config)
-    if adapter.resampler(model) is not None:
-        raise UnsupportedModelError(
-            f"a model of type {model.config.model_type!r}, whose language model sees a resampler's latents",
-            "one that sees patches, which lie somewhere in the picture",
-            "check another model",
-        )
-    locator = WordLocator(processor, adapter)
-    losses: dict[str, list[Tensor]] = {kept: [] for kept in KEPT}
-    with evaluating(model):
-        for start in range(0, len(cases), batch_size):
-            batch = cases[start : start + batch_size]
-            for kept, batch_losses in _batch_losses(model, processor, adapter, locator, batch, dropped).items():
-                losses[kept].append(batch_losses)
-    return {kept: torch.cat(batches) for kept, batches in losses.items()}
+    hits = torch.zeros(len(cases))
+    kinds = [(case.word.part_of_speech, new) for case, new in zip(cases, is_new.tolist(), strict=True)]
+    for kind in set(kinds):
+        chosen = [place for place, other in enumerate(kinds) if other == kind]
+        labels = [cases[place].label for place in chosen]
+        classes = [sorted(set(labels)).index(label) for label in labels]
+        hits[chosen] = read_words(features[chosen], classes, [cases[place].index for place in chosen])
+    return hits
 
 
-def _batch_losses(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    adapter: VlmAdapter,
-    locator: WordLocator,
-    cases: Sequence[_Case],
-    dropped: Counter[str],
-) -> dict[str, Tensor]:
-    pictures = [replace(case.picture, words=(case.word,)) for case in cases]
-    inputs = processor_inputs(processor, pictures).to(model.device)
-    located = word_rows(locator, pictures, inputs, [dropped] * len(pictures))
-    rows = {index: words[0][1] for index, words in enumerate(located) if words}
-    layout = adapter.image_boxes(inputs, [[picture.size] for picture in pictures], processor)
-    shows = torch.stack([_shows(case.map, boxes) for case, boxes in zip(cases, layout.boxes, strict=True)])
-    is_key = layout.pictures >= 0
-    losses = {}
-    for kept, mask in zip(KEPT, (None, shows[is_key], ~shows[is_key]), strict=True):
-        logits = logits_keeping(model, adapter, inputs, mask)
-        losses[kept] = _word_losses(logits, inputs, rows)
-    return losses
+def _mean_of_equals(values: Tensor, labels: Sequence[str]) -> Tensor:
+    """For each case the mean of the values of all cases with its label."""
+    inverse = torch.tensor([sorted(set(labels)).index(label) for label in labels])
+    sums = torch.zeros(int(inverse.max()) + 1).index_add(0, inverse, values.float())
+    return (sums / inverse.bincount())[inverse]
 
 
-def _word_losses(logits: Tensor, inputs: BatchFeature, rows: Mapping[int, tuple[int, ...]]) -> Tensor:
-    """Mean negative log-likelihood of the tokens that each sample's `rows` predict: (sample with rows,), on the CPU."""
-    losses = []
-    for sample, positions in rows.items():
-        tokens = inputs["input_ids"][sample, [position + 1 for position in positions]]
-        losses.append(-logits[sample, list(positions)].log_softmax(dim=-1).gather(1, tokens[:, None]).mean())
-    return torch.stack(losses).cpu() if losses else torch.zeros(0)
+def _group(measured: Measured, hits: Mapping[str, Tensor], repeats: Tensor, mask: Tensor) -> dict[str, Any]:
+    pictures = torch.tensor([case.index for case in measured.cases])
+    losses = measured.losses
+
+    def figure(values: Tensor, of: Tensor = mask) -> dict[str, float | None]:
+        return estimate(values[of], pictures[of])
+
+    def num_forms(of: Tensor) -> int:
+        return len({case.label for case, chosen in zip(measured.cases, of.tolist(), strict=True) if chosen})
+
+    readable = mask & repeats
+    return {
+        "words": int(mask.sum()),
+        "pictures": len(pictures[mask].unique()),
+        "forms": num_forms(mask),
+        "loss": {view: figure(values) for view, values in losses.items()},
+        "gain": figure(losses["whole"] - losses["there"]),
+        "gain_of_place": figure(losses["whole"] - losses["candidates"]),
+        "over_control": figure(losses["control"] - losses["there"]),
+        "cost_without": figure(losses["elsewhere"] - losses["whole"]),
+        "attention_mass": figure(measured.level),
+        "attention_mass_control": figure(measured.chance),
+        "keys_that_show_a_word": figure(measured.area),
+        "read_words": int(readable.sum()),
+        "read_forms": num_forms(readable),
+        "read_pictures": len(pictures[readable].unique()),
+        "read": {name: figure(values, readable) for name, values in hits.items()} if readable.any() else None,
+        "gain_of_reading": _gain_of_reading(hits, readable, figure) if readable.any() else None,
+    }
 
 
-def _shows(heat: Tensor, boxes: Tensor) -> Tensor:
-    """Which image keys show the word of a map (rows, cols): bool (key,)."""
-    overlap = overlap_matrix(boxes.cpu(), (heat.shape[0], heat.shape[1]))
-    means = overlap @ heat.flatten() / overlap.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    return means >= SHOWS * means.max()
+def _gain_of_reading(
+    hits: Mapping[str, Tensor], readable: Tensor, figure: Callable[[Tensor, Tensor], dict[str, float | None]]
+) -> dict[str, float | None]:
+    """Reading there − the better one of reading the control and the whole, by their means."""
+    gains = [figure(hits["there"] - hits[name], readable) for name in ("control", "whole")]
+    return min(gains, key=lambda gain: gain["mean"] or 0.0)
 
 
-def logits_keeping(
-    model: PreTrainedModel, adapter: VlmAdapter, inputs: Mapping[str, Tensor], kept: Tensor | None
-) -> Tensor:
-    """Logits in float32, (sample, token, vocabulary), with some image keys replaced by the mean of all.
+def estimate(values: Tensor, pictures: Tensor) -> dict[str, float | None]:
+    """Mean over pictures of each picture's mean, and half its 95 % interval, None for a single picture.
 
-    The states are replaced where the decoder begins; with cross-attention, in the output of `image_states`.
+    Words of one picture are not independent, so pictures are the units. The interval is Student's, approximately.
 
-    Args:
-        model, adapter, inputs: the model, its family, and the processor's output.
-        kept: bool (key,), the image keys of all samples in a row; False replaces a key. None replaces nothing.
+    Example:
+        >>> import torch
+        >>> from lavender.evaluation.check import estimate
+        >>> estimate(torch.tensor([1.0, 3.0, 4.0]), torch.tensor([0, 0, 1]))["mean"]
+        3.0
     """
-    if kept is None:
-        return model(**inputs).logits.float()
-    keys = adapter.image_keys(inputs)
+    means = torch.stack([values[pictures == picture].double().mean() for picture in pictures.unique()])
+    count = len(means)
+    margin = (1.96 + 2.5 / (count - 1)) * means.std().item() / count**0.5 if count > 1 else None
+    return {"mean": means.mean().item(), "margin": margin}
 
-    def replace_states(states: Tensor) -> Tensor:
-        mask = kept.to(states.device).reshape(*states.shape[:-1], 1)
-        return torch.where(mask, states, states.flatten(0, -2).mean(dim=0))
 
-    def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return replace_states(output)
-
-    def replace_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        assert keys is not None
-        return args, adapter.replace_image_states(kwargs, keys, replace_states)
-
-    if keys is None:
-        handle = adapter.image_states(model).register_forward_hook(replace_output)
-    else:
-        handle = model.get_decoder().register_forward_pre_hook(replace_input, with_kwargs=True)
-    try:
-        return model(**inputs).logits.float()
-    finally:
-        handle.remove()
+def _cost_of_hiding(model: PreTrainedModel, processor: ProcessorMixin, measured: Measured) -> dict[str, float]:
+    """By how much the loss of words rises if the worst part of the picture is hidden, and if all of it is."""
+    labels = [case.label for case in measured.cases]
+    surprise = _mean_of_equals(torch.minimum(measured.losses["whole"], measured.losses["there"]), labels)
+    known = [case for case, value in zip(measured.cases, surprise.tolist(), strict=True) if value <= SURPRISE]
+    known = known or measured.cases
+    chosen = known[:: max(1, len(known) // NUM_HIDDEN)][:NUM_HIDDEN]
+    count = BLOCKS**2
+    parts = torch.cat([torch.eye(count).view(count, BLOCKS, BLOCKS), torch.zeros(1, BLOCKS, BLOCKS)])
+    views = {str(part): (part, False) for part in range(count)} | {"nothing": (count, True)}
+    cases = [replace(case, maps=parts) for case in chosen]
+    hidden = measure(model, processor, cases, Counter(), views)
+    assert hidden is not None, "these words were measured before"
+    costs = {view: values - hidden.losses["whole"] for view, values in hidden.losses.items()}
+    worst = torch.stack([costs[str(part)] for part in range(count)]).amax(dim=0)
+    return {"words": len(chosen), "part": worst.mean().item(), "all": costs["nothing"].mean().item()}

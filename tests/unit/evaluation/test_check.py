@@ -1,91 +1,249 @@
-"""What knowing where is worth: the three losses of a word, and that the shipped students differ as measured."""
+"""Whether `lavender check` tells before training if alignment pays: each verdict on a real model, and its parts."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lavender.cli import main
+from lavender.data.about import Link, Place
+from lavender.data.images import image_id
+from lavender.data.samples import read_samples
+from lavender.data.store import MapStore
 from lavender.errors import DataError
-from lavender.evaluation.check import KEPT, _Case, _shows, check_model, word_losses
-from lavender.maps import to_heat
+from lavender.evaluation.check import _place_is_told, cases_of, check_model, estimate
+from lavender.evaluation.leave_out import VIEWS, Case, keys_that_show, measure
+from lavender.evaluation.place_probe import read_words
+from lavender.maps import Word, WordMaps, to_heat
+from lavender.students.image_keys import KeyLayout
+from lavender.students.loading import load_run
 from lavender.students.word_maps import AnsweredPicture
-from lavender.training.run import load_run
 from lavender.words import words_of
 from lavender.world import STUDENT_PATHS
 from lavender.world.language import write_scenes
-from lavender.world.scenes import scenes
+from lavender.world.scenes import Scene, scenes
 from lavender.world.student_models import CAPTION_PROMPT
 
-
-def cases(count: int) -> list[_Case]:
-    """Scenes with one thing: "a dog" with the true mask as map."""
-    found = []
-    for scene in scenes("development", 400):
-        if len(found) == count:
-            break
-        if len(scene.things) == 1:
-            thing = scene.things[0]
-            text = f"a {thing.name}"
-            mask = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(thing.mask).float()[None, None], (32, 32))
-            picture = AnsweredPicture(scene.image, CAPTION_PROMPT, text, words_of(text))
-            found.append(_Case(picture, words_of(text)[1], to_heat(mask[0, 0])))
-    return found
+GRID = (16, 16)
+RENAMED = {"dog": "blick", "umbrella": "wug", "whale": "zav", "cake": "gorp"}
+"""Names of things that a student knows → words that it has never heard."""
 
 
-def test_patches_that_show_a_word():
+def mask_map(scene: Scene, name: str) -> torch.Tensor:
+    return to_heat(
+        torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(scene.mask_of(name)).float()[None], GRID)[0]
+    )
+
+
+def write_data(
+    folder: Path,
+    drawn: Sequence[Scene],
+    renamed: Mapping[str, str] | None = None,
+    map_of: Callable[[Sequence[Scene], int, str], torch.Tensor] | None = None,
+) -> list[str]:
+    """Scenes with captions "a dog and a cat", and a store with a map of each name; returns arguments of the command."""
+    renamed = renamed or {}
+    (folder / "data").mkdir()
+    with (
+        (folder / "data" / "metadata.jsonl").open("w") as lines,
+        MapStore.writer(folder / "maps", {"made by": "tests"}, {}, GRID) as store,
+    ):
+        for index, scene in enumerate(drawn):
+            text, words, maps = "", [], []
+            for thing in scene.things:
+                text += " and a " if text else "a "
+                said = renamed.get(thing.name, thing.name)
+                words.append(Word(said, len(text), len(text) + len(said), said, "noun"))
+                maps.append(map_of(drawn, index, thing.name) if map_of else mask_map(scene, thing.name))
+                text += said
+            scene.image.save(folder / "data" / f"{scene.seed}.png")
+            lines.write(json.dumps({"file_name": f"{scene.seed}.png", "text": text}) + "\n")
+            store.add(WordMaps(image_id(scene.image), text, tuple(words), torch.stack(maps)))
+    return ["--data", str(folder / "data"), "--maps", str(folder / "maps")]
+
+
+def of_the_next_thing(drawn: Sequence[Scene], index: int, name: str) -> torch.Tensor:
+    names = drawn[index].names
+    return mask_map(drawn[index], names[(names.index(name) + 1) % len(names)])
+
+
+def check(folder: Path, student: str, limit: int = 64) -> dict:
+    return check_model(STUDENT_PATHS[student], folder / "data", folder / "maps", limit)
+
+
+# the verdicts
+
+
+def test_known_words_of_a_model_that_looks_already_gain_nothing(tmp_path):
+    write_data(tmp_path, list(scenes("development", 24)))
+    result = check(tmp_path, "mllama")
+    known = result["groups"]["known"]
+    assert (result["verdict"], result["hidden"]) == ("no gain", None)
+    assert known["over_control"]["mean"] > 1
+    assert known["cost_without"]["mean"] > 1
+    assert known["gain"]["mean"] > 0.3  # which of the things is named next
+    assert known["gain_of_place"]["mean"] < 0.2  # where the things are
+    assert known["attention_mass"]["mean"] > known["attention_mass_control"]["mean"] + 0.05
+    assert "Plain fine-tuning does as well" in result["reasons"]["known"]
+
+
+def test_a_model_that_keeps_its_evidence_elsewhere_gains_nothing(tmp_path):
+    write_data(tmp_path, list(scenes("development", 24)))
+    result = check(tmp_path, "llava")
+    known = result["groups"]["known"]
+    assert result["verdict"] == "no gain"
+    assert known["cost_without"]["mean"] < 0.3
+    assert known["gain"]["mean"] < 0
+    assert result["hidden"]["part"] < 0.2 * result["hidden"]["all"]
+    assert "all over the picture" in result["reasons"]["known"]
+
+
+def test_new_words_that_the_tower_knows_pay(tmp_path, capsys):
+    """The language side never heard four words; the vision tower knows what they name."""
+    drawn = [scene for scene in scenes("development", 300) if set(scene.names) & set(RENAMED)][:40]
+    arguments = write_data(tmp_path, drawn, RENAMED)
+    assert main(["check", str(STUDENT_PATHS["mllama"]), *arguments]) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    new = result["groups"]["new"]
+    assert result["verdict"] == "pays"
+    assert len(RENAMED) <= new["forms"] <= len(RENAMED) + 3  # a known word that is seen once may be hard too
+    assert new["loss"]["there"]["mean"] > 5  # it cannot name them, wherever it looks
+    assert new["read"]["there"]["mean"] > 0.7
+    assert new["gain_of_reading"]["mean"] > 0.2
+    assert result["groups"]["known"]["gain_of_place"]["mean"] < 0.25
+    assert said.err.startswith("Alignment will pay.\nKnown words: ")
+    assert "New words: a linear reader" in said.err
+
+
+def test_maps_of_other_words_say_nothing(tmp_path):
+    drawn = [scene for scene in scenes("development", 24) if len(scene.things) > 1][:12]
+    write_data(tmp_path, drawn, map_of=of_the_next_thing)
+    result = check(tmp_path, "mllama")
+    assert result["verdict"] == "cannot say"
+    assert "the maps say nothing" in result["reasons"]["known"]
+    assert result["hidden"]["part"] > 0.3 * result["hidden"]["all"]
+
+
+def test_uniform_maps_say_nothing(tmp_path):
+    write_data(tmp_path, list(scenes("development", 10)), map_of=lambda *_: torch.ones(GRID))
+    result = check(tmp_path, "mllama")
+    assert result["verdict"] == "cannot say"
+    assert result["groups"]["known"]["over_control"]["mean"] == pytest.approx(0, abs=1e-4)  # other batches' rounding
+
+
+def test_few_samples_cannot_say(tmp_path, capsys):
+    arguments = write_data(tmp_path, list(scenes("development", 4)))
+    assert main(["check", str(STUDENT_PATHS["mllama"]), *arguments, "--limit", "3"]) == 0
+    said = capsys.readouterr()
+    assert '"samples": 3' in said.out
+    assert said.err.startswith("This check cannot say whether alignment will pay.")  # and no line of what loads it
+    assert "in 3 pictures are too few" in said.err
+    assert "(--limit 8)" in said.err
+
+
+def test_a_model_that_sees_nothing_cannot_say(tmp_path, make_student, processor, monkeypatch):
+    monkeypatch.setattr("lavender.evaluation.check.load_run", lambda *args, **kwargs: (make_student(), processor))
+    write_data(tmp_path, list(scenes("development", 10)))
+    result = check(tmp_path, "mllama")
+    assert result["groups"]["known"] is None  # random weights predict no word
+    assert result["verdict"] == "cannot say"
+
+
+# its parts
+
+
+def test_keys_that_show_a_word():
     heat = torch.tensor([[1.0, 0.5], [0.3, 0]])
     boxes = torch.tensor([[0, 0, 0.5, 0.5], [0, 0.5, 0.5, 1], [0.5, 0, 1, 0.5], [0, 0, 1, 1], [0, 0, 0, 0]])
-    assert _shows(heat, boxes).tolist() == [True, True, False, True, False]  # the whole has 0.45
+    layout = KeyLayout(boxes[None], torch.zeros(1, 5, dtype=torch.long))
+    shown = keys_that_show(torch.stack([heat, torch.zeros(2, 2)])[None], layout)
+    assert shown[0, 0].tolist() == [True, True, False, True, False]  # the whole has 0.45
+    assert not shown[0, 1].any()
 
 
 @torch.no_grad()
 def test_the_loss_of_the_whole_picture_is_the_models_own():
     model, processor = load_run(STUDENT_PATHS["mllama"])
-    case = cases(1)[0]
-    found = word_losses(model, processor, [case], Counter())
-    text = processor.apply_chat_template(case.picture.messages(), tokenize=False)
-    inputs = processor(images=[[case.picture.image]], text=[text], add_special_tokens=False, return_tensors="pt")
+    scene = next(scene for scene in scenes("development", 40) if len(scene.things) == 1)
+    text = f"a {scene.names[0]}"
+    picture = AnsweredPicture(scene.image, CAPTION_PROMPT, text, words_of(text))
+    case = Case(picture, 0, words_of(text)[1], mask_map(scene, scene.names[0]).expand(3, *GRID))
+    measured = measure(model, processor, [case], Counter())
+    assert measured is not None
+    rendered = processor.apply_chat_template(picture.messages(), tokenize=False)
+    inputs = processor(images=[[scene.image]], text=[rendered], add_special_tokens=False, return_tensors="pt")
     logits = model(**inputs).logits[0].log_softmax(-1)
     ids = processor.tokenizer(f" {case.word.text}", add_special_tokens=False)["input_ids"]
     sequence = inputs["input_ids"][0].tolist()
     start = next(at for at in range(len(sequence)) if sequence[at : at + len(ids)] == ids)
-    expected = -sum(logits[start + step - 1, token] for step, token in enumerate(ids)) / len(ids)
-    torch.testing.assert_close(found["whole"], expected[None], rtol=1e-4, atol=1e-5)
-    assert len({round(found[kept].item(), 4) for kept in KEPT}) == 3
+    expected = -sum(logits[start + step - 1, token] for step, token in enumerate(ids))
+    torch.testing.assert_close(measured.losses["whole"], expected[None], rtol=1e-4, atol=1e-5)
+    assert set(measured.losses) == {"whole", *VIEWS}
+    torch.testing.assert_close(measured.losses["there"], measured.losses["control"])  # the same map
+    assert measured.losses["elsewhere"] > measured.losses["there"] + 1
     assert not model.model.multi_modal_projector._forward_hooks
 
 
-def test_the_shipped_students_keep_things_in_different_places():
-    """Mllama needs the thing's own patches; LLaVA's tower has gathered the evidence elsewhere."""
-    found = {}
-    for name, path in STUDENT_PATHS.items():
-        model, processor = load_run(path)
-        losses = word_losses(model, processor, cases(12), Counter())
-        found[name] = {kept: own.mean().item() for kept, own in losses.items()}
-    assert found["mllama"]["elsewhere"] > found["mllama"]["whole"] + 1
-    assert found["mllama"]["there"] < found["mllama"]["whole"] + 0.2
-    assert found["llava"]["elsewhere"] < found["llava"]["whole"] + 0.3
-    assert found["llava"]["there"] > found["llava"]["whole"]
+def test_cases_of_a_text_have_its_places_and_another_pictures(tmp_path):
+    drawn = [scene for scene in scenes("development", 20) if len(scene.things) == 2][:2]
+    write_data(tmp_path, drawn)
+    samples, store = read_samples(tmp_path / "data").samples, MapStore.open(tmp_path / "maps")
+    cases = cases_of(samples, store, "own", Counter())
+    assert [case.index for case in cases] == [0, 0, 1, 1]
+    first, second = (mask_map(drawn[0], name) for name in drawn[0].names)
+    half = 2e-3  # maps are stored in half precision
+    torch.testing.assert_close(cases[0].maps[0], first, rtol=0, atol=half)
+    torch.testing.assert_close(cases[0].maps[1], torch.maximum(first, second), rtol=0, atol=half)
+    others = [cases[2].maps[0], cases[3].maps[0]]
+    assert any(torch.equal(cases[0].maps[2], other) for other in others)
 
 
-def test_check_from_data_and_maps(some_scenes, tmp_path, store_path, capsys):
-    write_scenes(tmp_path, some_scenes)
-    found = check_model(STUDENT_PATHS["mllama"], tmp_path, store_path)
-    assert found["samples"] == 6
-    assert found["words"] > 6
-    assert found["loss"]["elsewhere"] - found["loss"]["whole"] == pytest.approx(found["cost_without"], abs=1e-5)
-    assert found["loss"]["whole"] - found["loss"]["there"] == pytest.approx(found["gain"], abs=1e-5)
-    arguments = ["check", str(STUDENT_PATHS["mllama"]), "--data", str(tmp_path), "--maps", str(store_path)]
-    assert main([*arguments, "--limit", "3"]) == 0
-    said = capsys.readouterr()
-    assert '"samples": 3' in said.out
-    assert said.err.startswith("Knowing where a word is")  # and no line of what loads it
+def test_the_place_of_an_attribute_is_told_by_its_noun_before_it():
+    red, dog = Word("red", 12, 15, "red", "adjective"), Word("dog", 2, 5, "dog", "noun")
+    before = Link(Place(1, 12, 15), Place(1, 2, 5))
+    asked = Link(Place(1, 12, 15), Place(0, 20, 23))
+    after = Link(Place(1, 12, 15), Place(1, 20, 23))
+    assert _place_is_told(red, [before], {})
+    assert _place_is_told(red, [asked], {})
+    assert not _place_is_told(red, [after], {})
+    assert not _place_is_told(dog, [before], {})
+    assert _place_is_told(red, [], {red: dog})
+    assert not _place_is_told(dog, [], {red: dog, dog: None})
+
+
+def test_pictures_are_the_units_of_an_estimate():
+    """A hundred words of one picture count as much as one word of another."""
+    values = torch.tensor([1.0] * 100 + [3.0])
+    pictures = torch.tensor([0] * 100 + [1])
+    figure = estimate(values, pictures)
+    assert figure["mean"] == 2
+    assert figure["margin"] == pytest.approx((1.96 + 2.5) * 2**0.5 / 2**0.5)
+    assert estimate(values[:100], pictures[:100]) == {"mean": 1.0, "margin": None}
+
+
+def test_a_reader_is_judged_on_pictures_that_it_has_not_seen():
+    """Features that name the picture, not the word, read nothing."""
+    rng = np.random.default_rng(0)
+    words, pictures = rng.integers(0, 4, 80), np.arange(80) // 2
+    of_word, of_picture = torch.eye(4)[words], torch.eye(40)[pictures]
+    assert read_words(of_word, words.tolist(), pictures.tolist()).mean() == 1
+    assert read_words(of_picture, words.tolist(), pictures.tolist()).mean() < 0.5
 
 
 def test_maps_of_other_data_are_refused(tmp_path, store_path):
     write_scenes(tmp_path, list(scenes("finetune", 2)))
     with pytest.raises(DataError, match="Got no word with a map"):
         check_model(STUDENT_PATHS["mllama"], tmp_path, store_path)
+
+
+def test_a_single_picture_is_refused(tmp_path):
+    write_data(tmp_path, list(scenes("development", 2)))
+    with pytest.raises(DataError, match="mapped words in one picture alone.*two pictures"):
+        check(tmp_path, "mllama", limit=1)
