@@ -22,7 +22,7 @@ from lavender.world.sprites import NAMES, NEW_NAMES
 from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.studies import tasks
 from lavender.world.studies.cells import SCENES_PER_SEED
-from lavender.world.studies.registry import STUDIES, Scale
+from lavender.world.studies.registry import STUDIES
 from lavender.world.studies.tasks import TASKS, WARM_UP_START, Example, Scoring, TaskName, write_examples
 
 # examples
@@ -149,13 +149,11 @@ def test_a_name_within_another_is_found_at_its_own_place(long, short):
     assert seen == {f"a {long} on red and a {short} on blue.", f"a {short} on blue and a {long} on red."}
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_warm_ups_have_scenes_that_no_seed_of_a_study_has(quick):
+def test_warm_ups_have_scenes_that_no_seed_of_a_study_has():
     warm_ups = [task.warm_up for task in TASKS.values() if task.warm_up is not None]
     assert {(warm_up.task, warm_up.num_scenes) for warm_up in warm_ups} == {("edged-captions", 1600)}
     assert len(SPLITS["finetune"]) >= WARM_UP_START + 1600
-    default = Scale.of(quick, None, None).seeds
-    for seed in (*default, *(seed for study in STUDIES.values() for seed in study.quick_seeds or ())):
+    for seed in (seed for study in STUDIES.values() for seed in (*study.seeds, *study.quick_seeds)):
         assert (seed + 1) * SCENES_PER_SEED <= WARM_UP_START
 
 
