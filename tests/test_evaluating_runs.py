@@ -128,3 +128,14 @@ def test_choosing_by_the_attention_loss_needs_maps(settings, some_scenes, captio
     changes = {"eval_data": str(tmp_path / "unmapped"), "metric_for_best_model": "eval_attention_loss"}
     run = write_run(tmp_path, **settings | BEST | changes)
     assert "Got maps for 0 of 1 samples" in complaint(lavender("train", run), FAILED)
+
+
+def test_replayed_samples_are_mixed_in_and_recorded(settings, tmp_path):
+    """Four samples of the data and one of the two held-out ones has no maps: the two are repeated to be a half."""
+    chosen = settings | {"replay_data": settings.pop("eval_data"), "num_train_epochs": 1, "max_steps": -1}
+    ran = lavender("train", write_run(tmp_path, **chosen, replay_share=0.5))
+    assert ran.code == DONE, ran.err
+    coverage = json.loads((tmp_path / "out" / "coverage.json").read_text())
+    assert (coverage["samples"], coverage["mapped_samples"]) == (8, 6)
+    again = lavender("train", write_run(tmp_path, **chosen, replay_share=0.2))
+    assert "replay_share: 0.5 → 0.2" in complaint(again, WRONG_USAGE)

@@ -80,6 +80,7 @@ def train(run: RunConfig, restart: bool = False) -> Path:
     """
     from accelerate import PartialState
 
+    from lavender.data.replay import with_replay
     from lavender.data.samples import read_samples, readable
     from lavender.data.store import MapStore
     from lavender.training.trainable import weights_dtype
@@ -87,7 +88,10 @@ def train(run: RunConfig, restart: bool = False) -> Path:
     _check_evaluation(run)
     out = check_out(run.out)
     holds_run = check_place(out, restart)
-    sets = [readable(read_samples(path, prompt=run.prompt)) for path in (run.data, run.eval_data) if path is not None]
+    paths = [path for path in (run.data, run.replay_data, run.eval_data) if path is not None]
+    sets = [readable(read_samples(path, prompt=run.prompt)) for path in paths]
+    if run.replay_data is not None:
+        sets[:2] = [with_replay(sets[0], sets[1], run.replay_share)]
     notes = [f"dropped {drop.what}: {drop.reason}" for samples in sets for drop in samples.dropped]
     with loading("model", run.model, IN_RUN_FILE):
         config = load_config(run.model, trust_remote_code=run.trust_remote_code)

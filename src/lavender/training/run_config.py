@@ -16,7 +16,7 @@ from lavender.type_checks import check_fields, check_keys, check_path, from_mapp
 
 Part = Literal["vision_tower", "connector", "language_model"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64", "float", "half", "double"]
-PATHS = ("model", "data", "out", "eval_data", "eval_maps")
+PATHS = ("model", "data", "replay_data", "out", "eval_data", "eval_maps")
 RECORD = "record"
 """Key of a run folder's config.yaml that records what the run was made from. It is not a setting."""
 
@@ -62,6 +62,10 @@ class RunConfig:
         maps: folder of the map store of that data, or a list of several.
         eval_data: held-out data of the same kind, for `eval_strategy`; None for no evaluation.
         eval_maps: folder of the map store of `eval_data`; None if `maps` contains its maps.
+        replay_data: data of the kind that the model learned before, mixed into `data` so that the model forgets less;
+            None for none. Its samples are aligned too if `maps` has maps of them.
+        replay_share: the share of `replay_data` among the samples. The smaller of both is repeated, so an epoch goes
+            once through the larger.
         out: the run folder.
         prompt: question for captions that come without one.
         lora: settings of LoRA; None for full tuning.
@@ -81,6 +85,8 @@ class RunConfig:
     data: str
     maps: str | list[str]
     out: str
+    replay_data: str | None = None
+    replay_share: float = 0.5
     eval_data: str | None = None
     eval_maps: str | None = None
     prompt: str = "Describe the image."
@@ -105,6 +111,10 @@ class RunConfig:
         object.__setattr__(self, "maps", stores[0] if len(stores) == 1 else stores)
         if self.lora is not None and self.peft is not None:
             raise ConfigError("lora and peft", "one of them", "leave out lora; peft: {peft_type: LORA} is the same")
+        if not 0 < self.replay_share < 1:
+            raise ConfigError(f"replay_share={self.replay_share}", "a number between 0 and 1", "change replay_share")
+        if self.replay_data is None and self.replay_share != RunConfig.replay_share:
+            raise ConfigError(f"replay_share={self.replay_share} without replay_data", "data to replay", "add it")
         _check_methods(self.peft, self.quantization)
         object.__setattr__(self, "training", checked_training(self.training))
 

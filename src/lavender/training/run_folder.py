@@ -91,7 +91,7 @@ FREE = frozenset(
 """Settings that do not change the result of a run: it may continue with other values."""
 FREE_WITHOUT_BEST = frozenset({"save_strategy", "save_steps"})
 """The same, unless the run keeps the best of its saved checkpoints."""
-CONTENT = {"model": "model", "data": "data", "maps": "maps", "eval_data": "eval_data", "eval_maps": "eval_maps"}
+CONTENT = frozenset({"model", "data", "replay_data", "maps", "eval_data", "eval_maps"})
 NOT_RECORDED = "not recorded"
 # recorded as given: the launcher resolves the rest. Left out: old names of two settings, a secret
 _AS_GIVEN = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")

@@ -184,11 +184,26 @@ def test_home_in_paths(tmp_path, monkeypatch):
         "model": "~/m",
         "eval_data": "~/e",
         "eval_maps": "~/f",
+        "replay_data": "~/r",
     }
     run = read_run(written(tmp_path, **paths), ["chat_template_path=~/c.jinja"])
     assert (run.data, run.out, run.model) == ("/home/someone/d", "/home/someone/o", "/home/someone/m")
+    assert run.replay_data == "/home/someone/r"
     assert run.stores() == ["/home/someone/s", "/home/someone/t", "/home/someone/f"]
     assert run.training["chat_template_path"] == "/home/someone/c.jinja"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"replay_data": "r", "replay_share": 1.0}, "Got replay_share=1.0. Expected a number between 0 and 1."),
+        ({"replay_share": 0.3}, "Got replay_share=0.3 without replay_data."),
+    ],
+)
+def test_replay(settings, message):
+    with pytest.raises(ConfigError) as error:
+        RunConfig("m", "d", "s", "o", **settings)
+    assert message in str(error.value)
 
 
 def test_paths_of_python(tmp_path):
