@@ -78,6 +78,7 @@ def test_it_holds_every_module_and_weight_and_nothing_else(wheel):
         f"{weights}/student_mllama/processor_config.json",
         f"{weights}/student_mllama/tokenizer.json",
         f"{weights}/student_mllama/chat_template.jinja",
+        f"{weights}/student_mllama_new_words/model.safetensors",
     ):
         assert name in names, name
     package = ROOT / "src" / "lavender"
