@@ -155,11 +155,12 @@ def summary_of(students: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"{'':44}" + "".join(f"{arm:>9}" for arm in arms)]
     for key in new_words.METRICS_SHOWN:
         lines.append(f"{METRICS[key]:44}" + "".join(f"{students[arm][key]:>9.3f}" for arm in arms))
-    return "\n".join([*lines, "", *textwrap.wrap(meaning_of(students), 80)])
+    study = "`lavender study new-words` compares several seeds, with controls."
+    return "\n".join([*lines, "", *textwrap.wrap(f"{meaning_of(students)} {study}", 80)])
 
 
 def meaning_of(students: Mapping[str, Mapping[str, Any]]) -> str:
-    """A sentence on how aligned compares with plain, and one on what a single seed shows."""
+    """A sentence on how aligned compares with plain."""
 
     def compared(key: str) -> str:
         plain, aligned = (round(students[arm][key], 3) for arm in ("plain", "aligned"))
@@ -169,7 +170,7 @@ def meaning_of(students: Mapping[str, Mapping[str, Any]]) -> str:
     return (
         f"From the same {NUM_CAPTIONS} captions, compared with the plain student, the aligned one names new things "
         f"{compared('new_names')}, known things {compared('known_names')}, and all things together "
-        f"{compared('all_names')}. This is one seed: `lavender study new-words` compares several, with controls."
+        f"{compared('all_names')}. This is one seed."
     )
 
 
@@ -242,7 +243,7 @@ def _report(results: dict[str, Any], panels: list[Panel], out: Path) -> Report:
         lead=f"A small vision-language model learns new words. Its vision tower has seen {len(NAMES)} kinds of things; "
         f"its language side never heard the names of {len(NEW_NAMES)} of them. It is fine-tuned twice on the same "
         f"{NUM_CAPTIONS} captions: plain, and aligned, where word maps of a small diffusion model guide its "
-        f"attention. {meaning_of(scores)}",
+        f"attention.\n\n{meaning_of(scores)}",
         tables=[
             Table("The student", ["score", "base", *ARMS], rows, note),
             Table("The teacher's maps", ["score", "value"], _teacher_rows(results["teacher"]), note),
