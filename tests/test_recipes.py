@@ -33,6 +33,7 @@ from lavender.students.base import PARTS
 from lavender.students.registry import adapter_for
 from lavender.training.run import load_run, read_run, train, trained_lines
 from lavender.training.trainable import check_trained, freeze, peft_config_of, trained_parameters
+from lavender.world.studies.new_words import FORMS, FROZEN
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.yaml"))}
@@ -41,6 +42,7 @@ KINDS = {
     "llama32_vision_11b_full": "mllama",
     "llama32_vision_11b_16gb": "mllama",
     "minicpm_llama3_v25": "minicpmv",
+    "new_words": "qwen2_5_vl",
     "openflamingo": "open_flamingo",
     "qwen25_vl_7b_24gb": "qwen2_5_vl",
     "smolvlm_24gb": "smolvlm",
@@ -56,6 +58,7 @@ TRAINED: dict[str, tuple[int | None, int | None, int | None]] = {  # None: all o
     "llama32_vision_11b_full": (None, None, None),
     "llama32_vision_11b_16gb": (0, 0, 40 * 16 * 2 * ((4096 + 4096) + (4096 + 1024))),
     "minicpm_llama3_v25": (0, 0, LLAMA_QKVO),
+    "new_words": (0, 0, QWEN_QKVO),
     "openflamingo": (0, None, 0),
     "qwen25_vl_7b_24gb": (0, 0, QWEN_QKVO),
     "smolvlm_24gb": (SIGLIP_QKV, 0, SMOL_QKVO),
@@ -112,6 +115,12 @@ def test_what_a_recipe_trains_at_full_size(name):
     counts = trained_parameters(model)
     for part, expected in zip(PARTS, TRAINED[name], strict=True):
         assert counts[part][0] == (counts[part][1] if expected is None else expected), part
+
+
+def test_the_recipe_of_new_words_is_that_of_the_study():
+    run, recipe = read_run(RECIPES["new_words"]), dict(FORMS["recipe"])
+    assert {key: run.training[key] for key in recipe} == recipe
+    assert tuple(run.freeze) == FROZEN
 
 
 def test_the_page_of_recipes(tmp_path):

@@ -78,6 +78,7 @@ def test_it_holds_every_module_and_weight_and_nothing_else(wheel):
         f"{weights}/student_mllama/processor_config.json",
         f"{weights}/student_mllama/tokenizer.json",
         f"{weights}/student_mllama/chat_template.jinja",
+        f"{weights}/student_mllama_new_words/model.safetensors",
     ):
         assert name in names, name
     package = ROOT / "src" / "lavender"
@@ -134,11 +135,11 @@ def test_the_demo_writes_its_page(demo):
 
 def test_the_demo_writes_every_documented_number(demo):
     results = json.loads((demo / "results.json").read_text())
-    teacher, student = results["teacher"], results["students"]["mllama"]
+    teacher, student = results["teacher"], results["students"]["mllama_new_words"]
     for key in ("pointing", "iou_fixed", "wrong_word_pointing", "entropy", "uniform_pointing", "centre_pointing"):
         assert math.isfinite(teacher[key]), key
     assert teacher["pointing_by_mention"]
-    for key in ("in_domain", "out_of_domain", "pointing", "entropy"):
+    for key in ("new_names", "known_names", "all_names", "single_things", "new_pointing", "new_attention_mass"):
         assert set(student[key]) == {"base", "plain", "aligned"}
         for values in student[key].values():
             assert len(values) == len(results["seeds"])

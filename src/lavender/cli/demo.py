@@ -1,4 +1,4 @@
-"""`lavender demo`: the whole method on the built-in world."""
+"""`lavender demo`: new words from few captions, on the built-in world."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from lavender.cli.stopping import DONE
 from lavender.files import expanded, writing
 
-HELP = "run the whole method on the built-in world, in minutes on a CPU"
-DESCRIPTION = """Extract maps, fine-tune a small model with and without alignment, and compare the two.
-Everything is included: scenes, a diffusion teacher and a student. The result is DIR/report.html."""
+HELP = "teach a small model new words with and without alignment, in minutes on a CPU"
+DESCRIPTION = """Teach a small model new words from few captions: extract maps, fine-tune with and without
+alignment, and compare. Everything is included: scenes, a diffusion teacher and a student. The result is
+DIR/report.html."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,17 +1,20 @@
-"""`lavender demo`: the whole method on the built-in world, on this computer, in some minutes.
+"""`lavender demo`: a student learns new words from few captions, plain and aligned, on this computer in some minutes.
 
 Scenes → the teacher's word maps → plain and aligned fine-tuning from one base, with the same data, steps and seed →
-scores in and out of domain → one HTML page. Training is the command that a user runs, `lavender train`.
+scores on held-out scenes → one HTML page. The two runs are arms of `lavender study new-words`, at a seed of their own.
+Training is the command that a user runs, `lavender train`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import yaml
 
 from lavender.data.samples import read_samples
+from lavender.data.store import MapStore
 from lavender.evaluation.compare import Observed, Phrase, panels_of
 from lavender.evaluation.map_scores import MapScores
 from lavender.evaluation.report.figure import draw_figure
@@ -26,17 +30,30 @@ from lavender.evaluation.report.page import Curve, Panel, Report, Table, write_r
 from lavender.files import write_whole
 from lavender.teachers.diffusion.teacher import Teacher
 from lavender.teachers.extract import extract
-from lavender.world import STUDENT_PATH
-from lavender.world.judging import captioned_picture, held_out_scenes, job_of, score_student, score_teacher
-from lavender.world.language import caption_scene, write_scenes
+from lavender.world import STUDENT_PATHS
+from lavender.world.judging import captioned_picture, job_of, score_new_words, score_teacher
+from lavender.world.language import caption_scene
 from lavender.world.scenes import Scene, Split, scenes
+from lavender.world.sprites import NAMES, NEW_NAMES
 from lavender.world.student_models import CAPTION_PROMPT
-from lavender.world.tuning import ONE_THREAD, load_teacher, run_paths, stop_processes, training_settings
+from lavender.world.studies import new_words
+from lavender.world.studies.cells import SCENES_PER_SEED
+from lavender.world.studies.study import METRICS
+from lavender.world.studies.targets import write_target
+from lavender.world.studies.tasks import TASKS, write_examples
+from lavender.world.tuning import ONE_THREAD, load_teacher, run_paths, stop_processes
 
-NUM_TRAINING, NUM_HELD_OUT, NUM_PANELS = 800, 200, 6
-TUNING = training_settings("mllama", "full", seed=0)
-ARMS = {"plain": 0.0, "aligned": TUNING["align_weight"]}
-"""Arm → its `align_weight`. The arms differ in nothing else."""
+NUM_CAPTIONS, NUM_HELD_OUT, NUM_PANELS, NUM_IN_FIGURE = new_words.CONTROLLED, 200, 6, 3
+SEED = 0
+"""No study has this seed, so the demo has captions of its own."""
+_STUDY_ARMS = new_words.arms(quick=False)
+ARMS = {"plain": _STUDY_ARMS[f"plain {NUM_CAPTIONS}"], "aligned": _STUDY_ARMS[f"recipe {NUM_CAPTIONS}"]}
+"""Arm → how it is fine-tuned. The arms differ in the settings of alignment alone."""
+BASE = ARMS["plain"].base
+PROBE = {"probe_size": 16, "probe_steps": 20}
+"""Measures attention in both runs, for the page's curves. Training is the same without it."""
+CHOICE = "the first held-out scenes of two or three things with at least one new name"
+"""The rule by which the page's pictures are chosen. It does not look at any student."""
 
 
 def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str, Any]:
@@ -52,30 +69,33 @@ def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str,
     """
     out.mkdir(parents=True, exist_ok=True)
     stages = Stages()
-    with stages("scenes", f"drawing {NUM_TRAINING} training scenes and {NUM_HELD_OUT} held-out scenes per domain"):
-        write_scenes(out / "data", list(scenes("finetune", NUM_TRAINING)))
-        held_out = held_out_scenes(split, NUM_HELD_OUT, start)
+    with stages("scenes", f"drawing {NUM_CAPTIONS} captioned scenes, and {NUM_HELD_OUT} held-out scenes"):
+        examples = TASKS[ARMS["aligned"].task].examples(SEED * SCENES_PER_SEED, NUM_CAPTIONS)
+        write_examples(out / "data", examples)
+        held_out = list(scenes(split, NUM_HELD_OUT, start=start))
     with stages("maps", "extracting the teacher's word maps"):
         teacher = load_teacher()
         summary = extract(read_samples(out / "data", CAPTION_PROMPT), teacher, out / "maps")
+        shutil.rmtree(out / "name_maps", ignore_errors=True)
+        write_target(out / "name_maps", "teacher", MapStore.open(out / "maps"), examples)
         print(f"  {summary.records} captions, {summary.words} word maps, {len(summary.dropped)} dropped")
     with stages("teacher scores", "scoring the teacher's maps"):
-        teacher_scores = score_teacher(teacher, held_out["in_domain"])
+        teacher_scores = score_teacher(teacher, held_out)
     with stages("training", f"fine-tuning the student twice: {' and '.join(ARMS)}"):
         print(f"  logs: {', '.join(f'{arm}.log' for arm in ARMS)}", flush=True)
         train_arms(out)
     students, observed = {}, {}
     with stages("student scores", "scoring the base and both fine-tuned students"):
-        for arm, path in {"base": STUDENT_PATH, **{arm: out / arm for arm in ARMS}}.items():
-            students[arm], observed[arm] = score_student(path, held_out)
+        for arm, path in {"base": STUDENT_PATHS[BASE], **{arm: out / arm for arm in ARMS}}.items():
+            students[arm], observed[arm] = score_new_words(path, held_out)
     with stages("report", "writing the report"):
         results = _results(teacher_scores, students, stages.seconds)
-        panels = _panels(held_out["in_domain"], teacher, observed)
-        draw_figure(panels[:3], out / "figure.png")
+        panels = _panels(held_out, teacher, observed)
+        draw_figure(panels[:NUM_IN_FIGURE], out / "figure.png")
         write_report(_report(results, panels, out), out / "report.html")
     results["seconds"] = stages.seconds
     write_whole(out / "results.json", json.dumps(results, indent=1))
-    print(f"\nOpen {out / 'report.html'}\nThese are results of one seed. `lavender study main` compares several seeds.")
+    print(f"\n{summary_of(students)}\n\nOpen {out / 'report.html'}")
     return results
 
 
@@ -113,28 +133,84 @@ def train_arms(out: Path) -> None:
 
 
 def _start_training(out: Path, arm: str) -> subprocess.Popen:
-    settings = run_paths("mllama", out / "data", out / "maps", out / arm) | TUNING | {"align_weight": ARMS[arm]}
-    write_whole(out / f"{arm}.yaml", yaml.safe_dump(settings, sort_keys=False))
+    write_whole(out / f"{arm}.yaml", yaml.safe_dump(run_settings(out, arm), sort_keys=False))
     command = [sys.executable, "-m", "lavender.cli", "train", str(out / f"{arm}.yaml"), "--restart"]
     with (out / f"{arm}.log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD)
 
 
+def run_settings(out: Path, arm: str) -> dict[str, Any]:
+    """The run file of an arm, as `lavender train` reads it."""
+    paths = run_paths(BASE, out / "data", out / "name_maps", out / arm)
+    return paths | {"freeze": list(ARMS[arm].freeze)} | ARMS[arm].training(SEED) | PROBE
+
+
+def summary_of(students: Mapping[str, Mapping[str, Any]]) -> str:
+    """The scores as a table of at most 80 columns, and a sentence that says what they mean.
+
+    Args:
+        students: "base", "plain" and "aligned" → scores of `score_new_words`.
+    """
+    arms = ("base", *ARMS)
+    lines = [f"{'':44}" + "".join(f"{arm:>9}" for arm in arms)]
+    for key in new_words.METRICS_SHOWN:
+        lines.append(f"{METRICS[key]:44}" + "".join(f"{students[arm][key]:>9.3f}" for arm in arms))
+    study = "`lavender study new-words` compares several seeds, with controls."
+    return "\n".join([*lines, "", *textwrap.wrap(f"{meaning_of(students)} {study}", 80)])
+
+
+def meaning_of(students: Mapping[str, Mapping[str, Any]]) -> str:
+    """A sentence on how aligned compares with plain."""
+
+    def compared(key: str) -> str:
+        plain, aligned = (round(students[arm][key], 3) for arm in ("plain", "aligned"))
+        outcome = "better" if aligned > plain else "worse" if aligned < plain else "equally well"
+        return f"{outcome} (F1 {aligned:.3f}, plain {plain:.3f})"
+
+    return (
+        f"From the same {NUM_CAPTIONS} captions, compared with the plain student, the aligned one names new things "
+        f"{compared('new_names')}, known things {compared('known_names')}, and all things together "
+        f"{compared('all_names')}. This is one seed."
+    )
+
+
 def _results(teacher: MapScores, students: dict[str, dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
     """The content of `results.json`: each arm's scores are lists with one number per seed."""
-    keys = list(next(iter(students.values())))
+    keys = [key for key in students["base"] if key != "entropies"]
     return {
         "teacher": teacher.to_dict(),
-        "students": {"mllama": {key: {arm: [scores[key]] for arm, scores in students.items()} for key in keys}},
+        "students": {BASE: {key: {arm: [scores[key]] for arm, scores in students.items()} for key in keys}},
         "seconds": seconds,
-        "seeds": [TUNING["seed"]],
-        "settings": {"num_training": NUM_TRAINING, "num_held_out": NUM_HELD_OUT, **TUNING, "align_weight": ARMS},
+        "seeds": [SEED],
+        "settings": _settings(),
     }
 
 
+def _settings() -> dict[str, Any]:
+    """What both runs share, then what is different in each."""
+    runs = {arm: {"freeze": list(ARMS[arm].freeze)} | ARMS[arm].training(SEED) for arm in ARMS}
+    plain, aligned = runs.values()
+    shared = {key: value for key, value in plain.items() if key in aligned and aligned[key] == value}
+    return {
+        "num_captions": NUM_CAPTIONS,
+        "num_held_out": NUM_HELD_OUT,
+        **shared,
+        **{arm: {key: value for key, value in run.items() if key not in shared} for arm, run in runs.items()},
+    }
+
+
+def chosen_scenes(held_out: list[Scene]) -> list[int]:
+    """The indices of the pictures on the page, by the rule `CHOICE`."""
+    return [
+        index
+        for index, scene in enumerate(held_out)
+        if 2 <= len(scene.things) <= 3 and not set(scene.names).isdisjoint(NEW_NAMES)
+    ][:NUM_PANELS]
+
+
 def _panels(held_out: list[Scene], teacher: Teacher, observed: dict[str, Observed]) -> list[Panel]:
-    """The first scenes with two or three things: for each name its true mask, the teacher's map and the students'."""
-    chosen = [index for index, scene in enumerate(held_out) if 2 <= len(scene.things) <= 3][:NUM_PANELS]
+    """For each name of the chosen scenes its true mask, the teacher's map and the students'."""
+    chosen = chosen_scenes(held_out)
     shown = [held_out[index] for index in chosen]
     teacher_maps = teacher([job_of(scene, caption_scene(scene).text, teacher.config) for scene in shown])
     shown_by_arm = {
@@ -143,7 +219,12 @@ def _panels(held_out: list[Scene], teacher: Teacher, observed: dict[str, Observe
     }
     phrases = [
         [
-            Phrase(mention.name, mention.start, mention.end, scene.mask_of(mention.name))
+            Phrase(
+                f"{mention.name} (new)" if mention.name in NEW_NAMES else mention.name,
+                mention.start,
+                mention.end,
+                scene.mask_of(mention.name),
+            )
             for mention in caption_scene(scene).mentions
         ]
         for scene in shown
@@ -153,33 +234,32 @@ def _panels(held_out: list[Scene], teacher: Teacher, observed: dict[str, Observe
 
 
 def _report(results: dict[str, Any], panels: list[Panel], out: Path) -> Report:
-    students = results["students"]["mllama"]
-    rows = [
-        [label, *(students[key][arm][0] for arm in ("base", *ARMS))]
-        for key, label in (
-            ("in_domain", "captions, object F1"),
-            ("out_of_domain", "captions of OpenMoji drawings, object F1"),
-            ("pointing", "pointing accuracy of attention"),
-            ("entropy", "entropy of attention, nats"),
-        )
-    ]
+    students = results["students"][BASE]
+    rows = [[METRICS[key], *(students[key][arm][0] for arm in ("base", *ARMS))] for key in new_words.METRICS_SHOWN]
+    scores = {arm: {key: values[arm][0] for key, values in students.items()} for arm in ("base", *ARMS)}
     note = f"Each score is over {NUM_HELD_OUT} held-out scenes. One seed."
     return Report(
-        title="Diffusion Instruction Tuning on the built-in world",
-        lead="The attention of a diffusion model shows where each word of a caption is in the picture. Here, a small "
-        "trained diffusion model guides the attention of a small vision-language model during fine-tuning.",
+        title=f"New words from {NUM_CAPTIONS} captions, on the built-in world",
+        lead=f"A small vision-language model learns new words. Its vision tower has seen {len(NAMES)} kinds of things; "
+        f"its language side never heard the names of {len(NEW_NAMES)} of them. It is fine-tuned twice on the same "
+        f"{NUM_CAPTIONS} captions: plain, and aligned, where word maps of a small diffusion model guide its "
+        f"attention.\n\n{meaning_of(scores)}",
         tables=[
             Table("The student", ["score", "base", *ARMS], rows, note),
             Table("The teacher's maps", ["score", "value"], _teacher_rows(results["teacher"]), note),
         ],
         panels=panels,
         notes=[
-            "One seed. Both fine-tuned students start from the same base, with the same data, steps and seed; only "
-            "align_weight differs. `lavender study main` shows whether the difference holds over several seeds.",
-            "Object F1 compares the things that a caption names with the things in the scene. A map points correctly "
-            "if its maximum lies in the thing's true mask.",
-            "Attention is pooled over heads and layers, before the Aligner. The Aligner is not part of the tuned "
-            "model.",
+            f"The pictures are {CHOICE}. No result was looked at to choose them. A new name is marked.",
+            "One seed. Both fine-tuned students start from the same base, with the same captions, steps and seed; only "
+            "the settings of alignment differ. `lavender study new-words` shows whether the difference holds over "
+            "several seeds.",
+            "F1 compares the names in a caption with the things in the scene. A map points correctly if its maximum "
+            "lies in the thing's true mask. The share of attention on the thing is the share of the map that lies in "
+            "this mask.",
+            "A student's map is its own attention to the picture where it predicts the word, the mean over heads and "
+            "layers. Words of the true caption are mapped, whether the student says them or not.",
+            "The words that are aligned are the names of things, as in the study.",
         ],
         settings=results["settings"],
         curves=_curves(out),
@@ -197,6 +277,7 @@ def _teacher_rows(teacher: dict[str, Any]) -> list[list[Any]]:
         ["control: pointing accuracy of another word's map", teacher["wrong_word_pointing"]],
         ["control: pointing accuracy of a uniform map", teacher["uniform_pointing"]],
         ["control: pointing accuracy of the picture's centre", teacher["centre_pointing"]],
+        ["share of the map on the thing", teacher["mass"]],
         ["IoU with the true mask, at one threshold", teacher["iou_fixed"]],
         ["entropy, nats", teacher["entropy"]],
     ]
@@ -208,6 +289,6 @@ def _curves(out: Path) -> list[Curve]:
         Curve(title, "step", unit, {arm: [(row["step"], row[key]) for row in logs[arm] if key in row] for arm in ARMS})
         for key, title, unit in (
             ("vlm_loss", "L_VLM in training", "nats per token"),
-            ("attention_loss", "L_att in training", "mean squared error"),
+            ("probe_attention_mass", "Attention on the teacher's map, training scenes", "share"),
         )
     ]

@@ -25,9 +25,9 @@ from lavender.students.loading import load_run
 from lavender.students.word_maps import AnsweredPicture, student_maps
 from lavender.teachers.diffusion.teacher import Job, Teacher
 from lavender.words import content_words
-from lavender.world.language import Caption, caption_scene
+from lavender.world.language import Caption, Mention, caption_scene
 from lavender.world.scenes import Scene, Split, Style, scenes
-from lavender.world.sprites import NAMES
+from lavender.world.sprites import NAMES, NEW_NAMES
 from lavender.world.student_models import CAPTION_PROMPT
 
 DOMAINS: dict[str, Style] = {"in_domain": "plain", "out_of_domain": "openmoji", "other_backgrounds": "photograph"}
@@ -130,6 +130,61 @@ def score_student(path: Path, held_out: Mapping[str, list[Scene]]) -> tuple[dict
         for judged_map in judge(scene, caption_scene(scene), scene_maps)
     ]
     return scores | score_attention(judged), Observed(answers["in_domain"], maps, {})
+
+
+def score_new_words(path: Path, drawn: Sequence[Scene]) -> tuple[dict[str, Any], Observed]:
+    """Score what a student says of new and known names, and its attention.
+
+    Args:
+        path: a checkpoint or a run folder.
+        drawn: held-out scenes. Some have one thing, some a new name, and some known names alone.
+
+    Returns:
+        Scores by name, and what they are of: captions and attention maps, one per scene.
+
+        - `new_names`, `known_names`, `all_names`: F1 of these names in the greedy captions.
+        - `single_things`: F1 of all names in the scenes of one thing.
+        - `known_loss`: negative log-likelihood of the true captions with known names alone, in nats per token.
+        - `new_pointing`, `new_attention_mass`: pointing accuracy and share of attention on the thing, of new names.
+        - The scores of `score_attention`, of all names.
+    """
+    model, processor = load_run(path)
+    images, prompts = [scene.image for scene in drawn], [CAPTION_PROMPT] * len(drawn)
+    texts = generate_answers(model, processor, images, prompts, batch_size=BATCH_SIZE)
+    said, present = [names_said(text, NAMES) for text in texts], [set(scene.names) for scene in drawn]
+    new, known = set(NEW_NAMES), set(NAMES) - set(NEW_NAMES)
+    single = [index for index, scene in enumerate(drawn) if len(scene.things) == 1]
+    captioned = [captioned_picture(scene) for scene in drawn]
+    all_known = [picture for scene, picture in zip(drawn, captioned, strict=True) if set(scene.names) <= known]
+    maps = student_maps(model, processor, captioned, batch_size=BATCH_SIZE)
+    judged = [
+        (mention.name, judged_map)
+        for scene, scene_maps in zip(drawn, maps, strict=True)
+        for mention, judged_map in _judged_mentions(scene, scene_maps)
+    ]
+    of_new = score_attention([judged_map for name, judged_map in judged if name in new])
+    scores = score_attention([judged_map for _, judged_map in judged]) | {
+        "new_names": _f1_of(said, present, new),
+        "known_names": _f1_of(said, present, known),
+        "all_names": micro_f1(said, present),
+        "single_things": micro_f1([said[index] for index in single], [present[index] for index in single]),
+        "known_loss": answer_nll(model, processor, all_known, batch_size=BATCH_SIZE),
+        "new_pointing": of_new["pointing"],
+        "new_attention_mass": of_new["attention_mass"],
+    }
+    return scores, Observed(texts, maps, {})
+
+
+def _judged_mentions(scene: Scene, maps: WordMaps) -> list[tuple[Mention, JudgedMap]]:
+    """The mentions of a caption that have a map, judged."""
+    caption = caption_scene(scene)
+    mentions = {mention.order: mention for mention in caption.mentions}
+    return [(mentions[judged_map.order], judged_map) for judged_map in judge(scene, caption, maps)]
+
+
+def _f1_of(said: Sequence[set[str]], present: Sequence[set[str]], names: set[str]) -> float:
+    """Object F1 of some of the names."""
+    return micro_f1([texts & names for texts in said], [things & names for things in present])
 
 
 def score_attention(judged: Sequence[JudgedMap]) -> dict[str, Any]:

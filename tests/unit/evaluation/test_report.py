@@ -152,12 +152,17 @@ def test_alternative_texts_say_where_the_maximum_is():
     alts = [image["alt"] for image in Elements(page).all("img")]
     assert all(alts)
     # pixel (3, 10) of 11 × 13: centre at 10.5 / 13 from the left, 3.5 / 11 from the top
-    assert "Map of “dog” by teacher: highest 81 % from left, 32 % from top, inside the true mask" in alts
+    # (1, 5) of 5 × 7 is 2.2 rows × 1.857 columns there; that pixel has 0.909 × 0.846 of it
+    assert (
+        "Map of “dog” by teacher: highest 81 % from left, 32 % from top, inside the true mask, "
+        "which holds 19 % of the map"
+    ) in alts
     assert "left:80.77%;top:31.82%" in page
     assert "Map of “cat” by after: zero everywhere" in alts
-    assert any(
-        alt and alt.startswith("Map of “cat” by before") and alt.endswith("outside the true mask") for alt in alts
-    )
+    outside = "outside the true mask, which holds 0 % of the map"
+    assert any(alt and alt.startswith("Map of “cat” by before") and alt.endswith(outside) for alt in alts)
+    verdicts = re.findall(r'<div class="verdict [^>]*>([^<]+)</div>', page)
+    assert verdicts == ["✓ hit · 19 %", "✗ miss · 0 %", "all zero"]
     assert "True mask of “dog”, 1 % of the picture" in alts
 
 

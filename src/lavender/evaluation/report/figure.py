@@ -22,6 +22,8 @@ _TEXT: dict[str, Any] = {"size": 9, "parse_math": False}  # a dollar sign in a c
 def draw_figure(panels: list[Panel], path: Path) -> None:
     """Draw the panels as one PNG on white: each picture with its answers, and its words' masks and maps.
 
+    Under each map stands the share of it that lies in the true mask, where the mask is known.
+
     Args:
         panels: at least one.
         path: the file to write.
@@ -114,6 +116,8 @@ def _draw_cell(axes: Axes, panel: Panel, row: WordRow, column: str) -> None:
     picture = downscaled(panel.image)
     for layer in (picture if cell.is_mask else desaturated(picture), cell.layer):
         axes.imshow(layer, interpolation="nearest", extent=(0, width, height, 0))
+    if cell.share is not None:
+        axes.set_xlabel(f"{100 * cell.share:.0f} %", labelpad=2, color=_GREY, size=8)
     if cell.peak is not None:
         for colour, thickness in (("black", 2.4), ("white", 1.2)):
             axes.plot(cell.peak[1] + 0.5, cell.peak[0] + 0.5, "o", ms=6, mfc="none", mec=colour, mew=thickness)

@@ -127,11 +127,11 @@ def _panel_view(panel: Panel, sources: list[str]) -> dict[str, Any]:
 
 
 def _cell_view(panel: Panel, row: WordRow, source: str) -> dict[str, Any] | None:
-    """A cell's layer as a PNG, its alternative text, and the place and verdict of its maximum; None for no map."""
+    """A cell's layer as a PNG, its alternative text, its maximum and its share on the thing; None for no map."""
     cell = cell_of(panel, row, source)
     if cell is None:
         return None
-    view: dict[str, Any] = {"peak": None, "verdict": "", "is_mask": cell.is_mask}
+    view: dict[str, Any] = {"peak": None, "verdict": "", "share": "", "is_mask": cell.is_mask}
     view["layer"] = _png(Image.fromarray(cell.layer))
     if cell.is_mask:
         assert row.mask is not None
@@ -146,6 +146,9 @@ def _cell_view(panel: Panel, row: WordRow, source: str) -> dict[str, Any] | None
         is_hit = row.mask[cell.peak]
         view["verdict"] = "hit" if is_hit else "miss"
         alt += f", {'inside' if is_hit else 'outside'} the true mask"
+    if cell.share is not None:
+        view["share"] = f"{cell.share:.0%}".replace("%", " %")
+        alt += f", which holds {view['share']} of the map"
     return view | {"alt": alt}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lavender.drawing import dim_outside, heat_layer, peak_of
 from lavender.errors import DataError
+from lavender.evaluation.map_scores import mass_in_mask
 
 TRUE_MASK = "true mask"
 
@@ -77,11 +78,13 @@ class MapCell:
         layer: uint8 (height, width, RGBA) of any resolution, over the whole picture.
         peak: (row, column) of the map's maximum in pixels of the picture; None for a mask, and for a map of zeros.
         is_mask: whether the layer shows the true mask, not a map.
+        share: the share of the map that lies in the true mask, from 0 to 1; None without a mask, or for zeros.
     """
 
     layer: np.ndarray
     peak: tuple[int, int] | None
     is_mask: bool
+    share: float | None = None
 
 
 def sources_of(panels: Sequence[Panel]) -> list[str]:
@@ -98,4 +101,6 @@ def cell_of(panel: Panel, row: WordRow, source: str) -> MapCell | None:
     heat = row.maps.get(source)
     if heat is None:
         return None
-    return MapCell(heat_layer(heat, panel.size), peak_of(heat, panel.size), is_mask=False)
+    peak = peak_of(heat, panel.size)
+    share = None if row.mask is None or peak is None else mass_in_mask(heat, row.mask)
+    return MapCell(heat_layer(heat, panel.size), peak, is_mask=False, share=share)

@@ -9,24 +9,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lavender.evaluation.answers import generate_answers, micro_f1, names_said
-from lavender.evaluation.compare import answer_nll
 from lavender.evaluation.map_scores import JudgedMap
-from lavender.maps import Word, WordMaps
+from lavender.maps import Word
 from lavender.students.loading import load_run
 from lavender.students.word_maps import AnsweredPicture, student_maps
 from lavender.world.attributes import EdgedScene, ask_about_colour, bind_colours, draw_edged, pairs_said
 from lavender.world.judging import (
     BATCH_SIZE,
     DOMAINS,
-    captioned_picture,
     held_out_scenes,
-    judge,
     score_attention,
+    score_new_words,
     score_student,
 )
 from lavender.world.language import Mention, caption_scene
 from lavender.world.scenes import SPLITS, Scene, Split, draw_scene, scenes
-from lavender.world.sprites import NAMES, NEW_NAMES
+from lavender.world.sprites import NAMES
 from lavender.world.student_models import CAPTION_PROMPT
 
 TaskName = Literal["captions", "new-words", "new-words-one-named", "edged-captions", "questions", "binding"]
@@ -160,45 +158,7 @@ def _one_named(start: int, count: int) -> list[Example]:
 
 
 def _score_new_words(path: Path, scoring: Scoring) -> dict[str, Any]:
-    """F1 of new, known and all names and of scenes with one thing; attention; loss of captions of known names."""
-    model, processor = load_run(path)
-    drawn = list(scenes(scoring.split, scoring.count, start=scoring.start))
-    images, prompts = [scene.image for scene in drawn], [CAPTION_PROMPT] * len(drawn)
-    texts = generate_answers(model, processor, images, prompts, batch_size=BATCH_SIZE)
-    said, present = [names_said(text, NAMES) for text in texts], [set(scene.names) for scene in drawn]
-    new, known = set(NEW_NAMES), set(NAMES) - set(NEW_NAMES)
-    single = [index for index, scene in enumerate(drawn) if len(scene.things) == 1]
-    captioned = [captioned_picture(scene) for scene in drawn]
-    all_known = [picture for scene, picture in zip(drawn, captioned, strict=True) if set(scene.names) <= known]
-    maps = student_maps(model, processor, captioned, batch_size=BATCH_SIZE)
-    judged = [
-        (mention.name, judged_map)
-        for scene, scene_maps in zip(drawn, maps, strict=True)
-        for mention, judged_map in _judged_mentions(scene, scene_maps)
-    ]
-    attention = score_attention([judged_map for _, judged_map in judged])
-    of_new = score_attention([judged_map for name, judged_map in judged if name in new])
-    return attention | {
-        "new_names": _f1(said, present, new),
-        "known_names": _f1(said, present, known),
-        "all_names": micro_f1(said, present),
-        "single_things": micro_f1([said[index] for index in single], [present[index] for index in single]),
-        "known_loss": answer_nll(model, processor, all_known, batch_size=BATCH_SIZE),
-        "new_pointing": of_new["pointing"],
-        "new_attention_mass": of_new["attention_mass"],
-    }
-
-
-def _judged_mentions(scene: Scene, maps: WordMaps) -> list[tuple[Mention, JudgedMap]]:
-    """The mentions of a caption that have a map, judged."""
-    caption = caption_scene(scene)
-    judged = judge(scene, caption, maps)
-    mentions = {mention.order: mention for mention in caption.mentions}
-    return [(mentions[judged_map.order], judged_map) for judged_map in judged]
-
-
-def _f1(said: Sequence[set[str]], present: Sequence[set[str]], names: set[str]) -> float:
-    return micro_f1([texts & names for texts in said], [things & names for things in present])
+    return score_new_words(path, list(scenes(scoring.split, scoring.count, start=scoring.start)))[0]
 
 
 # attributes: the colour of the edge around a thing
