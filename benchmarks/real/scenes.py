@@ -210,7 +210,7 @@ def _background(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _caption(names: Sequence[str]) -> tuple[str, tuple[Word, ...]]:
-    """"a bear, an apple and a mug." and the names' places in it."""
+    """ "a bear, an apple and a mug." and the names' places in it."""
     text, words = "", []
     for index, name in enumerate(names):
         text += "" if index == 0 else " and " if index == len(names) - 1 else ", "
