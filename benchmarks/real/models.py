@@ -150,9 +150,11 @@ def build_llava(processor: LlavaProcessor, side: int, seed: int = 0) -> LlavaFor
     text = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     text.config.pad_token_id, text.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    text_settings = text.config.to_dict()
+    text_settings.pop("quantization_config", None)  # the weights are float32 now, and trainable
     config = LlavaConfig(
         vision_config=_tower_config(side).to_dict(),
-        text_config=text.config.to_dict(),
+        text_config=text_settings,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(side // PATCH) ** 2,
         vision_feature_layer=-1,

@@ -56,8 +56,8 @@ TRAINING: dict[str, Any] = {
     "max_length": None,
     "probe_size": 0,
 }
-PLAIN: dict[str, Any] = {"align_weight": 0.0}
 MASS: dict[str, Any] = {"attention_loss": "mass", "align_weight": 0.5, "match": "label", "sharpen": 2.0}
+PLAIN: dict[str, Any] = MASS | {"align_weight": 0.0}
 FORCED: dict[str, Any] = MASS | {"attention_forcing": 1.0}
 ARMS: dict[str, tuple[Target, dict[str, Any]]] = {
     "plain": ("masks", PLAIN),
@@ -102,7 +102,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     base = connect(folder, size)
     seeds, arms = ((0,), ("plain", "forced")) if options.quick else (options.seeds, tuple(ARMS))
-    results = {"base": [score_once(folder / "cells" / f"base-{_key(size)}.json", base, size)]}
+    results = {"base": [score_once(folder / "cells" / f"base-{_key(base.name, size)}.json", base, size)]}
     for seed in seeds:
         for arm in options.arms or arms:
             results.setdefault(arm, []).append(run_cell(folder, base, size, arm, seed))
@@ -152,7 +152,7 @@ def connect(folder: Path, size: Size) -> Path:
     """Stage 1: train the projector and LoRA on scenes of one to three known names; the merged checkpoint."""
     settings = size.training(size.stage_1_steps, 0) | PLAIN | {"save_strategy": "steps", "save_steps": 50}
     settings |= {"save_total_limit": 2}
-    name = f"stage-1-{_key(size.side, settings)}"
+    name = f"stage-1-{_key(size.side, LORA, settings)}"
     base = folder / name
     if base.is_dir():
         return base
@@ -172,7 +172,7 @@ def run_cell(folder: Path, base: Path, size: Size, arm: str, seed: int) -> dict[
     """Stage 2: one arm at one seed, trained and scored unless its result is there."""
     target, settings = ARMS[arm]
     settings = size.training(size.steps, seed) | settings
-    key = _key(base.name, size, arm, target, settings)
+    key = _key(base.name, size, LORA, arm, target, settings)
     path = folder / "cells" / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}-{key}.json"
     if path.is_file():
         return json.loads(path.read_text())
