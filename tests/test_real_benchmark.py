@@ -80,11 +80,12 @@ def test_the_maps_are_the_masks_and_those_of_the_control_are_of_another_thing(re
             MapStore.open(tmp_path / target).get(image_id(scene.image), scene.caption)
             for target in ("masks", "wrong-word")
         )
-        assert maps is not None and wrong is not None
+        assert maps is not None
+        assert wrong is not None
         for word, heat, other in zip(maps.words, maps.maps, wrong.maps, strict=True):
-            mask = torch.from_numpy(scene.masks[word.text])[::7, ::7]  # one pixel of each of the 16 × 16 cells
-            assert heat[mask].mean() > 0.7
-            assert other[mask].mean() < 0.1
+            shows_thing = torch.from_numpy(scene.masks[word.text]).view(16, 7, 16, 7).any(dim=3).any(dim=1)
+            assert heat[shows_thing].sum() == heat.sum() > 0
+            assert other[shows_thing].sum() < 0.2 * other.sum()  # a cell may show parts of two things
 
 
 @needs_packages
