@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -75,7 +75,7 @@ ALIGNER_ONLY = ("aligner_pretraining=1.0", "align_warmup=0", "align_decay=0", "a
 FIRST_SCENE, HELD_OUT_FROM, SCENES_PER_SEED = 700_000, 790_000, 1_000  # in the development split
 
 
-def variants_of(setting: str, values: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def variants_of(setting: str, values: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """One variant per value of a setting."""
     return {f"{setting}={value}": (f"{setting}={value}",) for value in values}
 
