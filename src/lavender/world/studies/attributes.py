@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from lavender.world.studies.cells import Arm
+from lavender.world.studies.cells import FROZEN, Arm
 from lavender.world.studies.page import draw_bars
 from lavender.world.studies.study import Finding, Scores, Study, compare_pairs
 from lavender.world.studies.targets import Target
@@ -28,7 +28,7 @@ CONTROLS: tuple[Target, ...] = ("masks", "wrong-word", "uniform", "things")
 
 def _arm(task: TaskName, size: int, form: str | None = None, target: Target = "teacher") -> Arm:
     settings = RATE + (FORMS[form] if form else ())
-    return Arm("mllama", "full", target if form else None, size, TASKS[task], settings, task)
+    return Arm("mllama", "full", target if form else None, size, TASKS[task], settings, task, FROZEN)
 
 
 def arms(quick: bool) -> dict[str, Arm]:

@@ -26,6 +26,8 @@ from lavender.world.studies.tasks import TASKS, WARM_UP_START, Example, Scoring,
 from lavender.world.tuning import load_teacher, run_paths, training_settings
 
 SCENES_PER_SEED = 20_000  # distance between the first fine-tuning scenes of two seeds
+FROZEN: tuple[Part, ...] = ("vision_tower", "connector")
+"""What the studies of new words and attributes freeze: the tower shows the things and colours already."""
 STUDENT_NAMES: tuple[Literal["mllama", "llava"], ...] = ("mllama", "llava")
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lavender.training.run_config import Part
-from lavender.world.studies.cells import Arm
+from lavender.world.studies.cells import FROZEN, Arm
 from lavender.world.studies.study import METRICS, Finding, Scores, Study, compare_pairs
 from lavender.world.studies.targets import Target
 
@@ -19,8 +18,6 @@ CONTROLLED = 100
 """The number of captions at which controls and forms of the loss are compared."""
 METRICS_SHOWN = ("new_names", "known_names", "all_names", "single_things", "new_pointing", "new_attention_mass")
 RATE = (("learning_rate", 1e-3),)
-FROZEN: tuple[Part, ...] = ("vision_tower", "connector")
-"""The tower has seen the things, so what is learned is their names."""
 FORMS: dict[str, tuple[tuple[str, Any], ...]] = {
     "published": (("attention_loss", "published"), ("align_weight", 5.0), ("match", "label")),
     "mass": (("attention_loss", "mass"), ("align_weight", 0.5), ("match", "label"), ("sharpen", 2.0)),
