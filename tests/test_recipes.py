@@ -33,7 +33,8 @@ from lavender.students.base import PARTS
 from lavender.students.registry import adapter_for
 from lavender.training.run import load_run, read_run, train, trained_lines
 from lavender.training.trainable import check_trained, freeze, peft_config_of, trained_parameters
-from lavender.world.studies.new_words import FORMS, FROZEN
+from lavender.world.studies.cells import FROZEN
+from lavender.world.studies.new_words import FORMS, STEPS
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.yaml"))}
@@ -121,6 +122,8 @@ def test_the_recipe_of_new_words_is_that_of_the_study():
     run, recipe = read_run(RECIPES["new_words"]), dict(FORMS["recipe"])
     assert {key: run.training[key] for key in recipe} == recipe
     assert tuple(run.freeze) == FROZEN
+    assert run.training["max_steps"] == STEPS
+    assert run.replay_share == 0.5
 
 
 def test_the_page_of_recipes(tmp_path):
@@ -210,6 +213,8 @@ def test_a_recipe_trains(name, on_disk, some_scenes, captions, store_path, tmp_p
         "prompt": "describe the picture.",
         **changed,
     }
+    if read_run(RECIPES[name]).replay_data:
+        small["replay_data"] = str(data)
     run = read_run(RECIPES[name], [f"{key}={json.dumps(value)}" for key, value in small.items()])
     train(run)
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

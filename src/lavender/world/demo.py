@@ -21,7 +21,6 @@ from typing import Any
 
 import yaml
 
-from lavender.data.samples import read_samples
 from lavender.data.store import MapStore
 from lavender.evaluation.compare import Observed, Phrase, panels_of
 from lavender.evaluation.map_scores import MapScores
@@ -29,18 +28,16 @@ from lavender.evaluation.report.figure import draw_figure
 from lavender.evaluation.report.page import Curve, Panel, Report, Table, write_report
 from lavender.files import write_whole
 from lavender.teachers.diffusion.teacher import Teacher
-from lavender.teachers.extract import extract
 from lavender.world import STUDENT_PATHS
 from lavender.world.judging import captioned_picture, job_of, score_new_words, score_teacher
 from lavender.world.language import caption_scene
 from lavender.world.scenes import Scene, Split, scenes
 from lavender.world.sprites import NAMES, NEW_NAMES
-from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.studies import new_words
-from lavender.world.studies.cells import SCENES_PER_SEED
+from lavender.world.studies.cells import SCENES_PER_SEED, write_samples
 from lavender.world.studies.study import METRICS
 from lavender.world.studies.targets import write_target
-from lavender.world.studies.tasks import TASKS, write_examples
+from lavender.world.studies.tasks import TASKS
 from lavender.world.tuning import ONE_THREAD, load_teacher, run_paths, stop_processes
 
 NUM_CAPTIONS, NUM_HELD_OUT, NUM_PANELS, NUM_IN_FIGURE = new_words.CONTROLLED, 200, 6, 3
@@ -49,7 +46,7 @@ SEED = 0
 _STUDY_ARMS = new_words.arms(quick=False)
 ARMS = {"plain": _STUDY_ARMS[f"plain {NUM_CAPTIONS}"], "aligned": _STUDY_ARMS[f"recipe {NUM_CAPTIONS}"]}
 """Arm → how it is fine-tuned. The arms differ in the settings of alignment alone."""
-BASE = ARMS["plain"].base
+BASE, TASK = ARMS["plain"].base, TASKS[ARMS["plain"].task]
 PROBE = {"probe_size": 16, "probe_steps": 20}
 """Measures attention in both runs, for the page's curves. Training is the same without it."""
 CHOICE = "the first held-out scenes of two or three things with at least one new name"
@@ -69,15 +66,17 @@ def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str,
     """
     out.mkdir(parents=True, exist_ok=True)
     stages = Stages()
-    with stages("scenes", f"drawing {NUM_CAPTIONS} captioned scenes, and {NUM_HELD_OUT} held-out scenes"):
-        examples = TASKS[ARMS["aligned"].task].examples(SEED * SCENES_PER_SEED, NUM_CAPTIONS)
-        write_examples(out / "data", examples)
+    with stages(
+        "scenes",
+        f"drawing {NUM_CAPTIONS} captioned scenes, {TASK.num_replayed} to replay, and {NUM_HELD_OUT} held-out scenes",
+    ):
+        start = SEED * SCENES_PER_SEED
+        examples, replayed = TASK.examples(start, NUM_CAPTIONS), TASK.replayed(start)
         held_out = list(scenes(split, NUM_HELD_OUT, start=start))
     with stages("maps", "extracting the teacher's word maps"):
-        teacher = load_teacher()
-        summary = extract(read_samples(out / "data", CAPTION_PROMPT), teacher, out / "maps")
+        teacher, summary = load_teacher(), write_samples(out, examples, replayed)
         shutil.rmtree(out / "name_maps", ignore_errors=True)
-        write_target(out / "name_maps", "teacher", MapStore.open(out / "maps"), examples)
+        write_target(out / "name_maps", "teacher", MapStore.open(out / "maps"), examples + replayed)
         print(f"  {summary.records} captions, {summary.words} word maps, {len(summary.dropped)} dropped")
     with stages("teacher scores", "scoring the teacher's maps"):
         teacher_scores = score_teacher(teacher, held_out)
@@ -141,7 +140,7 @@ def _start_training(out: Path, arm: str) -> subprocess.Popen:
 
 def run_settings(out: Path, arm: str) -> dict[str, Any]:
     """The run file of an arm, as `lavender train` reads it."""
-    paths = run_paths(BASE, out / "data", out / "name_maps", out / arm)
+    paths = run_paths(BASE, out / "pictures", out / "name_maps", out / arm) | {"replay_data": str(out / "replayed")}
     return paths | {"freeze": list(ARMS[arm].freeze)} | ARMS[arm].training(SEED) | PROBE
 
 
@@ -193,6 +192,7 @@ def _settings() -> dict[str, Any]:
     shared = {key: value for key, value in plain.items() if key in aligned and aligned[key] == value}
     return {
         "num_captions": NUM_CAPTIONS,
+        "num_replayed": TASK.num_replayed,
         "num_held_out": NUM_HELD_OUT,
         **shared,
         **{arm: {key: value for key, value in run.items() if key not in shared} for arm, run in runs.items()},

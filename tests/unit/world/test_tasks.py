@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,6 +54,18 @@ def test_new_words_are_taught_by_scenes_of_several_things():
     examples = TASKS["new-words"].examples(7, 40)
     assert [example.scene.seed - FIRST for example in examples[3:6]] == [5, 7, 9]
     assert {len(example.scene.things) for example in examples} == {2, 3, 4}
+
+
+def test_what_is_replayed_has_no_new_name_and_scenes_of_its_own():
+    task = TASKS["new-words"]
+    examples, replayed = task.examples(7, 40), replace(task, num_replayed=50).replayed(7)
+    assert task.num_replayed == 800
+    assert len(replayed) == 50
+    assert not {name for example in replayed for name in example.scene.names} & set(NEW_NAMES)
+    assert {name for example in examples for name in example.scene.names} & set(NEW_NAMES)
+    assert {len(example.scene.things) for example in replayed} == {2, 3, 4}
+    assert min(example.scene.seed for example in replayed) > max(example.scene.seed for example in examples)
+    assert TASKS["new-words-alone"].replayed(7) == []
 
 
 def test_one_of_several_things_is_named():
@@ -183,8 +196,8 @@ class Student:
         for module in (tasks, judging):
             monkeypatch.setattr(module, "load_run", lambda path: (None, None))
             monkeypatch.setattr(module, "generate_answers", self._generate)
-            monkeypatch.setattr(module, "answer_nll", self._nll)
             monkeypatch.setattr(module, "student_maps", self._maps)
+        monkeypatch.setattr(judging, "answer_nll", self._nll)
 
     def look(self, scene: Scene, text: str, start: int, end: int, mask: np.ndarray, level: float) -> None:
         """Where it looks at the characters [start, end) of an answer."""

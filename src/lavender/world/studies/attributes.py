@@ -27,7 +27,8 @@ CONTROLS: tuple[Target, ...] = ("masks", "wrong-word", "uniform", "things")
 
 
 def _arm(task: TaskName, size: int, form: str | None = None, target: Target = "teacher") -> Arm:
-    settings = RATE + (FORMS[form] if form else ())
+    """An arm; without a form plain fine-tuning, which is the recipe with λ = 0."""
+    settings = (*RATE, *(FORMS[form] if form else (*FORMS["recipe"], ("align_weight", 0.0))))
     return Arm("mllama", "full", target if form else None, size, TASKS[task], settings, task, FROZEN)
 
 

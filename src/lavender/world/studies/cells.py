@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lavender.data.samples import read_samples
+from lavender.data.samples import Samples, read_samples
 from lavender.data.store import MapStore
-from lavender.teachers.extract import extract
+from lavender.teachers.extract import Summary, extract
 from lavender.training.run_config import Part
 from lavender.world import STUDENT_PATHS, TEACHER_PATH
 from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.studies.targets import Target, write_target
-from lavender.world.studies.tasks import TASKS, WARM_UP_START, Example, Scoring, Task, TaskName, write_examples
+from lavender.world.studies.tasks import TASKS, WARM_UP_START, Example, Scoring, TaskName, write_examples
 from lavender.world.tuning import load_teacher, run_paths, training_settings
 
 SCENES_PER_SEED = 20_000  # distance between the first fine-tuning scenes of two seeds
@@ -103,19 +103,26 @@ def prepare(folder: Path, cell: Cell) -> None:
     if cell.arm.tuning == "none":
         return
     data = _data_path(folder, cell)
-    examples = task.examples(cell.seed * SCENES_PER_SEED, cell.arm.num_scenes)
-    _write_samples(data, task, examples)
+    start = cell.seed * SCENES_PER_SEED
+    examples, replayed = task.examples(start, cell.arm.num_scenes), task.replayed(start)
+    if not (data / "maps" / "extraction.json").is_file():
+        write_samples(data, examples, replayed)
     target = _target(cell)
-    write_target(data / target, target, MapStore.open(data / "maps"), examples)
+    write_target(data / target, target, MapStore.open(data / "maps"), examples + replayed)
 
 
-def _write_samples(data: Path, task: Task, examples: list[Example]) -> None:
-    """Write samples and the teacher's maps of their texts to the folder `data`, unless they are there."""
-    if (data / "maps" / "extraction.json").is_file():
-        return
-    write_examples(data / "pictures", examples)
+def write_samples(data: Path, examples: list[Example], replayed: list[Example]) -> Summary:
+    """Write samples, those that are replayed, and the teacher's maps of both, to folders in `data`.
+
+    The folders are "pictures", "replayed" (if there are any) and "maps".
+    """
+    samples = []
+    for folder, part in (("pictures", examples), ("replayed", replayed)):
+        if part:
+            write_examples(data / folder, part)
+            samples += read_samples(data / folder, CAPTION_PROMPT)
     texts = "all" if any(example.mapped == example.prompt for example in examples) else "answers"
-    extract(read_samples(data / "pictures", CAPTION_PROMPT), load_teacher(texts=texts), data / "maps")
+    return extract(Samples(tuple(samples)), load_teacher(texts=texts), data / "maps")
 
 
 def base_path(folder: Path, arm: Arm) -> Path:
@@ -138,7 +145,7 @@ def _warm_up(folder: Path, arm: Arm) -> None:
     task, run, data = TASKS[warm_up.task], path.with_suffix(".run"), path.with_suffix(".data")
     for leftover in (run, data):
         shutil.rmtree(leftover, ignore_errors=True)
-    _write_samples(data, task, task.examples(WARM_UP_START, warm_up.num_scenes))
+    write_samples(data, task.examples(WARM_UP_START, warm_up.num_scenes), [])
     settings = training_settings(arm.student, "full", 0, warm_up.steps, align=False) | {"probe_size": 0}
     paths = run_paths(arm.base, data / "pictures", data / "maps", run)
     train(RunConfig(**paths, training=settings))
@@ -186,6 +193,7 @@ def _train(folder: Path, cell: Cell, run: Path) -> None:
     train(
         RunConfig(
             **(run_paths(cell.arm.base, data / "pictures", data / _target(cell), run) | model),
+            replay_data=str(data / "replayed") if TASKS[cell.arm.task].num_replayed else None,
             lora=LoraSettings() if cell.arm.tuning == "lora" else None,
             freeze=cell.arm.freeze,
             training=cell.arm.training(cell.seed) | {"probe_size": 0},

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +25,12 @@ from lavender.world.judging import (
 )
 from lavender.world.language import Mention, caption_scene
 from lavender.world.scenes import SPLITS, Scene, Split, draw_scene, scenes
-from lavender.world.sprites import NAMES
+from lavender.world.sprites import NAMES, NEW_NAMES
 from lavender.world.student_models import CAPTION_PROMPT
 
-TaskName = Literal["captions", "new-words", "new-words-one-named", "edged-captions", "questions", "binding"]
+TaskName = Literal[
+    "captions", "new-words", "new-words-alone", "new-words-one-named", "edged-captions", "questions", "binding"
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Task:
         base: name of the base in `lavender.world.STUDENT_PATHS`; None is the arm's own student.
         warm_up: samples and steps of plain fine-tuning that turn the base into the task's base, or None.
         settings: settings of `LavenderConfig` that the task needs in every arm.
+        num_replayed: number of captions of known names, from other scenes, that make up half of a run's samples.
     """
 
     examples: Callable[[int, int], list[Example]]
@@ -76,6 +80,11 @@ class Task:
     base: str | None = None
     warm_up: WarmUp | None = None
     settings: tuple[tuple[str, Any], ...] = ()
+    num_replayed: int = 0
+
+    def replayed(self, start: int) -> list[Example]:
+        """The captions of known names that are replayed, for samples from the `start`-th scene on."""
+        return _known_words(start + REPLAY_START, self.num_replayed)
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,8 @@ class WarmUp:
     steps: int
 
 
+REPLAY_START = 10_000
+"""Distance from a seed's first fine-tuning scene to the first one that is replayed."""
 WARM_UP_START = 990_000
 """Index of the first fine-tuning scene of warm-ups, which no seed uses."""
 
@@ -128,20 +139,19 @@ def _score_captions(path: Path, scoring: Scoring) -> dict[str, Any]:
 # new words: 14 of the 42 names, which the base's language side never heard
 
 
-def _several(start: int, count: int) -> list[Scene]:
-    """Scenes of two to four things, the first `count` from the `start`-th seed on."""
-    found: list[Scene] = []
-    for seed in SPLITS["finetune"][start:]:
-        scene = draw_scene(seed)
-        if len(scene.things) > 1:
-            found.append(scene)
-        if len(found) == count:
-            break
-    return found
+def _several(start: int, count: int, names: Collection[str] = NAMES) -> list[Scene]:
+    """Scenes of two to four things of these names, the first `count` from the `start`-th seed on."""
+    drawn = map(draw_scene, SPLITS["finetune"][start:])
+    return list(islice((scene for scene in drawn if len(scene.things) > 1 and set(scene.names) <= set(names)), count))
 
 
 def _new_words(start: int, count: int) -> list[Example]:
     return [_captioned(scene) for scene in _several(start, count)]
+
+
+def _known_words(start: int, count: int) -> list[Example]:
+    """Captions of scenes without a new name."""
+    return [_captioned(scene) for scene in _several(start, count, set(NAMES) - set(NEW_NAMES))]
 
 
 def _one_named(start: int, count: int) -> list[Example]:
@@ -257,8 +267,9 @@ def _edged_captions(start: int, count: int) -> list[Example]:
 _EDGED = WarmUp("edged-captions", 1600, 250)
 TASKS: dict[TaskName, Task] = {
     "captions": Task(_captions, _score_captions),
-    "new-words": Task(_new_words, _score_new_words, base="mllama_new_words"),
-    "new-words-one-named": Task(_one_named, _score_new_words, base="mllama_new_words"),
+    "new-words": Task(_new_words, _score_new_words, base="mllama_new_words", num_replayed=800),
+    "new-words-alone": Task(_new_words, _score_new_words, base="mllama_new_words"),
+    "new-words-one-named": Task(_one_named, _score_new_words, base="mllama_new_words", num_replayed=800),
     "edged-captions": Task(_edged_captions, _score_captions),
     "questions": Task(_questions, _score_questions, warm_up=_EDGED, settings=(("texts", "all"), ("rows", "both"))),
     "binding": Task(
