@@ -55,7 +55,7 @@ def promise(result: Mapping[str, Any]) -> Promise:
     if known is not None:
         parts["known"] = _of_known(known, result["hidden"], result["samples"])
     if new is not None:
-        holds = known is not None and _maps_hold(known)
+        holds = known is None or _maps_hold(known)  # without known words the reader alone decides
         is_spread = not holds and "known" in parts and parts["known"].verdict == "no gain"
         parts["new"] = _of_new(new, holds, is_spread, result["samples"])
     deciding = [name for name in parts if result["groups"][name]["words"] >= FEW * result["groups"]["all"]["words"]]
@@ -140,7 +140,7 @@ def _of_new(new: Mapping[str, Any], holds: bool, is_spread: bool, samples: int) 
 
     Args:
         new: their figures.
-        holds: whether the model reads known words from where the maps show them.
+        holds: whether the model reads known words from where the maps show them, if there are any.
         is_spread: whether it keeps what it sees of known words all over the picture.
         samples: number of samples that were checked.
     """

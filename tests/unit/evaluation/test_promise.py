@@ -65,7 +65,7 @@ LITTLE = {"gain_of_reading": figure(LEAST_READ - 0.02)}
     ("figures", "known", "hidden", "verdict", "says"),
     [
         ({}, group(), None, "pays", "90% of the new words right from their places"),
-        ({}, None, LOCAL, "cannot say", "does not read known words from their places"),
+        ({}, None, LOCAL, "pays", "90% of the new words right from their places"),
         ({}, group(over_control=figure(0.0)), NOT_LOCAL, "cannot say", "does not read known words from their places"),
         (LITTLE, group(), None, "no gain", "tell no more"),
         (LITTLE, group(over_control=figure(0.0)), NOT_LOCAL, "no gain", "keeps no thing in its place"),
