@@ -8,6 +8,23 @@ Alignment moves attention to the place of a word. That can pay in two cases:
   learn them from their places, and not from the rest of the picture (`lavender.evaluation.place_probe`).
 
 Every figure is a mean over pictures, of the picture's mean over its words. Its margin is half a 95 % interval.
+
+Figures are {"mean": …, "margin": …}:
+
+- `loss`, −ln p of a word in nats: from the `whole` picture; from the keys where the word is (`there`); from
+  the others (`elsewhere`); from those of all `candidates`, the words of the same part of speech among which the
+  word's row has to choose; from those where a word of another picture is (`control`). Keys that are left out
+  are replaced by the mean key.
+- `gain`: whole − there. `gain_of_place`: whole − candidates, what knowing places alone is worth.
+  `over_control`: control − there. `cost_without`: elsewhere − whole.
+- `attention_mass` and `attention_mass_control`: the share of the model's attention on the picture that lies
+  on the word's map, and on the control's.
+- `read`: the share of words that a linear reader of the features of these keys gets right, `there`, on the
+  `control` and on the `whole` picture, for words that several pictures have. `gain_of_reading`: there − the
+  better one of the others.
+
+`hidden`, measured where maps are not above the control: `part`, by how much the loss of known words rises
+when the worst ninth of the picture is hidden; `all`, when everything is.
 """
 
 from __future__ import annotations
@@ -65,23 +82,8 @@ def check_model(
     Returns:
         Among others `verdict` and `reasons`, see `lavender.evaluation.promise.Promise`, and `groups`: the
         figures of all words, of `known` and of `new` words. A group is None if it has no word. A word is new if the
-        model gives its form less than 5 % on average (`SURPRISE`), from the whole picture and from the word's place.
-        Figures are {"mean": …, "margin": …}:
-
-        - `loss`, −ln p of a word in nats: from the `whole` picture; from the keys where the word is (`there`); from
-          the others (`elsewhere`); from those of all `candidates`, the words of the same part of speech among which the
-          word's row has to choose; from those where a word of another picture is (`control`). Keys that are left out
-          are replaced by the mean key.
-        - `gain`: whole − there. `gain_of_place`: whole − candidates, what knowing places alone is worth.
-          `over_control`: control − there. `cost_without`: elsewhere − whole.
-        - `attention_mass` and `attention_mass_control`: the share of the model's attention on the picture that lies
-          on the word's map, and on the control's.
-        - `read`: the share of words that a linear reader of the features of these keys gets right, `there`, on the
-          `control` and on the `whole` picture, for words that several pictures have. `gain_of_reading`: there − the
-          better one of the others.
-
-        `hidden`, measured where maps are not above the control: `part`, by how much the loss of known words rises
-        when the worst ninth of the picture is hidden; `all`, when everything is.
+        model gives its form less than 5 % on average (`SURPRISE`), from the whole picture and from the word's place. The module lists the
+        figures.
 
     Raises:
         NotFiniteError: a loss is NaN or infinite.

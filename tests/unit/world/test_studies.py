@@ -352,6 +352,7 @@ def test_every_study_is_judged_drawn_and_written(name, quick, tmp_path):
         "arms": scores,
         "controls": {"uniform_pointing": 0.125, "centre_pointing": 0.25},
         "verdict": [str(finding) for finding in findings],
+        "check": {"arms": {}},
         "settings": {"scoring": {"split": "development", "start": 0, "count": 97}},
     }
     text = page(study, results)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lavender.world.studies.cells import FROZEN, Arm
 from lavender.world.studies.page import draw_bars
-from lavender.world.studies.study import Finding, Scores, Study, compare_pairs
+from lavender.world.studies.study import Finding, Promised, Scores, Study, compare_pairs
 from lavender.world.studies.targets import Target
 from lavender.world.studies.tasks import TaskName
 
@@ -54,6 +54,16 @@ def judge(scores: Scores) -> list[Finding]:
     return findings
 
 
+def promised(scores: Scores) -> list[Promised]:
+    """The recipe at each size, and with the maps of controls."""
+    return [
+        Promised(arm, f"{task} plain {arm.split()[-1]}", metric)
+        for task, metric in (("questions", "answers"), ("binding", "pairs"))
+        for arm in scores
+        if arm.startswith(f"{task} recipe")
+    ]
+
+
 STUDY = Study(
     title="Can it bind attributes to things?",
     question="Each thing has an edge of its own colour. *questions*: “the dog is on”, “red”; the name in the question "
@@ -65,6 +75,7 @@ STUDY = Study(
     judge=judge,
     draw=partial(draw_bars, metrics=("pointing", "attention_mass")),
     metrics=METRICS_SHOWN,
+    promised=promised,
     seeds=(1, 2, 3, 4, 5),
     quick_steps=None,
 )

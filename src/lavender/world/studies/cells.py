@@ -102,7 +102,7 @@ def prepare(folder: Path, cell: Cell) -> None:
     _warm_up(folder, cell.arm)
     if cell.arm.tuning == "none":
         return
-    data = _data_path(folder, cell)
+    data = data_path(folder, cell)
     start = cell.seed * SCENES_PER_SEED
     examples, replayed = task.examples(start, cell.arm.num_scenes), task.replayed(start)
     if not (data / "maps" / "extraction.json").is_file():
@@ -188,7 +188,7 @@ def _train(folder: Path, cell: Cell, run: Path) -> None:
     from lavender.training.run import LoraSettings, RunConfig, train
 
     shutil.rmtree(run, ignore_errors=True)
-    data = _data_path(folder, cell)
+    data = data_path(folder, cell)
     model: dict[str, Any] = {"model": str(base_path(folder, cell.arm))}
     train(
         RunConfig(
@@ -206,7 +206,8 @@ def _target(cell: Cell) -> Target:
     return cell.arm.target or "teacher"
 
 
-def _data_path(folder: Path, cell: Cell) -> Path:
+def data_path(folder: Path, cell: Cell) -> Path:
+    """The folder of the cell's samples and maps."""
     return folder / "data" / f"{cell.arm.task}-{cell.seed}-{cell.arm.num_scenes}-{_teacher_digest()}"
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from lavender.world.studies.cells import STUDENT_NAMES, Arm
 from lavender.world.studies.page import draw_bars
-from lavender.world.studies.study import CAPTIONS, Finding, Scores, Study, compare
+from lavender.world.studies.study import CAPTIONS, Finding, Promised, Scores, Study, compare
 
 TUNINGS: tuple[Literal["full", "lora"], ...] = ("full", "lora")
 SHOWN = (*CAPTIONS, "pointing")
@@ -34,6 +34,11 @@ def judge(scores: Scores) -> list[Finding]:
     return findings
 
 
+def promised(scores: Scores) -> list[Promised]:
+    """The aligned arms; captions decide."""
+    return [Promised(arm, arm.replace("aligned", "plain"), "in_domain") for arm in scores if arm.endswith("aligned")]
+
+
 STUDY = Study(
     title="Does alignment help?",
     question="A base is fine-tuned twice, as usual and with the alignment loss, with the same data, steps and seed. "
@@ -44,4 +49,5 @@ STUDY = Study(
     arms=arms,
     judge=judge,
     draw=partial(draw_bars, metrics=SHOWN),
+    promised=promised,
 )

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from lavender.world.studies.cells import FROZEN, Arm
-from lavender.world.studies.study import METRICS, Finding, Scores, Study, compare_pairs
+from lavender.world.studies.study import METRICS, Finding, Promised, Scores, Study, compare_pairs
 from lavender.world.studies.targets import Target
 from lavender.world.studies.tasks import TaskName
 
@@ -64,6 +64,14 @@ def judge(scores: Scores) -> list[Finding]:
     return compare_pairs(scores, METRICS_SHOWN[:4], pairs) + compare_pairs(
         scores, ("new_names", "known_names", "all_names"), others
     )
+
+
+def promised(scores: Scores) -> list[Promised]:
+    """The recipe at each size and on other data, and with the maps of controls; new names decide."""
+    arms = [arm for arm in scores if arm.startswith("recipe")]
+    plain = f"plain {CONTROLLED}"
+    matching = {arm: arm.replace("recipe", "plain", 1) for arm in arms}
+    return [Promised(arm, same if (same := matching[arm]) in scores else plain, "new_names") for arm in arms]
 
 
 def equal_plain_size(plain: Mapping[int, float], score: float) -> float | None:
@@ -134,6 +142,7 @@ STUDY = Study(
     judge=judge,
     draw=draw,
     metrics=METRICS_SHOWN,
+    promised=promised,
     extra=efficiency,
     seeds=(1, 2, 3, 4, 5),
     quick_steps=None,

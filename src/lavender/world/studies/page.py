@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lavender.world.studies.promises import table_of_promises
 from lavender.world.studies.study import METRICS, Study
 
 QUICK = "**Quick version: fewer samples, steps and seeds, scored on development scenes. This is not a result.**"
@@ -46,6 +47,8 @@ def page(study: Study, results: dict[str, Any]) -> str:
         "Differences are between arms of the same seed: mean, smallest and largest. “Above” and “below”: the ranges "
         "over seeds do not overlap. “Higher” and “lower on average”: they overlap, but all differences have one sign.",
     ]
+    if results["check"]["arms"]:
+        parts += ["## Did `lavender check` know?", table_of_promises(results["check"], METRICS)]
     return "\n\n".join(parts) + "\n"
 
 

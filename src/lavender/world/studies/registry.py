@@ -15,6 +15,7 @@ from lavender.world.studies import attributes, entropy, main_study, new_words, s
 from lavender.world.studies import controls as teacher_controls
 from lavender.world.studies.cells import SCENES_PER_SEED, Arm, Cell
 from lavender.world.studies.page import page
+from lavender.world.studies.promises import promises
 from lavender.world.studies.runner import run_cells
 from lavender.world.studies.study import Study
 from lavender.world.studies.tasks import Scoring
@@ -110,6 +111,7 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
         "arms": scores,
         "controls": controls,
         "verdict": [*map(str, study.judge(scores)), *study.extra(scores)],
+        "check": promises(out, cells, scores, study.promised(scores)),
         "settings": {"scoring": asdict(scale.scoring), "arms": {label: asdict(arm) for label, arm in arms.items()}},
         "seconds": round(time.monotonic() - began),
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lavender.world.studies.cells import Arm
 
@@ -86,6 +86,19 @@ def compare_pairs(scores: Scores, metrics: Iterable[str], pairs: Sequence[tuple[
     return [compare(scores, metric, arm, baseline) for metric in metrics for arm, baseline in pairs]
 
 
+class Promised(NamedTuple):
+    """An arm of which `lavender check` is asked before training.
+
+    Attributes:
+        arm, plain: names of the aligned arm and of the plain one.
+        metric: what decides whether alignment paid.
+    """
+
+    arm: str
+    plain: str
+    metric: str
+
+
 @dataclass(frozen=True)
 class Study:
     """A study of the built-in world.
@@ -97,6 +110,7 @@ class Study:
         judge: scores → the comparisons that answer the question.
         draw: results, path → writes the plot there.
         metrics: the columns of the page's table.
+        promised: scores → the arms of which `lavender check` is asked.
         extra: scores → further lines of the page, computed from the means.
         seeds: seeds of the full study.
         quick_steps, quick_seeds: optimizer steps (None for those of each arm) and seeds of the quick study.
@@ -109,6 +123,7 @@ class Study:
     judge: Callable[[Scores], list[Finding]]
     draw: Callable[[dict[str, Any], Path], None]
     metrics: tuple[str, ...] = (*CAPTIONS, "pointing", "wrong_word_pointing")
+    promised: Callable[[Scores], list[Promised]] = lambda scores: []
     extra: Callable[[Scores], list[str]] = lambda scores: []
     seeds: tuple[int, ...] = (1, 2, 3)
     quick_steps: int | None = 60
