@@ -80,10 +80,10 @@ def check_model(
         trust_remote_code: whether code that comes with the model may run.
 
     Returns:
-        Among others `verdict` and `reasons`, see `lavender.evaluation.promise.Promise`, and `groups`: the
-        figures of all words, of `known` and of `new` words. A group is None if it has no word. A word is new if the
-        model gives its form less than 5 % on average (`SURPRISE`), from the whole picture and from the word's place. The module lists the
-        figures.
+        Among others `verdict` and `reasons`, see `lavender.evaluation.promise.Promise`, and `groups`: the figures of
+        all words, of `known` and of `new` words; this module's first lines list them. A group is None if it has no
+        word. A word is new if the model gives its form less than 5 % on average (`SURPRISE`), from the whole picture
+        and from the word's place.
 
     Raises:
         NotFiniteError: a loss is NaN or infinite.
