@@ -210,13 +210,16 @@ class AlignmentHead(nn.Module):
         attention = word_attention(rows, request.shares.to(rows))
         heat, kind = self._targets(request), self.config.attention_loss
         grid = (heat.shape[-2], heat.shape[-1])
-        on_grid = partial(to_grid, attention, request.layout, request.word_pictures, grid, request.mixing)
+
+        def on_grid(attention: Tensor) -> Tensor:
+            return to_grid(attention, request.layout, request.word_pictures, grid, request.mixing)
+
         if request.mixing is not None and kind == "kl":  # a latent has no place of its own
-            maps = on_grid()
+            maps = on_grid(attention)
             self._observe(request, maps)
             return direct_loss(maps[:, :, 0][:, words].flatten(-2), heat[words].flatten(-2), kind)
         with torch.no_grad():
-            self._observe(request, on_grid())
+            self._observe(request, on_grid(attention.mean(dim=0, keepdim=True)))
         heat = on_keys(heat.to(rows), request.layout, request.word_pictures, request.mixing)
         is_key = request.layout.pictures.to(rows.device) >= 0
         return direct_loss((attention[:, :, 0] * is_key[:, None])[:, words], heat[words], kind)
