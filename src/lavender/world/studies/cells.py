@@ -97,12 +97,14 @@ def result_path(folder: Path, cell: Cell) -> Path:
 
 
 def prepare(folder: Path, cell: Cell) -> None:
-    """Write what a cell needs, if it is missing: its base, samples and maps. Only one process at a time may do this."""
-    task = TASKS[cell.arm.task]
-    _warm_up(folder, cell.arm)
+    """Write what a cell needs, if it is missing: its base, samples and maps.
+
+    Only one process at a time may do this for cells of one `data_path`; the base must be there if others do it too.
+    """
+    prepare_base(folder, cell.arm)
     if cell.arm.tuning == "none":
         return
-    data = data_path(folder, cell)
+    task, data = TASKS[cell.arm.task], data_path(folder, cell)
     start = cell.seed * SCENES_PER_SEED
     examples, replayed = task.examples(start, cell.arm.num_scenes), task.replayed(start)
     if not (data / "maps" / "extraction.json").is_file():
@@ -134,7 +136,7 @@ def base_path(folder: Path, arm: Arm) -> Path:
     return folder / "bases" / f"{arm.base}-{warm_up.task}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
 
 
-def _warm_up(folder: Path, arm: Arm) -> None:
+def prepare_base(folder: Path, arm: Arm) -> None:
     """Make the task's base by plain fine-tuning, if it has a warm-up and the base is missing."""
     from lavender.training.exporting import export
     from lavender.training.run import RunConfig, train

@@ -6,7 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from lavender.errors import LavenderError
-from lavender.world.studies.cells import Cell, prepare, result_path, run_cell
+from lavender.world.studies.cells import Cell, data_path, prepare, prepare_base, result_path, run_cell
+from lavender.world.studies.targets import Target
 from lavender.world.tuning import ONE_THREAD, stop_processes
 
 
@@ -42,25 +43,16 @@ def run_cells(folder: Path, cells: Iterable[Cell], jobs: int) -> dict[str, dict[
 def _run(folder: Path, cells: list[Cell], jobs: int) -> None:
     torch.set_num_threads(1)  # on busy cores, PyTorch's threads wait for each other
     folder.mkdir(parents=True, exist_ok=True)
-    data_sets = {(cell.seed, cell.arm.task, cell.arm.num_scenes, cell.arm.target): cell for cell in cells}
-    for cell in tqdm(data_sets.values(), desc="scenes and maps", unit="set", leave=False):
-        # model loading has its own progress bars
-        with (folder / "prepare.log").open("a") as log, contextlib.redirect_stderr(log):
-            prepare(folder, cell)
     # without the verbosity, each run would warn that torchvision is missing
     os.environ |= ONE_THREAD | {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-    context, failed = multiprocessing.get_context("spawn"), {}
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+    _prepare(folder, cells, jobs)
+    failed = {}
+    with _pool(jobs, max_tasks_per_child=1) as pool:
         running = {pool.submit(run_cell, folder, cell): cell for cell in cells}
-        try:
-            for done in tqdm(as_completed(running), total=len(cells), desc="fine-tuning and scoring", unit="run"):
-                error = done.exception()
-                if error is not None:
-                    failed[running[done].key] = f"{type(error).__name__}: {error}"
-        except BaseException:  # when stopped: otherwise the pool would first run all waiting cells
-            pool.shutdown(wait=False, cancel_futures=True)
-            stop_processes(multiprocessing.active_children())
-            raise
+        for done in tqdm(as_completed(running), total=len(cells), desc="fine-tuning and scoring", unit="run"):
+            error = done.exception()
+            if error is not None:
+                failed[running[done].key] = f"{type(error).__name__}: {error}"
     if failed:
         key, reason = next(iter(failed.items()))
         raise LavenderError(
@@ -68,3 +60,42 @@ def _run(folder: Path, cells: list[Cell], jobs: int) -> None:
             "no failed run",
             f"read {folder / 'cells' / key}.log, then start the study again: finished runs are kept",
         )
+
+
+def _prepare(folder: Path, cells: list[Cell], jobs: int) -> None:
+    """Write the bases of the cells, then their scenes and maps, one data set per process."""
+    data_sets: dict[Path, dict[Target | None, Cell]] = {}
+    for cell in cells:
+        with _logged(folder):
+            prepare_base(folder, cell.arm)
+        data_sets.setdefault(data_path(folder, cell), {})[cell.arm.target] = cell
+    with _pool(jobs) as pool:
+        prepared = [pool.submit(_prepare_each, folder, [*by_target.values()]) for by_target in data_sets.values()]
+        for done in tqdm(as_completed(prepared), total=len(prepared), desc="scenes and maps", unit="set", leave=False):
+            done.result()
+
+
+def _prepare_each(folder: Path, cells: list[Cell]) -> None:
+    torch.set_num_threads(1)
+    for cell in cells:
+        with _logged(folder):
+            prepare(folder, cell)
+
+
+@contextlib.contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    """Model loading and extraction have progress bars of their own."""
+    with (folder / "prepare.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield
+
+
+@contextlib.contextmanager
+def _pool(jobs: int, **settings: Any) -> Iterator[ProcessPoolExecutor]:
+    """A pool that ends at once when it is stopped; otherwise it would first run all that waits."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), **settings) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_processes(multiprocessing.active_children())
+            raise
