@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from lavender.alignment.coverage import NO_MAPS, NO_PICTURE, NO_WORDS, UNPLACED, Coverage
+from lavender.alignment.coverage import NO_MAPS, NO_PICTURE, NO_WORDS, OUTSIDE, UNPLACED, Coverage
 from lavender.alignment.examples import (
     CUT,
     REFUSED,
@@ -22,6 +22,7 @@ from lavender.alignment.examples import (
     line_of,
     links_in,
 )
+from lavender.alignment.losses import prepared
 from lavender.alignment.word_targets import WordTargets, rows_of_word
 from lavender.config import AlignmentConfig
 from lavender.data.about import Link
@@ -30,7 +31,7 @@ from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import DataError, LavenderError
 from lavender.students.base import VlmAdapter
 from lavender.students.capture import row_tensors
-from lavender.students.image_keys import KeyLayout
+from lavender.students.image_keys import KeyLayout, seen_cells
 from lavender.students.locate import UNSEEN, WordLocator
 from lavender.words import same_root
 
@@ -81,12 +82,24 @@ class _Sample(NamedTuple):
         return ", ".join(pictures) or "no picture"
 
 
+class _Sight(NamedTuple):
+    """What a sample's tokens see.
+
+    Attributes:
+        pictures: bool (picture, token), whether a token sees a picture.
+        cells: for each picture, bool (rows, cols): whether some image key shows a part of the cell.
+    """
+
+    pictures: Tensor
+    cells: list[Tensor]
+
+
 class _BaseBatch(NamedTuple):
-    """The base collator's batch, the adapter's tensors about image keys, and which token sees which picture."""
+    """The base collator's batch, the adapter's tensors about image keys, and what each sample sees."""
 
     batch: dict[str, Any]
     keys: dict[str, Tensor]
-    seen: Tensor
+    sights: list[_Sight]
 
 
 class AlignmentCollator:
@@ -142,12 +155,12 @@ class AlignmentCollator:
         self._stand_in: Mapping[str, Any] | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        samples, (batch, keys, seen), refused = self._accepted(examples)
+        samples, (batch, keys, sights), refused = self._accepted(examples)
         coverage = Coverage(len(refused), dropped=Counter(error.reason for error in refused))
         faults = [error.got for error in refused]
         words_of = [
             self._mapped_words(
-                sample, batch["input_ids"][index], batch["attention_mask"][index], seen[index], coverage, faults
+                sample, batch["input_ids"][index], batch["attention_mask"][index], sights[index], coverage, faults
             )
             for index, sample in enumerate(samples)
         ]
@@ -230,19 +243,23 @@ class AlignmentCollator:
     def _base_batch(self, samples: Sequence[_Sample]) -> _BaseBatch:
         batch = self._base([dict(sample.example) for sample in samples])
         keys = self._adapter.key_tensors(batch, [sample.sizes for sample in samples], self._processor)
-        seen = self._adapter.seen_from(batch, KeyLayout(keys["boxes"], keys["pictures"], keys.get("views")))
-        return _BaseBatch(batch, keys, seen)
+        layout = KeyLayout(keys["boxes"], keys["pictures"], keys.get("views"))
+        sights = [
+            _Sight(seen, [seen_cells(layout, index, picture, self._grid) for picture in range(len(sample.sizes))])
+            for index, (sample, seen) in enumerate(zip(samples, self._adapter.seen_from(batch, layout), strict=True))
+        ]
+        return _BaseBatch(batch, keys, sights)
 
     def _mapped_words(
         self,
         sample: _Sample,
         ids: Tensor,
         attention_mask: Tensor,
-        seen: Tensor,
+        sight: _Sight,
         coverage: Coverage,
         faults: list[str],
     ) -> list[MappedWord]:
-        """The sample's words that have rows and a map, picture by picture. `seen` is bool (picture, token)."""
+        """The sample's words that have rows and a map, picture by picture."""
         coverage.samples += 1
         if not sample.identities:
             coverage.dropped[NO_PICTURE] += 1
@@ -268,18 +285,19 @@ class AlignmentCollator:
         mapped: list[MappedWord] = []
         for (picture, turn, _, targets), located_words in zip(turns, located, strict=True):
             target_of = {target.word.start: target for target in targets}
-            is_question = sample.messages[turn]["role"] == "user"
+            which = "read" if sample.messages[turn]["role"] == "user" else self._config.rows
             for word, rows in located_words:
+                _, heat, confidence = target_of[word.start]
                 entries = [
                     entry
-                    for entry in rows_of_word(rows, "read" if is_question else self._config.rows, self._config.tokens)
-                    if seen[picture, list(entry.rows)].all()
+                    for entry in rows_of_word(rows, which, self._config.tokens)
+                    if sight.pictures[picture, list(entry.rows)].all()
                 ]
-                if not entries:
-                    dropped[UNSEEN] += 1
+                shown = prepared(heat, subtract_background=self._config.subtract_background)[sight.cells[picture]]
+                if not entries or not shown.any():
+                    dropped[OUTSIDE if entries else UNSEEN] += 1
                     continue
                 coverage.words += 1
-                _, heat, confidence = target_of[word.start]
                 weight = (confidence if self._config.weight_by_confidence else 1.0) / len(entries)
                 mapped += [MappedWord(word.text, *entry, picture, heat, weight) for entry in entries]
         coverage.dropped += dropped

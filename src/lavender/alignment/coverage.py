@@ -22,10 +22,11 @@ NO_NOUN = "attribute whose noun is not found"
 NOUN_WITHOUT = "attribute whose noun has no map"
 SUBJECT_WITHOUT = "word about a phrase that has no map"
 LEAST_CONFIDENT = "word among the least confident of its text"
+OUTSIDE = "word whose map lies in a part of the picture that the model does not see"
 REASONS = (
     *(NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN, CHANGED, NO_WORDS, UNPLACED),
     *REFUSALS,
-    *(NO_RECORD, NO_NOUN, NOUN_WITHOUT, SUBJECT_WITHOUT, LEAST_CONFIDENT),
+    *(NO_RECORD, NO_NOUN, NOUN_WITHOUT, SUBJECT_WITHOUT, LEAST_CONFIDENT, OUTSIDE),
 )
 """Reasons why a sample, a turn or a word has no map, in the order of a batch's counts.
 

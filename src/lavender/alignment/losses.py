@@ -25,10 +25,13 @@ def prepared(maps: Tensor, sharpen: float = 1.0, subtract_background: bool = Fal
     Args:
         maps: (…, rows, cols), 0 or more.
         sharpen: power to which the heat is raised.
-        subtract_background: subtract the median of the map's cells first.
+        subtract_background: subtract the median of the map's cells first. A map that this would leave without
+            contrast, such as the mask of a thing that covers most of the picture, stays as it is.
     """
     if subtract_background:
-        maps = (maps - maps.flatten(-2).median(dim=-1).values[..., None, None]).clamp_min(0)
+        lowered = (maps - maps.flatten(-2).median(dim=-1).values[..., None, None]).clamp_min(0)
+        keeps_contrast = lowered.amax(dim=(-2, -1), keepdim=True) > FLOOR * maps.amax(dim=(-2, -1), keepdim=True)
+        maps = torch.where(keeps_contrast, lowered, maps)
     low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
     has_contrast = high - low > FLOOR * high
     heat = (maps - low) / torch.where(has_contrast, high - low, 1)
@@ -46,7 +49,7 @@ def share_on_map(attention: Tensor, heat: Tensor) -> Tensor:
 
 
 def direct_loss(attention_LNK: Tensor, heat_NK: Tensor, kind: AttentionLoss) -> Tensor:
-    """The loss of each word's own attention, (word,): mean over layers.
+    """The loss of each word's own attention, (word,): mean over the layers in which the word sees its picture.
 
     "mass" is −ln of the share of attention that lies on the map. It is 0 if all attention lies where the map is 1,
     wherever there. "kl" is KL(map ‖ attention), both as distributions over the keys, so attention must cover the map.
@@ -59,19 +62,23 @@ def direct_loss(attention_LNK: Tensor, heat_NK: Tensor, kind: AttentionLoss) -> 
         0.9163
 
     Args:
-        attention_LNK: attention on the image keys, 0 or more. It is divided by its sum over the keys.
+        attention_LNK: attention on the image keys, 0 or more. It is divided by its sum over the keys. A layer with
+            sum 0, whose window does not reach back to the picture, does not count.
         heat_NK: heat of each key, in [0, 1].
         kind: "mass" or "kl".
 
     Returns:
         In nats.
     """
+    total_LN1 = attention_LNK.sum(dim=-1, keepdim=True)
     if kind == "mass":
-        return -torch.log(share_on_map(attention_LNK, heat_NK) + LEAST).mean(dim=0)
-    attention_LNK = attention_LNK / attention_LNK.sum(dim=-1, keepdim=True).clamp_min(LEAST)
-    target_NK = heat_NK / heat_NK.sum(dim=-1, keepdim=True).clamp_min(LEAST)
-    distance_LNK = torch.special.xlogy(target_NK, target_NK) - target_NK * torch.log(attention_LNK + LEAST)
-    return distance_LNK.sum(dim=-1).mean(dim=0)
+        loss_LN = -torch.log(share_on_map(attention_LNK, heat_NK) + LEAST)
+    else:
+        attention_LNK = attention_LNK / total_LN1.clamp_min(LEAST)
+        target_NK = heat_NK / heat_NK.sum(dim=-1, keepdim=True).clamp_min(LEAST)
+        loss_LN = (torch.special.xlogy(target_NK, target_NK) - target_NK * torch.log(attention_LNK + LEAST)).sum(dim=-1)
+    sees_LN = total_LN1[..., 0] > 0
+    return torch.where(sees_LN, loss_LN, 0).sum(dim=0) / sees_LN.sum(dim=0).clamp_min(1)
 
 
 def per_word_loss(student: Tensor, teacher: Tensor, kind: AttentionLoss = "published") -> Tensor:

@@ -277,7 +277,7 @@ def _curves(run: Path) -> list[Curve]:
             f"{path} with a damaged line: {error}", "one JSON object per line", "delete the line, or train again"
         ) from error
     curves = []
-    for key, label in (("vlm_loss", "L_VLM, nats per token"), ("attention_loss", "L_att, mean squared error")):
+    for key, label in (("vlm_loss", "L_VLM, nats per token"), ("attention_loss", "L_att")):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             curves.append(Curve(label, "step", label, {run.name: points}))

@@ -1,8 +1,9 @@
 """Attention forcing: chosen rows attend to the picture as a map says, in place of their own attention.
 
 It is to attention what teacher forcing is to tokens: the layers after the row learn to use what lies in the right place
-before the row itself looks there. Only how a row's attention is spread over the image keys changes; the share that goes
-to text stays the row's own. Gradients are exact: they reach values, and the queries and keys through that share.
+before the row itself looks there. Only how a row's attention is spread over the image keys that it sees changes; the
+share that goes to text stays the row's own. A row that sees no key with heat keeps its own attention. Gradients are
+exact: they reach values, and the queries and keys through that share.
 
 Axis suffixes: B sample, H head, G key head, R row, T token, W word, K key, I image key, D head width.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lavender.students.image_keys import KeyLayout, on_keys
-from lavender.students.rows import scores_of, select_rows
+from lavender.students.rows import hidden_score, scores_of, select_rows
 
 LEAST = 1e-8
 
@@ -70,11 +71,16 @@ class Forcing:
         target_BRI = self._target(mixing_VNP).to(key_BGKD.device)
         if mask is not None:
             mask = mask.expand(len(query_BHTD), -1, -1, -1)
-        own_BHRK = scores_of(select_rows(query_BHTD, rows_BR), key_BGKD, rows_BR, mask, scaling).softmax(dim=-1)
+        scores_BHRK = scores_of(select_rows(query_BHTD, rows_BR), key_BGKD, rows_BR, mask, scaling)
+        own_BHRK = scores_BHRK.softmax(dim=-1)
         is_image_BK = self._is_image(keys_BI, key_BGKD)
         share_BHR = (own_BHRK * is_image_BK[:, None, None]).sum(dim=-1, keepdim=True)
         target_BRK = target_BRI if keys_BI is None else _on_sequence(target_BRI, keys_BI, key_BGKD.shape[2])
-        forced_BHRK = own_BHRK.masked_fill(is_image_BK[:, None, None], 0) + share_BHR * target_BRK[:, None]
+        target_BHRK = target_BRK[:, None] * (scores_BHRK > hidden_score(mask, scores_BHRK) / 2)
+        total_BHR = target_BHRK.sum(dim=-1, keepdim=True)
+        spread_BHRK = share_BHR * target_BHRK / total_BHR.clamp_min(LEAST)
+        forced_BHRK = own_BHRK.masked_fill(is_image_BK[:, None, None], 0) + spread_BHRK
+        forced_BHRK = torch.where(total_BHR > LEAST, forced_BHRK, own_BHRK)
         groups = value_BGKD.shape[1]
         forced_BGNRK = forced_BHRK.unflatten(1, (groups, -1))
         mixed = torch.einsum("bgnrk,bgkd->brgnd", forced_BGNRK, value_BGKD.to(forced_BGNRK.dtype)).flatten(2, 3)
@@ -85,7 +91,10 @@ class Forcing:
         return output_BTHD.index_put(places, mixed[samples, rows][:, heads].to(output_BTHD.dtype))
 
     def _target(self, mixing_VNP: Tensor | None) -> Tensor:
-        """The forced rows' shares of the image keys, which sum to 1: (sample, row, key). Without gradient."""
+        """The forced rows' shares of the image keys: (sample, row, key), without gradient.
+
+        They sum to 1, or to 0 where no key shows a part of the map.
+        """
         if self._target_BRI is None:
             mixing = None if mixing_VNP is None else mixing_VNP.detach()
             heat_BWI = on_keys(self._heat, self._layout, self._word_pictures, mixing)

@@ -166,6 +166,24 @@ def is_of_word(layout: KeyLayout, word_pictures_BW: Tensor) -> Tensor:
     return layout.pictures[:, None] == word_pictures_BW[..., None].to(layout.pictures.device)
 
 
+def seen_cells(layout: KeyLayout, sample: int, picture: int, grid: tuple[int, int]) -> Tensor:
+    """The cells of a grid over a picture of which some image key shows a part: bool (rows, cols).
+
+    A model that crops its pictures sees only some of them.
+    """
+    is_of_picture = layout.pictures[sample] == picture
+    boxes = layout.boxes[sample][is_of_picture] if layout.views is None else None
+    if layout.views is not None:
+        boxes = layout.boxes[layout.views[sample][is_of_picture].unique()].flatten(0, 1)
+    return _seen_cells(boxes.float().cpu().numpy().tobytes(), grid)
+
+
+@lru_cache(maxsize=256)
+def _seen_cells(boxes: bytes, grid: tuple[int, int]) -> Tensor:
+    overlap = overlap_matrix(torch.frombuffer(bytearray(boxes), dtype=torch.float32).view(-1, 4), grid)
+    return (overlap > 0).any(dim=0).unflatten(0, grid)
+
+
 def _overlap(layout: KeyLayout, grid: tuple[int, int], device: torch.device, mixing_VNP: Tensor | None) -> Tensor:
     """What each image key shows of each cell: (sample, key, cell)."""
     overlaps = [_cached_overlap(boxes.numpy().tobytes(), grid) for boxes in layout.boxes.float().cpu()]

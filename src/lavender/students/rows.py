@@ -65,8 +65,8 @@ class _AttentionRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         query, key, rows, keys, mask, largest, total = ctx.saved_tensors
-        hidden = torch.finfo(mask.dtype if mask is not None and mask.is_floating_point() else largest.dtype).min
-        normaliser = (largest > hidden / 2) / total  # 0 for a row that sees nothing: it has no gradient
+        # 0 for a row that sees nothing: it has no gradient
+        normaliser = (largest > hidden_score(mask, largest) / 2) / total
         exponentials = scores_of(query, key, rows, mask, ctx.scaling).sub_(largest).exp_()
         kept = _kept(exponentials, keys) * normaliser
         if ctx.heads == "mean":
@@ -100,6 +100,11 @@ def scores_of(query_BHRD: Tensor, key_BGKD: Tensor, rows_BR: Tensor, mask: Tenso
     if row_mask.dtype == torch.bool:
         return scores.masked_fill_(~row_mask, least)
     return scores.add_(row_mask).clamp_min_(least)
+
+
+def hidden_score(mask: Tensor | None, scores: Tensor) -> float:
+    """The score of a key that a row does not see, in `scores_of`."""
+    return torch.finfo(mask.dtype if mask is not None and mask.is_floating_point() else scores.dtype).min
 
 
 def _kept(values_BHRK: Tensor, keys_BI: Tensor | None) -> Tensor:

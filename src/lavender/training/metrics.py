@@ -35,6 +35,8 @@ class Metrics:
     - `student_entropy`: its entropy, in nats (Eq. 23).
     - `attention_mass`: the share of it that lies on the teacher's map, from 0 to 1. This is its level, which the
       published loss hardly changes; the place of its maximum, "pointing", does not show it.
+    With attention forcing the figures of training are of a model whose rows are forced in some layers. Compare those of
+    evaluation, or of the probe.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from families.geometry import picture
 from lavender.alignment.collator import AlignmentCollator
-from lavender.alignment.coverage import NO_PICTURE, Coverage
+from lavender.alignment.coverage import NO_PICTURE, OUTSIDE, Coverage
 from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.alignment.word_targets import rows_of_word
 from lavender.config import AlignmentConfig
@@ -188,6 +188,23 @@ def test_more_pictures_than_their_places_are_refused(student, store):
 def test_a_picture_that_cannot_be_read_is_refused(student, store):
     with pytest.raises(DataError, match="Got the sample 'a dog and a cat' with .*: its picture with 3 × 3 pixels"):
         collator_of(student, store)([{"images": [FIRST, Image.new("RGB", (3, 3))], "messages": messages(DOG)}])
+
+
+def test_a_word_in_the_part_that_is_cropped_is_left_out_and_counted(tmp_path, captions):
+    """LLaVA-1.5's processor cuts the longer side: of 60 × 120 pixels it sees the middle half."""
+    family = STUDENTS["llava"]
+    processor = family.build_processor([*captions, DOG, CAT], vocabulary=300)
+    processor.image_processor.do_center_crop = True
+    processor.image_processor.size = {"shortest_edge": processor.image_processor.crop_size["height"]}
+    wide, own = picture((60, 120)), words(DOG, "dog", "cat")
+    maps = torch.zeros(2, 8, 8)
+    maps[0, 4, 0], maps[1, 4, 4] = 1, 1  # the dog is at the left edge, the cat in the middle
+    with MapStore.writer(tmp_path / "maps", {"made by": "tests"}, {}, (8, 8)) as writer:
+        writer.add(WordMaps(image_id(wide), DOG, own, maps))
+    student = family.build_model(processor), processor
+    batch = collator_of(student, MapStore.open(tmp_path / "maps"))([{"images": [wide], "messages": messages(DOG)}])
+    assert batch["alignment"]["words"] == [["cat"]]
+    assert Coverage.of(batch["alignment"]["counts"]) == Coverage(1, 1, 1, Counter({OUTSIDE: 1}))
 
 
 def test_rows_of_words():

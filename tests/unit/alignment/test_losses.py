@@ -205,3 +205,19 @@ def test_targets_by_hand(settings, heat):
 def test_a_map_without_contrast_is_1_everywhere(level):
     for subtract in (False, True):
         assert torch.equal(prepared(torch.full((1, 3, 3), level), 2.0, subtract), torch.ones(1, 3, 3))
+
+
+def test_the_mask_of_a_large_thing_stays_as_it_is():
+    """Its median is its maximum, so that subtracting it would leave nothing."""
+    mask = torch.tensor([[[1.0, 1.0, 1.0, 0.0]]])
+    assert torch.equal(prepared(mask, subtract_background=True), mask)
+
+
+@pytest.mark.parametrize("kind", ["mass", "kl"])
+def test_a_layer_that_does_not_see_the_picture_does_not_count(kind):
+    """As a sliding layer far behind the picture: the loss is that of the other layers."""
+    heat = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    seen = QUARTERS
+    both = torch.cat([seen, torch.zeros_like(seen[:1])])
+    torch.testing.assert_close(direct_loss(both, heat, kind), direct_loss(seen, heat, kind))
+    assert direct_loss(torch.zeros(2, 1, 4), heat, kind).tolist() == [0]

@@ -50,3 +50,53 @@ def test_a_forced_row_attends_as_its_map_says(cross, heads):
     assert all(torch.equal(output[place], own.transpose(1, 2)[place]) for place in untouched)
     others = [head for head in range(HEADS) if heads is not None and head not in heads]
     assert torch.equal(output[:, :, others], own.transpose(1, 2)[:, :, others])
+
+
+def forced_by(heat, mask, values):
+    """The output of one forced row, the last of six, for image keys 0 to 3 (a row of four cells) and equal scores."""
+    layout = key_layout([[grid_boxes(1, 4)]])
+    forcing = Forcing(
+        torch.tensor([[[heat]]]),
+        torch.ones(1, 1, 1),
+        torch.ones(1, 1, dtype=torch.bool),
+        layout,
+        torch.zeros(1, 1).long(),
+    )
+    query, key = torch.zeros(1, 1, 6, 1), torch.zeros(1, 1, 6, 1)
+    value = torch.tensor(values).view(1, 1, 6, 1)
+    own = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    rows, keys = torch.tensor([[5]]), torch.tensor([[0, 1, 2, 3]])
+    return own[0, 0, 5].item(), forcing.output(own.transpose(1, 2), query, key, value, mask, 1.0, rows, keys, None)[
+        0, 5
+    ]
+
+
+@pytest.mark.parametrize("kind", ["bool", "float32", "bfloat16"])
+def test_a_forced_row_attends_to_what_it_sees_alone(kind):
+    """Its window shows the keys 2 to 5: each has a quarter of its attention, so 0.5 goes to image keys 2 and 3."""
+    mask = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 2:] = True
+    if kind != "bool":
+        dtype = getattr(torch, kind)
+        mask = torch.zeros(1, 1, 6, 6, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min).float()
+    values = [100.0, 100.0, 1.0, 2.0, 0.0, 0.0]
+    _, forced = forced_by([1.0, 0.0, 0.25, 0.75], mask, values)
+    assert forced.item() == pytest.approx(0.5 * (0.25 * 1 + 0.75 * 2))
+    own, forced = forced_by([1.0, 1.0, 0.0, 0.0], mask, values)  # nothing of the map is in the window
+    assert forced.item() == pytest.approx(own) == pytest.approx(0.75)
+
+
+def test_a_row_whose_map_no_key_shows_keeps_its_attention():
+    """The picture is cropped to its right half, and the thing is in the left one."""
+    layout = key_layout([[grid_boxes(1, 2, (0.0, 0.5, 1.0, 1.0))]])
+    forcing = Forcing(
+        torch.tensor([[[[1.0, 0.0]]]]),
+        torch.ones(1, 1, 1),
+        torch.ones(1, 1, dtype=torch.bool),
+        layout,
+        torch.zeros(1, 1).long(),
+    )
+    query, key, value = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 2, 1), torch.ones(1, 1, 2, 1)
+    own = torch.ones(1, 1, 1, 1)
+    output = forcing.output(own, query, key, value, None, 1.0, torch.tensor([[1]]) * 0, None, None)
+    torch.testing.assert_close(output, own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lavender.students.image_keys import EMPTY_BOX, grid_boxes, overlap_matrix
+from lavender.students.image_keys import EMPTY_BOX, KeyLayout, grid_boxes, key_layout, overlap_matrix, seen_cells
 
 
 def overlap(*box: float, grid: tuple[int, int] = (5, 7)) -> torch.Tensor:
@@ -75,3 +75,19 @@ def test_grid_boxes_are_row_major_and_fill_the_frame():
         [1.0, 0.5, 1.5, 0.75],
         [1.0, 0.75, 1.5, 1.0],
     ]
+
+
+def test_the_cells_that_a_cropped_picture_shows():
+    """The second picture of the second sample is cut at the left, to the middle of the third of six columns."""
+    cut = grid_boxes(4, 4, (0.0, 2.5 / 6, 1.0, 1.0))
+    layout = key_layout([[grid_boxes(2, 2)], [grid_boxes(2, 2), cut]])
+    assert seen_cells(layout, 0, 0, (2, 6)).all()
+    assert seen_cells(layout, 1, 1, (2, 6)).tolist() == [[False, False, True, True, True, True]] * 2
+
+
+def test_the_cells_that_a_resampler_gets():
+    """Latents 0 and 1 of a picture are of the view whose patches show the upper half."""
+    boxes = torch.stack([grid_boxes(2, 2, (0.5, 0.0, 1.0, 1.0)), grid_boxes(2, 2, (0.0, 0.0, 0.5, 1.0))])
+    layout = KeyLayout(boxes, torch.tensor([[0, 0, 1, 1]]), torch.tensor([[1, 1, 0, 0]]))
+    assert seen_cells(layout, 0, 0, (2, 1)).tolist() == [[True], [False]]
+    assert seen_cells(layout, 0, 1, (2, 1)).tolist() == [[False], [True]]
