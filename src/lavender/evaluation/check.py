@@ -20,8 +20,10 @@ Figures are {"mean": …, "margin": …}:
 - `attention_mass` and `attention_mass_control`: the share of the model's attention on the picture that lies
   on the word's map, and on the control's.
 - `read`: the share of words that a linear reader of the features of these keys gets right, `there`, on the
-  `control` and on the `whole` picture, for words that several pictures have. `gain_of_reading`: there − the
-  better one of the others.
+  `control` and on the `whole` picture, for words that several pictures have, as they have another word of its
+  kind: known or new, of one part of speech. `gain_of_reading`: there − the better one of the others.
+
+`alone`: the words that are the only one of their kind, with their number. A reader has nothing to tell them from.
 
 `hidden`, measured where maps are not above the control: `part`, by how much the loss of known words rises
 when the worst ninth of the picture is hidden; `all`, when everything is.
@@ -54,6 +56,8 @@ from lavender.evaluation.promise import SURPRISE, is_local, promise
 from lavender.maps import Word
 from lavender.students.loading import load_run
 
+Kind = tuple[str, bool]
+"""Words that a reader tells from each other: (part of speech, whether they are new)."""
 BLOCKS = 3
 """The picture is cut into BLOCKS × BLOCKS parts to find out whether hiding any of them matters."""
 NUM_HIDDEN = 32
@@ -183,23 +187,38 @@ def groups_of(measured: Measured) -> dict[str, dict[str, Any] | None]:
     labels = [case.label for case in measured.cases]
     surprise = torch.minimum(measured.losses["whole"], measured.losses["there"])
     is_new = _mean_of_equals(surprise, labels) > SURPRISE
-    pictures = [case.index for case in measured.cases]
-    hits = {name: _read(features, measured.cases, is_new) for name, features in measured.features.items()}
-    pictures_of: dict[str, set[int]] = {}
-    for label, picture in zip(labels, pictures, strict=True):
-        pictures_of.setdefault(label, set()).add(picture)
-    repeats = torch.tensor([len(pictures_of[label]) > 1 for label in labels])
+    kinds = [(case.word.part_of_speech, new) for case, new in zip(measured.cases, is_new.tolist(), strict=True)]
+    hits = {name: _read(features, measured.cases, kinds) for name, features in measured.features.items()}
+    readable, alone = _readable(measured.cases, kinds)
     masks = {"all": torch.ones_like(is_new), "known": ~is_new, "new": is_new}
-    return {name: _group(measured, hits, repeats, mask) if mask.any() else None for name, mask in masks.items()}
+    return {name: _group(measured, hits, readable, alone, mask) if mask.any() else None for name, mask in masks.items()}
 
 
-def _read(features: Tensor, cases: Sequence[Case], is_new: Tensor) -> Tensor:
-    """Which words a reader gets right: (case,). It chooses among known or new words of one part of speech.
+def _readable(cases: Sequence[Case], kinds: Sequence[Kind]) -> tuple[Tensor, Tensor]:
+    """Of which cases a reader's hits mean something, and which have the only word of their kind: bool (case,) each.
+
+    Several pictures have a readable word, and another one of its kind. Else a reader has nothing to tell it from, and
+    is right by construction.
+    """
+    pictures_of: dict[Kind, dict[str, set[int]]] = {}
+    for case, kind in zip(cases, kinds, strict=True):
+        pictures_of.setdefault(kind, {}).setdefault(case.label, set()).add(case.index)
+    repeated = {
+        kind: {label for label, pictures in of_kind.items() if len(pictures) > 1}
+        for kind, of_kind in pictures_of.items()
+    }
+    readable = [
+        case.label in repeated[kind] and len(repeated[kind]) > 1 for case, kind in zip(cases, kinds, strict=True)
+    ]
+    return torch.tensor(readable), torch.tensor([len(pictures_of[kind]) == 1 for kind in kinds])
+
+
+def _read(features: Tensor, cases: Sequence[Case], kinds: Sequence[Kind]) -> Tensor:
+    """Which words a reader gets right: (case,). It chooses among the words of a kind.
 
     "red" and "dog" may have the same place, so a reader of all words could not tell which of them is asked for.
     """
     hits = torch.zeros(len(cases))
-    kinds = [(case.word.part_of_speech, new) for case, new in zip(cases, is_new.tolist(), strict=True)]
     for kind in set(kinds):
         chosen = [place for place, other in enumerate(kinds) if other == kind]
         labels = [cases[place].label for place in chosen]
@@ -215,21 +234,23 @@ def _mean_of_equals(values: Tensor, labels: Sequence[str]) -> Tensor:
     return (sums / inverse.bincount())[inverse]
 
 
-def _group(measured: Measured, hits: Mapping[str, Tensor], repeats: Tensor, mask: Tensor) -> dict[str, Any]:
+def _group(
+    measured: Measured, hits: Mapping[str, Tensor], readable: Tensor, alone: Tensor, mask: Tensor
+) -> dict[str, Any]:
     pictures = torch.tensor([case.index for case in measured.cases])
     losses = measured.losses
 
     def figure(values: Tensor, of: Tensor = mask) -> dict[str, float | None]:
         return estimate(values[of], pictures[of])
 
-    def num_forms(of: Tensor) -> int:
-        return len({case.label for case, chosen in zip(measured.cases, of.tolist(), strict=True) if chosen})
+    def forms(of: Tensor) -> Counter[str]:
+        return Counter(case.label for case, chosen in zip(measured.cases, of.tolist(), strict=True) if chosen)
 
-    readable = mask & repeats
+    readable = mask & readable
     return {
         "words": int(mask.sum()),
         "pictures": len(pictures[mask].unique()),
-        "forms": num_forms(mask),
+        "forms": len(forms(mask)),
         "loss": {view: figure(values) for view, values in losses.items()},
         "gain": figure(losses["whole"] - losses["there"]),
         "gain_of_place": figure(losses["whole"] - losses["candidates"]),
@@ -239,8 +260,9 @@ def _group(measured: Measured, hits: Mapping[str, Tensor], repeats: Tensor, mask
         "attention_mass_control": figure(measured.chance),
         "keys_that_show_a_word": figure(measured.area),
         "read_words": int(readable.sum()),
-        "read_forms": num_forms(readable),
+        "read_forms": len(forms(readable)),
         "read_pictures": len(pictures[readable].unique()),
+        "alone": dict(forms(mask & alone)),
         "read": {name: figure(values, readable) for name, values in hits.items()} if readable.any() else None,
         "gain_of_reading": _gain_of_reading(hits, readable, figure) if readable.any() else None,
     }

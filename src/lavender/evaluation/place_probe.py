@@ -43,7 +43,7 @@ def read_words(features: Tensor, words: Sequence[int], pictures: Sequence[int]) 
 def _predicted(train: Tensor, classes: Tensor, test: Tensor) -> Tensor:
     """The word of each row of `test`, (row,). Solved in the space of samples, of which there are few."""
     train, test = train.double(), test.double()
-    mean, scale = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
+    mean, scale = train.mean(dim=0), train.std(dim=0, correction=0).clamp_min(1e-6)
     train, test = (train - mean) / scale, (test - mean) / scale
     targets = F.one_hot(classes, int(classes.max()) + 1).double()
     shares, width = targets.mean(dim=0), train.shape[1]

@@ -29,7 +29,8 @@ class Promise(NamedTuple):
 
     Attributes:
         verdict: "pays" if alignment pays for known or for new words; else "cannot say" if that holds for one of them.
-            Groups with few words (`FEW`) decide nothing, unless they pay.
+            A group with few words (`FEW`) decides nothing, unless it pays. Neither few known words nor known words in
+            few pictures (`LEAST_PICTURES`) speak against new ones.
         reasons: group → reason.
     """
 
@@ -55,7 +56,9 @@ def promise(result: Mapping[str, Any]) -> Promise:
     if known is not None:
         parts["known"] = _of_known(known, result["hidden"], result["samples"])
     if new is not None:
-        holds = known is None or _maps_hold(known)  # without known words the reader alone decides
+        all_words = result["groups"]["all"]["words"]
+        # without enough known words the reader alone decides
+        holds = known is None or _is_small(known, all_words) or _maps_hold(known)
         is_spread = not holds and "known" in parts and parts["known"].verdict == "no gain"
         parts["new"] = _of_new(new, holds, is_spread, result["samples"])
     deciding = [name for name in parts if result["groups"][name]["words"] >= FEW * result["groups"]["all"]["words"]]
@@ -140,15 +143,20 @@ def _of_new(new: Mapping[str, Any], holds: bool, is_spread: bool, samples: int) 
 
     Args:
         new: their figures.
-        holds: whether the model reads known words from where the maps show them, if there are any.
+        holds: whether the model reads known words from where the maps show them, if there are
+            enough to tell.
         is_spread: whether it keeps what it sees of known words all over the picture.
         samples: number of samples that were checked.
     """
     if is_spread and (new["gain_of_reading"] is None or _interval(new["gain_of_reading"])[0] <= LEAST_READ):
-        return Part("no gain", "their places do not read better either, as this model keeps no thing in its place.")
-    few = _too_few(new["read_pictures"], new["read_words"], samples, " that occur in two pictures or more")
-    if few:
-        return few
+        return Part(
+            "no gain",
+            "this model keeps no thing in its place, as known words show, and no reading of new words from their "
+            "places speaks against it.",
+        )
+    unread = _unread(new, samples)
+    if unread:
+        return unread
     gain, read = new["gain_of_reading"], new["read"]
     told = (
         f"a linear reader of the model's image features gets {read['there']['mean']:.0%} of the new words right from "
@@ -178,6 +186,23 @@ def _of_new(new: Mapping[str, Any], holds: bool, is_spread: bool, samples: int) 
 def _maps_hold(group: Mapping[str, Any]) -> bool:
     """Whether a word is predicted better from its map's place than from that of another picture, beyond the margin."""
     return _interval(group["over_control"])[0] > 0
+
+
+def _is_small(group: Mapping[str, Any], all_words: int) -> bool:
+    return group["pictures"] < LEAST_PICTURES or group["words"] < FEW * all_words
+
+
+def _unread(new: Mapping[str, Any], samples: int) -> Part | None:
+    """What to say of new words most of which have none to be told from, or of which too few can be read."""
+    if sum(new["alone"].values()) > new["words"] / 2:
+        return Part(
+            "cannot say",
+            f"a reader would have nothing to tell {', '.join(new['alone'])} from: there is no other new word of the "
+            f"same part of speech. Train a short run with alignment and a plain run of equal steps, and compare them "
+            f"with `lavender eval`; or check again with pictures of at least one other such word.",
+        )
+    which = " that occur in two pictures or more, as another new word of their part of speech does,"
+    return _too_few(new["read_pictures"], new["read_words"], samples, which)
 
 
 def _too_few(pictures: int, words: int, samples: int, which: str = "") -> Part | None:

@@ -17,9 +17,10 @@ from lavender.data.images import image_id
 from lavender.data.samples import read_samples
 from lavender.data.store import MapStore
 from lavender.errors import DataError
-from lavender.evaluation.check import _place_is_told, cases_of, check_model, estimate
-from lavender.evaluation.leave_out import VIEWS, Case, keys_that_show, measure
+from lavender.evaluation.check import _place_is_told, cases_of, check_model, estimate, groups_of
+from lavender.evaluation.leave_out import FEATURES, VIEWS, Case, Measured, keys_that_show, measure
 from lavender.evaluation.place_probe import read_words
+from lavender.evaluation.promise import promise
 from lavender.maps import Word, WordMaps, to_heat
 from lavender.students.image_keys import KeyLayout
 from lavender.students.loading import load_run
@@ -235,6 +236,51 @@ def test_a_reader_is_judged_on_pictures_that_it_has_not_seen():
     of_word, of_picture = torch.eye(4)[words], torch.eye(40)[pictures]
     assert read_words(of_word, words.tolist(), pictures.tolist()).mean() == 1
     assert read_words(of_picture, words.tolist(), pictures.tolist()).mean() < 0.5
+
+
+def test_a_reader_of_one_case_knows_its_word():
+    assert read_words(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), [1, 1], [0, 1]).tolist() == [1, 1]
+    assert read_words(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), [1, 0], [0, 1]).tolist() == [0, 0]
+
+
+def measured_of(words: Sequence[tuple[str, str, int]]) -> Measured:
+    """New words, each (text, part of speech, picture), whose places tell them, and whose pictures do not."""
+    answered = AnsweredPicture(next(iter(scenes("development", 1))).image, CAPTION_PROMPT, "", ())
+    cases = [
+        Case(answered, picture, Word(text, 0, len(text), text, part), torch.ones(3, 1, 1))
+        for text, part, picture in words
+    ]
+    forms = sorted({text for text, _, _ in words})
+    there = torch.eye(len(forms))[[forms.index(text) for text, _, _ in words]]
+    losses = {view: torch.full((len(words),), 9.0) for view in ("whole", *VIEWS)}
+    features = {name: there if name == "there" else torch.ones_like(there) for name in FEATURES}
+    return Measured(cases, losses, features, *(torch.ones(len(words)) for _ in range(3)))
+
+
+def test_one_new_word_is_not_read():
+    """A reader would be right by construction, wherever it looks."""
+    groups = groups_of(measured_of([("wug", "noun", picture) for picture in range(40)]))
+    new = groups["new"]
+    assert new is not None
+    assert (new["read"], new["gain_of_reading"], new["read_words"]) == (None, None, 0)
+    assert new["alone"] == {"wug": 40}
+    found = promise({"samples": 40, "groups": groups, "hidden": None})
+    assert found.verdict == "cannot say"
+    assert "nothing to tell wug from" in found.reasons["new"]
+
+
+def test_words_without_another_of_their_kind_do_not_lower_the_gain_of_reading():
+    """Here a verb alone, and an adjective beside one that a single picture has."""
+    nouns = [(("blick", "wug")[picture % 2], "noun", picture) for picture in range(40)]
+    others = [("zav", "verb", picture) for picture in range(30)]
+    others += [("gorp", "adjective", picture) for picture in range(20)] + [("fep", "adjective", 20)]
+    plain, mixed = (groups_of(measured_of(words))["new"] for words in (nouns, nouns + others))
+    assert plain is not None
+    assert mixed is not None
+    assert plain["gain_of_reading"]["mean"] >= 0.5
+    for key in ("read", "gain_of_reading", "read_words", "read_forms", "read_pictures"):
+        assert mixed[key] == plain[key]
+    assert (plain["alone"], mixed["alone"]) == ({}, {"zav": 30})
 
 
 def test_maps_of_other_data_are_refused(tmp_path, store_path):

@@ -26,6 +26,7 @@ def group(words: int = 100, **figures: Any) -> dict[str, Any]:
         "read_words": words,
         "read_forms": 5,
         "read_pictures": 50,
+        "alone": {},
     }
     return plain | figures
 
@@ -58,7 +59,8 @@ def test_known_words(figures, hidden, verdict, says):
     assert says in found.reasons["known"]
 
 
-LITTLE = {"gain_of_reading": figure(LEAST_READ - 0.02)}
+UNREAD: dict[str, Any] = {"read": None, "gain_of_reading": None, "read_words": 0, "read_forms": 0, "read_pictures": 0}
+LITTLE: dict[str, Any] = {"gain_of_reading": figure(LEAST_READ - 0.02)}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,8 @@ LITTLE = {"gain_of_reading": figure(LEAST_READ - 0.02)}
         (LITTLE, group(over_control=figure(0.0)), LOCAL, "cannot say", "do not show these words"),
         (LITTLE | {"read_forms": 90}, group(), None, "cannot say", "too few samples per word (100 of 90 words)"),
         ({"gain_of_reading": figure(0.2, 0.2)}, group(), None, "cannot say", "check about 126 samples"),
-        ({"read_pictures": 0, "read_words": 0}, group(), None, "cannot say", "that occur in two pictures or more"),
+        (UNREAD, group(), None, "cannot say", "that occur in two pictures or more"),
+        (UNREAD, group(over_control=figure(0.0)), NOT_LOCAL, "no gain", "no reading of new words"),
     ],
 )
 def test_new_words(figures, known, hidden, verdict, says):
@@ -87,6 +90,38 @@ def test_a_few_new_words_decide_nothing_unless_they_pay():
     assert promise(result(group(), group(24, **unclear))).verdict == "no gain"
     assert promise(result(group(), group(26, **unclear))).verdict == "cannot say"
     assert promise(result(group(), group(5))).verdict == "pays"
+
+
+def test_a_new_word_that_has_none_to_be_told_from_cannot_say():
+    """More samples of it would not help."""
+    found = promise(result(group(), group(**UNREAD, alone={"wug": 100})))
+    assert found.verdict == "cannot say"
+    assert "nothing to tell wug from" in found.reasons["new"]
+    assert "at least one other such word" in found.reasons["new"]
+    assert "--limit" not in found.reasons["new"]
+    few_read: dict[str, Any] = LITTLE | {"read_words": 40, "alone": {"wug": 60}}
+    assert promise(result(group(), group(**few_read))).verdict == "cannot say"
+    most_read: dict[str, Any] = LITTLE | {"read_words": 60, "alone": {"wug": 40}}
+    assert promise(result(group(), group(**most_read))).verdict == "no gain"
+
+
+@pytest.mark.parametrize(
+    "few",
+    [
+        {"words": 1, "pictures": 1, "over_control": {"mean": 2.0, "margin": None}},
+        {"words": 40, "pictures": 7, "over_control": figure(0.0)},
+        {"words": 19, "pictures": 19, "over_control": figure(0.0)},
+    ],
+)
+def test_few_known_words_do_not_speak_against_new_ones(few):
+    found = promise(result(group(**few), group(80), LOCAL))
+    assert found.verdict == "pays"
+    assert "Align these words" in found.reasons["new"]
+
+
+def test_enough_known_words_speak_against_new_ones():
+    known = group(words=20, pictures=8, over_control=figure(0.0))
+    assert promise(result(known, group(80), LOCAL)).verdict == "cannot say"
 
 
 def test_hit_rate():
