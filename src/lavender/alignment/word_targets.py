@@ -7,7 +7,7 @@ data has a column `about`, a word of an answer takes the map of the words that i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from lavender.alignment.attributes import described_nouns
 from lavender.alignment.coverage import LEAST_CONFIDENT, NO_NOUN, NO_RECORD, NOUN_WITHOUT, SUBJECT_WITHOUT
 from lavender.alignment.examples import describe
 from lavender.config import ROLES, AlignmentConfig, Rows, WordTokens
-from lavender.data.about import Link
+from lavender.data.about import Link, Place
 from lavender.data.conversations import text_of
 from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import ConfigError, StoreError
@@ -155,41 +155,42 @@ class WordTargets:
         """The chosen words of a record, each with a map of this record, without those that `links` give another map."""
         config, takes_noun = self._config, self._config.attributes == "noun"
         heads = subjects_and_objects(maps.text) if config.subjects_and_objects else None
-        taken = [link.word for link in links]
-        words = {word: [place] for place, word in enumerate(maps.words)}
-        if takes_noun:
-            words = {word: places for word, places in words.items() if word.part_of_speech != "adjective"}
+        taken: list[Word | Place] = [link.word for link in links]
         chosen = {
-            word: places
-            for word, places in words.items()
-            if (config.parts_of_speech is None or word.part_of_speech in config.parts_of_speech)
+            word: [place]
+            for place, word in enumerate(maps.words)
+            if not (takes_noun and word.part_of_speech == "adjective")
+            and (config.parts_of_speech is None or word.part_of_speech in config.parts_of_speech)
             and (heads is None or word.start in heads)
+            and not _overlaps(word, taken)
         }
         if takes_noun:
+            taken += chosen
             for adjective, noun in described_nouns(maps.text).items():
-                if any(_overlap(adjective, place.start, place.end) for place in taken):
+                if _overlaps(adjective, taken):  # "hot" of the phrase "hot dog"
                     continue
                 places = [] if noun is None else _places(maps, noun.start, noun.end)
                 if places:
                     chosen[adjective] = places[:1]
                 else:
                     dropped[NO_NOUN if noun is None else NOUN_WITHOUT] += 1
-        targets = [
-            _target(word, maps, places, example)
-            for word, places in chosen.items()
-            if not any(_overlap(word, place.start, place.end) for place in taken)
-        ]
+        targets = [_target(word, maps, places, example) for word, places in chosen.items()]
         return _most_confident(targets, config.word_share, dropped)
 
 
 def _most_confident(targets: list[Target], share: float, dropped: Counter[str]) -> list[Target]:
-    """This share of the targets, at least one: those with the most confident maps. The others are counted."""
+    """This share of the targets, at least one: those with the most confident maps. The others are counted.
+
+    More are kept where several are as confident as the last one of the share: all of them, in a store without
+    confidences. The order of words decides nothing.
+    """
     if share == 1 or not targets:
         return targets
-    ranked = sorted(targets, key=lambda target: -target.confidence)
     num_kept = max(1, round(share * len(targets)))
-    dropped[LEAST_CONFIDENT] += len(targets) - num_kept
-    return ranked[:num_kept]
+    least = sorted(target.confidence for target in targets)[-num_kept]
+    kept = [target for target in targets if target.confidence >= least]
+    dropped[LEAST_CONFIDENT] += len(targets) - len(kept)
+    return kept
 
 
 def _linked(link: Link, text: str, subject: WordMaps, example: Mapping[str, Any]) -> Target | None:
@@ -224,6 +225,10 @@ def _places(maps: WordMaps, start: int, end: int) -> list[int]:
 
 def _overlap(word: Word, start: int, end: int) -> bool:
     return word.start < end and word.end > start
+
+
+def _overlaps(word: Word, others: Iterable[Word | Place]) -> bool:
+    return any(_overlap(word, other.start, other.end) for other in others)
 
 
 def _start(target: Target) -> int:

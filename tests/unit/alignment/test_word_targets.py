@@ -26,7 +26,7 @@ from lavender.config import AlignmentConfig
 from lavender.data.images import image_id
 from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import ConfigError
-from lavender.maps import WordMaps, to_heat
+from lavender.maps import Word, WordMaps, to_heat
 from lavender.students.locate import UNSEEN
 from lavender.students.registry import adapter_for
 from lavender.words import words_of
@@ -173,6 +173,43 @@ def test_attributes_take_the_map_of_their_noun(student, store):
     assert coverage.dropped == {NOUN_WITHOUT: 1, NO_WORDS: 1}
     chosen = aligned(student, store, example(QUESTION, ANSWER), attributes="noun", parts_of_speech=("adjective",))[0]
     assert_words(chosen, ("red", False, answered))
+
+
+def test_an_adjective_in_a_chosen_phrase_has_no_target_of_its_own(student, tmp_path):
+    """As with people's annotations, whose words may be phrases. The phrase keeps its own map; others take theirs."""
+    text = "a hot dog and a red hat"
+    phrase, hat = Word("hot dog", 2, 9, "hot dog", "noun"), Word("hat", 20, 23, "hat", "noun")
+    with MapStore.writer(tmp_path / "maps", {"made by": "tests"}, {}, GRID) as writer:
+        writer.add(WordMaps(image_id(FIRST), text, (phrase, hat), to_heat(torch.rand(2, *GRID))))
+    maps = MapStore.open(tmp_path / "maps")
+    words, coverage = aligned(student, maps, example("what?", text), attributes="noun")
+    dog, of_hat = map_of(maps, text, "hot dog"), map_of(maps, text, "hat")
+    assert_words(words, ("hot dog", False, dog), ("red", False, of_hat), ("hat", False, of_hat))
+    assert coverage == Coverage(1, 1, 3)
+    chosen = aligned(student, maps, example("what?", text), attributes="noun", parts_of_speech=("adjective",))[0]
+    assert_words(chosen, ("hot", False, dog), ("red", False, of_hat))
+
+
+@pytest.mark.parametrize(
+    ("confidences", "share", "kept"),
+    [
+        ((1.0, 1.0, 1.0, 1.0), 0.5, "dog cat hat tree"),
+        ((0.5, 0.5, 0.5, 0.9), 0.5, "dog cat hat tree"),
+        ((0.2, 0.9, 0.5, 0.9), 0.25, "cat tree"),
+        ((0.2, 0.9, 0.5, 0.9), 0.5, "cat tree"),
+        ((0.2, 0.9, 0.5, 0.9), 0.75, "cat hat tree"),
+    ],
+)
+def test_words_as_confident_as_the_last_one_kept_are_kept(student, tmp_path, confidences, share, kept):
+    """The order of words decides nothing."""
+    text = "dog cat hat tree"
+    words = tuple(Word(one, text.index(one), text.index(one) + len(one), one, "noun") for one in text.split())
+    with MapStore.writer(tmp_path / "maps", {"made by": "tests"}, {}, GRID) as writer:
+        maps = to_heat(torch.rand(4, *GRID))
+        writer.add(WordMaps(image_id(FIRST), text, words, maps, confidence=torch.tensor(confidences)))
+    found, coverage = aligned(student, MapStore.open(tmp_path / "maps"), example("what?", text), word_share=share)
+    assert [word[0] for word in found] == kept.split()
+    assert coverage.dropped == Counter({LEAST_CONFIDENT: 4 - len(found)} if len(found) < 4 else {})
 
 
 def test_the_most_confident_words(student, store):
