@@ -44,11 +44,7 @@ AlignerActivation = Literal["relu6", "leaky-relu"]
 AttentionLoss = Literal["mass", "kl", "published", "published-sum", "published-mse", "published-kl", "published-js"]
 PartOfSpeech = Literal["noun", "adjective", "verb", "other"]
 
-ROLES: dict[Texts, tuple[str, ...]] = {
-    "answers": ("assistant",),
-    "questions": ("user",),
-    "all": ("user", "assistant"),
-}
+ROLES: dict[Texts, tuple[str, ...]] = {"answers": ("assistant",), "questions": ("user",), "all": ("user", "assistant")}
 """The roles of the turns that each value of `texts` names."""
 
 CONTENT_WORDS: tuple[PartOfSpeech, ...] = ("noun", "adjective", "verb")
@@ -199,8 +195,9 @@ class AlignmentConfig:
         'layer-mean'
 
     Attributes:
-        align_weight: λ, the weight of the alignment loss L_att. L_att is a mean over cells and over the words that
-            count: all mapped words, or with `match="exact"` and "root" those that match. 0 is plain fine-tuning.
+        align_weight: λ, the weight of the alignment loss L_att. L_att is a mean over the words that count: all mapped
+            words, or with `match="exact"` and "root" those that match. 0 is plain fine-tuning. A good λ depends on the
+            loss: the published one is a mean over cells; "mass" and "kl" are in nats.
         pooling: how attention of many layers and heads becomes one map (§4.2, App. D); `lavender.alignment.pooling`
             lists the steps.
             "layer-mean" and "layer-max" apply the Aligner to each layer, then take the mean or maximum over layers.
@@ -214,7 +211,7 @@ class AlignmentConfig:
             "dogs").
         rows: which rows of an answer's word are aligned. "predict": those that predict its tokens. "read": those that
             read them, one position later. "both": each with half of the word's weight.
-        tokens: whether "all" tokens of a word have rows, or only the "first".
+        tokens: whether "all" tokens of a word have rows, or only the "first", which needs `match="label"`.
         parts_of_speech: which of the mapped words to align; None aligns all.
         attributes: the map of an adjective: its "own", or that of the "noun" that it describes by grammar, see
             `lavender.alignment.attributes.described_nouns`. An adjective whose noun is not found is then not aligned.
@@ -229,9 +226,10 @@ class AlignmentConfig:
         sharpen: power to which the maps, scaled to [0, 1], are raised before the loss. 2 keeps less of their
             surroundings.
         subtract_background: subtract each map's median first, so that at least half of the map is 0.
-        word_share: share of a text's mapped words to align, from 0 to 1: the most confident.
+        word_share: share of a text's mapped words to align, from 0 to 1: the most confident, and any that are as
+            confident as the last of these. So it leaves out none where all confidences are equal.
         attention_forcing: probability, at the first step, that a word's predicting rows attend to the picture as the
-            map says, in place of their own attention (as in teacher forcing); in the aligned layers and heads.
+            map says, in place of their own attention (teacher forcing); in aligned layers and heads. Off if λ is 0.
         forcing_share: share of the steps over which that probability falls to 0.
         layers: indices of the decoder layers to align; or "all" layers that see the picture, or the "first", "middle"
             or "last" of them. None is all; with "learn" in a self-attending model, the middle fifth.
@@ -247,7 +245,7 @@ class AlignmentConfig:
         align_decay: share of the steps, at the end, in which λ falls to 0.
         aligner_pretraining: share of the steps, at the start, in which the VLM is frozen and only the Aligner (and the
             projections of "learn") train (§6).
-        min_coverage: training stops before the first step if a smaller share of the samples has maps.
+        min_coverage: training stops before the first step if a smaller share of samples, without replay, has maps.
 
     To reproduce the paper only; our measurements reject these settings, see docs/method.md:
         align_weight: "estimated" sets λ = 1/(2σ²) (App. C), where σ² is the mean squared residual per cell over the
@@ -350,10 +348,10 @@ class AlignmentConfig:
             )
 
     def _check_match(self) -> None:
-        """Refuse rows that predict nothing where predictions decide which words count."""
+        """Refuse rows that do not predict all of a word where predictions decide which words count."""
         if self.match == "label":
             return
-        for name, value in (("rows", "predict"), ("texts", "answers")):
+        for name, value in (("rows", "predict"), ("texts", "answers"), ("tokens", "all")):
             if getattr(self, name) != value:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} with match={self.match!r}",
@@ -373,8 +371,11 @@ class AlignmentConfig:
             )
 
     def _check_forcing(self) -> None:
-        """Refuse settings with which attention forcing would do nothing, or would decide what is aligned."""
+        """Refuse settings that would do nothing, or with which attention forcing would decide what is aligned."""
         if not self.attention_forcing:
+            if self.forcing_share != type(self).forcing_share:
+                got = f"forcing_share={self.forcing_share} without attention_forcing"
+                raise ConfigError(got, "attention forcing", "set attention_forcing, or leave forcing_share out")
             return
         for name, is_wrong, expected in (
             ("match", self.match != "label", "match: label, since forced attention changes what the model predicts"),

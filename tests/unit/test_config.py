@@ -181,6 +181,17 @@ def test_extraction_ranges(settings, message):
             {"attention_forcing": 0.5, "match": "exact"},
             "Got match='exact' with attention_forcing=0.5. Expected match: label",
         ),
+        (
+            {"forcing_share": 0.5},
+            "Got forcing_share=0.5 without attention_forcing. Expected attention forcing. Do this: set "
+            "attention_forcing, or leave forcing_share out.",
+        ),
+        (
+            {"tokens": "first", "match": "exact"},
+            "Got tokens='first' with match='exact'. Expected tokens: all, since predictions decide which words match. "
+            "Do this: set match: label, or leave tokens out.",
+        ),
+        ({"tokens": "first", "match": "root"}, "Got tokens='first' with match='root'. Expected tokens: all, since"),
         ({"attention_forcing": 0.5, "rows": "read"}, "Expected rows: predict or both, since only rows that predict"),
         ({"attention_forcing": 0.5, "texts": "questions"}, "Expected texts: answers or all, since only words of"),
         ({"attention_forcing": 0.5, "pooling": "learn"}, "Got pooling='learn' with attention_forcing=0.5."),
@@ -235,6 +246,8 @@ def test_the_edges_are_allowed():
     ExtractionConfig(layer_weights={"up": [0, 1.5], "down": 0}, largest_layer=None)
     AlignmentConfig(align_weight=0, min_coverage=0)
     AlignmentConfig(align_weight=1e9, min_coverage=1)
+    AlignmentConfig(attention_forcing=0.5, forcing_share=0.5)
+    AlignmentConfig(tokens="first")
 
 
 def test_a_config_cannot_be_changed():

@@ -69,6 +69,10 @@ def basics(tmp_path_factory) -> list[str]:
     return ["--output_dir", str(tmp_path_factory.mktemp("out")), "--use_cpu", "--bf16", "False"]
 
 
+NEEDS = {"forcing_share": {"attention_forcing": 1}}
+"""Settings that are refused alone, and what they need."""
+
+
 def from_trl(options: list[str]) -> Any:
     return TrlParser((LavenderConfig,)).parse_args_and_config(options)[0]  # ty: ignore[invalid-argument-type]
 
@@ -83,7 +87,8 @@ def test_every_setting_is_tried():
 
 @pytest.mark.parametrize(("name", "text", "value"), OPTIONS, ids=lambda part: str(part))
 def test_from_the_command_line(name, text, value, basics):
-    options = [*basics, f"--{name}", *text.split()]
+    needed = [part for key, number in NEEDS.get(name, {}).items() for part in (f"--{key}", str(number))]
+    options = [*basics, *needed, f"--{name}", *text.split()]
     for parse in (from_trl, from_transformers):
         arrived = getattr(parse(options), name)
         assert arrived == value
@@ -93,7 +98,7 @@ def test_from_the_command_line(name, text, value, basics):
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, _, value in OPTIONS], ids=lambda part: str(part))
 def test_from_a_config_file(name, value, basics, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({name: value}))
+    path.write_text(yaml.safe_dump({name: value} | NEEDS.get(name, {})))
     assert getattr(from_trl([*basics, "--config", str(path)]), name) == value
 
 

@@ -44,7 +44,7 @@ def test_after_its_share_of_the_steps_nothing_is_forced(step):
 
 def test_it_is_off_by_default():
     assert AlignmentConfig().attention_forcing == 0
-    assert forced(0, attention_forcing=0.0) is None
+    assert forced_words(AlignmentConfig(), TrainerState(global_step=0, max_steps=40), NAMES, PRESENT) is None
 
 
 def test_without_lambda_the_run_is_plain_fine_tuning():
