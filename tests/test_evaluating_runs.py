@@ -137,5 +137,22 @@ def test_replayed_samples_are_mixed_in_and_recorded(settings, tmp_path):
     assert ran.code == DONE, ran.err
     coverage = json.loads((tmp_path / "out" / "coverage.json").read_text())
     assert (coverage["samples"], coverage["mapped_samples"]) == (8, 6)
+    assert (
+        "maps for 4 of 4 samples with a picture\nof replay_data, maps for 1 of 2 samples with a picture; 1" in ran.out
+    )
     again = lavender("train", write_run(tmp_path, **chosen, replay_share=0.2))
     assert "replay_share: 0.5 → 0.2" in complaint(again, WRONG_USAGE)
+
+
+def test_replayed_samples_without_maps_do_not_stop_a_run(settings, some_scenes, captions, tmp_path):
+    """Of ten samples four have maps, which is less than `min_coverage`; of the data alone all have."""
+    (tmp_path / "unmapped").mkdir()
+    write_scenes(tmp_path / "unmapped", some_scenes[5:], captions[5:])
+    del settings["eval_data"]
+    chosen = settings | {"replay_data": str(tmp_path / "unmapped"), "num_train_epochs": 1, "max_steps": -1}
+    ran = lavender("train", write_run(tmp_path, **chosen, replay_share=0.6))
+    assert ran.code == DONE, ran.err
+    coverage = json.loads((tmp_path / "out" / "coverage.json").read_text())
+    assert (coverage["samples"], coverage["mapped_samples"]) == (10, 4)
+    again = lavender("train", write_run(tmp_path, **chosen | {"replay_data": chosen["data"]}, replay_share=0.6))
+    assert f"replay_data: {tmp_path / 'unmapped'} → {chosen['data']}" in complaint(again, WRONG_USAGE)

@@ -230,6 +230,25 @@ def test_no_chat_template_is_said_first(build):
         build("llava", Dataset.from_list([good(0)], features=FEATURES), template="")
 
 
+def test_replayed_samples_need_no_maps_and_are_checked_once(build, monkeypatch):
+    """Of three new samples one is refused; of three replayed ones without maps, one is. Then two make 10 %."""
+    bad = bad_samples("llava")[0][0]
+    data = Dataset.from_list([good(0), bad, good(1)], features=FEATURES)
+    replayed = Dataset.from_list([bad, sample(7), sample(8)], features=FEATURES)
+    trainer = build("llava", data, min_coverage=1.0, max_steps=10)
+    checked, check = [], trainer.data_collator.screen.check
+    monkeypatch.setattr(trainer.data_collator.screen, "check", lambda one: checked.append(one) or check(one))
+    trainer.add_replay(replayed, 0.9)
+    assert len(checked) == 3
+    assert [(one.index, one.reason) for one in trainer.refused] == [(1, HOLDS_TOKEN), (3, HOLDS_TOKEN)]
+    assert len(trainer.train_dataset) == 2 + 18
+    trainer.train()
+    assert (trainer.coverage.samples, trainer.coverage.mapped_samples) == (2 + 18 + 2, 2)
+    assert trainer.coverage.dropped == {HOLDS_TOKEN: 2, NO_MAPS: 18}
+    with pytest.raises(DataError, match="Got 1 samples, of which the model takes none"):
+        trainer.add_replay(replayed.select([0]), 0.5)
+
+
 def test_ordinary_data_is_the_same_data_set(build):
     data = Dataset.from_list([good(0), good(1)], features=FEATURES)
     trainer = build("llava", data)

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from itertools import cycle, islice
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
-from lavender.data.samples import Samples
-
-T = TypeVar("T")
+if TYPE_CHECKING:
+    import datasets
 
 
-def with_replay(samples: Samples, replayed: Samples, share: float) -> Samples:
-    """Both data sets, with each sample at least once; the smaller part is repeated until the shares are right.
+def with_replay(dataset: datasets.Dataset, replayed: datasets.Dataset, share: float) -> datasets.Dataset:
+    """Both data sets, with each sample at least once; the part that is too small for its share is repeated.
 
     The order is not mixed: trainers shuffle.
 
     Example:
-        >>> from lavender.data.samples import Sample, Samples
+        >>> from datasets import Dataset
         >>> from lavender.data.replay import with_replay
-        >>> new, known = (Samples((Sample(name, (), []),) * number) for name, number in (("new", 2), ("known", 6)))
-        >>> mixed = with_replay(new, known, 0.75)
-        >>> [sample.name for sample in mixed]
+        >>> new, known = (Dataset.from_dict({"name": [name] * number}) for name, number in (("new", 2), ("known", 6)))
+        >>> list(with_replay(new, known, 0.75)["name"])
         ['new', 'new', 'known', 'known', 'known', 'known', 'known', 'known']
-        >>> len(with_replay(new, known, 0.5))
+        >>> len(with_replay(new, known, 0.5))  # the new samples three times
         12
+        >>> len(with_replay(new, known, 0.9))  # the known samples three times
+        20
 
     Args:
-        samples: the new data.
-        replayed: data of the kind that the model learned before.
+        dataset: the new data, at least one sample.
+        replayed: data of the kind that the model learned before, at least one sample, with the same columns.
         share: the share of `replayed` among the samples, between 0 and 1.
     """
-    if not samples.samples or not replayed.samples:
-        return samples
-    number = max(len(samples), round(len(replayed) * (1 - share) / share))
-    replayed_number = max(len(replayed), round(len(samples) * share / (1 - share)))
-    return Samples(
-        _repeated(samples.samples, number) + _repeated(replayed.samples, replayed_number),
-        samples.dropped + replayed.dropped,
-        samples.outside + replayed.outside,
-        _repeated(samples.identities, number) + _repeated(replayed.identities, replayed_number),
-    )
+    import datasets
+
+    number = max(len(dataset), round(len(replayed) * (1 - share) / share))
+    replayed_number = max(len(replayed), round(len(dataset) * share / (1 - share)))
+    return datasets.concatenate_datasets([_repeated(dataset, number), _repeated(replayed, replayed_number)])
 
 
-def _repeated(entries: tuple[T, ...], number: int) -> tuple[T, ...]:
-    return tuple(islice(cycle(entries), number))
+def _repeated(dataset: datasets.Dataset, number: int) -> datasets.Dataset:
+    return dataset.select([index % len(dataset) for index in range(number)])

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
@@ -28,6 +29,7 @@ from lavender.alignment.objective import (
     without_attention_loss,
 )
 from lavender.alignment.pooling import POOLINGS
+from lavender.data.replay import with_replay
 from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import ConfigError
 from lavender.model_files import spare_packing
@@ -48,6 +50,7 @@ from lavender.training.not_finite import Health, answers_finite, not_finite_erro
 from lavender.training.probe import OwnAttention, add_probe, choose
 from lavender.training.refused_samples import (
     NUM_NAMED,
+    Refused,
     check_coverage,
     counts_of,
     first_accepted,
@@ -132,7 +135,7 @@ class AlignmentMixin(_TrainerLike):
                     parameter.requires_grad_(False)
         elif peft_config is not None:
             tuned: Any = peft_config  # PeftConfig itself lacks the attribute
-            parts = {part for part in TRAINED_PARTS if not config.is_direct}  # a direct loss has no parameters
+            parts = () if config.is_direct else TRAINED_PARTS  # a direct loss has no parameters
             tuned.modules_to_save = sorted({*(tuned.modules_to_save or ()), *parts}) or None
         wrapped: nn.Module = model
         if isinstance(self, SFTTrainer):
@@ -164,14 +167,10 @@ class AlignmentMixin(_TrainerLike):
 
     def _check_data(self, collator: AlignmentCollator, args: AlignmentArguments) -> None:
         """Leave out refused samples; check the coverage of the data that trains or chooses; set up the probe."""
-
-        def split(dataset: Any) -> tuple[Any, list]:
-            return leave_out_refused(dataset, collator, self.accelerator, with_bar=not args.disable_tqdm)
-
-        self.train_dataset, self.refused = split(self.train_dataset)
+        self.train_dataset, self.refused = self._without_refused(self.train_dataset)
         has_several = isinstance(self.eval_dataset, dict)
         checked = {
-            name: split(dataset)
+            name: self._without_refused(dataset)
             for name, dataset in (self.eval_dataset if has_several else {"": self.eval_dataset}).items()
         }
         self.eval_refused = [sample for _, refused in checked.values() for sample in refused]
@@ -185,6 +184,30 @@ class AlignmentMixin(_TrainerLike):
         if args.probe_size and probed is not None:
             examples = choose(first_accepted(probed, collator), collator, args.probe_size)
             add_probe(self, self._probe_requests, examples, args.probe_steps)
+
+    def _without_refused(self, dataset: Any) -> tuple[Any, list[Refused]]:
+        collator = cast(AlignmentCollator, self.data_collator)
+        return leave_out_refused(dataset, collator, self.accelerator, with_bar=not self.args.disable_tqdm)
+
+    def add_replay(self, dataset: Dataset, share: float) -> None:
+        """Mix samples of what the model knows already into the training set. Call it before training.
+
+        They need no maps, and `min_coverage` does not count them. Those that the model refuses are left out first, and
+        added to `refused`, numbered on from the samples of the training set.
+
+        Args:
+            dataset: these samples, with the columns of the training set, which must be a `datasets.Dataset` too.
+            share: their share among all samples, between 0 and 1; see `lavender.data.replay.with_replay`.
+
+        Raises:
+            DataError: the model takes none of them.
+        """
+        with random_state_kept(self.args.device):
+            known, refused = self._without_refused(dataset)
+        new = cast(Dataset, self.train_dataset)
+        first = len(new) + len(self.refused)
+        self.refused += [sample._replace(index=first + sample.index) for sample in refused]
+        self.train_dataset = with_replay(new, known, share)
 
     def _probe_requests(self, tensors: dict[str, Tensor]) -> list[AlignmentRequest]:
         learned = POOLINGS[self._alignment.pooling].learned

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from lavender.training.trainable import Trained
     from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
+SETS = ("data", "replay_data", "eval_data")
+"""Settings of a run that name a data set."""
 EVALUATED = ("loss", "vlm_loss", "attention_loss")
 """Metrics of an evaluation that can choose the best checkpoint, without `eval_`."""
 
@@ -80,7 +82,6 @@ def train(run: RunConfig, restart: bool = False) -> Path:
     """
     from accelerate import PartialState
 
-    from lavender.data.replay import with_replay
     from lavender.data.samples import read_samples, readable
     from lavender.data.store import MapStore
     from lavender.training.trainable import weights_dtype
@@ -88,11 +89,9 @@ def train(run: RunConfig, restart: bool = False) -> Path:
     _check_evaluation(run)
     out = check_out(run.out)
     holds_run = check_place(out, restart)
-    paths = [path for path in (run.data, run.replay_data, run.eval_data) if path is not None]
-    sets = [readable(read_samples(path, prompt=run.prompt)) for path in paths]
-    if run.replay_data is not None:
-        sets[:2] = [with_replay(sets[0], sets[1], run.replay_share)]
-    notes = [f"dropped {drop.what}: {drop.reason}" for samples in sets for drop in samples.dropped]
+    paths = {name: path for name in SETS if (path := getattr(run, name)) is not None}
+    sets = {name: readable(read_samples(path, prompt=run.prompt)) for name, path in paths.items()}
+    notes = [f"dropped {drop.what}: {drop.reason}" for samples in sets.values() for drop in samples.dropped]
     with loading("model", run.model, IN_RUN_FILE):
         config = load_config(run.model, trust_remote_code=run.trust_remote_code)
     run = replace(run, dtype=weights_dtype(run.dtype, config, with_peft=run.peft_settings() is not None))
@@ -110,7 +109,9 @@ def train(run: RunConfig, restart: bool = False) -> Path:
             return out
         notes += changed
     PartialState().wait_for_everyone()  # every process compares before the main process writes
-    notes.append(_maps_line(sets[0], stores, args.texts))
+    notes.append(_maps_line(sets["data"], stores, args.texts))
+    if "replay_data" in sets:
+        notes.append(f"of replay_data, {_maps_line(sets['replay_data'], stores, args.texts)}")
     _print(notes, is_main)
     trainer = _trainer(run, args, processor, load_model(), sets, stores)
     checkpoint = _begin(trainer, out, wanted, restart, is_main)
@@ -119,7 +120,7 @@ def train(run: RunConfig, restart: bool = False) -> Path:
     return out
 
 
-def _trainer(run: RunConfig, args: LavenderConfig, processor: Any, model: Any, sets: list[Samples], stores: list):
+def _trainer(run: RunConfig, args: LavenderConfig, processor: Any, model: Any, sets: dict[str, Samples], stores: list):
     from lavender.data.samples import to_dataset
     from lavender.data.store import SeveralStores
     from lavender.training.mixin import AlignmentMixin
@@ -134,11 +135,13 @@ def _trainer(run: RunConfig, args: LavenderConfig, processor: Any, model: Any, s
             model,
             args,
             processing_class=processor,
-            train_dataset=to_dataset(sets[0]),
+            train_dataset=to_dataset(sets["data"]),
             maps=SeveralStores(*stores),
-            eval_dataset=to_dataset(sets[1]) if run.eval_data else None,
+            eval_dataset=to_dataset(sets["eval_data"]) if "eval_data" in sets else None,
             peft_config=peft_config,
         )
+    if "replay_data" in sets:
+        trainer.add_replay(to_dataset(sets["replay_data"]), run.replay_share)
     trained = check_trained(trainer.accelerator.unwrap_model(trainer.model), run.freeze)
     _print(trained_lines(trained), args.process_index == 0)
     return trainer
@@ -186,7 +189,7 @@ def _begin(trainer: LavenderTrainer, out: Path, wanted: dict[str, Any], restart:
     return checkpoint
 
 
-def _finish(trainer: LavenderTrainer, out: Path, sets: list[Samples], is_main: bool) -> None:
+def _finish(trainer: LavenderTrainer, out: Path, sets: dict[str, Samples], is_main: bool) -> None:
     """Export; each part appears only when it is complete. coverage.json, written last, marks the run as finished."""
     from lavender.training.exporting import export, save_head
 
@@ -199,11 +202,13 @@ def _finish(trainer: LavenderTrainer, out: Path, sets: list[Samples], is_main: b
         shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
         for name, path in partial.items():
             path.replace(out / name)
-        coverage = _counted(trainer.coverage, sets[0]) | {"refused": [sample._asdict() for sample in trainer.refused]}
+        trained_on = [samples for name, samples in sets.items() if name != "eval_data"]
+        refused = [sample._asdict() for sample in trainer.refused]
+        coverage = _counted(trainer.coverage, trained_on) | {"refused": refused}
         print(_coverage_line(coverage, "training"))
         if trainer.eval_dataset is not None:
             refused = [sample._asdict() for sample in trainer.eval_refused]
-            coverage["evaluation"] = _counted(trainer.eval_coverage, sets[1]) | {"refused": refused}
+            coverage["evaluation"] = _counted(trainer.eval_coverage, [sets["eval_data"]]) | {"refused": refused}
             print(_coverage_line(coverage["evaluation"], "evaluation"))
         write_whole(out / COVERAGE, json.dumps(coverage, indent=1))
     trainer.accelerator.wait_for_everyone()
@@ -227,17 +232,15 @@ def _coverage_line(counted: dict[str, Any], what: str) -> str:
     return line + (f" ({left_out})" if left_out else "")
 
 
-def _content(run: RunConfig, config: PreTrainedConfig, sets: list[Samples]) -> dict[str, str]:
+def _content(run: RunConfig, config: PreTrainedConfig, sets: dict[str, Samples]) -> dict[str, str]:
     """Digests of what the run is made from."""
     from lavender.training.fingerprints import digest_of_data, digest_of_folder, digest_of_model, digests_of_settings
 
     content = {
         "model": digest_of_model(run.model, vars(config).get("_commit_hash")),
-        "data": digest_of_data(sets[0]),
+        **{name: digest_of_data(samples) for name, samples in sets.items()},
         "maps": "+".join(digest_of_folder(Path(path)) for path in run.training_stores()),
     }
-    if run.eval_data is not None:
-        content["eval_data"] = digest_of_data(sets[1])
     if run.eval_maps is not None:
         content["eval_maps"] = digest_of_folder(Path(run.eval_maps))
     return content | digests_of_settings(run.training)
@@ -294,11 +297,11 @@ def _prepared(
     return processor, args, load
 
 
-def _counted(coverage: Coverage, samples: Samples) -> dict[str, Any]:
+def _counted(coverage: Coverage, sets: list[Samples]) -> dict[str, Any]:
     return {
         "samples": coverage.samples,
         "mapped_samples": coverage.mapped_samples,
         "words": coverage.words,
         "dropped": dict(coverage.dropped),
-        "unreadable": [asdict(drop) for drop in samples.dropped],
+        "unreadable": [asdict(drop) for samples in sets for drop in samples.dropped],
     }

@@ -63,9 +63,9 @@ class RunConfig:
         eval_data: held-out data of the same kind, for `eval_strategy`; None for no evaluation.
         eval_maps: folder of the map store of `eval_data`; None if `maps` contains its maps.
         replay_data: data of the kind that the model learned before, mixed into `data` so that the model forgets less;
-            None for none. Its samples are aligned too if `maps` has maps of them.
-        replay_share: the share of `replay_data` among the samples. The smaller of both is repeated, so an epoch goes
-            once through the larger.
+            None for none. Its samples are aligned too if `maps` has maps of them. `min_coverage` does not count them.
+        replay_share: the share of `replay_data` among the samples. The part that is too small for its share is
+            repeated; of both, every sample is in an epoch.
         out: the run folder.
         prompt: question for captions that come without one.
         lora: settings of LoRA; None for full tuning.
