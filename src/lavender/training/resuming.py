@@ -19,7 +19,7 @@ from lavender.training.checkpoints import COUNTS_FILE
 UNUSABLE = "unusable-"
 """Prefix for the name of a checkpoint that was skipped."""
 FIRST_COUNTS = 17
-"""The number of counts in checkpoints of earlier releases, which knew fewer reasons."""
+"""The least number of counts that a checkpoint has held: earlier versions knew fewer reasons."""
 _STATE = "trainer_state.json"
 _SHARDED = ("global_step*", "optimizer_*", "optimizer.bin", "pytorch_model_fsdp*")  # as DeepSpeed and FSDP write
 
