@@ -11,9 +11,10 @@ from lavender.world.studies.study import Finding, Promised, Scores, Study, compa
 from lavender.world.studies.targets import Target
 from lavender.world.studies.tasks import TaskName
 
-SIZES = (400, 800, 1600, 3200)
+SIZES: dict[TaskName, tuple[int, ...]] = {"questions": (400, 800, 1600, 3200), "binding": (400, 1600)}
 CONTROLLED = 1600
 """The number of samples at which controls and forms of the loss are compared."""
+QUICK_SIZE = 800
 METRICS_SHOWN = ("answers", "pairs", "right_colours", "all_names", "pointing", "attention_mass")
 RATE = (("learning_rate", 1e-3),)
 FORMS: dict[str, tuple[tuple[str, Any], ...]] = {
@@ -23,7 +24,7 @@ FORMS: dict[str, tuple[tuple[str, Any], ...]] = {
 """Form of alignment → its settings."""
 TASKS: dict[TaskName, int] = {"questions": 600, "binding": 450}
 """Task → optimizer steps."""
-CONTROLS: tuple[Target, ...] = ("masks", "wrong-word", "uniform", "things")
+CONTROLS: tuple[Target, ...] = ("masks", "wrong-word", "uniform")
 
 
 def _arm(task: TaskName, size: int, form: str | None = None, target: Target = "teacher") -> Arm:
@@ -35,12 +36,14 @@ def _arm(task: TaskName, size: int, form: str | None = None, target: Target = "t
 def arms(quick: bool) -> dict[str, Arm]:
     """Of each task: plain and the recipe at each size; the published loss and the controls at one size."""
     arms: dict[str, Arm] = {}
-    for task in TASKS:
-        for size in (CONTROLLED,) if quick else SIZES:
+    for task, sizes in SIZES.items():
+        controlled = QUICK_SIZE if quick else CONTROLLED
+        for size in (controlled,) if quick else sizes:
             arms |= {f"{task} plain {size}": _arm(task, size), f"{task} recipe {size}": _arm(task, size, "recipe")}
-        arms[f"{task} published {CONTROLLED}"] = _arm(task, CONTROLLED, "published")
-        for target in CONTROLS[:2] if quick else CONTROLS:
-            arms[f"{task} recipe, {target} {CONTROLLED}"] = _arm(task, CONTROLLED, "recipe", target)
+        if not quick:
+            arms[f"{task} published {controlled}"] = _arm(task, controlled, "published")
+        for target in ("wrong-word",) if quick else CONTROLS:
+            arms[f"{task} recipe, {target} {controlled}"] = _arm(task, controlled, "recipe", target)
     return arms
 
 
