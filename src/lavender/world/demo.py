@@ -14,7 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from lavender.data.store import MapStore
+from lavender.evaluation.answers import names_said
 from lavender.evaluation.compare import Observed, Phrase, panels_of
 from lavender.evaluation.map_scores import MapScores
 from lavender.evaluation.report.figure import draw_figure
@@ -49,8 +50,11 @@ ARMS = {"plain": _STUDY_ARMS[f"plain {NUM_CAPTIONS}"], "aligned": _STUDY_ARMS[f"
 BASE, TASK = ARMS["plain"].base, TASKS[ARMS["plain"].task]
 PROBE = {"probe_size": 16, "probe_steps": 20}
 """Measures attention in both runs, for the page's curves. Training is the same without it."""
-CHOICE = "the first held-out scenes of two or three things with at least one new name"
-"""The rule by which the page's pictures are chosen. It does not look at any student."""
+CHOICE = (
+    "the first held-out scenes of two or three things in which one of the two fine-tuned students names a new thing "
+    "rightly, and the other does not"
+)
+"""The rule by which the page's pictures are chosen. It does not say which of the two students is right."""
 
 
 def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str, Any]:
@@ -70,8 +74,8 @@ def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str,
         "scenes",
         f"drawing {NUM_CAPTIONS} captioned scenes, {TASK.num_replayed} to replay, and {NUM_HELD_OUT} held-out scenes",
     ):
-        start = SEED * SCENES_PER_SEED
-        examples, replayed = TASK.examples(start, NUM_CAPTIONS), TASK.replayed(start)
+        first_caption = SEED * SCENES_PER_SEED
+        examples, replayed = TASK.examples(first_caption, NUM_CAPTIONS), TASK.replayed(first_caption)
         held_out = list(scenes(split, NUM_HELD_OUT, start=start))
     with stages("maps", "extracting the teacher's word maps"):
         teacher, summary = load_teacher(), write_samples(out, examples, replayed)
@@ -199,18 +203,19 @@ def _settings() -> dict[str, Any]:
     }
 
 
-def chosen_scenes(held_out: list[Scene]) -> list[int]:
-    """The indices of the pictures on the page, by the rule `CHOICE`."""
+def chosen_scenes(held_out: list[Scene], plain: Sequence[str], aligned: Sequence[str]) -> list[int]:
+    """The indices of the pictures on the page, by the rule `CHOICE`, from the answers of both students."""
     return [
         index
-        for index, scene in enumerate(held_out)
-        if 2 <= len(scene.things) <= 3 and not set(scene.names).isdisjoint(NEW_NAMES)
+        for index, (scene, *answers) in enumerate(zip(held_out, plain, aligned, strict=True))
+        if 2 <= len(scene.things) <= 3
+        and len({frozenset(names_said(answer, NEW_NAMES) & set(scene.names)) for answer in answers}) > 1
     ][:NUM_PANELS]
 
 
 def _panels(held_out: list[Scene], teacher: Teacher, observed: dict[str, Observed]) -> list[Panel]:
     """For each name of the chosen scenes its true mask, the teacher's map and the students'."""
-    chosen = chosen_scenes(held_out)
+    chosen = chosen_scenes(held_out, *(observed[arm].answers for arm in ARMS))
     shown = [held_out[index] for index in chosen]
     teacher_maps = teacher([job_of(scene, caption_scene(scene).text, teacher.config) for scene in shown])
     shown_by_arm = {
@@ -250,7 +255,7 @@ def _report(results: dict[str, Any], panels: list[Panel], out: Path) -> Report:
         ],
         panels=panels,
         notes=[
-            f"The pictures are {CHOICE}. No result was looked at to choose them. A new name is marked.",
+            f"The pictures are {CHOICE}. The rule does not say which of the two. A new name is marked.",
             "One seed. Both fine-tuned students start from the same base, with the same captions, steps and seed; only "
             "the settings of alignment differ. `lavender study new-words` shows whether the difference holds over "
             "several seeds.",

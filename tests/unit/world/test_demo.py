@@ -74,14 +74,19 @@ def test_its_pictures_are_the_first_that_the_rule_takes(monkeypatch):
         drawn(4, new, known, "cat", "cow"),
         drawn(5, known, "cat", new),
         drawn(6, NEW_NAMES[1], new),
+        drawn(7, new, "cat"),
     ]
-    assert demo.chosen_scenes(held_out) == [2, 4, 5]
+    plain = [f"a {known}."] * 6 + [f"a {new}."]
+    aligned = [f"a {new}."] * 5 + [f"a {known} and a {new}.", f"the {new}, a cat and a {NEW_NAMES[1]}."]
+    assert demo.chosen_scenes(held_out, plain, aligned) == [2, 4, 5]
+    assert demo.chosen_scenes(held_out, aligned, plain) == [2, 4, 5]  # which of them is right does not count
     monkeypatch.setattr(demo, "NUM_PANELS", 2)
-    assert demo.chosen_scenes(held_out) == [2, 4]
+    assert demo.chosen_scenes(held_out, plain, aligned) == [2, 4]
 
 
 def test_enough_held_out_scenes_fit_the_rule():
-    chosen = demo.chosen_scenes(list(scenes("development", 40)))
+    held_out = list(scenes("development", 100))
+    chosen = demo.chosen_scenes(held_out, [""] * 100, [f"a {NEW_NAMES[0]}, a {NEW_NAMES[1]}."] * 100)
     assert len(chosen) == demo.NUM_PANELS
 
 
@@ -97,10 +102,11 @@ def test_a_new_name_is_marked_in_the_pictures():
         def __call__(self, jobs):
             return [maps for _ in jobs]
 
-    observed = {arm: Observed([f"{arm} says"], [maps], {}) for arm in ("base", "plain", "aligned")}
+    said = {"base": "a dog.", "plain": "a dog.", "aligned": f"a {NEW_NAMES[0]}."}
+    observed = {arm: Observed([answer], [maps], {}) for arm, answer in said.items()}
     (panel,) = demo._panels([scene], Teacher(), observed)  # ty: ignore[invalid-argument-type]
     assert {row.word for row in panel.rows} == {"dog", f"{NEW_NAMES[0]} (new)"}
-    assert panel.answers == {"base": "base says", "plain": "plain says", "aligned": "aligned says"}
+    assert panel.answers == said
     assert all(row.mask is not None and row.mask.sum() == 20 for row in panel.rows)
 
 
