@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from lavender.world.scenes import SPLITS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -130,6 +133,9 @@ def test_the_demo_writes_its_page(demo):
     page = (demo / "report.html").read_text()
     for text in ("teacher", "base", "plain", "aligned", "true mask", "One seed", "lavender study"):
         assert text in page, text
+    shown = {int(seed) for seed in re.findall(r"scene (\d{7})", page)}
+    assert shown
+    assert shown <= {*SPLITS["sealed"][1000:1200]}
     assert (demo / "figure.png").stat().st_size > 10_000
 
 
