@@ -172,8 +172,9 @@ def seen_cells(layout: KeyLayout, sample: int, picture: int, grid: tuple[int, in
     A model that crops its pictures sees only some of them.
     """
     is_of_picture = layout.pictures[sample] == picture
-    boxes = layout.boxes[sample][is_of_picture] if layout.views is None else None
-    if layout.views is not None:
+    if layout.views is None:
+        boxes = layout.boxes[sample][is_of_picture]
+    else:  # latents of a resampler: the patches of their views
         boxes = layout.boxes[layout.views[sample][is_of_picture].unique()].flatten(0, 1)
     return _seen_cells(boxes.float().cpu().numpy().tobytes(), grid)
 
