@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lavender.alignment.attributes import described_nouns
-from lavender.alignment.coverage import LEAST_CONFIDENT, NO_NOUN, NO_RECORD, NOUN_WITHOUT, SUBJECT_WITHOUT
+from lavender.alignment.coverage import LEAST_CONFIDENT, NO_NOUN, NO_RECORD, NOT_OF_TEXTS, NOUN_WITHOUT, SUBJECT_WITHOUT
 from lavender.alignment.examples import describe
 from lavender.config import ROLES, AlignmentConfig, Rows, WordTokens
 from lavender.data.about import Link, Place
@@ -145,6 +145,7 @@ class WordTargets:
                     found.add(turn)
                     chosen.append(TurnTargets(picture, turn, texts[turn], sorted(targets, key=_start)))
         dropped[SUBJECT_WITHOUT] += sum(link.word.turn in turns and link not in linked for link in links)
+        dropped[NOT_OF_TEXTS] += sum(link.word.turn not in turns for link in links)
         if found and self._config.texts != "answers":
             dropped[NO_RECORD] += len(turns) - len(found)
         return chosen if found else None

@@ -50,8 +50,7 @@ class AlignWeight:
         config, weight = self._config, self.of_evaluation()
         if state.max_steps > 0:
             done = (state.global_step + 1) / state.max_steps
-            if state.global_step * (config.align_switches + 1) // state.max_steps % 2:
-                weight = 0.0
+            weight *= not _is_switched_off(config, state)
             weight *= min(1.0, done / config.align_warmup) if config.align_warmup else 1.0
             weight *= min(1.0, (1 - done) / config.align_decay) if config.align_decay else 1.0
         self.last = weight
@@ -67,6 +66,11 @@ class AlignWeight:
         if self.estimate is not None:
             cells = request.targets[0, 0].numel() if self._config.attention_loss == "published-sum" else 1
             self.estimate.add(total / cells, matched_weight(request))
+
+
+def _is_switched_off(config: AlignmentConfig, state: TrainerState) -> bool:
+    """Whether the step that runs lies in a part of the run without alignment, by `align_switches`."""
+    return bool(state.global_step * (config.align_switches + 1) // max(1, state.max_steps) % 2)
 
 
 def forced_words(
@@ -85,7 +89,8 @@ def forced_words(
     """
     done = state.global_step / max(1, state.max_steps)
     probability = config.attention_forcing * max(0.0, 1 - done / config.forcing_share)
-    if probability <= 0 or config.align_weight == 0:  # without λ the run is plain fine-tuning
+    # without λ the run is plain fine-tuning
+    if probability <= 0 or config.align_weight == 0 or _is_switched_off(config, state):
         return None
     draws = [
         [(_uniform(f"{name} {word}") + state.global_step * GOLDEN_RATIO) % 1 for word in range(predicted.shape[1])]

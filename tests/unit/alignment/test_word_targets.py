@@ -17,6 +17,7 @@ from lavender.alignment.coverage import (
     NO_NOUN,
     NO_RECORD,
     NO_WORDS,
+    NOT_OF_TEXTS,
     NOUN_WITHOUT,
     SUBJECT_WITHOUT,
     Coverage,
@@ -243,6 +244,14 @@ def test_about_needs_no_maps_of_the_answer(student, store):
     words, coverage = aligned(student, store, sample)
     assert_words(words, ("light green", False, map_of(store, QUESTION, "tree")))
     assert coverage == Coverage(1, 1, 1)
+
+
+def test_about_has_no_effect_where_only_questions_are_aligned(student, store):
+    """The words of the answer that have an entry are counted."""
+    sample = example(QUESTION, ANSWER, about={"red": "dog"})
+    words, coverage = aligned(student, store, sample, texts="questions")
+    assert "red" not in [word[0] for word in words]
+    assert coverage == Coverage(1, 1, len(words), Counter({NOT_OF_TEXTS: 2}))
 
 
 def test_about_a_phrase_without_a_map(student, store):

@@ -52,6 +52,15 @@ def test_without_lambda_the_run_is_plain_fine_tuning():
     assert forced_words(config, TrainerState(global_step=0, max_steps=40), NAMES, PRESENT) is None
 
 
+@pytest.mark.parametrize(
+    ("step", "is_forced"), [(0, True), (9, True), (10, False), (19, False), (20, True), (30, False)]
+)
+def test_it_is_off_where_alignment_is_switched_off(step, is_forced):
+    config = AlignmentConfig(attention_loss="mass", attention_forcing=1.0, forcing_share=1.0, align_switches=3)
+    chosen = forced_words(config, TrainerState(global_step=step, max_steps=40), NAMES, PRESENT)
+    assert (chosen is not None) == is_forced
+
+
 def test_a_probability_of_1_forces_every_word():
     chosen = forced(0, attention_forcing=1.0)
     assert chosen is not None
