@@ -56,9 +56,10 @@ audit: $(TESTS) ## known advisories of the pinned versions; needs the network, a
 	@$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
 	  || { echo "audit: an advisory above, or the database (pypi.org) is out of reach" >&2; exit 1; }
 
-evidence: $(STAMP) ## the studies behind the README's table: main and teacher-controls (an hour or more on two cores)
+evidence: $(STAMP) ## the studies behind the README's tables (hours on two cores; go on after a stop)
+	$(BIN)/lavender study new-words
+	$(BIN)/lavender study attributes
 	$(BIN)/lavender study main
-	$(BIN)/lavender study teacher-controls
 
 weights: $(STAMP) $(DRAWINGS) ## train the weights of the built-in world anew (hours on a CPU; needs npm)
 	LAVENDER_HANDS=$(DRAWINGS) $(BIN)/python -m lavender.world.training.make all --out src/lavender/world/weights

@@ -293,11 +293,11 @@ def test_equal_arms_of_two_studies_share_their_key(quick):
             ("scaling", f"plain {size}"),
         ],
         "aligned": [
-            ("main", "mllama full aligned"),
-            ("teacher-controls", "teacher"),
+            ("main", "mllama full published"),
             ("entropy", "mllama aligned"),
             ("scaling", f"aligned {size}"),
         ],
+        "recipe": [("main", "mllama full recipe"), ("teacher-controls", "teacher")],
     }
     keys = {}
     for name, arms in same.items():
@@ -306,7 +306,9 @@ def test_equal_arms_of_two_studies_share_their_key(quick):
             Cell(replace(arm, num_scenes=min(size, arm.num_scenes)), 2, CELL.scoring).key for arm in same_arms
         }
         assert len(keys[name]) == 1
-    assert keys["plain"] != keys["aligned"]
+    assert len(set.union(*keys.values())) == len(same)
+    words = [STUDIES[study].arms(quick) for study in ("new-words", "recipe")]
+    assert [words[0]["plain 100"], words[0]["recipe 100"]] == [words[1]["plain"], words[1]["recipe"]]
 
 
 def test_settings_of_an_arm():
@@ -443,8 +445,9 @@ def test_an_unknown_study_and_no_jobs_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         run_study("mian", tmp_path / "out", Scale.of(True, None, None), 1, "")
     assert str(caught.value) == (
-        "Got the study 'mian'. Expected one of new-words, attributes, main, teacher-controls, entropy, scaling, "
-        "pooling, aligner, words, layers, pretraining, lambda, switching, learning-rate. Do this: write 'main' instead."
+        "Got the study 'mian'. Expected one of new-words, recipe, attributes, main, teacher-controls, entropy, "
+        "scaling, pooling, aligner, words, layers, pretraining, lambda, switching, learning-rate. "
+        "Do this: write 'main' instead."
     )
     with pytest.raises(ConfigError) as caught:
         run_study("main", tmp_path / "out", Scale.of(True, None, None), 0, "")

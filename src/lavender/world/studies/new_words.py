@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from lavender.world.studies.cells import FROZEN, Arm
+from lavender.world.studies.forms import MASS, PLAIN, PUBLISHED, RECIPE, Settings
 from lavender.world.studies.study import METRICS, Finding, Promised, Scores, Study, compare_pairs
 from lavender.world.studies.targets import Target
 from lavender.world.studies.tasks import TaskName
@@ -18,14 +19,8 @@ SIZES = (25, 50, 100, 200, 400, 800)
 CONTROLLED = 100
 """The number of captions at which controls and forms of the loss are compared."""
 METRICS_SHOWN = ("new_names", "known_names", "all_names", "single_things", "new_pointing", "new_attention_mass")
-RATE = (("learning_rate", 1e-3),)
-_DIRECT = (("attention_loss", "mass"), ("align_weight", 0.2), ("match", "label"), ("sharpen", 2.0))
-FORMS: dict[str, tuple[tuple[str, Any], ...]] = {
-    "published": (("attention_loss", "published"), ("align_weight", 5.0), ("match", "label")),
-    "mass": _DIRECT,
-    "recipe": (*_DIRECT, ("attention_forcing", 1.0)),
-}
-"""Form of alignment → its settings."""
+RATE: Settings = (("learning_rate", 1e-3),)
+FORMS: dict[str, Settings] = {"published": PUBLISHED, "mass": MASS, "recipe": RECIPE}
 STEPS = 400
 OTHER_DATA: dict[TaskName, str] = {
     "new-words-alone": "without replay",
@@ -35,24 +30,23 @@ OTHER_DATA: dict[TaskName, str] = {
 CONTROLS: tuple[Target, ...] = ("masks", "wrong-word", "uniform", "things")
 
 
-def _arm(size: int, form: str | None = None, target: Target = "teacher", task: TaskName = "new-words") -> Arm:
-    """An arm; without a form plain fine-tuning, which is the recipe with λ = 0."""
-    settings = (*RATE, *(FORMS[form] if form else (*FORMS["recipe"], ("align_weight", 0.0))))
-    return Arm("mllama", "full", target if form else None, size, STEPS, settings, task, FROZEN)
+def fine_tuned(size: int, form: Settings = PLAIN, target: Target = "teacher", task: TaskName = "new-words") -> Arm:
+    """A student after `STEPS` steps on `size` captions."""
+    return Arm("mllama", "full", None if form == PLAIN else target, size, STEPS, (*RATE, *form), task, FROZEN)
 
 
 def arms(quick: bool) -> dict[str, Arm]:
     """Base; plain and the recipe at each size; at one size the forms, the controls, and other data."""
     arms = {"base": Arm("mllama", "none", task="new-words")}
     for size in (CONTROLLED,) if quick else SIZES:
-        arms |= {f"plain {size}": _arm(size), f"recipe {size}": _arm(size, "recipe")}
+        arms |= {f"plain {size}": fine_tuned(size), f"recipe {size}": fine_tuned(size, RECIPE)}
     for form in ("published",) if quick else ("published", "mass"):
-        arms[f"{form} {CONTROLLED}"] = _arm(CONTROLLED, form)
+        arms[f"{form} {CONTROLLED}"] = fine_tuned(CONTROLLED, FORMS[form])
     for target in ("wrong-word",) if quick else CONTROLS:
-        arms[f"recipe, {target} {CONTROLLED}"] = _arm(CONTROLLED, "recipe", target)
+        arms[f"recipe, {target} {CONTROLLED}"] = fine_tuned(CONTROLLED, RECIPE, target)
     for task, label in () if quick else OTHER_DATA.items():
-        arms[f"plain, {label} {CONTROLLED}"] = _arm(CONTROLLED, task=task)
-        arms[f"recipe, {label} {CONTROLLED}"] = _arm(CONTROLLED, "recipe", task=task)
+        arms[f"plain, {label} {CONTROLLED}"] = fine_tuned(CONTROLLED, task=task)
+        arms[f"recipe, {label} {CONTROLLED}"] = fine_tuned(CONTROLLED, RECIPE, task=task)
     return arms
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lavender.errors import ConfigError
 from lavender.world.scenes import SPLITS, Split
-from lavender.world.studies import attributes, entropy, main_study, new_words, scaling
+from lavender.world.studies import attributes, entropy, main_study, new_words, recipe, scaling
 from lavender.world.studies import controls as teacher_controls
 from lavender.world.studies.cells import SCENES_PER_SEED, Arm, Cell
 from lavender.world.studies.page import page
@@ -23,6 +23,7 @@ from lavender.world.studies.variants import VARIANTS
 
 STUDIES: dict[str, Study] = {
     "new-words": new_words.STUDY,
+    "recipe": recipe.STUDY,
     "attributes": attributes.STUDY,
     "main": main_study.STUDY,
     "teacher-controls": teacher_controls.STUDY,

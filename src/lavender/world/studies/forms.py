@@ -1,0 +1,16 @@
+"""Forms of alignment that several studies compare, as settings of `LavenderConfig`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Settings = tuple[tuple[str, Any], ...]
+
+PUBLISHED: Settings = (("attention_loss", "published"), ("align_weight", 5.0), ("match", "label"))
+"""The authors' loss, of all words that have a map."""
+MASS: Settings = (("attention_loss", "mass"), ("align_weight", 0.2), ("match", "label"), ("sharpen", 2.0))
+"""Attention mass on the squared map."""
+RECIPE: Settings = (*MASS, ("attention_forcing", 1.0))
+"""Attention mass with attention forcing: the best form on development scenes (docs/log.md)."""
+PLAIN: Settings = (*RECIPE, ("align_weight", 0.0))
+"""Plain fine-tuning: the recipe with λ = 0."""
