@@ -53,6 +53,8 @@ DIRECT_LOSSES: tuple[AttentionLoss, ...] = ("mass", "kl")
 """The losses of the student's own attention, without an Aligner. They add no parameters."""
 DIRECT_POOLINGS: tuple[Pooling, ...] = ("layer-mean", "mean-mean")
 """The poolings of `DIRECT_LOSSES`: a loss per layer, or one loss of the mean over layers. Heads are averaged."""
+DEFAULTS: dict[AttentionLoss, tuple[float, float]] = {"mass": (0.2, 2.0), "kl": (1.0, 2.0)}
+"""Direct loss → its default (`align_weight`, `sharpen`), chosen on development scenes (docs/log.md)."""
 RENAMED_LOSSES: dict[str, AttentionLoss] = {
     "min-max": "published",
     "min-max-sum": "published-sum",
@@ -60,6 +62,8 @@ RENAMED_LOSSES: dict[str, AttentionLoss] = {
     "js": "published-js",
 }
 """Earlier name of a loss → its name. "kl" has another meaning now: its earlier form is "published-kl"."""
+BY_LOSS: Any = None
+"""The default of a setting that depends on `attention_loss`. A config has the number in its place."""
 
 
 @dataclass(frozen=True)
@@ -191,48 +195,42 @@ class AlignmentConfig:
 
     Example:
         >>> from lavender.config import AlignmentConfig
-        >>> AlignmentConfig(align_weight=2.0, layers="middle").pooling
-        'layer-mean'
+        >>> AlignmentConfig(attention_loss="kl").align_weight
+        1.0
 
     Attributes:
-        align_weight: λ, the weight of the alignment loss L_att. L_att is a mean over the words that count: all mapped
-            words, or with `match="exact"` and "root" those that match. 0 is plain fine-tuning. A good λ depends on the
-            loss: the published one is a mean over cells; "mass" and "kl" are in nats.
-        pooling: how attention of many layers and heads becomes one map (§4.2, App. D); `lavender.alignment.pooling`
-            lists the steps.
-            "layer-mean" and "layer-max" apply the Aligner to each layer, then take the mean or maximum over layers.
-            "learn" does the same with new query and key projections beside the pretrained ones (Eq. 15–16).
-            "mean-max" and its like pool heads (first word), then layers (second word), then apply the Aligner.
-            "flow-sum" and "flow-multi" are attention flow (Eq. 40–44); "mean-flow-sum" and its like pool heads first.
+        align_weight: λ, the weight of the alignment loss L_att, which is a mean over the words that count (`match`).
+            0 is plain fine-tuning. Default: 0.2 for "mass" and 1 for "kl", in nats; 2 for the others, means over cells.
+        pooling: how attention of many layers and heads becomes one map (§4.2, App. D), see `lavender.alignment.pooling`.
+            "layer-mean" and "layer-max": the Aligner of each layer, then the mean or maximum over layers. "learn": the
+            same, with new query and key projections beside the pretrained ones (Eq. 15–16). "mean-max" and its like:
+            pool heads (first word), then layers (second), then the Aligner. "flow-sum" and "flow-multi": attention flow
+            (Eq. 40–44); "mean-flow-sum" and its like pool heads first.
         texts: the turns whose words are aligned: "answers" of the assistant, "questions" of the user, or "all". A
             question's words are aligned in the rows that read them. The map store must have maps of these texts.
-        match: which words count. "label": every word that has a map. "exact" (the paper's): only words
-            that the student predicts at that step. "root": also words of which it predicts another form ("dog" for
-            "dogs").
+        match: which words count. "label": every word that has a map. "exact" (the paper's): only words that the student
+            predicts at that step. "root": also words of which it predicts another form ("dog" for "dogs").
         rows: which rows of an answer's word are aligned. "predict": those that predict its tokens. "read": those that
             read them, one position later. "both": each with half of the word's weight.
         tokens: whether "all" tokens of a word have rows, or only the "first", which needs `match="label"`.
         parts_of_speech: which of the mapped words to align; None aligns all.
         attributes: the map of an adjective: its "own", or that of the "noun" that it describes by grammar, see
             `lavender.alignment.attributes.described_nouns`. An adjective whose noun is not found is then not aligned.
-        subjects_and_objects: align only the heads of noun phrases that no preposition governs, see
-            `lavender.words.subjects_and_objects`.
+        subjects_and_objects: align only the words that `lavender.words.subjects_and_objects` finds.
         weight_by_confidence: weigh each word by the confidence of the teacher's map, instead of 1.
         attention_loss: what L_att compares, see `lavender.alignment.losses`. "mass" and "kl" are of the student's own
             attention on the image keys, without an Aligner: "mass" is −ln of the share of attention on the map, "kl"
-            the divergence of the attention from the map. "published" is the authors': the squared difference of
-            min–max maps behind an Aligner; "published-mse", "published-kl" and "published-js" compare these maps in
-            other ways.
-        sharpen: power to which the maps, scaled to [0, 1], are raised before the loss. 2 keeps less of their
-            surroundings.
+            the divergence of the attention from the map. "published" is the authors': the squared difference of min–max
+            maps behind an Aligner; "published-mse", "published-kl" and "published-js" compare these in other ways.
+        sharpen: power to which the maps, scaled to [0, 1], are raised. Default: 2 for "mass" and "kl", else 1.
         subtract_background: subtract each map's median first, so that at least half of the map is 0.
         word_share: share of a text's mapped words to align, from 0 to 1: the most confident, and any that are as
             confident as the last of these. So it leaves out none where all confidences are equal.
         attention_forcing: probability, at the first step, that a word's predicting rows attend to the picture as the
             map says, in place of their own attention (teacher forcing); in aligned layers and heads. Off if λ is 0.
         forcing_share: share of the steps over which that probability falls to 0.
-        layers: indices of the decoder layers to align; or "all" layers that see the picture, or the "first", "middle"
-            or "last" of them. None is all; with "learn" in a self-attending model, the middle fifth.
+        layers: indices of the decoder layers to align; or "all" that see the picture, or the "first", "middle" or
+            "last" of them. None is all; with "learn" in a self-attending model, the middle fifth.
         layer_share: share of the layers that "first", "middle" and "last" select, from 0 to 1.
         heads: indices of the attention heads to align in each layer; None is all.
         parallel_init: how the projections of "learn" start: as copies of the pretrained ones, or random.
@@ -243,22 +241,21 @@ class AlignmentConfig:
         aligner_width: number of hidden channels of the Aligner, d_h.
         align_warmup: share of the steps, at the start, in which λ rises from 0.
         align_decay: share of the steps, at the end, in which λ falls to 0.
-        aligner_pretraining: share of the steps, at the start, in which the VLM is frozen and only the Aligner (and the
-            projections of "learn") train (§6).
+        aligner_pretraining: share of the steps, at the start, in which only the Aligner (and the projections of
+            "learn") train (§6).
         min_coverage: training stops before the first step if a smaller share of samples, without replay, has maps.
 
     To reproduce the paper only; our measurements reject these settings, see docs/method.md:
-        align_weight: "estimated" sets λ = 1/(2σ²) (App. C), where σ² is the mean squared residual per cell over the
-            steps before, see `lavender.training.schedule.EstimatedWeight`. Needs "published" or "published-sum".
+        align_weight: "estimated" sets λ = 1/(2σ²) (App. C) from the residuals of "published" or "published-sum", see
+            `lavender.training.schedule.EstimatedWeight`.
         attention_loss: "published-sum" sums over cells instead of taking the mean, as Eq. 9 is written.
-        align_switches: how many times alignment is switched off or on, in equal parts of the run, starting with on
-            (§9).
+        align_switches: how many times alignment is switched off or on, in equal parts, starting with on (§9).
 
     Raises:
         ConfigError: a setting is of another type, out of its range, or contradicts another.
     """
 
-    align_weight: float | Literal["estimated"] = 2.0
+    align_weight: float | Literal["estimated"] = BY_LOSS
     pooling: Pooling = "layer-mean"
     texts: Texts = "answers"
     match: Match = "label"
@@ -268,8 +265,8 @@ class AlignmentConfig:
     attributes: Attributes = "own"
     subjects_and_objects: bool = False
     weight_by_confidence: bool = False
-    attention_loss: AttentionLoss = "published"
-    sharpen: float = 1.0
+    attention_loss: AttentionLoss = "mass"
+    sharpen: float = BY_LOSS
     subtract_background: bool = False
     word_share: float = 1.0
     attention_forcing: float = 0.0
@@ -291,6 +288,10 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention_loss", name_of_loss(self.attention_loss))
+        weight, sharpen = DEFAULTS.get(self.attention_loss, (2.0, 1.0))
+        for name, default in (("align_weight", weight), ("sharpen", sharpen)):
+            if getattr(self, name) is BY_LOSS:
+                object.__setattr__(self, name, default)
         check_fields(self)
         for name in ("layers", "heads", "parts_of_speech"):
             value = getattr(self, name)

@@ -94,10 +94,11 @@ class AlignmentArguments(_ArgumentsLike):
     """
 
     maps: str | None = field(default=None, metadata={"help": "Folder of the map store that `lavender extract` wrote."})
-    align_weight: float | str = field(
-        default=AlignmentConfig.align_weight,
+    align_weight: float | str | None = field(
+        default=None,
         metadata={
-            "help": "λ, the weight of the alignment loss. 0 is plain fine-tuning; estimated is the paper's App. C.",
+            "help": "λ, the weight of the alignment loss. 0 is plain fine-tuning; estimated is the paper's App. C. The "
+            "default is 0.2 with the loss mass, 1 with kl, and 2 with published.",
             "action": NumberOrWord,
         },
     )
@@ -144,8 +145,9 @@ class AlignmentArguments(_ArgumentsLike):
             "paper's). published-sum is Eq. 9 as written."
         },
     )
-    sharpen: float = field(
-        default=AlignmentConfig.sharpen, metadata={"help": "Power to which the maps are raised, such as 2."}
+    sharpen: float | None = field(
+        default=None,
+        metadata={"help": "Power to which the maps are raised. The default is 2 with the losses mass and kl, else 1."},
     )
     subtract_background: bool = field(default=False, metadata={"help": "Subtract each map's median."})
     word_share: float = field(
@@ -219,7 +221,8 @@ class AlignmentArguments(_ArgumentsLike):
 
     def __post_init__(self) -> None:
         self.attention_loss = name_of_loss(self.attention_loss)
-        self.alignment()
+        alignment = self.alignment()
+        self.align_weight, self.sharpen = alignment.align_weight, alignment.sharpen
         for name, least in (("probe_size", 0), ("probe_steps", 1)):
             check_type(name, getattr(self, name), int)
             if getattr(self, name) < least:

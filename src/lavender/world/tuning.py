@@ -34,7 +34,7 @@ LEARNING_RATES = {
 }
 """(student, tuning) → learning rate. Mllama's are the best ones of plain fine-tuning on development scenes; LLaVA's
 were not searched (docs/log.md)."""
-ALIGNMENT: dict[str, Any] = {"align_weight": 5.0, "match": "exact"}
+ALIGNMENT: dict[str, Any] = {"attention_loss": "published", "align_weight": 5.0, "match": "exact"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 """Environment of a training process: several run side by side, one per core."""
 STOP_SECONDS = 10.0
