@@ -201,7 +201,7 @@ class AlignmentConfig:
     Attributes:
         align_weight: λ, the weight of the alignment loss L_att, which is a mean over the words that count (`match`).
             0 is plain fine-tuning. Default: 0.2 for "mass" and 1 for "kl", in nats; 2 for the others, means over cells.
-        pooling: how attention of many layers and heads becomes one map (§4.2, App. D), see `lavender.alignment.pooling`.
+        pooling: how attention of many layers and heads becomes one map (§4.2, App. D; `lavender.alignment.pooling`).
             "layer-mean" and "layer-max": the Aligner of each layer, then the mean or maximum over layers. "learn": the
             same, with new query and key projections beside the pretrained ones (Eq. 15–16). "mean-max" and its like:
             pool heads (first word), then layers (second), then the Aligner. "flow-sum" and "flow-multi": attention flow
@@ -224,20 +224,19 @@ class AlignmentConfig:
             maps behind an Aligner; "published-mse", "published-kl" and "published-js" compare these in other ways.
         sharpen: power to which the maps, scaled to [0, 1], are raised. Default: 2 for "mass" and "kl", else 1.
         subtract_background: subtract each map's median first, so that at least half of the map is 0.
-        word_share: share of a text's mapped words to align, from 0 to 1: the most confident, and any that are as
-            confident as the last of these. So it leaves out none where all confidences are equal.
+        word_share: share of a text's mapped words to align: the most confident, and any as confident as the last of
+            these. So it leaves out none where all confidences are equal.
         attention_forcing: probability, at the first step, that a word's predicting rows attend to the picture as the
             map says, in place of their own attention (teacher forcing); in aligned layers and heads. Off if λ is 0.
         forcing_share: share of the steps over which that probability falls to 0.
-        layers: indices of the decoder layers to align; or "all" that see the picture, or the "first", "middle" or
-            "last" of them. None is all; with "learn" in a self-attending model, the middle fifth.
+        layers: indices of decoder layers; or "all" that see the picture, or the "first", "middle" or "last" of them.
+            None is all; with "learn" in a self-attending model, the middle fifth.
         layer_share: share of the layers that "first", "middle" and "last" select, from 0 to 1.
         heads: indices of the attention heads to align in each layer; None is all.
         parallel_init: how the projections of "learn" start: as copies of the pretrained ones, or random.
-        aligner: depth of the Aligner, see `lavender.alignment.aligner.Aligner`.
+        aligner: depth of the Aligner, `lavender.alignment.aligner.Aligner`.
         aligner_kind: layers of the Aligner: 3 × 3 convolutions, or an MLP per cell.
-        aligner_norm: normalisation in the Aligner.
-        aligner_activation: activation in the Aligner.
+        aligner_norm, aligner_activation: normalisation and activation in the Aligner.
         aligner_width: number of hidden channels of the Aligner, d_h.
         align_warmup: share of the steps, at the start, in which λ rises from 0.
         align_decay: share of the steps, at the end, in which λ falls to 0.
