@@ -8,6 +8,7 @@ that changes a model takes its own from `make_student`.
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Read once, when the libraries are imported; child processes inherit both.
@@ -49,6 +50,12 @@ def pytest_report_header() -> str:
 
     cpu, isa = torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA", "not limited")
     return f"torch {torch.__version__}: {cpu} kernels, oneDNN {isa}, {THREADS} thread(s)"
+
+
+def pytest_collection_finish() -> None:
+    """Take modules and tests out of garbage collection: the end of each training runs one, over all objects there."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
