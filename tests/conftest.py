@@ -19,6 +19,7 @@ os.environ["LAVENDER_DEBUG"] = "1"
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ pytest.register_assert_rewrite(
 
 SEED = 20250206
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)
+LONGEST = ("test_wheel.py", "test_train.py", "test_gradients.py", "test_study.py", "test_real_photographs.py")
 PROMPT = "describe the picture."
 
 
@@ -50,6 +52,13 @@ def pytest_report_header() -> str:
 
     cpu, isa = torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA", "not limited")
     return f"torch {torch.__version__}: {cpu} kernels, oneDNN {isa}, {THREADS} thread(s)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that at the end no worker waits for another; then those of many tests."""
+    tests = Counter(item.path for item in items)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path.name, len(places)), -tests[item.path], str(item.path)))
 
 
 def pytest_collection_finish() -> None:
