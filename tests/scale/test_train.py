@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +88,20 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(request, workspace, tmp_path_factory) -> Trained:
+def trained(workspace, tmp_path_factory) -> Callable[[str], Trained]:
     """All tunings of a kind in one launch, and in another all again after a break; of DDP one as users start it."""
-    kind = request.param
-    folder = tmp_path_factory.mktemp(kind)
-    files = {
-        tuning: write_run(folder / tuning, workspace, 2, **SETTINGS[kind], **TUNINGS[tuning]) for tuning in TUNED[kind]
-    }
-    said = train(kind, *([file] for file in files.values()))
-    broken = {tuning: break_off(folder / tuning) for tuning in files}
-    again = [(files[tuning], f"out={broken[tuning]}") for tuning in files]
-    if kind == "ddp":
-        return Trained(folder, said, train_as_users_do(kind, *again[0]) + train(kind, *again[1:]))
-    return Trained(folder, said, train(kind, *again))
+
+    @cache
+    def of(kind: str) -> Trained:
+        folder, tunings = tmp_path_factory.mktemp(kind), TUNED[kind]
+        files = [write_run(folder / one, workspace, 2, **SETTINGS[kind], **TUNINGS[one]) for one in tunings]
+        said = train(kind, *([file] for file in files))
+        again = [(file, f"out={break_off(file.parent)}") for file in files]
+        if kind == "ddp":
+            return Trained(folder, said, train_as_users_do(kind, *again[0]) + train(kind, *again[1:]))
+        return Trained(folder, said, train(kind, *again))
+
+    return of
 
 
 def break_off(folder: Path) -> Path:
@@ -113,16 +116,19 @@ def break_off(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained_in_bf16(request, workspace, tmp_path_factory) -> Path:
+def trained_in_bf16(workspace, tmp_path_factory) -> Callable[[str], Path]:
     """The run folders of a kind, FOLDER/TUNING/out, all of one launch."""
-    kind = request.param
-    folder = tmp_path_factory.mktemp(f"{kind}-bf16")
-    tunings = {tuning: BF16_TUNINGS[tuning] for tuning in BF16_TUNED[kind]}
-    files = [
-        write_run(folder / tuning, workspace, 2, **SETTINGS[kind], **settings) for tuning, settings in tunings.items()
-    ]
-    train(kind, *([file] for file in files), options=BF16)
-    return folder
+
+    @cache
+    def of(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{kind}-bf16")
+        files = [
+            write_run(folder / one, workspace, 2, **SETTINGS[kind], **BF16_TUNINGS[one]) for one in BF16_TUNED[kind]
+        ]
+        train(kind, *([file] for file in files), options=BF16)
+        return folder
+
+    return of
 
 
 @pytest.fixture(scope="session")
@@ -168,14 +174,11 @@ def assert_same_folder(found: Path, expected: Path, rounding: float = 1e-4) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("trained", "tuning"),
-    [(kind, tuning) for kind, tunings in TUNED.items() for tuning in tunings],
-    indirect=["trained"],
-)
-def test_two_processes_write_what_one_does_and_go_on_after_a_break(trained, tuning, of_one_process):
-    run, broken = trained.folder / tuning / "out", trained.folder / tuning / "broken"
-    assert trained.said.count(f"run folder: {run}\n") == 1
+@pytest.mark.parametrize(("kind", "tuning"), [(kind, tuning) for kind, tunings in TUNED.items() for tuning in tunings])
+def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning, trained, of_one_process):
+    launched = trained(kind)
+    run, broken = launched.folder / tuning / "out", launched.folder / tuning / "broken"
+    assert launched.said.count(f"run folder: {run}\n") == 1
     # QLoRA's adapters and their gradients are of 16 bits
     assert_same_folder(run, of_one_process[tuning], 1e-3 if "qlora" in tuning else 1e-4)
     assert json.loads((run / "environment.json").read_text())["processes"] == "2"
@@ -188,7 +191,7 @@ def test_two_processes_write_what_one_does_and_go_on_after_a_break(trained, tuni
         else:
             torch.testing.assert_close(found[name], one, rtol=1e-4, atol=1e-5, msg=name)
 
-    said = trained.said_after_the_break
+    said = launched.said_after_the_break
     assert said.count(f"passed over {broken / 'trainer' / 'checkpoint-4'}") == 1
     assert said.count(f"going on from {broken / 'trainer' / 'checkpoint-2'}") == 1
     assert_same_folder(broken, run)
@@ -197,13 +200,11 @@ def test_two_processes_write_what_one_does_and_go_on_after_a_break(trained, tuni
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("trained_in_bf16", "tuning"),
-    [(kind, tuning) for kind, tunings in BF16_TUNED.items() for tuning in tunings],
-    indirect=["trained_in_bf16"],
+    ("kind", "tuning"), [(kind, tuning) for kind, tunings in BF16_TUNED.items() for tuning in tunings]
 )
-def test_two_processes_in_bfloat16(trained_in_bf16, tuning, alone_in_bf16):
+def test_two_processes_in_bfloat16(kind, tuning, trained_in_bf16, alone_in_bf16):
     """As recipes have it: LoRA and learned projections on a base of 16 bits, or all weights with float32 copies."""
-    runs = (alone_in_bf16[tuning], trained_in_bf16 / tuning / "out")
+    runs = (alone_in_bf16[tuning], trained_in_bf16(kind) / tuning / "out")
     expected, found = ([one for one in metrics(run) if "loss" in one] for run in runs)
     assert len(found) == STEPS
     # DeepSpeed computes with rounded copies of the float32 weights, which follow the first steps late; and CPUs with
