@@ -17,8 +17,23 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TESTS := .venv/.installed-for-tests
 JOBS ?= 2
+# a file's tests share fixtures; the order is that of tests/conftest.py, longest files first
+SPREAD := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 # what computes; the rest of the tests does not depend on the processor
 CPU_TESTS ?= tests/families tests/invariants tests/teachers tests/unit
+# of these, what compares no computed numbers; tests/test_layout.py checks that
+CPU_LEFT_OUT := \
+  tests/invariants/test_refused_samples.py tests/invariants/test_run_files.py \
+  tests/unit/data/test_about.py tests/unit/data/test_examples.py tests/unit/data/test_images.py \
+  tests/unit/data/test_reading.py tests/unit/data/test_reading_fuzz.py tests/unit/data/test_replay.py \
+  tests/unit/data/test_samples.py \
+  tests/unit/students/test_chat_processor.py tests/unit/students/test_locate.py \
+  tests/unit/students/test_nothing_else_knows_families.py \
+  tests/unit/teachers/test_flickr30k_entities.py tests/unit/teachers/test_summary.py \
+  tests/unit/test_config.py tests/unit/test_model_files.py tests/unit/test_odd_texts.py tests/unit/test_words.py \
+  tests/unit/training/test_arguments.py tests/unit/training/test_resuming.py tests/unit/training/test_settings.py \
+  tests/unit/training/test_yaml_files.py \
+  tests/unit/world/test_hands.py tests/unit/world/test_tokenizer.py
 # of these, with a second thread too
 THREADED_TESTS ?= tests/teachers
 AVX2 := OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
@@ -35,14 +50,15 @@ demo: $(STAMP) ## the first run: lavender-demo/report.html and results.json
 	$(BIN)/lavender demo
 
 test: lint ## style, types, import rules and the tests that are not slow
-	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/pytest $(SPREAD)
 
 test-cpu: $(TESTS) ## the tests that compute, once more as on an older processor (AVX2): with one thread, and with two
-	OMP_NUM_THREADS=1 $(AVX2) $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile $(CPU_TESTS)
-	OMP_NUM_THREADS=2 $(AVX2) $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile $(THREADED_TESTS)
+	OMP_NUM_THREADS=1 $(AVX2) $(BIN)/pytest $(SPREAD) $(CPU_TESTS) \
+	  $(addprefix --ignore=,$(CPU_LEFT_OUT))
+	OMP_NUM_THREADS=2 $(AVX2) $(BIN)/pytest $(SPREAD) $(THREADED_TESTS)
 
 test-all: $(TESTS) ## the slow tests: several processes, a browser, the built wheel, the demo
-	$(BIN)/pytest -m slow --numprocesses $(JOBS) --dist loadfile --durations 40
+	$(BIN)/pytest $(SPREAD) -m slow --durations 40
 
 lint: $(TESTS) ## style, types and import rules only
 	$(BIN)/ruff check

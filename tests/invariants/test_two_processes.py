@@ -18,57 +18,73 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from lavender import LavenderConfig, LavenderTrainer
 
 torch.set_num_threads(1)
-folder, out, settings, stream, plant = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), *map(int, sys.argv[4:6])
-args = LavenderConfig(
-    output_dir=out, maps=sys.argv[6], max_steps=2, seed=3, bf16=False, use_cpu=True, max_length=None,
-    logging_steps=1, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, learning_rate=0.05,
-    optim="sgd", report_to="tensorboard", probe_size=3, probe_steps=1, train_sampling_strategy="sequential",
-    per_device_eval_batch_size=1, **settings,
-)
+folder, out, store, plant, runs = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), json.loads(sys.argv[5])
 data = load_dataset("parquet", data_files=folder + "/data.parquet", split="train", cache_dir=folder + "/cache")
-train = data.to_iterable_dataset() if stream else data
 processor = AutoProcessor.from_pretrained(folder)
-model = MllamaForConditionalGeneration.from_pretrained(folder)
-trainer = LavenderTrainer(model, args, processing_class=processor, train_dataset=train)
-if plant and args.process_index == 1:
-    collate = trainer.data_collator
-    def spoil(examples):
-        batch = collate(examples)
-        batch["pixel_values"][0] = float("nan")
-        return batch
-    trainer.data_collator = spoil
-trainer.train()
-evaluated = trainer.evaluate(data)
-coverage = trainer.coverage
-if args.process_index == 0:
-    facts = {"log": trainer.state.log_history, "eval": evaluated}
-    facts["coverage"] = [coverage.samples, coverage.mapped_samples, coverage.words, dict(coverage.dropped)]
-    print("FACTS" + json.dumps(facts))
+for name, settings in runs.items():
+    args = LavenderConfig(
+        output_dir=f"{out}/{name}", maps=store, max_steps=2, seed=3, bf16=False, use_cpu=True, max_length=None,
+        logging_steps=1, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, learning_rate=0.05,
+        optim="sgd", report_to="tensorboard", probe_size=3, probe_steps=1, train_sampling_strategy="sequential",
+        per_device_eval_batch_size=1, **settings,
+    )
+    train = data.to_iterable_dataset() if name == "stream" else data
+    model = MllamaForConditionalGeneration.from_pretrained(folder)
+    trainer = LavenderTrainer(model, args, processing_class=processor, train_dataset=train)
+    if plant and args.process_index == 1:
+        collate = trainer.data_collator
+        def spoil(examples):
+            batch = collate(examples)
+            batch["pixel_values"][0] = float("nan")
+            return batch
+        trainer.data_collator = spoil
+    trainer.train()
+    evaluated = trainer.evaluate(data)
+    coverage = trainer.coverage
+    if args.process_index == 0:
+        facts = {"name": name, "log": trainer.state.log_history, "eval": evaluated}
+        facts["coverage"] = [coverage.samples, coverage.mapped_samples, coverage.words, dict(coverage.dropped)]
+        print("FACTS" + json.dumps(facts))
 """
+PARTS = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+RUNS: dict[int, dict[str, dict[str, int]]] = {
+    1: {kind: {"per_device_train_batch_size": 4} for kind in ("list", "stream")},
+    2: {"list": {"per_device_train_batch_size": 2}, "stream": PARTS},
+}
+"""Number of processes → kind of data → settings."""
 
 
-@pytest.fixture
-def launch(make_student, processor, dataset, store_path, tmp_path):
-    make_student().save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    dataset.select([0, 1, 2, 5, 3, 4, 0, 1]).to_parquet(tmp_path / "data.parquet")
-    (tmp_path / "worker.py").write_text(WORKER)
+@pytest.fixture(scope="module")
+def launch(make_student, processor, dataset, store_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launched")
+    make_student().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    dataset.select([0, 1, 2, 5, 3, 4, 0, 1]).to_parquet(folder / "data.parquet")
+    (folder / "worker.py").write_text(WORKER)
 
-    def launch(num_processes: int, stream: bool, settings: dict[str, Any], plant: bool = False) -> Any:
-        out = tmp_path / f"out{num_processes}"
+    def launch(num_processes: int, runs: dict[str, dict[str, int]], plant: bool = False) -> Any:
+        out = folder / f"out{num_processes}"
         runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        command = [sys.executable, *(runner if num_processes > 1 else []), str(tmp_path / "worker.py"), str(tmp_path)]
-        command += [str(out), json.dumps(settings), str(int(stream)), str(int(plant)), str(store_path)]
+        command = [sys.executable, *(runner if num_processes > 1 else []), str(folder / "worker.py"), str(folder)]
+        command += [str(out), str(store_path), str(int(plant)), json.dumps(runs)]
         result = subprocess.run(
-            command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
         if plant:
             return result
         assert result.returncode == 0, result.stderr
-        (line,) = [line for line in result.stdout.splitlines() if line.startswith("FACTS")]
-        return json.loads(line.removeprefix("FACTS")) | {"out": out}
+        lines = [line for line in result.stdout.splitlines() if line.startswith("FACTS")]
+        facts = [json.loads(line.removeprefix("FACTS")) for line in lines]
+        assert [one["name"] for one in facts] == list(runs)
+        return {one["name"]: one | {"out": out / one["name"]} for one in facts}
 
     return launch
+
+
+@pytest.fixture(scope="module")
+def launched(launch) -> dict[int, dict[str, Any]]:
+    """Number of processes → kind of data → what they logged."""
+    return {processes: launch(processes, runs) for processes, runs in RUNS.items()}
 
 
 def numbers(facts: Any, name: str) -> list[float]:
@@ -76,12 +92,10 @@ def numbers(facts: Any, name: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", [False, True])
-def test_two_processes_log_what_one_does(launch, stream):
+@pytest.mark.parametrize("kind", ["list", "stream"])
+def test_two_processes_log_what_one_does(kind, launched):
     """Four samples a step either way; the stream with accumulation, each process taking every second batch."""
-    parts = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1} if stream else {}
-    one = launch(1, stream, {"per_device_train_batch_size": 4})
-    two = launch(2, stream, {"per_device_train_batch_size": 2} | parts)
+    one, two = launched[1][kind], launched[2][kind]
     for name in ("loss", "vlm_loss", "attention_loss", "matched_words", "student_entropy"):
         assert numbers(two, name) == pytest.approx(numbers(one, name), rel=1e-4), name
     for name in ("probe_map_agreement", "probe_peak_hits", "probe_attention_loss"):
@@ -97,6 +111,6 @@ def test_two_processes_log_what_one_does(launch, stream):
 @pytest.mark.slow
 def test_one_process_stops_the_others(launch):
     """Whose sample it was says so; nobody waits for ever."""
-    result = launch(2, False, {"per_device_train_batch_size": 2}, plant=True)
+    result = launch(2, {"list": {"per_device_train_batch_size": 2}}, plant=True)
     assert result.returncode != 0
     assert "NotFiniteError: Got a loss that is not finite, in step 1: L_VLM and L_att of " in result.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,6 @@ from lavender.alignment.objective import detach
 from lavender.data.samples import Sample, to_dataset
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.world.student_models import build_llava, build_llava_processor, conversation
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_folder_of_extensions(tmp_path_factory) -> Generator[None, None, None]:
-    """DeepSpeed compiles an extension for the CPU. In the home folder a killed run leaves a lock that all wait for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,9 @@ SETTINGS: dict[str, dict[str, object]] = {
     "zero3": {"ddp_backend": "gloo"},
 }
 
+Gradients = dict[str, tuple[dict[str, Tensor], dict]]
+"""Name of a case → its gradients by parameter, and what the main process told."""
+
 
 def launch(kind: str, *command: object, processes: int = 2, code: int = 0, options: Sequence[str] = ()) -> str:
     """Run a script (or -m module) under `accelerate launch`; what it wrote, stdout and stderr."""
@@ -55,7 +58,7 @@ def launch(kind: str, *command: object, processes: int = 2, code: int = 0, optio
         ],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
         env=environment,
     )
     said = f"{ran.stdout}\n{ran.stderr}"
@@ -63,21 +66,34 @@ def launch(kind: str, *command: object, processes: int = 2, code: int = 0, optio
     return said
 
 
-def train(kind: str, run: Path, *overrides: str, code: int = 0, options: Sequence[str] = ()) -> str:
-    """`lavender train` under `accelerate launch`, as a user starts it; FSDP2 and bf16 by way of stand-ins for GPUs."""
-    stands_in = kind == "fsdp2" or BF16[1] in options
-    script = (TESTS / "scale" / "on_cpu.py", kind) if stands_in else ("-m", "lavender.cli")
-    changes = [part for override in overrides for part in ("--set", override)]
-    return launch(kind, *script, "train", run, *changes, code=code, options=options)
+def train(kind: str, *runs: Sequence[object], code: int = 0, options: Sequence[str] = ()) -> str:
+    """`lavender train` under `accelerate launch`, for each run in turn: its file and the settings to override.
+
+    All runs share the start of the processes, which costs more than a short training. Stand-ins for GPUs are in place.
+    """
+    commands = [["train", str(run), *_overriding(overrides)] for run, *overrides in runs]
+    return launch(kind, TESTS / "scale" / "on_cpu.py", kind, json.dumps(commands), code=code, options=options)
 
 
-def gradients(kind: str, cases: Sequence[Case], workspace: Path, out: Path, options: Sequence[str] = ()):
+def train_as_users_do(
+    kind: str, run: object, *overrides: object, processes: int = 2, options: Sequence[str] = ()
+) -> str:
+    """The command of the documentation, without any stand-in: for `ddp` and `one_gpu`."""
+    command = ("-m", "lavender.cli", "train", run, *_overriding(overrides))
+    return launch(kind, *command, processes=processes, options=options)
+
+
+def _overriding(settings: Sequence[object]) -> list[str]:
+    return [part for setting in settings for part in ("--set", str(setting))]
+
+
+def gradients(kind: str, cases: Sequence[Case], workspace: Path, out: Path, options: Sequence[str] = ()) -> Gradients:
     """Each case's gradients by parameter, and what was logged, of two processes."""
     out.mkdir(parents=True)
     order = {"kind": kind, "out": str(out), "workspace": str(workspace), "settings": SETTINGS[kind]}
     (out / "order.json").write_text(json.dumps(order | {"cases": [asdict(case) for case in cases]}))
     launch(kind, TESTS / "scale" / "worker.py", out / "order.json", options=options)
-    found: dict[str, tuple[dict[str, Tensor], dict]] = {}
+    found: Gradients = {}
     for case in cases:
         about = json.loads((out / f"{case.name}.json").read_text())
         assert about["processes"] == 2

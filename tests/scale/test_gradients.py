@@ -5,14 +5,13 @@ The four captions have 1 to 4 mapped words, so that the processes differ in word
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 from lavender.alignment.objective import is_alignment_part
-from scale.launching import gradients
+from scale.launching import Gradients, gradients
 from scale.worker import Case, run_case
 
 LEARN: dict[str, Any] = {"pooling": "learn"}
@@ -71,6 +70,24 @@ TEXTS = [
     Case("text, llava", samples=TEXT, model="llava"),
 ]
 
+CASES = {
+    "ddp": [*EVERYWHERE, *STAGES, *TEXTS],
+    "fsdp2": [*EVERYWHERE, *STAGES],
+    "zero2": EVERYWHERE,
+    # LoRA with checkpointing is refused there
+    "zero3": [case for case in EVERYWHERE if not (case.lora and case.settings.get("activation_checkpointing"))],
+}
+"""Of each kind of run, all in one launch."""
+
+pytestmark = pytest.mark.timeout(1200)  # for the launch of all cases
+
+
+@pytest.fixture(scope="session")
+def of_two_processes(request, workspace, tmp_path_factory) -> tuple[str, Gradients]:
+    """A kind of run, and the gradients of its `CASES` with what was logged."""
+    kind = request.param
+    return kind, gradients(kind, CASES[kind], workspace, tmp_path_factory.mktemp("two") / kind)
+
 
 @pytest.fixture(scope="session")
 def of_one_process(workspace, tmp_path_factory):
@@ -105,19 +122,16 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], case: Ca
         assert error <= rtol * (float(one.norm()) + 1e-2 * largest), f"{case.name}: {name}: {error} of {one.norm()}"
 
 
-def compare(
-    kind: str, cases: list[Case], workspace: Path, of_one_process, out: Path, options=(), parts: int = 1
-) -> dict:
-    found = gradients(kind, cases, workspace, out / kind, options)
+def compare(found: Gradients, cases: list[Case], of_one_process, parts: int = 1) -> dict:
     for case in cases:
         assert_equal(found[case.name][0], of_one_process(case, parts), case)
         if case in DIRECT:
             assert not [name for name in of_one_process(case, parts) if is_alignment_part(name)], case.name
-    return {name: about for name, (_, about) in found.items()}
+    return {case.name: found[case.name][1] for case in cases}
 
 
 def test_two_processes_are_one(workspace, of_one_process, tmp_path):
-    about = compare("ddp", QUICK, workspace, of_one_process, tmp_path)
+    about = compare(gradients("ddp", QUICK, workspace, tmp_path / "ddp"), QUICK, of_one_process)
     assert {one["wrapped"] for one in about.values()} == {"DistributedDataParallel"}
     logged = about["full"]["log"][0]
     assert logged["matched_words"] == 15  # of both
@@ -125,41 +139,38 @@ def test_two_processes_are_one(workspace, of_one_process, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2"])
-def test_every_kind_of_run_has_the_gradients_of_one_process(kind, workspace, of_one_process, tmp_path):
-    about = compare(kind, EVERYWHERE, workspace, of_one_process, tmp_path)
-    names = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+@pytest.mark.parametrize("of_two_processes", CASES, indirect=True)
+def test_every_kind_of_run_has_the_gradients_of_one_process(of_two_processes, of_one_process):
+    kind, found = of_two_processes
+    about = compare(found, [case for case in CASES[kind] if case in EVERYWHERE], of_one_process)
+    names = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     assert {one["type"] for one in about.values()} == {f"DistributedType.{names[kind]}"}
-
-
-@pytest.mark.slow
-def test_zero_3_has_the_gradients_of_one_process(workspace, of_one_process, tmp_path):
-    """LoRA with checkpointing is refused there."""
-    cases = [case for case in EVERYWHERE if not (case.lora and case.settings.get("activation_checkpointing"))]
-    compare("zero3", cases, workspace, of_one_process, tmp_path)
 
 
 @pytest.mark.slow
 def test_fsdp_checkpoints_activations_itself(workspace, of_one_process, tmp_path):
     cases = [case for case in EVERYWHERE if "activation_checkpointing" not in case.settings]
     options = ["--fsdp_activation_checkpointing", "true"]
-    compare("fsdp2", cases, workspace, of_one_process, tmp_path, options)
+    compare(gradients("fsdp2", cases, workspace, tmp_path / "fsdp2", options), cases, of_one_process)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_the_stage_of_the_aligner_alone(kind, workspace, of_one_process, tmp_path):
+@pytest.mark.parametrize("of_two_processes", ["ddp", "fsdp2"], indirect=True)
+def test_the_stage_of_the_aligner_alone(of_two_processes, of_one_process):
     """Clipped by the Aligner's own norm, at its second step too; the VLM has no gradient."""
-    about = compare(kind, STAGES, workspace, of_one_process, tmp_path)
+    _, found = of_two_processes
+    about = compare(found, STAGES, of_one_process)
     for case in STAGES:
         assert about[case.name]["unchanged"], case.name
         assert all("alignment_" in name for name in of_one_process(case))
 
 
 @pytest.mark.slow
-def test_text_alone_on_one_process(workspace, of_one_process, tmp_path):
+@pytest.mark.parametrize("of_two_processes", ["ddp"], indirect=True)
+def test_text_alone_on_one_process(of_two_processes, of_one_process):
     """DDP waits for no gradient of layers that did not run.
 
     Compared with two micro-batches: beside pictures, Mllama's text-only samples attend to padding in their place.
     """
-    compare("ddp", TEXTS, workspace, of_one_process, tmp_path, parts=2)
+    _, found = of_two_processes
+    compare(found, TEXTS, of_one_process, parts=2)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from torch import Tensor
 
 from closeness import moved
 from command_line import lavender
-from scale.launching import BF16, KINDS, SETTINGS, launch, train
+from scale.launching import BF16, KINDS, SETTINGS, launch, train, train_as_users_do
 from scale.worker import Case
+
+pytestmark = pytest.mark.timeout(1800)  # a launch trains several times
 
 STEPS, BATCH = 4, 4
 LORA = {"r": 3, "dropout": 0.0}
@@ -27,6 +32,13 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "mass": {"attention_loss": "mass", "attention_forcing": 0.6},
     "qlora, kl": {"lora": LORA, "quantization": {"load_in_4bit": True}, "attention_loss": "kl"},
 }
+
+TUNED = {kind: ("full", "lora", "mass", *(("qlora", "qlora, kl") if kind == "ddp" else ())) for kind in KINDS}
+BF16_TUNINGS: dict[str, dict[str, Any]] = {
+    "full": {"bf16": True, "dtype": "float32"},
+    "learn": {"bf16": True, "dtype": "bfloat16", "lora": LORA, "pooling": "learn"},
+}
+BF16_TUNED = {kind: ("learn", *(("full",) if kind == "zero3" else ())) for kind in KINDS}
 
 
 def write_run(folder: Path, workspace: Path, processes: int, **settings: Any) -> Path:
@@ -66,6 +78,71 @@ def of_one_process(workspace, tmp_path_factory):
     return folders
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What the launches of a kind left: FOLDER/TUNING/out and FOLDER/TUNING/broken, and what they wrote."""
+
+    folder: Path
+    said: str
+    said_after_the_break: str
+
+
+@pytest.fixture(scope="session")
+def trained(workspace, tmp_path_factory) -> Callable[[str], Trained]:
+    """All tunings of a kind in one launch, and in another all again after a break; of DDP one as users start it."""
+
+    @cache
+    def of(kind: str) -> Trained:
+        folder, tunings = tmp_path_factory.mktemp(kind), TUNED[kind]
+        files = [write_run(folder / one, workspace, 2, **SETTINGS[kind], **TUNINGS[one]) for one in tunings]
+        said = train(kind, *([file] for file in files))
+        again = [(file, f"out={break_off(file.parent)}") for file in files]
+        if kind == "ddp":
+            return Trained(folder, said, train_as_users_do(kind, *again[0]) + train(kind, *again[1:]))
+        return Trained(folder, said, train(kind, *again))
+
+    return of
+
+
+def break_off(folder: Path) -> Path:
+    """A run folder like FOLDER/out, whose last checkpoint was not written to its end."""
+    run, broken = folder / "out", folder / "broken"
+    (broken / "trainer").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", broken)
+    for step in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(run / "trainer" / step, broken / "trainer" / step)
+    (broken / "trainer" / "checkpoint-4" / "trainer_state.json").unlink()
+    return broken
+
+
+@pytest.fixture(scope="session")
+def trained_in_bf16(workspace, tmp_path_factory) -> Callable[[str], Path]:
+    """The run folders of a kind, FOLDER/TUNING/out, all of one launch."""
+
+    @cache
+    def of(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{kind}-bf16")
+        files = [
+            write_run(folder / one, workspace, 2, **SETTINGS[kind], **BF16_TUNINGS[one]) for one in BF16_TUNED[kind]
+        ]
+        train(kind, *([file] for file in files), options=BF16)
+        return folder
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def alone_in_bf16(workspace, tmp_path_factory) -> dict[str, Path]:
+    """Run folders of one process, one for each of `BF16_TUNINGS`."""
+    folders = {}
+    for tuning, settings in BF16_TUNINGS.items():
+        path = tmp_path_factory.mktemp(f"alone-{tuning}")
+        ran = lavender("train", write_run(path, workspace, 1, use_cpu=True, **settings))
+        assert ran.code == 0, ran.err
+        folders[tuning] = path / "out"
+    return folders
+
+
 def weights(run: Path) -> dict[str, Tensor]:
     tensors = {f"head: {name}": one for name, one in load_file(run / "alignment_head.safetensors").items()}
     for file in (run / "checkpoint").glob("*.safetensors"):
@@ -97,19 +174,11 @@ def assert_same_folder(found: Path, expected: Path, rounding: float = 1e-4) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "tuning"),
-    [
-        *((kind, tuning) for kind in KINDS for tuning in ("full", "lora", "mass")),
-        ("ddp", "qlora"),
-        ("ddp", "qlora, kl"),
-    ],
-)
-def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning, workspace, of_one_process, tmp_path):
-    file = write_run(tmp_path, workspace, 2, **SETTINGS[kind], **TUNINGS[tuning])
-    said = train(kind, file)
-    run = tmp_path / "out"
-    assert said.count("run folder: ") == 1
+@pytest.mark.parametrize(("kind", "tuning"), [(kind, tuning) for kind, tunings in TUNED.items() for tuning in tunings])
+def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning, trained, of_one_process):
+    launched = trained(kind)
+    run, broken = launched.folder / tuning / "out", launched.folder / tuning / "broken"
+    assert launched.said.count(f"run folder: {run}\n") == 1
     # QLoRA's adapters and their gradients are of 16 bits
     assert_same_folder(run, of_one_process[tuning], 1e-3 if "qlora" in tuning else 1e-4)
     assert json.loads((run / "environment.json").read_text())["processes"] == "2"
@@ -122,13 +191,7 @@ def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning,
         else:
             torch.testing.assert_close(found[name], one, rtol=1e-4, atol=1e-5, msg=name)
 
-    broken = tmp_path / "broken"
-    (broken / "trainer").mkdir(parents=True)
-    shutil.copy(run / "config.yaml", broken)
-    for step in ("checkpoint-2", "checkpoint-4"):
-        shutil.copytree(run / "trainer" / step, broken / "trainer" / step)
-    (broken / "trainer" / "checkpoint-4" / "trainer_state.json").unlink()
-    said = train(kind, file, f"out={broken}")
+    said = launched.said_after_the_break
     assert said.count(f"passed over {broken / 'trainer' / 'checkpoint-4'}") == 1
     assert said.count(f"going on from {broken / 'trainer' / 'checkpoint-2'}") == 1
     assert_same_folder(broken, run)
@@ -136,16 +199,13 @@ def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "tuning"), [(kind, "learn") for kind in KINDS] + [("zero3", "full")])
-def test_two_processes_in_bfloat16(kind, tuning, workspace, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "tuning"), [(kind, tuning) for kind, tunings in BF16_TUNED.items() for tuning in tunings]
+)
+def test_two_processes_in_bfloat16(kind, tuning, trained_in_bf16, alone_in_bf16):
     """As recipes have it: LoRA and learned projections on a base of 16 bits, or all weights with float32 copies."""
-    settings: dict[str, Any] = {"bf16": True, "dtype": "float32"}
-    if tuning == "learn":
-        settings |= {"dtype": "bfloat16", "lora": LORA, "pooling": "learn"}
-    alone = lavender("train", write_run(tmp_path / "alone", workspace, 1, use_cpu=True, **settings))
-    assert alone.code == 0, alone.err
-    train(kind, write_run(tmp_path / "both", workspace, 2, **SETTINGS[kind], **settings), options=BF16)
-    expected, found = ([one for one in metrics(tmp_path / run / "out") if "loss" in one] for run in ("alone", "both"))
+    runs = (alone_in_bf16[tuning], trained_in_bf16(kind) / tuning / "out")
+    expected, found = ([one for one in metrics(run) if "loss" in one] for run in runs)
     assert len(found) == STEPS
     # DeepSpeed computes with rounded copies of the float32 weights, which follow the first steps late; and CPUs with
     # instructions for bfloat16 sum in an order that depends on the batch: 0.024 was seen, less than 0.02 without them
@@ -160,7 +220,7 @@ def test_two_processes_in_bfloat16(kind, tuning, workspace, tmp_path):
 @pytest.mark.slow
 def test_one_process_under_accelerate_writes_the_same(workspace, of_one_process, tmp_path):
     file = write_run(tmp_path, workspace, 1, use_cpu=True)
-    launch("one_gpu", "-m", "lavender.cli", "train", file, processes=1, options=["--cpu"])
+    train_as_users_do("one_gpu", file, processes=1, options=["--cpu"])
     assert moved(weights(of_one_process["full"]), weights(tmp_path / "out"), step=1e-4) == []
 
 
@@ -174,7 +234,7 @@ def test_one_process_under_accelerate_writes_the_same(workspace, of_one_process,
 )
 def test_what_cannot_work_is_refused_before_the_first_step(kind, settings, message, workspace, tmp_path):
     file = write_run(tmp_path, workspace, 2, **SETTINGS[kind] | settings)
-    said = train(kind, file, code=1)
+    said = train(kind, [file], code=1)
     assert message in said
     assert " Do this: " in said
     assert not (tmp_path / "out" / "trainer" / "checkpoint-2").exists()

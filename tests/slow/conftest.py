@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
+
+from forking import Parent, parent_of_verbs
 
 CAPTIONS = {
     "astronaut": [
@@ -63,16 +62,26 @@ Lavender = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
-def lavender_process() -> Lavender:
-    """Runs `lavender` in a process of its own, as a user does; what it wrote to stdout."""
+def verbs() -> Iterator[Parent]:
+    with parent_of_verbs() as parent:
+        yield parent
+
+
+@pytest.fixture(scope="session")
+def lavender_process(verbs, tmp_path_factory) -> Lavender:
+    """Runs `lavender` in a process of its own; what it wrote to stdout. tests/test_documented_commands.py starts each
+    verb as a user does."""
+    folder = tmp_path_factory.mktemp("said")
 
     def run(*arguments: object) -> str:
-        command = [sys.executable, "-m", "lavender.cli", *(str(argument) for argument in arguments)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-        assert ran.returncode == 0, f"{command}\n{ran.stdout}\n{ran.stderr[-4000:]}"
-        assert "Traceback" not in ran.stderr
-        return ran.stdout
+        out, err = folder / "out", folder / "err"
+        for file in (out, err):
+            file.write_text("")
+        code = verbs.start(*arguments, out=out, err=err).wait(timeout=500)
+        said = err.read_text()
+        assert code == 0, f"{arguments}\n{out.read_text()}\n{said[-4000:]}"
+        assert "Traceback" not in said
+        return out.read_text()
 
     return run
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,25 @@ BENCHMARKS = [name for name, text in TEXTS.items() if '__name__ == "__main__"' i
 FOREIGN = re.compile(r"kineto|profiler|STAGE:|Traceback|\w+Warning:", re.IGNORECASE)
 
 
+def no_flipped_bit_is_silent(numbers: dict) -> None:
+    assert (numbers["flips"], numbers["silent"]) == (200, 0)
+    assert {"bytes_per_map", "random_read_us", "open_100k_s", "sequential_per_s"} <= numbers.keys()
+    assert numbers["bytes_per_map"] < 1200
+
+
+def a_killed_writer_loses_and_doubles_nothing(numbers: dict) -> None:
+    assert numbers == {"kills": 4, "lost": 0, "doubled": 0, "equal": True}
+
+
+CHECKS: dict[str, Callable[[dict], None]] = {
+    "store": no_flipped_bit_is_silent,
+    "crash": a_killed_writer_loses_and_doubles_nothing,
+}
+"""What else must hold of a benchmark's numbers."""
+
+
 def test_every_other_module_is_imported_by_a_benchmark():
+    assert set(BENCHMARKS) >= set(CHECKS)
     for name in TEXTS.keys() - set(BENCHMARKS):
         assert any(f"from {name} import" in TEXTS[benchmark] for benchmark in BENCHMARKS), name
 
@@ -37,5 +56,8 @@ def test_a_benchmark_runs_at_its_smallest_size(name, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert json.loads(out.read_text())
+    numbers = json.loads(out.read_text())
+    assert numbers
+    if name in CHECKS:
+        CHECKS[name](numbers)
     assert [line for line in (ran.stdout + ran.stderr).splitlines() if FOREIGN.search(line)] == []

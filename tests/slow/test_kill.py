@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forking import Forked
 from lavender.data.store import MapStore
 from lavender.maps import WordMaps
 from lavender.world.language import caption_scene
@@ -41,30 +39,13 @@ def flickr_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start(flickr_folder) -> Callable[[Path], subprocess.Popen]:
+def start(verbs, flickr_folder) -> Callable[[Path], Forked]:
     """Starts an extraction; a batch size that does not divide a shard, so that batches differ after a kill."""
 
-    def begin(out: Path) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-m",
-            "lavender.cli",
-            "extract",
-            "--data",
-            str(flickr_folder),
-            "--teacher",
-            "world",
-            "--out",
-            str(out),
-            "--grid",
-            "16",
-            "--batch-size",
-            "7",
-        ]
-        with out.with_suffix(".log").open("a") as log:
-            return subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
+    def begin(out: Path) -> Forked:
+        log = out.with_suffix(".log")
+        options = ("--data", flickr_folder, "--teacher", "world", "--out", out, "--grid", 16, "--batch-size", 7)
+        return verbs.start("extract", *options, out=log, err=log)
 
     return begin
 
@@ -73,7 +54,7 @@ def num_shards(out: Path) -> int:
     return len(list(out.glob("shard-*.parquet")))
 
 
-def kill_after_a_new_shard(process: subprocess.Popen, out: Path, delay: float) -> None:
+def kill_after_a_new_shard(process: Forked, out: Path, delay: float) -> None:
     before, until = num_shards(out), time.monotonic() + 500
     while num_shards(out) == before:
         assert process.poll() is None, f"it ended by itself:\n{out.with_suffix('.log').read_text()[-2000:]}"

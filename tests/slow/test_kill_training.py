@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from safetensors.torch import load_file
 
 from closeness import close, moved
 from command_line import write_scenes
+from forking import Forked, Parent
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -35,7 +33,7 @@ def folder(some_scenes, captions, store_path, make_student, processor, tmp_path_
     return path
 
 
-def begin(folder: Path, out: Path, store: Path, **settings: Any) -> subprocess.Popen:
+def begin(verbs: Parent, folder: Path, out: Path, store: Path, **settings: Any) -> Forked:
     """A run that writes a checkpoint at every step, so that many kills hit one that is being written."""
     ours: dict[str, Any] = {
         "model": str(folder / "model"),
@@ -57,20 +55,15 @@ def begin(folder: Path, out: Path, store: Path, **settings: Any) -> subprocess.P
     }
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(ours | settings))
-    with out.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "lavender.cli", "train", str(file)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    log = out.with_suffix(".log")
+    return verbs.start("train", file, out=log, err=log)
 
 
 def steps_begun(out: Path) -> set[str]:
     return {path.name for path in (out / "trainer").glob("checkpoint-*")}
 
 
-def kill_at_random(process: subprocess.Popen, out: Path, chance: random.Random) -> None:
+def kill_at_random(process: Forked, out: Path, chance: random.Random) -> None:
     """Soon after some new checkpoint was begun: while it is written, or in the next step."""
     wanted, seen, until = chance.randint(1, 3), steps_begun(out), time.monotonic() + 300
     while len(steps_begun(out) - seen) < wanted:
@@ -88,19 +81,23 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "learn"])
-def test_killed_at_random_it_ends_with_the_same_weights(kind, folder, store_path, tmp_path):
+def test_killed_at_random_it_ends_with_the_same_weights(kind, verbs, folder, store_path, tmp_path):
     """LoRA with dropout, so that random numbers count too. A run of several epochs, in shuffled order."""
     settings: dict[str, Any] = {"lora": {"r": 3, "dropout": 0.1}} if kind == "lora" else {}
     settings |= {"pooling": "learn"} if kind == "learn" else {}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert begin(folder, whole, store_path, **settings).wait(timeout=300) == 0, whole.with_suffix(".log").read_text()
+
+    def start(out: Path) -> Forked:
+        return begin(verbs, folder, out, store_path, **settings)
+
+    assert start(whole).wait(timeout=300) == 0, whole.with_suffix(".log").read_text()
     chance = random.Random(kind)
     for _ in range(KILLS):
-        kill_at_random(begin(folder, broken, store_path, **settings), broken, chance)
+        kill_at_random(start(broken), broken, chance)
     # one that was certainly not written to its end: the last, without its last file
     last = max((broken / "trainer").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     (last / "trainer_state.json").unlink(missing_ok=True)
-    ended = begin(folder, broken, store_path, **settings).wait(timeout=300)
+    ended = start(broken).wait(timeout=300)
     said = broken.with_suffix(".log").read_text()
     assert ended == 0, said[-3000:]
     assert f"passed over {last}, which was not written to its end" in said

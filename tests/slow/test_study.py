@@ -15,6 +15,7 @@ import pytest
 
 from lavender.world.studies.page import QUICK
 from lavender.world.studies.registry import STUDIES
+from slow.small_study import SCORED
 
 STUDY, SEED, JOBS = "teacher-controls", 7, 2  # every target of the alignment is trained on
 FIRST_RESULT_SECONDS, WHOLE_STUDY_SECONDS = 1200, 2100
@@ -31,8 +32,7 @@ def start(tmp_path) -> Callable[[str], subprocess.Popen]:
     def begin(name: str) -> subprocess.Popen:
         command = [
             sys.executable,
-            "-m",
-            "lavender.cli",
+            str(Path(__file__).parent / "small_study.py"),
             "study",
             STUDY,
             "--quick",
@@ -94,7 +94,7 @@ def test_a_killed_study_continues(start, tmp_path):
     assert printed == json.loads((folder / "results.json").read_text())
     assert (printed["study"], printed["quick"], printed["seeds"]) == (STUDY, True, [SEED])
     assert printed["command"] == f"lavender study {STUDY} --quick --seeds {SEED}"
-    assert printed["settings"]["scoring"] == {"split": "development", "start": 0, "count": 100}
+    assert printed["settings"]["scoring"] == {"split": "development", "start": 0, "count": SCORED}
     assert list(printed["arms"]) == list(STUDIES[STUDY].arms(True))
     for scores in printed["arms"].values():
         for metric in STUDIES[STUDY].metrics:

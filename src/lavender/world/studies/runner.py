@@ -96,6 +96,6 @@ def _pool(jobs: int, **settings: Any) -> Iterator[ProcessPoolExecutor]:
         try:
             yield pool
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             stop_processes(multiprocessing.active_children())
+            pool.shutdown(cancel_futures=True)  # waits until the pool, too, knows that they ended
             raise
