@@ -153,7 +153,7 @@ def test_resuming_is_no_interruption(places, tmp_path, kind):
 
 
 def test_learned_projections_begin_as_the_dequantised_ones(quantized):
-    attach(quantized, AlignmentConfig(pooling="learn"))
+    attach(quantized, AlignmentConfig(attention_loss="published", pooling="learn"))
     adapter = adapter_for(quantized.config)
     for layer in adapter.usable_layers():
         attention = adapter.attention_module(quantized, layer)
