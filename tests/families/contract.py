@@ -38,10 +38,7 @@ from lavender.words import words_of
 EVERY_POOLING = pytest.mark.parametrize(
     ("alignment", "dtype"),
     [(PUBLISHED | {"pooling": pooling}, torch.float32) for pooling in get_args(Pooling)]
-    + [
-        (PUBLISHED | {"pooling": pooling}, torch.bfloat16)
-        for pooling in ("layer-mean", "max-mean", "flow-multi", "learn")
-    ]
+    + [(PUBLISHED | {"pooling": own}, torch.bfloat16) for own in ("layer-mean", "max-mean", "flow-multi", "learn")]
     + [({"attention_loss": kind}, torch.bfloat16) for kind in DIRECT_LOSSES],
     ids=lambda part: "-".join(part.values()) if isinstance(part, dict) else str(part).removeprefix("torch."),
 )

@@ -228,7 +228,8 @@ def test_extraction_ranges(settings, message):
         (
             {"pooling": "learn"},
             "Got pooling='learn' with attention_loss='mass', the default. Expected layer-mean or mean-mean: this loss "
-            "has no Aligner and no projections of its own. Do this: leave pooling out, or set attention_loss: published.",
+            "has no Aligner and no projections of its own. Do this: leave pooling out, or set attention_loss: "
+            "published.",
         ),
         (
             {"aligner": "deep"},
