@@ -21,12 +21,15 @@ from scale.worker import Case
 STEPS, BATCH = 4, 4
 LORA = {"r": 3, "dropout": 0.0}
 TUNINGS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": {"lora": LORA},
-    "qlora": {"lora": LORA, "quantization": {"load_in_4bit": True}},
-    "mass": {"attention_loss": "mass", "attention_forcing": 0.6},
+    "published": {"attention_loss": "published"},
+    "published, lora": {"attention_loss": "published", "lora": LORA},
+    "published, qlora": {"attention_loss": "published", "lora": LORA, "quantization": {"load_in_4bit": True}},
+    "default": {},
+    "default, lora, forced": {"lora": LORA, "attention_forcing": 0.6},
     "qlora, kl": {"lora": LORA, "quantization": {"load_in_4bit": True}, "attention_loss": "kl"},
 }
+TUNED = ("published", "published, lora", "default", "default, lora, forced")
+"""Of these, the ones that every kind of launch runs."""
 
 
 def write_run(folder: Path, workspace: Path, processes: int, **settings: Any) -> Path:
@@ -100,8 +103,8 @@ def assert_same_folder(found: Path, expected: Path, rounding: float = 1e-4) -> N
 @pytest.mark.parametrize(
     ("kind", "tuning"),
     [
-        *((kind, tuning) for kind in KINDS for tuning in ("full", "lora", "mass")),
-        ("ddp", "qlora"),
+        *((kind, tuning) for kind in KINDS for tuning in TUNED),
+        ("ddp", "published, qlora"),
         ("ddp", "qlora, kl"),
     ],
 )
@@ -115,7 +118,9 @@ def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning,
     assert json.loads((run / "environment.json").read_text())["processes"] == "2"
     expected, found = weights(of_one_process[tuning]), weights(run)
     assert found.keys() == expected.keys()
-    assert any(name.startswith("head: ") for name in found) == ("attention_loss" not in TUNINGS[tuning])
+    assert any(name.startswith("head: ") for name in found) == (
+        "attention_loss" in TUNINGS[tuning] and "kl" not in tuning
+    )
     for name, one in expected.items():
         if "qlora" in tuning:  # lora_B begins at 0: all of it was learned
             assert (found[name] - one).norm() < 0.1 * one.norm(), name
@@ -141,7 +146,7 @@ def test_two_processes_in_bfloat16(kind, tuning, workspace, tmp_path):
     """As recipes have it: LoRA and learned projections on a base of 16 bits, or all weights with float32 copies."""
     settings: dict[str, Any] = {"bf16": True, "dtype": "float32"}
     if tuning == "learn":
-        settings |= {"dtype": "bfloat16", "lora": LORA, "pooling": "learn"}
+        settings |= {"dtype": "bfloat16", "lora": LORA, "attention_loss": "published", "pooling": "learn"}
     alone = lavender("train", write_run(tmp_path / "alone", workspace, 1, use_cpu=True, **settings))
     assert alone.code == 0, alone.err
     train(kind, write_run(tmp_path / "both", workspace, 2, **SETTINGS[kind], **settings), options=BF16)
@@ -161,7 +166,7 @@ def test_two_processes_in_bfloat16(kind, tuning, workspace, tmp_path):
 def test_one_process_under_accelerate_writes_the_same(workspace, of_one_process, tmp_path):
     file = write_run(tmp_path, workspace, 1, use_cpu=True)
     launch("one_gpu", "-m", "lavender.cli", "train", file, processes=1, options=["--cpu"])
-    assert moved(weights(of_one_process["full"]), weights(tmp_path / "out"), step=1e-4) == []
+    assert moved(weights(of_one_process["default"]), weights(tmp_path / "out"), step=1e-4) == []
 
 
 @pytest.mark.slow
@@ -169,7 +174,11 @@ def test_one_process_under_accelerate_writes_the_same(workspace, of_one_process,
     ("kind", "settings", "message"),
     [
         ("zero3", {"lora": LORA, "activation_checkpointing": True}, "Got DeepSpeed ZeRO-3 with LoRA"),
-        ("zero2", {"aligner_pretraining": 0.5}, "Got aligner_pretraining with DeepSpeed"),
+        (
+            "zero2",
+            {"attention_loss": "published", "aligner_pretraining": 0.5},
+            "Got aligner_pretraining with DeepSpeed",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(kind, settings, message, workspace, tmp_path):
