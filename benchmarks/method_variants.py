@@ -5,8 +5,9 @@
     python benchmarks/method_variants.py --short --only pooling=learn align_weight=estimated
     python benchmarks/method_variants.py --quick --json variants.json     # smoke test: two steps, one variant
 
-A variant is examples/world.yaml with the published loss and overrides, trained by the code of `lavender train`. It passes if its mean L_att on
-held-out scenes, under its own attention loss and over all words with a map, is below that of both controls:
+A variant is examples/world.yaml with the published loss and overrides, trained by the code of `lavender train`. It
+passes if its mean L_att on held-out scenes, under its own attention loss and over all words with a map, is below that
+of both controls:
 
 - the Aligner alone: the same run with the VLM frozen throughout (aligner_pretraining=1);
 - the best constant map: the mean of the training words' maps, as heat or as distribution, whichever is better.

@@ -45,6 +45,7 @@ def finished(places, tmp_path_factory) -> tuple[Path, Path]:
     ran = lavender("train", file)
     assert ran.code == DONE, ran.err
     assert "maps for 5 of 6 samples with a picture; 1 without maps" in ran.out
+    assert f"alignment: attention_loss mass, align_weight {DEFAULTS['mass'][0]}\n" in ran.out
     assert "samples of the training" in ran.out
     return file, folder / "out"
 
@@ -193,6 +194,7 @@ def test_restart_begins_anew_and_leaves_what_is_not_the_run_s(run):
     (out / "eval.json").write_text("{}")
     ran = lavender("train", file, "--restart", "--set", "max_steps=1", "--set", "align_weight=0")
     assert ran.code == DONE, ran.err
+    assert "plain fine-tuning: align_weight 0\n" in ran.out
     assert (out / "notes.txt").read_text() == "mine"
     assert not (out / "eval.json").exists()
     assert [path.name for path in (out / "trainer").glob("checkpoint-*")] == ["checkpoint-1"]
