@@ -22,7 +22,7 @@ from lavender.students.word_maps import AnsweredPicture, capturing
 
 ANSWERS = ("a dog and a cat", "one red apple near the tiny house", "sun")
 PUBLISHED: dict[str, Any] = {"attention_loss": "published"}
-LEARN = PUBLISHED | {"pooling": "learn"}
+LEARN: dict[str, Any] = PUBLISHED | {"pooling": "learn"}
 KINDS = pytest.mark.parametrize("alignment", [{}, LEARN], ids=["default", "learn"])
 """The default loss, which adds nothing to the model; and one that adds an Aligner and projections."""
 

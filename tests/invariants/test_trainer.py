@@ -30,7 +30,7 @@ from lavender.words import content_words
 from lavender.world.student_models import conversation
 
 PUBLISHED: dict[str, Any] = {"attention_loss": "published"}
-LEARN = PUBLISHED | {"pooling": "learn"}
+LEARN: dict[str, Any] = PUBLISHED | {"pooling": "learn"}
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "lora": {}, "published, lora": PUBLISHED, "learn": LEARN}
 """Runs and their settings: two with the default loss, one with an Aligner beside LoRA, one with projections too."""
 DIRECT: dict[str, dict[str, Any]] = {

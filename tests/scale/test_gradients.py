@@ -16,7 +16,7 @@ from scale.launching import gradients
 from scale.worker import Case, run_case
 
 PUBLISHED: dict[str, Any] = {"attention_loss": "published"}
-LEARN = PUBLISHED | {"pooling": "learn"}
+LEARN: dict[str, Any] = PUBLISHED | {"pooling": "learn"}
 CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True}
 PARTS: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 NO_WORD = (0, 1, 5, 5)  # the second process has pictures, but no word with a map

@@ -105,7 +105,7 @@ def test_training_on_a_mixed_batch(student, store, pooling):
     All but: in Mllama a token before any picture sees all keys alike, those of padding too. Without a pooling it is the
     default loss; the poolings are those of the published loss.
     """
-    published = {"attention_loss": "published", "pooling": pooling, "aligner_norm": "none"}
+    published: dict[str, Any] = {"attention_loss": "published", "pooling": pooling, "aligner_norm": "none"}
     model, _ = student
     torch.manual_seed(7)
     head = attach(model.eval(), AlignmentConfig(**(published if pooling else {})))
