@@ -126,7 +126,8 @@ def build_case(model: LlamaForCausalLM, tokens: int, words: int) -> Case:
 
 def aligner_step(case: Case) -> Step:
     """The alignment loss of captured rows: pooling per word, resampling to the grid, Aligner, loss."""
-    head, tensors = AlignmentHead(HEADS, tuple(range(LAYERS)), AlignmentConfig()).train(), case.tensors
+    config = AlignmentConfig(attention_loss="published")
+    head, tensors = AlignmentHead(HEADS, tuple(range(LAYERS)), config).train(), case.tensors
     captured = torch.rand_like(case.weights).softmax(dim=-1).requires_grad_()
 
     def step() -> Tensor:

@@ -177,6 +177,15 @@ def test_a_setting_out_of_range(scenes_folder, tmp_path):
     assert "align_weight=-1" in complaint(lavender("train", path), WRONG_USAGE)
 
 
+@pytest.mark.parametrize("settings", [{"pooling": "learn"}, {"aligner": "deep"}, {"align_weight": "estimated"}])
+def test_a_setting_of_the_published_loss_alone(settings, scenes_folder, tmp_path):
+    """The user has not named the loss that it contradicts: the message says which it is, and how to choose another."""
+    line = complaint(lavender("train", write_run(tmp_path, data=str(scenes_folder), **settings)), WRONG_USAGE)
+    ((name, value),) = settings.items()
+    assert f"Got {name}={value!r} with attention_loss='mass', the default. Expected " in line
+    assert "set attention_loss" in line
+
+
 def test_a_setting_of_the_wrong_kind(scenes_folder, tmp_path):
     path = write_run(tmp_path, data=str(scenes_folder), eval_strategy="sometimes")
     assert "sometimes" in complaint(lavender("train", path), WRONG_USAGE)

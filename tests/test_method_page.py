@@ -40,6 +40,20 @@ def test_every_value_is_named(value):
     assert f"`{value}`" in PAGE
 
 
+def row_of(setting: str) -> str:
+    return next(line for line in PAGE.splitlines() if line.startswith(f"| `{setting}` |"))
+
+
+def test_the_defaults_of_the_losses_are_stated():
+    for loss, (weight, _) in config.DEFAULTS.items():
+        assert f"{weight:g} for `{loss}`" in row_of("align_weight")
+    assert "2 for the published losses" in row_of("align_weight")
+    ((power, losses),) = {power: tuple(config.DEFAULTS) for _, power in config.DEFAULTS.values()}.items()
+    assert f"| {power:g} for `{losses[0]}` and `{losses[1]}`, else 1 |" in row_of("sharpen")
+    assert f"| `{AlignmentConfig().attention_loss}` (default) |" in PAGE
+    assert PAGE.count("(default) |") == 1
+
+
 def test_the_commands_are_read():
     lines = [line for line in PAGE.splitlines() if line.startswith("lavender train")]
     assert len(lines) == 2
@@ -47,4 +61,10 @@ def test_the_commands_are_read():
         overrides = [part.strip("'") for part in line.split(" --set ")[1:]]
         run = read_run(Path(__file__).parents[1] / "examples" / "world.yaml", overrides)
         assert run.out.startswith("runs/")
-        AlignmentConfig(**{key: run.training[key] for key in ("pooling", "heads", "layers") if key in run.training})
+        AlignmentConfig(
+            **{
+                key: run.training[key]
+                for key in ("attention_loss", "pooling", "heads", "layers")
+                if key in run.training
+            }
+        )

@@ -53,7 +53,7 @@ DIRECT_LOSSES: tuple[AttentionLoss, ...] = ("mass", "kl")
 """The losses of the student's own attention, without an Aligner. They add no parameters."""
 DIRECT_POOLINGS: tuple[Pooling, ...] = ("layer-mean", "mean-mean")
 """The poolings of `DIRECT_LOSSES`: a loss per layer, or one loss of the mean over layers. Heads are averaged."""
-DEFAULTS: dict[AttentionLoss, tuple[float, float]] = {"mass": (0.2, 2.0), "kl": (1.0, 2.0)}
+DEFAULTS: dict[str, tuple[float, float]] = {"mass": (0.2, 2.0), "kl": (1.0, 2.0)}
 """Direct loss → its default (`align_weight`, `sharpen`), chosen on development scenes (docs/log.md)."""
 RENAMED_LOSSES: dict[str, AttentionLoss] = {
     "min-max": "published",
@@ -234,12 +234,9 @@ class AlignmentConfig:
         layer_share: share of the layers that "first", "middle" and "last" select, from 0 to 1.
         heads: indices of the attention heads to align in each layer; None is all.
         parallel_init: how the projections of "learn" start: as copies of the pretrained ones, or random.
-        aligner: depth of the Aligner, `lavender.alignment.aligner.Aligner`.
-        aligner_kind: layers of the Aligner: 3 × 3 convolutions, or an MLP per cell.
-        aligner_norm, aligner_activation: normalisation and activation in the Aligner.
-        aligner_width: number of hidden channels of the Aligner, d_h.
-        align_warmup: share of the steps, at the start, in which λ rises from 0.
-        align_decay: share of the steps, at the end, in which λ falls to 0.
+        aligner, aligner_kind: depth of the Aligner, `lavender.alignment.aligner.Aligner`, and the kind of its layers.
+        aligner_norm, aligner_activation, aligner_width: normalisation, activation and hidden channels, d_h, of it.
+        align_warmup, align_decay: share of the steps in which λ rises from 0, at the start, and falls to 0, at the end.
         aligner_pretraining: share of the steps, at the start, in which only the Aligner (and the projections of
             "learn") train (§6).
         min_coverage: training stops before the first step if a smaller share of samples, without replay, has maps.
@@ -287,8 +284,8 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention_loss", name_of_loss(self.attention_loss))
-        weight, sharpen = DEFAULTS.get(self.attention_loss, (2.0, 1.0))
-        for name, default in (("align_weight", weight), ("sharpen", sharpen)):
+        defaults = DEFAULTS.get(str(self.attention_loss), (2.0, 1.0))
+        for name, default in zip(("align_weight", "sharpen"), defaults, strict=True):
             if getattr(self, name) is BY_LOSS:
                 object.__setattr__(self, name, default)
         check_fields(self)
@@ -300,7 +297,7 @@ class AlignmentConfig:
             check_ranges(self, ("align_weight", 0, 1e9))
         elif self.attention_loss not in ("published", "published-sum"):
             raise ConfigError(
-                f"align_weight='estimated' with attention_loss={self.attention_loss!r}",
+                f"align_weight='estimated' with {self._loss()}",
                 "squared residuals of maps",
                 "set attention_loss to published or published-sum, or align_weight to a number",
             )
@@ -328,21 +325,24 @@ class AlignmentConfig:
         """Whether the loss is of the student's own attention, so that there is no Aligner."""
         return self.attention_loss in DIRECT_LOSSES
 
+    def _loss(self) -> str:
+        default = ", the default" if self.attention_loss == type(self).attention_loss else ""
+        return f"attention_loss={self.attention_loss!r}{default}"
+
     def _check_direct(self) -> None:
         """Refuse settings of the Aligner, which a direct loss would ignore."""
         if not self.is_direct:
             return
         if self.pooling not in DIRECT_POOLINGS:
             raise ConfigError(
-                f"pooling={self.pooling!r} with attention_loss={self.attention_loss!r}",
+                f"pooling={self.pooling!r} with {self._loss()}",
                 f"{' or '.join(DIRECT_POOLINGS)}: this loss has no Aligner and no projections of its own",
                 "leave pooling out, or set attention_loss: published",
             )
         names = [field.name for field in fields(self) if field.name.startswith("aligner")]
-        changed = [name for name in names if getattr(self, name) != getattr(type(self), name)]
-        if changed:
+        if changed := [name for name in names if getattr(self, name) != getattr(type(self), name)]:
             raise ConfigError(
-                f"{changed[0]}={shown(getattr(self, changed[0]))} with attention_loss={self.attention_loss!r}",
+                f"{changed[0]}={shown(getattr(self, changed[0]))} with {self._loss()}",
                 "no setting of the Aligner: this loss has none",
                 f"leave {changed[0]} out, or set attention_loss: published",
             )

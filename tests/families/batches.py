@@ -105,7 +105,7 @@ class Batches(EagerRows):
         """The loss is finite and trains; a sample without a picture has no word, and changes nothing."""
         plain = model(**many).logits
         torch.manual_seed(7)
-        head = attach(model, AlignmentConfig(pooling=pooling))
+        head = attach(model, AlignmentConfig(attention_loss="published", pooling=pooling))
         model.train()
         request = self.request_of_many(family, model, many, samples, head.layers)
         output = model(**many, attention_request=request)
@@ -119,17 +119,20 @@ class Batches(EagerRows):
         output.attention_loss.backward()
         assert all(one.grad.isfinite().all() for one in model.parameters() if one.grad is not None)
 
-    def test_a_batch_without_pictures(self, family, model, samples):
-        """No word, so no loss; yet attached to the Aligner, whose parameters every process must use."""
+    @pytest.mark.parametrize("alignment", [{}, {"attention_loss": "published"}], ids=["default", "published"])
+    def test_a_batch_without_pictures(self, family, model, samples, alignment):
+        """No word, so no loss; yet attached to the Aligner, if there is one: every process must use its parameters."""
         batch = batch_of_many(family, [([], answer) for _, answer in samples])
         plain = model(**batch).logits
-        head = attach(model, AlignmentConfig()).train()
+        head = attach(model, AlignmentConfig(**alignment)).train()
         keys = adapter_for(model.config).key_tensors(batch, [[], [], []], family.processor)
         tensors = row_tensors([[], [], []]) | keys | {"targets": torch.zeros(3, 1, *GRID)}
         output = model(**batch, attention_request=AlignmentRequest(head.layers, tensors))
         assert torch.equal(output.logits, plain)
         assert output.attention_loss == 0
-        output.attention_loss.backward()
+        if alignment:
+            output.attention_loss.backward()
+        assert bool(list(head.parameters())) == bool(alignment)
         assert all(one.grad is not None for one in head.parameters())
 
     def test_a_picture_alone_and_beside_another(self, family, model):
@@ -254,7 +257,7 @@ class Batches(EagerRows):
         linear = {name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
         expected = {name for name in linear if "lm_head" not in name.split(".")}
         name_all_linear(config, model)
-        attach(model, AlignmentConfig(pooling="learn", aligner_kind="mlp"))
+        attach(model, AlignmentConfig(attention_loss="published", pooling="learn", aligner_kind="mlp"))
         tuned = get_peft_model(model, config)
         found = {
             name.partition(".lora_A.")[0].removeprefix("base_model.model.")

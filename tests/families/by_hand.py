@@ -12,7 +12,7 @@ import torch
 
 from command_line import lavender
 from families.asking import captured
-from families.core import EagerRows
+from families.core import KINDS, EagerRows
 from families.geometry import batch_of, reading
 from families.training import train_two_steps
 from lavender.cli.main import DONE
@@ -75,10 +75,10 @@ class ByHand(EagerRows):
         request = captured(model, batch, rows=torch.tensor([[last // 2, last], [last - 1, last * 2 // 3]]))
         torch.testing.assert_close(request.stacked(), self.eager_rows(family.make(), batch, request), rtol=0, atol=1e-6)
 
-    @pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
-    def test_training(self, family, model, dataset, store_path, tmp_path, pooling):
+    @KINDS
+    def test_training(self, family, model, dataset, store_path, tmp_path, alignment):
         """TRL's collator gives the processor what it wants, and carries what the model and the adapter need."""
-        train_two_steps(model, family.processor, dataset, store_path, tmp_path, pooling)
+        train_two_steps(model, family.processor, dataset, store_path, tmp_path, **alignment)
 
     def test_inspect_reads_the_config_alone(self, model, tmp_path):
         """`lavender inspect` counts the weights without them, and knows the layers and the line for people."""

@@ -15,13 +15,16 @@ from torch import Tensor
 from families.asking import captured, eager_rows, request_of
 from families.geometry import Geometry, batch_of, reading
 from lavender.alignment.objective import attach
-from lavender.config import AlignmentConfig, Pooling
+from lavender.config import AlignmentConfig
 from lavender.students.capture import AttentionRequest
 from lavender.students.registry import adapter_for
 from lavender.students.word_maps import AnsweredPicture, capturing
 
 ANSWERS = ("a dog and a cat", "one red apple near the tiny house", "sun")
-POOLINGS = pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
+PUBLISHED: dict[str, Any] = {"attention_loss": "published"}
+LEARN: dict[str, Any] = PUBLISHED | {"pooling": "learn"}
+KINDS = pytest.mark.parametrize("alignment", [{}, LEARN], ids=["default", "learn"])
+"""The default loss, which adds nothing to the model; and one that adds an Aligner and projections."""
 
 
 class EagerRows:
@@ -64,8 +67,12 @@ class Core(EagerRows, Geometry):
         assert request.stacked().dtype == torch.float32
         torch.testing.assert_close(request.stacked(), self.eager_rows(model, batch, request), rtol=0, atol=1e-6)
 
-    def test_gradients_of_the_loss_reach_queries_and_keys_of_every_layer(self, family, model, batch, readings):
-        adapter, head = adapter_for(model.config), attach(model, AlignmentConfig())
+    @pytest.mark.parametrize("alignment", [{}, PUBLISHED], ids=["default", "published"])
+    def test_gradients_of_the_loss_reach_queries_and_keys_of_every_layer(
+        self, family, model, batch, readings, alignment
+    ):
+        adapter, head = adapter_for(model.config), attach(model, AlignmentConfig(**alignment))
+        assert bool(list(head.parameters())) == bool(alignment)
         model.train()
         output = model(**batch, attention_request=request_of(family, model, batch, readings, head.layers))
         output.attention_loss.backward()
@@ -88,10 +95,10 @@ class Core(EagerRows, Geometry):
             stacked.append(captured(model, batch, rows=rows).stacked())
         torch.testing.assert_close(*stacked, rtol=0, atol=1e-5)
 
-    def gradients(self, family, batch, readings, pooling: Pooling, **checkpointing: Any) -> dict[str, Tensor]:
+    def gradients(self, family, batch, readings, alignment: dict[str, Any], **checkpointing: Any) -> dict[str, Tensor]:
         model = family.make()
         torch.manual_seed(7)
-        head = attach(model, AlignmentConfig(pooling=pooling))
+        head = attach(model, AlignmentConfig(**alignment))
         if checkpointing:
             model.activation_checkpointing_enable(checkpointing)
         model.train()
@@ -99,10 +106,10 @@ class Core(EagerRows, Geometry):
         (output.attention_loss + output.logits.square().mean()).backward()
         return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
 
-    @POOLINGS
-    def test_checkpointing_without_reentry_gives_equal_gradients(self, family, batch, readings, pooling):
-        plain = self.gradients(family, batch, readings, pooling)
-        checkpointed = self.gradients(family, batch, readings, pooling, use_reentrant=False)
+    @KINDS
+    def test_checkpointing_without_reentry_gives_equal_gradients(self, family, batch, readings, alignment):
+        plain = self.gradients(family, batch, readings, alignment)
+        checkpointed = self.gradients(family, batch, readings, alignment, use_reentrant=False)
         assert plain.keys() == checkpointed.keys()
         for name, gradient in plain.items():
             torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-7, msg=name)

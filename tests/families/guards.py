@@ -7,6 +7,7 @@ import torch
 from transformers.masking_utils import AttentionMaskInterface
 
 from families.asking import request_of
+from families.core import KINDS
 from lavender.alignment.objective import attach
 from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError, LavenderError
@@ -30,8 +31,9 @@ class Guards:
         with pytest.raises(CaptureError, match=r"Got no attention from layers \["):
             model(**batch, attention_request=request)
 
-    def test_rows_without_gradient_are_noticed(self, family, model, batch, readings):
-        head = attach(model, AlignmentConfig())
+    @KINDS
+    def test_rows_without_gradient_are_noticed(self, family, model, batch, readings, alignment):
+        head = attach(model, AlignmentConfig(**alignment))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("alignment_head"))
         model.train()

@@ -23,6 +23,7 @@ from transformers import (
 from families.asking import captured, request_of
 from families.batches import sizes_of
 from families.contract import Contract
+from families.core import LEARN
 from families.flamingo_published import Flamingo
 from families.geometry import GRID, Family, batch_of, parameters_zeroed, picture, reading
 from families.test_llava import CROP, blur, view
@@ -343,7 +344,7 @@ class TestCheckpoints:
 
 def test_training_another_language_model(captions, dataset, store_path, tmp_path):
     family = family_of(captions, "mpt")
-    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, "learn")
+    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, **LEARN)
 
 
 def looking(processor: FlamingoProcessor, order: torch.Tensor) -> FlamingoForConditionalGeneration:

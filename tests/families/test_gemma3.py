@@ -18,6 +18,7 @@ from transformers import (
 from families.asking import captured, eager_rows
 from families.by_hand import Keys
 from families.contract import Contract
+from families.core import LEARN
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture, reading
 from families.training import train_two_steps
 from families.words import Words
@@ -364,6 +365,6 @@ def test_training_with_crops(captions, dataset, store_path, tmp_path):
     family = family_of(captions, **SCAN)
     model, given = family.make(), []
     model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
-    train_two_steps(model, family.processor, dataset, store_path, tmp_path, "learn")
+    train_two_steps(model, family.processor, dataset, store_path, tmp_path, **LEARN)
     for inputs in given:
         assert torch.equal(inputs["token_type_ids"] == 1, inputs["input_ids"] == model.config.image_token_id)

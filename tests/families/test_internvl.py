@@ -20,7 +20,7 @@ from transformers import (
 from families.asking import captured, eager_rows
 from families.by_hand import Keys
 from families.contract import Contract
-from families.core import Core
+from families.core import LEARN, Core
 from families.geometry import Family, Geometry, parameters_zeroed, picture
 from families.training import train_two_steps
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
@@ -362,4 +362,4 @@ def test_tile_boxes_by_hand():
 
 def test_training_qwen3(captions, dataset, store_path, tmp_path):
     family = family_of(captions, "qwen3")
-    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, "learn")
+    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, **LEARN)

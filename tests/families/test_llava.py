@@ -18,7 +18,8 @@ from transformers import (
 
 from families.asking import captured, eager_rows, request_of
 from families.by_hand import Keys
-from families.contract import POOLINGS, Contract
+from families.contract import Contract
+from families.core import KINDS
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, reading
 from families.words import Words
 from lavender.alignment.objective import attach
@@ -159,13 +160,13 @@ class TestLlava(Contract):
         assert after.min() > 0
         assert ((after.sum(-1) > 0.5) & (after.sum(-1) < 1)).all()
 
-    @POOLINGS
-    def test_the_kernel_gets_no_mask_of_a_batch_without_padding(self, family, model, pooling):
+    @KINDS
+    def test_the_kernel_gets_no_mask_of_a_batch_without_padding(self, family, model, alignment):
         """The kernel is told "causal" and gets no mask: the rows still see nothing after themselves."""
         readings, masks = [reading((300, 500), "a dog", seed) for seed in (1, 2)], []
         batch = batch_of(family, readings)
         assert batch["attention_mask"].all()
-        head = attach(model, AlignmentConfig(pooling=pooling))
+        head = attach(model, AlignmentConfig(**alignment))
         for layer in head.layers:
             adapter_for(model.config).attention_module(model, layer).register_forward_pre_hook(
                 lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True

@@ -26,6 +26,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from families.asking import captured, eager_rows
 from families.by_hand import Keys
 from families.contract import Contract
+from families.core import LEARN
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture, reading
 from families.training import train_two_steps
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
@@ -308,4 +309,4 @@ def test_as_many_keys_as_published_processors_write(captions, tile, strategy):
 
 def test_training_granite_vision(captions, dataset, store_path, tmp_path):
     family = family_of(captions, 48, "full")
-    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, "learn")
+    train_two_steps(family.make(), family.processor, dataset, store_path, tmp_path, **LEARN)

@@ -15,6 +15,7 @@ from command_line import lavender
 from families.asking import captured, request_of
 from families.by_hand import Keys
 from families.contract import Contract
+from families.core import KINDS
 from families.geometry import Family, batch_of, parameters_zeroed, picture
 from families.minicpm_v_published import MiniCPMV, MiniCPMVConfig, MiniCPMVImageProcessor
 from lavender.alignment.objective import attach
@@ -226,11 +227,11 @@ class TestMiniCpmV(Contract):
         assert facts["image_keys"] == self.describes
         assert facts["parameters"] is None
 
-    @pytest.mark.parametrize("pooling", ["layer-mean", "learn"])
-    def test_training(self, family, model, dataset, store_path, tmp_path, pooling):
+    @KINDS
+    def test_training(self, family, model, dataset, store_path, tmp_path, alignment):
         """The published forward gets its one dict."""
         published = MiniCPMV(copy.deepcopy(model.config))
-        super().test_training(family, published, dataset, store_path, tmp_path, pooling)
+        super().test_training(family, published, dataset, store_path, tmp_path, alignment)
 
     def test_what_does_not_fit_is_refused(self, family, model):
         inputs, _ = self.boxes_of(family, model, (300, 500))

@@ -208,7 +208,7 @@ class TestQwen2Vl(Contract):
     def test_padding_of_keys_changes_no_loss(self, family, model, readings, batch, pooling):
         """The map of a word in a small picture is the same beside a larger one."""
         torch.manual_seed(7)
-        head = attach(model, AlignmentConfig(pooling=pooling))
+        head = attach(model, AlignmentConfig(attention_loss="published", pooling=pooling))
         request = request_of(family, model, batch, readings, head.layers)
         model(**batch, attention_request=request)
         together = head.maps(request)[-1]

@@ -11,7 +11,7 @@ import torch
 
 from closeness import close, moved
 from invariants.test_plain_trainer import run_plain  # noqa: F401
-from invariants.test_trainer import KINDS, logged, lora, run  # noqa: F401
+from invariants.test_trainer import KINDS, logged, of_kind, run  # noqa: F401
 from lavender.alignment.objective import is_alignment_part
 from lavender.training.exporting import export, save_head
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
@@ -41,7 +41,6 @@ def test_the_best_weights_are_back(run_plain, dataset, tmp_path, kind, trainer_k
         "eval_steps": 1,
         "save_strategy": "steps",
         "save_steps": 1,
-        "pooling": "learn" if kind == "learn" else "layer-mean",
         "lr_scheduler_type": "constant",
         "evaluated": dataset,
         "metric_for_best_model": "eval_vlm_loss",
@@ -50,22 +49,18 @@ def test_the_best_weights_are_back(run_plain, dataset, tmp_path, kind, trainer_k
     if trainer_kind == "trl":
         settings |= {"bf16": False, "gradient_checkpointing": False, "max_length": None}
         settings |= {"classes": (LavenderTrainer, LavenderConfig)}
-
-    def peft() -> Any:
-        return lora() if kind == "lora" else None
-
     trainer = run_plain(
-        peft=peft(), build_only=True, load_best_model_at_end=True, output_dir=str(tmp_path / "all"), **settings
+        build_only=True, load_best_model_at_end=True, output_dir=str(tmp_path / "all"), **settings, **of_kind(kind)
     )
     climbing(trainer, "eval_vlm_loss", best=2)
     trainer.train()
     assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-2"
-    expected = run_plain(peft=peft(), **settings | {"max_steps": 2, "save_strategy": "no"})
+    expected = run_plain(**settings | of_kind(kind) | {"max_steps": 2, "save_strategy": "no"})
     found, wanted = trainer.model.state_dict(), expected.model.state_dict()
     assert found.keys() == wanted.keys()
-    assert any(is_alignment_part(name) for name in found)
+    assert any(is_alignment_part(name) for name in found) == ("attention_loss" in KINDS[kind])
     assert moved(wanted, found) == []
-    last = run_plain(peft=peft(), **settings | {"save_strategy": "no"})
+    last = run_plain(**settings | of_kind(kind) | {"save_strategy": "no"})
     assert any(not torch.equal(found[name], one) for name, one in last.model.state_dict().items())
     export(trainer, tmp_path / "export", merge=False)
     save_head(trainer, tmp_path / "head.safetensors")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from invariants.test_trainer import logged, lora, run  # noqa: F401
+from invariants.test_trainer import logged, lora, of_kind, run  # noqa: F401
 from lavender.alignment.objective import AlignmentRequest
 from lavender.errors import NotFiniteError
 from lavender.training.metrics import check_choice
@@ -79,16 +79,15 @@ def test_the_loss_is_the_mean_over_matched_words(run, taught, dataset, match):  
     assert logged(trainer, "loss")[0] == pytest.approx(logged(trainer, "vlm_loss")[0] + 10 * mean, rel=1e-4)
 
 
-@pytest.mark.parametrize(("match", "kind"), [("exact", "full"), ("root", "lora"), ("exact", "learn")])
+@pytest.mark.parametrize(("match", "kind"), [("exact", "full"), ("root", "published, lora"), ("exact", "learn")])
 def test_accumulated_batches_are_one_batch(run, taught, dataset, match, kind):  # noqa: F811
     """4 × 1, 2 × 2 and 1 × 4 make the same step. Samples match words in different numbers, some of them none."""
     settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 2, "match": match}
-    settings |= {"train_sampling_strategy": "sequential", "pooling": "learn" if kind == "learn" else "layer-mean"}
+    settings["train_sampling_strategy"] = "sequential"
     runs = []
     for size in (4, 2, 1):
-        peft = lora() if kind == "lora" else None
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        runs.append(run(model=taught(), data=dataset.select(range(4)), peft=peft, **sizes, **settings))
+        runs.append(run(model=taught(), data=dataset.select(range(4)), **sizes, **settings, **of_kind(kind)))
     whole = runs[0]
     assert all(words > 0 for words in logged(whole, "matched_words"))
     for parts in runs[1:]:

@@ -94,7 +94,7 @@ def test_weights_are_named(run, make_student):  # noqa: F811
 
 def test_the_aligners_weights_are_named(run):  # noqa: F811
     """Then L_att alone is not finite."""
-    trainer = run(build_only=True, probe_size=0, **ORDERED)
+    trainer = run(build_only=True, probe_size=0, attention_loss="published", **ORDERED)
     with torch.no_grad():
         next(trainer.model.get_submodule("alignment_head").parameters()).fill_(float("nan"))
     with pytest.raises(NotFiniteError) as caught:

@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from closeness import close, moved
-from invariants.test_trainer import KINDS, LOSSES, logged, lora, run  # noqa: F401
+from invariants.test_trainer import KINDS, LEARN, LOSSES, logged, of_kind, run  # noqa: F401
 from lavender.alignment.objective import HEAD_NAME
 from lavender.errors import ConfigError
 from lavender.maps import to_heat
@@ -62,13 +62,10 @@ def test_training_does_not_notice_it(run, kind):  # noqa: F811
     """Dropout, LoRA's too, draws random numbers between two looks; a probe that drew one would show."""
     runs = []
     for size in (0, 4):
-        peft = lora() if kind == "lora" else None
-        if peft:
-            peft.lora_dropout = 0.3
-        pooling = "learn" if kind == "learn" else "layer-mean"
-        runs.append(
-            run(peft=peft, pooling=pooling, max_steps=4, probe_size=size, probe_steps=1, neftune_noise_alpha=2.0)
-        )
+        settings = of_kind(kind)
+        if settings["peft"]:
+            settings["peft"].lora_dropout = 0.3
+        runs.append(run(max_steps=4, probe_size=size, probe_steps=1, neftune_noise_alpha=2.0, **settings))
     without, looked = runs
     assert not any(logged(without, name) for name in PROBE)
     assert [len(logged(looked, name)) for name in PROBE] == [5] * len(PROBE)
@@ -133,8 +130,8 @@ def test_it_looks_at_mapped_samples_of_the_evaluation_set(run, dataset, make_stu
 
 def test_of_learned_projections_it_looks_at_the_students_own(run):  # noqa: F811
     """Own attention does not depend on the projections; the loss does."""
-    first = run(pooling="learn", build_only=True, learning_rate=0.0)
-    second = run(pooling="learn", build_only=True, learning_rate=0.0)
+    first = run(build_only=True, learning_rate=0.0, **LEARN)
+    second = run(build_only=True, learning_rate=0.0, **LEARN)
     with torch.no_grad():
         for name, parameter in second.model.named_parameters():
             if "alignment_parallel" in name:

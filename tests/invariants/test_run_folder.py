@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from command_line import complaint, lavender, write_run
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
-from lavender.config import AlignmentConfig
+from lavender.config import DEFAULTS, AlignmentConfig
 from lavender.training.run import RunConfig, read_run, train
 from lavender.training.run_config import training_keys
 from lavender.training.run_folder import FREE, FREE_WITHOUT_BEST, differences, write_config
@@ -45,6 +45,7 @@ def finished(places, tmp_path_factory) -> tuple[Path, Path]:
     ran = lavender("train", file)
     assert ran.code == DONE, ran.err
     assert "maps for 5 of 6 samples with a picture; 1 without maps" in ran.out
+    assert f"alignment: attention_loss mass, align_weight {DEFAULTS['mass'][0]}\n" in ran.out
     assert "samples of the training" in ran.out
     return file, folder / "out"
 
@@ -92,8 +93,9 @@ def unfinish(out: Path) -> None:
         ("seed=4", "seed: 3 → 4"),
         ("max_steps=3", "max_steps: 4 → 3"),
         ("max_steps=-1", "max_steps: 4 → -1"),
-        ("align_weight=0", "align_weight: 2.0 → 0"),
-        ("pooling=learn", 'pooling: "layer-mean" → "learn"'),
+        ("align_weight=0", f"align_weight: {DEFAULTS['mass'][0]} → 0"),
+        ("attention_loss=kl", 'attention_loss: "mass" → "kl"'),
+        ("pooling=mean-mean", 'pooling: "layer-mean" → "mean-mean"'),
         ("lora={r: 2}", "lora.r: not recorded → 2"),
         ("dtype=bfloat16", 'dtype: "float32" → "bfloat16"'),
         ("prompt=What is this?", 'prompt: "describe the picture." → "What is this?"'),
@@ -192,6 +194,7 @@ def test_restart_begins_anew_and_leaves_what_is_not_the_run_s(run):
     (out / "eval.json").write_text("{}")
     ran = lavender("train", file, "--restart", "--set", "max_steps=1", "--set", "align_weight=0")
     assert ran.code == DONE, ran.err
+    assert "plain fine-tuning: align_weight 0\n" in ran.out
     assert (out / "notes.txt").read_text() == "mine"
     assert not (out / "eval.json").exists()
     assert [path.name for path in (out / "trainer").glob("checkpoint-*")] == ["checkpoint-1"]
@@ -238,6 +241,9 @@ def test_config_yaml_says_all_and_repeats_the_run(finished, tmp_path):
     assert {one.name for one in fields(AlignmentConfig)} <= config["training"].keys()
     missing = training_keys() - config["training"].keys()
     assert missing == {"gradient_checkpointing", "gradient_checkpointing_kwargs", "hub_token", "local_rank"}
+    chosen = {name: config["training"][name] for name in ("attention_loss", "align_weight", "sharpen")}
+    weight, sharpen = DEFAULTS["mass"]
+    assert chosen == {"attention_loss": "mass", "align_weight": weight, "sharpen": sharpen}
     assert config["dtype"] == "float32"
     assert config["record"]["content"].keys() == {"model", "data", "maps"}
     assert {"python", "platform", "torch", "lavender-vlm"} <= config["record"]["versions"].keys()
@@ -290,8 +296,8 @@ def test_an_interrupted_run_has_its_lines_and_goes_on_without_one_twice(finished
     assert_same_weights(out, finished[1])
 
 
-@pytest.mark.parametrize("loss", ["mass", "kl"])
-def test_a_direct_loss_goes_on_after_a_break_too(finished, places, tmp_path, monkeypatch, loss):
+@pytest.mark.parametrize("loss", ["mass", "kl", "published"])
+def test_every_loss_goes_on_after_a_break(finished, places, tmp_path, monkeypatch, loss):
     """The draws of attention forcing go on with it: at the third step, which is done again, some words are forced."""
     whole, broken = (
         read_run(finished[0], [f"out={tmp_path / name}", f"attention_loss={loss}", "attention_forcing=0.9"])
@@ -301,10 +307,32 @@ def test_a_direct_loss_goes_on_after_a_break_too(finished, places, tmp_path, mon
     interrupt_at_the_fourth_step(broken, monkeypatch)
     train(broken)
     assert_same_weights(tmp_path / "broken", tmp_path / "whole")
-    assert not load_file(tmp_path / "whole" / "alignment_head.safetensors")
+    assert bool(load_file(tmp_path / "whole" / "alignment_head.safetensors")) == (loss == "published")
     lines = [[one for one in metrics(tmp_path / name) if "loss" in one] for name in ("whole", "broken")]
     for name in ("loss", "attention_loss", "attention_mass", "matched_words"):
         assert [one[name] for one in lines[0]] == [one[name] for one in lines[1]]
+
+
+def test_a_run_of_an_earlier_default_keeps_its_loss(finished, tmp_path, monkeypatch):
+    """Its folder states the published loss. A run file that states none means the present default: another run."""
+    published = read_run(finished[0], [f"out={tmp_path / 'out'}", "attention_loss=published"])
+    interrupt_at_the_fourth_step(published, monkeypatch)
+    before = content(tmp_path / "out")
+    line = complaint(lavender("train", finished[0], "--set", f"out={tmp_path / 'out'}"), WRONG_USAGE)
+    weight, sharpen = DEFAULTS["mass"]
+    for said in (
+        'attention_loss: "published" → "mass"',
+        f"align_weight: 2.0 → {weight}",
+        f"sharpen: 1.0 → {sharpen}",
+    ):
+        assert said in line
+    assert content(tmp_path / "out") == before
+    ran = lavender("train", tmp_path / "out" / "config.yaml")
+    assert ran.code == DONE, ran.err
+    assert f"going on from {tmp_path / 'out' / 'trainer' / 'checkpoint-2'}" in ran.out
+    assert len(load_file(tmp_path / "out" / "alignment_head.safetensors")) == 5  # the Aligner
+    recorded = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["training"]
+    assert (recorded["attention_loss"], recorded["align_weight"], recorded["sharpen"]) == ("published", 2.0, 1.0)
 
 
 def cut(path: Path) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from invariants.test_trainer import logged, lora, own_head, own_weights, run  # noqa: F401
+from invariants.test_trainer import KINDS, PUBLISHED, logged, of_kind, own_head, own_weights, run  # noqa: F401
 from lavender.errors import ConfigError, DataError
 from lavender.training.exporting import save_head
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "learn"])
+def with_aligner(kind: str) -> dict[str, Any]:
+    return PUBLISHED if kind == "published" else of_kind(kind)
+
+
+@pytest.mark.parametrize("kind", ["published", "published, lora", "learn"])
 def test_in_its_stage_the_aligner_alone_learns(run, kind):  # noqa: F811
-    settings = {"peft": lora() if kind == "lora" else None, "pooling": "learn" if kind == "learn" else "layer-mean"}
-    start = run(build_only=True, **settings)
-    stage = run(aligner_pretraining=1.0, weight_decay=0.1, **settings)
+    start = run(build_only=True, **with_aligner(kind))
+    stage = run(aligner_pretraining=1.0, weight_decay=0.1, **with_aligner(kind))
     before, after = own_weights(start), own_weights(stage)
     assert [name for name, one in before.items() if not torch.equal(after[name], one)] == []
     first, last = own_head(start), own_head(stage)
@@ -27,7 +32,7 @@ def test_in_its_stage_the_aligner_alone_learns(run, kind):  # noqa: F811
 
 def test_after_the_stage_all_learn(run):  # noqa: F811
     """Two steps of four are the stage: they end as a run of two steps that is stage alone; then the VLM moves."""
-    start, stage = run(build_only=True), run(aligner_pretraining=0.5, max_steps=4)
+    start, stage = run(build_only=True, **PUBLISHED), run(aligner_pretraining=0.5, max_steps=4, **PUBLISHED)
     assert any(not torch.equal(own_weights(stage)[name], one) for name, one in own_weights(start).items())
     losses = logged(stage, "attention_loss")
     assert len(losses) == 4
@@ -55,7 +60,11 @@ def test_the_weight_is_switched_off_and_on(run):  # noqa: F811
         ({"align_switches": -1}, "Got align_switches=-1"),
         ({"align_warmup": 1.5}, "Got align_warmup=1.5"),
         ({"aligner_pretraining": -0.1}, "Got aligner_pretraining=-0.1"),
-        ({"align_weight": 0.0, "aligner_pretraining": 0.5}, "Got aligner_pretraining with align_weight=0"),
+        ({"aligner_pretraining": 0.5}, "Got aligner_pretraining=0.5 with attention_loss='mass', the default"),
+        (
+            {"align_weight": 0.0, "aligner_pretraining": 0.5, **PUBLISHED},
+            "Got aligner_pretraining with align_weight=0",
+        ),
     ],
 )
 def test_impossible_stages_are_refused(run, settings, words):  # noqa: F811
@@ -63,16 +72,17 @@ def test_impossible_stages_are_refused(run, settings, words):  # noqa: F811
         run(settings.pop("align_weight", 10.0), build_only=True, **settings)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "learn"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_alignment_trained_is_kept_beside_the_model(run, kind, tmp_path):  # noqa: F811
-    trainer = run(peft=lora() if kind == "lora" else None, pooling="learn" if kind == "learn" else "layer-mean")
+    """With the default loss that is nothing."""
+    trainer = run(**of_kind(kind))
     save_head(trainer, tmp_path / "head.safetensors")
     saved = load_file(tmp_path / "head.safetensors")
     names = {name.rsplit("alignment_", 1)[1] for name in saved}
     aligner = {f"head.aligner.{layer}.weight" for layer in (0, 3, 6, 9)} | {"head.aligner.9.bias"}
     parallel = {"parallel.query.weight", "parallel.key.weight"} if kind == "learn" else set()
-    assert names == aligner | parallel
-    assert len(saved) == 5 + (4 if kind == "learn" else 0)
+    assert names == (aligner | parallel if "attention_loss" in KINDS[kind] else set())
+    assert len(saved) == {"full": 0, "lora": 0, "published, lora": 5, "learn": 5 + 4}[kind]
 
 
 def test_chosen_parts_of_speech_alone_are_aligned(run):  # noqa: F811

@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from families import test_qwen_vl as qwen
+from families.core import PUBLISHED
 from lavender.alignment.coverage import NO_PICTURE
 from lavender.alignment.objective import AlignmentRequest
 from lavender.config import ExtractionConfig
@@ -67,8 +68,9 @@ def make_student(kind: str, texts: list[str]) -> tuple[Any, Any]:
     return Qwen2VLForConditionalGeneration(config), processor
 
 
+@pytest.mark.parametrize("alignment", [{}, PUBLISHED], ids=["default", "published"])
 @pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
-def test_from_disk_to_a_trained_student(kind, samples, captions, pipeline, tmp_path):
+def test_from_disk_to_a_trained_student(kind, alignment, samples, captions, pipeline, tmp_path):
     assert samples.dropped == ()
     teacher = Teacher(pipeline, ExtractionConfig(grid=GRID, batch_size=2), name="tiny")
     summary = extract(samples, teacher, tmp_path / "maps", strict=True)
@@ -76,7 +78,7 @@ def test_from_disk_to_a_trained_student(kind, samples, captions, pipeline, tmp_p
     assert (summary.records, summary.without_picture) == (len(pairs), 1) == (6, 1)
     store: Any = MapStore.open(tmp_path / "maps")
 
-    trainer = train(make_student(kind, captions), samples, tmp_path)
+    trainer = train(make_student(kind, captions), samples, tmp_path, **alignment)
     log = [entry for entry in trainer.state.log_history if "attention_loss" in entry]
     assert len(log) == 2
     assert all(entry["attention_loss"] > 0 for entry in log)
@@ -108,7 +110,7 @@ def known(sample, index: int) -> str:
     return image_id(sample.load_picture(index))
 
 
-def train(student, samples: Samples, folder: Path, per_device_train_batch_size: int = 2) -> Any:
+def train(student, samples: Samples, folder: Path, per_device_train_batch_size: int = 2, **alignment: Any) -> Any:
     model, processor = student
     args = LavenderConfig(
         output_dir=str(folder / "out"),
@@ -124,7 +126,7 @@ def train(student, samples: Samples, folder: Path, per_device_train_batch_size: 
         save_strategy="no",
         gradient_checkpointing=False,
         disable_tqdm=True,
-        aligner_norm="none",
+        **alignment,
     )
     trainer = LavenderTrainer(model, args, processing_class=processor, train_dataset=to_dataset(samples))
     trainer.train()

@@ -10,7 +10,7 @@ import torch
 
 from closeness import close
 from invariants.test_plain_trainer import run_plain  # noqa: F401
-from invariants.test_trainer import KINDS, logged, lora, run  # noqa: F401
+from invariants.test_trainer import KINDS, logged, of_kind, run  # noqa: F401
 from lavender.data.samples import Sample, to_dataset
 from lavender.errors import ConfigError
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
@@ -201,7 +201,7 @@ def test_batches_of_text_alone(student, kind, match, some_scenes, captions, stor
         gradient_checkpointing=False,
         disable_tqdm=True,
         match=match,
-        pooling="learn" if kind == "learn" else "layer-mean",
+        **KINDS[kind],
         per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
         train_sampling_strategy="sequential",
@@ -214,7 +214,7 @@ def test_batches_of_text_alone(student, kind, match, some_scenes, captions, stor
         processing_class=processor,
         train_dataset=to_dataset(samples),
         eval_dataset=to_dataset([text, text, *samples]),
-        peft_config=lora() if kind == "lora" else None,
+        peft_config=of_kind(kind)["peft"],
     )
     trainer.train()
     assert logged(trainer, "attention_loss")[0] == logged(trainer, "matched_words")[0] == 0

@@ -61,7 +61,7 @@ def test_frozen_parts_stay_to_the_bit(places, tmp_path, frozen, capsys):
 
 
 def test_an_aligner_stage_ends_with_frozen_parts_still_frozen(places, tmp_path):
-    training = STEPS | {"aligner_pretraining": 0.5}
+    training = STEPS | {"attention_loss": "published", "aligner_pretraining": 0.5}
     train(RunConfig(**places, out=str(tmp_path), freeze=["vision_tower"], training=training))
     assert moved(places, tmp_path) == {"connector", "language_model"}
 
@@ -90,15 +90,16 @@ def test_lora_in_the_whole_or_in_what_is_not_frozen(places, tmp_path, frozen):
     ],
     ids=lambda one: "-".join(str(part) for part in list(one.values())[:2]),
 )
-def test_any_peft_method(places, tmp_path, settings):
-    """It trains beside the Aligner, and merges into an ordinary checkpoint."""
+@pytest.mark.parametrize("loss", ["mass", "published"])
+def test_any_peft_method(places, tmp_path, settings, loss):
+    """It trains, beside an Aligner too, and merges into an ordinary checkpoint."""
     train(
         RunConfig(
             **places,
             out=str(tmp_path),
             peft=settings | {"target_modules": TARGETS},
             freeze=["vision_tower"],
-            training=STEPS,
+            training=STEPS | {"attention_loss": loss},
         )
     )
     saved = PeftConfig.from_pretrained(str(tmp_path / "checkpoint"))
@@ -114,7 +115,7 @@ def test_any_peft_method(places, tmp_path, settings):
 def test_every_linear_layer_under_learned_projections(places, tmp_path):
     """PEFT's "all-linear" means the model's own layers, and none that alignment adds."""
     settings = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
-    training = STEPS | {"pooling": "learn", "aligner_kind": "mlp"}
+    training = STEPS | {"attention_loss": "published", "pooling": "learn", "aligner_kind": "mlp"}
     train(RunConfig(**places, out=str(tmp_path), peft=settings, training=training))
     assert moved(places, tmp_path) == set(PARTS)
     saved: Any = PeftConfig.from_pretrained(str(tmp_path / "checkpoint"))
@@ -242,7 +243,7 @@ def test_learned_projections_of_a_16_bit_model_are_of_32(places, tmp_path):
     heads = {}
     for rate in (1e-5, 0.0):
         out = tmp_path / str(rate)
-        training = STEPS | {"pooling": "learn", "learning_rate": rate}
+        training = STEPS | {"attention_loss": "published", "pooling": "learn", "learning_rate": rate}
         train(RunConfig(**places, out=str(out), dtype="bfloat16", lora=LoraSettings(), training=training))
         heads[rate] = load_file(out / "alignment_head.safetensors")
     projections = [name for name in heads[0.0] if "alignment_parallel" in name]

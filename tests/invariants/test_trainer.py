@@ -29,11 +29,13 @@ from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.words import content_words
 from lavender.world.student_models import conversation
 
-KINDS = ["full", "lora", "learn"]
+PUBLISHED: dict[str, Any] = {"attention_loss": "published"}
+LEARN: dict[str, Any] = PUBLISHED | {"pooling": "learn"}
+KINDS: dict[str, dict[str, Any]] = {"full": {}, "lora": {}, "published, lora": PUBLISHED, "learn": LEARN}
+"""Runs and their settings: two with the default loss, one with an Aligner beside LoRA, one with projections too."""
 DIRECT: dict[str, dict[str, Any]] = {
-    "mass": {"attention_loss": "mass"},
     "kl": {"attention_loss": "kl"},
-    "mass, forced": {"attention_loss": "mass", "attention_forcing": 0.6},
+    "forced": {"attention_forcing": 0.6},
     "kl of sharpened maps, forced": {
         "attention_loss": "kl",
         "attention_forcing": 0.6,
@@ -43,7 +45,7 @@ DIRECT: dict[str, dict[str, Any]] = {
     },
     "kl, lora, both rows": {"attention_loss": "kl", "rows": "both"},
 }
-"""Runs with a loss of the attention itself, and their settings."""
+"""More runs with a loss of the attention itself, and their settings."""
 UNEVEN = (0, 1, 2, 5, 3, 4, 0, 1)
 """Samples of 3 or 4 mapped words, but the fourth has none."""
 LOSSES = ("loss", "vlm_loss", "attention_loss", "matched_words")
@@ -117,6 +119,11 @@ def lora() -> LoraConfig:
     return LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
+def of_kind(kind: str) -> dict[str, Any]:
+    """The settings of a kind of run, with those of LoRA where the kind names it."""
+    return {"peft": lora() if "lora" in kind else None, **(KINDS | DIRECT)[kind]}
+
+
 def logged(trainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
@@ -148,9 +155,10 @@ def test_weight_zero_is_plain_fine_tuning_step_for_step(run, make_student, kind)
 
 def test_the_seed_decides_the_aligner_too(run):
     """The fixture leaves the global generator in one state, so without the seed all three would be equal."""
-    first = own_head(run(build_only=True))
-    second = own_head(run(build_only=True))
-    other = own_head(run(build_only=True, seed=43))
+    first = own_head(run(build_only=True, **PUBLISHED))
+    second = own_head(run(build_only=True, **PUBLISHED))
+    other = own_head(run(build_only=True, seed=43, **PUBLISHED))
+    assert first
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
@@ -181,12 +189,10 @@ def test_accumulated_batches_are_one_batch(run, dataset, monkeypatch, kind):
 
     monkeypatch.setattr(mixin, "forced_words", counted)
     settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.05, "train_sampling_strategy": "sequential"}
-    settings |= DIRECT.get(kind, {"pooling": "learn" if kind == "learn" else "layer-mean"})
     runs = []
     for size in (8, 1):
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
-        peft = lora() if "lora" in kind else None
-        runs.append(run(data=dataset.select(UNEVEN), peft=peft, **sizes, **settings))
+        runs.append(run(data=dataset.select(UNEVEN), **sizes, **settings, **of_kind(kind)))
     whole, parts = runs
     assert logged(parts, "matched_words") == logged(whole, "matched_words")
     present = whole.data_collator([dataset[index] for index in UNEVEN])["alignment"]["present"]
@@ -208,17 +214,16 @@ def test_accumulated_batches_are_one_batch(run, dataset, monkeypatch, kind):
         assert forced[:2] == [0, 0]
 
 
-@pytest.mark.parametrize("kind", DIRECT)
+@pytest.mark.parametrize("kind", ["full", "lora", *DIRECT])
 def test_a_direct_loss_adds_no_parameter(run, make_student, kind):
     """There is no Aligner: the trained parameters are those of plain fine-tuning."""
-    peft = lora() if "lora" in kind else None
-    trainer = run(peft=peft, build_only=True, **DIRECT[kind])
-    head = trainer.model.get_submodule(("base_model.model." if peft else "") + HEAD_NAME)
+    trainer = run(build_only=True, **of_kind(kind))
+    head = trainer.model.get_submodule(("base_model.model." if "lora" in kind else "") + HEAD_NAME)
     assert head.aligner is None
     assert not list(head.parameters())
     names = {name for name, _ in trainer.model.named_parameters()}
     assert not [name for name in names if is_alignment_part(name)]
-    if peft is None:
+    if "lora" not in kind:
         assert names == {name for name, _ in make_student().named_parameters()}
     trainer.train()
     assert len(logged(trainer, "attention_loss")) == 2
@@ -294,10 +299,8 @@ def test_the_old_name_of_checkpointing_is_refused_too(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_changes_no_loss(run, kind):
-    settings: dict[str, Any] = {"peft": lora() if kind == "lora" else None}
-    settings["pooling"] = "learn" if kind == "learn" else "layer-mean"
-    plain = run(**settings)
-    checkpointed = run(activation_checkpointing=True, **settings)
+    plain = run(**of_kind(kind))
+    checkpointed = run(activation_checkpointing=True, **of_kind(kind))
     assert checkpointed.model.is_activation_checkpointing
     for name in LOSSES:
         assert logged(checkpointed, name) == close(logged(plain, name))
@@ -360,8 +363,7 @@ def base(make_student, processor, tmp_path) -> Path:
 
 
 def trained(run, base: Path, kind: str) -> Any:
-    settings = {"peft": lora() if kind == "lora" else None, "pooling": "learn" if kind == "learn" else "layer-mean"}
-    return run(model=MllamaForConditionalGeneration.from_pretrained(base), learning_rate=1e-2, **settings)
+    return run(model=MllamaForConditionalGeneration.from_pretrained(base), learning_rate=1e-2, **of_kind(kind))
 
 
 def generated(model, processor, image) -> str:
@@ -387,7 +389,7 @@ def test_an_export_has_no_trace_of_alignment(run, base, tmp_path, kind):
     weights = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
     names = [name for one in weights for name in one]
     plain = load_file(base / "model.safetensors")
-    if kind == "lora":
+    if "lora" in kind:
         assert len(names) == 2 * 2 * (4 + 3 + 1)  # A and B, of q and v, in the layers of text and vision
         assert all("lora_" in name for name in names)
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -422,7 +424,7 @@ def test_exports_load_without_lavender_and_write_the_same(run, base, some_scenes
             "-c",
             READER,
             json.dumps(folders),
-            json.dumps({"lora": str(base)}),
+            json.dumps({kind: str(base) for kind in KINDS if "lora" in kind}),
             str(tmp_path / "picture.png"),
             json.dumps(conversation("what is it?")),
         ],
@@ -448,12 +450,9 @@ def test_an_export_loads_here_and_writes_the_same(run, base, some_scenes, tmp_pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_is_no_interruption(run, tmp_path, kind):
     settings: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
-    settings |= {"pooling": "learn" if kind == "learn" else "layer-mean"}
-    whole = run(peft=lora() if kind == "lora" else None, output_dir=str(tmp_path / "whole"), **settings)
+    whole = run(output_dir=str(tmp_path / "whole"), **settings, **of_kind(kind))
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
-    resumed = run(
-        peft=lora() if kind == "lora" else None, output_dir=str(tmp_path / "resumed"), resume=checkpoint, **settings
-    )
+    resumed = run(output_dir=str(tmp_path / "resumed"), resume=checkpoint, **settings, **of_kind(kind))
     for name in LOSSES:
         assert logged(resumed, name) == close(logged(whole, name))
     assert moved(whole.model.state_dict(), resumed.model.state_dict()) == []

@@ -18,7 +18,10 @@ from scale.worker import Case, run_case
     ("settings", "message"),
     [
         ({"torch_compile": True}, "Got torch_compile with alignment"),
-        ({"align_weight": 0.0, "aligner_pretraining": 0.5}, "Got aligner_pretraining with align_weight=0"),
+        (
+            {"attention_loss": "published", "align_weight": 0.0, "aligner_pretraining": 0.5},
+            "Got aligner_pretraining with align_weight=0",
+        ),
     ],
 )
 def test_settings_that_cannot_work_together(settings, message, workspace, tmp_path):

@@ -26,17 +26,26 @@ pytestmark = pytest.mark.timeout(1800)  # a launch trains several times
 STEPS, BATCH = 4, 4
 LORA = {"r": 3, "dropout": 0.0}
 TUNINGS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": {"lora": LORA},
-    "qlora": {"lora": LORA, "quantization": {"load_in_4bit": True}},
-    "mass": {"attention_loss": "mass", "attention_forcing": 0.6},
-    "qlora, kl": {"lora": LORA, "quantization": {"load_in_4bit": True}, "attention_loss": "kl"},
+    "published": {"attention_loss": "published"},
+    "published-lora": {"attention_loss": "published", "lora": LORA},
+    "published-qlora": {"attention_loss": "published", "lora": LORA, "quantization": {"load_in_4bit": True}},
+    "default": {},
+    "default-lora-forced": {"lora": LORA, "attention_forcing": 0.6},
+    "qlora-kl": {"lora": LORA, "quantization": {"load_in_4bit": True}, "attention_loss": "kl"},
 }
-
-TUNED = {kind: ("full", "lora", "mass", *(("qlora", "qlora, kl") if kind == "ddp" else ())) for kind in KINDS}
+TUNED = {
+    kind: (
+        *("published-lora", "default", "default-lora-forced"),
+        *(("published", "published-qlora", "qlora-kl") if kind == "ddp" else ()),
+    )
+    for kind in KINDS
+}
 BF16_TUNINGS: dict[str, dict[str, Any]] = {
     "full": {"bf16": True, "dtype": "float32"},
-    "learn": {"bf16": True, "dtype": "bfloat16", "lora": LORA, "pooling": "learn"},
+    "learn": {
+        **{"bf16": True, "dtype": "bfloat16", "lora": LORA},
+        **{"attention_loss": "published", "pooling": "learn"},
+    },
 }
 BF16_TUNED = {kind: ("learn", *(("full",) if kind == "zero3" else ())) for kind in KINDS}
 
@@ -184,7 +193,9 @@ def test_two_processes_write_what_one_does_and_go_on_after_a_break(kind, tuning,
     assert json.loads((run / "environment.json").read_text())["processes"] == "2"
     expected, found = weights(of_one_process[tuning]), weights(run)
     assert found.keys() == expected.keys()
-    assert any(name.startswith("head: ") for name in found) == ("attention_loss" not in TUNINGS[tuning])
+    assert any(name.startswith("head: ") for name in found) == (
+        "attention_loss" in TUNINGS[tuning] and "kl" not in tuning
+    )
     for name, one in expected.items():
         if "qlora" in tuning:  # lora_B begins at 0: all of it was learned
             assert (found[name] - one).norm() < 0.1 * one.norm(), name
@@ -221,7 +232,7 @@ def test_two_processes_in_bfloat16(kind, tuning, trained_in_bf16, alone_in_bf16)
 def test_one_process_under_accelerate_writes_the_same(workspace, of_one_process, tmp_path):
     file = write_run(tmp_path, workspace, 1, use_cpu=True)
     train_as_users_do("one_gpu", file, processes=1, options=["--cpu"])
-    assert moved(weights(of_one_process["full"]), weights(tmp_path / "out"), step=1e-4) == []
+    assert moved(weights(of_one_process["default"]), weights(tmp_path / "out"), step=1e-4) == []
 
 
 @pytest.mark.slow
@@ -229,7 +240,11 @@ def test_one_process_under_accelerate_writes_the_same(workspace, of_one_process,
     ("kind", "settings", "message"),
     [
         ("zero3", {"lora": LORA, "activation_checkpointing": True}, "Got DeepSpeed ZeRO-3 with LoRA"),
-        ("zero2", {"aligner_pretraining": 0.5}, "Got aligner_pretraining with DeepSpeed"),
+        (
+            "zero2",
+            {"attention_loss": "published", "aligner_pretraining": 0.5},
+            "Got aligner_pretraining with DeepSpeed",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(kind, settings, message, workspace, tmp_path):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 from lavender.alignment.pooling import POOLINGS
-from lavender.config import AlignmentConfig, ExtractionConfig, Pooling
+from lavender.config import DEFAULTS, AlignmentConfig, AttentionLoss, ExtractionConfig, Pooling
 from lavender.errors import ConfigError, LavenderError
 from lavender.type_checks import check_keys, fits, from_mapping, hints_of
 from wrong_values import WRONG_VALUES
@@ -22,17 +22,40 @@ def failure(build, **settings) -> str:
     return str(caught.value)
 
 
-def test_defaults_are_the_papers():
+def test_defaults():
     assert ExtractionConfig().grid == (32, 32)
     assert ExtractionConfig().parts_of_speech == ("noun", "adjective", "verb")
     assert AlignmentConfig().pooling == "layer-mean"
-    assert AlignmentConfig().attention_loss == "published"
+    assert AlignmentConfig().attention_loss == "mass"
     assert AlignmentConfig().aligner == "sim"
     assert AlignmentConfig().aligner_kind == "convolution"
     assert AlignmentConfig().aligner_norm == "instance"
     assert AlignmentConfig().aligner_activation == "relu6"
     assert AlignmentConfig().aligner_width == 32
     assert AlignmentConfig().layers is None
+
+
+def test_the_defaults_of_the_losses():
+    """λ and the power of the maps. The other tests read them from the table."""
+    assert DEFAULTS == {"mass": (0.2, 2.0), "kl": (1.0, 2.0)}
+    config = AlignmentConfig(attention_loss="published")
+    assert (config.align_weight, config.sharpen) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize("loss", get_args(AttentionLoss))
+def test_what_is_left_out_depends_on_the_loss(loss):
+    """None is left out too; what is given counts, also if it is another loss's default, or 0."""
+    weight, sharpen = DEFAULTS.get(loss, (2.0, 1.0))
+    config = AlignmentConfig(attention_loss=loss)
+    assert (config.align_weight, config.sharpen) == (weight, sharpen)
+    given: dict[str, Any] = {"align_weight": None, "sharpen": None}
+    assert AlignmentConfig(attention_loss=loss, **given) == config
+    assert AlignmentConfig(attention_loss=loss, align_weight=0).align_weight == 0
+    for others_weight, others_sharpen in (*DEFAULTS.values(), (2.0, 1.0)):
+        config = AlignmentConfig(attention_loss=loss, align_weight=others_weight, sharpen=others_sharpen)
+        assert (config.align_weight, config.sharpen) == (others_weight, others_sharpen)
+    assert AlignmentConfig(attention_loss=loss, align_weight=0.7).sharpen == sharpen
+    assert AlignmentConfig(attention_loss=loss, sharpen=3.0).align_weight == weight
 
 
 @pytest.mark.parametrize(
@@ -194,10 +217,29 @@ def test_extraction_ranges(settings, message):
         ({"tokens": "first", "match": "root"}, "Got tokens='first' with match='root'. Expected tokens: all, since"),
         ({"attention_forcing": 0.5, "rows": "read"}, "Expected rows: predict or both, since only rows that predict"),
         ({"attention_forcing": 0.5, "texts": "questions"}, "Expected texts: answers or all, since only words of"),
-        ({"attention_forcing": 0.5, "pooling": "learn"}, "Got pooling='learn' with attention_forcing=0.5."),
+        (
+            {"attention_loss": "published", "attention_forcing": 0.5, "pooling": "learn"},
+            "Got pooling='learn' with attention_forcing=0.5.",
+        ),
         (
             {"attention_loss": "mass", "pooling": "flow-sum"},
-            "Got pooling='flow-sum' with attention_loss='mass'. Expected layer-mean or mean-mean",
+            "Got pooling='flow-sum' with attention_loss='mass', the default. Expected layer-mean or mean-mean",
+        ),
+        (
+            {"pooling": "learn"},
+            "Got pooling='learn' with attention_loss='mass', the default. Expected layer-mean or mean-mean: this loss "
+            "has no Aligner and no projections of its own. Do this: leave pooling out, or set attention_loss: "
+            "published.",
+        ),
+        (
+            {"aligner": "deep"},
+            "Got aligner='deep' with attention_loss='mass', the default. Expected no setting of the Aligner: this loss "
+            "has none. Do this: leave aligner out, or set attention_loss: published.",
+        ),
+        (
+            {"align_weight": "estimated"},
+            "Got align_weight='estimated' with attention_loss='mass', the default. Expected squared residuals of maps. "
+            "Do this: set attention_loss to published or published-sum, or align_weight to a number.",
         ),
         (
             {"attention_loss": "kl", "aligner_width": 8},
@@ -223,7 +265,8 @@ def test_a_setting_has_its_type_or_is_refused_by_name(kind, value):
     for name, hint in hints_of(kind).items():
         said = refusal(kind, name, value)
         if said is None:
-            assert fits(value, hint)
+            is_default = kind is AlignmentConfig and value is None and name in ("align_weight", "sharpen")
+            assert fits(value, hint) or is_default
         else:
             assert said.startswith((f"Got {name}", f"Got a key of {name}"))
             assert len(said) < 1000

@@ -280,7 +280,7 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
         config: settings of the objective.
 
     Returns:
-        The head, which is now the submodule `HEAD_NAME` of the model. It holds the Aligner.
+        The head, which is now the submodule `HEAD_NAME` of the model. It holds the Aligner, if the loss has one.
 
     Raises:
         UnsupportedModelError: a model of an unknown family, or with an attention kernel that cannot be captured.

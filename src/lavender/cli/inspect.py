@@ -118,7 +118,8 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
     for part in memory["full"]:
         lines.append(line(part, [_size(setup[part]) for setup in setups.values()]))
     lines.append(line("total", [_size(sum(setup.values())) for setup in setups.values()]))
-    lines.append(line("pooling: learn, in addition", [_size(memory["learn"])] * len(setups)))
+    lines.append(line("published loss, in addition", [_size(memory["published"])] * len(setups)))
+    lines.append(line("and with pooling: learn", [_size(memory["learn"])] * len(setups)))
     return [*lines, "  Assumptions:", *(f"  - {assumption}" for assumption in memory["assumptions"])]
 
 

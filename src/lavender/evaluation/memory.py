@@ -32,8 +32,9 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
         tokens: length of that sample, in tokens. None assumes one.
 
     Returns:
-        `full`, `full_16_bit`, `lora` and `qlora`: bytes by use. `learn`: bytes that `pooling="learn"` needs in
-        addition. `lora_parameters`: their number. `assumptions`: sentences for the user.
+        `full`, `full_16_bit`, `lora` and `qlora`: bytes by use, with the default loss. `published`: bytes that a
+        published loss needs in addition, for its Aligner; `learn`: those that `pooling="learn"` adds to that.
+        `lora_parameters`: their number. `assumptions`: sentences for the user.
     """
     keys_in_config = adapter.keys_per_image()
     source = "in the sample" if keys is not None else "from the config" if keys_in_config else "assumed"
@@ -42,7 +43,7 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lora, num_lora = LoraSettings(), _lora_parameters(model)
     text = adapter.config.get_text_config()
-    alignment = {"alignment: attention rows": _rows(adapter, keys), "alignment: maps, Aligner": _maps(adapter)}
+    alignment = {"alignment: attention rows": _rows(adapter, keys), "alignment: default loss": _words(adapter, keys)}
     output = SINGLE * text.vocab_size * text.hidden_size
 
     def tuned(weights: int, number: int, stored: int, activations: int) -> dict[str, int]:
@@ -61,6 +62,7 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
         "full_16_bit": tuned(HALF * parameters, parameters, HALF, half + output),
         "lora": tuned(HALF * parameters + SINGLE * num_lora, num_lora, SINGLE, half),
         "qlora": tuned(quantized, num_lora, HALF, half),
+        "published": _maps(adapter),
         "learn": 4 * SINGLE * _parallel_parameters(model, adapter),
         "lora_parameters": num_lora,
         "assumptions": [
@@ -72,8 +74,9 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
             "QLoRA: linear layers but the output layer in 4 bits, quantised twice; LoRA in bfloat16, as TRL has it",
             "gradient checkpointing, TRL's default; TRL's loss, which makes logits in tiles; the vision tower's "
             "activations are not counted",
-            f"{NUM_WORDS} words of {TOKENS_PER_WORD} tokens: rows × image keys × heads × layers × 4 bytes, and maps of "
-            f"{GRID} × {GRID} through the default Aligner on each usable layer (fewer layers: `layers`)",
+            f"{NUM_WORDS} words of {TOKENS_PER_WORD} tokens: rows × image keys × heads × layers × 4 bytes, and their "
+            "mean over heads, on each usable layer (fewer layers: `layers`)",
+            f"attention_loss: published: maps of {GRID} × {GRID} through the default Aligner on each usable layer",
         ],
     }
 
@@ -109,6 +112,11 @@ def _activations(text: Any, tokens: int, stored: int) -> int:
 
 def _rows(adapter: VlmAdapter, keys: int) -> int:
     return SINGLE * NUM_WORDS * TOKENS_PER_WORD * keys * adapter.num_heads() * len(adapter.usable_layers())
+
+
+def _words(adapter: VlmAdapter, keys: int) -> int:
+    """Bytes of the rows' mean over heads, on each layer, and of the maps on the keys: what the default loss keeps."""
+    return SINGLE * NUM_WORDS * keys * (TOKENS_PER_WORD * len(adapter.usable_layers()) + 1)
 
 
 def _maps(adapter: VlmAdapter) -> int:

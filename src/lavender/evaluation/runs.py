@@ -129,10 +129,11 @@ def report_run(
         None if store is None else store.get(image_id(reading.image), reading.answer) for reading in readings
     ]
     phrases = [[Phrase(word.text, word.start, word.end) for word in reading.words] for reading in readings]
-    align_weight = dict(flat(config)).get("align_weight", NOT_RECORDED)
+    settings = dict(flat(config))
+    loss, weight = (settings.get(name, NOT_RECORDED) for name in ("attention_loss", "align_weight"))
     page = Report(
         title=f"Run {run.name}",
-        lead=f"{config['model']} fine-tuned on {config['data']}, align_weight {align_weight}.",
+        lead=f"{config['model']} fine-tuned on {config['data']}, attention_loss {loss}, align_weight {weight}.",
         tables=_tables(scored, arm_paths),
         panels=panels_of(readings, phrases, teacher_maps, arms, [sample.name for sample in samples]),
         notes=notes,

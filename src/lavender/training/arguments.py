@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lavender.config import (
+    DEFAULTS,
     AlignerActivation,
     AlignerForm,
     AlignerKind,
@@ -33,6 +34,9 @@ from lavender.type_checks import check_type
 
 # AlignmentArguments uses attributes of TrainingArguments; at run time it is combined with a class that has them
 _ArgumentsLike = TrainingArguments if TYPE_CHECKING else object
+
+
+_DEFAULT_WEIGHTS = ", ".join(f"{weight:g} with the loss {loss}" for loss, (weight, _) in DEFAULTS.items())
 
 
 class NumberOrWord(argparse.Action):
@@ -98,7 +102,7 @@ class AlignmentArguments(_ArgumentsLike):
         default=None,
         metadata={
             "help": "λ, the weight of the alignment loss. 0 is plain fine-tuning; estimated is the paper's App. C. The "
-            "default is 0.2 with the loss mass, 1 with kl, and 2 with published.",
+            f"default is {_DEFAULT_WEIGHTS}, else 2.",
             "action": NumberOrWord,
         },
     )

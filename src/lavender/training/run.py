@@ -109,6 +109,7 @@ def train(run: RunConfig, restart: bool = False) -> Path:
             return out
         notes += changed
     PartialState().wait_for_everyone()  # every process compares before the main process writes
+    notes.append(_loss_line(args))
     notes.append(_maps_line(sets["data"], stores, args.texts))
     if "replay_data" in sets:
         notes.append(f"of replay_data, {_maps_line(sets['replay_data'], stores, args.texts)}")
@@ -118,6 +119,13 @@ def train(run: RunConfig, restart: bool = False) -> Path:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(trainer, out, sets, is_main)
     return out
+
+
+def _loss_line(args: LavenderConfig) -> str:
+    """Which loss trains: its default weight depends on it."""
+    if args.align_weight == 0:
+        return "plain fine-tuning: align_weight 0"
+    return f"alignment: attention_loss {args.attention_loss}, align_weight {args.align_weight}"
 
 
 def _trainer(run: RunConfig, args: LavenderConfig, processor: Any, model: Any, sets: dict[str, Samples], stores: list):

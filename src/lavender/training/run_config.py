@@ -160,7 +160,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign or not key:
-            raise ConfigError(f"--set {shown(override)}", "KEY=VALUE", "write for example --set align_weight=5")
+            raise ConfigError(f"--set {shown(override)}", "KEY=VALUE", "write for example --set align_weight=0.5")
         settings[key] = parse_yaml(value, f"--set {shown(override)}")
     return settings
 

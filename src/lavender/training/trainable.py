@@ -122,7 +122,7 @@ def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
         raise ConfigError(
             f"peft_type: {kind}, which does not tune chosen modules",
             "a method that does, such as LORA or IA3",
-            "choose another; added tokens would shift the text's positions, and the Aligner could not train beside it",
+            "choose another; added tokens would shift the text's positions",
         )
     check_keys(given, allowed, "peft")
     for name, value in given.items():

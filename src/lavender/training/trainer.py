@@ -20,13 +20,14 @@ class LavenderConfig(AlignmentArguments, SFTConfig):
 
     Example:
         >>> from lavender import LavenderConfig
-        >>> args = LavenderConfig(output_dir="out", maps="maps", align_weight=2.0, bf16=False, use_cpu=True)
-        >>> args.alignment().pooling
-        'layer-mean'
+        >>> args = LavenderConfig(output_dir="out", maps="maps", attention_loss="kl", bf16=False, use_cpu=True)
+        >>> args.align_weight
+        1.0
 
     Attributes:
         maps: folder of the map store that `lavender extract` wrote.
-        align_weight: λ, the weight of the alignment loss; 0 is plain fine-tuning, bit for bit.
+        align_weight: λ, the weight of the alignment loss; 0 is plain fine-tuning, bit for bit. Its default depends on
+            `attention_loss`.
         others: those of `lavender.training.arguments.AlignmentArguments`, and all of SFTConfig.
 
     Raises:

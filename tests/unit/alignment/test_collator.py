@@ -98,15 +98,17 @@ def test_a_batch_of_several_none_and_one(student, store):
     assert [set(example) for example in examples] == [{"images", "messages"}] * 3  # as the caller left them
 
 
-@pytest.mark.parametrize("pooling", ["layer-mean", "flow-sum", "learn"])
+@pytest.mark.parametrize("pooling", [None, "layer-mean", "flow-sum", "learn"])
 def test_training_on_a_mixed_batch(student, store, pooling):
     """Each word's loss is what it is where its sample is alone in the batch.
 
-    All but: in Mllama a token before any picture sees all keys alike, those of padding too.
+    All but: in Mllama a token before any picture sees all keys alike, those of padding too. Without a pooling it is the
+    default loss; the poolings are those of the published loss.
     """
+    published: dict[str, Any] = {"attention_loss": "published", "pooling": pooling, "aligner_norm": "none"}
     model, _ = student
     torch.manual_seed(7)
-    head = attach(model.eval(), AlignmentConfig(pooling=pooling, aligner_norm="none"))
+    head = attach(model.eval(), AlignmentConfig(**(published if pooling else {})))
     examples = [
         {"images": None, "messages": messages(CAT)},
         {"images": [FIRST, SECOND], "messages": messages(DOG)},

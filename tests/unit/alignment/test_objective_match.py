@@ -173,10 +173,10 @@ def make_predicted(model, batch: dict[str, torch.Tensor], sample: int, rows: tup
             batch["input_ids"][sample, row + 1] = model(**batch).logits[sample, row].argmax()
 
 
-def attention_loss(model, batch, processor, some_scenes, words, match, targets) -> tuple[Any, AlignmentRequest]:
-    """Output and request of a forward pass with an Aligner that is the same each time."""
+def attention_loss(model, batch, processor, some_scenes, words, match, targets, kind) -> tuple[Any, AlignmentRequest]:
+    """Output and request of a forward pass; an Aligner is the same each time."""
     torch.manual_seed(7)
-    head = attach(model, AlignmentConfig(match=match)).train()
+    head = attach(model, AlignmentConfig(attention_loss=kind, match=match)).train()
     sizes = [[(some_scenes[index].image.height, some_scenes[index].image.width)] for index in (0, 3)]
     keys = adapter_for(model.config).key_tensors(batch, sizes, processor)
     request = AlignmentRequest(head.layers, row_tensors(words) | keys | {"targets": targets})
@@ -185,7 +185,8 @@ def attention_loss(model, batch, processor, some_scenes, words, match, targets) 
     return output, request
 
 
-def test_the_loss_is_that_of_the_matched_words_alone(model, batch, processor, some_scenes):
+@pytest.mark.parametrize("kind", ["mass", "published"])
+def test_the_loss_is_that_of_the_matched_words_alone(kind, model, batch, processor, some_scenes):
     end = int(batch["attention_mask"].sum(1).min()) - 2
     first, second, third = (end - 5, end - 4), (end - 2, end - 1), (end - 3,)
     make_predicted(model, batch, 0, first)
@@ -193,23 +194,24 @@ def test_the_loss_is_that_of_the_matched_words_alone(model, batch, processor, so
     make_predicted(model, batch, 1, third)
     targets = torch.rand(2, 2, *GRID)
     common = (model, batch, processor, some_scenes)
-    output, request = attention_loss(*common, [[first, second], [third]], "exact", targets)
+    output, request = attention_loss(*common, [[first, second], [third]], "exact", targets, kind)
     assert request.matched.tolist() == [[True, False], [True, False]]
     assert request.present.tolist() == [[True, True], [True, False]]
-    alone, _ = attention_loss(*common, [[first], [third]], "label", targets[:, :1])
-    every, _ = attention_loss(*common, [[first, second], [third]], "label", targets)
+    alone, _ = attention_loss(*common, [[first], [third]], "label", targets[:, :1], kind)
+    every, _ = attention_loss(*common, [[first, second], [third]], "label", targets, kind)
     assert alone.attention_loss.item() > 0.01
     torch.testing.assert_close(output.attention_loss, alone.attention_loss, rtol=1e-4, atol=0)  # other shapes
     assert every.attention_loss > output.attention_loss + 0.01
     assert torch.equal(output.logits, every.logits)
 
 
-def test_no_matched_word_is_zero_with_a_graph(model, batch, processor, some_scenes):
+@pytest.mark.parametrize("kind", ["mass", "published"])
+def test_no_matched_word_is_zero_with_a_graph(kind, model, batch, processor, some_scenes):
     end = int(batch["attention_mask"].sum(1).min()) - 2
     words, targets = [[(end - 3, end - 2)], [(end - 1,)]], torch.rand(2, 1, *GRID)
     make_predicted(model, batch, 0, (end - 3,))
     torch.manual_seed(7)
-    head: AlignmentHead = attach(model, AlignmentConfig(match="exact")).train()
+    head: AlignmentHead = attach(model, AlignmentConfig(attention_loss=kind, match="exact")).train()
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(2, 2 * 65, 4)
     keys = {"boxes": boxes, "pictures": torch.zeros(2, 2 * 65, dtype=torch.long)}
     request = AlignmentRequest(head.layers, row_tensors(words) | keys | {"targets": targets})
@@ -221,6 +223,7 @@ def test_no_matched_word_is_zero_with_a_graph(model, batch, processor, some_scen
     for layer in head.layers:
         projection = adapter_for(model.config).attention_module(model, layer).q_proj
         assert projection.weight.grad.abs().max() == 0
+    assert bool(list(head.parameters())) == (kind == "published")
     for parameter in head.parameters():
         assert parameter.grad is not None
         assert parameter.grad.abs().max() == 0

@@ -274,7 +274,7 @@ def two_words(config: AlignmentConfig) -> tuple[AlignmentHead, AlignmentRequest]
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_only_the_chosen_heads_count(pooling):
-    head, request = two_words(AlignmentConfig(pooling=pooling, heads=(4, 1)))
+    head, request = two_words(AlignmentConfig(attention_loss="published", pooling=pooling, heads=(4, 1)))
     maps = head.maps(request)
     for layer in request.rows.values():
         layer[:, [0, 2, 3]] = torch.rand(1, 3, 2, 6)
@@ -283,8 +283,9 @@ def test_only_the_chosen_heads_count(pooling):
     assert not torch.allclose(head.maps(request), maps)
 
 
-def test_words_count_by_their_weight():
-    head, request = two_words(AlignmentConfig())
+@pytest.mark.parametrize("kind", [*DIRECT_LOSSES, "published"])
+def test_words_count_by_their_weight(kind):
+    head, request = two_words(AlignmentConfig(attention_loss=kind))
     request.weights = torch.tensor([[1.0, 0.0]])
     first = head(request)
     request.weights = torch.tensor([[0.0, 1.0]])

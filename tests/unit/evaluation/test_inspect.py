@@ -16,13 +16,14 @@ from transformers import dynamic_module_utils
 from command_line import complaint, lavender
 from families.published_configs import PUBLISHED, UNSUPPORTED
 from lavender.alignment.losses import per_word_loss
-from lavender.alignment.objective import AlignmentHead
+from lavender.alignment.objective import AlignmentHead, AlignmentRequest
 from lavender.alignment.pooling import pooled
 from lavender.cli import inspect as terminal
 from lavender.cli import main
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
 from lavender.config import AlignmentConfig
 from lavender.evaluation import memory as footprint
+from lavender.students.capture import row_tensors
 from lavender.students.families.llava import LlavaAdapter
 from lavender.students.image_keys import KeyLayout, grid_boxes, to_grid, word_attention
 from lavender.students.registry import FAMILIES, adapter_for
@@ -68,7 +69,9 @@ def test_a_published_config_of_each_family(family, tmp_path):
     assert "No words of a sample: the folder has neither a processor nor a tokenizer" in " ".join(page.split())
     assert set(facts["memory"]["full"]) == set(facts["memory"]["lora"])
     assert all(value > 0 for arm in ("full", "lora") for value in facts["memory"][arm].values())
+    assert facts["memory"]["published"] > 0
     assert facts["memory"]["learn"] > 0
+    assert "published loss, in addition" in page
 
 
 def test_a_config_that_leaves_what_is_asked_to_its_own_code(tmp_path):
@@ -220,14 +223,40 @@ def test_bytes_by_hand(make_student):
     assert found["lora"]["activations"] == 2 * own[0] + own[1] + own[2]
     assert found["full"]["activations"] == 4 * own[0] + own[1] + own[2] + 4 * text.vocab_size * 128
     assert found["full"]["alignment: attention rows"] == 4 * 32 * 130 * 8 * 2  # rows, keys, heads, usable layers
+    assert found["full"]["alignment: default loss"] == 4 * 16 * 130 * (2 * 2 + 1)  # words, keys, their rows, their maps
+    assert "alignment: maps, Aligner" not in found["full"]
+    assert found["published"] > 4 * 16 * 32**2 * 2 * 8  # the maps of the heads alone
     assert found["learn"] == 16 * 2 * (128 * 128 + 128 * 64)  # two layers; keys are made from projected states
     assert "256 tokens per step, one picture of 130 image keys (from the config)" in found["assumptions"][0]
 
 
-def test_alignment_keeps_what_the_estimate_says():
+def test_the_default_loss_keeps_what_the_estimate_says():
+    layers, heads, side, words = 3, 16, 24, footprint.NUM_WORDS
+    tokens = footprint.TOKENS_PER_WORD
+    tensors = row_tensors([[tuple(range(tokens * word, tokens * (word + 1))) for word in range(words)]])
+    tensors |= {"boxes": grid_boxes(side, side)[None].float(), "targets": torch.rand(1, words, 32, 32)}
+    tensors |= {"pictures": torch.zeros(1, side**2, dtype=torch.long)}
+    request = AlignmentRequest(tuple(range(layers)), tensors)
+    attention = torch.rand(layers, 1, heads, tokens * words, side**2).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        request.rows = dict(enumerate(attention.mean(dim=2, keepdim=True)))
+        AlignmentHead(heads, tuple(range(layers)), AlignmentConfig())(request)
+    held = sum(kept.values()) + sum(rows.nbytes for rows in request.rows.values())
+    adapter = SimpleNamespace(usable_layers=lambda: range(layers))
+    estimate = footprint._words(adapter, side**2)  # ty: ignore[invalid-argument-type]
+    assert held == pytest.approx(estimate, rel=0.05)
+
+
+def test_the_aligner_keeps_what_the_estimate_says():
     layers, heads, keys = 3, 16, 24 * 24
     words, rows = footprint.NUM_WORDS, footprint.NUM_WORDS * footprint.TOKENS_PER_WORD
-    head = AlignmentHead(heads, tuple(range(layers)), AlignmentConfig())
+    head = AlignmentHead(heads, tuple(range(layers)), AlignmentConfig(attention_loss="published"))
     assert head.aligner is not None
     attention = torch.rand(layers, 1, heads, rows, keys).requires_grad_()
     shares = torch.eye(words).repeat_interleave(footprint.TOKENS_PER_WORD, dim=1)[None] / footprint.TOKENS_PER_WORD

@@ -28,12 +28,19 @@ def test_notes_on_a_teacher_are_on_pages_with_its_maps_alone(
     with MapStore.writer(tmp_path / "maps", {"teacher": teacher}, {}, (5, 7)):
         pass
     (tmp_path / "run").mkdir()
-    config = {"model": "m", "data": str(tmp_path / "data"), "maps": str(tmp_path / "maps"), "prompt": "What?"}
+    config: dict[str, Any] = {
+        "model": "m",
+        "data": str(tmp_path / "data"),
+        "maps": str(tmp_path / "maps"),
+        "prompt": "What?",
+    }
+    config["training"] = {"attention_loss": "mass", "align_weight": 0.7}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr(runs, "_observe_arms", lambda *args: ({}, []))
     page = report_run(tmp_path / "run", teacher_notes={"world": "Maps of a small teacher."}).read_text()
     assert ("Maps of a small teacher." in page) == is_noted
     assert "run `lavender eval` for scores" in page
+    assert f"m fine-tuned on {tmp_path / 'data'}, attention_loss mass, align_weight 0.7." in page
 
 
 def test_evaluation_knows_no_teacher_by_name():

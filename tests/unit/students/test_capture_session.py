@@ -70,7 +70,7 @@ def test_a_session_keeps_no_request(student):
 def test_a_copy_of_the_head_copies_no_model(student):
     """PEFT copies what it is told to save beside LoRA (`modules_to_save`)."""
     model, _ = student
-    head = attach(model, AlignmentConfig(pooling="learn"))
+    head = attach(model, AlignmentConfig(attention_loss="published", pooling="learn"))
     sizes = [sum(one.numel() for one in module.parameters()) for module in (head, copy.deepcopy(head))]
     assert sizes[0] == sizes[1]
     assert CaptureSession.of(head) is None

@@ -55,7 +55,7 @@ def test_learn_takes_the_middle_of_a_self_attending_model(family, layers, expect
     """Every cross-attention layer, but of four self-attention layers a fifth, unless more are asked for."""
     processor = STUDENTS[family].build_processor(captions, vocabulary=300)
     model = STUDENTS[family].build_model(processor)
-    head = attach(model, AlignmentConfig(pooling="learn", layers=layers))
+    head = attach(model, AlignmentConfig(attention_loss="published", pooling="learn", layers=layers))
     assert len(head.layers) == expected
     assert len([name for name, _ in model.named_modules() if name.endswith(PARALLEL_NAME)]) == expected
 
@@ -63,7 +63,7 @@ def test_learn_takes_the_middle_of_a_self_attending_model(family, layers, expect
 @pytest.mark.parametrize("init", ["pretrained", "random"])
 def test_the_start_of_the_learned_attention(init, make_student):
     model = make_student()
-    head = attach(model, AlignmentConfig(pooling="learn", parallel_init=init))
+    head = attach(model, AlignmentConfig(attention_loss="published", pooling="learn", parallel_init=init))
     attention = adapter_for(model.config).attention_module(model, head.layers[0])
     new = attention.get_submodule(PARALLEL_NAME)
     same = [

@@ -10,7 +10,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from lavender.config import AlignmentConfig, Pooling
+from lavender.config import DEFAULTS, AlignmentConfig, Pooling
 from lavender.errors import ConfigError
 from lavender.training.arguments import AlignmentArguments
 from lavender.training.trainer import LavenderConfig
@@ -69,7 +69,13 @@ def basics(tmp_path_factory) -> list[str]:
     return ["--output_dir", str(tmp_path_factory.mktemp("out")), "--use_cpu", "--bf16", "False"]
 
 
-NEEDS = {"forcing_share": {"attention_forcing": 1}}
+PUBLISHED = {"attention_loss": "published"}
+NEEDS: dict[str, dict[str, Any]] = {
+    "forcing_share": {"attention_forcing": 1},
+    **{name: PUBLISHED for name in AlignmentConfig.__dataclass_fields__ if name.startswith("aligner")},
+    "pooling": PUBLISHED,
+    "align_weight": PUBLISHED,
+}
 """Settings that are refused alone, and what they need."""
 
 
@@ -104,13 +110,48 @@ def test_from_a_config_file(name, value, basics, tmp_path):
 
 def test_the_command_line_wins_over_the_config_file(basics, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("layers: [1, 3]\nalign_weight: 5\nheads: [0]\nmaps: b\n")
+    path.write_text("layers: [1, 3]\nattention_loss: published\nalign_weight: 5\nheads: [0]\nmaps: b\n")
     args = from_trl([*basics, "--config", str(path), "--layers", "last", "--align_weight", "estimated"])
     assert (args.layers, args.align_weight, args.heads, args.maps) == ("last", "estimated", [0], "b")
 
 
 def test_defaults_are_those_of_the_config(basics):
     assert from_trl(basics).alignment() == from_transformers(basics).alignment() == AlignmentConfig()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("mass", *DEFAULTS["mass"])),
+        ({"attention_loss": "mass"}, ("mass", *DEFAULTS["mass"])),
+        ({"attention_loss": "kl"}, ("kl", *DEFAULTS["kl"])),
+        ({"attention_loss": "published"}, ("published", 2.0, 1.0)),
+        ({"attention_loss": "published-js"}, ("published-js", 2.0, 1.0)),
+        ({"align_weight": 0.7}, ("mass", 0.7, DEFAULTS["mass"][1])),
+        ({"align_weight": 0}, ("mass", 0, DEFAULTS["mass"][1])),
+        ({"attention_loss": "kl", "align_weight": 2, "sharpen": 1}, ("kl", 2, 1)),
+        ({"attention_loss": "published", "sharpen": 3}, ("published", 2.0, 3)),
+    ],
+    ids=str,
+)
+def test_the_loss_decides_what_is_left_out(given, expected, basics, tmp_path):
+    """On the command line, in a script's file and in Python; null in a file is the default too."""
+    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    parsed = [from_trl([*basics, *options]), from_transformers([*basics, *options])]
+    path = tmp_path / "config.yaml"
+    for settings in (given, {"align_weight": None, "sharpen": None} | given):
+        path.write_text(yaml.safe_dump(settings))
+        parsed.append(from_trl([*basics, "--config", str(path)]))
+        parsed.append(LavenderConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings))
+    for args in parsed:
+        assert (args.attention_loss, args.align_weight, args.sharpen) == expected
+        assert args.alignment() == AlignmentConfig(**given)
+
+
+def test_the_help_states_the_default_weights():
+    help_text = AlignmentArguments.__dataclass_fields__["align_weight"].metadata["help"]
+    for loss, (weight, _) in DEFAULTS.items():
+        assert f"{weight:g} with the loss {loss}" in help_text
 
 
 def test_beside_the_other_arguments_of_a_script(basics):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lavender.config import DEFAULTS
 from lavender.errors import ConfigError, DataError
 from lavender.training.run_config import LoraSettings, RunConfig, check_out, read_run
 from lavender.training.settings import (
@@ -173,6 +174,24 @@ def test_no_means_no_for_a_strategy(tmp_path):
     run = read_run(written(tmp_path, "".join(f"{name}: no\n" for name in STRATEGIES)))
     assert run.training == dict.fromkeys(STRATEGIES, "no")
     LavenderConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **run.training)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("", [], ("mass", *DEFAULTS["mass"])),
+        ("attention_loss: kl", [], ("kl", *DEFAULTS["kl"])),
+        ("attention_loss: published", [], ("published", 2.0, 1.0)),
+        ("attention_loss: published\nalign_weight: 7", ["attention_loss=kl"], ("kl", 7, DEFAULTS["kl"][1])),
+        ("align_weight: 7\nsharpen: 3", ["align_weight=null", "sharpen=null"], ("mass", *DEFAULTS["mass"])),
+        ("align_weight: null", ["align_weight=0"], ("mass", 0, DEFAULTS["mass"][1])),
+    ],
+)
+def test_the_loss_decides_what_a_run_leaves_out(tmp_path, text, overrides, expected):
+    """null means the default, in a run file and with --set."""
+    run = read_run(written(tmp_path, text), overrides)
+    args = LavenderConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **run.training)
+    assert (args.attention_loss, args.align_weight, args.sharpen) == expected
 
 
 def test_home_in_paths(tmp_path, monkeypatch):
