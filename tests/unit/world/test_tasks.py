@@ -24,7 +24,7 @@ from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.studies import tasks
 from lavender.world.studies.cells import SCENES_PER_SEED
 from lavender.world.studies.registry import STUDIES
-from lavender.world.studies.tasks import TASKS, WARM_UP_START, Example, Scoring, TaskName, write_examples
+from lavender.world.studies.tasks import TASKS, WARM_UP_START, Example, Scoring, TaskName, WarmUp, write_examples
 
 # examples
 
@@ -163,7 +163,7 @@ def test_a_name_within_another_is_found_at_its_own_place(long, short):
 
 
 def test_warm_ups_have_scenes_that_no_seed_of_a_study_has():
-    warm_ups = [task.warm_up for task in TASKS.values() if task.warm_up is not None]
+    warm_ups = [task.warm_up for task in TASKS.values() if isinstance(task.warm_up, WarmUp)]
     assert {(warm_up.task, warm_up.num_scenes) for warm_up in warm_ups} == {("edged-captions", 1600)}
     assert len(SPLITS["finetune"]) >= WARM_UP_START + 1600
     for seed in (seed for study in STUDIES.values() for seed in (*study.seeds, *study.quick_seeds)):
