@@ -204,12 +204,8 @@ def test_a_question_and_its_answer_have_a_map_each(tmp_path):
     for target in kinds:
         records = list(MapStore.open(write_target(tmp_path / target, target, store, examples)))
         assert [(record.image_id, record.text) for record in records] == texts
-        assert [" ".join(word.text for word in record.words) for record in records] == [
-            "cow",
-            "bus",
-            "ice cream",
-            "cat",
-        ]
+        named = [" ".join(word.text for word in record.words) for record in records]
+        assert named == ["cow", "bus", "ice cream", "cat"]
         written[target] = [[int(heat.argmax()) for heat in record.maps] for record in records]
     assert written["teacher"] == [[1], [10], [19, 20], [28]]
     assert written["wrong-word"] == [[19], [19], [1, 1], [1]]  # "ice cream": the mean of two maps; "cow"
