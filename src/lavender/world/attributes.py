@@ -1,4 +1,6 @@
-"""Scenes whose things have a coloured edge, and texts that bind a colour to a thing: questions and captions.
+"""Scenes whose things have a coloured edge, and texts about one of several things.
+
+Questions and captions bind a colour to a thing. Other questions ask for the thing at the side of another one.
 
 The edge lies around a thing, which keeps its own colours: a tinted drawing would lose its name for the vision tower.
 """
@@ -6,12 +8,13 @@ The edge lies around a thing, which keeps its own colours: a tinted drawing woul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.ndimage import binary_dilation
 
 from lavender.world.language import Question
-from lavender.world.scenes import Scene, place_things, random_background, split_of
+from lavender.world.scenes import Scene, Thing, place_things, random_background, split_of
 from lavender.world.sprites import NAMES
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -24,6 +27,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 """Colour of an edge → RGB, 0 to 255."""
 EDGE = 3  # pixels
+LEAST_GAP = 8.0  # pixels, a patch of the students
 _STREAM = 77
 _OWN_COLOUR = {"red apple", "green apple", "fire engine"}
 NAMES_WITHOUT_COLOUR = tuple(name for name in NAMES if name not in _OWN_COLOUR)
@@ -71,6 +75,35 @@ def ask_about_colour(scene: EdgedScene, variant: int = 0) -> Question:
     rng = np.random.default_rng([scene.seed, 13, variant])
     name = scene.names[int(rng.integers(len(scene.things)))]
     return Question("colour", f"the {name} is on", scene.colour_of(name), name)
+
+
+def ask_about_place(scene: Scene, variant: int = 0) -> Question | None:
+    """ "the dog is left of" → "the cat": a question whose answer needs the place of the thing that it names.
+
+    The answer is the next thing in the order of the things' centres from left to right. A question is asked where this
+    order is clear: the gaps between the two things, and from each of them to its other neighbour, are at least
+    `LEAST_GAP` pixels wide. With two things the answer would be the other one wherever it is, so there must be three.
+
+    Returns:
+        A question drawn at random among those of the scene, None if there is none. Its `name` is the thing that the
+        question names.
+    """
+    things = sorted(scene.things, key=_across)
+    if len(things) < 3:
+        return None
+    is_clear = [True, *(_across(right) - _across(left) >= LEAST_GAP for left, right in pairwise(things)), True]
+    pairs = [pair for place, pair in enumerate(pairwise(things)) if all(is_clear[place : place + 3])]
+    if not pairs:
+        return None
+    rng = np.random.default_rng([scene.seed, 19, variant])
+    left, right = pairs[int(rng.integers(len(pairs)))]
+    asked, side, answer = (left, "left", right) if rng.random() < 0.5 else (right, "right", left)
+    return Question("place", f"the {asked.name} is {side} of", f"the {answer.name}", asked.name)
+
+
+def _across(thing: Thing) -> float:
+    """The column of the centre of a thing's box, in pixels."""
+    return thing.centre[1] * thing.mask.shape[1]
 
 
 def bind_colours(scene: EdgedScene, variant: int = 0) -> tuple[str, list[dict[str, str]]]:

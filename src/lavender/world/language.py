@@ -52,7 +52,7 @@ class Question:
     """A question about a scene, with its answer.
 
     Attributes:
-        form: the kind of question, to score the kinds apart: exists, count, leftmost, topmost or only.
+        form: the kind of question, to score the kinds apart: exists, count, leftmost, topmost, only, colour or place.
         question, answer: the texts.
         name: the thing that the question or the answer names, or None.
     """

@@ -192,6 +192,20 @@ def build_mllama(processor: MllamaProcessor) -> MllamaForConditionalGeneration:
     return model
 
 
+def new_beside_tower(
+    trained: MllamaForConditionalGeneration, processor: MllamaProcessor, seed: int
+) -> MllamaForConditionalGeneration:
+    """An Mllama model with the vision tower of a trained one and random weights elsewhere.
+
+    These are the projector, the cross-attention and the text model. The same seed gives the same weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_mllama(processor)
+    model.model.vision_model.load_state_dict(trained.model.vision_model.state_dict())
+    return model
+
+
 def _mllama_patches(model: MllamaForConditionalGeneration, images: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     states = model.model.multi_modal_projector(model.model.vision_model(**images).last_hidden_state)
     states = states.flatten(0, 1)[:, :, 1:]  # (image, tile, patch, width), without class tokens

@@ -12,11 +12,12 @@ from lavender.world.attributes import (
     NAMES_WITHOUT_COLOUR,
     EdgedScene,
     ask_about_colour,
+    ask_about_place,
     bind_colours,
     draw_edged,
     pairs_said,
 )
-from lavender.world.scenes import SPLITS, Thing, draw_scene
+from lavender.world.scenes import SPLITS, Scene, Thing, draw_scene
 from lavender.world.sprites import NAMES
 
 SEEDS = SPLITS["development"][40:52]
@@ -27,6 +28,13 @@ def scene_of(seed: int, *things: tuple[str, str]) -> EdgedScene:
     masks = np.eye(len(things), 13, dtype=bool)[:, None].repeat(5, axis=1)
     drawn = tuple(Thing(name, (0, index, 1, index + 1), False, masks[index]) for index, (name, _) in enumerate(things))
     return EdgedScene(seed, "plain", np.zeros((5, 13, 3), np.uint8), drawn, tuple(colour for _, colour in things))
+
+
+def row_of(*things: tuple[str, int], seed: int = 3_000_001) -> Scene:
+    """A scene of these names, with centres at these columns of 100."""
+    mask = np.zeros((5, 100), dtype=bool)
+    drawn = tuple(Thing(name, (0, column - 2, 4, column + 2), False, mask) for name, column in things)
+    return Scene(seed, "plain", np.zeros((5, 100, 3), np.uint8), drawn)
 
 
 def test_a_scene_by_its_seed():
@@ -86,6 +94,53 @@ def test_a_question_is_about_one_thing_of_the_scene():
         assert question.name is not None
         assert question.question == f"the {question.name} is on"
         assert question.answer == scene.colour_of(question.name)
+
+
+DOG_AND_CAT = {("the dog is left of", "the cat"), ("the cat is right of", "the dog")}
+CAT_AND_COW = {("the cat is left of", "the cow"), ("the cow is right of", "the cat")}
+
+
+@pytest.mark.parametrize(
+    ("things", "questions"),
+    [
+        ([("cow", 60), ("dog", 10), ("cat", 30)], DOG_AND_CAT | CAT_AND_COW),
+        ([("dog", 10), ("cat", 18), ("cow", 26)], DOG_AND_CAT | CAT_AND_COW),  # gaps of 8 are wide enough
+        ([("dog", 10), ("cat", 17), ("cow", 60)], None),  # the dog and the cat are both left of the cow
+        ([("dog", 10), ("cat", 40), ("pig", 73), ("cow", 70)], DOG_AND_CAT),  # the cow and the pig are not told apart
+        ([("dog", 10), ("pig", 12), ("cat", 40), ("cow", 70)], CAT_AND_COW),
+        ([("dog", 10), ("cat", 40)], None),  # "the other one" would do
+        ([("dog", 10)], None),
+    ],
+)
+def test_the_answer_is_the_next_thing_to_the_side(things, questions):
+    asked = [ask_about_place(row_of(*things), variant) for variant in range(60)]
+    if questions is None:
+        assert asked == [None] * 60
+    else:
+        assert {(question.question, question.answer) for question in asked if question is not None} == questions
+        assert None not in asked
+
+
+def test_questions_about_places_of_drawn_scenes():
+    """No thing's centre lies between the two things, nor within 8 pixels of either."""
+    asked = {}
+    for seed in SPLITS["development"][40:80]:
+        scene = draw_edged(seed)
+        question = ask_about_place(scene)
+        if question is None:
+            continue
+        assert len(scene.things) > 2
+        centres = {thing.name: (thing.box[1] + thing.box[3]) / 2 for thing in scene.things}
+        name, answer = question.name, question.answer.removeprefix("the ")
+        assert name is not None
+        left, right = sorted((centres[name], centres[answer]))
+        assert question.question == f"the {name} is {'left' if left == centres[name] else 'right'} of"
+        assert right - left >= 8
+        others = [centre for other, centre in centres.items() if other not in (name, answer)]
+        assert all(centre <= left - 8 or centre >= right + 8 for centre in others)
+        asked[seed] = (question.question, question.answer)
+    assert len(asked) == 15
+    assert asked[3_000_042] == ("the cow is right of", "the palm tree")
 
 
 def test_a_caption_binds_every_thing_to_its_colour():

@@ -60,7 +60,10 @@ def test_which_arms_are_asked():
     assert of_words["recipe, uniform 100"] == "plain 100"
     assert of_words["recipe, without replay 100"] == "plain, without replay 100"
     assert "published 100" not in of_words
-    assert Promised("binding recipe, masks 1600", "binding plain 1600", "pairs") in arms_of(attributes.STUDY)
+    of_attributes = arms_of(attributes.STUDY)
+    assert Promised("binding recipe, masks 1600", "binding plain 1600", "pairs") in of_attributes
+    assert Promised("binding-connecting recipe 3200", "binding-connecting plain 3200", "pairs") in of_attributes
+    assert Promised("places recipe, masks 1600", "places plain 1600", "answers") in of_attributes
     assert Promised("llava lora recipe", "llava lora plain", "in_domain") in arms_of(main_study.STUDY)
     for study in (new_words.STUDY, attributes.STUDY, main_study.STUDY):
         arms = study.arms(False)

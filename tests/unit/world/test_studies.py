@@ -25,17 +25,17 @@ from lavender.maps import Word, WordMaps
 from lavender.words import words_of
 from lavender.world.demo import NUM_HELD_OUT as NUM_HELD_OUT_OF_DEMO
 from lavender.world.demo import run_demo
-from lavender.world.language import caption_scene
+from lavender.world.language import Mention, caption_scene
 from lavender.world.scenes import SPLITS, Scene, Thing
 from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.studies import cells
-from lavender.world.studies.cells import SCENES_PER_SEED, Arm, Cell, Scoring, result_path
+from lavender.world.studies.cells import SCENES_PER_SEED, Arm, Cell, Scoring, base_path, result_path
 from lavender.world.studies.page import QUICK, page, show
 from lavender.world.studies.registry import STUDIES, Scale, run_study
 from lavender.world.studies.scaling import SIZES
 from lavender.world.studies.study import METRICS, compare
-from lavender.world.studies.targets import TARGETS, write_target
-from lavender.world.studies.tasks import Example
+from lavender.world.studies.targets import TARGETS, Target, write_target
+from lavender.world.studies.tasks import TASKS, Example, Unconnected
 from lavender.world.tuning import ALIGNMENT, LEARNING_RATES
 
 GRID, SIZE = (11, 13), (22, 39)
@@ -184,6 +184,34 @@ def test_a_wrong_image_is_the_next_one_with_words(store, targets):
             torch.testing.assert_close(heat, other, atol=TOLERANCE, rtol=0)
 
 
+def test_a_question_and_its_answer_have_a_map_each(tmp_path):
+    """A wrong word's map is of another picture, as each of the texts names one thing."""
+    scenes = (DRAWN[3], DRAWN[1])
+    examples = []
+    for scene, (asked, answer) in zip(scenes, (("cow", "bus"), ("ice cream", "cat")), strict=True):
+        prompt, named = f"the {asked} is left of", f"the {answer}"
+        mentions = [Mention(name, 4, 4 + len(name), 0) for name in (asked, answer)]
+        examples.append(Example(scene, prompt, named, prompt, (mentions[0],), (), (mentions[1],)))
+    texts = [(image_id(example.scene.image), text) for example in examples for text, _ in example.texts]
+    cells = torch.eye(math.prod(GRID)).view(-1, *GRID)
+    with MapStore.writer(tmp_path / "maps", {"made by": "tests"}, {}, GRID) as writer:
+        for index, (image, text) in enumerate(texts):
+            words = words_of(text)
+            writer.add(WordMaps(image, text, words, cells[9 * index : 9 * index + len(words)]))
+    store = MapStore.open(tmp_path / "maps")
+    written: dict[Target, list[list[int]]] = {}
+    kinds: tuple[Target, ...] = ("teacher", "wrong-word", "masks")
+    for target in kinds:
+        records = list(MapStore.open(write_target(tmp_path / target, target, store, examples)))
+        assert [(record.image_id, record.text) for record in records] == texts
+        named = [" ".join(word.text for word in record.words) for record in records]
+        assert named == ["cow", "bus", "ice cream", "cat"]
+        written[target] = [[int(heat.argmax()) for heat in record.maps] for record in records]
+    assert written["teacher"] == [[1], [10], [19, 20], [28]]
+    assert written["wrong-word"] == [[19], [19], [1, 1], [1]]  # "ice cream": the mean of two maps; "cow"
+    assert written["masks"] == [[2], [4 * 13 + 2], [2, 2], [2 * 13 + 2]]  # the n-th thing is in the 2n-th row of cells
+
+
 def test_uniform_maps_and_the_blob(targets):
     assert all(torch.equal(maps.maps, torch.ones(len(maps.words), *GRID)) for maps in targets["uniform"])
     for maps in targets["centre"]:
@@ -268,6 +296,16 @@ def test_any_other_field_changes_the_key():
     ]
     assert len({CELL.key, *(cell.key for cell in others)}) == 1 + len(others)
     assert replace(CELL, arm=replace(arm)).key == CELL.key
+
+
+def test_another_seed_of_new_weights_is_another_base(tmp_path, monkeypatch):
+    arm = STUDIES["attributes"].arms(False)["binding-connecting plain 3200"]
+    cell, task = Cell(arm, 3, CELL.scoring), TASKS["binding-connecting"]
+    before = cell.key, base_path(tmp_path, arm)
+    assert before[1].name.startswith("mllama-unconnected-")
+    monkeypatch.setitem(TASKS, "binding-connecting", replace(task, warm_up=Unconnected(seed=1)))
+    assert cell.key != before[0]
+    assert base_path(tmp_path, arm) != before[1]
 
 
 def test_other_weights_and_other_settings_of_all_arms_change_the_key(base_weights, monkeypatch):
@@ -375,6 +413,30 @@ def test_arms_of_the_controls_and_of_pooling():
     assert list(STUDIES["teacher-controls"].arms(False)) == ["plain", *TARGETS]
     in_paper = [pooling for pooling in POOLINGS if "-flow-" not in pooling]
     assert list(STUDIES["pooling"].arms(False)) == ["plain", *in_paper]
+
+
+def test_arms_of_attributes():
+    """Each task has plain fine-tuning and the recipe; the quick study has two tasks at one size."""
+    study = STUDIES["attributes"]
+    full, quick = study.arms(False), study.arms(True)
+    assert list(full) == [
+        *(f"questions {form} {size}" for size in (400, 800, 1600, 3200) for form in ("plain", "recipe")),
+        *(f"questions {form} 1600" for form in ("published", "recipe, masks", "recipe, wrong-word", "recipe, uniform")),
+        *(f"binding {form} 1600" for form in ("plain", "recipe", "published", "recipe, masks", "recipe, wrong-word")),
+        *(f"places {form} 1600" for form in ("plain", "recipe", "recipe, masks", "recipe, wrong-word")),
+        *(f"binding-connecting {form} 3200" for form in ("plain", "recipe")),
+    ]
+    assert list(quick) == [
+        f"{task} {form} 800" for task in ("questions", "binding") for form in ("plain", "recipe", "recipe, wrong-word")
+    ]
+    steps = {"questions": 600, "binding": 450, "places": 600, "binding-connecting": 1000}
+    for arm in full.values():
+        assert arm.steps == steps[arm.task]
+        training = arm.training(3)
+        assert training["learning_rate"] == 1e-3
+        assert (training["align_weight"] == 0) == (arm.target is None)
+        frozen = ("vision_tower",) if arm.task == "binding-connecting" else ("vision_tower", "connector")
+        assert arm.freeze == frozen
 
 
 def test_finished_cells_are_judged_without_a_run(tmp_path):

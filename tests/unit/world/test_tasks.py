@@ -17,14 +17,14 @@ from lavender.maps import Word, WordMaps
 from lavender.students.word_maps import AnsweredPicture
 from lavender.world import judging
 from lavender.world.attributes import EdgedScene, draw_edged
-from lavender.world.language import caption_scene
+from lavender.world.language import Mention, caption_scene
 from lavender.world.scenes import SPLITS, Scene, Thing, draw_scene, scenes
 from lavender.world.sprites import NAMES, NEW_NAMES
 from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.studies import tasks
 from lavender.world.studies.cells import SCENES_PER_SEED
 from lavender.world.studies.registry import STUDIES
-from lavender.world.studies.tasks import TASKS, WARM_UP_START, Example, Scoring, TaskName, write_examples
+from lavender.world.studies.tasks import TASKS, WARM_UP_START, Example, Scoring, TaskName, WarmUp, write_examples
 
 # examples
 
@@ -109,6 +109,20 @@ def test_questions_about_colours():
     ]
 
 
+def test_questions_about_places():
+    """The scenes between have two things, or things that are not clearly apart."""
+    examples = TASKS["places"].examples(7, 3)
+    assert texts("places") == [
+        (1, "the butterfly is left of", "the octopus"),
+        (8, "the palm tree is right of", "the car"),
+        (15, "the sailboat is left of", "the banana"),
+    ]
+    assert examples[1].texts == (
+        ("the palm tree is right of", (Mention("palm tree", 4, 13, 0),)),
+        ("the car", (Mention("car", 4, 7, 0),)),
+    )
+
+
 def test_captions_that_bind():
     examples = TASKS["binding"].examples(7, 3)
     assert texts("binding") == [
@@ -117,6 +131,7 @@ def test_captions_that_bind():
         (2, CAPTION_PROMPT, "a tree on green and a grapes on blue."),
     ]
     assert examples[0].about == (("white", "penguin"), ("blue", "rabbit"))
+    assert texts("binding-connecting") == texts("binding")
 
 
 @pytest.mark.parametrize("task", get_args(TaskName))
@@ -126,9 +141,10 @@ def test_every_sample_of_a_task_is_what_it_says(task: TaskName):
     assert len({example.scene.seed for example in examples}) == 25
     assert {example.scene.seed in SPLITS["finetune"] for example in examples} == {True}
     for example in examples:
-        assert example.mapped == (example.prompt if task == "questions" else example.answer)
+        asks = task in ("questions", "places")
+        assert example.mapped == (example.prompt if asks else example.answer)
         names = [mention.name for mention in example.mentions]
-        if task in ("questions", "new-words-one-named"):
+        if asks or task == "new-words-one-named":
             assert len(names) == 1
             assert names[0] in example.scene.names
         else:
@@ -137,7 +153,11 @@ def test_every_sample_of_a_task_is_what_it_says(task: TaskName):
             assert mention.order == order
             assert example.mapped[mention.start : mention.end] == mention.name
         scene = example.scene
-        if isinstance(scene, EdgedScene) and task != "edged-captions":
+        for mention in example.answer_mentions:
+            assert mention.name in set(scene.names) - set(names)
+            assert example.answer[mention.start : mention.end] == mention.name
+        assert len(example.answer_mentions) == (task == "places")
+        if isinstance(scene, EdgedScene) and task not in ("edged-captions", "places"):
             assert [name for _, name in example.about] == names
             assert all(scene.colour_of(name) == colour for colour, name in example.about)
         else:
@@ -163,7 +183,7 @@ def test_a_name_within_another_is_found_at_its_own_place(long, short):
 
 
 def test_warm_ups_have_scenes_that_no_seed_of_a_study_has():
-    warm_ups = [task.warm_up for task in TASKS.values() if task.warm_up is not None]
+    warm_ups = [task.warm_up for task in TASKS.values() if isinstance(task.warm_up, WarmUp)]
     assert {(warm_up.task, warm_up.num_scenes) for warm_up in warm_ups} == {("edged-captions", 1600)}
     assert len(SPLITS["finetune"]) >= WARM_UP_START + 1600
     for seed in (seed for study in STUDIES.values() for seed in (*study.seeds, *study.quick_seeds)):
@@ -306,6 +326,28 @@ def test_scores_of_questions(monkeypatch):
     assert scores["answers"] == 2 / 4
     assert scores["attention_mass"] == pytest.approx(np.mean(shares), rel=1e-5)
     assert scores["pointing"] == 3 / 4
+
+
+def test_scores_of_places(monkeypatch):
+    """Of the first scenes that have a question. The first answer looks at the thing that is asked about."""
+    examples = tasks._about_places(SPLITS["development"][40:], 3)
+    assert [(example.scene.seed, example.prompt, example.answer) for example in examples] == [
+        (3_000_042, "the cow is right of", "the palm tree"),
+        (3_000_044, "the rabbit is left of", "the rocket"),
+        (3_000_045, "the cake is left of", "the penguin"),
+    ]
+    student = Student(monkeypatch, [examples[0].answer, examples[1].scene.names[0] + ".", f"{examples[2].answer}."])
+    shares = []
+    for index, example in enumerate(examples):
+        (asked,), (answered,) = example.mentions, example.answer_mentions
+        lit = example.scene.mask_of(asked.name if index == 0 else answered.name)
+        student.look(example.scene, example.answer, answered.start, answered.end, lit, 4.0)
+        shares.append(share_in(example.scene.mask_of(answered.name), 4.0, lit))
+    scores = TASKS["places"].score(Path("run"), Scoring("development", 40, 3))
+    assert student.asked == [example.prompt for example in examples]
+    assert scores["answers"] == pytest.approx(2 / 3)
+    assert scores["attention_mass"] == pytest.approx(np.mean(shares), rel=1e-5)
+    assert scores["pointing"] == pytest.approx(2 / 3)
 
 
 def test_scores_of_binding(monkeypatch):

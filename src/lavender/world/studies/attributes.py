@@ -1,48 +1,77 @@
-"""Can a student bind attributes to the right thing? In questions about a colour, and in captions that name it."""
+"""Can a student bind attributes to the right thing? In questions about a colour, and in captions that name it.
+
+Two harder cases are parts of the full study: questions that ask for the thing at the side of another one, and captions
+that bind while a frozen tower is being connected to a text model with random weights.
+"""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
+from lavender.training.run_config import Part
 from lavender.world.studies.cells import FROZEN, Arm
+from lavender.world.studies.forms import PUBLISHED, Settings
 from lavender.world.studies.page import draw_bars
 from lavender.world.studies.study import Finding, Promised, Scores, Study, compare_pairs
 from lavender.world.studies.targets import Target
 from lavender.world.studies.tasks import TaskName
 
-SIZES: dict[TaskName, tuple[int, ...]] = {"questions": (400, 800, 1600, 3200), "binding": (400, 1600)}
 CONTROLLED = 1600
 """The number of samples at which controls and forms of the loss are compared."""
+PLAIN_SIZES: dict[TaskName, tuple[int, ...]] = {
+    "questions": (400, 800, CONTROLLED, 3200),
+    "binding": (CONTROLLED,),
+    "places": (CONTROLLED,),
+    "binding-connecting": (3200,),
+}
+RECIPE_SIZES = PLAIN_SIZES | {"questions": (400, CONTROLLED)}
+"""Task → numbers of samples. More of plain fine-tuning, to see how many it needs for what the recipe reaches."""
+QUICK: tuple[TaskName, ...] = ("questions", "binding")
 QUICK_SIZE = 800
 METRICS_SHOWN = ("answers", "pairs", "right_colours", "all_names", "pointing", "attention_mass")
-RATE = (("learning_rate", 1e-3),)
-FORMS: dict[str, tuple[tuple[str, Any], ...]] = {
-    "published": (("attention_loss", "published"), ("align_weight", 5.0), ("match", "label")),
-    "recipe": (("attention_loss", "kl"), ("align_weight", 1.0), ("match", "label"), ("sharpen", 2.0)),
+RATE: Settings = (("learning_rate", 1e-3),)
+RECIPE: Settings = (("attention_loss", "kl"), ("align_weight", 1.0), ("match", "label"), ("sharpen", 2.0))
+FORMS: dict[str, Settings] = {
+    "plain": (*RECIPE, ("align_weight", 0.0)),
+    "published": PUBLISHED,
+    "recipe": RECIPE,
 }
-"""Form of alignment → its settings."""
-TASKS: dict[TaskName, int] = {"questions": 600, "binding": 450}
+STEPS: dict[TaskName, int] = {"questions": 600, "binding": 450, "places": 600, "binding-connecting": 1000}
 """Task → optimizer steps."""
-CONTROLS: tuple[Target, ...] = ("masks", "wrong-word", "uniform")
+CONTROLS: dict[TaskName, tuple[Target, ...]] = {
+    "questions": ("masks", "wrong-word", "uniform"),
+    "binding": ("masks", "wrong-word"),
+    "places": ("masks",),
+    "binding-connecting": (),
+}
+ANSWERS: tuple[str, ...] = ("answers",)
+PAIRS: tuple[str, ...] = ("pairs", "right_colours", "all_names")
+JUDGED: dict[TaskName, tuple[str, ...]] = {
+    "questions": ANSWERS,
+    "binding": PAIRS,
+    "places": ANSWERS,
+    "binding-connecting": PAIRS,
+}
+"""Task → the metrics of its comparisons. The first one decides whether alignment paid."""
 
 
-def _arm(task: TaskName, size: int, form: str | None = None, target: Target = "teacher") -> Arm:
-    """An arm; without a form plain fine-tuning, which is the recipe with λ = 0."""
-    settings = (*RATE, *(FORMS[form] if form else (*FORMS["recipe"], ("align_weight", 0.0))))
-    return Arm("mllama", "full", target if form else None, size, TASKS[task], settings, task, FROZEN)
+def _arm(task: TaskName, size: int, form: str = "plain", target: Target = "teacher") -> Arm:
+    freeze: tuple[Part, ...] = ("vision_tower",) if task == "binding-connecting" else FROZEN
+    maps = None if form == "plain" else target
+    return Arm("mllama", "full", maps, size, STEPS[task], (*RATE, *FORMS[form]), task, freeze)
 
 
 def arms(quick: bool) -> dict[str, Arm]:
     """Of each task: plain and the recipe at each size; the published loss and the controls at one size."""
     arms: dict[str, Arm] = {}
-    for task, sizes in SIZES.items():
-        controlled = QUICK_SIZE if quick else CONTROLLED
-        for size in (controlled,) if quick else sizes:
-            arms |= {f"{task} plain {size}": _arm(task, size), f"{task} recipe {size}": _arm(task, size, "recipe")}
-        if not quick:
+    controlled = QUICK_SIZE if quick else CONTROLLED
+    for task in QUICK if quick else PLAIN_SIZES:
+        plain_sizes, recipe_sizes = ((controlled,),) * 2 if quick else (PLAIN_SIZES[task], RECIPE_SIZES[task])
+        arms |= {f"{task} plain {size}": _arm(task, size) for size in plain_sizes}
+        arms |= {f"{task} recipe {size}": _arm(task, size, "recipe") for size in recipe_sizes}
+        if task == "questions" and not quick:
             arms[f"{task} published {controlled}"] = _arm(task, controlled, "published")
-        for target in ("wrong-word",) if quick else CONTROLS:
+        for target in ("wrong-word",) if quick else CONTROLS[task]:
             arms[f"{task} recipe, {target} {controlled}"] = _arm(task, controlled, "recipe", target)
     return arms
 
@@ -50,7 +79,7 @@ def arms(quick: bool) -> dict[str, Arm]:
 def judge(scores: Scores) -> list[Finding]:
     """Every arm against plain fine-tuning on as many samples of the same task."""
     findings: list[Finding] = []
-    for task, metrics in (("questions", ("answers",)), ("binding", ("pairs", "right_colours", "all_names"))):
+    for task, metrics in JUDGED.items():
         of_task = [arm for arm in scores if arm.startswith(f"{task} ") and f"{task} plain" not in arm]
         pairs = [(arm, f"{task} plain {arm.split()[-1]}") for arm in of_task]
         findings += compare_pairs(scores, metrics, pairs)
@@ -60,19 +89,22 @@ def judge(scores: Scores) -> list[Finding]:
 def promised(scores: Scores) -> list[Promised]:
     """The recipe at each size, and with the maps of controls."""
     return [
-        Promised(arm, f"{task} plain {arm.split()[-1]}", metric)
-        for task, metric in (("questions", "answers"), ("binding", "pairs"))
+        Promised(arm, f"{task} plain {arm.split()[-1]}", metrics[0])
+        for task, metrics in JUDGED.items()
         for arm in scores
         if arm.startswith(f"{task} recipe")
     ]
 
 
 STUDY = Study(
-    title="Can it bind attributes to things?",
+    title="Can it bind attributes to things, and find the thing beside another?",
     question="Each thing has an edge of its own colour. *questions*: “the dog is on”, “red”; the name in the question "
     "and the answer take the map of the name. *binding*: captions such as “a dog on red and a cat on blue”; a colour "
-    "takes the map of its thing. *recipe*: KL of the attention from the teacher's squared map, λ = 1. *published*: the "
-    "authors' loss, λ = 5, of the same words. The controls get other maps of the same words.",
+    "takes the map of its thing. *binding-connecting*: the same captions, from a trained tower that stays frozen and "
+    "random weights in all other parts. *places*: “the dog is left of”, “the cat”, about scenes of three or four "
+    "things; the cat is the next one from left to right, and each name takes its own map. *recipe*: KL of the "
+    "attention from the teacher's squared map, λ = 1. *published*: the authors' loss, λ = 5, of the same words. The "
+    "controls get other maps of the same words.",
     paper="does not study it.",
     arms=arms,
     judge=judge,

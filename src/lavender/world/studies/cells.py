@@ -17,12 +17,22 @@ from typing import Any, Literal
 
 from lavender.data.samples import Samples, read_samples
 from lavender.data.store import MapStore
+from lavender.students.loading import load_run
 from lavender.teachers.extract import Summary, extract
 from lavender.training.run_config import Part
 from lavender.world import STUDENT_PATHS, TEACHER_PATH
-from lavender.world.student_models import CAPTION_PROMPT
+from lavender.world.student_models import CAPTION_PROMPT, new_beside_tower
 from lavender.world.studies.targets import Target, write_target
-from lavender.world.studies.tasks import TASKS, WARM_UP_START, Example, Scoring, TaskName, write_examples
+from lavender.world.studies.tasks import (
+    TASKS,
+    WARM_UP_START,
+    Example,
+    Scoring,
+    TaskName,
+    Unconnected,
+    WarmUp,
+    write_examples,
+)
 from lavender.world.tuning import load_teacher, run_paths, training_settings
 
 SCENES_PER_SEED = 20_000  # distance between the first fine-tuning scenes of two seeds
@@ -133,17 +143,36 @@ def base_path(folder: Path, arm: Arm) -> Path:
     if warm_up is None:
         return STUDENT_PATHS[arm.base]
     facts = json.dumps([asdict(warm_up), _digest(STUDENT_PATHS[arm.base] / "model.safetensors")])
-    return folder / "bases" / f"{arm.base}-{warm_up.task}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+    made = "unconnected" if isinstance(warm_up, Unconnected) else warm_up.task
+    return folder / "bases" / f"{arm.base}-{made}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
 
 
 def prepare_base(folder: Path, arm: Arm) -> None:
-    """Make the task's base by plain fine-tuning, if it has a warm-up and the base is missing."""
-    from lavender.training.exporting import export
-    from lavender.training.run import RunConfig, train
-
+    """Make the task's base, if it has a warm-up and the base is missing."""
     warm_up, path = TASKS[arm.task].warm_up, base_path(folder, arm)
     if warm_up is None or path.is_dir():
         return
+    if isinstance(warm_up, Unconnected):
+        _disconnect(path, arm.base, warm_up)
+    else:
+        _warm_up(path, arm, warm_up)
+
+
+def _disconnect(path: Path, base: str, new: Unconnected) -> None:
+    """Save the base with new weights in all but its vision tower."""
+    model, processor = load_run(STUDENT_PATHS[base])
+    partial = path.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    new_beside_tower(model, processor, new.seed).save_pretrained(partial)
+    processor.save_pretrained(partial)
+    partial.rename(path)
+
+
+def _warm_up(path: Path, arm: Arm, warm_up: WarmUp) -> None:
+    """Make a base by plain fine-tuning."""
+    from lavender.training.exporting import export
+    from lavender.training.run import RunConfig, train
+
     task, run, data = TASKS[warm_up.task], path.with_suffix(".run"), path.with_suffix(".data")
     for leftover in (run, data):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -34,16 +34,18 @@ BLOB_WIDTH = 0.2  # standard deviation of the blob, as a share of the picture's 
 
 
 @dataclass(frozen=True, eq=False)
-class _MappedScene:
-    """A scene's words that name things, with the teacher's maps.
+class _MappedText:
+    """The words of a text that name things, with the teacher's maps.
 
     Attributes:
+        text: one of the example's `texts`.
         words: (word, name of the thing that the word belongs to).
         maps: each word's map, (rows, cols).
         thing_maps: each thing's map, (rows, cols): the mean over its words.
     """
 
     example: Example
+    text: str
     words: tuple[tuple[Word, str], ...]
     maps: dict[Word, Tensor]
     thing_maps: dict[str, Tensor]
@@ -66,38 +68,40 @@ def write_target(path: Path, target: Target, store: MapStore, examples: Sequence
         return path
     partial = path.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    mapped = [mapped_scene for example in examples if (mapped_scene := _map_scene(example, store)).words]
+    of_examples = [[mapped for mapped in _map_texts(example, store) if mapped.words] for example in examples]
+    mapped = [mapped_texts for mapped_texts in of_examples if mapped_texts]
     with MapStore.writer(partial, dict(store.identity) | {"target": target}, {}, store.grid) as writer:
-        for index, mapped_scene in enumerate(mapped):
-            next_map = next(iter(mapped[(index + 1) % len(mapped)].thing_maps.values()))
-            maps = torch.stack(
-                [_map(target, mapped_scene, word, name, next_map, store.grid) for word, name in mapped_scene.words]
-            )
-            words = tuple(word for word, _ in mapped_scene.words)
-            example = mapped_scene.example
-            writer.add(WordMaps(image_id(example.scene.image), example.mapped, words, maps))
+        for index, mapped_texts in enumerate(mapped):
+            next_map = next(iter(mapped[(index + 1) % len(mapped)][0].thing_maps.values()))
+            for mapped_text in mapped_texts:
+                maps = torch.stack(
+                    [_map(target, mapped_text, word, name, next_map, store.grid) for word, name in mapped_text.words]
+                )
+                words = tuple(word for word, _ in mapped_text.words)
+                writer.add(WordMaps(image_id(mapped_text.example.scene.image), mapped_text.text, words, maps))
     partial.rename(path)
     return path
 
 
-def _map_scene(example: Example, store: MapStore) -> _MappedScene:
-    maps = store.get(image_id(example.scene.image), example.mapped)
-    if maps is None:
-        raise ValueError(f"Got no maps of scene {example.scene.seed}; expected a store of these samples' texts.")
-    words = tuple(
-        (word, mention.name)
-        for word in maps.words
-        for mention in example.mentions
-        if mention.start <= word.start < mention.end
-    )
-    by_name = {mention.name: maps.map_of(mention.start, mention.end) for mention in example.mentions}
-    thing_maps = {name: heat for name, heat in by_name.items() if heat is not None}
-    return _MappedScene(example, words, dict(zip(maps.words, maps.maps, strict=True)), thing_maps)
+def _map_texts(example: Example, store: MapStore) -> list[_MappedText]:
+    mapped = []
+    for text, mentions in example.texts:
+        maps = store.get(image_id(example.scene.image), text)
+        if maps is None:
+            raise ValueError(f"Got no maps of scene {example.scene.seed}; expected a store of these samples' texts.")
+        words = tuple(
+            (word, mention.name)
+            for word in maps.words
+            for mention in mentions
+            if mention.start <= word.start < mention.end
+        )
+        by_name = {mention.name: maps.map_of(mention.start, mention.end) for mention in mentions}
+        thing_maps = {name: heat for name, heat in by_name.items() if heat is not None}
+        mapped.append(_MappedText(example, text, words, dict(zip(maps.words, maps.maps, strict=True)), thing_maps))
+    return mapped
 
 
-def _map(
-    target: Target, mapped: _MappedScene, word: Word, name: str, next_map: Tensor, grid: tuple[int, int]
-) -> Tensor:
+def _map(target: Target, mapped: _MappedText, word: Word, name: str, next_map: Tensor, grid: tuple[int, int]) -> Tensor:
     """The target's map, (rows, cols), of a word of the thing `name`; `next_map` is of a thing in the next scene."""
     if target == "teacher":
         return mapped.maps[word]

@@ -1,4 +1,4 @@
-"""What a study's students are fine-tuned on and scored by: captions, new words, and attributes that bind to things."""
+"""What a study's students are fine-tuned on and scored by: captions, new words, attributes of things, and places."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from lavender.evaluation.map_scores import JudgedMap
 from lavender.maps import Word
 from lavender.students.loading import load_run
 from lavender.students.word_maps import AnsweredPicture, student_maps
-from lavender.world.attributes import EdgedScene, ask_about_colour, bind_colours, draw_edged, pairs_said
+from lavender.world.attributes import (
+    EdgedScene,
+    ask_about_colour,
+    ask_about_place,
+    bind_colours,
+    draw_edged,
+    pairs_said,
+)
 from lavender.world.judging import (
     BATCH_SIZE,
     DOMAINS,
@@ -29,7 +36,15 @@ from lavender.world.sprites import NAMES, NEW_NAMES
 from lavender.world.student_models import CAPTION_PROMPT
 
 TaskName = Literal[
-    "captions", "new-words", "new-words-alone", "new-words-one-named", "edged-captions", "questions", "binding"
+    "captions",
+    "new-words",
+    "new-words-alone",
+    "new-words-one-named",
+    "edged-captions",
+    "questions",
+    "binding",
+    "binding-connecting",
+    "places",
 ]
 
 
@@ -52,6 +67,7 @@ class Example:
         mapped: the text whose words get maps, the answer or the prompt.
         mentions: the names in `mapped`.
         about: pairs (word of the answer, name that it is about).
+        answer_mentions: the names in the answer that get maps as well, if `mapped` is the prompt.
     """
 
     scene: Scene
@@ -60,6 +76,13 @@ class Example:
     mapped: str
     mentions: tuple[Mention, ...]
     about: tuple[tuple[str, str], ...] = ()
+    answer_mentions: tuple[Mention, ...] = ()
+
+    @property
+    def texts(self) -> tuple[tuple[str, tuple[Mention, ...]], ...]:
+        """The texts whose words get maps, with the names in each."""
+        also = ((self.answer, self.answer_mentions),) if self.answer_mentions else ()
+        return ((self.mapped, self.mentions), *also)
 
 
 @dataclass(frozen=True)
@@ -70,7 +93,8 @@ class Task:
         examples: (index of the first scene, count) → samples of the fine-tuning split.
         score: (checkpoint or run folder, scenes) → scores by name.
         base: name of the base in `lavender.world.STUDENT_PATHS`; None is the arm's own student.
-        warm_up: samples and steps of plain fine-tuning that turn the base into the task's base, or None.
+        warm_up: how the base becomes the task's base: by plain fine-tuning, or by new weights in all but the tower.
+            None: the task's base is the base.
         settings: settings of `LavenderConfig` that the task needs in every arm.
         num_replayed: number of captions of known names, from other scenes, that make up half of a run's samples.
     """
@@ -78,7 +102,7 @@ class Task:
     examples: Callable[[int, int], list[Example]]
     score: Callable[[Path, Scoring], dict[str, Any]]
     base: str | None = None
-    warm_up: WarmUp | None = None
+    warm_up: WarmUp | Unconnected | None = None
     settings: tuple[tuple[str, Any], ...] = ()
     num_replayed: int = 0
 
@@ -99,6 +123,17 @@ class WarmUp:
     task: TaskName
     num_scenes: int
     steps: int
+
+
+@dataclass(frozen=True)
+class Unconnected:
+    """All but the vision tower is initialised anew: projector, cross-attention and text model.
+
+    Attributes:
+        seed: seed of the random weights, which are the same for all arms and seeds.
+    """
+
+    seed: int
 
 
 REPLAY_START = 10_000
@@ -171,7 +206,7 @@ def _score_new_words(path: Path, scoring: Scoring) -> dict[str, Any]:
     return score_new_words(path, list(scenes(scoring.split, scoring.count, start=scoring.start)))[0]
 
 
-# attributes: the colour of the edge around a thing
+# attributes: the colour of the edge around a thing; places: the thing at the side of another one
 
 
 def _edged(start: int, count: int) -> list[EdgedScene]:
@@ -189,6 +224,28 @@ def _asked(scene: EdgedScene) -> Example:
     mention = Mention(asked.name, first, first + len(asked.name), 0)
     about = ((asked.answer, asked.name),)
     return Example(scene, asked.question, asked.answer, asked.question, (mention,), about)
+
+
+def _places(start: int, count: int) -> list[Example]:
+    return _about_places(SPLITS["finetune"][start:], count)
+
+
+def _about_places(seeds: Iterable[int], count: int) -> list[Example]:
+    """Questions about the first `count` scenes that have one."""
+    examples = (_placed(draw_edged(seed)) for seed in seeds)
+    return list(islice((example for example in examples if example is not None), count))
+
+
+def _placed(scene: Scene) -> Example | None:
+    """A question about a place, None if the scene has none. Both names, that of the answer too, take their own maps."""
+    asked = ask_about_place(scene)
+    if asked is None or asked.name is None:
+        return None
+    first = asked.question.index(asked.name)
+    mention = Mention(asked.name, first, first + len(asked.name), 0)
+    named = asked.answer.removeprefix("the ")
+    answered = Mention(named, len("the "), len(asked.answer), 0)
+    return Example(scene, asked.question, asked.answer, asked.question, (mention,), answer_mentions=(answered,))
 
 
 def _binding(start: int, count: int) -> list[Example]:
@@ -212,12 +269,23 @@ def _held_out_edged(scoring: Scoring) -> list[EdgedScene]:
 
 def _score_questions(path: Path, scoring: Scoring) -> dict[str, Any]:
     """Exact match of the answers; attention of the answer on the thing that is asked about."""
+    return _score_answers(path, [_asked(scene) for scene in _held_out_edged(scoring)])
+
+
+def _score_places(path: Path, scoring: Scoring) -> dict[str, Any]:
+    """Exact match of the answers; attention of the answer's name on its thing.
+
+    The scenes are the first `count` with a question, from the `start`-th seed on.
+    """
+    return _score_answers(path, _about_places(SPLITS[scoring.split][scoring.start :], scoring.count))
+
+
+def _score_answers(path: Path, examples: Sequence[Example]) -> dict[str, Any]:
     model, processor = load_run(path)
-    examples = [_asked(scene) for scene in _held_out_edged(scoring)]
     images, prompts = [example.scene.image for example in examples], [example.prompt for example in examples]
     answers = generate_answers(model, processor, images, prompts, batch_size=BATCH_SIZE)
     hits = [answer.strip(" .") == example.answer for answer, example in zip(answers, examples, strict=True)]
-    judged = _attention_of_colours(model, processor, examples)
+    judged = _attention_of_answers(model, processor, examples)
     return score_attention(judged) | {"answers": sum(hits) / len(hits)}
 
 
@@ -232,7 +300,7 @@ def _score_binding(path: Path, scoring: Scoring) -> dict[str, Any]:
     rightly_named = [
         (pair, truth) for pairs, truth in zip(said, true, strict=True) for pair in pairs if pair[0] in dict(truth)
     ]
-    judged = _attention_of_colours(model, processor, examples)
+    judged = _attention_of_answers(model, processor, examples)
     return score_attention(judged) | {
         "pairs": micro_f1([set(map(" on ".join, pairs)) for pairs in said], [set(map(" on ".join, t)) for t in true]),
         "right_colours": sum(pair in truth for pair, truth in rightly_named) / max(1, len(rightly_named)),
@@ -240,8 +308,8 @@ def _score_binding(path: Path, scoring: Scoring) -> dict[str, Any]:
     }
 
 
-def _attention_of_colours(model: Any, processor: Any, examples: Sequence[Example]) -> list[JudgedMap]:
-    """Maps of the rows that predict a colour, judged by the mask of the thing that it is about."""
+def _attention_of_answers(model: Any, processor: Any, examples: Sequence[Example]) -> list[JudgedMap]:
+    """Maps of the rows that predict a colour or a name, judged by the mask of its thing."""
     pictures, names = [], []
     for example in examples:
         words, about = [], []
@@ -249,6 +317,9 @@ def _attention_of_colours(model: Any, processor: Any, examples: Sequence[Example
             first = example.answer.index(colour)
             words.append(Word(colour, first, first + len(colour), colour, "adjective"))
             about.append(name)
+        for mention in example.answer_mentions:
+            words.append(Word(mention.name, mention.start, mention.end, mention.name, "noun"))
+            about.append(mention.name)
         pictures.append(AnsweredPicture(example.scene.image, example.prompt, example.answer, tuple(words)))
         names.append(about)
     maps = student_maps(model, processor, pictures, batch_size=BATCH_SIZE)
@@ -265,14 +336,16 @@ def _edged_captions(start: int, count: int) -> list[Example]:
 
 
 _EDGED = WarmUp("edged-captions", 1600, 250)
+_OF_QUESTIONS = (("texts", "all"), ("rows", "both"))
+_OF_COLOURS = (("tokens", "first"), ("parts_of_speech", ("adjective",)))
 TASKS: dict[TaskName, Task] = {
     "captions": Task(_captions, _score_captions),
     "new-words": Task(_new_words, _score_new_words, base="mllama_new_words", num_replayed=800),
     "new-words-alone": Task(_new_words, _score_new_words, base="mllama_new_words"),
     "new-words-one-named": Task(_one_named, _score_new_words, base="mllama_new_words", num_replayed=800),
     "edged-captions": Task(_edged_captions, _score_captions),
-    "questions": Task(_questions, _score_questions, warm_up=_EDGED, settings=(("texts", "all"), ("rows", "both"))),
-    "binding": Task(
-        _binding, _score_binding, warm_up=_EDGED, settings=(("tokens", "first"), ("parts_of_speech", ("adjective",)))
-    ),
+    "questions": Task(_questions, _score_questions, warm_up=_EDGED, settings=_OF_QUESTIONS),
+    "binding": Task(_binding, _score_binding, warm_up=_EDGED, settings=_OF_COLOURS),
+    "binding-connecting": Task(_binding, _score_binding, warm_up=Unconnected(seed=0), settings=_OF_COLOURS),
+    "places": Task(_places, _score_places, warm_up=_EDGED, settings=_OF_QUESTIONS),
 }
