@@ -5,6 +5,7 @@ from dataclasses import replace
 from unittest import mock
 
 from lavender.cli import main
+from lavender.world.scenes import Split
 from lavender.world.studies import registry
 from lavender.world.studies.cells import Arm
 from lavender.world.studies.registry import Scale
@@ -16,8 +17,8 @@ def smaller(arm: Arm, steps: int | None) -> Arm:
     return replace(arm, num_scenes=NUM_SCENES, steps=STEPS)
 
 
-def small_scale(quick: bool, *rest: object) -> Scale:
-    scale = scale_of(quick, *rest)
+def small_scale(quick: bool, split: Split | None, seeds: tuple[int, ...] | None) -> Scale:
+    scale = scale_of(quick, split, seeds)
     return replace(scale, scoring=replace(scale.scoring, count=SCORED))
 
 
