@@ -37,13 +37,17 @@ if TYPE_CHECKING:
 
     from lavender.world.scenes import Scene
 
+pytest.register_assert_rewrite("slow.pages")
 pytest.register_assert_rewrite(
     *(f"families.{part}" for part in ("contract", "core", "geometry", "batches", "by_hand", "guards", "parts", "words"))
 )
 
 SEED = 20250206
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)
-LONGEST = ("test_wheel.py", "test_train.py", "test_gradients.py", "test_study.py", "test_real_photographs.py")
+LONGEST = (
+    *("test_wheel.py", "test_train.py", "test_gradients.py", "test_study.py", "test_real_photographs.py"),
+    *("test_kill_training.py", "test_documented_commands.py", "test_fuzz.py", "test_two_processes.py"),
+)
 PROMPT = "describe the picture."
 
 

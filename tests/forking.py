@@ -6,6 +6,7 @@ A start of its own costs a verb ten seconds of imports. The parent of all is a p
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -87,6 +88,7 @@ def _serve() -> None:
     for module in pkgutil.walk_packages(lavender.__path__, "lavender."):
         if not module.name.endswith("__main__"):  # which runs the command line
             importlib.import_module(module.name)
+    gc.freeze()  # a garbage collection in a child would copy all of it
     for line in sys.stdin:
         question = json.loads(line)
         if "ended" in question:

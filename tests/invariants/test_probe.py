@@ -80,14 +80,14 @@ def test_training_does_not_notice_it(run, kind):  # noqa: F811
 
 
 def test_when_it_looks(run):  # noqa: F811
-    trainer = run(max_steps=5, probe_steps=2)
+    trainer = run(max_steps=5, probe_size=8, probe_steps=2)
     assert [entry["step"] for entry in trainer.state.log_history if PROBE[0] in entry] == [0, 2, 4, 5]
     assert len(logged(trainer, "loss")) == 5
 
 
 def test_plain_fine_tuning_is_looked_at_too(run):  # noqa: F811
     """The baseline of a comparison. The numbers of the first look are those of the aligned run."""
-    plain, aligned = run(0.0), run(10.0)
+    plain, aligned = run(0.0, probe_size=8), run(10.0, probe_size=8)
     for name in PROBE:
         assert logged(plain, name)[0] == close(logged(aligned, name)[0])
         assert len(logged(plain, name)) == 2
@@ -130,8 +130,8 @@ def test_it_looks_at_mapped_samples_of_the_evaluation_set(run, dataset, make_stu
 
 def test_of_learned_projections_it_looks_at_the_students_own(run):  # noqa: F811
     """Own attention does not depend on the projections; the loss does."""
-    first = run(build_only=True, learning_rate=0.0, **LEARN)
-    second = run(build_only=True, learning_rate=0.0, **LEARN)
+    first = run(build_only=True, learning_rate=0.0, probe_size=8, **LEARN)
+    second = run(build_only=True, learning_rate=0.0, probe_size=8, **LEARN)
     with torch.no_grad():
         for name, parameter in second.model.named_parameters():
             if "alignment_parallel" in name:
@@ -144,7 +144,7 @@ def test_of_learned_projections_it_looks_at_the_students_own(run):  # noqa: F811
 
 def test_agreement_is_seen_where_it_is_planted(run):  # noqa: F811
     """Targets that are the student's own maps: correlation 1, and each peak hits."""
-    trainer = run(build_only=True, learning_rate=0.0)
+    trainer = run(build_only=True, learning_rate=0.0, probe_size=8)
     (probe,) = [one for one in trainer.callback_handler.callbacks if type(one).__name__ == "Probe"]
     assert HEAD_NAME in dict(trainer.model.named_children())
     with torch.no_grad(), random_state_kept(torch.device("cpu")):
@@ -172,7 +172,7 @@ def test_wrong_sizes_are_refused(run, settings, message):  # noqa: F811
 
 def test_tensorboard_has_numbers_and_pictures(run, tmp_path):  # noqa: F811
     """At the same steps; what is in the picture is picture, teacher and student, side by side."""
-    trainer = run(max_steps=3, probe_steps=2, report_to="tensorboard", output_dir=str(tmp_path / "out"))
+    trainer = run(max_steps=3, probe_size=8, probe_steps=2, report_to="tensorboard", output_dir=str(tmp_path / "out"))
     (folder,) = (tmp_path / "out" / "runs").iterdir()
     events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
     events.Reload()

@@ -98,7 +98,8 @@ def run(make_student, processor, dataset, store_path, tmp_path):
         trainer_class: Any = SFTTrainer
         config_class: Any = SFTConfig
         if align_weight is not None:
-            settings |= {"maps": str(store_path), "align_weight": align_weight}
+            # two samples: test_probe.py has more
+            settings |= {"maps": str(store_path), "align_weight": align_weight, "probe_size": 2}
             trainer_class, config_class = LavenderTrainer, LavenderConfig
         torch.manual_seed(11)  # whoever draws random numbers first, begins here
         trainer = trainer_class(

@@ -15,6 +15,7 @@ import yaml
 from lavender.data.store import MapStore
 from lavender.maps import WordMaps
 from slow.conftest import ANSWER, CAPTIONS, LAYOUTS, PROMPT, QUESTION
+from slow.pages import SCHEMES, WIDTHS, assert_whole, browser  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -175,3 +176,9 @@ def test_export_writes_one_ordinary_checkpoint(kind, photograph_run, lavender_pr
     assert (run / "alignment_head.safetensors").is_file()
     assert main(["export", str(run), "--out", str(out)]) == 2  # not empty any more
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "other")]) == 1  # no run
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_page_of_the_report_is_whole_and_asks_for_nothing(photograph_run, browser, width, scheme):  # noqa: F811
+    assert_whole(browser, photograph_run.runs["lora"] / "report.html", width, scheme)

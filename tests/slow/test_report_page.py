@@ -1,35 +1,17 @@
-"""The page as a browser shows it: headless Chromium, from disk, wide and on a phone."""
+"""The page as a browser shows it: headless Chromium, from disk, wide and on a phone. A page of photographs is in
+test_real_photographs.py."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from lavender.evaluation.report.page import Curve, Panel, Report, Table, WordRow, write_report
+from slow.pages import SCHEMES, WIDTHS, assert_whole, browser  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
-CHROMIUM = "/usr/bin/chromium"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    path = shutil.which("chromium") or CHROMIUM
-    if not Path(path).exists():
-        pytest.fail(
-            f"Got no Chromium at {path}. Expected the system package. Do this: apt-get install chromium "
-            "(as .ci/run does)."
-        )
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -62,36 +44,13 @@ def scenes_page(some_scenes, captions, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["scenes", "photographs"])
-def path(request, scenes_page) -> Path:
-    if request.param == "scenes":
-        return scenes_page
-    return request.getfixturevalue("photograph_run").runs["lora"] / "report.html"
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_page_is_whole_and_asks_for_nothing(scenes_page, browser, width, scheme):  # noqa: F811
+    assert_whole(browser, scenes_page, width, scheme)
 
 
-@pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_whole_and_asks_for_nothing(path, browser, width, scheme):
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    faults: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri(), wait_until="load")
-    page.evaluate("Promise.all([...document.images].map(image => image.decode()))")
-    assert not faults
-    assert {url.split(":")[0] for url in asked} <= {"file", "data"}
-    assert [url for url in asked if url.startswith("file:")] == [path.as_uri()]
-    sizes = page.evaluate("[...document.images].map(image => image.naturalWidth)")
-    assert len(sizes) > 10
-    assert min(sizes) > 0
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate("[...document.images].every(image => image.alt !== '')")
-    page.close()
-
-
-def test_a_missing_picture_would_be_seen(scenes_page, browser, tmp_path):
+def test_a_missing_picture_would_be_seen(scenes_page, browser, tmp_path):  # noqa: F811
     """So that the test above can fail: a page with a foreign, a broken and a too wide element."""
     text = scenes_page.read_text()
     broken = '<img src="https://192.0.2.1/x.png" alt="x"><img src="data:image/png;base64,AAAA" alt="y">'
