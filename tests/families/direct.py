@@ -78,7 +78,7 @@ class DirectLosses:
     @pytest.mark.parametrize("kind", ["mass", "kl"])
     def test_the_loss_is_of_the_level(self, family, model, batch, readings, kind: Literal["mass", "kl"]):
         """It equals the formula on the captured rows, laid out by hand on the maps' grid."""
-        head = attach(model, AlignmentConfig(attention_loss=kind, pooling="mean-mean"))
+        head = attach(model, AlignmentConfig(attention_loss=kind, pooling="mean-mean", sharpen=1.0))
         request = request_of(family, model, batch, readings, head.layers)
         loss = model(**batch, attention_request=request).attention_loss
         assert loss.item() == pytest.approx(request.losses.sum().item(), rel=1e-5)
