@@ -41,7 +41,7 @@ TUNED = {
     for kind in KINDS
 }
 BF16_TUNINGS: dict[str, dict[str, Any]] = {
-    "full": {"bf16": True, "dtype": "float32"},
+    "full": {"bf16": True, "dtype": "float32", "attention_loss": "published"},
     "learn": {
         **{"bf16": True, "dtype": "bfloat16", "lora": LORA},
         **{"attention_loss": "published", "pooling": "learn"},
