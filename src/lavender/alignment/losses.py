@@ -77,7 +77,7 @@ def direct_loss(attention_LNK: Tensor, heat_NK: Tensor, kind: AttentionLoss) -> 
         attention_LNK = attention_LNK / total_LN1.clamp_min(LEAST)
         target_NK = heat_NK / heat_NK.sum(dim=-1, keepdim=True).clamp_min(LEAST)
         loss_LN = (torch.special.xlogy(target_NK, target_NK) - target_NK * torch.log(attention_LNK + LEAST)).sum(dim=-1)
-    sees_LN = total_LN1[..., 0] > 0
+    sees_LN = total_LN1[..., 0] != 0  # NaN counts, so that the loss is NaN too
     return torch.where(sees_LN, loss_LN, 0).sum(dim=0) / sees_LN.sum(dim=0).clamp_min(1)
 
 

@@ -214,6 +214,14 @@ def test_the_mask_of_a_large_thing_stays_as_it_is():
 
 
 @pytest.mark.parametrize("kind", ["mass", "kl"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_attention_that_is_not_finite_is_not_hidden(kind, value):
+    attention = torch.tensor([[[0.2, 0.8], [0.5, 0.5]], [[value, 0.1], [0.5, 0.5]]])
+    losses = direct_loss(attention, torch.tensor([[1.0, 0.0], [1.0, 0.0]]), kind)
+    assert losses.isfinite().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["mass", "kl"])
 def test_a_layer_that_does_not_see_the_picture_does_not_count(kind):
     """As a sliding layer far behind the picture: the loss is that of the other layers."""
     heat = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
