@@ -72,7 +72,7 @@ audit: $(TESTS) ## known advisories of the pinned versions; needs the network, a
 	@$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
 	  || { echo "audit: an advisory above, or the database (pypi.org) is out of reach" >&2; exit 1; }
 
-evidence: $(STAMP) ## the studies behind the README's tables (hours on two cores; go on after a stop)
+evidence: $(STAMP) ## the studies behind the README's tables (hours on two cores; a stopped study continues)
 	$(BIN)/lavender study new-words
 	$(BIN)/lavender study attributes
 	$(BIN)/lavender study main
