@@ -53,7 +53,7 @@ DIRECT_LOSSES: tuple[AttentionLoss, ...] = ("mass", "kl")
 """The losses of the student's own attention, without an Aligner. They add no parameters."""
 DIRECT_POOLINGS: tuple[Pooling, ...] = ("layer-mean", "mean-mean")
 """The poolings of `DIRECT_LOSSES`: a loss per layer, or one loss of the mean over layers. Heads are averaged."""
-DEFAULTS: dict[str, tuple[float, float]] = {"mass": (0.2, 2.0), "kl": (1.0, 2.0)}
+DEFAULTS: dict[str, tuple[float, float]] = {"mass": (0.5, 2.0), "kl": (1.0, 2.0)}
 """Direct loss → its default (`align_weight`, `sharpen`), chosen on development scenes (docs/log.md)."""
 RENAMED_LOSSES: dict[str, AttentionLoss] = {
     "min-max": "published",
@@ -200,7 +200,7 @@ class AlignmentConfig:
 
     Attributes:
         align_weight: λ, the weight of the alignment loss L_att, which is a mean over the words that count (`match`).
-            0 is plain fine-tuning. Default: 0.2 for "mass" and 1 for "kl", in nats; 2 for the others, means over cells.
+            0 is plain fine-tuning. Default: 0.5 for "mass" and 1 for "kl", in nats; 2 for the others, means over cells.
         pooling: how attention of many layers and heads becomes one map (§4.2, App. D; `lavender.alignment.pooling`).
             "layer-mean" and "layer-max": the Aligner of each layer, then the mean or maximum over layers. "learn": the
             same, with new query and key projections beside the pretrained ones (Eq. 15–16). "mean-max" and its like:

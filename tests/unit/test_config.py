@@ -37,7 +37,7 @@ def test_defaults():
 
 def test_the_defaults_of_the_losses():
     """λ and the power of the maps. The other tests read them from the table."""
-    assert DEFAULTS == {"mass": (0.2, 2.0), "kl": (1.0, 2.0)}
+    assert DEFAULTS == {"mass": (0.5, 2.0), "kl": (1.0, 2.0)}
     config = AlignmentConfig(attention_loss="published")
     assert (config.align_weight, config.sharpen) == (2.0, 1.0)
 
