@@ -53,13 +53,14 @@ VISION_QV = 40 * 2 * 8 * (1280 + 1280)
 LLAMA_QV = 40 * 8 * ((4096 + 4096) + (4096 + 1024))
 LLAMA_QKVO = 32 * 64 * 2 * ((4096 + 4096) + (4096 + 1024))
 QWEN_QKVO = 28 * 16 * 2 * ((3584 + 3584) + (3584 + 512))
+QWEN_LINEAR = QWEN_QKVO + 28 * 16 * 3 * (3584 + 18944)
 SMOL_QKVO, SIGLIP_QKV = 24 * 16 * 4 * (2048 + 2048), 27 * 16 * 3 * (1152 + 1152)
 TRAINED: dict[str, tuple[int | None, int | None, int | None]] = {  # None: all of it
     "llama32_vision_11b_lora": (VISION_QV, 0, LLAMA_QV),
     "llama32_vision_11b_full": (None, None, None),
     "llama32_vision_11b_16gb": (0, 0, 40 * 16 * 2 * ((4096 + 4096) + (4096 + 1024))),
     "minicpm_llama3_v25": (0, 0, LLAMA_QKVO),
-    "new_words": (0, 0, QWEN_QKVO),
+    "new_words": (0, 0, QWEN_LINEAR),
     "openflamingo": (0, None, 0),
     "qwen25_vl_7b_24gb": (0, 0, QWEN_QKVO),
     "smolvlm_24gb": (SIGLIP_QKV, 0, SMOL_QKVO),

@@ -63,7 +63,7 @@ RENAMED_LOSSES: dict[str, AttentionLoss] = {
 }
 """Earlier name of a loss → its name. "kl" has another meaning now: its earlier form is "published-kl"."""
 BY_LOSS: Any = None
-"""The default of a setting that depends on `attention_loss`. A config has the number in its place."""
+"""The default of a setting that depends on `attention_loss`; a config replaces it by the number."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class AlignmentConfig:
         heads: indices of the attention heads to align in each layer; None is all.
         parallel_init: how the projections of "learn" start: as copies of the pretrained ones, or random.
         aligner, aligner_kind: depth of the Aligner, `lavender.alignment.aligner.Aligner`, and the kind of its layers.
-        aligner_norm, aligner_activation, aligner_width: normalisation, activation and hidden channels, d_h, of it.
+        aligner_norm, aligner_activation, aligner_width: normalisation, activation and number of hidden channels (d_h).
         align_warmup, align_decay: share of the steps in which λ rises from 0, at the start, and falls to 0, at the end.
         aligner_pretraining: share of the steps, at the start, in which only the Aligner (and the projections of
             "learn") train (§6).
@@ -339,11 +339,11 @@ class AlignmentConfig:
                 f"{' or '.join(DIRECT_POOLINGS)}: this loss has no Aligner and no projections of its own",
                 "leave pooling out, or set attention_loss: published",
             )
-        names = [field.name for field in fields(self) if field.name.startswith("aligner")]
+        names = [field.name for field in fields(self) if field.name.startswith(("aligner", "parallel_init"))]
         if changed := [name for name in names if getattr(self, name) != getattr(type(self), name)]:
             raise ConfigError(
                 f"{changed[0]}={shown(getattr(self, changed[0]))} with {self._loss()}",
-                "no setting of the Aligner: this loss has none",
+                "no setting of the Aligner or of learned projections: this loss has neither",
                 f"leave {changed[0]} out, or set attention_loss: published",
             )
 

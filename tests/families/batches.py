@@ -119,6 +119,16 @@ class Batches(EagerRows):
         output.attention_loss.backward()
         assert all(one.grad.isfinite().all() for one in model.parameters() if one.grad is not None)
 
+    def test_the_default_loss_of_several_pictures(self, family, model, many, samples):
+        """It trains, and the keys of a picture count for its own words alone."""
+        head = attach(model, AlignmentConfig())
+        model.train()
+        request = self.request_of_many(family, model, many, samples, head.layers)
+        loss = model(**many, attention_request=request).attention_loss
+        loss.backward()
+        assert loss > 0
+        assert all(one.grad.isfinite().all() for one in model.parameters() if one.grad is not None)
+
     @pytest.mark.parametrize("alignment", [{}, {"attention_loss": "published"}], ids=["default", "published"])
     def test_a_batch_without_pictures(self, family, model, samples, alignment):
         """No word, so no loss; yet attached to the Aligner, if there is one: every process must use its parameters."""

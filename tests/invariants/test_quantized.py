@@ -76,7 +76,8 @@ def test_a_run(places, tmp_path, settings, kind, packing, capsys):
     )
     assert "TRL itself trains the adapters of a quantised model in bfloat16" in capsys.readouterr().out
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len([entry for entry in logged if entry.get("attention_loss", 0) > 0]) == 2
+    most = 1 if KINDS[kind].get("attention_loss") == "published" else float("inf")  # min–max maps differ by 1 at most
+    assert len([entry for entry in logged if 0 < entry.get("attention_loss", 0) < most]) == 2
     assert len([entry for entry in logged if 0 < entry.get("attention_mass", 0) < 1]) == 2
     added = {one.dtype for one in load_file(tmp_path / "alignment_head.safetensors").values()}
     assert added == (set() if kind in ("default", "kl, forced") else {torch.float32})

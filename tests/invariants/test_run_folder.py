@@ -45,7 +45,7 @@ def finished(places, tmp_path_factory) -> tuple[Path, Path]:
     ran = lavender("train", file)
     assert ran.code == DONE, ran.err
     assert "maps for 5 of 6 samples with a picture; 1 without maps" in ran.out
-    assert f"alignment: attention_loss mass, align_weight {DEFAULTS['mass'][0]}\n" in ran.out
+    assert f"alignment: attention_loss mass, align_weight {DEFAULTS['mass'][0]}, sharpen 2.0\n" in ran.out
     assert "samples of the training" in ran.out
     return file, folder / "out"
 
@@ -267,6 +267,19 @@ def test_which_settings_are_free():
     best = {"training": {"load_best_model_at_end": True, "save_steps": 1}}
     assert differences(best, {"training": {"load_best_model_at_end": True, "save_steps": 2}}) == ["save_steps: 1 → 2"]
     assert differences({"training": {"save_steps": 1}}, {"training": {"save_steps": 2}}) == []
+
+
+def test_plain_runs_of_another_default_loss_are_the_same():
+    """A plain run that began while another loss was the default continues."""
+    old = {"training": {"align_weight": 0.0, "attention_loss": "published", "sharpen": 1.0}}
+    new = {"training": {"align_weight": 0.0, "attention_loss": "mass", "sharpen": 2.0}}
+    assert differences(old, new) == []
+    aligned = {"training": new["training"] | {"align_weight": 0.5}}
+    assert differences(old, aligned) == [
+        "align_weight: 0.0 → 0.5",
+        'attention_loss: "published" → "mass"',
+        "sharpen: 1.0 → 2.0",
+    ]
 
 
 def interrupt_at_the_fourth_step(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

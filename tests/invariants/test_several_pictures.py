@@ -160,4 +160,6 @@ def check_second(trainer: Any, first: Any, second: Any) -> None:
         trainer.model.eval()
         batch.pop("labels")
         torch.testing.assert_close(loss(0), loss(None), rtol=1e-6, atol=0)
-        assert (loss(1) - loss(None)).abs() > 1e-5 * loss(None)  # little: an untrained student looks everywhere
+        # an untrained student looks everywhere, so the share of its attention hardly changes
+        least = 1e-5 if trainer.args.alignment().is_direct else 1e-4
+        assert (loss(1) - loss(None)).abs() > least * loss(None)

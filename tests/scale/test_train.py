@@ -37,6 +37,7 @@ TUNED = {
     kind: (
         *("published-lora", "default", "default-lora-forced"),
         *(("published", "published-qlora", "qlora-kl") if kind == "ddp" else ()),
+        *(("published",) if kind == "fsdp2" else ()),  # all weights and an Aligner, sharded
     )
     for kind in KINDS
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_args
 
 import pytest
@@ -40,6 +40,14 @@ def test_the_defaults_of_the_losses():
     assert DEFAULTS == {"mass": (0.5, 2.0), "kl": (1.0, 2.0)}
     config = AlignmentConfig(attention_loss="published")
     assert (config.align_weight, config.sharpen) == (2.0, 1.0)
+
+
+def test_another_loss_with_its_own_defaults():
+    """A config has numbers, so `replace` keeps them, unless they are left out again."""
+    published = AlignmentConfig(attention_loss="published")
+    kept = replace(published, attention_loss="mass")
+    assert (kept.align_weight, kept.sharpen) == (2.0, 1.0)
+    assert replace(published, attention_loss="mass", align_weight=None, sharpen=None) == AlignmentConfig()
 
 
 @pytest.mark.parametrize("loss", get_args(AttentionLoss))

@@ -33,7 +33,8 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
 
     Returns:
         `full`, `full_16_bit`, `lora` and `qlora`: bytes by use, with the default loss. `published`: bytes that a
-        published loss needs in addition, for its Aligner; `learn`: those that `pooling="learn"` adds to that.
+        published loss needs in addition, for rows of all heads and its Aligner; `learn`: those that `pooling="learn"`
+        adds to that.
         `lora_parameters`: their number. `assumptions`: sentences for the user.
     """
     keys_in_config = adapter.keys_per_image()
@@ -43,7 +44,8 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lora, num_lora = LoraSettings(), _lora_parameters(model)
     text = adapter.config.get_text_config()
-    alignment = {"alignment: attention rows": _rows(adapter, keys), "alignment: default loss": _words(adapter, keys)}
+    rows, num_layers = _rows(adapter, keys), len(adapter.usable_layers())
+    alignment = {"alignment: default loss": _words(adapter, keys) + rows // num_layers}  # a layer's heads at a time
     output = SINGLE * text.vocab_size * text.hidden_size
 
     def tuned(weights: int, number: int, stored: int, activations: int) -> dict[str, int]:
@@ -62,7 +64,7 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
         "full_16_bit": tuned(HALF * parameters, parameters, HALF, half + output),
         "lora": tuned(HALF * parameters + SINGLE * num_lora, num_lora, SINGLE, half),
         "qlora": tuned(quantized, num_lora, HALF, half),
-        "published": _maps(adapter),
+        "published": rows + _maps(adapter),
         "learn": 4 * SINGLE * _parallel_parameters(model, adapter),
         "lora_parameters": num_lora,
         "assumptions": [
@@ -74,9 +76,10 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
             "QLoRA: linear layers but the output layer in 4 bits, quantised twice; LoRA in bfloat16, as TRL has it",
             "gradient checkpointing, TRL's default; TRL's loss, which makes logits in tiles; the vision tower's "
             "activations are not counted",
-            f"{NUM_WORDS} words of {TOKENS_PER_WORD} tokens: rows × image keys × heads × layers × 4 bytes, and their "
-            "mean over heads, on each usable layer (fewer layers: `layers`)",
-            f"attention_loss: published: maps of {GRID} × {GRID} through the default Aligner on each usable layer",
+            f"{NUM_WORDS} words of {TOKENS_PER_WORD} tokens: rows × image keys × 4 bytes, the mean over heads, on each "
+            "usable layer (fewer layers: `layers`), and the heads of one layer at a time",
+            "attention_loss: published: the rows of all heads and layers, and maps of "
+            f"{GRID} × {GRID} through the default Aligner on each usable layer",
         ],
     }
 

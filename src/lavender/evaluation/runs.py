@@ -131,9 +131,10 @@ def report_run(
     phrases = [[Phrase(word.text, word.start, word.end) for word in reading.words] for reading in readings]
     settings = dict(flat(config))
     loss, weight = (settings.get(name, NOT_RECORDED) for name in ("attention_loss", "align_weight"))
+    aligned = "without alignment (align_weight 0)" if weight == 0 else f"attention_loss {loss}, align_weight {weight}"
     page = Report(
         title=f"Run {run.name}",
-        lead=f"{config['model']} fine-tuned on {config['data']}, attention_loss {loss}, align_weight {weight}.",
+        lead=f"{config['model']} fine-tuned on {config['data']}, {aligned}.",
         tables=_tables(scored, arm_paths),
         panels=panels_of(readings, phrases, teacher_maps, arms, [sample.name for sample in samples]),
         notes=notes,

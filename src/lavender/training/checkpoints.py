@@ -11,8 +11,12 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from lavender.alignment.objective import is_alignment_part
+from lavender.errors import ConfigError
 
 COUNTS_FILE = "coverage_counts.json"
 """File in a checkpoint's folder: what the run had counted when it wrote the checkpoint."""
@@ -37,6 +41,27 @@ def read_counts(accelerator: Accelerator, counts: Tensor, folder: str | None) ->
     saved = json.loads(path.read_text())
     saved += [0] * (len(counts) - len(saved))  # for reasons that an older version did not know
     return counts + torch.tensor(saved, device=counts.device)
+
+
+def check_alignment_parts(folder: str, model: nn.Module) -> None:
+    """Refuse a checkpoint of another loss: with an Aligner where the model has none, or without one where it has one.
+
+    Loading would only warn of it. Checkpoints of FSDP and DeepSpeed, which have other files, are not looked at.
+
+    Raises:
+        ConfigError: the checkpoint has parameters that alignment adds and the model has none, or the reverse.
+    """
+    names: set[str] = set()
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            names.update(weights.keys())
+    in_model = any(is_alignment_part(name) for name, _ in model.named_parameters())
+    if not names or in_model == any(map(is_alignment_part, names)):
+        return
+    got = "without an Aligner, but this loss has one" if in_model else "with an Aligner, but this loss has none"
+    do = "set the checkpoint's own attention_loss and align_weight"
+    do += "" if in_model else "; attention_loss='published' was the default of earlier versions"
+    raise ConfigError(f"the checkpoint {folder} {got}", "a checkpoint of the same loss", do)
 
 
 @contextmanager

@@ -36,7 +36,13 @@ from lavender.model_files import spare_packing
 from lavender.students.registry import adapter_for
 from lavender.students.word_maps import random_state_kept
 from lavender.training.arguments import AlignmentArguments
-from lavender.training.checkpoints import read_counts, saved_under_module_names, types_kept, write_counts
+from lavender.training.checkpoints import (
+    check_alignment_parts,
+    read_counts,
+    saved_under_module_names,
+    types_kept,
+    write_counts,
+)
 from lavender.training.distributed import (
     check_batches,
     prepare_for_fsdp,
@@ -339,7 +345,10 @@ class AlignmentMixin(_TrainerLike):
         write_counts(self.accelerator, self._counts, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with types_kept(cast(nn.Module, self.model if model is None else model)):
+        loaded = cast(nn.Module, self.model if model is None else model)
+        if self._alignment.align_weight != 0:
+            check_alignment_parts(resume_from_checkpoint, loaded)
+        with types_kept(loaded):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

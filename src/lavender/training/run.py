@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
+from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError
 from lavender.files import TEMPORARY, write_whole
 from lavender.model_files import IN_RUN_FILE
@@ -122,10 +123,15 @@ def train(run: RunConfig, restart: bool = False) -> Path:
 
 
 def _loss_line(args: LavenderConfig) -> str:
-    """Which loss trains: its default weight depends on it."""
+    """The loss that trains, with the settings whose default depends on it."""
     if args.align_weight == 0:
         return "plain fine-tuning: align_weight 0"
-    return f"alignment: attention_loss {args.attention_loss}, align_weight {args.align_weight}"
+    default = AlignmentConfig(attention_loss=args.attention_loss)
+    line = f"alignment: attention_loss {args.attention_loss}"
+    for name in ("align_weight", "sharpen"):
+        value, usual = getattr(args, name), getattr(default, name)
+        line += f", {name} {value}" + ("" if value == usual else f" (default: {usual})")
+    return line
 
 
 def _trainer(run: RunConfig, args: LavenderConfig, processor: Any, model: Any, sets: dict[str, Samples], stores: list):

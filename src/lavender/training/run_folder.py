@@ -91,6 +91,8 @@ FREE = frozenset(
 """Settings that do not change the result of a run: it may continue with other values."""
 FREE_WITHOUT_BEST = frozenset({"save_strategy", "save_steps"})
 """The same, unless the run keeps the best of its saved checkpoints."""
+FREE_WHEN_PLAIN = frozenset({"attention_loss", "sharpen"})
+"""The same, if both runs are plain fine-tuning (`align_weight` 0). Their defaults have changed."""
 CONTENT = frozenset({"model", "data", "replay_data", "maps", "eval_data", "eval_maps"})
 NOT_RECORDED = "not recorded"
 # recorded as given: the launcher resolves the rest. Left out: old names of two settings, a secret
@@ -208,6 +210,8 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     free = set(FREE)
     if not (old.get("load_best_model_at_end") or new.get("load_best_model_at_end")):
         free |= FREE_WITHOUT_BEST
+    if old.get("align_weight") == new.get("align_weight") == 0:
+        free |= FREE_WHEN_PLAIN
     lines = []
     for key in [*new, *(key for key in old if key not in new)]:
         name = key.removeprefix("record.content.")
