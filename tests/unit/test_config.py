@@ -241,8 +241,8 @@ def test_extraction_ranges(settings, message):
         ),
         (
             {"aligner": "deep"},
-            "Got aligner='deep' with attention_loss='mass', the default. Expected no setting of the Aligner: this loss "
-            "has none. Do this: leave aligner out, or set attention_loss: published.",
+            "Got aligner='deep' with attention_loss='mass', the default. Expected no setting of the Aligner or of "
+            "learned projections: this loss has neither. Do this: leave aligner out, or set attention_loss: published.",
         ),
         (
             {"align_weight": "estimated"},
@@ -253,6 +253,7 @@ def test_extraction_ranges(settings, message):
             {"attention_loss": "kl", "aligner_width": 8},
             "Got aligner_width=8 with attention_loss='kl'. Expected no setting of the Aligner",
         ),
+        ({"attention_loss": "kl", "parallel_init": "random"}, "Got parallel_init='random' with"),
         ({"attention_loss": "mass", "aligner_pretraining": 0.1}, "Got aligner_pretraining=0.1 with"),
         ({"attention_loss": "mass", "align_weight": "estimated"}, "Got align_weight='estimated' with"),
     ],

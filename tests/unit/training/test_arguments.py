@@ -73,8 +73,7 @@ PUBLISHED = {"attention_loss": "published"}
 NEEDS: dict[str, dict[str, Any]] = {
     "forcing_share": {"attention_forcing": 1},
     **{name: PUBLISHED for name in AlignmentConfig.__dataclass_fields__ if name.startswith("aligner")},
-    "pooling": PUBLISHED,
-    "align_weight": PUBLISHED,
+    **dict.fromkeys(("pooling", "parallel_init", "align_weight"), PUBLISHED),
 }
 """Settings that are refused alone, and what they need."""
 

@@ -424,7 +424,7 @@ def test_arms_of_attributes():
         *(f"questions recipe {size}" for size in (400, 1600)),
         *(f"questions {form} 1600" for form in ("published", "recipe, masks", "recipe, wrong-word", "recipe, uniform")),
         *(f"binding {form} 1600" for form in ("plain", "recipe", "recipe, masks", "recipe, wrong-word")),
-        *(f"places {form} 1600" for form in ("plain", "recipe", "recipe, masks")),
+        *(f"places {form} 1600" for form in ("plain", "recipe", "recipe, masks", "recipe, wrong-word")),
         *(f"binding-connecting {form} 3200" for form in ("plain", "recipe")),
     ]
     assert list(quick) == [
