@@ -119,8 +119,8 @@ class Batches(EagerRows):
         output.attention_loss.backward()
         assert all(one.grad.isfinite().all() for one in model.parameters() if one.grad is not None)
 
-    def test_the_default_loss_of_several_pictures(self, family, model, many, samples):
-        """It trains, and the keys of a picture count for its own words alone."""
+    def test_the_default_loss_trains_with_several_pictures(self, family, model, many, samples):
+        """It is finite and trains."""
         head = attach(model, AlignmentConfig())
         model.train()
         request = self.request_of_many(family, model, many, samples, head.layers)
