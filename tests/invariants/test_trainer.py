@@ -457,3 +457,13 @@ def test_resuming_is_no_interruption(run, tmp_path, kind):
     for name in LOSSES:
         assert logged(resumed, name) == close(logged(whole, name))
     assert moved(whole.model.state_dict(), resumed.model.state_dict()) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"), [(PUBLISHED, {}, "with an Aligner"), ({}, PUBLISHED, "without an Aligner")]
+)
+def test_a_checkpoint_of_another_loss_does_not_resume(run, tmp_path, before, after, message):
+    settings: dict[str, Any] = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps", "probe_size": 0}
+    run(output_dir=str(tmp_path / "before"), **settings, **before)
+    with pytest.raises(ConfigError, match=message):
+        run(output_dir=str(tmp_path / "after"), resume=str(tmp_path / "before" / "checkpoint-1"), **settings, **after)

@@ -114,12 +114,14 @@ def prepare(folder: Path, cell: Cell) -> None:
     prepare_base(folder, cell.arm)
     if cell.arm.tuning == "none":
         return
-    task, data = TASKS[cell.arm.task], data_path(folder, cell)
+    task, data, target = TASKS[cell.arm.task], data_path(folder, cell), _target(cell)
+    is_extracted = (data / "maps" / "extraction.json").is_file()
+    if is_extracted and (data / target).is_dir():
+        return  # before the scenes are drawn, which takes longer than all else here
     start = cell.seed * SCENES_PER_SEED
     examples, replayed = task.examples(start, cell.arm.num_scenes), task.replayed(start)
-    if not (data / "maps" / "extraction.json").is_file():
+    if not is_extracted:
         write_samples(data, examples, replayed)
-    target = _target(cell)
     write_target(data / target, target, MapStore.open(data / "maps"), examples + replayed)
 
 

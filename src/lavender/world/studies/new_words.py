@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from lavender.world.studies.cells import FROZEN, Arm
-from lavender.world.studies.forms import MASS, PLAIN, PUBLISHED, RECIPE, Settings
+from lavender.world.studies.forms import DEFAULTS, MASS, PLAIN, PUBLISHED, RECIPE, Settings
 from lavender.world.studies.study import METRICS, Finding, Promised, Scores, Study, compare_pairs
 from lavender.world.studies.targets import Target
 from lavender.world.studies.tasks import TaskName
@@ -20,7 +20,7 @@ CONTROLLED = 100
 """The number of captions at which controls and forms of the loss are compared."""
 METRICS_SHOWN = ("new_names", "known_names", "all_names", "single_things", "new_pointing", "new_attention_mass")
 RATE: Settings = (("learning_rate", 1e-3),)
-FORMS: dict[str, Settings] = {"published": PUBLISHED, "mass": MASS, "recipe": RECIPE}
+FORMS: dict[str, Settings] = {"published": PUBLISHED, "mass": MASS, "defaults": DEFAULTS, "recipe": RECIPE}
 STEPS = 400
 OTHER_DATA: dict[TaskName, str] = {
     "new-words-alone": "without replay",
@@ -40,7 +40,7 @@ def arms(quick: bool) -> dict[str, Arm]:
     arms = {"base": Arm("mllama", "none", task="new-words")}
     for size in (CONTROLLED,) if quick else SIZES:
         arms |= {f"plain {size}": fine_tuned(size), f"recipe {size}": fine_tuned(size, RECIPE)}
-    for form in ("published",) if quick else ("published", "mass"):
+    for form in ("published",) if quick else ("published", "mass", "defaults"):
         arms[f"{form} {CONTROLLED}"] = fine_tuned(CONTROLLED, FORMS[form])
     for target in ("wrong-word",) if quick else CONTROLS:
         arms[f"recipe, {target} {CONTROLLED}"] = fine_tuned(CONTROLLED, RECIPE, target)
@@ -90,8 +90,8 @@ def efficiency(scores: Scores, metric: str = "new_names") -> list[str]:
     lines = []
     for size, score in recipe.items():
         equal = equal_plain_size(plain, score)
-        shown = "outside the sizes of this study" if equal is None else f"about {equal:.0f} plain ones"
-        lines.append(f"{size} aligned captions: {METRICS[metric]} {score:.3f}, as {shown}")
+        needed = "has this mean at no size of this study" if equal is None else f"needs about {equal:.0f}"
+        lines.append(f"{size} captions with the recipe: {METRICS[metric]} {score:.3f}; plain fine-tuning {needed}")
     return lines
 
 
@@ -129,8 +129,8 @@ STUDY = Study(
     question="The base's language side never heard 14 of the 42 names; its vision tower saw them. It is fine-tuned on "
     "captions of scenes with two to four things, 400 steps each, with the tower frozen. Half of the samples are "
     "replayed: captions of 800 other scenes with known names alone. *recipe*: attention mass on the teacher's squared "
-    "map, λ = 0.2, with attention forcing. *mass*: the same without forcing. *published*: the authors' loss, λ = 5. "
-    "The controls get other maps of the same words.",
+    "map, λ = 0.2, with attention forcing. *mass*: the same without forcing. *defaults*: without forcing, λ = 0.5. "
+    "*published*: the authors' loss, λ = 5. The controls get other maps of the same words.",
     paper="does not study it.",
     arms=arms,
     judge=judge,
