@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from lavender import __version__
-from lavender.cli import check, demo, eval, export, extract, inspect, report, study, train
+from lavender.cli import check, demo, env, eval, export, extract, inspect, report, store, study, train
 from lavender.cli.quiet import debugging, silent_libraries
 from lavender.cli.stopping import DONE, FAILED, WRONG_USAGE, Stopped, signals_stop, unexpected
 from lavender.cli.terminal import show
@@ -30,6 +30,8 @@ _MODULES: dict[str, ModuleType] = {
     "report": report,
     "export": export,
     "inspect": inspect,
+    "store": store,
+    "env": env,
 }
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {verb: module.run for verb, module in _MODULES.items()}
 """The call of each verb: parsed options → exit code."""

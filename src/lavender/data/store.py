@@ -49,12 +49,13 @@ class MapStore:
         identity: the settings that change a map.
         info: versions and names, for people.
         grid: (rows, cols) of every map.
+        shards: the open shards, in the order of their numbers.
     """
 
     def __init__(self, path: Path, manifest: Manifest, shards: list[Shard]):
         self.path = path
         self.identity, self.info, self.grid = manifest.identity, manifest.info, manifest.grid
-        self._shards = shards
+        self.shards = shards
         self._starts = np.cumsum([0, *map(len, shards)]).tolist()
         keys = np.concatenate([np.zeros((0, 2), np.uint64), *(shard.keys for shard in shards)])
         self._order = keys[:, 0].argsort(kind="stable")
@@ -125,7 +126,7 @@ class MapStore:
     @property
     def num_words(self) -> int:
         """The number of maps."""
-        return sum(shard.num_words for shard in self._shards)
+        return sum(shard.num_words for shard in self.shards)
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         """Whether there is a record of (image_id, text)."""
@@ -152,7 +153,7 @@ class MapStore:
             os.close(file)
 
     def __iter__(self) -> Iterator[WordMaps]:
-        for shard in self._shards:
+        for shard in self.shards:
             file = shard.open_file()
             try:
                 for row in range(len(shard)):
@@ -171,7 +172,7 @@ class MapStore:
             if self._rest[place] == rest:
                 position = int(self._order[place])
                 number = bisect_right(self._starts, position) - 1
-                return self._shards[number], position - self._starts[number]
+                return self.shards[number], position - self._starts[number]
             place += 1
         return None
 

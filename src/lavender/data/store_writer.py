@@ -142,7 +142,7 @@ class StoreWriter:
         if not ((confidence >= 0) & (confidence <= 1)).all():
             got = f"the confidences {[round(value, 6) for value in confidence.tolist()]} for {word_maps.text!r}"
             raise StoreError(got, "each in [0, 1]", "scale them, or leave them out: each is then 1")
-        self._buffer.append((word_maps, *_quantised(maps)))
+        self._buffer.append((word_maps, *quantised(maps)))
         self._done.add(key)
         if len(self._buffer) >= self._records_per_shard:
             self.flush()
@@ -186,7 +186,7 @@ class StoreWriter:
             self.close()
 
 
-def _quantised(maps: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def quantised(maps: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Maps as uint8 (word, rows, cols) and float32 scale (word,); the error is at most scale / 255 / 2."""
     scale = maps.flatten(1).amax(dim=1) if len(maps) else maps.new_zeros(0)
     share = maps / scale.clamp_min(torch.finfo(maps.dtype).tiny)[:, None, None]
@@ -226,17 +226,19 @@ def _check_folder(folder: Path) -> None:
         raise StoreError(got, "a map store, or an empty or new folder", "choose another folder")
 
 
-def _check_same(folder: Path, stored: Manifest, wanted: Manifest) -> None:
-    """Refuse to add to a store made with other settings; name each setting that differs."""
+def differing(stored: Manifest, wanted: Manifest) -> dict[str, tuple[Any, Any]]:
+    """The settings of identity and grid that differ: (stored, wanted), with "(not set)" for one that is missing."""
     old = {**UNRECORDED, **stored.identity, "grid": list(stored.grid)}
     new = {**UNRECORDED, **wanted.identity, "grid": list(wanted.grid)}
     missing = "(not set)"
-    differences = [
-        f"{key} is {old.get(key, missing)!r} there and {new.get(key, missing)!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, missing) != new.get(key, missing)
-    ]
-    if differences:
+    pairs = {key: (old.get(key, missing), new.get(key, missing)) for key in sorted(old.keys() | new.keys())}
+    return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
+
+
+def _check_same(folder: Path, stored: Manifest, wanted: Manifest) -> None:
+    """Refuse to add to a store made with other settings; name each setting that differs."""
+    if found := differing(stored, wanted):
+        differences = [f"{key} is {old!r} there and {new!r} here" for key, (old, new) in found.items()]
         got = f"the store {folder}, made with other settings: {'; '.join(differences)}"
         raise StoreError(got, "the same settings", "choose another folder, or set them as they are there")
 

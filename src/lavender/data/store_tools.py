@@ -1,0 +1,255 @@
+"""Check, count and merge map stores: what `lavender store verify`, `stats` and `merge` do."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lavender.data.store import MapStore, SeveralStores
+from lavender.data.store_format import MANIFEST, Shard, index_path, maps_path, read_manifest, shard_numbers
+from lavender.data.store_writer import differing
+from lavender.errors import StoreError
+from lavender.files import expanded, shown
+from lavender.maps import WordMaps
+
+MAX_STEPS = 2
+"""Steps of 1/255 by which a cell of two equal maps may differ: what rounding on two machines leaves."""
+MAX_CONFIDENCE = 0.01
+"""The same for a confidence."""
+NUM_NAMED = 10
+_BINS = 1000  # of confidence, so that its quantiles need no list of all words
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What reading a whole store found.
+
+    Attributes:
+        records: records that are whole.
+        words: their word maps.
+        faults: what is missing, damaged or twice in the store, one text each.
+    """
+
+    records: int
+    words: int
+    faults: tuple[str, ...]
+
+
+def verify(path: str | Path) -> Verified:
+    """Read every record of a store, compare its checksum and decode it. Unlike `MapStore.open`, name every fault.
+
+    Raises:
+        StoreError: no store at the path, or a damaged manifest.
+    """
+    path = expanded(path)
+    manifest, numbers = read_manifest(path), shard_numbers(path)
+    missing = sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
+    faults = [f"shard {number} is missing" for number in missing]
+    records = words = 0
+    keys: Counter[bytes] = Counter()
+    for number in numbers:
+        try:
+            shard = Shard(path, number, manifest)
+        except StoreError as error:
+            faults.append(error.got)
+            continue
+        keys.update(key.tobytes() for key in shard.keys)
+        for record in _records(shard, range(len(shard))):
+            if isinstance(record, StoreError):
+                faults.append(record.got)
+            else:
+                records, words = records + 1, words + len(record.words)
+    if repeated := sum(number > 1 for number in keys.values()):
+        faults.append(f"{repeated} records are there more than once")
+    return Verified(records, words, tuple(faults))
+
+
+def _records(shard: Shard, rows: Iterable[int]) -> Iterator[WordMaps | StoreError]:
+    """These records of a shard, each read or the reason why it cannot be."""
+    file = shard.open_file()
+    try:
+        for row in rows:
+            try:
+                yield shard.record(row, file)
+            except StoreError as error:
+                yield error
+    finally:
+        os.close(file)
+
+
+def stats(path: str | Path) -> dict[str, Any]:
+    """Counts of a store, from its tables: no map is read, and memory does not grow with the maps.
+
+    Returns:
+        JSON values: numbers of records, images, words and left-out words; words per text; words by part of speech and
+        the most frequent lemmas; bytes; mean and quantiles of the confidence, to a thousandth (None without a word);
+        grid (rows, cols), identity and info.
+
+    Raises:
+        StoreError: no store at the path, or a damaged one.
+    """
+    store = MapStore.open(path)
+    tally = _Tally()
+    size = 0
+    for number in range(len(store.shards)):
+        files = index_path(store.path, number), maps_path(store.path, number)
+        size += sum(file.stat().st_size for file in files)
+        tally.add(pq.read_table(files[0], columns=["image_id", "words", "dropped"]))
+    return {
+        "records": len(store),
+        "images": len(np.unique(np.concatenate([np.zeros(0, np.uint64), *tally.images]))),
+        "words": store.num_words,
+        "words_per_text": _quantiles(tally.lengths),
+        "parts_of_speech": dict(tally.parts_of_speech.most_common()),
+        "lemmas": len(tally.lemmas),
+        "most_frequent": dict(tally.lemmas.most_common(NUM_NAMED)),
+        "left_out": dict(tally.left_out.most_common()),
+        "confidence": _quantiles(tally.confidence, 1 / _BINS),
+        "bytes": size,
+        "grid": list(store.grid),
+        "identity": store.identity,
+        "info": store.info,
+    }
+
+
+class _Tally:
+    """Counts over the tables of the shards."""
+
+    def __init__(self) -> None:
+        self.images: list[np.ndarray] = []
+        self.lengths = np.zeros(0, np.int64)
+        self.confidence = np.zeros(_BINS + 1, np.int64)
+        self.parts_of_speech: Counter[str] = Counter()
+        self.lemmas: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+
+    def add(self, table: pa.Table) -> None:
+        """Add the records of one shard."""
+        images = table["image_id"].to_pylist()
+        hashes = [hashlib.blake2b(image.encode(), digest_size=8).digest() for image in images]
+        self.images.append(np.unique(np.frombuffer(b"".join(hashes), np.uint64)))
+        words = table["words"].combine_chunks()
+        number = np.bincount(np.asarray(words.value_lengths(), np.int64), minlength=len(self.lengths))
+        number[: len(self.lengths)] += self.lengths
+        self.lengths = number
+        flat = words.flatten()
+        self.lemmas.update(flat.field("lemma").to_pylist())
+        self.parts_of_speech.update(flat.field("part_of_speech").to_pylist())
+        bins = np.rint(np.asarray(flat.field("confidence"), np.float64) * _BINS).astype(np.int64)
+        self.confidence += np.bincount(bins, minlength=_BINS + 1)
+        self.left_out.update(table["dropped"].combine_chunks().flatten().field("reason").to_pylist())
+
+
+def _quantiles(counts: np.ndarray, unit: float = 1) -> dict[str, float] | None:
+    """Mean and quantiles of the numbers 0, 1, … that occur so often, in this unit; None if there is none."""
+    total, upto = int(counts.sum()), counts.cumsum()
+    if not total:
+        return None
+    found = {"mean": float(counts @ np.arange(len(counts))) / total}
+    for name, share in {"min": 0, "10%": 0.1, "median": 0.5, "90%": 0.9, "max": 1}.items():
+        found[name] = float(upto.searchsorted(round(share * (total - 1)), side="right"))
+    return {name: round(value * unit, 3) for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did.
+
+    Attributes:
+        records: records in the store at the end.
+        added: records written by this merge.
+        repeated: records that a store before in the list, or the written store, had already.
+    """
+
+    records: int
+    added: int
+    repeated: int
+
+
+def merge(paths: Sequence[str | Path], out: str | Path) -> Merged:
+    """Write the records of several stores to one. Nothing is written unless all fit together.
+
+    Stores fit if they have the same identity and grid, and equal records of what several of them have: the same words,
+    cells that differ by at most `MAX_STEPS` steps of 1/255, and confidences that differ by at most `MAX_CONFIDENCE`.
+    Of equal records the first is taken. After an interruption the same call continues.
+
+    Args:
+        paths: the stores.
+        out: a new or empty folder, or a store of the same identity, to which records are added.
+
+    Raises:
+        StoreError: a damaged store, another identity or grid, or different maps of the same image and text.
+    """
+    out = expanded(out)
+    folders = list(dict.fromkeys(Path(os.path.realpath(expanded(path))) for path in paths))
+    stores = [MapStore.open(folder, verify=True) for folder in folders]
+    is_there = os.path.lexists(out / MANIFEST)
+    before = [MapStore.open(out), *stores] if is_there else stores
+    for store in before[1:]:
+        _check_fits(before[0].path, store.path)
+    repeated = _repeated(before)
+    with MapStore.writer(out, before[0].identity, _common([store.info for store in stores]), before[0].grid) as writer:
+        added = sum(writer.add(record) for store in stores for record in store)
+        return Merged(len(writer), added, repeated)
+
+
+def _check_fits(first: Path, other: Path) -> None:
+    if found := differing(read_manifest(first), read_manifest(other)):
+        differences = [f"{key} is {old!r} and {new!r}" for key, (old, new) in found.items()]
+        got = f"{first} and {other}, made with different settings: {'; '.join(differences)}"
+        do = "merge those with the same settings; training takes both if their grids are equal: maps: [FIRST, SECOND]"
+        raise StoreError(got, "stores made with the same settings", do)
+
+
+def _repeated(stores: Sequence[MapStore]) -> int:
+    """How many records an earlier store has too. Raises StoreError if they differ."""
+    repeated, faults = 0, []
+    seen: set[bytes] = set()
+    for number, store in enumerate(stores):
+        for shard in store.shards:
+            twice = [row for row, key in enumerate(shard.keys) if key.tobytes() in seen]
+            for record in _records(shard, twice):
+                if isinstance(record, StoreError):
+                    raise record
+                other = SeveralStores(*stores[:number]).get(record.image_id, record.text)
+                repeated += 1
+                if other is None or not _is_same(record, other):
+                    faults.append(f"{shown(record.text)} on the image {record.image_id[:12]} of {store.path}")
+        seen.update(key.tobytes() for shard in store.shards for key in shard.keys)
+    if faults:
+        named = "; ".join(faults[:NUM_NAMED]) + ("; …" if len(faults) > NUM_NAMED else "")
+        raise StoreError(
+            f"{len(faults)} of {repeated} repeated records that differ from those of an earlier store: {named}",
+            "equal maps of the same image and text",
+            "leave one of the stores out, or train with all of them: `maps: [FIRST, SECOND]`, the first one answers",
+        )
+    return repeated
+
+
+def _is_same(first: WordMaps, second: WordMaps) -> bool:
+    """Whether two records have the same words, and maps and confidences that differ by no more than rounding does."""
+    if first.words != second.words:
+        return False
+    is_near = (first.maps - second.maps).abs().amax() <= MAX_STEPS / 255 + 1e-6 if len(first.words) else True
+    return bool(is_near) and bool(((first.confidence - second.confidence).abs() <= MAX_CONFIDENCE).all())
+
+
+def _common(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The info of a merged store: values on which the stores agree; of other entries, the list of values."""
+    merged = {}
+    for name in dict.fromkeys(name for info in infos for name in info):
+        values: list[Any] = []
+        for info in infos:
+            if name in info and info[name] not in values:
+                values.append(info[name])
+        merged[name] = values[0] if len(values) == 1 else values
+    return merged

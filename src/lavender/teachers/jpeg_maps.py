@@ -1,0 +1,196 @@
+"""Import of the maps of the paper's authors: one JPEG per word, in a folder per image.
+
+    MAPS/36979.jpg/lpm_attention/36979/attention_dog.jpg
+
+The folder has the name of the image file, with or without its ending; the folders inside may have any name. A file is
+an 8-bit grey map. Its name has only the word, so the maps are of all texts on the image, and of every occurrence of the
+word in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lavender.config import CONTENT_WORDS
+from lavender.data.images import image_id, load_image
+from lavender.data.samples import Sample, Samples
+from lavender.data.store import StoreWriter
+from lavender.errors import DataError
+from lavender.files import expanded
+from lavender.maps import Dropped, Word, WordMaps, to_heat
+from lavender.teachers.diffusion.views import resample_to_picture
+from lavender.teachers.extraction_loop import Step, write_maps
+from lavender.teachers.summary import Summary
+from lavender.words import words_of
+
+LAYOUT = "attention_WORD.jpg"
+_BEGIN = "attention_"
+_ENDINGS = (".jpg", ".jpeg", ".png")
+
+
+def import_jpeg_maps(
+    samples: Samples,
+    source: str | Path,
+    out: str | Path,
+    geometry: Literal["crop", "squash"] = "crop",
+    strict: bool = False,
+    on_progress: Callable[[int], None] = lambda texts: None,
+) -> Summary:
+    """Write the maps of every answer on every image before it to a store. The same call continues where it stopped.
+
+    Args:
+        samples: the data set that the maps are of. Images must be files, by whose names the maps are found.
+        source: the folder with a folder per image.
+        out: the folder of the store.
+        geometry: what the maps cover: the central square of the image ("crop", as the authors' teacher saw it), or the
+            whole image squashed to a square.
+        strict: raise DataError at the first sample or map that cannot be used, instead of counting it as dropped.
+        on_progress: called with the number of texts done since the last call.
+
+    Returns:
+        The counts. Its `dropped` names samples without maps, files that cannot be used, and files whose word is in no
+        text of their image. Content words without a file are in the store's records.
+
+    Raises:
+        DataError: no map at all in the folder; with `strict`, what cannot be used.
+        StoreError: `out` holds another store, or cannot be written.
+    """
+    source = expanded(source)
+    work = _Work(source, geometry, strict)
+    return write_maps(
+        samples,
+        out,
+        lambda writer: work.steps(samples, writer),
+        identity={"teacher": LAYOUT, "geometry": geometry, "grid": list(work.grid), "texts": "answers"},
+        info={"lavender-vlm": version("lavender-vlm"), "maps": source.name},
+        grid=work.grid,
+        strict=strict,
+        on_progress=on_progress,
+    )
+
+
+class _Work:
+    """Reads the maps of one image at a time.
+
+    Attributes:
+        grid: (rows, cols) of the first map that is found, which all others must have.
+    """
+
+    def __init__(self, source: Path, geometry: str, strict: bool):
+        self._source, self._geometry, self._strict = source, geometry, strict
+        first = next((file for folder in _folders(source) for file in _files(folder)), None)
+        if first is None:
+            got = f"{source}, in which no folder of an image has a file {LAYOUT}"
+            raise DataError(got, "a folder per image, with a JPEG per word", "check the path")
+        self.grid = tuple(_read(first).shape)
+
+    def steps(self, samples: Samples, writer: StoreWriter) -> Generator[Step, None, None]:
+        """A step for each image of the data set, with the records of all of its texts."""
+        texts: dict[tuple[Path, int], list[tuple[Sample, int, str]]] = {}
+        for sample in samples:
+            for index, text in sample.pairs:
+                path = sample.sources[index]
+                key = (path, 0) if isinstance(path, Path) else (Path(sample.name), index)
+                texts.setdefault(key, []).append((sample, index, text))
+        for named in texts.values():
+            try:
+                yield self._of_image(named, writer)
+            except DataError as error:
+                if self._strict:
+                    raise
+                yield Step(len(named), dropped=[Dropped(named[0][0].name, error.got)])
+
+    def _of_image(self, named: list[tuple[Sample, int, str]], writer: StoreWriter) -> Step:
+        """The records of the texts on one image. Raises DataError if there are none."""
+        sample, index, _ = named[0]
+        path = sample.sources[index]
+        if not isinstance(path, Path):
+            raise DataError(
+                f"{sample.name}, whose picture is no file", "a file, by whose name maps are found", "save it"
+            )
+        folder = next((one for one in (self._source / path.name, self._source / path.stem) if one.is_dir()), None)
+        if folder is None:
+            raise DataError(f"{path.name} without a folder in {self._source}", "its maps", "check the path of the maps")
+        image = sample.load_picture(index)
+        identity, box = image_id(image), _box(image, self._geometry)
+        distinct = dict.fromkeys(text for _, _, text in named)
+        new = [text for text in distinct if (identity, text) not in writer]
+        heat, dropped = self._read_all(folder, box) if new else ({}, [])
+        records = [_record(identity, text, heat, self.grid) for text in new]
+        used = {word.text.lower() for record in records for word in record.words}
+        dropped += [
+            Dropped(f"{folder.name}: {word!r}", "a map of a word that is in no text of the image")
+            for word in heat
+            if new and word not in used
+        ]
+        self._check(dropped)
+        return Step(len(named), maps=records, dropped=dropped, already_there=len(named) - len(new))
+
+    def _read_all(
+        self, folder: Path, box: tuple[float, float, float, float]
+    ) -> tuple[dict[str, Tensor], list[Dropped]]:
+        """The maps by word in lower case, over the whole image; and the files that cannot be used."""
+        heat: dict[str, Tensor] = {}
+        dropped = []
+        for file in _files(folder):
+            word, where = file.stem.removeprefix(_BEGIN).lower(), str(file.relative_to(self._source))
+            try:
+                pixels = _read(file)
+            except DataError as error:
+                dropped.append(Dropped(where, error.got))
+                continue
+            if pixels.shape != self.grid:
+                rows, cols = pixels.shape
+                dropped.append(Dropped(where, f"a map of {rows} × {cols} cells, not {self.grid[0]} × {self.grid[1]}"))
+            elif word in heat:
+                dropped.append(Dropped(where, f"a second map of {word!r}; the first is taken"))
+            else:
+                heat[word] = to_heat(resample_to_picture(pixels[None, None], [box], self.grid))[0, 0]
+        return heat, dropped
+
+    def _check(self, dropped: list[Dropped]) -> None:
+        if self._strict and dropped:
+            do = "repair or remove it, or leave strict out"
+            raise DataError(f"{dropped[0].what}: {dropped[0].reason}", "every map to be usable, as strict asks", do)
+
+
+def _record(identity: str, text: str, heat: dict[str, Tensor], grid: tuple[int, int]) -> WordMaps:
+    """The record of a text: each of its words with a map, in any case of its letters."""
+    words: list[Word] = [word for word in words_of(text) if word.text.lower() in heat]
+    without = [word for word in words_of(text) if word.part_of_speech in CONTENT_WORDS and word not in words]
+    maps = torch.stack([heat[word.text.lower()] for word in words]) if words else torch.zeros(0, *grid)
+    dropped = tuple(Dropped(word.text, "no file of this word") for word in without)
+    return WordMaps(identity, text, tuple(words), maps, dropped)
+
+
+def _folders(source: Path) -> Iterator[Path]:
+    if not source.is_dir():
+        raise DataError(f"{source}, which is no folder", "a folder with a folder per image", "check the path")
+    return (path for path in sorted(source.iterdir()) if path.is_dir())
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob(f"{_BEGIN}*") if file.suffix.lower() in _ENDINGS)
+
+
+def _read(file: Path) -> Tensor:
+    """A map of a file, (rows, cols) in [0, 1]. Raises DataError."""
+    pixels = np.asarray(load_image(file, f"the map {file.name}").convert("L"))
+    return torch.from_numpy(pixels.astype(np.float32) / 255)
+
+
+def _box(image: Image.Image, geometry: str) -> tuple[float, float, float, float]:
+    """The part of the image that its maps cover: (top, left, bottom, right) in shares of its height and width."""
+    if geometry == "squash":
+        return 0.0, 0.0, 1.0, 1.0
+    side = min(image.size)
+    down, across = side / image.height, side / image.width
+    return (1 - down) / 2, (1 - across) / 2, (1 + down) / 2, (1 + across) / 2
