@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from lavender.alignment.coverage import NO_MAPS, NO_PICTURE, NO_WORDS, OUTSIDE, UNPLACED, Coverage
+from lavender.alignment.augment import DRAW, Augment, View
+from lavender.alignment.coverage import CROPPED, NO_MAPS, NO_PICTURE, NO_WORDS, OUTSIDE, UNPLACED, Coverage
 from lavender.alignment.examples import (
     CUT,
     REFUSED,
@@ -64,6 +65,7 @@ class _Sample(NamedTuple):
         messages: the conversation as TRL renders it.
         identities, sizes: the `image_id` and (height, width) of each picture.
         links: the words of the answers that are about others.
+        views: what `Augment` made of each picture; () without it.
     """
 
     example: dict[str, Any]
@@ -71,6 +73,7 @@ class _Sample(NamedTuple):
     identities: list[str]
     sizes: list[tuple[int, int]]
     links: list[Link]
+    views: Sequence[View]
 
     @property
     def name(self) -> str:
@@ -152,6 +155,7 @@ class AlignmentCollator:
             processor, adapter, getattr(base, "chat_template", None), getattr(base, "max_length", None)
         )
         self.drops = False
+        self.augment: Augment | None = None
         self._stand_in: Mapping[str, Any] | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -234,11 +238,16 @@ class AlignmentCollator:
             images = [load_image(image, f"{name}: its picture") for image in images]
         except DataError as error:
             raise SampleError(error.got, error.expected, error.do, reason=UNREADABLE) from error
-        loaded = {key: value for key, value in example.items() if key not in ("image", "about")} | {"images": images}
-        messages = self.screen.messages(loaded, name)
+        identities, views = [image_id(image) for image in images], ()
+        kept = {key: value for key, value in example.items() if key not in ("image", "about", DRAW)}
+        messages = self.screen.messages(loaded := kept | {"images": images}, name)
+        if self.augment is not None:
+            views = self.augment.views(images, identities, messages, example.get(DRAW))
+            images = [view.picture(image) for view, image in zip(views, images, strict=True)]
+            messages = self.screen.messages(loaded := kept | {"images": images}, name)
         links = links_in(example, messages, name)
         sizes = [(image.height, image.width) for image in images]
-        return _Sample(loaded, messages, [image_id(image) for image in images], sizes, links)
+        return _Sample(loaded, messages, identities, sizes, links, views)
 
     def _base_batch(self, samples: Sequence[_Sample]) -> _BaseBatch:
         batch = self._base([dict(sample.example) for sample in samples])
@@ -288,6 +297,11 @@ class AlignmentCollator:
             which = "read" if sample.messages[turn]["role"] == "user" else self._config.rows
             for word, rows in located_words:
                 _, heat, confidence = target_of[word.start]
+                if sample.views:
+                    if not sample.views[picture].shows(heat):
+                        dropped[CROPPED] += 1
+                        continue
+                    heat = sample.views[picture].map(heat)
                 entries = [
                     entry
                     for entry in rows_of_word(rows, which, self._config.tokens)

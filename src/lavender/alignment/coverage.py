@@ -24,10 +24,12 @@ SUBJECT_WITHOUT = "word about a phrase that has no map"
 LEAST_CONFIDENT = "word among the least confident of its text"
 OUTSIDE = "word whose map lies in a part of the picture that the model does not see"
 NOT_OF_TEXTS = "word of an answer with an entry in the column about, while only questions are aligned"
+CROPPED = "word whose place a random crop cut off"
 REASONS = (
     *(NO_PICTURE, NO_MAPS, UNSEEN, BEYOND, UNKNOWN, CHANGED, NO_WORDS, UNPLACED),
     *REFUSALS,
     *(NO_RECORD, NO_NOUN, NOUN_WITHOUT, SUBJECT_WITHOUT, LEAST_CONFIDENT, OUTSIDE, NOT_OF_TEXTS),
+    CROPPED,
 )
 """Reasons why a sample, a turn or a word has no map, in the order of a batch's counts.
 

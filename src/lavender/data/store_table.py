@@ -245,7 +245,7 @@ def _tables(source: Path) -> Iterator[pa.Table]:
 
     try:
         if (source / "state.json").is_file():
-            yield from datasets.load_from_disk(source).with_format("arrow").iter(_ROWS_READ)
+            yield from datasets.Dataset.load_from_disk(source).with_format("arrow").iter(_ROWS_READ)
         for file in sorted((source / "data").glob("train-*.parquet")):
             for batch in pq.ParquetFile(file).iter_batches(_ROWS_READ):
                 yield pa.Table.from_batches([batch])

@@ -90,7 +90,8 @@ class _Work:
         if first is None:
             got = f"{source}, in which no folder of an image has a file {LAYOUT}"
             raise DataError(got, "a folder per image, with a JPEG per word", "check the path")
-        self.grid = tuple(_read(first).shape)
+        rows, cols = _read(first).shape
+        self.grid = rows, cols
 
     def steps(self, samples: Samples, writer: StoreWriter) -> Generator[Step, None, None]:
         """A step for each image of the data set, with the records of all of its texts."""

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from lavender.alignment.augment import Augment
 from lavender.config import (
     DEFAULTS,
     AlignerActivation,
@@ -30,12 +31,14 @@ from lavender.config import (
     name_of_loss,
 )
 from lavender.errors import ConfigError
-from lavender.type_checks import check_type
+from lavender.type_checks import check_ranges, check_type
 
 # AlignmentArguments uses attributes of TrainingArguments; at run time it is combined with a class that has them
 _ArgumentsLike = TrainingArguments if TYPE_CHECKING else object
 
 
+AUGMENT: dict[str, float] = {"augment_flip": 0, "augment_crop": 0.1, "augment_resize": 0.1}
+"""Settings of augmentation and the smallest value of each."""
 _DEFAULT_WEIGHTS = ", ".join(f"{weight:g} with the loss {loss}" for loss, (weight, _) in DEFAULTS.items())
 
 
@@ -89,6 +92,11 @@ class AlignmentArguments(_ArgumentsLike):
             training set where there is no evaluation set.
         probe_steps: number of steps between two measurements. The probe also measures before the first step and after
             the last one.
+        augment_flip: probability of mirroring a training picture, with its maps, from 0 (off) to 1. A sample whose
+            texts have "left" or "right" is never mirrored.
+        augment_crop: smallest share of its height and width that a random crop of a training picture keeps, from 0.1
+            to 1 (off). A word is not aligned if more than half of its place is cut off.
+        augment_resize: smallest factor by which a training picture is scaled, from 0.1 to 1 (off).
 
     All other fields are those of `lavender.config.AlignmentConfig`, which documents them. Those that only reproduce
     the paper: `align_weight="estimated"`, `attention_loss="published-sum"`, `align_switches`.
@@ -219,6 +227,23 @@ class AlignmentArguments(_ArgumentsLike):
     )
     probe_steps: int = field(default=100, metadata={"help": "Number of steps between two measurements of the probe."})
 
+    augment_flip: float = field(
+        default=0.0, metadata={"help": "Probability of mirroring a training picture, with its maps."}
+    )
+    augment_crop: float = field(
+        default=1.0,
+        metadata={"help": "Smallest share of its sides that a random crop of a training picture keeps, with its maps."},
+    )
+    augment_resize: float = field(
+        default=1.0, metadata={"help": "Smallest factor by which a training picture is scaled."}
+    )
+
+    def augment(self) -> Augment | None:
+        """What augments the pictures of training; None if nothing does."""
+        if (self.augment_flip, self.augment_crop, self.augment_resize) == (0, 1, 1):
+            return None
+        return Augment(self.augment_flip, self.augment_crop, self.augment_resize, self.seed)
+
     def alignment(self) -> AlignmentConfig:
         """The settings of alignment alone, checked."""
         return AlignmentConfig(**{setting.name: getattr(self, setting.name) for setting in fields(AlignmentConfig)})
@@ -231,6 +256,9 @@ class AlignmentArguments(_ArgumentsLike):
             check_type(name, getattr(self, name), int)
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)!r}", f"a number from {least} on", f"change {name}")
+        for name in AUGMENT:
+            check_type(name, getattr(self, name), float)
+        check_ranges(self, *((name, low, 1) for name, low in AUGMENT.items()))
         try:
             super().__post_init__()
         except ValueError as error:

@@ -15,16 +15,15 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from trl import SFTTrainer
 
 from lavender.alignment.collator import AlignmentCollator, root_matcher
 from lavender.alignment.coverage import Coverage
 from lavender.alignment.objective import (
-    TRAINED_PARTS,
     AlignmentRequest,
     attach,
-    is_alignment_part,
     matched_weight,
     without_attention_loss,
 )
@@ -36,6 +35,7 @@ from lavender.model_files import spare_packing
 from lavender.students.registry import adapter_for
 from lavender.students.word_maps import random_state_kept
 from lavender.training.arguments import AlignmentArguments
+from lavender.training.augmented import augmented
 from lavender.training.checkpoints import (
     check_alignment_parts,
     read_counts,
@@ -64,7 +64,7 @@ from lavender.training.refused_samples import (
     refuse_in_plain_trainer,
 )
 from lavender.training.schedule import AlignerPretraining, AlignWeight, forced_words
-from lavender.training.trainable import name_all_linear, set_alignment_type
+from lavender.training.trainable import name_all_linear, set_alignment_type, train_alignment
 
 # AlignmentMixin uses attributes of Trainer; at run time it is combined with a class that has them
 _TrainerLike = Trainer if TYPE_CHECKING else object
@@ -135,14 +135,7 @@ class AlignmentMixin(_TrainerLike):
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._align_weight.estimate]
         self._root_matcher = root_matcher(processing_class) if config.match == "root" else None
         self._divisor = Divisor(cast(Trainer, self), config.match == "label", self._root_matcher)
-        if config.align_weight == 0:
-            for name, parameter in model.named_parameters():
-                if is_alignment_part(name):  # they get no gradient, which DDP would wait for
-                    parameter.requires_grad_(False)
-        elif peft_config is not None:
-            tuned: Any = peft_config  # PeftConfig itself lacks the attribute
-            parts = () if config.is_direct else TRAINED_PARTS  # a direct loss has no parameters
-            tuned.modules_to_save = sorted({*(tuned.modules_to_save or ()), *parts}) or None
+        train_alignment(model, config, peft_config)
         wrapped: nn.Module = model
         if isinstance(self, SFTTrainer):
             kwargs["peft_config"] = peft_config
@@ -158,6 +151,7 @@ class AlignmentMixin(_TrainerLike):
         if config.aligner_pretraining:
             self.add_callback(self._pretraining)
         self.data_collator = AlignmentCollator(self.data_collator, processing_class, adapter, self.maps, config)
+        self._augment = args.augment()
         with random_state_kept(args.device):
             self._check_data(self.data_collator, args)
 
@@ -219,6 +213,16 @@ class AlignmentMixin(_TrainerLike):
         learned = POOLINGS[self._alignment.pooling].learned
         kinds = (AlignmentRequest, OwnAttention) if learned else (AlignmentRequest,)
         return [kind(self._alignment_layers, tensors, self._root_matcher) for kind in kinds]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The trainer's loader of training samples, whose pictures are augmented if the arguments say so."""
+        with augmented(cast(Trainer, self), self._augment):
+            return super().get_train_dataloader()
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any):
+        if self._augment is not None:
+            self._augment.epoch.fill_(epoch)
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any):
         """The trainer's loop, with counts that start at 0 again where `auto_find_batch_size` restarts it."""

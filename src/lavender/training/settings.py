@@ -72,6 +72,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "local_rank": (-1, 10**6),
     "probe_size": (0, 10**6),
     "probe_steps": (1, _MANY),
+    "augment_flip": (0, 1),
+    "augment_crop": (0.1, 1),
+    "augment_resize": (0.1, 1),
 }
 
 

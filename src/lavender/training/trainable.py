@@ -17,7 +17,8 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
-from lavender.alignment.objective import is_alignment_part
+from lavender.alignment.objective import TRAINED_PARTS, is_alignment_part
+from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError
 from lavender.files import shown
 from lavender.students.base import PARTS
@@ -204,6 +205,18 @@ def name_all_linear(config: PeftConfig, model: PreTrainedModel) -> None:
     tuned.target_modules = {
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module not in inner
     }
+
+
+def train_alignment(model: PreTrainedModel, config: AlignmentConfig, peft_config: PeftConfig | None) -> None:
+    """Choose whether the weights that alignment added to a model train, beside PEFT's if there are any."""
+    if config.align_weight == 0:
+        for name, parameter in model.named_parameters():
+            if is_alignment_part(name):  # they get no gradient, which DDP would wait for
+                parameter.requires_grad_(False)
+    elif peft_config is not None:
+        tuned: Any = peft_config  # PeftConfig itself lacks the attribute
+        parts = () if config.is_direct else TRAINED_PARTS  # a direct loss has no parameters
+        tuned.modules_to_save = sorted({*(tuned.modules_to_save or ()), *parts}) or None
 
 
 def set_alignment_type(model: PreTrainedModel) -> None:
