@@ -91,6 +91,8 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "report": ("r",),
     "export": ("r", "--out", "o"),
     "inspect": ("m",),
+    "store": ("stats", "s"),
+    "env": (),
 }
 
 # exit codes: 2 for wrong usage and settings, 1 for what is missing or broken
@@ -118,6 +120,12 @@ SMALLEST: dict[str, tuple[str, ...]] = {
         (("report", "nowhere"), FAILED),
         (("export", "nowhere", "--out", "o"), FAILED),
         (("inspect", "nowhere/at/all"), FAILED),
+        (("store", "verify", "nowhere"), FAILED),
+        (("store", "stats", "nowhere"), FAILED),
+        (("store", "merge", "nowhere", "--out", "o"), FAILED),
+        (("store", "export", "nowhere", "--out", "o"), FAILED),
+        (("store", "import", "nowhere", "--out", "o"), WRONG_USAGE),
+        (("store", "push", "nowhere", "someone/maps", "--dry-run", "o"), FAILED),
     ],
 )
 def test_exit_codes(arguments, code, tmp_path, monkeypatch):

@@ -206,7 +206,13 @@ def large(some_scenes, captions) -> Dataset:
 @pytest.fixture
 def trainer_of(make_student, processor, large, store_path, tmp_path):
     def trainer_of(**settings: Any) -> LavenderTrainer:
-        common = {"report_to": "none", "bf16": False, "use_cpu": True, "max_length": None, "disable_tqdm": True}
+        common: dict[str, Any] = {
+            "report_to": "none",
+            "bf16": False,
+            "use_cpu": True,
+            "max_length": None,
+            "disable_tqdm": True,
+        }
         common |= {
             "per_device_train_batch_size": 2,
             "maps": str(store_path),
@@ -214,7 +220,7 @@ def trainer_of(make_student, processor, large, store_path, tmp_path):
             "probe_size": 0,
             "min_coverage": 0.0,
         }
-        args = LavenderConfig(output_dir=str(tmp_path / "out"), **common | {"save_strategy": "no"} | settings)
+        args = LavenderConfig(output_dir=str(tmp_path / "out"), **common | settings)
         return LavenderTrainer(
             make_student(), args, processing_class=processor, train_dataset=large, eval_dataset=large
         )

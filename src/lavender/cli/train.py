@@ -6,6 +6,7 @@ import argparse
 import gc
 
 from lavender.cli.stopping import DONE
+from lavender.cli.terminal import show
 from lavender.files import expanded, writing
 
 HELP = "fine-tune a model with the alignment loss"
@@ -28,6 +29,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="delete the run in the output folder and start from the beginning"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check settings and data, and print what would train on what, without loading weights or writing",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -36,6 +42,12 @@ def run(options: argparse.Namespace) -> int:
     from lavender.training.run import read_run, train
 
     config = read_run(options.run, options.overrides)
+    if options.dry_run:
+        from lavender.evaluation.dry_run import dry_run
+
+        for line in dry_run(config, options.restart):
+            show(line)
+        return DONE
     with writing(config.out):
         folder = train(config, options.restart)
     state = PartialState()

@@ -114,7 +114,7 @@ def _facts_of_modules(
     """Facts that need the model's classes (not its weights) and its processor."""
     from lavender.evaluation.memory import footprint
 
-    model = _empty_model(config, trust_remote_code)
+    model = empty_model(config, trust_remote_code)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sample = _sample(folder, adapter, trust_remote_code)
     if picture is not None:
@@ -179,14 +179,15 @@ def _adapter_of(config: Any) -> VlmAdapter:
         raise UnsupportedModelError(error.got + reason, error.expected, do) from error
 
 
-def _empty_model(config: Any, trust_remote_code: bool) -> Any:
-    """The model on the meta device: shapes without weights."""
+def empty_model(config: Any, trust_remote_code: bool, **settings: Any) -> Any:
+    """The model on the meta device: shapes without weights. `settings` are further arguments of `from_config`."""
     import torch
 
     from lavender.students.registry import auto_class
 
+    auto = auto_class(config, trust_remote_code)
     with torch.device("meta"):
-        return auto_class(config, trust_remote_code).from_config(config, trust_remote_code=trust_remote_code)
+        return auto.from_config(config, trust_remote_code=trust_remote_code, **settings)
 
 
 def _sample(target: str, adapter: VlmAdapter, trust_remote_code: bool) -> dict[str, Any]:

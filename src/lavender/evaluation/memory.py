@@ -12,12 +12,14 @@ from torch import nn
 from lavender.alignment.aligner import Aligner
 from lavender.config import AlignmentConfig
 from lavender.students.base import VlmAdapter
-from lavender.training.run_config import LoraSettings
+from lavender.training.run_config import LoraSettings, RunConfig
 
 NUM_WORDS, TOKENS_PER_WORD, GRID = 16, 2, 32
 TEXT_TOKENS, ASSUMED_KEYS = 256, 1024
 HALF, SINGLE = 2, 4  # bytes per number
 FOUR_BITS = 0.5 + 1 / 64  # bytes per packed number: 4 bits, and one byte of scale per 64 numbers
+DIRECT = "alignment: default loss"
+_PER_SAMPLE = ("activations", DIRECT)
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 """TRL's loss computes logits in tiles of this size. It computes the output layer's gradient in float32."""
 
@@ -45,7 +47,7 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
     lora, num_lora = LoraSettings(), _lora_parameters(model)
     text = adapter.config.get_text_config()
     rows, num_layers = _rows(adapter, keys), len(adapter.usable_layers())
-    alignment = {"alignment: default loss": _words(adapter, keys) + rows // num_layers}  # a layer's heads at a time
+    alignment = {DIRECT: _words(adapter, keys) + rows // num_layers}  # a layer's heads at a time
     output = SINGLE * text.vocab_size * text.hidden_size
 
     def tuned(weights: int, number: int, stored: int, activations: int) -> dict[str, int]:
@@ -82,6 +84,31 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
             f"{GRID} × {GRID} through the default Aligner on each usable layer",
         ],
     }
+
+
+def footprint_of_run(
+    run: RunConfig, config: AlignmentConfig, setups: dict[str, Any], trained: int, batch_size: int
+) -> dict[str, int]:
+    """Bytes that a run needs on each device, by use.
+
+    Args:
+        run: its settings.
+        config: its settings of alignment.
+        setups: `footprint` of its model.
+        trained: number of its trained parameters.
+        batch_size: samples per device and step.
+    """
+    half = run.dtype in ("bfloat16", "float16", "half")
+    name = "qlora" if run.quantization else "lora" if run.peft_settings() else "full_16_bit" if half else "full"
+    needed = {use: size * (batch_size if use in _PER_SAMPLE else 1) for use, size in setups[name].items()}
+    stored = HALF if name in ("qlora", "full_16_bit") else SINGLE
+    needed |= {"gradients": stored * trained, "optimiser": 2 * stored * trained}
+    if config.align_weight == 0:
+        del needed[DIRECT]
+    elif not config.is_direct:
+        needed["alignment: published loss"] = batch_size * setups["published"]
+        needed["alignment: learned projections"] = setups["learn"] if config.pooling == "learn" else 0
+    return needed
 
 
 def _lora_parameters(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Subset
@@ -68,7 +68,7 @@ def leave_out_refused(
 
 
 def refused_of(
-    dataset: Any, collator: AlignmentCollator, accelerator: Accelerator, with_bar: bool = False
+    dataset: Any, collator: AlignmentCollator, accelerator: Accelerator | PartialState, with_bar: bool = False
 ) -> list[Refused]:
     """The samples of a data set that the model refuses, in order. Every process must call this; all get the same list.
 
@@ -129,8 +129,11 @@ def counts_of(refused: list[Refused]) -> Tensor:
     return Coverage(len(refused), dropped=Counter(sample.reason for sample in refused)).counts()
 
 
-def check_coverage(dataset: Any, collator: AlignmentCollator, least: float) -> None:
+def check_coverage(dataset: Any, collator: AlignmentCollator, least: float) -> Coverage:
     """Read some samples in full, the first ones of a stream, and stop if too few have maps.
+
+    Returns:
+        The coverage of these samples.
 
     Raises:
         DataError: a smaller share than `least` of those with a picture has maps.
@@ -149,6 +152,7 @@ def check_coverage(dataset: Any, collator: AlignmentCollator, least: float) -> N
             f"at least a share of {least}",
             "extract maps for this data set (pictures and answers must be the same), or lower min_coverage",
         )
+    return coverage
 
 
 def first_accepted(dataset: Any, collator: AlignmentCollator) -> Iterator[Any]:

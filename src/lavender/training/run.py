@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError
@@ -83,6 +83,56 @@ def train(run: RunConfig, restart: bool = False) -> Path:
     """
     from accelerate import PartialState
 
+    plan = plan_of(run, restart)
+    run, out, args, notes = plan.run, plan.out, plan.args, plan.notes
+    wanted = resolved_settings(run, args, _content(run, plan.config, plan.sets))
+    is_main = args.process_index == 0
+    if plan.holds_run and not restart:
+        found = check_same(out, wanted)
+        wanted, changed = gone_on(found, wanted)
+        if is_finished(out, found, wanted):
+            _print([f"finished: {out} holds this run, trained to its end; --restart trains it anew"], is_main)
+            return out
+        notes += changed
+    PartialState().wait_for_everyone()  # every process compares before the main process writes
+    _print([*notes, *lines_of_plan(plan)], is_main)
+    trainer = _trainer(run, args, plan.processor, plan.load_model(), plan.sets, plan.stores)
+    checkpoint = _begin(trainer, out, wanted, restart, is_main)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _finish(trainer, out, plan.sets, is_main)
+    return out
+
+
+class Plan(NamedTuple):
+    """A run whose settings are checked and whose data are read; its model is not loaded.
+
+    Attributes:
+        run: the settings, with the type of the weights.
+        out: the run folder. Nothing was written to it.
+        holds_run: whether it holds a run.
+        config: the model's config.
+        processor: the model's processor.
+        args: the trainer's arguments.
+        load_model: loads the weights.
+        sets: the samples of each setting in `SETS`.
+        stores: the map stores of training, then of evaluation.
+        notes: what was dropped, and other lines to print.
+    """
+
+    run: RunConfig
+    out: Path
+    holds_run: bool
+    config: PreTrainedConfig
+    processor: ProcessorMixin
+    args: LavenderConfig
+    load_model: Callable[[], Any]
+    sets: dict[str, Samples]
+    stores: list[MapStore]
+    notes: list[str]
+
+
+def plan_of(run: RunConfig, restart: bool = False) -> Plan:
+    """Check a run's settings, read its data and open its map stores. Raises as `train`."""
     from lavender.data.samples import read_samples, readable
     from lavender.data.store import MapStore
     from lavender.training.trainable import weights_dtype
@@ -100,26 +150,16 @@ def train(run: RunConfig, restart: bool = False) -> Path:
     if not args.assistant_only_loss:
         notes.append("the loss covers whole conversations, not the answers alone (assistant_only_loss is false)")
     stores = [MapStore.open(path) for path in run.stores()]
-    wanted = resolved_settings(run, args, _content(run, config, sets))
-    is_main = args.process_index == 0
-    if holds_run and not restart:
-        found = check_same(out, wanted)
-        wanted, changed = gone_on(found, wanted)
-        if is_finished(out, found, wanted):
-            _print([f"finished: {out} holds this run, trained to its end; --restart trains it anew"], is_main)
-            return out
-        notes += changed
-    PartialState().wait_for_everyone()  # every process compares before the main process writes
-    notes.append(_loss_line(args))
-    notes.append(_maps_line(sets["data"], stores, args.texts))
+    return Plan(run, out, holds_run, config, processor, args, load_model, sets, stores, notes)
+
+
+def lines_of_plan(plan: Plan) -> list[str]:
+    """The loss that trains, and how many samples have maps."""
+    sets, stores, texts = plan.sets, plan.stores, plan.args.texts
+    lines = [_loss_line(plan.args), _maps_line(sets["data"], stores, texts)]
     if "replay_data" in sets:
-        notes.append(f"of replay_data, {_maps_line(sets['replay_data'], stores, args.texts)}")
-    _print(notes, is_main)
-    trainer = _trainer(run, args, processor, load_model(), sets, stores)
-    checkpoint = _begin(trainer, out, wanted, restart, is_main)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _finish(trainer, out, sets, is_main)
-    return out
+        lines.append(f"of replay_data, {_maps_line(sets['replay_data'], stores, texts)}")
+    return lines
 
 
 def _loss_line(args: LavenderConfig) -> str:
