@@ -41,10 +41,14 @@ def weightless(places, tmp_path) -> dict[str, str]:
 
 
 def dry(tmp_path: Path, settings: dict[str, Any], *options: str) -> Ran:
-    settings = dict(settings)
-    settings |= STEP | settings.pop("training", {})
-    (tmp_path / "run.yaml").write_text(yaml_text(settings))
-    return lavender("train", tmp_path / "run.yaml", "--dry-run", *options)
+    return lavender("train", run_file(tmp_path, settings), "--dry-run", *options)
+
+
+def run_file(tmp_path: Path, settings: dict[str, Any]) -> Path:
+    training = settings.get("training", {})
+    flat = {name: value for name, value in settings.items() if name != "training"} | STEP | training
+    (tmp_path / "run.yaml").write_text(yaml_text(flat))
+    return tmp_path / "run.yaml"
 
 
 def lines_with(text: str, begin: str) -> list[str]:
@@ -52,15 +56,13 @@ def lines_with(text: str, begin: str) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_says_what_training_then_says(case, places, weightless, tmp_path, capsys):
+def test_it_says_what_training_then_says(case, places, weightless, tmp_path):
     """The lines about the loss, maps and trained parameters are those of the run itself; nothing was written."""
-    case_settings = CASES[case]
-    settings = {"out": str(tmp_path / "out"), **case_settings}
+    settings = {"out": str(tmp_path / "out"), **CASES[case]}
     ran = dry(tmp_path, weightless | settings)
     assert ran.code == DONE, ran.err
     assert not (tmp_path / "out").exists()
-    (tmp_path / "real.yaml").write_text(yaml_text(places | STEP | settings | settings.pop("training", {})))
-    real = lavender("train", tmp_path / "real.yaml")
+    real = lavender("train", run_file(tmp_path, places | settings))
     assert real.code == DONE, real.err
     for begin in ("alignment: attention_loss", "plain fine-tuning", "maps for", "trained parameters", "left out"):
         said = lines_with(ran.out, begin)

@@ -46,14 +46,14 @@ def run(options: argparse.Namespace) -> int:
         from lavender.evaluation.dry_run import dry_run
 
         for line in dry_run(config, options.restart):
-            show(line)
-        return DONE
-    with writing(config.out):
-        folder = train(config, options.restart)
-    state = PartialState()
-    if state.is_main_process:
-        print(f"run folder: {folder}")
+            if PartialState().is_main_process:
+                show(line)
+    else:
+        with writing(config.out):
+            folder = train(config, options.restart)
+        if PartialState().is_main_process:
+            print(f"run folder: {folder}")
     # A process group's threads must end before Python does; models in reference cycles would keep them alive.
     gc.collect()
-    state.destroy_process_group()
+    PartialState().destroy_process_group()
     return DONE

@@ -97,7 +97,7 @@ def export_table(
     """
     import datasets
 
-    opened, out = MapStore.open(store), expanded(out)
+    opened, out = MapStore.open(store), expanded(out).absolute()
     features = _features(opened.grid)
     with _new_folder(out) as folder, _no_bars():
         if format_name == "arrow":

@@ -69,7 +69,7 @@ def verify(path: str | Path) -> Verified:
             else:
                 records, words = records + 1, words + len(record.words)
     if repeated := sum(number > 1 for number in keys.values()):
-        faults.append(f"{repeated} records are there more than once")
+        faults.append(f"{repeated} records are there more than once; a merge to a new store takes each once")
     return Verified(records, words, tuple(faults))
 
 

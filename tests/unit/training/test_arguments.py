@@ -55,6 +55,9 @@ OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("min_coverage", "0", 0.0),
     ("probe_size", "0", 0),
     ("probe_steps", "5", 5),
+    ("augment_flip", "0.5", 0.5),
+    ("augment_crop", "0.8", 0.8),
+    ("augment_resize", "0.4", 0.4),
 )
 SETTINGS = [setting.name for setting in fields(AlignmentArguments)]
 
