@@ -88,9 +88,10 @@ def _settings(plan: Plan, restart: bool) -> Iterator[str]:
             yield f"  {name}: {value}"
     yield f"  and {len(training) - len(changed)} settings of the trainer at their defaults"
     if plan.holds_run and not restart:
-        content = read_config(plan.out).get("record", {}).get("content", {})
+        record = read_config(plan.out).get("record")
+        content = record.get("content", {}) if isinstance(record, dict) else {}  # not compared: weights are not read
         check_same(plan.out, resolved_settings(plan.run, plan.args, content))
-        yield f"{plan.out} holds a run of these settings, which would go on"
+        yield f"{plan.out} holds a run of these settings"
 
 
 def _collator(plan: Plan) -> AlignmentCollator:

@@ -37,7 +37,8 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
         `full`, `full_16_bit`, `lora` and `qlora`: bytes by use, with the default loss. `published`: bytes that a
         published loss needs in addition, for rows of all heads and its Aligner; `learn`: those that `pooling="learn"`
         adds to that.
-        `lora_parameters`: their number. `assumptions`: sentences for the user.
+        `lora_parameters`: their number. `packed_parameters`: the number of weights that QLoRA packs. `assumptions`:
+        sentences for the user.
     """
     keys_in_config = adapter.keys_per_image()
     source = "in the sample" if keys is not None else "from the config" if keys_in_config else "assumed"
@@ -69,6 +70,7 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
         "published": rows + _maps(adapter),
         "learn": 4 * SINGLE * _parallel_parameters(model, adapter),
         "lora_parameters": num_lora,
+        "packed_parameters": packed,
         "assumptions": [
             f"one sample of {tokens} tokens per step, one picture of {keys} image keys ({source})",
             "full tuning: weights, gradients and AdamW's two states in float32, computing in bfloat16 (dtype: float32, "
@@ -101,13 +103,16 @@ def footprint_of_run(
     half = run.dtype in ("bfloat16", "float16", "half")
     name = "qlora" if run.quantization else "lora" if run.peft_settings() else "full_16_bit" if half else "full"
     needed = {use: size * (batch_size if use in _PER_SAMPLE else 1) for use, size in setups[name].items()}
+    if (run.quantization or {}).get("load_in_8bit"):
+        needed["weights"] += round((1 - FOUR_BITS) * setups["packed_parameters"])
     stored = HALF if name in ("qlora", "full_16_bit") else SINGLE
     needed |= {"gradients": stored * trained, "optimiser": 2 * stored * trained}
     if config.align_weight == 0:
         del needed[DIRECT]
     elif not config.is_direct:
         needed["alignment: published loss"] = batch_size * setups["published"]
-        needed["alignment: learned projections"] = setups["learn"] if config.pooling == "learn" else 0
+    if config.pooling == "learn":
+        needed["alignment: learned projections"] = setups["learn"]
     return needed
 
 
