@@ -36,8 +36,7 @@ def footprint(model: nn.Module, adapter: VlmAdapter, keys: int | None, tokens: i
     Returns:
         `full`, `full_16_bit`, `lora` and `qlora`: bytes by use, with the default loss. `published`: bytes that a
         published loss needs in addition, for rows of all heads and its Aligner; `learn`: those that `pooling="learn"`
-        adds to that. `lora_parameters`, `packed_parameters`: their number, and that of the weights that QLoRA packs.
-        `assumptions`: sentences for the user.
+        adds to that. `lora_parameters` and `packed_parameters`: how many LoRA adds and QLoRA packs. `assumptions`.
     """
     keys_in_config = adapter.keys_per_image()
     source = "in the sample" if keys is not None else "from the config" if keys_in_config else "assumed"
