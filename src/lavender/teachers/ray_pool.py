@@ -40,7 +40,7 @@ def run_on_ray(
         gpu: each worker has a GPU of its own.
 
     Raises:
-        ConfigError: Ray is not installed, or `workers` is not positive.
+        ConfigError: Ray is not installed, `workers` is not positive, or the cluster has no GPU.
         LavenderError: Ray failed, or a task's workers died `RETRIES` times.
     """
     ray = _import_ray()
@@ -115,9 +115,7 @@ class _Worker:
 
 
 def _import_ray() -> Any:
-    # read when Ray is imported or started: no report to its makers, no messages of its own programs
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no reports to Ray's makers; read when a cluster starts
     try:
         import ray
         import ray.data
@@ -129,15 +127,15 @@ def _import_ray() -> Any:
 
 @contextmanager
 def _cluster(ray: Any) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, or start one on this host that only this host can reach."""
+    """Connect to the cluster of RAY_ADDRESS, or start one on this host for as long as the context lasts."""
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "local")
-    local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE, "_node_ip_address": "127.0.0.1"}
+    local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == "local" else {}
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error", **(local if address == "local" else {}))
+        ray.init(address=address, log_to_driver=False, logging_level="error", **local)
     except (ConnectionError, RuntimeError, ValueError) as error:
         got = f"RAY_ADDRESS={address}, where no cluster answers: {' '.join(str(error).split())[:300]}"
         raise LavenderError(got, "a running cluster", "check the address, or unset RAY_ADDRESS") from error
@@ -150,13 +148,16 @@ def _cluster(ray: Any) -> Iterator[None]:
 
 
 def _pool(ray: Any, workers: int | None, gpu: bool) -> dict[str, Any]:
-    """Size and resources of the pool. The workers leave a CPU for whatever else Ray Data runs: it would wait for ever."""
+    """Size and resources of the pool. It leaves a CPU for whatever else Ray Data runs, which would wait for ever."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     available = ray.cluster_resources()
     cpus, gpus = available.get("CPU", 1), int(available.get("GPU", 0))
     if workers is None:
-        workers = max(1, gpus if gpu else int(cpus) - 1)
+        if gpu and not gpus:
+            do = "choose --device cpu, or name a number of workers, which then wait for GPUs to join"
+            raise ConfigError("workers on a GPU, and a Ray cluster without any", "a GPU per worker", do)
+        workers = gpus if gpu else max(1, int(cpus) - 1)
     share = min(1.0, max(cpus - 1, cpus / 2) / workers)
     resources = {"num_cpus": max(0.01, int(share * 100) / 100), **({"num_gpus": 1} if gpu else {})}
     return {"compute": ray.data.ActorPoolStrategy(size=workers), **resources}
