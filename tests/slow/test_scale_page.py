@@ -50,13 +50,12 @@ def ran(tmp_path_factory) -> Ran:
     from command_line import write_scenes
 
     folder = tmp_path_factory.mktemp("scale")
-    (folder / "my_photos").mkdir()
+    (folder / "photos").mkdir()
     some = list(scenes("development", 12))
-    write_scenes(folder / "my_photos", some, [caption_scene(scene).text for scene in some])
-    for name in ("benchmarks", "docs", "examples"):
+    write_scenes(folder / "photos", some, [caption_scene(scene).text for scene in some])
+    for name in ("benchmarks", "docs"):
         (folder / name).symlink_to(ROOT / name)
-    (folder / "stable-diffusion-v1-5").mkdir()
-    (folder / "stable-diffusion-v1-5" / "stable-diffusion-v1-5").symlink_to(TEACHER_PATH)
+    (folder / "sd15").symlink_to(TEACHER_PATH)
     return Ran(folder, {command: run(command, folder) for command in COMMANDS})
 
 

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Mapping, Set
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -187,7 +187,7 @@ class StoreWriter:
             os.close(self._lock)
             self._lock = None
 
-    def __enter__(self) -> StoreWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ def record(index: int) -> WordMaps:
     return WordMaps(f"{index:032x}", f"dog {index}", words, torch.full((len(words), *GRID), index / 100))
 
 
-def writer(path: Path, rank: int, num_processes: int = 2, **settings) -> SharedStoreWriter:
-    settings = {"records_per_shard": 3, "identity": {"seed": 0}} | settings
-    return SharedStoreWriter(path, info={}, grid=GRID, rank=rank, num_processes=num_processes, **settings)
+def writer(path: Path, rank: int, num_processes: int = 2, seed: int = 0) -> SharedStoreWriter:
+    return SharedStoreWriter(
+        path, {"seed": seed}, {}, GRID, rank=rank, num_processes=num_processes, records_per_shard=3
+    )
 
 
 def texts(path: Path) -> list[str]:
@@ -69,8 +71,8 @@ def test_another_writer_may_die_between_its_two_files(tmp_path):
                         os.kill(os.getpid(), signal.SIGKILL)
                     return original(*names, **options)
 
-                os.replace = die_at_the_second_file
-                second.flush()
+                with mock.patch.object(os, "replace", die_at_the_second_file):
+                    second.flush()
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-00000.safetensors"]
@@ -98,6 +100,6 @@ def test_together_they_verify_every_shard(tmp_path):
 def test_settings_are_compared_as_by_one_writer(tmp_path):
     writer(tmp_path, 0)
     with pytest.raises(StoreError, match="seed is 0 there and 1 here"):
-        writer(tmp_path, 1, identity={"seed": 1})
+        writer(tmp_path, 1, seed=1)
     with MapStore.writer(tmp_path, {"seed": 0}, {}, GRID) as alone:  # no lock was left
         alone.add(record(0))
