@@ -136,9 +136,11 @@ def _cluster(ray: Any) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error", **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        got = f"RAY_ADDRESS={address}, where no cluster answers: {' '.join(str(error).split())[:300]}"
-        raise LavenderError(got, "a running cluster", "check the address, or unset RAY_ADDRESS") from error
+    except Exception as error:  # Ray has no class of its own for this
+        reason = " ".join(str(error).split())[:300]
+        got = f"a Ray cluster that did not start on this host, or does not answer at RAY_ADDRESS={address}: {reason}"
+        do = "check the address; a host may be too busy to start Ray within the 30 s that it allows: try again"
+        raise LavenderError(got, "a running cluster", do) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray's own would end the process with another exit code
     try:
