@@ -5,7 +5,7 @@ It leaves out what the store has, so a task that runs twice changes nothing.
 
 from __future__ import annotations
 
-import os
+import platform
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -121,7 +121,7 @@ class _Mapper:
         for sample in samples:
             for source in sample.sources:
                 if isinstance(source, Path) and not source.exists():
-                    got = f"{source} of {sample.name}, which the host {os.uname().nodename} does not have"
+                    got = f"{source} of {sample.name}, which the host {platform.node()} does not have"
                     raise DataError(got, "images at the same path on every host", "put them on a shared file system")
         if self._teacher is None:
             self._teacher = self._plan.load()
