@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from command_line import complaint, lavender
-from lavender.cli import WRONG_USAGE
+from lavender.cli.main import WRONG_USAGE
 from lavender.config import ExtractionConfig
 from lavender.data.samples import Sample, Samples
 from lavender.data.store import MapStore, StoreWriter
