@@ -27,6 +27,7 @@ SAFE = {
     "tqdm": "4.66.3",  # CVE-2024-34062: arguments of its command line are run
     "pyarrow": "14.0.1",  # CVE-2023-47248: a data file runs code
     "pyyaml": "5.4",  # CVE-2020-14343: full_load runs code
+    "ray": "2.52",  # CVE-2025-62593: a web page reaches a cluster's job interface
     "torch": "2.6",  # CVE-2025-32434: torch.load(weights_only=True) runs code
     "transformers": "4.53",  # CVE-2025-6921 and others: regular expressions that do not end
 }

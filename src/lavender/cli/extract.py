@@ -13,6 +13,12 @@ from lavender.errors import ConfigError
 from lavender.files import expanded, writing
 
 if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+    from lavender.config import ExtractionConfig
+    from lavender.data.samples import Samples
+    from lavender.teachers.launch import Launch
     from lavender.teachers.summary import Summary
 
 HELP = "make word maps of pictures and texts; a stopped run can be resumed"
@@ -99,6 +105,20 @@ def _add_teacher_options(group: argparse._ArgumentGroup) -> None:
         dest="overrides",
         help="any other setting of docs/teachers.md, such as flip=true; may be repeated",
     )
+    group.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local (default): this process, or those of `accelerate launch` on one host; ray: workers on the Ray "
+        "cluster of RAY_ADDRESS, or of this host (docs/scale.md)",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
+        help="teachers of --engine ray (default: one per GPU of the cluster, or with --device cpu per CPU but one)",
+    )
 
 
 def _add_annotation_options(group: argparse._ArgumentGroup) -> None:
@@ -146,6 +166,11 @@ def _extract_annotations(options: argparse.Namespace) -> int:
 
     from lavender.data.samples import read_samples
     from lavender.teachers.annotations.extract import extract_annotations, open_annotations
+    from lavender.teachers.launch import Launch
+
+    if options.engine == "ray" or Launch.of_environment() is not None:
+        got = "--annotations with --engine ray" if options.engine == "ray" else "--annotations in several processes"
+        raise ConfigError(got, "one process, which is fast enough", "run `lavender extract` without a launcher")
 
     annotations = open_annotations(
         options.annotations,
@@ -176,16 +201,35 @@ def _extract_annotations(options: argparse.Namespace) -> int:
 
 
 def _extract_teacher(options: argparse.Namespace) -> int:
-    import torch
     from tqdm import tqdm
 
-    from lavender.config import ExtractionConfig
     from lavender.data.samples import read_samples
-    from lavender.teachers.diffusion.teacher import Teacher
-    from lavender.teachers.extract import Estimate, extract
+    from lavender.teachers.launch import Launch
+
+    config = _config(options)
+    launch = Launch.of_environment()
+    if options.engine == "ray" and launch is not None:
+        raise ConfigError("--engine ray in several processes", "one process, which starts the workers", "run it alone")
+    if options.workers is not None and options.engine != "ray":
+        raise ConfigError("--workers without --engine ray", "both, or neither", "add --engine ray, or leave it out")
+    device = _usable_device(options.device, options.engine, launch)
+    samples = read_samples(options.data)
+    total = sum(len(sample.pairs_of(config.texts)) for sample in samples) // (launch.num_processes if launch else 1)
+    shows = launch is None or launch.rank == 0
+    with writing(options.out), tqdm(total=total, unit="text", desc="maps", disable=not shows) as bar:
+        if options.engine == "ray":
+            summary = _on_ray(options, samples, config, device, bar)
+        else:
+            summary = _here(options, samples, config, device, launch, bar)
+    if shows:
+        _print_summary(summary, options.out)
+    return DONE
+
+
+def _config(options: argparse.Namespace) -> ExtractionConfig:
+    from lavender.config import ExtractionConfig
     from lavender.training.run import read_overrides
     from lavender.type_checks import from_mapping
-    from lavender.world import TEACHER_NAME, TEACHER_PATH
 
     settings = {
         "mode": options.mode,
@@ -198,34 +242,83 @@ def _extract_teacher(options: argparse.Namespace) -> int:
         "texts": options.texts,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
-    settings |= read_overrides(options.overrides)
-    config = from_mapping(ExtractionConfig, settings, "--set")
-    device = _usable_device(options.device)
-    samples = read_samples(options.data)
-    dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
-    path = str(TEACHER_PATH) if options.teacher == TEACHER_NAME else options.teacher
+    return from_mapping(ExtractionConfig, settings | read_overrides(options.overrides), "--set")
+
+
+def _here(
+    options: argparse.Namespace,
+    samples: Samples,
+    config: ExtractionConfig,
+    device: str,
+    launch: Launch | None,
+    bar: tqdm,
+) -> Summary:
+    """Extract in this process, or in those of its launch."""
+    from lavender.teachers.diffusion.teacher import Teacher
+    from lavender.teachers.extract import Estimate, extract
+
+    path, dtype = _teacher_path(options), _dtype(options, device)
     teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
-    total = sum(len(sample.pairs_of(config.texts)) for sample in samples)
-    with writing(options.out), tqdm(total=total, unit="text", desc="maps") as bar:
 
-        def show_estimate(estimate: Estimate) -> None:
-            bar.write(
-                f"{estimate.texts} texts: about {_duration(estimate.seconds)} on {device}, {estimate.megabytes:.1f} MB"
-            )
-
-        summary = extract(
-            samples, teacher, options.out, strict=options.strict, on_estimate=show_estimate, on_progress=bar.update
+    def show_estimate(estimate: Estimate) -> None:
+        bar.write(
+            f"{estimate.texts} texts: about {_duration(estimate.seconds)} on {device}, {estimate.megabytes:.1f} MB"
         )
-    _print_summary(summary, options.out)
-    return DONE
+
+    return extract(
+        samples,
+        teacher,
+        options.out,
+        strict=options.strict,
+        on_estimate=(lambda estimate: None) if bar.disable else show_estimate,
+        on_progress=bar.update,
+        launch=launch,
+    )
 
 
-def _usable_device(name: str | None) -> str:
-    """The device of this name, or the best one. Raises ConfigError if PyTorch cannot use it."""
+def _on_ray(options: argparse.Namespace, samples: Samples, config: ExtractionConfig, device: str, bar: tqdm) -> Summary:
+    """Extract with the workers of a Ray cluster."""
+    from lavender.teachers.ray_engine import TeacherPlan, extract_on_ray
+
+    plan = TeacherPlan(_teacher_path(options), config, device, _dtype(options, device), options.teacher)
+    return extract_on_ray(
+        samples, plan, options.out, workers=options.workers, strict=options.strict, on_progress=bar.update
+    )
+
+
+def _teacher_path(options: argparse.Namespace) -> str:
+    from lavender.world import TEACHER_NAME, TEACHER_PATH
+
+    return str(TEACHER_PATH) if options.teacher == TEACHER_NAME else options.teacher
+
+
+def _dtype(options: argparse.Namespace, device: str) -> torch.dtype:
+    import torch
+
+    return getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
+
+
+def _usable_device(name: str | None, engine: str, launch: Launch | None) -> str:
+    """The device of this name, or the best one; of a launch, each process's own GPU.
+
+    Raises:
+        ConfigError: PyTorch cannot use it here. That of a Ray worker is not tried, because it is on another host.
+    """
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if engine == "ray":
+        if name not in ("cpu", "cuda"):
+            raise ConfigError(
+                f"--device {name!r} with --engine ray", "cpu or cuda", "write cuda: each worker has a GPU of its own"
+            )
+        return name
+    if launch is not None and name == "cuda":
+        if launch.num_processes > torch.cuda.device_count():
+            got = f"{launch.num_processes} processes, and {torch.cuda.device_count()} GPUs"
+            raise ConfigError(got, "a GPU for each process", "lower --num_processes of accelerate launch")
+        name = f"cuda:{launch.rank}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -136,7 +136,7 @@ class Samples:
         identities: the `image_id` of each image of each sample. `readable` fills it; before it is ().
     """
 
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     dropped: tuple[Dropped, ...] = ()
     outside: tuple[Dropped, ...] = ()
     identities: tuple[tuple[str, ...], ...] = ()

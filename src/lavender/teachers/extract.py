@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +18,11 @@ from PIL import Image
 from lavender.config import ExtractionConfig, Texts
 from lavender.data.images import image_id
 from lavender.data.samples import Sample, Samples
-from lavender.data.store import StoreWriter
 from lavender.errors import DataError
 from lavender.maps import Dropped, WordMaps
 from lavender.teachers.diffusion.teacher import Job, Teacher
 from lavender.teachers.extraction_loop import Step, write_maps
+from lavender.teachers.launch import Launch
 from lavender.teachers.summary import Summary
 from lavender.words import content_words, too_long
 
@@ -53,6 +53,7 @@ def extract(
     strict: bool = False,
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
     on_progress: Callable[[int], None] = lambda texts: None,
+    launch: Launch | None = None,
 ) -> Summary:
     """Write the maps of every text, on every image before it, to the store at `out`.
 
@@ -80,33 +81,49 @@ def extract(
         strict: raise DataError at the first sample that cannot be used, instead of counting it as dropped.
         on_estimate: called once, after the first batch.
         on_progress: called with the number of texts done since the last call.
+        launch: `Launch.of_environment()` in a script that accelerate starts several times on one host. Each process
+            maps its share of the samples with its own teacher, and all write to the store at `out`.
 
     Returns:
-        The counts of this run. Its `dropped` names every sample and word without a map, and the reason.
+        The counts of this run: with `launch`, of all its processes, after the last has finished. Its `dropped` names
+        every sample and word without a map, and the reason.
 
     Raises:
         DataError: with `strict`, a sample that cannot be used.
         StoreError: the folder holds another store, or cannot be written.
+        LavenderError: another process of the launch has ended before.
     """
-    info = {name: version(name) for name in ("lavender-vlm", "diffusers", "torch")}
-    info["dtype"] = str(teacher.family.dtype).removeprefix("torch.")
+    if launch is not None:
+        samples = launch.share(samples)
     return write_maps(
         samples,
         out,
-        lambda writer: _steps(samples, teacher, _read(samples, teacher, writer, strict), on_estimate),
+        lambda writer: steps_of(samples, teacher, writer, strict, on_estimate),
         identity={"teacher": teacher.name, **teacher.config.identity()},
-        info=info,
+        info=store_info(teacher.family.dtype),
         grid=teacher.config.grid,
         strict=strict,
         on_progress=on_progress,
+        launch=launch,
     )
 
 
-def _steps(
-    samples: Samples, teacher: Teacher, items: Iterator[Job | Step], on_estimate: Callable[[Estimate], None]
+def store_info(dtype: torch.dtype) -> dict[str, str]:
+    """What a store records for people: versions, and the type of the teacher's numbers."""
+    info = {name: version(name) for name in ("lavender-vlm", "diffusers", "torch")}
+    return info | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def steps_of(
+    samples: Samples,
+    teacher: Teacher,
+    done: Container[tuple[str, str]],
+    strict: bool,
+    on_estimate: Callable[[Estimate], None] = lambda estimate: None,
 ) -> Generator[Step, None, None]:
-    """Run the teacher on the jobs, batch by batch; pass on what needs no pass of the teacher."""
+    """Run the teacher on the samples, batch by batch, without the pairs (image id, text) that are done."""
     size = teacher.config.batch_size
+    items = _read(samples, teacher, done, strict)
     already_there, is_first = 0, True
     for window in _windows(_prefetch(items, size * READ_AHEAD), size * READ_AHEAD):
         if isinstance(window, Step):
@@ -126,7 +143,9 @@ def _steps(
             yield Step(len(batch), maps, dropped, reconstruction=teacher.reconstruction[num_errors:])
 
 
-def _read(samples: Iterable[Sample], teacher: Teacher, writer: StoreWriter, strict: bool) -> Iterator[Job | Step]:
+def _read(
+    samples: Iterable[Sample], teacher: Teacher, done: Container[tuple[str, str]], strict: bool
+) -> Iterator[Job | Step]:
     """Every pair of every sample: images decoded, hashed and resized, words found."""
     seen: set[tuple[str, str]] = set()
     texts = teacher.config.texts
@@ -143,14 +162,14 @@ def _read(samples: Iterable[Sample], teacher: Teacher, writer: StoreWriter, stri
             if strict:
                 _refuse(drop)
             yield Step(0, dropped=[drop])
-        yield from _pairs(sample, images, teacher, writer, seen, strict)
+        yield from _pairs(sample, images, teacher, done, seen, strict)
 
 
 def _pairs(
     sample: Sample,
     images: Sequence[Image.Image],
     teacher: Teacher,
-    writer: StoreWriter,
+    done: Container[tuple[str, str]],
     seen: set[tuple[str, str]],
     strict: bool,
 ) -> Iterator[Job | Step]:
@@ -159,7 +178,7 @@ def _pairs(
     image_ids, views = [image_id(image) for image in images], {}
     for index, text in sample.pairs_of(config.texts):
         key = image_ids[index], text
-        if key in seen or key in writer:
+        if key in seen or key in done:
             yield Step(already_there=1, repeated=int(key in seen))
             seen.add(key)
             continue

@@ -11,8 +11,10 @@ from statistics import fmean
 from typing import Any
 
 from lavender.data.samples import Samples
+from lavender.data.shared_writer import SharedStoreWriter
 from lavender.data.store import MapStore, StoreWriter
 from lavender.maps import Dropped, WordMaps
+from lavender.teachers.launch import Launch
 from lavender.teachers.summary import FLUSH_SECONDS, History, Summary
 
 
@@ -47,6 +49,7 @@ def write_maps(
     grid: tuple[int, int],
     strict: bool,
     on_progress: Callable[[int], None],
+    launch: Launch | None = None,
 ) -> Summary:
     """Write what `steps` makes to the store at `out`. After an interruption the same call continues where it stopped.
 
@@ -56,25 +59,29 @@ def write_maps(
         identity, info, grid: of the store; see `MapStore.writer`.
         strict: refuse a data set with dropped rows before any work.
         on_progress: called with the number of texts of each step.
+        launch: the processes that write to the store together; each is given its own samples.
+
+    Returns:
+        The counts of this run: with `launch`, of all its processes.
 
     Raises:
         DataError: with `strict`, a row was dropped; and whatever `steps` raises.
         StoreError: the folder holds another store, or cannot be written.
+        LavenderError: another process of the launch has ended before.
     """
     began = time.monotonic()
     summary = Summary(dropped=list(samples.dropped), without_picture=sum(not sample.sources for sample in samples))
     if strict:
         samples.check_strict()
     errors: list[float] = []
-    with MapStore.writer(out, identity, info, grid) as writer:
+    open_writer = MapStore.writer if launch is None else launch.writer
+    with open_writer(out, identity, info, grid) as writer:
         history = History(out)
         flushed = time.monotonic()
         with closing(steps(writer)) as running:
             for step in running:
                 for maps in step.maps:
-                    writer.add(maps)
-                    summary.records += 1
-                    summary.words += len(maps.words)
+                    _add(writer, maps, summary)
                 summary.dropped += step.dropped
                 summary.already_there += step.already_there
                 errors += step.reconstruction
@@ -82,8 +89,42 @@ def write_maps(
                 if time.monotonic() - flushed > FLUSH_SECONDS:
                     writer.flush()
                     flushed = time.monotonic()
-        in_store = len(writer)
-    summary.reconstruction = fmean(errors) if errors else None
     summary.seconds = time.monotonic() - began
-    history.add(summary, in_store)
+    if isinstance(writer, SharedStoreWriter) and launch is not None:
+        _count_doubled(writer, summary)
+        summaries, all_errors = zip(*launch.gather((summary, errors)), strict=True)
+        summary, errors = _together(summaries), [error for part in all_errors for error in part]
+        writer.refresh()
+    summary.reconstruction = fmean(errors) if errors else None
+    if launch is None or launch.rank == 0:
+        history.add(summary, len(writer))
     return summary
+
+
+def _add(writer: StoreWriter, maps: WordMaps, summary: Summary) -> None:
+    """Add a record and count it. The store may have it from samples that were mapped elsewhere at the same time."""
+    if writer.add(maps):
+        summary.records += 1
+        summary.words += len(maps.words)
+    else:
+        summary.already_there += 1
+
+
+def _count_doubled(writer: SharedStoreWriter, summary: Summary) -> None:
+    """Move what another process had written first from the records to those already there."""
+    records, words = writer.num_doubled
+    summary.records -= records
+    summary.words -= words
+    summary.already_there += records
+
+
+def _together(summaries: Sequence[Summary]) -> Summary:
+    """What the processes of a launch did."""
+    return Summary(
+        records=sum(one.records for one in summaries),
+        words=sum(one.words for one in summaries),
+        already_there=sum(one.already_there for one in summaries),
+        without_picture=sum(one.without_picture for one in summaries),
+        seconds=max(one.seconds for one in summaries),
+        dropped=[drop for one in summaries for drop in one.dropped],
+    )

@@ -1,0 +1,105 @@
+"""Several writers of one store, taking turns in one process: no record is lost or doubled, whoever writes first."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from lavender.data.shared_writer import SharedStoreWriter
+from lavender.data.store import MapStore
+from lavender.errors import StoreError
+from lavender.maps import Word, WordMaps
+
+GRID = (2, 3)
+
+
+def record(index: int) -> WordMaps:
+    words = (Word("dog", 0, 3, "dog", "noun"),) * (index % 3)
+    return WordMaps(f"{index:032x}", f"dog {index}", words, torch.full((len(words), *GRID), index / 100))
+
+
+def writer(path: Path, rank: int, num_processes: int = 2, seed: int = 0) -> SharedStoreWriter:
+    return SharedStoreWriter(
+        path, {"seed": seed}, {}, GRID, rank=rank, num_processes=num_processes, records_per_shard=3
+    )
+
+
+def texts(path: Path) -> list[str]:
+    return sorted(maps.text for maps in MapStore.open(path, verify=True))
+
+
+def test_writers_take_turns_and_number_their_shards_in_one_row(tmp_path):
+    with writer(tmp_path, 0) as first, writer(tmp_path, 1) as second:
+        for index in range(10):
+            assert (first, second)[index % 2].add(record(index))
+    assert texts(tmp_path) == sorted(f"dog {index}" for index in range(10))
+    names = sorted(path.name for path in tmp_path.glob("shard-*.parquet"))
+    assert names == [f"shard-{number:05d}.parquet" for number in range(4)]
+    assert first.num_doubled == second.num_doubled == (0, 0)
+
+
+def test_a_record_of_two_writers_is_written_once_and_counted(tmp_path):
+    with writer(tmp_path, 0) as first, writer(tmp_path, 1) as second:
+        for index in (0, 1, 5):
+            assert second.add(record(index))  # fills its buffer: a shard
+        for index in (4, 5, 1):
+            assert first.add(record(index))  # what the other has written is not known yet
+        assert (record(0).image_id, "dog 0") in first  # now it is
+        assert not first.add(record(0))
+        second.refresh()
+        assert len(second) == len(first) == 4
+    assert first.num_doubled == (2, 2 + 1)  # dog 5 with two words, dog 1 with one
+    assert texts(tmp_path) == ["dog 0", "dog 1", "dog 4", "dog 5"]
+
+
+def test_another_writer_may_die_between_its_two_files(tmp_path):
+    """Its maps file without a table does not count; the next writer takes its number."""
+    with writer(tmp_path, 0) as first:
+        child = os.fork()
+        if not child:
+            with writer(tmp_path, 1) as second:
+                second.add(record(0))
+                original, files = os.replace, iter(range(2))
+
+                def die_at_the_second_file(*names, **options):
+                    if next(files) == 1:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return original(*names, **options)
+
+                with mock.patch.object(os, "replace", die_at_the_second_file):
+                    second.flush()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-00000.safetensors"]
+        first.add(record(1))
+    assert texts(tmp_path) == ["dog 1"]
+    with writer(tmp_path, 1) as second:
+        assert (record(0).image_id, "dog 0") not in second
+        second.add(record(0))
+    assert texts(tmp_path) == ["dog 0", "dog 1"]
+
+
+def test_together_they_verify_every_shard(tmp_path):
+    with MapStore.writer(tmp_path, {"seed": 0}, {}, GRID, records_per_shard=3) as alone:
+        for index in range(9):
+            alone.add(record(index))
+    maps = tmp_path / "shard-00001.safetensors"
+    content = bytearray(maps.read_bytes())
+    content[content.rindex(b"dog 4")] ^= 1
+    maps.write_bytes(content)
+    assert len(writer(tmp_path, 0)) == 9  # its share are the shards 0 and 2
+    with pytest.raises(StoreError, match="shard-00001"):
+        writer(tmp_path, 1)
+
+
+def test_settings_are_compared_as_by_one_writer(tmp_path):
+    writer(tmp_path, 0)
+    with pytest.raises(StoreError, match="seed is 0 there and 1 here"):
+        writer(tmp_path, 1, seed=1)
+    with MapStore.writer(tmp_path, {"seed": 0}, {}, GRID) as alone:  # no lock was left
+        alone.add(record(0))
