@@ -55,7 +55,7 @@ _FORM = "image=NAME,question=NAME,answer=NAME"
 
 
 def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The values of a row under the usual names, without those of other columns. Answers without questions are captions.
+    """The values of a row under the usual names, without other columns. Answers without questions are captions.
 
     Example:
         >>> from lavender.data.columns import renamed

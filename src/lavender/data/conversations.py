@@ -267,7 +267,7 @@ def _parts(part: Any) -> list[dict[str, Any]]:
 
 
 def _name_in(part: dict[str, Any]) -> Any:
-    """The image that a part names: in the form of Qwen or transformers, or in OpenAI's `image_url`. None: it names none.
+    """The image that a part names, in the form of Qwen, transformers or OpenAI (`image_url`); None if it names none.
 
     Raises:
         UnusableError: it names several, or none where it must.

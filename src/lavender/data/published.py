@@ -1,4 +1,4 @@
-"""Rows of layouts in which data sets are published: Karpathy's JSON, webdataset, img2dataset, and texts beside pictures."""
+"""Rows of published layouts: Karpathy's JSON, webdataset, img2dataset, and texts beside pictures."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def several_splits(path: Path, splits: Sequence[str]) -> DataError:
 
 
 def _karpathy_rows(path: Path, content: Any, split: str) -> Iterator[Row]:
-    """Rows of dataset_coco.json or dataset_flickr30k.json: a picture with its captions. The split may be train+restval."""
+    """Rows of dataset_coco.json or dataset_flickr30k.json: a picture and its captions. Splits are joined by +."""
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not any(isinstance(image, dict) and "sentences" in image for image in images):
         raise unknown_format(f"{printable(path)}, a JSON {type(content).__name__} where a list of rows should be")
@@ -82,7 +82,7 @@ def _karpathy_rows(path: Path, content: Any, split: str) -> Iterator[Row]:
 
 
 def webdataset_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
-    """Rows of a .tar file in webdataset's layout: the columns of their .json, `image` or `images`, and `text` of .txt."""
+    """Rows of a webdataset .tar file: the columns in a sample's .json, `image` or `images`, and `text`, its .txt."""
     import datasets
 
     open_plain(path).close()
@@ -96,7 +96,8 @@ def webdataset_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
             described = values.get("json")
             row = {key: value for key, value in (described or {}).items() if value is not None} | values
             row |= {"image": found[0]} if len(found) == 1 else {"images": found}
-            yield Row(f"{label} {printable(values['__key__'])}", row | {"text": values.get("txt")})
+            row |= {} if values.get("txt") is None else {"text": [values["txt"]]}
+            yield Row(f"{label} {printable(values['__key__'])}", row)
     except Exception as error:  # on damaged bytes tarfile and the decoders may raise anything
         raise unreadable(path, error) from error
 
@@ -115,7 +116,7 @@ def is_img2dataset(folder: Path, names: Sequence[str]) -> bool:
 
 
 def img2dataset_rows(folder: Path, names: Sequence[str], wanted: Wanted) -> Iterator[Row]:
-    """Rows of what img2dataset wrote, with pictures in folders, tar files or the tables. Failed downloads are faults."""
+    """Rows of what img2dataset wrote: pictures in folders, tar files or the tables. Failed downloads are faults."""
     for name in names:
         if not re.fullmatch(r"\d+\.parquet", name):
             continue

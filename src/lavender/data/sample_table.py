@@ -1,4 +1,4 @@
-"""Samples in a temporary file instead of in memory: an Arrow table, of which `datasets` maps the pages that are read."""
+"""Samples in a temporary file instead of in memory: an Arrow table, which `datasets` maps page by page."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ class SampleTable(Sequence[Sample]):
 
     def select(self, indices: Sequence[int]) -> SampleTable:
         """The samples of these indices, in this order."""
-        return SampleTable(self._rows.select(indices), self._folder, self._has_about)
+        rows = self._rows.select(indices if len(indices) else [])  # `datasets` refuses an empty range
+        return SampleTable(rows, self._folder, self._has_about)
 
     def dataset(self) -> datasets.Dataset:
         """See `lavender.data.samples.to_dataset`."""
