@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import tarfile
+from argparse import Namespace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from lavender.cli.options import columns_of
 from lavender.data.samples import Samples, read_samples, readable, to_dataset
 from lavender.errors import ConfigError, DataError
+from lavender.training.run_config import read_run
 
 
 def shade(image: Image.Image) -> int:
@@ -189,6 +192,19 @@ def test_columns_with_names_of_their_own(folder):
 )
 def test_wrong_columns_are_refused(folder, columns, said):
     assert said in failure(jsonl(folder / "x.jsonl", VQA), columns=columns)
+
+
+def test_columns_of_a_run_file_and_of_the_command_line(tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text("model: m\ndata: d\nmaps: s\nout: o\ncolumns: {image: pic, answer: a}\n")
+    assert read_run(run).columns == {"image": "pic", "answer": "a"}
+    with pytest.raises(ConfigError, match="columns with 'picture'"):
+        read_run(run, ["columns={picture: pic, answer: a}"])
+    assert columns_of(Namespace(columns="image=pic,answer=a=b")) == {"image": "pic", "answer": "a=b"}
+    assert columns_of(Namespace(columns=None)) is None
+    for wrong in ("image", "image=a,image=b", ""):
+        with pytest.raises(ConfigError, match="Expected each role once, as ROLE=NAME"):
+            columns_of(Namespace(columns=wrong))
 
 
 # published layouts
