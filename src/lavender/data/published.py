@@ -6,6 +6,7 @@ import codecs
 import glob
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,17 +85,17 @@ def _karpathy_rows(path: Path, content: Any, split: str) -> Iterator[Row]:
 def webdataset_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
     """Rows of a webdataset .tar file: the columns in a sample's .json, `image` or `images`, and `text`, its .txt."""
     import datasets
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     open_plain(path).close()
-    label = printable(path.name)
+    label, files = printable(path.name), {"train": [glob.escape(str(path.absolute()))]}
     try:
-        files = {"train": [glob.escape(str(path.absolute()))]}
-        stream: Any = datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True)
+        with tempfile.TemporaryDirectory() as cache:  # load_dataset would do the same, and report it to the hub
+            stream: Any = WebDataset(data_files=files, cache_dir=cache).as_streaming_dataset(split="train")
         pictures = [name for name, feature in stream.features.items() if isinstance(feature, datasets.Image)]
         for values in stream.decode(False):
             found = [values[name] for name in pictures if values[name] is not None]
-            described = values.get("json")
-            row = {key: value for key, value in (described or {}).items() if value is not None} | values
+            row = {key: value for key, value in (values.get("json") or {}).items() if value is not None} | values
             row |= {"image": found[0]} if len(found) == 1 else {"images": found}
             row |= {} if values.get("txt") is None else {"text": [values["txt"]]}
             yield Row(f"{label} {printable(values['__key__'])}", row)
