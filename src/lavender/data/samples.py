@@ -141,7 +141,8 @@ def read_samples(
     table = SampleTable.of(reading)
     check_columns_found(columns, reading.columns, label)
     if not reading.has_pictures:
-        raise _without_pictures(label, len(table), reading.dropped, reading.columns)
+        found = dict.fromkeys(renamed({}, columns)) if columns and reading.columns else reading.columns
+        raise _without_pictures(label, len(table), reading.dropped, found)
     return Samples(table, tuple(reading.dropped), outside=tuple(reading.folder.outside))
 
 
@@ -186,12 +187,13 @@ def _without_pictures(label: str, number: int, dropped: list[Dropped], columns: 
     if not columns and not dropped:
         return DataError(f"{label}, which has no row", "at least one usable row", "check the file")
     first = f"; the first, {dropped[0].what}: {dropped[0].reason}" if dropped else ""
-    if addresses := [name for name in ("url", "URL") if name in columns]:
+    has_pictures = columns.keys() & set(PICTURE_COLUMNS)
+    if not has_pictures and (addresses := [name for name in ("url", "URL") if name in columns]):
         got = f"{label}, whose column {addresses[0]} has addresses of pictures{first}"
         return DataError(
             got, "pictures on this disk", "download them with img2dataset, and give the folder that it writes"
         )
-    if columns and not (columns.keys() & set(PICTURE_COLUMNS) and columns.keys() & set(TEXT_COLUMNS)):
+    if columns and not (has_pictures and columns.keys() & set(TEXT_COLUMNS)):
         # What does not look like a column name may be the content of a file that is not a table.
         names = [name if _COLUMN.fullmatch(name) else "…" for name in columns]
         return unknown_format(f"{label} with the columns {shown(names)}")
