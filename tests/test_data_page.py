@@ -137,9 +137,13 @@ def test_the_commands_run(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / name)
     (tmp_path / "vqa.jsonl").write_text(EXAMPLES["vqa.jsonl"])
-    image = {"filename": "1.png", "filepath": "val2014", "split": "restval", "sentences": [{"raw": "A cat."}]}
-    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": [image, image | {"split": "test"}]}))
+    image = {"filename": "1.png", "filepath": "val2014"}
+    images = [
+        image | {"split": split, "sentences": [{"raw": f"A {name}."}]}
+        for split, name in (("restval", "cat"), ("train", "dog"), ("test", "cup"))
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
     for number, command in enumerate(commands):
         words = shlex.split(re.sub(r"--teacher \S+", "--teacher world", command).replace("maps/", f"maps{number}"))
         assert main(words) == 0
-    assert [len(MapStore.open(tmp_path / f"maps{number}")) for number in range(2)] == [1, 2]
+    assert [len(MapStore.open(tmp_path / f"maps{number}")) for number in range(2)] == [2, 2]

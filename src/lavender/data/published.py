@@ -43,8 +43,9 @@ def json_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
 
 def no_split(path: Path, split: str, splits: Sequence[str] = ()) -> DataError:
     """The error of a split that is not there."""
-    has = f", which has {', '.join(splits)}" if splits else ", which has no splits"
-    return DataError(f"the split {shown(split)} of {printable(path)}{has}", "a split of the data", "leave :SPLIT out")
+    do = "name one of these" if splits else "name a split that is there, or leave :SPLIT out"
+    has = ", ".join(splits) or "no such split"
+    return DataError(f"the split {shown(split)} of {printable(path)}, which has {has}", "a split of the data", do)
 
 
 def several_splits(path: Path, splits: Sequence[str]) -> DataError:

@@ -341,7 +341,7 @@ def test_splits_of_a_folder(folder):
     assert answers(read_samples(f"{data}:train")) == ["A cat."]
     assert "the split 'tra' of " in failure(f"{data}:tra")
     assert answers(read_samples(f"{folder}:test")) == ["A dog."]
-    assert "which has no splits" in failure(f"{folder / 'train' / 'metadata.jsonl'}:train")
+    assert "which has no such split" in failure(f"{folder / 'train' / 'metadata.jsonl'}:train")
     rows = [row | {"image": str(folder / row["image"])} for row in ROWS]
     parts: dict[Any, Any] = {
         split: datasets.Dataset.from_list([row]) for split, row in zip(("train", "test"), rows, strict=True)
