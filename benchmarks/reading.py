@@ -6,7 +6,9 @@
 Reading: conversations of about 400 characters in a .jsonl file, all with one picture file, are read by `read_samples`,
 gone through once as samples, and once as the data set of `to_dataset`, pictures not decoded. `samples_per_s` is of the
 larger file. `rss_mb_10k` and `rss_mb_100k` are the most resident memory of a process that does this with 10,000 and
-100,000 rows, in MB; pages of mapped files are in it. `rss_mb_imported` is that of a process that only imports.
+100,000 rows, in MB. The mapped pages of the temporary file are in it, which the system may drop at any time;
+`anon_mb_10k` and `anon_mb_100k` are the memory at the end without mapped files (Linux only). `rss_mb_imported` is of a
+process that only imports.
 
 Training: the built-in student is fully tuned on drawn scenes with maps, batches of 8. `step_share` is the share of the
 time of the steps in which the trainer waits for its batches, which `--workers` processes make (8; `cores` says how many
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -38,6 +41,13 @@ def peak_mb() -> float:
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
+def anonymous_mb() -> float:
+    """The resident memory of this process without mapped files; NaN where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon:")), math.nan)
+
+
 def write_rows(path: Path, number: int) -> None:
     from PIL import Image
 
@@ -55,7 +65,10 @@ def write_rows(path: Path, number: int) -> None:
 
 
 def measure_reading(folder: Path, number: int, results: Any) -> None:
-    """Read so many rows in this process; (seconds, peak in MB) go to `results`. With 0 rows it only imports."""
+    """Read so many rows in this process. With 0 rows it only imports.
+
+    To `results` go the seconds, and the peak and the anonymous memory in MB.
+    """
     import datasets  # noqa: F401
 
     from lavender.data.samples import read_samples, to_dataset
@@ -67,21 +80,23 @@ def measure_reading(folder: Path, number: int, results: Any) -> None:
         dataset = to_dataset(samples).with_format("arrow")
         assert sum(table.num_rows for table in dataset.iter(100)) == number
         assert letters > number
-    results.put((time.perf_counter() - began, peak_mb()))
+    results.put((time.perf_counter() - began, peak_mb(), anonymous_mb()))
 
 
 def reading(folder: Path, sizes: tuple[int, int]) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")  # so that each has only its own memory
     results = context.Queue()
-    peaks, seconds = {}, 0.0
+    peaks, own, seconds = {}, {}, 0.0
     for number in (0, *sizes):
         if number:
             write_rows(folder / f"{number}.jsonl", number)
         process = context.Process(target=measure_reading, args=(folder, number, results))
         process.start()
-        seconds, peaks[number] = results.get()
+        seconds, peaks[number], own[number] = results.get()
         process.join()
-    named = {f"rss_mb_{number // 1000}k": peaks[number] for number in sizes}
+    named = {
+        f"{name}_mb_{number // 1000}k": of[number] for name, of in (("rss", peaks), ("anon", own)) for number in sizes
+    }
     return {"samples_per_s": sizes[-1] / seconds, "rss_mb_imported": peaks[0], **named}
 
 
