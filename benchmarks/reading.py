@@ -190,7 +190,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         numbers = reading(Path(folder), (1000, 2000) if options.quick else (10_000, 100_000))
         numbers |= training(Path(folder), options.steps or (4 if options.quick else 60), workers)
-    numbers = {name: round(value, 4) for name, value in numbers.items()}
+    numbers = {name: round(value, 4) for name, value in numbers.items() if not math.isnan(value)}
     print(json.dumps(numbers, indent=1))
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=1) + "\n")
