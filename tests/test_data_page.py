@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 from PIL import Image
 
+from lavender.cli.main import main
 from lavender.data.images import MAX_BYTES, MAX_PIXELS, MIN_SIDE
 from lavender.data.samples import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, Samples, read_samples
+from lavender.data.store import MapStore
 from lavender.files import IMAGE_FORMATS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+COLUMNS = yaml.safe_load(re.findall(r"^```yaml\n(columns: .*)$", PAGE, re.M)[0])["columns"]
 EXAMPLES = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", PAGE, re.M | re.S))
 
 
@@ -27,25 +33,29 @@ def read(tmp_path) -> dict[str, Samples]:
             (folder / picture).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (16, 16)).save(folder / picture)
         (folder / name).write_text(text)
-        found[name] = read_samples(folder if name in ("metadata.jsonl", "results.csv") else folder / name)
+        columns = COLUMNS if name == "vqa.jsonl" else None
+        found[name] = read_samples(
+            folder if name in ("metadata.jsonl", "results.csv") else folder / name, columns=columns
+        )
     return found
 
 
 def test_every_layout_has_an_example_that_is_read_whole(read):
-    assert list(read) == ["metadata.jsonl", "results.csv", "train.jsonl", "several.jsonl", "about.jsonl"]
     assert not [drop for samples in read.values() for drop in samples.dropped]
     assert {name: len(samples) for name, samples in read.items()} == {
         "metadata.jsonl": 3,
-        "results.csv": 2,
-        "train.jsonl": 4,
+        "train.jsonl": 5,
         "several.jsonl": 3,
+        "named.jsonl": 2,
+        "results.csv": 2,
+        "vqa.jsonl": 2,
         "about.jsonl": 2,
     }
 
 
 def test_the_forms_of_a_conversation_mean_the_same(read):
     first, *same, caption = read["train.jsonl"]
-    assert all(one.messages == first.messages for one in same)
+    assert all(one.messages == first.messages for one in (*same, *read["named.jsonl"], read["vqa.jsonl"].samples[0]))
     assert caption.messages[0]["content"][-1]["text"] == "Describe the image."
 
 
@@ -69,7 +79,7 @@ def test_the_tables_name_every_column_in_order():
         for row in ("picture", "text")
     )
     assert tuple(picture) == PICTURE_COLUMNS
-    assert tuple(name for name in text if name != "prompt") == TEXT_COLUMNS
+    assert tuple(name for name in text if name not in ("prompt", "instruction")) == TEXT_COLUMNS
     assert tuple(text[-2:]) == CAPTION_COLUMNS
 
 
@@ -116,3 +126,24 @@ def test_the_papers_data_become_one_folder(tmp_path, monkeypatch):
         ["Friends around a table ."],
     ]
     assert {one.load()[0].size for one in samples} == {(16, 12)}
+
+
+def test_the_commands_run(tmp_path, monkeypatch):
+    """As they stand, with the built-in teacher."""
+    commands = re.findall(r"^lavender (extract .*)$", PAGE, re.M)
+    assert len(commands) == 2
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.png", "dog.png", "val2014/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / name)
+    (tmp_path / "vqa.jsonl").write_text(EXAMPLES["vqa.jsonl"])
+    image = {"filename": "1.png", "filepath": "val2014"}
+    images = [
+        image | {"split": split, "sentences": [{"raw": f"A {name}."}]}
+        for split, name in (("restval", "cat"), ("train", "dog"), ("test", "cup"))
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    for number, command in enumerate(commands):
+        words = shlex.split(re.sub(r"--teacher \S+", "--teacher world", command).replace("maps/", f"maps{number}"))
+        assert main(words) == 0
+    assert [len(MapStore.open(tmp_path / f"maps{number}")) for number in range(2)] == [2, 2]

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -79,12 +81,33 @@ def test_the_stock_script_runs(folder):
     assert _run(STOCK)["trainer"].state.global_step > 0
 
 
-def test_two_changed_lines_make_it_a_lavender_script(folder):
+@pytest.fixture(params=["datasets", "structs", "bytes"])
+def parquet(request, folder):
+    """train.parquet as `datasets` writes it, or plainly, without its features: the images as structs or as bytes."""
+    if request.param != "datasets":
+        columns: dict[str, list] = {"messages": []}
+        for sample in read_samples(folder / "data"):
+            columns["messages"].append(
+                [{"role": message["role"], "content": message["content"][-1]["text"]} for message in sample.messages]
+            )
+            encoded = Path(sample.sources[0]).read_bytes()  # ty: ignore[invalid-argument-type]
+            if request.param == "bytes":
+                columns.setdefault("image", []).append(encoded)
+            else:
+                columns.setdefault("images", []).append([{"bytes": encoded, "path": None}])
+        table = pa.table(columns)
+        assert not table.schema.metadata
+        pq.write_table(table, folder / "train.parquet")
+    return folder
+
+
+def test_two_changed_lines_make_it_a_lavender_script(parquet):
     imports, arguments = CHANGED
     script = STOCK.replace("from trl import SFTConfig, SFTTrainer\n", imports)
     script = script.replace('args = SFTConfig(output_dir="tuned", max_length=None)\n', arguments)
     different = [pair for pair in zip(STOCK.splitlines(), script.splitlines(), strict=True) if pair[0] != pair[1]]
     assert len(different) == 2
     trainer = _run(script)["trainer"]
-    assert trainer.coverage.words > 0
+    assert trainer.coverage.mapped_samples == trainer.coverage.samples > 0
+    assert len(read_samples("train.parquet")) == len(trainer.train_dataset)  # what `lavender extract` reads
     assert any(line.get("attention_loss", 0) > 0 for line in trainer.state.log_history)

@@ -156,7 +156,9 @@ def _row(rng: random.Random, odd: list[Any]) -> dict[str, Any]:
     if rng.random() < 0.9:
         row[rng.choice(("image", "images", "file_name"))] = "a.png" if rng.random() < 0.4 else rng.choice(odd)
     for _ in range(rng.choice((1, 1, 2))):
-        column = rng.choice(("text", "caption", "messages", "conversations", "prompt", "completion", "system"))
+        column = rng.choice(
+            ("text", "caption", "messages", "conversations", "prompt", "completion", "system", "instruction", "output")
+        )
         if column in ("messages", "conversations") and rng.random() < 0.6:
             row[column] = [_turn(rng, odd) for _ in range(rng.randrange(5))]
         else:
@@ -182,6 +184,8 @@ def _turn(rng: random.Random, odd: list[Any]) -> Any:
         {"type": "text", "text": "A dog."},
         {"type": "image"},
         {"type": "image", "index": rng.choice(odd)},
+        {"type": "image", rng.choice(("image", "path", "url", "base64")): rng.choice(odd)},
+        {"type": "image_url", "image_url": rng.choice(("a.png", {"url": rng.choice(odd)}, rng.choice(odd)))},
         {"type": "video"},
         {"type": "text", "text": rng.choice(odd)},
         {"type": rng.choice(odd)},

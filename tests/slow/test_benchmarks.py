@@ -31,8 +31,15 @@ def a_killed_writer_loses_and_doubles_nothing(numbers: dict) -> None:
     assert numbers == {"kills": 4, "lost": 0, "doubled": 0, "equal": True}
 
 
+def reading_has_all_its_numbers(numbers: dict) -> None:
+    assert {"samples_per_s", "rss_mb_1k", "rss_mb_2k", "step_share", "step_ms", "collate_ms"} <= numbers.keys()
+    assert all(value > 0 for value in numbers.values())
+    assert numbers["step_share"] < 1
+
+
 CHECKS: dict[str, Callable[[dict], None]] = {
     "store": no_flipped_bit_is_silent,
+    "reading": reading_has_all_its_numbers,
     "crash": a_killed_writer_loses_and_doubles_nothing,
 }
 """What else must hold of a benchmark's numbers."""

@@ -24,7 +24,7 @@ from lavender.alignment.examples import (
     links_in,
 )
 from lavender.alignment.losses import prepared
-from lavender.alignment.word_targets import WordTargets, rows_of_word
+from lavender.alignment.word_targets import Target, WordTargets, rows_of_word
 from lavender.config import AlignmentConfig
 from lavender.data.about import Link
 from lavender.data.images import image_id, load_image
@@ -295,6 +295,7 @@ class AlignmentCollator:
         for (picture, turn, _, targets), located_words in zip(turns, located, strict=True):
             target_of = {target.word.start: target for target in targets}
             which = "read" if sample.messages[turn]["role"] == "user" else self._config.rows
+            sees, shown_of = sight.pictures[picture].tolist(), self._shown(targets, sight.cells[picture])
             for word, rows in located_words:
                 _, heat, confidence = target_of[word.start]
                 if sample.views:
@@ -305,10 +306,9 @@ class AlignmentCollator:
                 entries = [
                     entry
                     for entry in rows_of_word(rows, which, self._config.tokens)
-                    if sight.pictures[picture, list(entry.rows)].all()
+                    if all(sees[row] for row in entry.rows)
                 ]
-                shown = prepared(heat, subtract_background=self._config.subtract_background)[sight.cells[picture]]
-                if not entries or not shown.any():
+                if not entries or not shown_of[word.start]:
                     dropped[OUTSIDE if entries else UNSEEN] += 1
                     continue
                 coverage.words += 1
@@ -318,6 +318,15 @@ class AlignmentCollator:
         coverage.dropped[NO_WORDS] += int(not mapped)
         coverage.mapped_samples += bool(mapped)
         return mapped
+
+    def _shown(self, targets: Sequence[Target], cells: Tensor) -> dict[int, bool]:
+        """Whether each word's map has heat in the cells that some image key shows, by the word's first character."""
+        if not targets:
+            return {}
+        maps = torch.stack([target.map for target in targets])
+        heat = prepared(maps, subtract_background=self._config.subtract_background)
+        shown = heat[:, cells].any(dim=-1).tolist()
+        return {target.word.start: is_shown for target, is_shown in zip(targets, shown, strict=True)}
 
 
 def root_matcher(processor: ProcessorMixin) -> Callable[[list[int], list[int]], bool]:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from lavender.cli.options import add_limit, add_trust_remote_code
+from lavender.cli.options import add_columns, add_limit, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
 from lavender.files import expanded
@@ -33,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="own",
         help="the map of an adjective, as the run will have it (default: %(default)s)",
     )
+    add_columns(parser)
     add_limit(parser)
     add_trust_remote_code(parser)
 
@@ -41,7 +42,13 @@ def run(options: argparse.Namespace) -> int:
     from lavender.evaluation.check import check_model
 
     result = check_model(
-        options.model, options.data, options.maps, options.limit, options.attributes, options.trust_remote_code
+        options.model,
+        options.data,
+        options.maps,
+        options.limit,
+        options.attributes,
+        options.trust_remote_code,
+        columns_of(options),
     )
     print(json.dumps(result, indent=1))
     show(SAID[result["verdict"]], sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lavender.cli.options import add_limit, add_trust_remote_code
+from lavender.cli.options import add_columns, add_limit, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
 from lavender.files import expanded, writing
@@ -32,6 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="map store of this data (default: the run's, if --data is not given)",
     )
+    add_columns(parser)
     add_limit(parser)
     add_trust_remote_code(parser)
 
@@ -41,7 +42,13 @@ def run(options: argparse.Namespace) -> int:
 
     with writing(options.run):
         result = evaluate_runs(
-            options.run, options.against, options.data, options.maps, options.limit, options.trust_remote_code
+            options.run,
+            options.against,
+            options.data,
+            options.maps,
+            options.limit,
+            options.trust_remote_code,
+            columns_of(options),
         )
     show(f"{result['samples']} samples of {result['data']}")
     print("\n".join(_table(result["arms"])))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lavender.cli.options import add_columns, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
 from lavender.errors import ConfigError
@@ -32,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=expanded, default=None, help="folder or file of pictures and texts; docs/data.md has the formats"
     )
+    add_columns(parser)
     parser.add_argument("--out", type=expanded, required=True, metavar="DIR", help="folder of the map store")
     source = parser.add_argument_group("source of the maps, one of").add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -180,7 +182,7 @@ def _extract_annotations(options: argparse.Namespace) -> int:
         split=options.split,
         parts_of_speech=tuple(options.words) if options.words else None,
     )
-    samples = annotations.samples() if options.data is None else read_samples(options.data)
+    samples = annotations.samples() if options.data is None else read_samples(options.data, columns=columns_of(options))
     data_file = options.out / f"{annotations.label}.jsonl" if options.data is None else None
     total = sum(len(sample.pairs_of(options.texts)) for sample in samples)
     with writing(options.out), tqdm(total=total, unit="text", desc="maps") as bar:
@@ -213,7 +215,7 @@ def _extract_teacher(options: argparse.Namespace) -> int:
     if options.workers is not None and options.engine != "ray":
         raise ConfigError("--workers without --engine ray", "both, or neither", "add --engine ray, or leave it out")
     device = _usable_device(options.device, options.engine, launch)
-    samples = read_samples(options.data)
+    samples = read_samples(options.data, columns=columns_of(options))
     total = sum(len(sample.pairs_of(config.texts)) for sample in samples) // (launch.num_processes if launch else 1)
     shows = launch is None or launch.rank == 0
     with writing(options.out), tqdm(total=total, unit="text", desc="maps", disable=not shows) as bar:

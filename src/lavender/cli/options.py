@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from lavender.errors import ConfigError
+from lavender.files import shown
+
 
 def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -19,3 +22,34 @@ def add_limit(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="look at N samples, spread evenly over the data (default: %(default)s)",
     )
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--columns",
+        default=None,
+        metavar="ROLE=NAME,…",
+        help="columns of the data, if they have other names than usual: image=…,question=…,answer=…, or caption=…, "
+        "messages=…, system=…, about=…",
+    )
+
+
+def columns_of(options: argparse.Namespace) -> dict[str, str] | None:
+    """The columns of `--columns`, as `read_samples` takes them: role → name; None without the option.
+
+    Raises:
+        ConfigError: it is no list of ROLE=NAME. `read_samples` checks the roles.
+    """
+    if options.columns is None:
+        return None
+    columns: dict[str, str] = {}
+    for pair in options.columns.split(","):
+        role, sign, name = pair.partition("=")
+        if not sign or role in columns:
+            raise ConfigError(
+                f"--columns {shown(options.columns)}",
+                "each role once, as ROLE=NAME, with commas between",
+                "write for example --columns image=picture,question=q,answer=a",
+            )
+        columns[role] = name
+    return columns

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lavender.data.tables import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, VIDEO_COLUMNS
+from lavender.data.columns import CAPTION_COLUMNS, PICTURE_COLUMNS, TEXT_COLUMNS, VIDEO_COLUMNS
 from lavender.files import JsonError, half_character, parse_json, shown
 
 Message = dict[str, Any]
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _MARKER = "<image>"  # the place of an image in LLaVA's and ShareGPT's texts
+_NAMES = ("image", "path", "url", "base64")  # keys by which a part names its image, in Qwen's and transformers' form
 _VIDEO = "a video; only still pictures have maps"
 _UNSUPPORTED = {
     **dict.fromkeys(VIDEO_COLUMNS, _VIDEO),
@@ -24,14 +25,28 @@ class UnusableError(Exception):
     """Why a row is dropped."""
 
 
-def check_columns(values: dict[str, Any]) -> None:
-    """Refuse columns that belong to the conversation and cannot be used, such as a video. Raises UnusableError."""
+def read_row(values: dict[str, Any], prompt: str) -> tuple[list[Any], list[list[Message]]]:
+    """The images of a row, as they are named there, and its conversations: several only if it has several captions.
+
+    Args:
+        values: the row's values by column.
+        prompt: the user's turn for captions.
+
+    Raises:
+        UnusableError: the row must be dropped.
+    """
     for column, reason in _UNSUPPORTED.items():
         if values.get(column) and values[column] != "[]":
             raise UnusableError(reason)
+    pictures, system = _pictures_of(values), _system(values.get("system"))
+    conversations = []
+    for turns in _turns_of_row(values, prompt, bool(pictures)):
+        pictures, messages = _conversation(turns, pictures, system)
+        conversations.append(messages)
+    return pictures, conversations
 
 
-def pictures_of(values: dict[str, Any]) -> list[Any]:
+def _pictures_of(values: dict[str, Any]) -> list[Any]:
     """The images of a row as written there: names, structs or encoded files."""
     column = next((column for column in PICTURE_COLUMNS if values.get(column) is not None), "")
     value = values.get(column)
@@ -47,13 +62,6 @@ def _maybe_json(text: str) -> Any:
         return parse_json(text)
     except JsonError:
         return text
-
-
-def conversations_of(values: dict[str, Any], prompt: str, num_pictures: int) -> list[list[Message]]:
-    """The conversations of a row, which are several only if it has several captions. Raises UnusableError."""
-    system = _system(values.get("system"))
-    conversations = _turns_of_row(values, prompt, num_pictures > 0)
-    return [_conversation(turns, num_pictures, system) for turns in conversations]
 
 
 def num_places(messages: Iterable[Message]) -> int:
@@ -108,6 +116,8 @@ def _turns_of_row(values: dict[str, Any], prompt: str, has_pictures: bool) -> li
             return [_list(_parsed(values[column]), column)]
     if values.get("prompt") is not None and values.get("completion") is not None:
         return [_side(values["prompt"], "user") + _side(values["completion"], "assistant")]
+    if values.get("instruction") is not None and values.get("output") is not None:
+        return [_alpaca(values)]
     caption = next((values[column] for column in CAPTION_COLUMNS if values.get(column) is not None), None)
     if caption is None:
         raise UnusableError(f"no text in any of the columns {', '.join(TEXT_COLUMNS)}")
@@ -148,6 +158,19 @@ def _side(value: Any, role: str) -> list[Any]:
     return [_turn(role, value)] if isinstance(value, str) else _list(value, role)
 
 
+def _alpaca(values: dict[str, Any]) -> list[Any]:
+    """The turns of Alpaca's columns, with LLaMA-Factory's `history`: a list of pairs of question and answer."""
+    turns = []
+    for pair in _list(_parsed(values.get("history") or []), "history"):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise UnusableError(f"history holds {shown(pair)}, not a pair of question and answer")
+        turns += [_turn("user", pair[0]), _turn("assistant", pair[1])]
+    question = [values["instruction"], *([values["input"]] if values.get("input") else [])]
+    if wrong := [text for text in (*question, values["output"]) if not isinstance(text, str)]:
+        raise UnusableError(f"an instruction, input or output is a {type(wrong[0]).__name__}, not a text")
+    return [*turns, _turn("user", "\n".join(question)), _turn("assistant", values["output"])]
+
+
 def _turn(role: str, text: str) -> Message:
     return {"role": role, "content": text}
 
@@ -162,11 +185,13 @@ def _system(value: Any) -> str:
         return ""
     if not isinstance(value, str):
         raise UnusableError(f"system is a {type(value).__name__}, not a text")
+    if fault := half_character(value):
+        raise UnusableError(f"system with {fault}")
     return value if value.strip() else ""
 
 
-def _conversation(turns: Sequence[Any], num_pictures: int, system: str) -> list[Message]:
-    """Turns in their final form, with a place for each image."""
+def _conversation(turns: Sequence[Any], pictures: list[Any], system: str) -> tuple[list[Any], list[Message]]:
+    """The images of a conversation, and its turns in their final form, with a place for each image."""
     messages = [_message(_parsed(turn)) for turn in turns]
     if system:
         system_turns = [text_of(message["content"]) for message in messages if message["role"] == "system"]
@@ -177,12 +202,13 @@ def _conversation(turns: Sequence[Any], num_pictures: int, system: str) -> list[
     first_user = next((message for message in messages if message["role"] == "user"), None)
     if first_user is None:
         raise UnusableError("no user turn")
-    parts = [part for message in messages for part in message["content"]]
-    indices = [part.pop("index", None) for part in parts if part["type"] == "image"]
-    if num_pictures == 1 and not indices:
+    places = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    pictures = _named_in([part.pop("name", None) for part in places], pictures)
+    indices = [part.pop("index", None) for part in places]
+    if len(pictures) == 1 and not indices:
         first_user["content"].insert(0, {"type": "image"})
-    elif num_pictures != len(indices):
-        raise UnusableError(mismatch(num_pictures, len(indices)))
+    elif len(pictures) != len(indices):
+        raise UnusableError(mismatch(len(pictures), len(indices)))
     if any(index not in (None, place) for place, index in enumerate(indices)):
         raise UnusableError(f"places for the pictures {shown(indices)}, not in the pictures' order")
     for message in messages:
@@ -191,7 +217,19 @@ def _conversation(turns: Sequence[Any], num_pictures: int, system: str) -> list[
     answers = [text_of(message["content"]) for message in messages if message["role"] == "assistant"]
     if not answers or not all(answer.strip() for answer in answers):
         raise UnusableError("an empty answer" if answers else "no assistant turn")
-    return messages
+    return pictures, messages
+
+
+def _named_in(names: list[Any], pictures: list[Any]) -> list[Any]:
+    """The images that the turns name, else those of the row's column."""
+    named = [name for name in names if name is not None]
+    if not named:
+        return pictures
+    if len(named) < len(names):
+        raise UnusableError(f"turns that name {len(named)} of their {len(names)} pictures; name all, or none")
+    if pictures and pictures != named:
+        raise UnusableError("turns that name other pictures than the row's column; name them in one of the two")
+    return named
 
 
 def _message(turn: Any) -> Message:
@@ -209,10 +247,9 @@ def _message(turn: Any) -> Message:
 def _parts(part: Any) -> list[dict[str, Any]]:
     """A part of a turn in its final form; a text with image markers becomes several parts."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind == "image":
-        if keys := [key for key in ("image", "path", "url") if part.get(key) is not None]:
-            raise UnusableError(f"a turn that names its picture itself, as {keys[0]!r}; name it in the column images")
-        return [{"type": "image", "index": part.get("index")}]  # some data sets number the images
+    if kind in ("image", "image_url"):
+        place = {"type": "image", "index": part.get("index")}  # some data sets number the images
+        return [place if (name := _name_in(part)) is None else place | {"name": name}]
     if kind == "video":
         raise UnusableError(_VIDEO)
     if kind != "text" or not isinstance(part.get("text"), str):
@@ -227,6 +264,22 @@ def _parts(part: Any) -> list[dict[str, Any]]:
         parts += [{"type": "text", "text": text.strip()}] if text.strip() else []
         parts += [{"type": "image"}]
     return parts[:-1]
+
+
+def _name_in(part: dict[str, Any]) -> Any:
+    """The image that a part names, in the form of Qwen, transformers or OpenAI (`image_url`); None if it names none.
+
+    Raises:
+        UnusableError: it names several, or none where it must.
+    """
+    address = part.get("image_url")
+    address = address.get("url") if isinstance(address, dict) else address
+    names = [name for name in (*(part.get(key) for key in _NAMES), address) if name is not None]
+    if len(names) > 1:
+        raise UnusableError(f"a part that names {len(names)} pictures")
+    if not names and part["type"] == "image_url":
+        raise UnusableError("a part image_url without an address")
+    return names[0] if names else None
 
 
 def _parsed(value: Any) -> Any:

@@ -12,47 +12,36 @@ import csv
 import io
 import os
 import re
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lavender.data.columns import COLUMNS
 from lavender.errors import DataError
 from lavender.files import (
-    MISSING,
     JsonError,
-    expanded,
-    fault_of,
-    json_items,
     open_plain,
     parse_json,
     printable,
-    read_plain,
     shown,
 )
 
 if TYPE_CHECKING:
-    import datasets
+    import pyarrow.parquet
 
 DATA_FORMATS = (
     "a folder with metadata.jsonl, .csv or .parquet (columns file_name and text, caption or messages)",
     "Flickr30k's folder with results.csv (image_name| comment_number| comment)",
-    "a .jsonl, .json, .csv or .parquet file, or a folder of .parquet shards of one split, with image or images "
-    "and messages, conversations (LLaVA), prompt + completion, text or caption",
-    "a datasets.Dataset with such columns",
+    "a .jsonl, .json, .csv, .parquet or .arrow file, or a folder of .parquet or .arrow shards of one split, with image "
+    "or images and messages, conversations (LLaVA), prompt + completion, instruction + output, text or caption",
+    "a folder of pictures with a .txt file beside each, of webdataset .tar files, or what img2dataset wrote",
+    "Karpathy's dataset_coco.json or dataset_flickr30k.json, as PATH:SPLIT",
+    "what datasets' save_to_disk wrote, a hub id (ORG/NAME:SPLIT), or a datasets.Dataset, with such columns",
 )
-PICTURE_COLUMNS = ("images", "image", "file_name")
-CAPTION_COLUMNS = ("text", "caption")
-VIDEO_COLUMNS = ("videos", "video")
-TEXT_COLUMNS = ("messages", "conversations", "completion", *CAPTION_COLUMNS)
-OTHER_COLUMNS = ("prompt", "system", "about", "tools", "audios", "audio")
-_COLUMNS = frozenset((*PICTURE_COLUMNS, *VIDEO_COLUMNS, *TEXT_COLUMNS, *OTHER_COLUMNS))
-
 _FLICKR_HEADER = ["image_name", "comment_number", "comment"]
-_SHARD = re.compile(r"(?P<split>.*?)[-_.]?(?P<number>\d+)[-_]of[-_](?P<count>\d+)(?!\d).*")
-_BATCH = 1000  # rows read at once
-_MAX_JSON = 2**33  # bytes: a .json file is held in memory
+_BATCH, _BATCH_BYTES = 1000, 2**25  # limits of what is read at once
+_AT_ONCE = 100  # rows of a data set with encoded images
 _MAX_LINE = 2**26  # characters: an image of 50 MB as base64
 _MAX_RECORD = 1000  # lines of one record of CSV
 
@@ -65,65 +54,11 @@ class Row(NamedTuple):
     fault: str = ""
 
 
-def find_rows(path: str | Path | datasets.Dataset) -> tuple[Iterable[Row], Path]:
-    """The rows of a data set, and the folder to which their paths are relative. Raises DataError."""
-    if not isinstance(path, (str, Path)):
-        return _dataset_rows(path), Path()
-    path = expanded(path)
-    if os.path.isdir(path):
-        return _folder_rows(path), path
-    if fault := fault_of(path):
-        got = f"{printable(path)}, which does not exist" if fault.startswith(MISSING) else fault
-        raise DataError(got, "a file or folder of data", "check the path")
-    if path.suffix.lower() not in _READERS:
-        raise unknown_format(f"the file {printable(path)}")
-    return _READERS[path.suffix.lower()](path), path.parent
+class Wanted(NamedTuple):
+    """Which part of a data set is read: the columns, and the split of a file or folder with several, or ""."""
 
-
-def _folder_rows(folder: Path) -> Iterable[Row]:
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        got = f"{printable(folder)}, which cannot be read: {error.strerror}"
-        raise DataError(got, "a folder that you may read", "change its permissions, or check the path") from error
-    tables = [name for name in names if re.fullmatch(r"metadata\.(jsonl|csv|parquet)|results\.csv", name)]
-    if len(tables) > 1:
-        raise DataError(f"{folder} with {' and '.join(tables)}", "one of them", "give the path of one file")
-    if tables:
-        return _READERS[Path(tables[0]).suffix](folder / tables[0])
-    shards = [name for name in names if name.endswith(".parquet") and not name.startswith(".")]
-    if not shards:
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        holds = ", ".join(printable(name) for name in names[:8])
-        raise unknown_format(f"{printable(folder)}, which holds {holds + more or 'nothing'}")
-    _check_shards(folder, shards)
-    return (row for name in shards for row in _parquet_rows(folder / name))
-
-
-def _check_shards(folder: Path, names: Sequence[str]) -> None:
-    """Refuse shards of several splits, and an incomplete set of shards by the count in their names."""
-    numbers: dict[tuple[str, str], Counter[int]] = defaultdict(Counter)
-    for name in names:
-        if match := _SHARD.fullmatch(name):
-            numbers[match["split"], match["count"]][int(match["number"])] += 1
-    label = printable(folder)
-    splits = sorted({split for split, _ in numbers})
-    if len(splits) > 1:
-        raise DataError(f"{label} with shards of {splits}", "one split", "move each split to a folder of its own")
-    if len(numbers) > 1:
-        counts = sorted({count for _, count in numbers})
-        raise DataError(f"{label} with shards of {counts} in all", "one set of shards", "remove those of the other")
-    for (split, count), present in numbers.items():
-        counts_from_one = 0 not in present and int(count) in present
-        expected = range(counts_from_one, int(count) + counts_from_one)
-        if num_missing := len(expected) - sum(number in expected for number in present):
-            first = islice((f"{number:0{len(count)}}" for number in expected if number not in present), 8)
-            missing = ", ".join(first) + (" …" if num_missing > 8 else "")
-            got = f"{label} without {num_missing} of the {int(count)} shards of {split!r}: {missing} of {count}"
-            raise DataError(got, "all of its shards", "download the missing ones; to read some, give a file's path")
-        if unexpected := [number for number, times in present.items() if times > 1 or number not in expected]:
-            got = f"{label} with the shard {unexpected[0]} of {count} twice or beyond its count"
-            raise DataError(got, "each shard once", "remove what does not belong there")
+    columns: frozenset[str] = COLUMNS
+    split: str = ""
 
 
 def unknown_format(got: str) -> DataError:
@@ -131,7 +66,7 @@ def unknown_format(got: str) -> DataError:
     return DataError(got, f"one of these formats: {formats}", "rename the columns or files to fit one of them")
 
 
-def _unreadable(path: Path, why: object) -> DataError:
+def unreadable(path: Path, why: object) -> DataError:
     got = f"{printable(path)}, which cannot be read: {printable(why)}"
     return DataError(got, f"a valid {path.suffix} file", "repair or replace it")
 
@@ -171,15 +106,15 @@ def _lines(path: Path) -> Iterator[_Line]:
                 fault, part = "", text
                 while len(part) == _MAX_LINE and not part.endswith(("\n", "\r")):
                     if "\0" in part:
-                        raise _unreadable(path, f"line {number} has no end and holds NUL bytes; it is no text")
+                        raise unreadable(path, f"line {number} has no end and holds NUL bytes; it is no text")
                     fault, text = f"longer than {_MAX_LINE:,} characters", ""
                     part = file.readline(_MAX_LINE)
                 yield _Line(number, text, fault or _not_utf8(text))
     except (OSError, MemoryError) as error:
-        raise _unreadable(path, f"{type(error).__name__} at line {number + 1}") from error
+        raise unreadable(path, f"{type(error).__name__} at line {number + 1}") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def jsonl_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
     label = printable(path.name)
     for line in _lines(path):
         name = f"{label} line {line.number}"
@@ -187,39 +122,23 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             yield Row(name, {}, line.fault)
         elif line.text.strip():
             try:
-                yield _object_row(name, parse_json(line.text))
+                yield object_row(name, parse_json(line.text))
             except JsonError as error:
                 yield Row(name, {}, str(error))
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    content, label = read_plain(path, _MAX_JSON), printable(path.name)
-    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise _unreadable(path, "it is UTF-16, by its first two bytes; save it as UTF-8")
-    text = content.decode("utf-8-sig", "surrogateescape")  # a byte that is not UTF-8 spoils only its row
-    try:
-        if not re.match(r"\s*\[", text):
-            kind = type(parse_json(text)).__name__
-            raise unknown_format(f"{printable(path)}, a JSON {kind} where a list of rows should be")
-        for index, (values, fault) in enumerate(json_items(text)):
-            name = f"{label} row {index}"
-            yield Row(name, {}, fault) if fault else _object_row(name, values)
-    except JsonError as error:
-        raise _unreadable(path, error) from error
-
-
-def _object_row(name: str, values: Any) -> Row:
+def object_row(name: str, values: Any) -> Row:
     if isinstance(values, dict):
         return Row(name, values)
     return Row(name, {}, f"a JSON {type(values).__name__}, not an object")
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def csv_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
     """Rows of a comma-separated file, or of Flickr30k's results.csv."""
     records, label = _csv_records(_lines(path)), printable(path.name)
     _, columns, fault = next(records, (1, [], ""))
     if fault:
-        raise _unreadable(path, f"its header is {fault}")
+        raise unreadable(path, f"its header is {fault}")
     if len(columns) == 1 and [field.strip() for field in columns[0].split("|")] == _FLICKR_HEADER:
         yield from _flickr_rows(path)
         return
@@ -275,6 +194,82 @@ def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
         raise DataError(got, "each column once", "rename or remove one of them")
 
 
+def parquet_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    open_plain(path).close()
+    try:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            _refuse_twice(path, names)
+            used = [name for name in names if name in wanted.columns]
+            tables = file.iter_batches(_batch_rows(file), columns=used or None)
+            yield from _table_rows(printable(path.name), tables, wanted, names)
+    except DataError:
+        raise
+    except Exception as error:  # on damaged bytes pyarrow may raise anything: OSError, ArrowException, MemoryError …
+        raise unreadable(path, error) from error
+
+
+def _batch_rows(file: pyarrow.parquet.ParquetFile) -> int:
+    """Rows read at once: fewer of a file with encoded images."""
+    size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+    return min(_BATCH, max(1, _BATCH_BYTES * file.metadata.num_rows // max(1, size)))
+
+
+def arrow_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
+    """Rows of a file that `datasets` wrote, such as those of its cache."""
+    import datasets
+
+    open_plain(path).close()
+    try:
+        dataset = datasets.Dataset.from_file(str(path))
+    except Exception as error:  # pyarrow may raise anything on damaged bytes
+        raise unreadable(path, error) from error
+    return dataset_rows(dataset, wanted, printable(path.name))
+
+
+def dataset_rows(dataset: Any, wanted: Wanted, name: str = "dataset") -> Iterator[Row]:
+    """Rows of a `datasets.Dataset`, or of a stream."""
+    import datasets
+
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        do = "choose a split of a DatasetDict, or save another kind to parquet and give its path"
+        raise DataError(f"a {type(dataset).__name__}", "a path or a datasets.Dataset", do)
+    return _table_rows(name, dataset.with_format("arrow").iter(_AT_ONCE), wanted)  # this format decodes no image
+
+
+class _Unread(str):
+    """Why a cell of a table cannot be converted to Python."""
+
+
+def _table_rows(name: str, tables: Iterable[Any], wanted: Wanted, names: Sequence[str] | None = None) -> Iterator[Row]:
+    """Rows of Arrow tables. `names` are all columns of the file, if the tables have only some of them."""
+    index = 0
+    for table in tables:
+        columns = table.schema.names if names is None else names
+        cells = {column: _cells(table.column(column)) for column in columns if column in wanted.columns}
+        for row in range(table.num_rows):
+            values = dict.fromkeys(columns) | {column: values[row] for column, values in cells.items()}
+            fault = next((f"{key} {value}" for key, value in values.items() if isinstance(value, _Unread)), "")
+            yield Row(f"{name} row {index}", values, fault)
+            index += 1
+
+
+def _cells(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except Exception:  # text that is not UTF-8, a date beyond Python's …: convert cell by cell
+        return [_cell(scalar) for scalar in column]
+
+
+def _cell(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except Exception as error:
+        return _Unread(f"cannot be read ({type(error).__name__})")
+
+
 def _names_in(folder: Path) -> set[str]:
     """The names in a folder; none for a file or an unreadable folder, whose images are then dropped as missing."""
     try:
@@ -304,61 +299,3 @@ def _flickr_rows(path: Path) -> Iterator[Row]:
             yield Row(name, {"image": str((folder / fields[0]).absolute()), "caption": fields[2]})
         else:
             yield Row(name, {}, f"{len(fields)} fields separated by bars, not 3: {shown(line.text.strip())}")
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    open_plain(path).close()
-    try:
-        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            names = file.schema_arrow.names
-            _refuse_twice(path, names)
-            used = [name for name in names if name in _COLUMNS]
-            yield from _table_rows(printable(path.name), file.iter_batches(_BATCH, columns=used or None), names)
-    except DataError:
-        raise
-    except Exception as error:  # on damaged bytes pyarrow may raise anything: OSError, ArrowException, MemoryError …
-        raise _unreadable(path, error) from error
-
-
-def _dataset_rows(dataset: Any) -> Iterator[Row]:
-    import datasets
-
-    if not isinstance(dataset, datasets.Dataset):
-        do = "choose a split of a DatasetDict, or save another kind to parquet and give its path"
-        raise DataError(f"a {type(dataset).__name__}", "a path or a datasets.Dataset", do)
-    tables = dataset.with_format("arrow").iter(_BATCH)  # the arrow format decodes no image
-    return _table_rows("dataset", tables, dataset.column_names)
-
-
-class _Unread(str):
-    """Why a cell of a table cannot be converted to Python."""
-
-
-def _table_rows(name: str, tables: Iterable[Any], columns: Sequence[str]) -> Iterator[Row]:
-    index = 0
-    for table in tables:
-        cells = {column: _cells(table.column(column)) for column in columns if column in _COLUMNS}
-        for row in range(table.num_rows):
-            values = dict.fromkeys(columns) | {column: values[row] for column, values in cells.items()}
-            fault = next((f"{key} {value}" for key, value in values.items() if isinstance(value, _Unread)), "")
-            yield Row(f"{name} row {index}", values, fault)
-            index += 1
-
-
-def _cells(column: Any) -> list[Any]:
-    try:
-        return column.to_pylist()
-    except Exception:  # text that is not UTF-8, a date beyond Python's …: convert cell by cell
-        return [_cell(scalar) for scalar in column]
-
-
-def _cell(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except Exception as error:
-        return _Unread(f"cannot be read ({type(error).__name__})")
-
-
-_READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}

@@ -71,6 +71,7 @@ def check_model(
     limit: int = 64,
     attributes: Attributes = "own",
     trust_remote_code: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Whether alignment will pay, and the figures behind it.
 
@@ -82,6 +83,7 @@ def check_model(
         attributes: the map of an adjective, as in `AlignmentConfig`. Words with an entry in the column `about` take
             the map that it names.
         trust_remote_code: whether code that comes with the model may run.
+        columns: the data's own names of columns, as in `read_samples`.
 
     Returns:
         Among others `verdict` and `reasons`, see `lavender.evaluation.promise.Promise`, and `groups`: the figures of
@@ -96,7 +98,7 @@ def check_model(
     """
     require_limit(limit)
     store = MapStore.open(maps)
-    read = read_samples(data).samples
+    read = read_samples(data, columns=columns).samples
     samples = readable(Samples(spread(read, limit))).samples
     model, processor = load_run(model_path, trust_remote_code=trust_remote_code)
     dropped: Counter[str] = Counter()

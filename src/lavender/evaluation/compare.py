@@ -53,14 +53,14 @@ def spread(samples: Sequence[Sample], limit: int) -> tuple[Sample, ...]:
     Raises:
         DataError: no sample can be compared on.
     """
-    usable = [sample for sample in samples if not _reason_to_leave_out(sample)]
+    usable = [index for index, sample in enumerate(samples) if not _reason_to_leave_out(sample)]
     if not usable:
         raise DataError(
             f"{len(samples)} samples: {'; '.join(left_out(samples))}",
             "at least one sample with one picture, which its first question shows",
             "name other data",
         )
-    return tuple(usable[:: max(1, len(usable) // limit)][:limit])
+    return tuple(samples[index] for index in usable[:: max(1, len(usable) // limit)][:limit])
 
 
 def left_out(samples: Sequence[Sample]) -> list[str]:

@@ -40,6 +40,7 @@ def evaluate_runs(
     maps: Path | None = None,
     limit: int = 64,
     trust_remote_code: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score a run, its base model and other models on the same samples. Also writes the result to RUN/eval.json.
 
@@ -50,10 +51,12 @@ def evaluate_runs(
         maps: map store of `data`; None for the run's stores if `data` is None, else no maps.
         limit: the largest number of samples, spread evenly over the data.
         trust_remote_code: run the code that comes with a model.
+        columns: names of columns of `data`, as in `read_samples`; None for the run's if `data` is None, else for the
+            usual names.
 
     Returns:
         `arms` (model name → score name → value; see `Observed`), `samples` (their number), `notes` for the reader,
-        `differing_settings` (setting → model name → value), and the paths `data`, `maps` and `against`.
+        `differing_settings` (setting → model name → value), the paths `data`, `maps` and `against`, and `columns`.
 
     Raises:
         ConfigError: `limit` is below 1.
@@ -71,7 +74,8 @@ def evaluate_runs(
     on_training_data = data is None
     data = Path(config["data"]) if data is None else data
     stores = _open_stores(config["maps"] if maps is None and on_training_data else maps)
-    read = read_samples(data, prompt=prompt)
+    columns = config.get("columns") if columns is None and on_training_data else columns
+    read = read_samples(data, prompt, columns)
     samples = readable(Samples(spread(read.samples, limit)))
     arms, _ = _observe_arms(arm_paths, list(samples), _joined(stores), trust_remote_code)
     notes += ["these samples were trained on; pass --data for held-out ones"] if on_training_data else []
@@ -79,6 +83,7 @@ def evaluate_runs(
     notes += [f"left out {drop.what}: {drop.reason}" for drop in samples.dropped]
     result = {
         "data": str(data),
+        "columns": columns,
         "maps": [str(store.path) for store in stores] or None,
         "samples": len(samples),
         "against": [str(path) for path in against],
@@ -118,7 +123,8 @@ def report_run(
     data, maps = (scored["data"], scored["maps"]) if scored else (config["data"], config["maps"])
     stores = _open_stores(maps)
     store = _joined(stores)
-    read = read_samples(data, prompt=_prompt_of(config, run)).samples
+    columns = (scored or config).get("columns")
+    read = read_samples(data, _prompt_of(config, run), columns).samples
     samples = _with_maps(spread(read, len(read)), store)
     arm_paths = _arms(config, run, [Path(path) for path in scored["against"]] if scored else [])
     arms, readings = _observe_arms(arm_paths, samples, store, trust_remote_code)

@@ -266,7 +266,7 @@ def num_different(samples: Iterable[Sample], texts: Texts) -> int:
     for sample in samples:
         for index, text in sample.pairs_of(texts):
             source = sample.sources[index]
-            key = source if isinstance(source, (Path, bytes)) else id(source)
+            key = hash(source) if isinstance(source, (Path, bytes)) else id(source)  # not the file itself: all are kept
             different.add((sources.setdefault(key, len(sources)), text))
     return len(different)
 

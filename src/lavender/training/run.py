@@ -141,7 +141,7 @@ def plan_of(run: RunConfig, restart: bool = False) -> Plan:
     out = check_out(run.out)
     holds_run = check_place(out, restart)
     paths = {name: path for name in SETS if (path := getattr(run, name)) is not None}
-    sets = {name: readable(read_samples(path, prompt=run.prompt)) for name, path in paths.items()}
+    sets = {name: readable(read_samples(path, run.prompt, run.columns)) for name, path in paths.items()}
     notes = [f"dropped {drop.what}: {drop.reason}" for samples in sets.values() for drop in samples.dropped]
     with loading("model", run.model, IN_RUN_FILE):
         config = load_config(run.model, trust_remote_code=run.trust_remote_code)

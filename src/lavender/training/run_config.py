@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from lavender.data.columns import checked_columns
 from lavender.errors import ConfigError
 from lavender.files import expanded, shown
 from lavender.training.settings import checked_training, training_keys
@@ -68,6 +69,8 @@ class RunConfig:
             repeated; of both, every sample is in an epoch.
         out: the run folder.
         prompt: question for captions that come without one.
+        columns: names of columns of `data`, `eval_data` and `replay_data`, as in `read_samples`; None for the usual
+            names.
         lora: settings of LoRA; None for full tuning.
         peft: settings of any PEFT config, with its `peft_type`; `lora` is the short form for LoRA.
         freeze: parts that do not train: vision_tower, connector, language_model.
@@ -90,6 +93,7 @@ class RunConfig:
     eval_data: str | None = None
     eval_maps: str | None = None
     prompt: str = "Describe the image."
+    columns: Mapping[str, str] | None = None
     lora: LoraSettings | None = None
     peft: Mapping[str, Any] | None = None
     freeze: Sequence[Part] = ()
@@ -115,6 +119,7 @@ class RunConfig:
             raise ConfigError(f"replay_share={self.replay_share}", "a number between 0 and 1", "change replay_share")
         if self.replay_data is None and self.replay_share != RunConfig.replay_share:
             raise ConfigError(f"replay_share={self.replay_share} without replay_data", "data to replay", "add it")
+        checked_columns(self.columns)
         _check_methods(self.peft, self.quantization)
         object.__setattr__(self, "training", checked_training(self.training))
 

@@ -112,7 +112,7 @@ def test_a_row_that_is_not_json_of_one_meaning_is_dropped_alone(folder, line, re
         ({"audios": ["a.wav"]}, "a sound"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "image": "b.png"}]}, ANSWER]},
-            "a turn that names its picture itself, as 'image'",
+            "turns that name other pictures than the row's column",
         ),
     ],
 )

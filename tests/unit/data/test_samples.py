@@ -355,7 +355,7 @@ def failure(path, *rows) -> str:
 def test_what_fits_no_layout_lists_the_layouts_and_what_was_found(folder):
     message = failure(folder)
     assert f"Got {folder}, which holds a.png, b.png, sub. Expected one of these formats: (1) a folder with" in message
-    for layout in ("metadata.jsonl", "Flickr30k", "LLaVA", "parquet shards", "datasets.Dataset"):
+    for layout in ("metadata.jsonl", "Flickr30k", "LLaVA", ".parquet or .arrow shards", "datasets.Dataset"):
         assert layout in message
     assert f"the file {folder / 'a.png'}" in failure(folder / "a.png")
     (folder / "empty").mkdir()
@@ -429,13 +429,13 @@ def test_round_trip_of_several_and_none(folder):
 
 
 def test_a_dataset_is_made_in_pieces_that_arrow_holds(folder, monkeypatch):
-    from lavender.data import samples
+    from lavender.data import sample_table
 
-    monkeypatch.setattr(samples, "_PIECE_ROWS", 3)
-    monkeypatch.setattr(samples, "_PIECE_BYTES", 3 * len(png(5)))
+    monkeypatch.setattr(sample_table, "_PIECE_ROWS", 3)
+    monkeypatch.setattr(sample_table, "_PIECE_BYTES", 3 * len(png(5)))
     two, text = Sample("two", (png(5), png(6)), TWO), Sample("text", (), TEXT)
     given = [two, two, text, text, text, text]
-    assert [len(piece["images"]) for piece in samples._pieces(given)] == [1, 3, 2]
+    assert [len(piece) for piece in sample_table._pieces(given)] == [1, 3, 2]
     assert [len(row["images"]) for row in to_dataset(given)] == [2, 2, 0, 0, 0, 0]
 
 

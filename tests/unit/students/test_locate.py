@@ -219,3 +219,27 @@ def test_text_of_messages():
 def test_an_answered_picture_asks_about_one_picture():
     messages = AnsweredPicture(Image.new("RGB", (16, 16)), "what?", "a dog", ()).messages()
     assert messages == conversation("what?", "a dog")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_sample_is_searched_once(processor, adapter, side, monkeypatch):
+    """The same tokens with other padding have the same words; other words, texts or tokens are searched anew."""
+    locator = WordLocator(processor, adapter)
+    searched = []
+    search = locator._locate
+    monkeypatch.setattr(locator, "_locate", lambda *given: searched.append(given) or search(*given))
+    messages, words = conversation(PROMPT, ANSWER), words_of(ANSWER)
+    ids, mask = encode(processor, [messages, conversation(PROMPT, ANSWER * 3)], side)
+    short = mask[0].bool()
+    alone = locate(locator, messages, [(1, ANSWER, words)], ids[0][short], mask[0][short])
+    padded = locate(locator, messages, [(1, ANSWER, words)], ids[0], mask[0])
+    assert len(searched) == 1
+    shift = int((~short).sum()) if side == "left" else 0
+    assert padded == ([(word, tuple(row + shift for row in rows)) for word, rows in alone[0]], alone[1])
+    assert locate(locator, messages, [(1, ANSWER, words[1:])], ids[0], mask[0])[0] == padded[0][1:]
+    cut = mask[0] & (torch.arange(len(ids[0])) < int(short.nonzero()[-1]) - 3)
+    for _ in range(2):  # what is dropped is counted again
+        found, dropped = locate(locator, messages, [(1, ANSWER, words)], ids[0], cut)
+        assert sum(dropped.values()) + len(found) == len(words)
+        assert dropped
+    assert len(searched) == 3

@@ -1,0 +1,200 @@
+"""Speed and memory of reading a data set, and the share of a training step that is spent waiting for samples.
+
+    python benchmarks/reading.py --json reading.json
+    python benchmarks/reading.py --quick --json reading.json    # smoke test: 1,000 and 2,000 rows, 4 steps, one worker
+
+Reading: conversations of about 400 characters in a .jsonl file, all with one picture file, are read by `read_samples`,
+gone through once as samples, and once as the data set of `to_dataset`, pictures not decoded. `samples_per_s` is of the
+larger file. `rss_mb_10k` and `rss_mb_100k` are the most resident memory of a process that does this with 10,000 and
+100,000 rows, in MB. The mapped pages of the temporary file are in it, which the system may drop at any time;
+`anon_mb_10k` and `anon_mb_100k` are the memory at the end without mapped files (Linux only). `rss_mb_imported` is of a
+process that only imports.
+
+Training: the built-in student is fully tuned on drawn scenes with maps, batches of 8. `step_share` is the share of the
+time of the steps in which the trainer waits for its batches, which `--workers` processes make (8; `cores` says how many
+can run at once). `collate_ms` is the time that one process needs for a batch, `step_ms` that of a whole step. The first
+steps, in which the workers start, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BATCH = 8
+LEFT_OUT = 4  # steps at the beginning
+TEXT = "A cat sits on a red sofa beside a lamp, and looks at a cup of coffee on the table in front of it. "
+
+
+def peak_mb() -> float:
+    """The most resident memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def anonymous_mb() -> float:
+    """The resident memory of this process without mapped files; NaN where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon:")), math.nan)
+
+
+def write_rows(path: Path, number: int) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (64, 48)).save(path.with_name("picture.png"))
+    with path.open("w") as file:
+        for index in range(number):
+            turns = [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": f"What is on picture {index}?"}],
+                },
+                {"role": "assistant", "content": f"{index}: {3 * TEXT}"},
+            ]
+            file.write(json.dumps({"image": "picture.png", "messages": turns}) + "\n")
+
+
+def measure_reading(folder: Path, number: int, results: Any) -> None:
+    """Read so many rows in this process. With 0 rows it only imports.
+
+    To `results` go the seconds, and the peak and the anonymous memory in MB.
+    """
+    import datasets  # noqa: F401
+
+    from lavender.data.samples import read_samples, to_dataset
+
+    began = time.perf_counter()
+    if number:
+        samples = read_samples(folder / f"{number}.jsonl")
+        letters = sum(len(sample.answers[0]) for sample in samples)
+        dataset = to_dataset(samples).with_format("arrow")
+        assert sum(table.num_rows for table in dataset.iter(100)) == number
+        assert letters > number
+    results.put((time.perf_counter() - began, peak_mb(), anonymous_mb()))
+
+
+def reading(folder: Path, sizes: tuple[int, int]) -> dict[str, float]:
+    context = multiprocessing.get_context("spawn")  # so that each has only its own memory
+    results = context.Queue()
+    peaks, own, seconds = {}, {}, 0.0
+    for number in (0, *sizes):
+        if number:
+            write_rows(folder / f"{number}.jsonl", number)
+        process = context.Process(target=measure_reading, args=(folder, number, results))
+        process.start()
+        seconds, peaks[number], own[number] = results.get()
+        process.join()
+    named = {
+        f"{name}_mb_{number // 1000}k": of[number] for name, of in (("rss", peaks), ("anon", own)) for number in sizes
+    }
+    return {"samples_per_s": sizes[-1] / seconds, "rss_mb_imported": peaks[0], **named}
+
+
+def write_world(folder: Path, number: int) -> None:
+    """Scenes with captions, and a store with a random map of each noun and adjective."""
+    import torch
+
+    from lavender.data.images import image_id
+    from lavender.data.samples import read_samples
+    from lavender.data.store import MapStore
+    from lavender.maps import WordMaps
+    from lavender.words import content_words
+    from lavender.world.language import write_scenes
+    from lavender.world.scenes import scenes
+
+    write_scenes(folder / "data", list(scenes("development", number)))
+    with MapStore.writer(folder / "maps", {"teacher": "random"}, {}, (16, 16)) as writer:
+        for sample in read_samples(folder / "data"):
+            [text], [image] = sample.answers, sample.load()
+            words = content_words(text, ("noun", "adjective"))
+            key = image_id(image), text
+            if key not in writer:
+                writer.add(WordMaps(*key, words, torch.rand(len(words), 16, 16)))
+
+
+def training(folder: Path, steps: int, workers: int) -> dict[str, float]:
+    import torch
+
+    from lavender import LavenderConfig, LavenderTrainer, read_samples, to_dataset
+    from lavender.students.loading import load_run
+    from lavender.world import STUDENT_PATH
+
+    write_world(folder, 2 * BATCH * LEFT_OUT)
+
+    class Timed(LavenderTrainer):
+        """Notes when it asks for batches, and when it has them."""
+
+        asked: list[float]
+        had: list[float]
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            self.asked.append(time.perf_counter())
+            samples = super().get_batch_samples(*args, **kwargs)
+            self.had.append(time.perf_counter())
+            return samples
+
+    args = LavenderConfig(
+        output_dir=str(folder / "run"),
+        maps=str(folder / "maps"),
+        max_length=None,
+        max_steps=LEFT_OUT + steps,
+        per_device_train_batch_size=BATCH,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        probe_size=0,
+    )
+    model, processor = load_run(STUDENT_PATH)
+    dataset = to_dataset(read_samples(folder / "data"))
+    trainer = Timed(model, args, processing_class=processor, train_dataset=dataset)
+    trainer.asked, trainer.had = [], []
+    trainer.train()
+    end = time.perf_counter()
+    asked, had = trainer.asked[LEFT_OUT:], trainer.had[LEFT_OUT:]
+    waited = sum(got - wanted for wanted, got in zip(asked, had, strict=True))
+    examples = [dataset[index] for index in range(BATCH)]
+    began = time.perf_counter()
+    for _ in range(8):
+        trainer.data_collator(examples)
+    return {
+        "step_share": waited / (end - asked[0]),
+        "step_ms": 1000 * (end - asked[0]) / len(asked),
+        "collate_ms": 1000 * (time.perf_counter() - began) / 8,
+        "workers": workers,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smoke test: 1,000 and 2,000 rows, 4 steps, one worker")
+    parser.add_argument("--steps", type=int, help="steps that are timed (60)")
+    parser.add_argument("--workers", type=int, help="processes that make batches (8)")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    options = parser.parse_args()
+    workers = options.workers if options.workers is not None else (1 if options.quick else 8)
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = reading(Path(folder), (1000, 2000) if options.quick else (10_000, 100_000))
+        numbers |= training(Path(folder), options.steps or (4 if options.quick else 60), workers)
+    numbers = {name: round(value, 4) for name, value in numbers.items() if not math.isnan(value)}
+    print(json.dumps(numbers, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Find the rows of a data set: of a file, a folder, one of its splits, or a data set of the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lavender.data.columns import COLUMNS
+from lavender.data.published import (
+    has_texts,
+    img2dataset_rows,
+    is_img2dataset,
+    json_rows,
+    no_split,
+    several_splits,
+    text_rows,
+    webdataset_rows,
+)
+from lavender.data.tables import (
+    Row,
+    Wanted,
+    arrow_rows,
+    csv_rows,
+    dataset_rows,
+    jsonl_rows,
+    parquet_rows,
+    unknown_format,
+    unreadable,
+)
+from lavender.errors import DataError
+from lavender.files import MISSING, expanded, fault_of, printable
+
+if TYPE_CHECKING:
+    import datasets
+
+_READERS = {
+    ".jsonl": jsonl_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
+    ".tar": webdataset_rows,
+}
+_SHARD = re.compile(r"(?P<split>.*?)[-_.]?(?P<number>\d+)[-_]of[-_](?P<count>\d+)(?!\d).*")
+_HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?::(?P<config>[\w.-]+)(?=:))?(?::(?P<split>[\w.+%:\[\]-]+))?")
+
+
+def find_rows(
+    path: str | Path | datasets.Dataset | datasets.IterableDataset, columns: Mapping[str, str]
+) -> tuple[Iterable[Row], Path]:
+    """The rows of a data set, and the folder to which their paths are relative.
+
+    Args:
+        path: see `lavender.data.read_samples`.
+        columns: the columns that are read, see `lavender.data.columns`; {} for the usual ones.
+
+    Raises:
+        DataError: there is no such data set, or its files have another layout.
+    """
+    wanted = Wanted(frozenset(columns.values()) or COLUMNS)
+    if not isinstance(path, (str, Path)):
+        return dataset_rows(path, wanted), Path()
+    path = expanded(path)
+    if not os.path.lexists(path):
+        before, sign, split = str(path).rpartition(":")
+        if sign and split and os.path.lexists(before):
+            path, wanted = Path(before), wanted._replace(split=split)
+    if os.path.isdir(path):
+        return _folder_rows(path, wanted)
+    reader = _READERS.get(path.suffix.lower())
+    hub = _HUB.fullmatch(str(path))
+    if hub and not reader and not os.path.lexists(path):
+        return _hub_rows(hub, wanted), Path()
+    if fault := fault_of(path):
+        got = f"{printable(path)}, which does not exist" if fault.startswith(MISSING) else fault
+        raise DataError(got, "a file or folder of data", "check the path")
+    if reader is None:
+        raise unknown_format(f"the file {printable(path)}")
+    if wanted.split and reader is not json_rows:
+        raise no_split(path, wanted.split)
+    return reader(path, wanted), path.parent
+
+
+def _hub_rows(hub: re.Match[str], wanted: Wanted) -> Iterator[Row]:
+    """Rows of a data set of the hub, ORG/NAME[:CONFIG][:SPLIT], which `datasets` downloads into its cache."""
+    import datasets
+
+    name, config, split = hub["name"], hub["config"], hub["split"]
+    try:
+        loaded: Any = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # of the network, the hub, or any reader
+        why = printable(" ".join(str(error).split()))
+        got = f"{name}, which is no path here, and which `datasets` cannot load: {why}"
+        raise DataError(got, "a path, or the id of a hub data set", "check the name and the network") from error
+    return dataset_rows(_one_split(loaded, Path(hub[0])), wanted, name)
+
+
+def _one_split(loaded: Any, path: Path, split: str = "") -> Any:
+    """The data set of a split. Without the split's name, the only one."""
+    import datasets
+
+    if not isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        if split:
+            raise no_split(path, split)
+        return loaded
+    splits = [str(name) for name in loaded]
+    if split and split not in splits:
+        raise no_split(path, split, splits)
+    if not split and len(splits) != 1:
+        raise several_splits(path, splits)
+    return loaded[split or splits[0]]
+
+
+def _folder_rows(folder: Path, wanted: Wanted) -> tuple[Iterable[Row], Path]:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        got = f"{printable(folder)}, which cannot be read: {error.strerror}"
+        raise DataError(got, "a folder that you may read", "change its permissions, or check the path") from error
+    tables = [name for name in names if re.fullmatch(r"metadata\.(jsonl|csv|parquet)|results\.csv", name)]
+    if len(tables) > 1:
+        raise DataError(f"{folder} with {' and '.join(tables)}", "one of them", "give the path of one file")
+    split = wanted.split
+    if {"dataset_dict.json", "state.json"} & set(names):
+        return _saved_rows(folder, wanted), folder
+    if split and split in names and os.path.isdir(folder / split):
+        return _folder_rows(folder / split, wanted._replace(split=""))
+    shards = [name for name in names if re.fullmatch(r"[^.].*\.(parquet|arrow|tar)", name)]
+    if split:
+        shards = [name for name in shards if re.match(rf"{re.escape(split)}(?![^-_.])", name)]
+        if not shards or tables:
+            raise no_split(folder, split)
+    if tables:
+        return _READERS[Path(tables[0]).suffix](folder / tables[0], wanted), folder
+    if is_img2dataset(folder, names):
+        return img2dataset_rows(folder, names, wanted), folder
+    if shards:
+        _check_shards(folder, shards)
+        return (row for name in shards for row in _READERS[Path(name).suffix](folder / name, wanted)), folder
+    if has_texts(folder):
+        return text_rows(folder), folder
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    holds = ", ".join(printable(name) for name in names[:8])
+    raise unknown_format(f"{printable(folder)}, which holds {holds + more or 'nothing'}")
+
+
+def _saved_rows(folder: Path, wanted: Wanted) -> Iterator[Row]:
+    """Rows of what `save_to_disk` wrote."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # damaged files raise errors of any type
+        raise unreadable(folder, error) from error
+    return dataset_rows(_one_split(loaded, folder, wanted.split), wanted)
+
+
+def _check_shards(folder: Path, names: Sequence[str]) -> None:
+    """Refuse shards of several splits, and an incomplete set of shards by the count in their names."""
+    numbers: dict[tuple[str, str], Counter[int]] = defaultdict(Counter)
+    for name in names:
+        if match := _SHARD.fullmatch(name):
+            numbers[match["split"], match["count"]][int(match["number"])] += 1
+    label = printable(folder)
+    splits = sorted({split for split, _ in numbers})
+    if len(splits) > 1:
+        raise DataError(
+            f"{label} with shards of {splits}", "one split", f"name one, as {label}:{splits[0] or splits[1]}"
+        )
+    if len(numbers) > 1:
+        counts = sorted({count for _, count in numbers})
+        raise DataError(f"{label} with shards of {counts} in all", "one set of shards", "remove those of the other")
+    for (split, count), present in numbers.items():
+        counts_from_one = 0 not in present and int(count) in present
+        expected = range(counts_from_one, int(count) + counts_from_one)
+        if num_missing := len(expected) - sum(number in expected for number in present):
+            first = islice((f"{number:0{len(count)}}" for number in expected if number not in present), 8)
+            missing = ", ".join(first) + (" …" if num_missing > 8 else "")
+            got = f"{label} without {num_missing} of the {int(count)} shards of {split!r}: {missing} of {count}"
+            raise DataError(got, "all of its shards", "download the missing ones; to read some, give a file's path")
+        if unexpected := [number for number, times in present.items() if times > 1 or number not in expected]:
+            got = f"{label} with the shard {unexpected[0]} of {count} twice or beyond its count"
+            raise DataError(got, "each shard once", "remove what does not belong there")

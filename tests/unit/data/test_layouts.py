@@ -1,0 +1,419 @@
+"""Layouts in which people have their data: pictures in messages, other columns, published forms, splits, the hub."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import tarfile
+from argparse import Namespace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lavender.cli.options import columns_of
+from lavender.data.samples import Samples, read_samples, readable, to_dataset
+from lavender.errors import ConfigError, DataError
+from lavender.training.run_config import read_run
+
+
+def shade(image: Image.Image) -> int:
+    """The first value of a picture, by which the tests tell pictures apart."""
+    return image.tobytes()[0]
+
+
+def png(shade: int = 0) -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", (13, 11), (shade, 2, 3)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for index, name in enumerate(("a.png", "b.png")):
+        (tmp_path / name).write_bytes(png(index))
+    return tmp_path
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def answers(samples: Samples) -> list[str]:
+    return [answer for one in samples for answer in one.answers]
+
+
+def drops(samples: Samples) -> dict[str, str]:
+    return {drop.what: drop.reason for drop in samples.dropped}
+
+
+def failure(path: Any, **more: Any) -> str:
+    with pytest.raises((DataError, ConfigError)) as caught:
+        read_samples(path, **more)
+    return str(caught.value)
+
+
+# pictures named inside messages
+
+
+def asked(*parts: dict) -> list[dict]:
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}, answer]
+
+
+def forms(folder: Path) -> dict[str, dict]:
+    """Parts that name a.png, in the forms of Qwen, transformers and OpenAI."""
+    code = base64.b64encode(png()).decode()
+    address = f"data:image/png;base64,{code}"
+    return {
+        "image": {"type": "image", "image": "a.png"},
+        "path": {"type": "image", "path": "a.png"},
+        "url": {"type": "image", "url": str(folder / "a.png")},
+        "file URL": {"type": "image", "image": f"file://{folder}/a.png"},
+        "data URL": {"type": "image", "image": address},
+        "Qwen's base64": {"type": "image", "image": f"data:image;base64,{code}", "max_pixels": 100, "index": None},
+        "base64": {"type": "image", "base64": code},
+        "struct": {"type": "image", "image": {"path": "a.png", "bytes": None}},
+        "OpenAI": {"type": "image_url", "image_url": {"url": address, "detail": "low"}},
+        "OpenAI, short": {"type": "image_url", "image_url": "a.png", "image": None},
+    }
+
+
+def test_pictures_named_in_messages(folder):
+    parts = forms(folder)
+    samples = read_samples(jsonl(folder / "x.jsonl", *({"messages": asked(part)} for part in parts.values())))
+    assert samples.dropped == ()
+    for form, sample in zip(parts, samples, strict=True):
+        (image,) = sample.load()
+        assert image.getpixel((0, 0)) == (0, 2, 3), form
+        assert sample.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    rows = [{"messages": asked(parts["path"])}, {"messages": asked(parts["OpenAI"])}]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "x.parquet")  # where each part has all keys
+    assert len(read_samples(folder / "x.parquet")) == 2
+
+
+def test_several_named_pictures_keep_their_order(folder):
+    first, second = {"type": "image", "image": "b.png"}, {"type": "image_url", "image_url": {"url": "a.png"}}
+    turns = [*asked(first), *asked(second)]
+    for row in ({"messages": turns}, {"messages": turns, "images": ["b.png", "a.png"]}):
+        (sample,) = read_samples(jsonl(folder / "x.jsonl", row))
+        assert sample.sources == (folder / "b.png", folder / "a.png")
+        assert len(sample.pairs) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"messages": asked({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}})},
+            "the address https://x.org/a.png; download it and give its path",
+        ),
+        ({"messages": asked({"type": "image", "url": "http://x.org/a.png"})}, "the address http://x.org/a.png"),
+        ({"messages": asked({"type": "image", "image": "file:///no.png"})}, "no such file: /no.png"),
+        ({"messages": asked({"type": "image_url"})}, "a part image_url without an address"),
+        ({"messages": asked({"type": "image", "image": "a.png", "path": "b.png"})}, "a part that names 2 pictures"),
+        (
+            {"messages": asked({"type": "image", "image": "a.png"}, {"type": "image"})},
+            "turns that name 1 of their 2 pictures; name all, or none",
+        ),
+        (
+            {"image": "b.png", "messages": asked({"type": "image", "image": "a.png"})},
+            "turns that name other pictures than the row's column",
+        ),
+        ({"image": "a.png", "system": "\ud800", "messages": asked()}, "system with half of a surrogate pair"),
+        ({"instruction": "What?", "output": 5}, "an instruction, input or output is a int, not a text"),
+        ({"instruction": "What?", "output": "A.", "history": [["Hi?"]]}, "history holds ['Hi?'], not a pair"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(folder, row, reason):
+    samples = read_samples(jsonl(folder / "x.jsonl", {"image": "a.png", "text": "A dog."}, row))
+    assert answers(samples) == ["A dog."]
+    assert reason in drops(samples)["x.jsonl line 2"]
+
+
+# columns
+
+
+def test_alpacas_columns_are_a_conversation(folder):
+    row = {"instruction": "What is it?", "input": "Be brief.", "output": "A cat.", "system": "You see.", "text": "no"}
+    (sample, short) = read_samples(
+        jsonl(
+            folder / "x.jsonl",
+            row | {"image": "a.png", "history": [["Hi?", "Ho."]]},
+            {"image": "a.png", "instruction": "<image>What?", "input": "", "output": "A dog."},
+        )
+    )
+    turns = [(one["role"], [part.get("text", part["type"]) for part in one["content"]]) for one in sample.messages]
+    assert turns == [
+        ("system", ["You see."]),
+        ("user", ["image", "Hi?"]),
+        ("assistant", ["Ho."]),
+        ("user", ["What is it?\nBe brief."]),
+        ("assistant", ["A cat."]),
+    ]
+    assert short.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
+
+
+VQA = {"pic": "a.png", "q": "What is it?", "a": "A cat.", "text": "not read", "messages": "nor this"}
+
+
+def test_columns_with_names_of_their_own(folder):
+    path = jsonl(folder / "x.jsonl", VQA, {"pic": "b.png", "a": "A dog."}, {"pic": "b.png", "q": "What?", "a": None})
+    samples = read_samples(path, columns={"image": "pic", "question": "q", "answer": "a"})
+    assert answers(samples) == ["A cat."]
+    assert samples.samples[0].messages[0]["content"][1]["text"] == "What is it?"
+    assert list(drops(samples)) == ["x.jsonl line 2", "x.jsonl line 3"]
+    as_captions = read_samples(path, "Say it.", {"image": "pic", "answer": "a"})
+    assert answers(as_captions) == ["A cat.", "A dog."]
+    assert as_captions.samples[0].messages[0]["content"][1]["text"] == "Say it."
+    pq.write_table(pa.Table.from_pylist([VQA | {"pic": png()}]), folder / "x.parquet")
+    for kind in (folder / "x.parquet", datasets.Dataset.from_list([VQA | {"pic": str(folder / "a.png")}])):
+        assert answers(read_samples(kind, columns={"image": "pic", "question": "q", "answer": "a"})) == ["A cat."]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"picture": "pic", "answer": "a"}, "columns with 'picture'. Expected one of image, question, answer"),
+        ({"image": "pic"}, "Expected exactly one of answer, caption, messages"),
+        ({"image": "pic", "answer": "a", "caption": "a"}, "Expected exactly one of"),
+        ({"image": "pic", "question": "q", "caption": "a"}, "question, without answer"),
+        ({"image": "", "caption": "a"}, "columns with image=''"),
+        ({"image": "photo", "caption": "a"}, "image='photo', which is in no row of"),
+    ],
+)
+def test_wrong_columns_are_refused(folder, columns, said):
+    assert said in failure(jsonl(folder / "x.jsonl", VQA), columns=columns)
+
+
+def test_columns_of_a_run_file_and_of_the_command_line(tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text("model: m\ndata: d\nmaps: s\nout: o\ncolumns: {image: pic, answer: a}\n")
+    assert read_run(run).columns == {"image": "pic", "answer": "a"}
+    with pytest.raises(ConfigError, match="columns with 'picture'"):
+        read_run(run, ["columns={picture: pic, answer: a}"])
+    assert columns_of(Namespace(columns="image=pic,answer=a=b")) == {"image": "pic", "answer": "a=b"}
+    assert columns_of(Namespace(columns=None)) is None
+    for wrong in ("image", "image=a,image=b", ""):
+        with pytest.raises(ConfigError, match="Expected each role once, as ROLE=NAME"):
+            columns_of(Namespace(columns=wrong))
+
+
+# published layouts
+
+
+def test_texts_beside_pictures(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "c.jpg").write_bytes(png(7))
+    (folder / "sub" / "c.txt").write_text("\ufeff[a cat]\n", encoding="utf-8")
+    (folder / "a.txt").write_bytes("café".encode("latin-1"))
+    (folder / "readme.txt").write_text("of no picture")
+    samples = read_samples(folder)
+    assert answers(samples) == ["[a cat]"]
+    assert samples.samples[0].name == "sub/c.jpg"
+    assert drops(samples) == {
+        "a.png": "its text a.txt: not UTF-8; save it as UTF-8",
+        "b.png": "no text b.txt beside it",
+    }
+
+
+def karpathy(folder: Path, name: str, **more: Any) -> Path:
+    """A file in the form of dataset_coco.json, whose second picture is missing and whose fourth row is broken."""
+    rows: list[Any] = [
+        {"filename": f"{index}.png", "split": split, "sentences": [{"raw": f"A {index}."}, {"raw": f"B {index}."}]}
+        for index, split in enumerate(("train", "train", "restval", "train", "test"))
+    ]
+    rows[3].pop("filename")
+    for index in (0, 2, 4):
+        place = folder / "images" / more.get("filepath", "")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{index}.png").write_bytes(png(index))
+    (folder / name).write_text(json.dumps({"images": [row | more for row in rows], "dataset": "x"}))
+    return folder / name
+
+
+@pytest.mark.parametrize("more", [{}, {"filepath": "val2014"}])
+def test_karpathys_json(folder, more):
+    path = karpathy(folder, "dataset_coco.json", **more)
+    samples = read_samples(f"{path}:train+restval")
+    assert answers(samples) == ["A 0.", "B 0.", "A 2.", "B 2."]
+    assert [shade(one.load()[0]) for one in samples] == [0, 0, 2, 2]
+    assert samples.outside == ()
+    assert list(drops(samples)) == ["dataset_coco.json image 1", "dataset_coco.json image 3"]
+    assert "no such file: " in drops(samples)["dataset_coco.json image 1"]
+    assert "KeyError 'filename'" in drops(samples)["dataset_coco.json image 3"]
+    assert answers(read_samples(f"{path}:test")) == ["A 4.", "B 4."]
+    assert "the split 'val' of " in failure(f"{path}:val")
+    assert "with the splits restval, test, train. Expected one split" in failure(path)
+
+
+def tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for key, files in samples.items():
+            for ending, content in files.items():
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+def shown(number: int) -> dict[str, bytes]:
+    described = {"caption": f"cat {number}", "exif": None if number < 6 else "{}"}
+    return {"jpg": png(number), "txt": f"cat {number}".encode(), "json": json.dumps(described).encode()}
+
+
+def test_webdataset(tmp_path):
+    folder = tmp_path / "odd [name]"
+    folder.mkdir()
+    tar(folder / "a-00000-of-00002.tar", {f"{number:05}": shown(number) for number in range(8)})
+    tar(folder / "a-00001-of-00002.tar", {"x": shown(8), "y": shown(9) | {"txt": b""}, "z": {**shown(7), "jpg": b""}})
+    samples = read_samples(folder)
+    assert answers(samples) == [f"cat {number}" for number in (*range(9), 7)]
+    assert samples.samples[3].name == "a-00000-of-00002.tar 00003"
+    assert samples.samples[3].load()[0].getpixel((0, 0)) == (3, 2, 3)
+    assert drops(samples) == {"a-00001-of-00002.tar y": "empty caption: ['']"}
+    assert list(drops(readable(samples)))[1:] == ["a-00001-of-00002.tar z"]
+    assert len(read_samples(folder / "a-00000-of-00002.tar")) == 8
+    (folder / "a-00001-of-00002.tar").write_bytes(b"no tar" * 200)
+    assert "a-00001-of-00002.tar, which cannot be read: " in failure(folder)
+    (folder / "a-00001-of-00002.tar").unlink()
+    assert "without 1 of the 2 shards of 'a'" in failure(folder)
+
+
+@pytest.mark.parametrize("kind", ["files", "webdataset", "parquet"])
+def test_what_img2dataset_wrote(tmp_path, kind):
+    """LAION's pictures as downloaded: those that failed are named with the reason."""
+    statuses = ["success", "failed_to_download", "success", "success"]
+    rows: list[dict[str, Any]] = [
+        {
+            "url": f"https://x.org/{number}",
+            "caption": f"cat {number}" if number != 3 else None,
+            "key": f"0000{number}",
+            "status": status,
+            "error_message": None if status == "success" else "HTTP Error 404: Not Found",
+        }
+        for number, status in enumerate(statuses)
+    ]
+    there = [row for row in rows if row["status"] == "success"]
+    if kind == "parquet":
+        rows = [row | {"jpg": png(int(row["key"])) if row in there else None} for row in rows]
+    elif kind == "files":
+        (tmp_path / "00000").mkdir()
+        for row in there:
+            (tmp_path / "00000" / f"{row['key']}.jpg").write_bytes(png(int(row["key"])))
+    else:
+        kept = [row for row in there if row["caption"]]
+        tar(tmp_path / "00000.tar", {row["key"]: shown(int(row["key"])) for row in kept})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "00000.parquet")
+    samples = read_samples(tmp_path)
+    assert answers(samples) == ["cat 0", "cat 2"]
+    assert [shade(one.load()[0]) for one in samples] == [0, 2]
+    assert drops(samples)["00000.parquet row 1"] == "not downloaded: HTTP Error 404: Not Found"
+    assert len(drops(samples)) == 2  # and the one without a caption
+
+
+def test_laion_as_published_asks_for_its_pictures(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"URL": "https://x.org/1", "TEXT": "a cat"}]), tmp_path / "part.parquet")
+    assert "whose column URL has addresses of pictures" in failure(tmp_path)
+    assert "img2dataset" in failure(tmp_path / "part.parquet")
+
+
+# splits, saved data sets, streams, the hub
+
+
+ROWS = [{"image": "a.png", "text": "A cat."}, {"image": "b.png", "text": "A dog."}]
+
+
+def test_splits_of_a_folder(folder):
+    data = folder / "data"
+    data.mkdir()
+    for split, row in zip(("train", "test"), ROWS, strict=True):
+        pq.write_table(pa.Table.from_pylist([row | {"image": png()}]), data / f"{split}-00000-of-00001.parquet")
+        jsonl(folder / split / "metadata.jsonl", {"file_name": "../a.png", "text": row["text"]})
+    assert f"name one, as {data}:test" in failure(data)
+    assert answers(read_samples(f"{data}:train")) == ["A cat."]
+    assert "the split 'tra' of " in failure(f"{data}:tra")
+    assert answers(read_samples(f"{folder}:test")) == ["A dog."]
+    assert "which has no such split" in failure(f"{folder / 'train' / 'metadata.jsonl'}:train")
+    rows = [row | {"image": str(folder / row["image"])} for row in ROWS]
+    parts: dict[Any, Any] = {
+        split: datasets.Dataset.from_list([row]) for split, row in zip(("train", "test"), rows, strict=True)
+    }
+    datasets.DatasetDict(parts).save_to_disk(folder / "saved")
+    assert answers(read_samples(f"{folder / 'saved'}:test")) == ["A dog."]
+    assert "with the splits train, test. Expected one split" in failure(folder / "saved")
+    assert answers(read_samples(folder / "saved" / "train")) == ["A cat."]
+    assert answers(read_samples(folder / "saved" / "train" / "data-00000-of-00001.arrow")) == ["A cat."]
+
+
+def test_a_stream_is_read_without_decoding(folder):
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    rows = [{"image": {"bytes": png(), "path": None}, "text": "A cat."}, {"image": None, "text": "A dog."}]
+    rows.append({"image": {"bytes": png()[:40], "path": None}, "text": "A hat."})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "x.parquet")
+    stream = datasets.load_dataset("parquet", data_files=str(folder / "x.parquet"), split="train", streaming=True)
+    samples = read_samples(stream)
+    assert answers(samples) == ["A cat.", "A hat."]
+    assert samples.samples[0].source == png()
+    assert drops(samples) == {"dataset row 1": "no picture"}
+
+
+def test_hub_ids(folder, monkeypatch):
+    """What is asked of `datasets`; the network is not used here."""
+    asked = []
+
+    def load(name: str, config: str | None, split: str | None) -> Any:
+        asked.append((name, config, split))
+        loaded: Any = datasets.Dataset.from_list([row | {"image": str(folder / "a.png")} for row in ROWS])
+        return loaded if split else datasets.DatasetDict({"train": loaded})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for text in ("org/name", "org/name:train[:10%]", "org/name:config:train", Path("org/na.me:train")):
+        assert answers(read_samples(text)) == ["A cat.", "A dog."]
+    assert asked == [
+        ("org/name", None, None),
+        ("org/name", None, "train[:10%]"),
+        ("org/name", "config", "train"),
+        ("org/na.me", None, "train"),
+    ]
+    assert read_samples("org/name").samples[1].name == "org/name row 1"
+
+
+def test_a_hub_id_that_cannot_be_loaded(monkeypatch):
+    message = failure("org/no-such-data:train")
+    assert "org/no-such-data, which is no path here, and which `datasets` cannot load: " in message
+    assert "data/train.jsonl, which does not exist" in failure("data/train.jsonl")  # no id: the ending of a file
+
+
+# on disk
+
+
+def test_samples_lie_in_a_file_that_goes_with_them(folder, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(folder / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (folder / "tmp").mkdir()
+    path = jsonl(folder / "x.jsonl", *ROWS * 3)
+    samples = read_samples(path)
+    [place] = (folder / "tmp").iterdir()
+    table: Any = samples.samples
+    assert [table[index].answers[0] for index in (0, 1, -1)] == ["A cat.", "A dog.", "A dog."]
+    assert [one.answers[0] for one in table[1:6:2]] == ["A dog."] * 3
+    assert len(table[3:3]) == 0
+    with pytest.raises(IndexError):
+        table[6]
+    kept = readable(samples)
+    del samples, table
+    assert place.is_dir()
+    dataset = to_dataset(kept)
+    del kept
+    assert place.is_dir()
+    assert [one["images"][0].size for one in dataset] == [(13, 11)] * 6
+    read_samples(path)
+    assert list((folder / "tmp").iterdir()) == [place]  # that of samples without a user is gone
