@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from lavender.data.images import image_id
+from lavender.data.samples import read_samples
 from lavender.errors import ConfigError
 from lavender.evaluation.data_checks.hashes import (
     BITS,
@@ -22,7 +23,7 @@ from lavender.evaluation.data_checks.hashes import (
     sketch_texts,
     words_of_text,
 )
-from lavender.evaluation.data_checks.overlap import Overlap, Thresholds, find_overlap
+from lavender.evaluation.data_checks.overlap import CAPTION_PROMPTS, Overlap, Thresholds, find_overlap
 from lavender.evaluation.data_checks.pages import overlap_page, write_overlap
 from lavender.evaluation.report.page import render_report
 from lavender.world.scenes import scenes
@@ -170,11 +171,24 @@ def test_few_texts_at_the_threshold_are_missed():
     assert len(near_texts(sketch_texts(pairs), sketch_texts(changed), 0.8)) >= 99
 
 
-def test_a_question_that_most_samples_share_does_not_count(drawn, tmp_path):
-    """Captions get the same question; their answers alone are compared, and are too short here."""
-    texts = ["a cat", "a dog", "a bird"]
-    paths = [folder_of(tmp_path / str(at), list(zip(drawn[3 * at :], texts, strict=False))) for at in range(2)]
-    assert find_overlap(paths[0], [paths[1]]).benchmarks[0].numbers["found"]["any"] == 0
+@pytest.mark.parametrize(("repeated", "found"), [(False, 1), (True, 0)])
+def test_a_question_that_many_samples_have_does_not_count(repeated, found, drawn, tmp_path):
+    """Alone, the answers are too short to be compared."""
+    question = "What is on the table beside the window?"
+    paths = []
+    for at, name in enumerate(("train", "bench")):
+        path = folder_of(tmp_path / name, [(drawn[at], "x")])
+        row = {"image": "0.png", "prompt": question, "completion": "a cat"}
+        rows = [row, row | {"completion": "a dog"}] if repeated else [row]
+        (path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        paths.append(path / "rows.jsonl")
+    assert find_overlap(paths[0], [paths[1]]).benchmarks[0].numbers["found"]["same_text"] == found
+
+
+def test_the_prompts_of_captions_do_not_count(drawn, tmp_path):
+    one, other = (folder_of(tmp_path / str(at), [(drawn[at], "a grey cat")]) for at in range(2))
+    assert find_overlap(one, [other]).benchmarks[0].numbers["found"]["any"] == 0
+    assert next(iter(read_samples(one))).messages[0]["content"][-1]["text"] in CAPTION_PROMPTS
 
 
 @pytest.mark.parametrize("wrong", [{"distance": 128}, {"distance": -1}, {"similarity": 0.4}, {"similarity": 1.1}])

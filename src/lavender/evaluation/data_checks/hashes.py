@@ -94,32 +94,35 @@ def sketch_texts(texts: Iterable[Words]) -> dict[Words, Any]:
 
 
 def near_texts(
-    texts: Mapping[Words, Any], others: Mapping[Words, Any], similarity: float
+    texts: Mapping[Words, Any], others: Mapping[Words, Any], least: float
 ) -> dict[Words, list[tuple[Words, float]]]:
     """Which other texts are near.
 
     Args:
         texts: from `sketch_texts`. They are indexed, so these should be the fewer.
         others: the texts to search in.
-        similarity: the least Jaccard similarity of the word triples that counts as near.
+        least: the least `similarity` that counts as near.
 
     Returns:
         A text → (another, similarity) of those that are near. The index proposes pairs, of which some that are just
         similar enough may be missing; their similarity is then computed exactly.
     """
     # an index for less similar texts, so that few are missed
-    index = extra("datasketch").MinHashLSH(similarity - 0.2, _PERMUTATIONS, weights=(0.1, 0.9))
+    index = extra("datasketch").MinHashLSH(least - 0.2, _PERMUTATIONS, weights=(0.1, 0.9))
     for words, sketch in texts.items():
         index.insert(words, sketch, check_duplication=False)
     near: dict[Words, list[tuple[Words, float]]] = {}
     for other, sketch in others.items():
-        triples = _triples(other)
         for words in index.query(sketch):
-            same = _triples(words)
-            share = len(triples & same) / len(triples | same)
-            if share >= similarity:
+            if (share := similarity(words, other)) >= least:
                 near.setdefault(words, []).append((other, share))
     return near
+
+
+def similarity(one: Words, other: Words) -> float:
+    """The Jaccard similarity of the word triples of two texts: triples of both, as a share of those of either."""
+    first, second = _triples(one), _triples(other)
+    return len(first & second) / len(first | second)
 
 
 def _triples(words: Words) -> set[Words]:

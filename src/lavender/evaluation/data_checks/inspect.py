@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from PIL import Image
 from lavender.config import ROLES, Texts
 from lavender.data.conversations import text_of
 from lavender.data.images import image_id
-from lavender.data.samples import Sample, read_samples
+from lavender.data.samples import Sample, Samples, read_samples
 from lavender.data.store import MapStore
 from lavender.evaluation.data_checks.lengths import (
     CLIP_LIMIT,
@@ -25,6 +25,7 @@ from lavender.evaluation.data_checks.lengths import (
     teacher_counter,
 )
 from lavender.evaluation.data_checks.scan import extra, look_at_pictures
+from lavender.maps import Dropped
 
 FEWEST = "fewest possible"
 """What counts CLIP's tokens without a teacher's tokenizer: `fewest_clip_tokens`."""
@@ -93,30 +94,13 @@ def inspect_data(
     read = read_samples(data)
     samples = read.samples
     looks, broken = look_at_pictures(samples, _see)
-    answers = [answer for sample in samples for answer in sample.answers]
-    questions = [text for sample in samples for text in _questions(sample)]
-    lengths = {"words per answer": [num_words(text) for text in answers]}
-    lengths["CLIP tokens per answer"] = [clip(text) for text in answers]
-    facts: dict[str, Any] = {
-        "data": str(data),
-        "samples": len(samples),
-        "text_only": sum(not sample.sources for sample in samples),
-        "broken": [asdict(drop) for drop in (*read.dropped, *broken)],
-        "outside_the_folder": len(read.outside),
-        "words": {
-            "per_answer": spread(lengths["words per answer"]),
-            "per_question": spread([num_words(text) for text in questions]),
-        },
-        "clip_tokens": {
-            "counted_by": teacher or FEWEST,
-            **_against(lengths["CLIP tokens per answer"], limit),
-        },
-        "student_tokens": None,
-        "duplicates": _duplicates(samples, looks),
-        "languages": _languages(samples),
-        "picture_sizes": _sizes(looks),
-        "maps": _share_with_maps(store, samples, looks) if store is not None else None,
-    }
+    lengths = _lengths(samples, clip)
+    facts: dict[str, Any] = {"data": str(data), **_facts(read, looks, broken)}
+    questions = [num_words(text) for sample in samples for text in _questions(sample)]
+    facts["words"] = {"per_answer": spread(lengths["words per answer"]), "per_question": spread(questions)}
+    facts["clip_tokens"] = {"counted_by": teacher or FEWEST, **_against(lengths["CLIP tokens per answer"], limit)}
+    facts["maps"] = _share_with_maps(store, samples, looks) if store is not None else None
+    facts["student_tokens"] = None
     if counter is not None:
         sizes = [None if look is None else tuple(seen.size for seen in look) for look in looks]
         lengths["student tokens per sample"], refused = student_lengths(counter, samples, sizes)
@@ -125,6 +109,27 @@ def inspect_data(
     usable = [sample for sample, look in zip(samples, looks, strict=True) if look]
     step = max(1, len(usable) // _SHOWN)
     return Inspection(facts, lengths, tuple(usable[::step][:_SHOWN]))
+
+
+def _lengths(samples: Sequence[Sample], clip: Callable[[str], int]) -> dict[str, list[int]]:
+    answers = [answer for sample in samples for answer in sample.answers]
+    return {
+        "words per answer": [num_words(text) for text in answers],
+        "CLIP tokens per answer": [clip(text) for text in answers],
+    }
+
+
+def _facts(read: Samples, looks: Sequence[tuple[_Seen, ...] | None], broken: Sequence[Dropped]) -> dict[str, Any]:
+    """What needs neither a model nor a store."""
+    return {
+        "samples": len(read),
+        "text_only": sum(not sample.sources for sample in read),
+        "broken": [asdict(drop) for drop in (*read.dropped, *broken)],
+        "outside_the_folder": len(read.outside),
+        "duplicates": _duplicates(read.samples, looks),
+        "languages": _languages(read.samples),
+        "picture_sizes": _sizes(looks),
+    }
 
 
 def _see(image: Image.Image) -> _Seen:

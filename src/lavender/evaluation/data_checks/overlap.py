@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lavender.data.conversations import text_of
+from lavender.data.recipes.sources import CAPTION_PROMPT
 from lavender.data.samples import Sample, read_samples
 from lavender.errors import ConfigError
 from lavender.evaluation.data_checks.hashes import (
@@ -29,8 +30,10 @@ from lavender.evaluation.data_checks.scan import extra, look_at_pictures
 
 FEWEST_WORDS = 4
 """Texts of fewer words are not compared: "yes" is in every data set."""
-TEMPLATE_SHARE = 0.5
-"""A question that more than this share of a data set's samples have is its prompt, and not compared."""
+COMMON_SHARE = 0.01
+"""A question that more than this share of a data set's samples have, and at least two, is not compared."""
+CAPTION_PROMPTS = ("Describe the image.", CAPTION_PROMPT)
+"""Questions that captions get from this library. They are not compared."""
 FIGURES = ("same_picture", "near_picture", "same_text", "near_text", "picture_and_text", "any")
 _EXAMPLES = 20
 
@@ -263,14 +266,13 @@ def _found(matches: Sequence[Match]) -> dict[str, int]:
 
 
 def _texts(samples: Sequence[Sample]) -> Iterator[list[Words]]:
-    """Of each sample, its answers with the questions right before them. A data set's prompt does not count."""
-    prompts = Counter(question for sample in samples for question in {question for question, _ in _turns(sample)})
-    most = max(1, TEMPLATE_SHARE * len(samples))
+    """Of each sample, its answers with the questions right before them, without a question that many samples have."""
+    numbers = Counter(question for sample in samples for question in {question for question, _ in _turns(sample)})
+    most = max(1, COMMON_SHARE * len(samples))
+    common = {*CAPTION_PROMPTS, *(question for question, number in numbers.items() if number > most)}
     for sample in samples:
-        yield [
-            words_of_text(answer if prompts[question] > most else f"{question} {answer}")
-            for question, answer in _turns(sample)
-        ]
+        turns = _turns(sample)
+        yield [words_of_text(answer if question in common else f"{question} {answer}") for question, answer in turns]
 
 
 def _turns(sample: Sample) -> Iterator[tuple[str, str]]:
