@@ -153,7 +153,7 @@ def test_wrong_settings_and_data_that_are_not_there(place, tmp_path):
     assert "captions" in lavender("data", "prepare", "flickr30k", "--captions", "two").err
     run = ["data", "prepare", "flickr30k", "--source", place / "published" / "flickr30k", "--out", tmp_path]
     assert "test_share=1.0" in complaint(lavender(*run, "--test-share", 1), 2)
-    assert "Expected every row to be usable, as strict asks" in complaint(lavender(*run, "--strict"), 1)
+    assert "flickr30k with 6 pictures and 1 rows dropped" in complaint(lavender(*run, "--strict"), 1)
     assert not list(tmp_path.glob("*.jsonl"))
     assert "does not exist" in complaint(lavender("data", "inspect", tmp_path / "none"), 1)
     assert "--distance" in complaint(lavender("data", "overlap", tmp_path, tmp_path, "--distance", 200), 2)

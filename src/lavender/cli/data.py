@@ -56,9 +56,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="share of the pictures in test.jsonl (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=42, help="seed of the split (default: %(default)s)")
-    parser.add_argument(
-        "--strict", action="store_true", help="fail if a row is dropped or the number is not the paper's"
-    )
+    parser.add_argument("--strict", action="store_true", help="fail if the number found is not the paper's")
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:

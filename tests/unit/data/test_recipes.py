@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,7 @@ def test_ocrvqa_from_its_own_file_and_the_first_rows_only(tmp_path, monkeypatch)
     assert reasons(found) == [("dataset.json 0316881791", "not one answer for each question")]
     first = ["Who wrote this book?", "Ann", "What is the title?", "Book 0"]
     assert turns(read(tmp_path / "out")) == [first, [*first[:3], "Book 3"]]
-    limited = {**RECIPES, "ocrvqa30k": RECIPES["ocrvqa30k"].__class__(**vars(RECIPES["ocrvqa30k"]) | {"expected": 1})}
-    monkeypatch.setattr("lavender.data.recipes.sources.RECIPES", limited)
+    monkeypatch.setitem(RECIPES, "ocrvqa30k", replace(RECIPES["ocrvqa30k"], expected=1))
     prepare("ocrvqa30k", tmp_path / "ocr", tmp_path / "out", ALL)
     assert turns(read(tmp_path / "out")) == [first]
 
@@ -215,6 +215,15 @@ def test_laion_is_read_as_img2dataset_writes_it(tmp_path):
     assert (found["found"], found["expected"]) == (3, 50_000)
     assert reasons(found) == [("00000.parquet row 3", "not downloaded: HTTP Error 404")]
     assert turns(read(tmp_path / "out"))[2] == [CAPTION_PROMPT, "caption 2"]
+
+
+def test_laion_stops_at_the_papers_number_of_rows_that_can_be_used(tmp_path, monkeypatch):
+    source = laion(tmp_path / "laion", 4)
+    (source / "00000" / "000000000.jpg").write_bytes(b"not a picture")
+    monkeypatch.setitem(RECIPES, "laion50k", replace(RECIPES["laion50k"], expected=2))
+    found = prepare("laion50k", source, tmp_path / "out", ALL, strict=True)["sets"]["laion50k"]
+    assert [what for what, _ in reasons(found)] == ["00000.parquet row 0"]
+    assert [texts[-1] for texts in turns(read(tmp_path / "out"))] == ["caption 1", "caption 2"]
 
 
 def test_the_mixture_is_the_three_sets_each_with_its_own_split(tmp_path):
@@ -242,12 +251,27 @@ def test_nine_of_ten_of_the_expected_numbers_is_the_papers_0_13_million():
     assert round(0.9 * sum(RECIPES[name].expected for name in PAPER), -4) == 130_000
 
 
-def test_strict_refuses_a_dropped_row_and_a_short_count(tmp_path):
-    with pytest.raises(DataError, match=r"flickr30k with 1 rows that cannot be used; the first, results.csv line 11"):
+def test_strict_refuses_another_number_than_the_papers_and_writes_nothing(tmp_path):
+    words = r"flickr30k with 2 pictures and 1 rows dropped; the first, results.csv line 11: .* Expected 31,783"
+    with pytest.raises(DataError, match=words):
         prepare("flickr30k", flickr30k(tmp_path / "flickr30k", 2), tmp_path / "out", strict=True)
-    with pytest.raises(DataError, match="rlaif-v with 4 rows. Expected 83,132"):
-        prepare("rlaif-v", rlaif_v(tmp_path / "rlaif"), tmp_path / "out", strict=True)
     assert not list((tmp_path / "out").glob("*.json*"))
+
+
+def test_strict_takes_the_papers_number_with_a_broken_row(tmp_path, monkeypatch):
+    recipe = replace(RECIPES["flickr30k"], expected=2)
+    monkeypatch.setitem(RECIPES, "flickr30k", recipe)
+    report = prepare("flickr30k", flickr30k(tmp_path / "flickr30k", 2), tmp_path / "out", strict=True)
+    assert len(report["sets"]["flickr30k"]["dropped"]) == 1
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9, 0])
+def test_too_few_usable_pictures_are_an_error(share, tmp_path):
+    bad = {"image": {"bytes": b"no picture", "path": None}, "question": "What?", "chosen": "It."}
+    good = bad | {"image": {"bytes": picture(0), "path": None}}
+    source = rlaif_v(tmp_path / "rlaif", [bad, good if share else bad])
+    with pytest.raises(DataError, match=rf"rlaif-v with {int(share > 0)} usable pictures"):
+        prepare("rlaif-v", source, tmp_path / "out", Settings(test_share=share))
 
 
 def test_files_of_another_program_are_not_replaced(tmp_path):
@@ -291,7 +315,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         prepare("rlaif-v", source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("wrong", [{"captions": "two"}, {"test_share": 1.0}, {"prompt": " "}])
+@pytest.mark.parametrize("wrong", [{"captions": "two"}, {"test_share": 1.0}, {"seed": -1}, {"prompt": " "}])
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Settings(**wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -47,6 +48,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.captions not in ("one", "all"):
             raise ConfigError(f"captions={self.captions!r}", "one or all", "change captions")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}", "0 or more", "change seed")
         if not 0 <= self.test_share < 1:
             raise ConfigError(f"test_share={self.test_share}", "a share from 0 to below 1", "change test_share")
         if self.prompt is not None and (not self.prompt.strip() or _MARKER in self.prompt):
@@ -82,7 +85,7 @@ def prepare(
         source: the published files; for "paper" a folder with a folder or link named as each data set.
         out: the folder to write to. What an earlier call wrote there is replaced.
         settings: see `Settings`.
-        strict: raise if a row is dropped or the number of usable items is not the paper's. Then no .jsonl is written.
+        strict: raise if the number of usable items is not the paper's. Then no .jsonl is written.
         on_row: called after each row.
 
     Returns:
@@ -90,8 +93,8 @@ def prepare(
 
     Raises:
         ConfigError: no recipe of this name.
-        DataError: the source has another layout, cannot be read or has fewer than two usable pictures; `out` holds a
-            train.jsonl or test.jsonl of something else; or as `strict` says.
+        DataError: the source has another layout, cannot be read, or has too few usable pictures to split; `out` holds
+            a train.jsonl or test.jsonl of something else; or as `strict` says.
     """
     settings = settings or Settings()
     sources = _sources(name, source)
@@ -112,12 +115,13 @@ def prepare(
             lines[split].append(_line(f"{one}: {origin}", picture, turns))
     numbers = {split: len(lines[split]) for split in lines}
     report: dict[str, Any] = {"recipe": name, "settings": asdict(settings), "sets": sets, **numbers}
+    # first the report, by which the next call knows that the other files are ours
+    write_whole(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     for split in lines:
         if lines[split]:
             write_whole(out / f"{split}.jsonl", "".join(lines[split]))
         else:
             (out / f"{split}.jsonl").unlink(missing_ok=True)  # of an earlier call
-    write_whole(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
 
 
@@ -211,11 +215,11 @@ def _held_out(name: str, pictures: list[str], settings: Settings) -> set[str]:
     """The pictures of test.jsonl."""
     from datasets import Dataset
 
-    if settings.test_share == 0:
+    if settings.test_share == 0 and pictures:
         return set()
-    if len(pictures) < 2:
+    if math.ceil(settings.test_share * len(pictures)) >= len(pictures):
         got = f"{name} with {len(pictures)} usable pictures"
-        raise DataError(got, "at least two, one for each file", "check --source, or leave nothing out: --test-share 0")
+        raise DataError(got, "more than test.jsonl gets", "check --source, or lower --test-share")
     rows = Dataset.from_dict({"index": range(len(pictures))})
     test = rows.train_test_split(test_size=settings.test_share, shuffle=True, seed=settings.seed)["test"]
     return {pictures[index] for index in test["index"]}
@@ -239,12 +243,12 @@ def _summary(recipe: Recipe, read: _Read, source: Path, prompt: str) -> dict[str
 
 
 def _check_strict(name: str, summary: dict[str, Any]) -> None:
+    if summary["found"] == summary["expected"]:
+        return
+    got = f"{name} with {summary['found']:,} {summary['counted']}"
     if dropped := summary["dropped"]:
-        got = f"{name} with {len(dropped)} rows that cannot be used; the first, {dropped[0]['what']}: "
-        raise DataError(got + dropped[0]["reason"], "every row to be usable, as strict asks", "repair or remove it")
-    if summary["found"] != summary["expected"]:
-        got = f"{name} with {summary['found']:,} {summary['counted']}"
-        raise DataError(got, f"{summary['expected']:,}, as strict asks", "get the missing ones, or leave strict out")
+        got += f" and {len(dropped):,} rows dropped; the first, {dropped[0]['what']}: {dropped[0]['reason']}"
+    raise DataError(got, f"{summary['expected']:,}, as strict asks", "get the missing ones, or leave strict out")
 
 
 def _line(origin: str, picture: str, turns: Sequence[tuple[str, str]]) -> str:

@@ -82,11 +82,12 @@ def _ocrvqa_parquet(source: Path) -> Iterator[Found | Dropped]:
             if isinstance(values, Dropped):
                 yield values
                 continue
-            pictures, texts = values["images"] or [], values["texts"] or []
-            if len(pictures) != 1:
-                yield Dropped(name, f"{len(pictures)} pictures, not one")
+            pictures, texts = values["images"], values["texts"]
+            if not isinstance(pictures, list) or len(pictures) != 1:
+                yield Dropped(name, f"{len(pictures) if isinstance(pictures, list) else 'no'} pictures, not one")
                 continue
-            turns = [(text.get("user"), text.get("assistant")) for text in texts]
+            pairs = [text if isinstance(text, dict) else {} for text in texts or ()]
+            turns = [(pair.get("user"), pair.get("assistant")) for pair in pairs]
             yield _with_picture(name, pictures[0], turns, path.parent)
 
 
