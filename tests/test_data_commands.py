@@ -129,6 +129,18 @@ def test_overlap_finds_the_equal_and_the_resized_picture(ran, place):
     assert {path.name for path in (place / "overlap").iterdir()} == {"overlap.json", "overlap.png", "overlap.html"}
 
 
+def test_overlap_names_what_it_could_not_read(place, tmp_path):
+    (tmp_path / "cut.jpg").write_bytes((place / "my_photos" / "1000.jpg").read_bytes()[:300])
+    (tmp_path / "good.jpg").write_bytes((place / "my_photos" / "1000.jpg").read_bytes())
+    rows = [{"file_name": f"{name}.jpg", "text": "a cat on a table"} for name in ("good", "cut", "none")]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = lavender("data", "overlap", place / "my_photos", tmp_path)
+    assert ran.code == DONE
+    (bench,) = json.loads(ran.out)["benchmarks"]
+    assert [row["what"] for row in bench["dropped"]] == ["metadata.jsonl line 3", "metadata.jsonl line 2"]
+    assert ran.err.splitlines()[0].startswith(f"  {tmp_path}: dropped metadata.jsonl line 3: no such file")
+
+
 def test_the_page_names_the_thresholds_and_what_the_json_has(ran):
     thresholds = Thresholds()
     assert f"at most {thresholds.distance} of 256 bits" in PAGE

@@ -178,6 +178,11 @@ def _overlap(options: argparse.Namespace) -> int:
         with writing(options.out):
             write_overlap(overlap, options.out)
     print(json.dumps(overlap.facts(), indent=1, ensure_ascii=False))
+    for name, numbers in (
+        (overlap.train, overlap.train_numbers),
+        *((one.name, one.numbers) for one in overlap.benchmarks),
+    ):
+        _show_first(f"{name}: dropped", numbers["dropped"], "the JSON", sys.stderr)
     for line in overlap.table():
         show(line, sys.stderr)
     return DONE

@@ -148,6 +148,7 @@ def _check_out(out: Path) -> None:
 
 def _read(recipe: Recipe, source: Path, prompt: str, out: Path, captions: str, on_row: Callable[[], object]) -> _Read:
     read = _Read()
+    fault_of_file = lru_cache(maxsize=100)(_fault)  # a picture's captions follow each other
     first_only = captions == "one" and recipe.counted == "pictures"
     for row in recipe.read(source, prompt):
         on_row()
@@ -158,7 +159,8 @@ def _read(recipe: Recipe, source: Path, prompt: str, out: Path, captions: str, o
             turns = [(_text(question, "question"), _text(answer, "answer")) for question, answer in row.turns]
             if not turns:
                 raise UnusableError("no question")
-            picture = _picture(row.picture, out)
+            fault = fault_of_file(row.picture) if isinstance(row.picture, Path) else _fault(row.picture)
+            picture = _picture(row.picture, fault, out)
         except UnusableError as error:
             read.dropped.append(Dropped(row.name, str(error)))
             continue
@@ -183,9 +185,9 @@ def _text(value: Any, what: str) -> str:
     return value.strip()
 
 
-def _picture(picture: Path | bytes, out: Path) -> str:
-    """The picture as train.jsonl names it, after a check of its header. Raises UnusableError."""
-    if fault := _fault_of_file(picture) if isinstance(picture, Path) else _fault(picture):
+def _picture(picture: Path | bytes, fault: str, out: Path) -> str:
+    """The picture as train.jsonl names it. Raises UnusableError if it has a fault."""
+    if fault:
         raise UnusableError(fault)
     if isinstance(picture, Path):
         return str(picture.absolute())
@@ -206,9 +208,6 @@ def _fault(picture: Path | bytes) -> str:
     except DataError as error:
         return error.got
     return ""
-
-
-_fault_of_file = lru_cache(maxsize=100)(_fault)  # a picture's captions follow each other
 
 
 def _held_out(name: str, pictures: list[str], settings: Settings) -> set[str]:

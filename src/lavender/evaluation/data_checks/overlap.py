@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ class _Side:
             "plain_pictures": sum(one.bits is None for one in self.pictures.values()),
             "texts": sum(map(len, self.texts_of)),
             "short_texts": num_texts - sum(map(len, self.texts_of)),
-            "dropped": len(read.dropped) + len(broken),
+            "dropped": [asdict(drop) for drop in (*read.dropped, *broken)],
         }
 
 
@@ -190,8 +190,9 @@ def find_overlap(train: Path, benchmarks: Sequence[Path], thresholds: Thresholds
         thresholds: when two things are near.
 
     Returns:
-        Per benchmark, in `numbers`: the counts of samples, pictures, texts and dropped rows, `found`, the samples with
-        a same or near picture or text, and `shares` of all its samples. Near excludes same.
+        Per benchmark, in `numbers`: the counts of samples, pictures and texts; `dropped`, the rows and pictures that
+        cannot be used, with the reason; `found`, the samples with a same or near picture or text, and `shares` of all
+        its samples. Near excludes same.
 
     Raises:
         ConfigError: the extra `data` is not installed.

@@ -184,8 +184,10 @@ def overlap_page(overlap: Overlap) -> Report:
     ]
     sides = [(_label(overlap.train), overlap.train_numbers)]
     sides += [(_label(one.name), one.numbers) for one in overlap.benchmarks]
-    keys = ("samples", "pictures", "plain_pictures", "texts", "short_texts", "dropped")
-    sizes: list[list[Cell]] = [[name, *(numbers[key] for key in keys)] for name, numbers in sides]
+    keys = ("samples", "pictures", "plain_pictures", "texts", "short_texts")
+    sizes: list[list[Cell]] = [
+        [name, *(numbers[key] for key in keys), len(numbers["dropped"])] for name, numbers in sides
+    ]
     limits = overlap.thresholds
     pictured = [match for one in overlap.benchmarks for match in one.matches if match.distance is not None]
     pictured.sort(key=lambda match: match.distance or 0)
@@ -195,7 +197,7 @@ def overlap_page(overlap: Overlap) -> Report:
         lead="The share of each benchmark’s samples of which the training set has a picture or a text.",
         tables=[
             Table("Share of samples", ["benchmark", "samples", *columns], shares, "Near excludes same."),
-            Table("What was compared", ["data set", *(key.replace("_", " ") for key in keys)], sizes),
+            Table("What was compared", ["data set", *(key.replace("_", " ") for key in keys), "dropped"], sizes),
         ],
         panels=[_pair_panel(match) for match in pictured[::step][:_PAIRS]],
         notes=[
