@@ -190,7 +190,7 @@ def test_rows_that_cannot_be_used_are_named_with_the_reason(tmp_path):
 
 def test_ocrvqa_from_its_own_file_and_the_first_rows_only(tmp_path, monkeypatch):
     (tmp_path / "ocr" / "images").mkdir(parents=True)
-    books = {}
+    books: dict[str, dict[str, Any]] = {}
     for index, (key, split) in enumerate({"0761183272": 1, "1421539489": 3, "0316881791": 1, "0553": 1}.items()):
         (tmp_path / "ocr" / "images" / f"{key}.jpg").write_bytes(picture(index, "JPEG"))
         books[key] = {
