@@ -83,6 +83,7 @@ def test_every_verb_reports_a_disk_that_refuses(verb, tmp_path, monkeypatch):
 
 SMALLEST: dict[str, tuple[str, ...]] = {
     "demo": (),
+    "data": ("inspect", "d"),
     "extract": ("--data", "d", "--teacher", "t", "--out", "o"),
     "check": ("m", "--data", "d", "--maps", "s"),
     "train": ("run.yaml",),

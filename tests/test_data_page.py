@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import Dataset
 from PIL import Image
 
 from lavender.cli.main import main
@@ -88,44 +87,6 @@ def test_the_limits_are_those_of_the_code():
     assert f"at most {MAX_BYTES // 2**30} GiB" in PAGE
     *formats, last = IMAGE_FORMATS
     assert f"none of {', '.join(formats)} and {last}".lower() in PAGE.lower()
-
-
-def test_the_papers_data_become_one_folder(tmp_path, monkeypatch):
-    """The page's own lines, on tiny tables with the published columns."""
-    monkeypatch.chdir(tmp_path)
-    picture = Image.new("RGB", (16, 12), "red")
-    for name, row in {
-        "rlaif": {"ds_name": "x", "image": picture, "question": "What is it?", "chosen": "A cat.", "rejected": "No."},
-        "ocr": {
-            "images": [picture],
-            "texts": [
-                {"user": "Who wrote it?", "assistant": "Ann.", "source": "ocrvqa"},
-                {"user": "When?", "assistant": "2019.", "source": "ocrvqa"},
-            ],
-        },
-    }.items():
-        Dataset.from_list([row]).to_parquet(f"{name}.parquet")
-    (tmp_path / "flickr30k").mkdir()
-    picture.save("flickr30k/36979.jpg")
-    (tmp_path / "flickr30k" / "results.csv").write_text(EXAMPLES["results.csv"])
-    (tmp_path / "paper").mkdir()
-    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
-    for published, ours in (
-        ('"openbmb/RLAIF-V-Dataset", split="train"', '"parquet", data_files="rlaif.parquet", split="train"'),
-        ('"HuggingFaceM4/the_cauldron", "ocrvqa", split=', '"parquet", data_files="ocr.parquet", split='),
-    ):
-        assert published in code
-        code = code.replace(published, ours)
-    exec(code, {})
-    samples = read_samples(tmp_path / "paper")
-    assert not samples.dropped
-    assert [[answer for _, answer in one.pairs] for one in samples] == [
-        ["A cat."],
-        ["Ann.", "2019."],
-        ["A group of friends plays cards ."],
-        ["Friends around a table ."],
-    ]
-    assert {one.load()[0].size for one in samples} == {(16, 12)}
 
 
 def test_the_commands_run(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from lavender import __version__
-from lavender.cli import check, demo, env, eval, export, extract, inspect, report, store, study, train
+from lavender.cli import check, data, demo, env, eval, export, extract, inspect, report, store, study, train
 from lavender.cli.quiet import debugging, silent_libraries
 from lavender.cli.stopping import DONE, FAILED, WRONG_USAGE, Stopped, signals_stop, unexpected
 from lavender.cli.terminal import show
@@ -22,6 +22,7 @@ __all__ = ["DONE", "FAILED", "VERBS", "WRONG_USAGE", "build_parser", "main"]
 
 _MODULES: dict[str, ModuleType] = {
     "demo": demo,
+    "data": data,
     "extract": extract,
     "check": check,
     "train": train,

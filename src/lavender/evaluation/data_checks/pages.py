@@ -1,0 +1,228 @@
+"""HTML pages and a plot of what `lavender data inspect` and `overlap` found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lavender.data.conversations import text_of
+from lavender.data.samples import Sample
+from lavender.evaluation.data_checks.inspect import FEWEST, Inspection
+from lavender.evaluation.data_checks.overlap import FEWEST_WORDS, FIGURES, Match, Overlap
+from lavender.evaluation.report.page import Cell, Curve, Report, Table, write_report
+from lavender.evaluation.report.panels import Panel
+from lavender.files import write_whole
+
+_ROWS = 100  # of a table of rows; the JSON has all
+_PAIRS = 12  # of pictures on the page of an overlap
+_SIDE = 256  # pixels of a picture's longer side in a pair
+_SPREAD = ("min", "median", "mean", "p95", "max")
+
+
+def inspection_page(inspection: Inspection) -> Report:
+    """The page of an inspection."""
+    facts = inspection.facts
+    broken = facts["broken"]
+    lead = f"{facts['samples']:,} samples, {facts['duplicates']['distinct_pictures']:,} distinct pictures. "
+    lead += f"{len(broken):,} rows or pictures are broken." if broken else "Nothing is broken."
+    tables = [_counts(facts), _lengths(facts), _languages(facts)]
+    if broken:
+        note = f"The first {_ROWS:,} of {len(broken):,}." if len(broken) > _ROWS else ""
+        rows: list[list[Cell]] = [[row["what"], row["reason"]] for row in broken[:_ROWS]]
+        tables.insert(1, Table("Broken", ["row", "reason"], rows, note))
+    return Report(
+        title=f"Data: {Path(facts['data']).name}",
+        lead=lead,
+        tables=tables,
+        panels=[_sample_panel(sample) for sample in inspection.shown],
+        notes=_notes(facts),
+        settings={"data": facts["data"], "clip_tokens": facts["clip_tokens"]["counted_by"]},
+        curves=[_histogram(name, values) for name, values in inspection.lengths.items() if values],
+    )
+
+
+def _counts(facts: dict[str, Any]) -> Table:
+    duplicates = facts["duplicates"]
+    rows: list[list[Cell]] = [
+        ["samples", facts["samples"]],
+        ["samples without a picture", facts["text_only"]],
+        ["distinct pictures", duplicates["distinct_pictures"]],
+        ["broken rows and pictures", len(facts["broken"])],
+        ["pictures outside the folder of the data", facts["outside_the_folder"]],
+        ["pictures stored again, by their pixels", duplicates["pictures_stored_again"]],
+        ["samples that repeat an earlier one", duplicates["repeated_samples"]],
+    ]
+    if maps := facts["maps"]:
+        rows += [
+            [f"pairs of a picture and a text ({maps['texts']})", maps["pairs"]],
+            ["of these, pairs with word maps", maps["with_maps"]],
+            ["share with word maps", maps["share_with_maps"]],
+        ]
+    return Table("Counts", ["what", "number"], rows)
+
+
+def _lengths(facts: dict[str, Any]) -> Table:
+    sizes = facts["picture_sizes"]
+    spreads = {
+        "words per answer": facts["words"]["per_answer"],
+        "words per question": facts["words"]["per_question"],
+        "CLIP tokens per answer": facts["clip_tokens"],
+        "student tokens per sample": facts["student_tokens"] or {},
+        "picture height in pixels": sizes["height"],
+        "picture width in pixels": sizes["width"],
+        "picture width ÷ height": sizes["width_by_height"],
+    }
+    rows: list[list[Cell]] = [
+        [name, *(_short(spread[key]) for key in _SPREAD), spread.get("limit"), spread.get("longer")]
+        for name, spread in spreads.items()
+        if "min" in spread
+    ]
+    return Table("Lengths and sizes", ["what", "least", "median", "mean", "95 %", "most", "limit", "over it"], rows)
+
+
+def _short(value: float) -> Cell:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _languages(facts: dict[str, Any]) -> Table:
+    rows: list[list[Cell]] = [[language, number] for language, number in facts["languages"]["samples"].items()]
+    note = "ISO 639 codes, from the answers. Short texts are often uncertain."
+    return Table("Languages", ["language", "samples"], rows, note)
+
+
+def _notes(facts: dict[str, Any]) -> list[str]:
+    clip, student, others = facts["clip_tokens"], facts["student_tokens"], facts["languages"]["not_english"]
+    notes = []
+    if clip["longer"]:
+        notes.append(
+            f"{clip['longer']:,} answers are longer than the {clip['limit']} tokens of the teacher's text encoder. "
+            "`lavender extract` splits them into windows."
+        )
+    if clip["counted_by"] == FEWEST:
+        notes.append("CLIP's tokens are the fewest possible: one per word, digit and punctuation mark.")
+    if student and student["longer"]:
+        notes.append(f"{student['longer']:,} samples are longer than the student's {student['limit']:,} tokens.")
+    if others:
+        notes.append(f"{others:,} samples seem not to be in English. The tagger that finds words knows English.")
+    if facts["outside_the_folder"]:
+        notes.append("`lavender extract --strict` refuses pictures outside the folder of the data.")
+    return notes
+
+
+def _histogram(name: str, values: Sequence[int]) -> Curve:
+    """How many values lie in each of at most 30 bins of whole numbers, as a line over their middles."""
+    low, high = min(values), max(values)
+    width = max(1, -(-(high - low + 1) // 30))
+    edges = np.arange(low, high + width + 1, width)
+    numbers, edges = np.histogram(values, edges)
+    points = [(float(edge + (width - 1) / 2), float(number)) for edge, number in zip(edges, numbers, strict=False)]
+    what, _, counted = name.partition(" per ")
+    return Curve(f"{what[0].upper()}{name[1:]}", what, f"{counted}s", {name: points})
+
+
+def _sample_panel(sample: Sample) -> Panel:
+    texts = [(message["role"], text_of(message["content"])) for message in sample.messages]
+    answers: dict[str, str] = {}
+    for role, text in texts:
+        answers[role] = f"{answers[role]}\n{text}" if role in answers else text
+    return Panel(sample.load_picture(0), sample.name, [], answers)
+
+
+def write_overlap(overlap: Overlap, out: Path) -> None:
+    """Write overlap.json with every match, the plot overlap.png, and the page overlap.html to a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    facts = overlap.facts(examples=None)
+    write_whole(out / "overlap.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    draw_overlap(overlap, out / "overlap.png")
+    write_report(overlap_page(overlap), out / "overlap.html")
+
+
+def draw_overlap(overlap: Overlap, path: Path) -> None:
+    """Draw for each benchmark the share of its samples that the training set has, as bars, to a PNG."""
+    from matplotlib.figure import Figure
+
+    names = [_label(one.name) for one in overlap.benchmarks]
+    places = np.arange(len(names))
+    figure = Figure(figsize=(7, 1.6 + 0.75 * len(names)), dpi=120, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    bars = (
+        ("picture", ("same_picture", "near_picture"), ("#6a3fb0", "#cdb8f0")),
+        ("text", ("same_text", "near_text"), ("#c2570c", "#f3c79f")),
+        ("picture and text", ("picture_and_text",), ("#0f766e",)),
+    )
+    for row, (what, figures, colours) in enumerate(bars):
+        left = np.zeros(len(names))
+        for name, colour in zip(figures, colours, strict=True):
+            shares = np.array([100 * one.numbers["shares"][name] for one in overlap.benchmarks])
+            label = {"same": f"same {what}", "near": f"near {what}"}.get(name.partition("_")[0], what)
+            axes.barh(places + 0.25 * (row - 1), shares, 0.22, left=left, color=colour, label=label)
+            left += shares
+    axes.set_yticks(places, names, parse_math=False)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="share of the benchmark’s samples that the training set has, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def _label(name: str) -> str:
+    """The last two parts of a path: a file alone often has the name of its split."""
+    return "/".join(Path(name).parts[-2:])
+
+
+def overlap_page(overlap: Overlap) -> Report:
+    """The page of an overlap: shares and numbers per benchmark, and pairs of pictures."""
+    columns = [name.replace("_", " ") for name in FIGURES]
+    shares: list[list[Cell]] = [
+        [_label(one.name), one.numbers["samples"], *(one.numbers["shares"][name] for name in FIGURES)]
+        for one in overlap.benchmarks
+    ]
+    sides = [(_label(overlap.train), overlap.train_numbers)]
+    sides += [(_label(one.name), one.numbers) for one in overlap.benchmarks]
+    keys = ("samples", "pictures", "plain_pictures", "texts", "short_texts")
+    sizes: list[list[Cell]] = [
+        [name, *(numbers[key] for key in keys), len(numbers["dropped"])] for name, numbers in sides
+    ]
+    limits = overlap.thresholds
+    pictured = [match for one in overlap.benchmarks for match in one.matches if match.distance is not None]
+    pictured.sort(key=lambda match: match.distance or 0)
+    step = max(1, len(pictured) // _PAIRS)
+    return Report(
+        title=f"Overlap with {_label(overlap.train)}",
+        lead="The share of each benchmark’s samples of which the training set has a picture or a text.",
+        tables=[
+            Table("Share of samples", ["benchmark", "samples", *columns], shares, "Near excludes same."),
+            Table("What was compared", ["data set", *(key.replace("_", " ") for key in keys), "dropped"], sizes),
+        ],
+        panels=[_pair_panel(match) for match in pictured[::step][:_PAIRS]],
+        notes=[
+            f"Pictures are near if at most {limits.distance} of 256 bits of their hashes differ. Cropped, mirrored and "
+            "turned pictures are not found. Plain pictures have no hash; only equal pixels are found.",
+            f"Texts are near if at least {limits.similarity:g} of their word triples are common. Texts of fewer than "
+            f"{FEWEST_WORDS} words are not compared.",
+            "Pairs under Pictures: the benchmark’s picture on the left, that of the training set on the right.",
+        ],
+        settings={"train": overlap.train, "distance": limits.distance, "similarity": limits.similarity},
+    )
+
+
+def _pair_panel(match: Match) -> Panel:
+    pictures = [_small(sample) for sample in (match.benchmark, match.train)]
+    height = max(picture.height for picture in pictures)
+    pair = Image.new("RGB", (sum(picture.width for picture in pictures) + 8, height), "white")
+    pair.paste(pictures[0], (0, 0))
+    pair.paste(pictures[1], (pictures[0].width + 8, 0))
+    texts = {"benchmark": " / ".join(match.benchmark.answers), "train": " / ".join(match.train.answers)}
+    said = "equal pixels" if match.same_picture else f"{match.distance} of 256 bits differ"
+    return Panel(pair, f"{match.benchmark.name} and {match.train.name}", [], texts, note=said)
+
+
+def _small(sample: Sample) -> Image.Image:
+    picture = sample.load_picture(0)
+    picture.thumbnail((_SIDE, _SIDE))
+    return picture

@@ -1,0 +1,197 @@
+"""`lavender data overlap`: exact, resized and re-encoded pictures and similar texts are found, and others are not."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from lavender.data.images import image_id
+from lavender.data.samples import read_samples
+from lavender.errors import ConfigError
+from lavender.evaluation.data_checks.hashes import (
+    BITS,
+    PictureHash,
+    hash_picture,
+    near_pictures,
+    near_texts,
+    sketch_texts,
+    words_of_text,
+)
+from lavender.evaluation.data_checks.overlap import CAPTION_PROMPTS, Overlap, Thresholds, find_overlap
+from lavender.evaluation.data_checks.pages import overlap_page, write_overlap
+from lavender.evaluation.report.page import render_report
+from lavender.world.scenes import scenes
+
+CAPTION = "a brown dog runs over the wet grass near the old bridge"
+
+
+def encoded(image: Image.Image, kind: str, **settings: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return Image.open(buffer).convert("RGB")
+
+
+CHANGED: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "half as large": lambda image: image.resize((image.width // 2, image.height // 2)),
+    "twice as large": lambda image: image.resize((image.width * 2, image.height * 2)),
+    "squashed": lambda image: image.resize((96, 96)),
+    "JPEG": lambda image: encoded(image, "JPEG", quality=50),
+    "WebP": lambda image: encoded(image, "WEBP", quality=50),
+    "resized JPEG": lambda image: encoded(image.resize((image.width // 2, image.height // 2)), "JPEG", quality=75),
+}
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[Image.Image]:
+    return [scene.image for scene in scenes("development", 12)]
+
+
+def folder_of(path: Path, rows: list[tuple[Image.Image, str]]) -> Path:
+    path.mkdir()
+    lines = []
+    for index, (image, text) in enumerate(rows):
+        image.save(path / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": text}) + "\n")
+    (path / "metadata.jsonl").write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
+def overlap(drawn, tmp_path) -> Overlap:
+    """Of the benchmark's samples 0 to 5 the training set has a picture, a text or both; of the others nothing."""
+    train = [(image, f"number {index} of many quite different training texts") for index, image in enumerate(drawn[:6])]
+    train[5] = (drawn[5], CAPTION)
+    bench = [
+        (drawn[0], "nothing of it is known here"),
+        (CHANGED["half as large"](drawn[1]), "of this one nothing is known either"),
+        (CHANGED["JPEG"](drawn[2]), "and here again are other words"),
+        (drawn[4], f"{CAPTION.upper()}!"),  # the picture and the text of two training samples
+        (drawn[7], CAPTION + " today"),
+        (CHANGED["WebP"](drawn[5]), CAPTION),
+        (drawn[8], "no"),
+        (ImageOps.mirror(drawn[3]), "its picture is mirrored and so not found"),
+    ]
+    paths = folder_of(tmp_path / "train", train), folder_of(tmp_path / "bench", bench)
+    return find_overlap(paths[0], [paths[1]])
+
+
+def test_what_is_shared_is_found_and_nothing_else(overlap):
+    (bench,) = overlap.benchmarks
+    assert [
+        (match["benchmark"], match["train"], match["picture"], match["text"])
+        for match in (one.facts() for one in bench.matches)
+    ] == [
+        ("metadata.jsonl line 1", "metadata.jsonl line 1", "same", None),
+        ("metadata.jsonl line 2", "metadata.jsonl line 2", "near", None),
+        ("metadata.jsonl line 3", "metadata.jsonl line 3", "near", None),
+        ("metadata.jsonl line 4", "metadata.jsonl line 5", "same", "same"),
+        ("metadata.jsonl line 5", "metadata.jsonl line 6", None, "near"),
+        ("metadata.jsonl line 6", "metadata.jsonl line 6", "near", "same"),
+    ]
+    assert bench.numbers["found"] == {
+        "same_picture": 2,
+        "near_picture": 3,
+        "same_text": 2,
+        "near_text": 1,
+        "picture_and_text": 1,
+        "any": 6,
+    }
+    assert bench.numbers["shares"]["any"] == 0.75
+    assert (bench.numbers["samples"], bench.numbers["short_texts"], bench.numbers["texts"]) == (8, 1, 7)
+    assert bench.matches[4].similarity == pytest.approx(10 / 11)
+
+
+def test_the_files_have_every_match_a_plot_and_pairs_of_pictures(overlap, tmp_path):
+    write_overlap(overlap, tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "overlap.json").read_text())["benchmarks"][0]["matches"]) == 6
+    assert len(overlap.facts(examples=2)["benchmarks"][0]["matches"]) == 2
+    with Image.open(tmp_path / "out" / "overlap.png") as plot:
+        assert plot.width > 400
+    page = (tmp_path / "out" / "overlap.html").read_text()
+    assert page == render_report(overlap_page(overlap))
+    assert page.count('<article class="card panel') == 5
+    assert "equal pixels" in page
+    head, row = overlap.table()
+    assert head.split()[:2] == ["benchmark", "samples"]
+    assert row.replace("%", "").split()[1:] == ["8", "25.0", "37.5", "25.0", "12.5", "12.5", "75.0"]
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_changed_picture_is_near_its_original_and_to_no_other(change, drawn):
+    originals = [hash_picture(image) for image in drawn]
+    changed = [hash_picture(CHANGED[change](image)) for image in drawn]
+    near = near_pictures(changed, originals, Thresholds().distance)
+    assert [near[one.identity][0][0] for one in changed] == [one.identity for one in originals]
+    assert all(len(found) == 1 for found in near.values())
+
+
+def test_pictures_of_other_scenes_are_far_above_the_threshold(drawn):
+    hashes = [hash_picture(image) for image in drawn]
+    assert near_pictures(hashes, hashes, Thresholds().distance + 16) == {
+        one.identity: [(one.identity, 0)] for one in hashes
+    }
+
+
+def test_distances_are_those_of_the_bits(monkeypatch):
+    """In pieces too: a table of many pictures is compared in several steps."""
+    monkeypatch.setattr("lavender.evaluation.data_checks.hashes._AT_ONCE", 2)
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2, (7, BITS)).astype(bool)
+    hashes = [PictureHash(str(at), np.packbits(row).view(np.uint64)) for at, row in enumerate(bits)]
+    near = near_pictures(hashes[:3], hashes, BITS)
+    for at in range(3):
+        assert dict(near[str(at)]) == {str(other): int((bits[at] != bits[other]).sum()) for other in range(7)}
+        assert [distance for _, distance in near[str(at)]] == sorted(distance for _, distance in near[str(at)])
+
+
+def test_plain_pictures_are_found_by_their_pixels_alone():
+    white, grey = (Image.new("RGB", (40, 30), colour) for colour in ("white", "grey"))
+    assert hash_picture(white) == PictureHash(image_id(white), None)
+    assert list(near_pictures([hash_picture(white)], [hash_picture(grey)], 100)) == []
+    assert near_pictures([hash_picture(white)], [hash_picture(white)], 0) == {image_id(white): [(image_id(white), 0)]}
+
+
+def test_similarity_is_that_of_word_triples():
+    one, other = words_of_text("A dog runs, over the grass"), words_of_text("a dog runs over the hill")
+    index = sketch_texts([one, words_of_text("something else that is long enough")])
+    assert near_texts(index, sketch_texts([other]), 0.5) == {one: [(other, 3 / 5)]}
+    assert near_texts(index, sketch_texts([other]), 0.61) == {}
+
+
+def test_few_texts_at_the_threshold_are_missed():
+    """100 pairs of 12 words that differ in the last: their similarity is 9 / 11."""
+    pairs = [tuple(f"w{number}x{place}" for place in range(12)) for number in range(100)]
+    changed = [(*words[:-1], "other") for words in pairs]
+    assert len(near_texts(sketch_texts(pairs), sketch_texts(changed), 0.8)) >= 99
+
+
+@pytest.mark.parametrize(("repeated", "found"), [(False, 1), (True, 0)])
+def test_a_question_that_many_samples_have_does_not_count(repeated, found, drawn, tmp_path):
+    """Alone, the answers are too short to be compared."""
+    question = "What is on the table beside the window?"
+    paths = []
+    for at, name in enumerate(("train", "bench")):
+        path = folder_of(tmp_path / name, [(drawn[at], "x")])
+        row = {"image": "0.png", "prompt": question, "completion": "a cat"}
+        rows = [row, row | {"completion": "a dog"}] if repeated else [row]
+        (path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        paths.append(path / "rows.jsonl")
+    assert find_overlap(paths[0], [paths[1]]).benchmarks[0].numbers["found"]["same_text"] == found
+
+
+def test_the_prompts_of_captions_do_not_count(drawn, tmp_path):
+    one, other = (folder_of(tmp_path / str(at), [(drawn[at], "a grey cat")]) for at in range(2))
+    assert find_overlap(one, [other]).benchmarks[0].numbers["found"]["any"] == 0
+    assert next(iter(read_samples(one))).messages[0]["content"][-1]["text"] in CAPTION_PROMPTS
+
+
+@pytest.mark.parametrize("wrong", [{"distance": 128}, {"distance": -1}, {"similarity": 0.4}, {"similarity": 1.1}])
+def test_wrong_thresholds_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"--{next(iter(wrong))}"):
+        Thresholds(**wrong)
