@@ -1,0 +1,39 @@
+"""The tables of README.md and docs/evidence.md have the numbers of the studies' pages."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lavender.world.studies.page import page, show
+from lavender.world.studies.registry import STUDIES
+
+ROOT = Path(__file__).parents[1]
+EVIDENCE = ROOT / "docs" / "evidence"
+RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
+
+
+@pytest.mark.parametrize(
+    ("file", "first", "last", "count"),
+    [
+        ("README.md", "**New words from few captions", "`lavender demo` trains", 28),
+        ("docs/evidence.md", "### New words", "### Attributes", 36 + 36 + 16),
+    ],
+)
+def test_numbers_of_new_words_are_those_of_the_study(file, first, last, count):
+    text = (ROOT / file).read_text()
+    found = RANGE.findall(text[text.index(first) : text.index(last)])
+    results = json.loads((EVIDENCE / "new-words" / "results.json").read_text())
+    measured = {show(values) for scores in results["arms"].values() for values in scores.values()}
+    assert len(found) == count
+    assert [number for number in found if number not in measured] == []
+
+
+@pytest.mark.parametrize("study", ["new-words"])
+def test_a_page_is_that_of_its_results(study):
+    results = json.loads((EVIDENCE / study / "results.json").read_text())
+    assert (EVIDENCE / study / "page.md").read_text() == page(STUDIES[study], results)
+    assert results["settings"]["scoring"]["split"] == "sealed"
