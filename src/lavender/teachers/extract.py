@@ -85,8 +85,7 @@ def extract(
             maps its share of the samples with its own teacher, and all write to the store at `out`.
 
     Returns:
-        The counts of this run: with `launch`, of all its processes, after the last has finished. Its `dropped` names
-        every sample and word without a map, and the reason.
+        The counts of this run, with `launch` of all its processes. Its `dropped` names what has no map, and why.
 
     Raises:
         DataError: with `strict`, a sample that cannot be used.
