@@ -157,6 +157,7 @@ def training(folder: Path, steps: int, workers: int) -> dict[str, float]:
         report_to="none",
         save_strategy="no",
         probe_size=0,
+        activation_checkpointing=False,
     )
     model, processor = load_run(STUDENT_PATH)
     dataset = to_dataset(read_samples(folder / "data"))
