@@ -65,7 +65,7 @@ def test_the_arm_of_the_defaults_has_the_settings_of_a_user_who_sets_nothing():
 
 
 def test_maps_that_are_there_are_not_made_again(tmp_path, monkeypatch):
-    """Nor are the scenes drawn, which takes longer."""
+    """Nor are the scenes drawn."""
     cell = Cell(arms(quick=True)["recipe 100"], 3, Scale.of(True, None, None).scoring)
     drawn = []
     task = replace(TASKS["new-words"], examples=lambda *which: drawn.append(which) or [], num_replayed=0)

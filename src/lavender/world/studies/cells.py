@@ -117,7 +117,7 @@ def prepare(folder: Path, cell: Cell) -> None:
     task, data, target = TASKS[cell.arm.task], data_path(folder, cell), _target(cell)
     is_extracted = (data / "maps" / "extraction.json").is_file()
     if is_extracted and (data / target).is_dir():
-        return  # before the scenes are drawn, which takes longer than all else here
+        return  # nothing is missing, so the scenes need not be drawn
     start = cell.seed * SCENES_PER_SEED
     examples, replayed = task.examples(start, cell.arm.num_scenes), task.replayed(start)
     if not is_extracted:
