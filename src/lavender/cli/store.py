@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavender.cli.options import add_columns, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
 from lavender.errors import ConfigError, StoreError
@@ -39,9 +40,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     export = action("export", _export, "Write a store as a table of the library datasets, with a data set card.")
     export.add_argument("store", type=expanded, metavar="STORE", help="folder of a map store")
     export.add_argument("--out", type=expanded, required=True, metavar="DIR", help="new folder")
-    export.add_argument(
-        "--format", choices=("parquet", "arrow"), default="parquet", help="files of the table (default: %(default)s)"
-    )
     _add_import(
         action("import", _import, "Write a store from an exported table, or from the JPEG maps of the authors.")
     )
@@ -56,6 +54,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=expanded, metavar="SOURCE", help="exported table, or folder of JPEG maps")
     parser.add_argument("--out", type=expanded, required=True, metavar="DIR", help="folder of the store")
     parser.add_argument("--data", type=expanded, help="of JPEG maps: the images and texts that they are of")
+    add_columns(parser)
     parser.add_argument(
         "--geometry",
         choices=("crop", "squash"),
@@ -74,9 +73,15 @@ def _verify(options: argparse.Namespace) -> None:
     from lavender.data.store_tools import verify
 
     faults: list[str] = []
+    unread: list[StoreError] = []
     for path in options.stores:
-        found = verify(path)
-        state = f"{len(found.faults)} faults" if found.faults else "whole"
+        try:
+            found = verify(path)
+        except StoreError as error:
+            show(error.got)
+            unread.append(error)
+            continue
+        state = _number(found.faults) if found.faults else "whole"
         show(f"{path}: {found.records} records with {found.words} word maps, {state}")
         for fault in found.faults[:SHOWN_FAULTS]:
             show(f"  {fault}")
@@ -84,8 +89,15 @@ def _verify(options: argparse.Namespace) -> None:
             show(f"  … and {len(found.faults) - SHOWN_FAULTS} more")
         faults += found.faults
     if faults:
-        do = "delete both files of each shard that is named and extract again: only their records are redone"
-        raise StoreError(f"{len(faults)} faults", "whole stores", do)
+        again = "repeat the command that wrote the store: it redoes only their records"
+        do = f"restore the files from a copy, or delete both files of each shard that is named and {again}"
+        raise StoreError(_number([*faults, *unread]), "whole stores", do)
+    if unread:
+        raise unread[0]
+
+
+def _number(faults: Sequence[object]) -> str:
+    return f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
 
 
 def _stats(options: argparse.Namespace) -> None:
@@ -115,14 +127,14 @@ def _merge(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from lavender.data.store_table import export_table
 
-    show(f"{export_table(options.store, options.out, options.format)} records written to {options.out}")
+    show(f"{export_table(options.store, options.out)} records written to {options.out}")
 
 
 def _import(options: argparse.Namespace) -> None:
     from lavender.data.store_table import import_table, is_table
 
     if is_table(options.source):
-        for name in ("data", "geometry", "strict"):
+        for name in ("data", "columns", "geometry", "strict"):
             if getattr(options, name):
                 raise ConfigError(f"--{name} with an exported table", "--out alone", f"leave --{name} out")
         show(f"{import_table(options.source, options.out)} records written to {options.out}")
@@ -136,9 +148,8 @@ def _import(options: argparse.Namespace) -> None:
             "--data, the images and texts of the JPEG maps",
             "name them, or import a folder that `lavender store export` wrote",
         )
-    summary = import_jpeg_maps(
-        read_samples(options.data), options.source, options.out, options.geometry or "crop", options.strict
-    )
+    samples = read_samples(options.data, columns=columns_of(options))
+    summary = import_jpeg_maps(samples, options.source, options.out, options.geometry or "crop", options.strict)
     show(
         f"{summary.records} texts with {summary.words} word maps written to {options.out}; "
         f"{summary.already_there} were already there; {len(summary.dropped)} dropped"
@@ -153,7 +164,7 @@ def _push(options: argparse.Namespace) -> None:
     from lavender.data.store_table import export_table, push
 
     if options.dry_run is not None:
-        export_table(options.store, options.dry_run, repository=options.repository)
+        export_table(options.store, options.dry_run, options.repository)
         for path in sorted(options.dry_run.rglob("*")):
             if path.is_file():
                 show(f"would upload {path.relative_to(options.dry_run)} ({path.stat().st_size:,} bytes)")

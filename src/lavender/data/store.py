@@ -181,18 +181,15 @@ class SeveralStores:
     """Several map stores used as one. The first store that has a picture and a text answers.
 
     Raises:
-        DataError: the stores have maps of different sizes.
+        DataError: no store, or stores of different grids.
     """
 
     def __init__(self, *stores: MapStore):
-        grids = [store.grid for store in stores]
-        if len(set(grids)) != 1:
-            raise DataError(
-                f"map stores with maps of {' and '.join(f'{rows} × {cols}' for rows, cols in grids)}",
-                "maps of one size",
-                "extract them with the same --grid",
-            )
-        self._stores, self.grid = stores, grids[0]
+        if len({store.grid for store in stores}) != 1:
+            grids = ", ".join("{} of {} × {} cells".format(store.path, *store.grid) for store in stores)
+            do = "leave out those of another grid, or extract them again with the same --grid"
+            raise DataError(f"the map stores {grids or 'of an empty list'}", "map stores of one grid", do)
+        self._stores, self.grid = stores, stores[0].grid
 
     @property
     def roles(self) -> frozenset[str] | None:

@@ -2,7 +2,7 @@
 
     lavender_maps.json              identity, grid and info of the store, and the number of records
     README.md                       the data set card
-    data/train-00000-of-00002.parquet    the table, a row per record; with "arrow" what `Dataset.save_to_disk` writes
+    data/train-00000-of-00002.parquet    the table, a row per record
 
 A map is `maps[word] / 255 * words[word]["scale"]`, as in the store, so a store that is exported and imported again has
 the same maps.
@@ -11,14 +11,12 @@ the same maps.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,20 +24,21 @@ import pyarrow.parquet as pq
 import torch
 
 from lavender.data.store import MapStore
-from lavender.data.store_tools import stats
+from lavender.data.store_tools import stats, store_folder, whole_folder
 from lavender.data.store_writer import quantised
 from lavender.errors import FileError, StoreError
-from lavender.files import TEMPORARY, expanded, read_whole, write_whole
+from lavender.files import expanded, read_whole, write_whole
 from lavender.maps import Dropped, Word, WordMaps
 
 if TYPE_CHECKING:
     import datasets
 
-Format = Literal["parquet", "arrow"]
 FACTS = "lavender_maps.json"
 ROWS_PER_FILE = 5000
-"""Records of a .parquet file: about 30 MB of maps of 32 × 32."""
-_ROWS_READ = 256
+"""The most records of a .parquet file: about 30 MB of maps of 32 × 32."""
+BYTES_PER_FILE = 2**27
+"""The most bytes of the maps of a .parquet file, on average. They are in memory while it is written."""
+_BYTES_READ = 2**25  # of maps, about, at once
 _CARD = """\
 # Word maps
 
@@ -73,20 +72,17 @@ lavender store import maps-table --out maps
 ## How they were made
 
 ```json
-{identity}
+{settings}
 ```
 """
 
 
-def export_table(
-    store: str | Path, out: str | Path, format_name: Format = "parquet", repository: str = "NAME/REPOSITORY"
-) -> int:
+def export_table(store: str | Path, out: str | Path, repository: str = "NAME/REPOSITORY") -> int:
     """Write a store as a table to a new folder, with its card. The folder appears when it is complete.
 
     Args:
         store: the folder of the store.
         out: a new or empty folder.
-        format_name: "parquet" for `load_dataset`, or "arrow" for `datasets.load_from_disk`.
         repository: hub id that the card's examples name.
 
     Returns:
@@ -97,27 +93,21 @@ def export_table(
     """
     import datasets
 
-    opened, out = MapStore.open(store), expanded(out).absolute()
-    features = _features(opened.grid)
-    with _new_folder(out) as folder, _no_bars():
-        if format_name == "arrow":
-            cache = folder / f"{TEMPORARY}cache"
-            table = datasets.Dataset.from_generator(_rows, features, str(cache), gen_kwargs={"store": opened})
-            table.save_to_disk(folder)
-            del table
-            shutil.rmtree(cache)
-        else:
-            (folder / "data").mkdir()
-            number = max(1, -(-len(opened) // ROWS_PER_FILE))
-            rows = _rows(opened)
-            for index in range(number):
-                piece = list(islice(rows, ROWS_PER_FILE))
-                columns = {name: [row[name] for row in piece] for name in features}
-                path = folder / "data" / f"train-{index:05}-of-{number:05}.parquet"
-                datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    opened = MapStore.open(store)
+    features, rows = _features(opened.grid), _rows(opened)
+    cells = max(1, opened.num_words * math.prod(opened.grid))
+    size = max(1, min(ROWS_PER_FILE, len(opened) * BYTES_PER_FILE // cells))
+    number = max(1, -(-len(opened) // size))
+    with whole_folder(expanded(out), FACTS) as folder, _no_bars():
+        (folder / "data").mkdir()
+        for index in range(number):
+            piece = list(islice(rows, size))
+            columns = {name: [row[name] for row in piece] for name in features}
+            path = folder / "data" / f"train-{index:05}-of-{number:05}.parquet"
+            datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
         facts = {"grid": opened.grid, "identity": opened.identity, "info": opened.info, "records": len(opened)}
         write_whole(folder / FACTS, json.dumps(facts, indent=1, ensure_ascii=False))
-        write_whole(folder / "README.md", _card(stats(store), repository))
+        write_whole(folder / "README.md", _card(stats(opened), repository))
     return len(opened)
 
 
@@ -164,21 +154,6 @@ def _no_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end, and is removed after an error."""
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise StoreError(f"{out}, which is there already", "a new or empty folder", "choose another folder")
-    folder = out.with_name(f"{TEMPORARY}{out.name}-{secrets.token_hex(8)}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        os.replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 def _card(found: dict[str, Any], repository: str) -> str:
     """The README.md of a store whose `stats` these are."""
     from huggingface_hub import DatasetCardData
@@ -191,8 +166,8 @@ def _card(found: dict[str, Any], repository: str) -> str:
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
     )
     rows, cols = found["grid"]
-    identity = json.dumps(found["identity"] | found["info"], indent=1, ensure_ascii=False)
-    text = _CARD.format(**(found | {"rows": rows, "cols": cols, "identity": identity, "repository": repository}))
+    settings = json.dumps({name: found[name] for name in ("identity", "info")}, indent=1, ensure_ascii=False)
+    text = _CARD.format(**found, rows=rows, cols=cols, settings=settings, repository=repository)
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
@@ -206,7 +181,7 @@ def is_table(folder: str | Path) -> bool:
 
 
 def import_table(source: str | Path, out: str | Path) -> int:
-    """Write a store from a table that `export_table` wrote. After an interruption the same call continues.
+    """Write a store from a table that `export_table` wrote. A new store appears when it is complete.
 
     Args:
         source: the folder, also as downloaded from a hub.
@@ -216,50 +191,51 @@ def import_table(source: str | Path, out: str | Path) -> int:
         The number of records written.
 
     Raises:
+        FileError: `out` cannot be written.
         StoreError: no such table, a damaged one, or one with a missing file; another store at `out`.
     """
     source = expanded(source)
     try:
         facts = json.loads(read_whole(source / FACTS))
-        grid, number = tuple(facts["grid"]), facts["records"]
-        identity, info = dict(facts["identity"]), dict(facts["info"])
+        rows, cols = facts["grid"]
+        number, identity, info = facts["records"], dict(facts["identity"]), dict(facts["info"])
+        if not all(type(value) is int for value in (rows, cols, number)) or min(rows, cols) < 1:
+            raise ValueError(f"grid {facts['grid']} and records {number!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _no_table(f"{source / FACTS}: {error!r}") from error
     index = added = 0
-    with MapStore.writer(out, identity, info, grid) as writer:
-        for table in _tables(source):
+    with store_folder(expanded(out)) as folder, MapStore.writer(folder, identity, info, (rows, cols)) as writer:
+        for table in _tables(source, rows * cols):
             try:
-                for row, maps in zip(table.drop(["maps"]).to_pylist(), _maps(table, grid), strict=True):
+                for row, maps in zip(table.drop(["maps"]).to_pylist(), _maps(table, (rows, cols)), strict=True):
                     added += writer.add(_record(row, maps))
                     index += 1
-            except (KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise _no_table(f"row {index} of {source}: {error}") from error
-    if index != number:
-        raise _no_table(f"{source} with {index} of {number} records")
+        if index != number:
+            raise _no_table(f"{source} with {index} of {number} records")
     return added
 
 
-def _tables(source: Path) -> Iterator[pa.Table]:
+def _tables(source: Path, cells: int) -> Iterator[pa.Table]:
     """Some rows at a time, read from the files themselves. Raises StoreError."""
-    import datasets
-
+    rows = max(1, min(256, _BYTES_READ // (8 * cells)))  # of some eight words
     try:
-        if (source / "state.json").is_file():
-            yield from datasets.Dataset.load_from_disk(source).with_format("arrow").iter(_ROWS_READ)
         for file in sorted((source / "data").glob("train-*.parquet")):
-            for batch in pq.ParquetFile(file).iter_batches(_ROWS_READ):
-                yield pa.Table.from_batches([batch])
+            with pq.ParquetFile(file) as opened:
+                for batch in opened.iter_batches(rows):
+                    yield pa.Table.from_batches([batch])
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _no_table(f"{source}: {error}") from error
 
 
 def _maps(table: pa.Table, grid: tuple[int, int]) -> Iterator[np.ndarray]:
-    """The maps of each row, uint8 (word, rows, cols). Raises KeyError or ValueError."""
+    """The maps of each row, uint8 (word, rows, cols). Raises AttributeError, KeyError or ValueError."""
     nested = table["maps"].combine_chunks()
     nested = nested.storage if isinstance(nested, pa.ExtensionArray) else nested
     for index in range(len(nested)):
-        cells = nested.slice(index, 1).flatten().flatten().flatten()
-        yield np.asarray(cells, np.uint8).reshape(-1, *grid)
+        cells = nested.slice(index, 1).flatten().flatten().flatten().cast(pa.uint8())  # of another type: if exact
+        yield np.asarray(cells).reshape(-1, *grid)
 
 
 def _no_table(got: str) -> StoreError:
@@ -269,9 +245,15 @@ def _no_table(got: str) -> StoreError:
 
 
 def _record(row: dict[str, Any], maps: np.ndarray) -> WordMaps:
-    """A record of a row and its maps. Raises KeyError, TypeError or ValueError."""
-    scales = torch.tensor([word.pop("scale") for word in row["words"]])
-    confidence = torch.tensor([word.pop("confidence") for word in row["words"]])
+    """A record of a row and its maps. Raises AttributeError, KeyError, TypeError or ValueError."""
+    if not (isinstance(row["image_id"], str) and isinstance(row["text"], str)):
+        raise ValueError("no image_id or no text")
+    scales, confidence = (
+        torch.tensor([float(word.pop(name)) for word in row["words"]]) for name in ("scale", "confidence")
+    )
+    for values in (scales, confidence):
+        if not ((values >= 0) & (values <= 1)).all():  # also true of NaN
+            raise ValueError(f"a scale or confidence outside [0, 1]: {values.tolist()}")
     words, dropped = (Word(**word) for word in row["words"]), (Dropped(**drop) for drop in row["dropped"])
     heat = torch.from_numpy(maps.astype(np.float32)) / 255 * scales[:, None, None]
     return WordMaps(row["image_id"], row["text"], tuple(words), heat, tuple(dropped), confidence)
@@ -279,6 +261,8 @@ def _record(row: dict[str, Any], maps: np.ndarray) -> WordMaps:
 
 def push(store: str | Path, repository: str, private: bool = True) -> str:
     """Upload a store's table and card to a data set repository, which is made if it is not there.
+
+    The table replaces one that an earlier push uploaded. Other files of the repository stay, but for its card.
 
     Args:
         store: the folder of the store.
@@ -296,20 +280,33 @@ def push(store: str | Path, repository: str, private: bool = True) -> str:
 
     from huggingface_hub import HfApi
 
+    MapStore.open(store)
+    api = HfApi(library_name="lavender-vlm")
     with TemporaryDirectory() as folder:
         table = Path(folder) / "table"
-        export_table(store, table, repository=repository)
-        api = HfApi(library_name="lavender-vlm")
-        try:
+        with _asking(repository):  # before the export, which takes time
             api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        export_table(store, table, repository)
+        with _asking(repository):
             commit = api.upload_folder(
-                repo_id=repository, folder_path=table, repo_type="dataset", commit_message="Word maps"
+                repo_id=repository,
+                folder_path=table,
+                repo_type="dataset",
+                commit_message="Word maps",
+                delete_patterns="data/train-*.parquet",  # an earlier table may have more files
             )
-        except Exception as error:  # errors of the hub, of the connection, and of a name that it does not take
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise FileError(
-                f"{repository}, to which nothing was uploaded: {reason}",
-                "a repository of yours, a token that may write, and a connection",
-                "check the name, run `hf auth login`, or write the folder alone with --dry-run",
-            ) from error
     return str(commit)
+
+
+@contextmanager
+def _asking(repository: str) -> Iterator[None]:
+    """Turn errors of the hub, of the connection, and of a name that the hub does not take into a FileError."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise FileError(
+            f"{repository}, to which nothing was uploaded: {reason}",
+            "a repository of yours, a token that may write, and a connection",
+            "check the name, run `hf auth login`, or write the folder alone with --dry-run",
+        ) from error

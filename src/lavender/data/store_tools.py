@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import secrets
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +21,8 @@ import pyarrow.parquet as pq
 from lavender.data.store import MapStore, SeveralStores
 from lavender.data.store_format import MANIFEST, Shard, index_path, maps_path, read_manifest, shard_numbers
 from lavender.data.store_writer import differing
-from lavender.errors import StoreError
-from lavender.files import expanded, shown
+from lavender.errors import ConfigError, StoreError
+from lavender.files import TEMPORARY, expanded, file_error, read_whole, shown
 from lavender.maps import WordMaps
 
 MAX_STEPS = 2
@@ -36,7 +40,7 @@ class Verified:
     Attributes:
         records: records that are whole.
         words: their word maps.
-        faults: what is missing, damaged or twice in the store, one text each.
+        faults: what is missing, damaged or twice in the store; one text each.
     """
 
     records: int
@@ -47,30 +51,47 @@ class Verified:
 def verify(path: str | Path) -> Verified:
     """Read every record of a store, compare its checksum and decode it. Unlike `MapStore.open`, name every fault.
 
+    The records are also counted: `extraction.json`, if there is one, says how many there were when an extraction ended.
+
     Raises:
-        StoreError: no store at the path, or a damaged manifest.
+        StoreError: no store at the path, a damaged manifest, or a file with the name of a shard that no store writes.
     """
     path = expanded(path)
     manifest, numbers = read_manifest(path), shard_numbers(path)
-    missing = sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
-    faults = [f"shard {number} is missing" for number in missing]
+    absent = sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
+    faults = [f"shard {number} is missing" for number in absent if not maps_path(path, number).exists()]
     records = words = 0
-    keys: Counter[bytes] = Counter()
+    keys = [np.zeros((0, 2), np.uint64)]
     for number in numbers:
         try:
             shard = Shard(path, number, manifest)
         except StoreError as error:
             faults.append(error.got)
             continue
-        keys.update(key.tobytes() for key in shard.keys)
+        keys.append(shard.keys)
         for record in _records(shard, range(len(shard))):
             if isinstance(record, StoreError):
                 faults.append(record.got)
             else:
                 records, words = records + 1, words + len(record.words)
-    if repeated := sum(number > 1 for number in keys.values()):
-        faults.append(f"{repeated} records are there more than once; a merge to a new store takes each once")
+    for file in sorted(path.glob("shard-*.safetensors")):  # after the reading, in which a writer may have gone on
+        if not (table := file.with_suffix(".parquet")).exists():
+            faults.append(f"{file.name} has no {table.name}, which is lost, or its writer was killed or is not done")
+    number, distinct = sum(map(len, keys)), len(np.unique(np.concatenate(keys), axis=0))
+    if number > distinct:
+        faults.append(f"{number - distinct} records are there twice; a merge to a new store takes each once")
+    if not faults and distinct < (counted := _counted(path)):
+        faults.append(f"{counted - distinct} of the {counted} records are missing that extraction.json counts")
     return Verified(records, words, tuple(faults))
+
+
+def _counted(path: Path) -> int:
+    """The records that a store had when an extraction ended last; 0 if that is not recorded."""
+    try:
+        number = json.loads(read_whole(path / "extraction.json"))["in_store"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return number if type(number) is int else 0
 
 
 def _records(shard: Shard, rows: Iterable[int]) -> Iterator[WordMaps | StoreError]:
@@ -86,8 +107,11 @@ def _records(shard: Shard, rows: Iterable[int]) -> Iterator[WordMaps | StoreErro
         os.close(file)
 
 
-def stats(path: str | Path) -> dict[str, Any]:
+def stats(store: str | Path | MapStore) -> dict[str, Any]:
     """Counts of a store, from its tables: no map is read, and memory does not grow with the maps.
+
+    Args:
+        store: its folder, or the open store.
 
     Returns:
         JSON values: numbers of records, images, words and left-out words; words per text; words by part of speech and
@@ -97,7 +121,7 @@ def stats(path: str | Path) -> dict[str, Any]:
     Raises:
         StoreError: no store at the path, or a damaged one.
     """
-    store = MapStore.open(path)
+    store = store if isinstance(store, MapStore) else MapStore.open(store)
     tally = _Tally()
     size = 0
     for number in range(len(store.shards)):
@@ -180,26 +204,81 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> Merged:
 
     Stores fit if they have the same identity and grid, and equal records of what several of them have: the same words,
     cells that differ by at most `MAX_STEPS` steps of 1/255, and confidences that differ by at most `MAX_CONFIDENCE`.
-    Of equal records the first is taken. After an interruption the same call continues.
+    Of equal records the first is taken. A new store appears when it is complete. To add to a store that is there,
+    repeat the call after an interruption.
 
     Args:
         paths: the stores.
-        out: a new or empty folder, or a store of the same identity, to which records are added.
+        out: a new or empty folder, or a store of the same identity, to which records are added. It may lack shards.
 
     Raises:
+        ConfigError: no store.
+        FileError: `out` cannot be written.
         StoreError: a damaged store, another identity or grid, or different maps of the same image and text.
     """
+    if not paths:
+        raise ConfigError("no store to merge", "one or more", "name the stores")
     out = expanded(out)
     folders = list(dict.fromkeys(Path(os.path.realpath(expanded(path))) for path in paths))
     stores = [MapStore.open(folder, verify=True) for folder in folders]
-    is_there = os.path.lexists(out / MANIFEST)
-    before = [MapStore.open(out), *stores] if is_there else stores
+    before = [_with_gaps(out), *stores] if os.path.lexists(out / MANIFEST) else stores
     for store in before[1:]:
         _check_fits(before[0].path, store.path)
     repeated = _repeated(before)
-    with MapStore.writer(out, before[0].identity, _common([store.info for store in stores]), before[0].grid) as writer:
+    identity, info, grid = before[0].identity, _common([store.info for store in stores]), before[0].grid
+    with store_folder(out) as folder, MapStore.writer(folder, identity, info, grid) as writer:
         added = sum(writer.add(record) for store in stores for record in store)
         return Merged(len(writer), added, repeated)
+
+
+def _with_gaps(path: Path) -> MapStore:
+    """A store that may lack shards, as a writer takes it."""
+    manifest = read_manifest(path)
+    return MapStore(path, manifest, [Shard(path, number, manifest) for number in shard_numbers(path)])
+
+
+@contextmanager
+def store_folder(out: Path) -> Iterator[Path]:
+    """Where to write a store: `out` if it is a store, to which records are added, else a `whole_folder` for it."""
+    if os.path.lexists(out / MANIFEST):
+        yield out
+        return
+    with whole_folder(out, MANIFEST) as folder:
+        try:
+            yield folder
+        except StoreError as error:
+            if isinstance(error.__cause__, OSError):  # it says that what was written before is kept
+                raise file_error(error.__cause__, out) from error
+            raise
+
+
+@contextmanager
+def whole_folder(out: Path, last: str) -> Iterator[Path]:
+    """A temporary folder, whose files appear at `out` when it is complete, and are removed after an error.
+
+    Args:
+        out: a new or empty folder, which may be a link or a mount.
+        last: the file without which the others do not count. It comes last to a folder that is there already.
+
+    Raises:
+        StoreError: `out` is a file, or holds files.
+    """
+    is_new = not os.path.lexists(out)
+    if not is_new and not (out.is_dir() and not any(out.iterdir())):
+        raise StoreError(f"{out}, which is there already", "a new or empty folder", "choose another folder")
+    folder = (out.parent if is_new else out) / f"{TEMPORARY}{out.name}-{secrets.token_hex(8)}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        if is_new:
+            os.replace(folder, out)
+        else:
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
+                os.replace(path, out / path.name)
+            folder.rmdir()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _check_fits(first: Path, other: Path) -> None:

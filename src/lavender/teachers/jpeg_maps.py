@@ -9,7 +9,11 @@ word in them.
 
 from __future__ import annotations
 
+import os
+import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -70,7 +74,7 @@ def import_jpeg_maps(
         out,
         lambda writer: work.steps(samples, writer),
         identity={"teacher": LAYOUT, "geometry": geometry, "grid": list(work.grid), "texts": "answers"},
-        info={"lavender-vlm": version("lavender-vlm"), "maps": source.name},
+        info={"lavender-vlm": version("lavender-vlm"), "maps": source.absolute().name},
         grid=work.grid,
         strict=strict,
         on_progress=on_progress,
@@ -81,68 +85,87 @@ class _Work:
     """Reads the maps of one image at a time.
 
     Attributes:
-        grid: (rows, cols) of the first map that is found, which all others must have.
+        grid: (rows, cols) of the first map that can be read, which all others must have.
     """
 
     def __init__(self, source: Path, geometry: str, strict: bool):
         self._source, self._geometry, self._strict = source, geometry, strict
-        first = next((file for folder in _folders(source) for file in _files(folder)), None)
+        first = next((pixels for folder in _folders(source) for pixels in _readable(_files(folder))), None)
         if first is None:
-            got = f"{source}, in which no folder of an image has a file {LAYOUT}"
+            got = f"{source}, in which no folder of an image has a file {LAYOUT} that can be read"
             raise DataError(got, "a folder per image, with a JPEG per word", "check the path")
-        rows, cols = _read(first).shape
+        rows, cols = first.shape
         self.grid = rows, cols
 
     def steps(self, samples: Samples, writer: StoreWriter) -> Generator[Step, None, None]:
         """A step for each image of the data set, with the records of all of its texts."""
-        texts: dict[tuple[Path, int], list[tuple[Sample, int, str]]] = {}
-        for sample in samples:
+        texts: dict[Path, list[str]] = {}
+        places: dict[Path, tuple[int, int]] = {}  # a sample of the image, and which of its images it is
+        for place, sample in enumerate(samples):
             for index, text in sample.pairs:
                 path = sample.sources[index]
-                key = (path, 0) if isinstance(path, Path) else (Path(sample.name), index)
-                texts.setdefault(key, []).append((sample, index, text))
-        for named in texts.values():
+                if isinstance(path, Path):
+                    texts.setdefault(path, []).append(text)
+                    places.setdefault(path, (place, index))
+                else:
+                    got = f"{sample.name}, whose image is no file"
+                    yield self._without(sample, 1, DataError(got, "a file, by whose name maps are found", "save it"))
+        owners: defaultdict[Path, set[str]] = defaultdict(set)
+        for path in texts:
+            owners[self._folder_of(path)].add(os.path.realpath(path))
+        for path, named in texts.items():
+            place, index = places[path]
+            sample = samples.samples[place]
             try:
-                yield self._of_image(named, writer)
+                self._check_folder(path, len(owners[self._folder_of(path)]))
+                yield self._of_image(sample.load_picture(index), self._folder_of(path), named, writer)
             except DataError as error:
-                if self._strict:
-                    raise
-                yield Step(len(named), dropped=[Dropped(named[0][0].name, error.got)])
+                yield self._without(sample, len(named), error)
 
-    def _of_image(self, named: list[tuple[Sample, int, str]], writer: StoreWriter) -> Step:
-        """The records of the texts on one image. Raises DataError if there are none."""
-        sample, index, _ = named[0]
-        path = sample.sources[index]
-        if not isinstance(path, Path):
-            raise DataError(
-                f"{sample.name}, whose picture is no file", "a file, by whose name maps are found", "save it"
-            )
-        folder = next((one for one in (self._source / path.name, self._source / path.stem) if one.is_dir()), None)
-        if folder is None:
-            raise DataError(f"{path.name} without a folder in {self._source}", "its maps", "check the path of the maps")
-        image = sample.load_picture(index)
+    def _without(self, sample: Sample, texts: int, error: DataError) -> Step:
+        """The step of texts on an image without maps. Raises the error if strict."""
+        if self._strict:
+            raise error
+        return Step(texts, dropped=[Dropped(sample.name, error.got)])
+
+    def _folder_of(self, image: Path) -> Path:
+        """The folder with the maps of an image file, which need not be there."""
+        whole = self._source / image.name
+        return whole if whole.is_dir() else self._source / image.stem
+
+    def _check_folder(self, image: Path, owners: int) -> None:
+        """Raises DataError if the folder of an image is not there, or is that of several images."""
+        folder = self._folder_of(image)
+        if not folder.is_dir():
+            got = f"{image.name} without a folder in {self._source}"
+            raise DataError(got, "its maps", "check the path of the maps")
+        if owners > 1:
+            got = f"{image}, one of {owners} images that would take the maps in {folder.name}"
+            raise DataError(got, "a folder per image", "give each image and its folder a name of its own")
+
+    def _of_image(self, image: Image.Image, folder: Path, texts: list[str], writer: StoreWriter) -> Step:
+        """The records of the texts on an image. Raises DataError if strict."""
         identity, box = image_id(image), _box(image, self._geometry)
-        distinct = dict.fromkeys(text for _, _, text in named)
-        new = [text for text in distinct if (identity, text) not in writer]
+        new = [text for text in dict.fromkeys(texts) if (identity, text) not in writer]
         heat, dropped = self._read_all(folder, box) if new else ({}, [])
         records = [_record(identity, text, heat, self.grid) for text in new]
-        used = {word.text.lower() for record in records for word in record.words}
+        used = {_key(word.text) for record in records for word in record.words}
         dropped += [
             Dropped(f"{folder.name}: {word!r}", "a map of a word that is in no text of the image")
             for word in heat
             if new and word not in used
         ]
         self._check(dropped)
-        return Step(len(named), maps=records, dropped=dropped, already_there=len(named) - len(new))
+        return Step(len(texts), maps=records, dropped=dropped, already_there=len(texts) - len(new))
 
     def _read_all(
         self, folder: Path, box: tuple[float, float, float, float]
     ) -> tuple[dict[str, Tensor], list[Dropped]]:
-        """The maps by word in lower case, over the whole image; and the files that cannot be used."""
+        """The maps by the `_key` of their word, over the whole image; and the files that cannot be used."""
         heat: dict[str, Tensor] = {}
         dropped = []
         for file in _files(folder):
-            word, where = file.stem.removeprefix(_BEGIN).lower(), str(file.relative_to(self._source))
+            word, where = _key(file.stem.removeprefix(_BEGIN)), str(file.relative_to(self._source))
             try:
                 pixels = _read(file)
             except DataError as error:
@@ -165,11 +188,16 @@ class _Work:
 
 def _record(identity: str, text: str, heat: dict[str, Tensor], grid: tuple[int, int]) -> WordMaps:
     """The record of a text: each of its words with a map, in any case of its letters."""
-    words: list[Word] = [word for word in words_of(text) if word.text.lower() in heat]
+    words: list[Word] = [word for word in words_of(text) if _key(word.text) in heat]
     without = [word for word in words_of(text) if word.part_of_speech in CONTENT_WORDS and word not in words]
-    maps = torch.stack([heat[word.text.lower()] for word in words]) if words else torch.zeros(0, *grid)
+    maps = torch.stack([heat[_key(word.text)] for word in words]) if words else torch.zeros(0, *grid)
     dropped = tuple(Dropped(word.text, "no file of this word") for word in without)
     return WordMaps(identity, text, tuple(words), maps, dropped)
+
+
+def _key(word: str) -> str:
+    """A word as it is compared: in lower case, a letter with its accent as one character. macOS may write two."""
+    return unicodedata.normalize("NFC", word).lower()
 
 
 def _folders(source: Path) -> Iterator[Path]:
@@ -180,6 +208,12 @@ def _folders(source: Path) -> Iterator[Path]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob(f"{_BEGIN}*") if file.suffix.lower() in _ENDINGS)
+
+
+def _readable(files: list[Path]) -> Iterator[Tensor]:
+    for file in files:
+        with suppress(DataError):
+            yield _read(file)
 
 
 def _read(file: Path) -> Tensor:

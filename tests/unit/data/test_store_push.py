@@ -21,6 +21,7 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         made: the client's wish for the new repository.
         files: content by path.
+        deleted: paths that a commit removed.
         refuses: whether the token may not write.
     """
 
@@ -28,6 +29,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.made: dict[str, Any] = {}
         self.files: dict[str, bytes] = {}
+        self.deleted: list[str] = []
         self.refuses = False
 
     @property
@@ -36,6 +38,12 @@ class Hub(ThreadingHTTPServer):
 
 
 class Answer(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        hub = cast(Hub, self.server)
+        if hub.refuses or not self.path.startswith("/api/datasets/someone/maps/tree/main"):
+            return self.reply({"error": "there is nothing for this token"}, 404)
+        return self.reply([{"type": "file", "path": path, "size": 1, "oid": "a" * 40} for path in hub.files])
+
     def do_POST(self) -> None:
         content, hub = self.rfile.read(int(self.headers["Content-Length"])), cast(Hub, self.server)
         repository = f"{hub.url}/datasets/someone/maps"
@@ -51,10 +59,13 @@ class Answer(BaseHTTPRequestHandler):
             for line in map(json.loads, content.splitlines()):
                 if line["key"] == "file":
                     hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    hub.deleted.append(line["value"]["path"])
+                    del hub.files[line["value"]["path"]]
             return self.reply({"success": True, "commitOid": "a" * 40, "commitUrl": f"{repository}/commit/{'a' * 40}"})
         return self.reply({"errors": [], "warnings": []})  # the check of a card's metadata
 
-    def reply(self, value: dict[str, Any], code: int = 200) -> None:
+    def reply(self, value: Any, code: int = 200) -> None:
         encoded = json.dumps(value).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
@@ -89,6 +100,18 @@ def test_a_push_uploads_the_table_and_its_card(hub, store_path, tmp_path):
         hub.files.keys() == written.keys() == {"README.md", "lavender_maps.json", "data/train-00000-of-00001.parquet"}
     )
     assert {name: path.read_bytes() for name, path in written.items()} == hub.files
+
+
+def test_a_second_push_replaces_the_table(hub, store_path):
+    """A file of a longer table would stay, and its records would be there twice."""
+    hub.files = dict.fromkeys(
+        ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "mine.txt"], b""
+    )
+    assert lavender("store", "push", store_path, "someone/maps").code == DONE
+    assert hub.deleted == ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]
+    assert sorted(hub.files) == ["README.md", "data/train-00000-of-00001.parquet", "lavender_maps.json", "mine.txt"]
+    assert lavender("store", "push", store_path, "someone/maps").code == DONE
+    assert "data/train-00000-of-00001.parquet" in hub.files
 
 
 def test_a_hub_that_refuses_is_one_error(hub, store_path):

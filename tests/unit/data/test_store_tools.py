@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import load_dataset, load_from_disk
+from datasets import load_dataset
 
 from command_line import complaint, lavender
 from lavender.cli.main import DONE, FAILED
 from lavender.data import store_table
-from lavender.data.store import MapStore
+from lavender.data.store import MapStore, SeveralStores
 from lavender.data.store_table import FACTS, export_table, import_table
 from lavender.data.store_tools import merge, stats, verify
-from lavender.errors import StoreError
+from lavender.errors import ConfigError, DataError, StoreError
 from lavender.maps import Word, WordMaps
 from unit.data.store_victim import GRID, IDENTITY, INFO, record
 
@@ -44,6 +49,27 @@ def content(path: Path) -> dict:
     }
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def killed_at_rename(number: int, call) -> None:
+    """Run a call in a process that is killed just before its rename of that number, from 0."""
+    child = os.fork()
+    if not child:
+        original, renames = os.replace, iter(range(1000))
+
+        def replace(*paths, **options):
+            if next(renames) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*paths, **options)
+
+        with mock.patch.object(os, "replace", replace):
+            call()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
 # verify
 
 
@@ -56,14 +82,15 @@ def test_a_whole_store_has_no_fault(store):
 
 
 def test_every_fault_of_every_store_is_named(store, tmp_path):
-    """A flipped bit in one record, a cut table of another shard, a missing shard: the rest is still counted."""
+    """A flipped bit in one record, a missing shard, and a cut table of another: the rest is still counted."""
     other = fill(tmp_path / "other", RECORDS[:2])
     first = store / "shard-00000.safetensors"
     flipped = bytearray(first.read_bytes())
     begin = flipped.index(b'["0000')
     flipped[begin + 5] ^= 1
     first.write_bytes(flipped)
-    (store / "shard-00001.parquet").unlink()
+    for file in store.glob("shard-00001.*"):
+        file.unlink()
     table = store / "shard-00002.parquet"
     table.write_bytes(table.read_bytes()[:-1])
     found = verify(store)
@@ -79,8 +106,46 @@ def test_every_fault_of_every_store_is_named(store, tmp_path):
     assert "Got 3 faults." in complaint(ran, FAILED)
 
 
-def test_what_is_no_store_cannot_be_verified(tmp_path):
+@pytest.mark.parametrize("number", range(3))
+def test_a_shard_without_its_table_is_named(store, number):
+    """Of the last shard too, which opening the store does not miss."""
+    (store / f"shard-0000{number}.parquet").unlink()
+    (fault,) = verify(store).faults
+    assert f"shard-0000{number}.safetensors has no shard-0000{number}.parquet" in fault
+
+
+def test_a_lost_last_shard_is_missed_in_the_count_of_the_extraction(store):
+    (store / "extraction.json").write_text('{"in_store": 11}')
+    assert verify(store).faults == ()
+    for file in store.glob("shard-00002.*"):
+        file.unlink()
+    assert verify(store).faults == ("3 of the 11 records are missing that extraction.json counts",)
+    (store / "extraction.json").write_text("[]")
+    assert verify(store).faults == ()
+
+
+def test_a_record_that_is_there_twice_is_a_fault(tmp_path):
+    """As after two writers on two copies of a store, whose shards were then put together."""
+    store = fill(tmp_path / "maps", RECORDS[:4])
+    other = shutil.copytree(store, tmp_path / "other")
+    fill(store, [RECORDS[4]])
+    fill(other, [RECORDS[5]])
+    fill(other, [RECORDS[4], RECORDS[6]])
+    for file in other.glob("shard-00002.*"):
+        shutil.copy(file, store)
+    found = verify(store)
+    assert found.records == 7
+    assert found.faults == ("1 records are there twice; a merge to a new store takes each once",)
+    merge([store], tmp_path / "all")
+    assert verify(tmp_path / "all").faults == ()
+    assert len(MapStore.open(tmp_path / "all")) == 6
+
+
+def test_what_is_no_store_cannot_be_verified(store, tmp_path):
     assert "which has no manifest.json" in complaint(lavender("store", "verify", tmp_path), FAILED)
+    ran = lavender("store", "verify", tmp_path, store)
+    assert "which has no manifest.json" in complaint(ran, FAILED)
+    assert f"{store}: 11 records with 15 word maps, whole" in ran.out
 
 
 # stats
@@ -161,14 +226,40 @@ def test_stores_of_other_settings_are_not_merged(tmp_path):
     assert len(MapStore.open(second)) == 2
 
 
+def test_a_merged_store_appears_when_it_is_complete(tmp_path):
+    first, second = fill(tmp_path / "first", RECORDS[:6]), fill(tmp_path / "second", RECORDS[6:])
+    killed_at_rename(3, lambda: merge([first, second], tmp_path / "all"))  # after the manifest and a shard
+    assert not (tmp_path / "all").exists()
+    assert merge([first, second], tmp_path / "all").added == 11
+    assert len(MapStore.open(tmp_path / "all")) == 11
+
+
+def test_a_merge_into_a_store_redoes_its_lost_shards(store, tmp_path):
+    other = shutil.copytree(store, tmp_path / "other")
+    for file in store.glob("shard-00001.*"):
+        file.unlink()
+    assert merge([other], store).added == 4
+    assert content(store) == content(other)
+
+
+def test_what_cannot_be_merged_or_joined_is_named(store, tmp_path):
+    with pytest.raises(ConfigError, match="no store to merge"):
+        merge([], tmp_path / "all")
+    with MapStore.writer(tmp_path / "wide", IDENTITY, INFO, (5, 9)):
+        pass
+    with pytest.raises(DataError, match=rf"{store} of 5 × 7 cells, {tmp_path / 'wide'} of 5 × 9 cells"):
+        SeveralStores(MapStore.open(store), MapStore.open(tmp_path / "wide"))
+
+
 # tables
 
 
-@pytest.mark.parametrize("format_name", ["parquet", "arrow"])
-def test_a_table_and_back_is_the_same_store(store, tmp_path, format_name, monkeypatch):
-    monkeypatch.setattr(store_table, "ROWS_PER_FILE", 4)
+@pytest.mark.parametrize("limit", [("ROWS_PER_FILE", 4), ("BYTES_PER_FILE", 200)])  # 525 bytes of maps in all
+def test_a_table_and_back_is_the_same_store(store, tmp_path, limit, monkeypatch):
+    monkeypatch.setattr(store_table, *limit)
     table = tmp_path / "table"
-    ran = lavender("store", "export", store, "--out", table, "--format", format_name)
+    ran = lavender("store", "export", store, "--out", table)
+    assert names(table / "data") == [f"train-0000{index}-of-00003.parquet" for index in range(3)]
     assert ran.out == f"11 records written to {table}\n", ran.err
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     ran = lavender("store", "import", table, "--out", tmp_path / "again")
@@ -180,21 +271,16 @@ def test_a_table_and_back_is_the_same_store(store, tmp_path, format_name, monkey
 
 def test_datasets_reads_a_table(store, tmp_path, monkeypatch):
     monkeypatch.setattr(store_table, "ROWS_PER_FILE", 4)
-    export_table(store, tmp_path / "parquet")
-    files = sorted(path.name for path in (tmp_path / "parquet" / "data").iterdir())
-    assert files == [f"train-0000{index}-of-00003.parquet" for index in range(3)]
-    export_table(store, tmp_path / "arrow", "arrow")
+    export_table(store, tmp_path / "table")
     cache = str(tmp_path / "cache")
-    from_hub = load_dataset(str(tmp_path / "parquet"), split="train", cache_dir=cache)  # by the card's own settings
-    tables: list[Any] = [from_hub, load_from_disk(tmp_path / "arrow")]
-    for table in tables:
-        for row, given in zip(table.with_format("numpy"), RECORDS, strict=True):
-            assert (row["image_id"], row["text"]) == (given.image_id, given.text)
-            assert [(word["text"], word["start"]) for word in row["words"]] == [
-                (word.text, word.start) for word in given.words
-            ]
-            scale = np.array([word["scale"] for word in row["words"]]).reshape(-1, 1, 1)
-            assert np.allclose(row["maps"] / 255 * scale, given.maps.numpy(), rtol=0, atol=0.5 / 255 + 1e-6)
+    table = load_dataset(str(tmp_path / "table"), split="train", cache_dir=cache)  # by the card's own settings
+    for row, given in zip(table.with_format("numpy"), RECORDS, strict=True):
+        assert (row["image_id"], row["text"]) == (given.image_id, given.text)
+        assert [(word["text"], word["start"]) for word in row["words"]] == [
+            (word.text, word.start) for word in given.words
+        ]
+        scale = np.array([word["scale"] for word in row["words"]]).reshape(-1, 1, 1)
+        assert np.allclose(row["maps"] / 255 * scale, given.maps.numpy(), rtol=0, atol=0.5 / 255 + 1e-6)
 
 
 def test_an_empty_store_goes_there_and_back(tmp_path):
@@ -204,7 +290,9 @@ def test_an_empty_store_goes_there_and_back(tmp_path):
     assert len(MapStore.open(tmp_path / "again")) == 0
 
 
-@pytest.mark.parametrize("damage", ["a file is missing", "a file is cut", "no facts", "a map of another size"])
+@pytest.mark.parametrize(
+    "damage", ["a file is missing", "a file is cut", "no facts", "a map of another size", "a grid of texts"]
+)
 def test_a_table_that_is_not_whole_is_refused(store, tmp_path, damage, monkeypatch):
     monkeypatch.setattr(store_table, "ROWS_PER_FILE", 4)
     table = tmp_path / "table"
@@ -217,10 +305,66 @@ def test_a_table_that_is_not_whole_is_refused(store, tmp_path, damage, monkeypat
     elif damage == "no facts":
         (table / FACTS).write_text("{}")
     else:
+        grid = [7, 7] if damage == "a map of another size" else [5, "7"]
         facts = json.loads((table / FACTS).read_text())
-        (table / FACTS).write_text(json.dumps(facts | {"grid": [7, 7]}))
+        (table / FACTS).write_text(json.dumps(facts | {"grid": grid}))
     with pytest.raises(StoreError, match="no whole table of maps"):
         import_table(table, tmp_path / "again")
+    assert names(tmp_path) == ["maps", "table"]  # nothing is left that looks like a store
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "why"),
+    [
+        ("text", None, "no text"),
+        ("image_id", None, "no image_id"),
+        ("words", None, ""),
+        ("words", [{"text": "dog", "start": 0, "end": 3, "lemma": None, "part_of_speech": "noun"}], ""),
+        ("words", [{"scale": None}], ""),
+        ("words", [{"scale": 2.0}], "outside"),
+        ("words", [None], ""),
+        ("maps", [[[0.5] * 7] * 5], "truncated"),
+        ("maps", [[[256] * 7] * 5], "256"),
+        ("maps", [[[255] * 7] * 4], "reshape"),
+        ("maps", None, ""),
+        ("maps", 1, ""),
+    ],
+)
+def test_a_changed_row_is_refused_by_its_number(store, tmp_path, column, value, why):
+    """Record 1 has one word. What another program writes may have nulls, and other types."""
+    export_table(store, tmp_path / "table")
+    (file,) = (tmp_path / "table" / "data").iterdir()
+    rows = pq.read_table(file).replace_schema_metadata(None).to_pylist()
+    if column == "maps" and value is not None:  # a column has one type
+        rows = rows[1:2]
+        rows[0]["maps"] = value
+    elif column == "words" and value is not None:
+        rows[1]["words"] = [word and {**rows[1]["words"][0], **word} for word in value]
+    else:
+        rows[1][column] = value
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    with pytest.raises(StoreError, match=rf"row {int(len(rows) > 1)} of .*{why}.* no whole table of maps"):
+        import_table(tmp_path / "table", tmp_path / "again")
+
+
+def test_whole_numbers_of_another_type_are_the_same_maps(store, tmp_path):
+    export_table(store, tmp_path / "table")
+    (file,) = (tmp_path / "table" / "data").iterdir()
+    pq.write_table(pa.Table.from_pylist(pq.read_table(file).to_pylist()), file)  # of 64 bits
+    import_table(tmp_path / "table", tmp_path / "again")
+    assert content(tmp_path / "again") == content(store)
+
+
+@pytest.mark.parametrize("place", ["new", "folder", "link", "."])
+def test_a_table_goes_to_a_new_or_empty_folder(store, tmp_path, place, monkeypatch):
+    work = tmp_path / "work"
+    (work / "folder").mkdir(parents=True)
+    if place == "link":
+        (work / "link").symlink_to("folder")
+    monkeypatch.chdir(work / "folder" if place == "." else work)
+    assert export_table(store, place) == 11
+    assert names(Path(place)) == ["README.md", "data", FACTS]
+    assert not list(work.rglob(".*"))
 
 
 def test_a_table_never_replaces_files(store, tmp_path):

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -106,3 +108,36 @@ def test_what_cannot_be_imported(work):
     there = lavender("store", "import", work / "data", "--data", work / "data", *out)
     assert "no folder of an image has a file attention_WORD.jpg" in complaint(there, FAILED)
     assert not (work / "store").exists()
+
+
+def test_images_of_the_same_name_get_no_maps_of_each_other(work, wide):
+    """The layout has one folder for both, so the maps would be those of the wrong image."""
+    (work / "data" / "more").mkdir()
+    Image.new("RGB", (32, 32), "red").save(work / "data" / "more" / "1.png")
+    with (work / "data" / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "more/1.png", "text": "a dog"}) + "\n")
+    ran = lavender("store", "import", work / "maps", "--data", work / "data", "--out", work / "store")
+    assert "0 texts with 0 word maps" in ran.out
+    assert ran.out.count("one of 2 images that would take the maps in 1.png") == 2
+
+
+def test_a_damaged_first_file_and_an_odd_accent(work, wide):
+    """A name may have an accent as a character of its own, as macOS writes it."""
+    folder = work / "maps" / "1.png" / "lpm_attention" / "1"
+    (folder / "attention_a.png").write_bytes(b"no image")
+    grey((5, 1)).save(folder / "attention_cafe\u0301.png")
+    row = {"file_name": "1.png", "caption of it": "a dog in a caf\u00e9"}
+    (work / "data" / "metadata.jsonl").write_text(json.dumps(row))
+    store = imported(work, "--columns", "image=file_name,caption=caption of it")
+    maps = store.get(image_id(wide), row["caption of it"])
+    assert maps is not None
+    assert [word.text for word in maps.words] == ["dog", "caf\u00e9"]
+
+
+def test_images_that_are_no_files_are_named(work, tmp_path):
+    image = {"bytes": (work / "data" / "2.png").read_bytes(), "path": None}
+    pq.write_table(pa.Table.from_pylist([{"image": image, "text": "a dog"}]), work / "data.parquet")
+    ran = lavender("store", "import", work / "maps", "--data", work / "data.parquet", "--out", work / "store")
+    assert "whose image is no file" in ran.out
+    options = ("--data", work / "data.parquet", "--out", work / "strict", "--strict")
+    assert "whose image is no file" in complaint(lavender("store", "import", work / "maps", *options), FAILED)
