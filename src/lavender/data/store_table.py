@@ -1,7 +1,7 @@
 """A map store as a table of the library `datasets`: export, import, a data set card, and the push to a hub.
 
-    lavender_maps.json              identity, grid and info of the store, and the number of records
-    README.md                       the data set card
+    lavender_maps.json                   identity, grid and info of the store, and the number of records
+    README.md                            the data set card
     data/train-00000-of-00002.parquet    the table, a row per record
 
 A map is `maps[word] / 255 * words[word]["scale"]`, as in the store, so a store that is exported and imported again has
@@ -304,7 +304,7 @@ def _asking(repository: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise FileError(
             f"{repository}, to which nothing was uploaded: {reason}",
             "a repository of yours, a token that may write, and a connection",

@@ -79,7 +79,7 @@ def verify(path: str | Path) -> Verified:
             faults.append(f"{file.name} has no {table.name}, which is lost, or its writer was killed or is not done")
     number, distinct = sum(map(len, keys)), len(np.unique(np.concatenate(keys), axis=0))
     if number > distinct:
-        faults.append(f"{number - distinct} records are there twice; a merge to a new store takes each once")
+        faults.append(f"records that are there twice: {number - distinct}; a merge to a new store takes each once")
     if not faults and distinct < (counted := _counted(path)):
         faults.append(f"{counted - distinct} of the {counted} records are missing that extraction.json counts")
     return Verified(records, words, tuple(faults))

@@ -120,6 +120,7 @@ def test_a_lost_last_shard_is_missed_in_the_count_of_the_extraction(store):
     for file in store.glob("shard-00002.*"):
         file.unlink()
     assert verify(store).faults == ("3 of the 11 records are missing that extraction.json counts",)
+    assert "Got 1 fault." in complaint(lavender("store", "verify", store), FAILED)
     (store / "extraction.json").write_text("[]")
     assert verify(store).faults == ()
 
@@ -135,7 +136,7 @@ def test_a_record_that_is_there_twice_is_a_fault(tmp_path):
         shutil.copy(file, store)
     found = verify(store)
     assert found.records == 7
-    assert found.faults == ("1 records are there twice; a merge to a new store takes each once",)
+    assert found.faults == ("records that are there twice: 1; a merge to a new store takes each once",)
     merge([store], tmp_path / "all")
     assert verify(tmp_path / "all").faults == ()
     assert len(MapStore.open(tmp_path / "all")) == 6
