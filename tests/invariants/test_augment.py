@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from PIL import Image
+from torch.utils.data import DataLoader
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from lavender.alignment.augment import MIN_SIDE, Augment, View
+from families.test_qwen_vl import family_of
+from lavender.alignment.augment import DRAW, MIN_SIDE, Augment, View
 from lavender.alignment.collator import AlignmentCollator
-from lavender.alignment.coverage import CROPPED, Coverage
+from lavender.alignment.coverage import CROPPED, OUTSIDE, Coverage
+from lavender.alignment.examples import CUT
 from lavender.data.images import image_id
 from lavender.data.samples import Sample, to_dataset
 from lavender.data.store import MapStore
@@ -60,6 +65,17 @@ def test_nothing_changes_without_a_change():
     assert view.map(heat) is heat
     assert view.picture(image) is image
     assert view.shows(heat)
+
+
+def test_large_maps_take_no_large_matrix():
+    """Each row and column alone: a matrix for all pairs of cells would have 4 G numbers here."""
+    heat = torch.zeros(256, 256)
+    heat[100:140, 30:60] = 1
+    view = View(whole=(512, 512), box=(128, 0, 384, 256), size=(256, 256), mirrored=False)
+    expected = torch.zeros(256, 256)
+    expected[2 * (100 - 64) : 2 * (140 - 64), 60:120] = 1
+    assert view.shows(heat)
+    torch.testing.assert_close(view.map(heat), expected, rtol=0, atol=1e-6)
 
 
 # through the real collator
@@ -160,6 +176,56 @@ def test_the_batch_is_that_of_a_picture_and_maps_that_were_cut_before(planted, t
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("family", ["llava"], indirect=True)
+def test_a_word_counts_if_its_map_in_the_view_is_seen(planted, monkeypatch):
+    """The processor cuts the longer side. Where the words are in the whole picture does not matter."""
+    image, collator, _ = planted
+    images = collator._processor.image_processor
+    monkeypatch.setattr(images, "do_center_crop", True)
+    monkeypatch.setattr(images, "size", {"shortest_edge": images.crop_size["height"]})
+    boxes = [
+        (32, 0, 64, 100),  # of its columns 34 to 66 are seen. The dog is at 16 to 64, in the whole in unseen cells
+        (100, 26, 160, 176),  # 45 to 105 are seen, and the cat is at 118 to 150, in the whole in a seen cell
+    ]
+    found = []
+    for box in boxes:
+        view = View(image.size[::-1], box, (box[2] - box[0], box[3] - box[1]), mirrored=False)
+        collator.augment = fixed({None: view})
+        found.append(collator([{"images": [image], "messages": MESSAGES}])["alignment"])
+    assert [alignment["words"] for alignment in found] == [[["dog"]], [[]]]
+    dropped = [Coverage.of(alignment["counts"]).dropped for alignment in found]
+    assert [counts[OUTSIDE] for counts in dropped] == [0, 1]
+    assert [counts[CROPPED] for counts in dropped] == [1, 1]
+    assert "176 × 208 pixels" in found[0]["names"][0]  # of the file, not of the view
+
+
+def fixed(views: dict[int | None, View]) -> Any:
+    """An `Augment` whose views are chosen by a sample's number."""
+    return SimpleNamespace(views=lambda images, identities, messages, draw: [views[draw]])
+
+
+def test_a_part_with_more_tokens_than_max_length_is_left_out(captions, tmp_path):
+    """Qwen-VL rounds: 300 × 310 pixels have 11 × 12 tokens in this model, and 93 × 96 have 12 × 12."""
+    made = family_of("qwen2_5_vl", [*captions, ANSWER, "what is it?"])
+    adapter, image = adapter_for(made.make().config), Image.new("RGB", (310, 300))
+    with MapStore.writer(tmp_path / "maps", {"made by": "tests"}, {}, GRID) as writer:
+        writer.add(WordMaps(image_id(image), ANSWER, content_words(ANSWER, ("noun",)), torch.rand(2, *GRID)))
+    examples = [{"images": [image], "messages": MESSAGES, DRAW: draw} for draw in (0, 1)]
+    batch = DataCollatorForVisionLanguageModeling(made.processor)([{"images": [image], "messages": MESSAGES}])
+    picture = (batch["input_ids"][0] == adapter.image_token_id()).nonzero().flatten()
+    assert len(picture) == 11 * 12
+    length = int(picture[-1]) + 6
+    base = DataCollatorForVisionLanguageModeling(made.processor, max_length=length)
+    collator = AlignmentCollator(base, made.processor, adapter, MapStore.open(tmp_path / "maps"))
+    whole, part = ((0, 0, 300, 310), (300, 310)), ((0, 0, 93, 96), (93, 96))
+    collator.augment = fixed({draw: View((300, 310), *view, mirrored=False) for draw, view in enumerate((whole, part))})
+    batch = collator(examples)
+    assert batch["input_ids"].shape == (1, length)
+    counted = Coverage.of(batch["alignment"]["counts"])
+    assert counted.samples == 2
+    assert counted.dropped[CUT] == len(batch["alignment"]["faults"]) == 1
+
+
 def test_off_is_the_same_to_the_bit(planted):
     image, collator, _ = planted
     example = {"images": [image], "messages": MESSAGES}
@@ -182,6 +248,7 @@ def test_a_text_with_sides_is_not_mirrored():
     assert mirrored("what is bright?")
     assert not mirrored("What is on the Left?")
     assert not mirrored("the rightmost dog")
+    assert not mirrored("top_left and UPPER-RIGHT")
 
 
 def test_a_small_picture_is_not_made_smaller():
@@ -245,10 +312,40 @@ def test_views_depend_on_the_epoch_and_not_on_workers(trainer_of):
     here = trainer_of(**settings)
     first, second = pixels(here, 0), pixels(here, 1)
     assert not any(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    workers = trainer_of(**settings, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    # nor on the weight of the loss
+    workers = trainer_of(**settings, align_weight=0, dataloader_num_workers=1, dataloader_persistent_workers=True)
     for epoch, expected in enumerate((first, second)):
         assert all(torch.equal(one, other) for one, other in zip(pixels(workers, epoch), expected, strict=True))
     del workers.loader  # ends its worker
+    shares = [pixels_of_process(here, process, 2) for process in range(2)]
+    together = [batch for both in zip(*shares, strict=True) for batch in both]
+    in_order = [pixel for batch in pixels_of_process(here, 0, 1) for pixel in batch]
+    assert torch.equal(torch.cat(together)[: len(in_order)], torch.stack(in_order))
+
+
+def pixels_of_process(trainer: LavenderTrainer, process: int, number: int) -> list[torch.Tensor]:
+    """What one of several processes would get of the data set in its order."""
+    whole = loader_of(trainer)
+    loader = DataLoader(whole.dataset, batch_size=1, collate_fn=whole.collate_fn)
+    shard = prepare_data_loader(loader, num_processes=number, process_index=process, put_on_device=False)
+    return [batch["pixel_values"] for batch in shard]
+
+
+def test_a_run_resumed_within_an_epoch_sees_the_same_pictures(trainer_of, monkeypatch, tmp_path):
+    seen: list[torch.Tensor] = []
+    step = LavenderTrainer.training_step
+
+    def watched(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["pixel_values"].clone())
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(LavenderTrainer, "training_step", watched)
+    settings = {"augment_crop": 0.5, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
+    trainer_of(**settings).train()
+    whole, seen = seen, []
+    trainer_of(**settings).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert (len(whole), len(seen)) == (6, 2)
+    assert all(torch.equal(one, other) for one, other in zip(seen, whole[4:], strict=True))
 
 
 def test_only_training_is_augmented_and_the_epoch_is_told(trainer_of):
@@ -264,10 +361,12 @@ def test_only_training_is_augmented_and_the_epoch_is_told(trainer_of):
 
 
 def test_repeated_rows_have_views_of_their_own(trainer_of, large):
-    trainer = trainer_of(augment_crop=0.5)
-    trainer.train_dataset = large.select([0] * 4)
+    """Also if the sampler reads a column, and without a copy of the data set."""
+    trainer = trainer_of(augment_crop=0.5, train_sampling_strategy="group_by_length")
+    trainer.train_dataset = large.add_column("length", [5] * len(large)).select([0] * 4)
     one, other = pixels(trainer, 0)
     assert len({row.numpy().tobytes() for batch in (one, other) for row in batch}) == 4
+    assert loader_of(trainer).dataset.rows is trainer.train_dataset
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,29 @@ def test_plain_runs_of_another_default_loss_are_the_same():
     ]
 
 
+def test_a_run_of_before_a_setting_was_known_goes_on(run):
+    """Its record lacks settings that are off by default. They count as off; another value is another run."""
+    file, out = run
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    for name in ("augment_flip", "augment_crop", "augment_resize", "subtract_background", "neftune_noise_alpha"):
+        del config["training"][name]
+    for name in ("columns", "replay_share", "quantization", "freeze", "image_processor"):
+        del config[name]
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    ran = lavender("train", file)
+    assert ran.code == DONE, ran.err
+    assert f"finished: {out} holds this run" in ran.out
+    for setting, said in (
+        ("augment_flip=0.5", "augment_flip: not recorded → 0.5"),
+        ("augment_crop=0.5", "augment_crop: not recorded → 0.5"),
+        ("subtract_background=true", "subtract_background: not recorded → true"),
+    ):
+        assert f"({said})" in complaint(lavender("train", file, "--set", setting), WRONG_USAGE)
+    del config["training"]["attention_loss"]  # whose default is not off, and was another once
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    assert 'attention_loss: not recorded → "mass"' in complaint(lavender("train", file), WRONG_USAGE)
+
+
 def interrupt_at_the_fourth_step(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     step = LavenderTrainer.training_step
 

@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from PIL import Image
@@ -26,7 +27,7 @@ DRAW = "lavender_draw"
 """Column that tells repeated rows of a data set apart, so that each has a view of its own."""
 MIN_SIDE = 64
 """No picture becomes smaller than this on a side, in pixels, unless it is smaller already."""
-_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+_SIDES = re.compile(r"(?<![^\W_])(left|right)", re.IGNORECASE)  # of a word's beginning: not "bright"
 _HALF = 0.5
 
 
@@ -58,19 +59,18 @@ class View:
 
     def shows(self, heat: Tensor) -> bool:
         """Whether at least half of a map's place is in the view: of the cells with at least half of its maximum."""
-        rows, cols = heat.shape
-        place = (heat >= _HALF * heat.max()).flatten().float()
-        inside = overlap_matrix(torch.tensor([self._shares()]), (rows, cols))[0]
+        place = (heat >= _HALF * heat.max()).float()
         top, left, bottom, right = self._shares()
-        inside = inside * ((bottom - top) * (right - left) * rows * cols)  # share of each cell that is in the view
-        return bool(inside @ place >= _HALF * place.sum())
+        down, across = _overlaps(self._shares(), heat.shape[0], heat.shape[1])
+        # the shares of the map's rows, and of its columns, that are in the view
+        rows, cols = down.sum(dim=0) * (bottom - top), across.sum(dim=0) * (right - left)
+        return bool(rows @ place @ cols >= _HALF * place.sum())
 
     def map(self, heat: Tensor) -> Tensor:
         """A map of the view, on the same grid: (rows, cols) whose maximum is 1. Each cell is a mean over its area."""
         if self.box != (0, 0, *self.whole):
-            grid = heat.shape[0], heat.shape[1]
-            overlap = overlap_matrix(grid_boxes(*grid, self._shares()), grid)
-            heat = to_heat((overlap @ heat.flatten()).view(grid))
+            down, across = _overlaps(self._shares(), heat.shape[0], heat.shape[1])
+            heat = to_heat(down @ heat @ across.T)
         return heat.flip(-1) if self.mirrored else heat
 
     def _shares(self) -> tuple[float, float, float, float]:
@@ -122,6 +122,17 @@ class Augment:
         top, left = (chance.randint(0, side - part) for side, part in zip(whole, kept, strict=True))
         size = _scaled(kept, chance.uniform(self._resize, 1))
         return View(whole, (top, left, top + kept[0], left + kept[1]), size, mirrored)
+
+
+@lru_cache(maxsize=64)
+def _overlaps(box: tuple[float, float, float, float], rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """The share of each row of a box that lies in each row of the picture, (rows, rows), and the same of columns.
+
+    A cell's share is the product of the two; a matrix for cells would have (rows · cols)² numbers.
+    """
+    top, left, bottom, right = box
+    down = overlap_matrix(grid_boxes(rows, 1, (top, 0.0, bottom, 1.0)), (rows, 1))
+    return down, overlap_matrix(grid_boxes(1, cols, (0.0, left, 1.0, right)), (1, cols))
 
 
 def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:

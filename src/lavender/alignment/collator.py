@@ -63,7 +63,8 @@ class _Sample(NamedTuple):
     Attributes:
         example: for the base collator, with the pictures loaded.
         messages: the conversation as TRL renders it.
-        identities, sizes: the `image_id` and (height, width) of each picture.
+        identities: the `image_id` of each whole picture.
+        sizes: (height, width) of each picture as the student gets it.
         links: the words of the answers that are about others.
         views: what `Augment` made of each picture; () without it.
     """
@@ -78,9 +79,10 @@ class _Sample(NamedTuple):
     @property
     def name(self) -> str:
         """A name by which a user finds the sample, without its text."""
+        sizes = [view.whole for view in self.views] or self.sizes  # those of the files
         pictures = [
             f"picture {identity[:12]} of {height} × {width} pixels"
-            for identity, (height, width) in zip(self.identities, self.sizes, strict=True)
+            for identity, (height, width) in zip(self.identities, sizes, strict=True)
         ]
         return ", ".join(pictures) or "no picture"
 
@@ -132,6 +134,8 @@ class AlignmentCollator:
     Attributes:
         drops: whether samples that the model refuses are left out and counted, as a stream needs; if False they raise
             an error. If a whole batch is refused, the last good sample replaces it.
+        augment: changes pictures and their maps; None for whole pictures. Samples that the model refuses are then left
+            out as with `drops`: `max_length` may cut a picture that has more tokens than the whole one.
 
     Raises:
         ConfigError: the map store was made without maps of the turns that are to be aligned.
@@ -223,11 +227,11 @@ class AlignmentCollator:
                 raise
             examples = [example for example, fault in zip(examples, faults, strict=True) if fault is None]
             examples = examples or ([] if self._stand_in is None else [self._stand_in])
-            if not self.drops or not examples:
+            if not (self.drops or self.augment) or not examples:
                 raise refused[0] from error
             samples = [self._read(example) for example in examples]
             batch = self._base_batch(samples)
-        if self.drops:
+        if self.drops or self.augment:
             self._stand_in = examples[-1]
         return samples, batch, refused
 
@@ -293,16 +297,20 @@ class AlignmentCollator:
             return []
         mapped: list[MappedWord] = []
         for (picture, turn, _, targets), located_words in zip(turns, located, strict=True):
+            if sample.views:
+                targets = [
+                    target._replace(map=sample.views[picture].map(target.map))
+                    for target in targets
+                    if sample.views[picture].shows(target.map)
+                ]
             target_of = {target.word.start: target for target in targets}
             which = "read" if sample.messages[turn]["role"] == "user" else self._config.rows
             sees, shown_of = sight.pictures[picture].tolist(), self._shown(targets, sight.cells[picture])
             for word, rows in located_words:
+                if word.start not in target_of:
+                    dropped[CROPPED] += 1
+                    continue
                 _, heat, confidence = target_of[word.start]
-                if sample.views:
-                    if not sample.views[picture].shows(heat):
-                        dropped[CROPPED] += 1
-                        continue
-                    heat = sample.views[picture].map(heat)
                 entries = [
                     entry
                     for entry in rows_of_word(rows, which, self._config.tokens)

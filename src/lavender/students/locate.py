@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ UNSEEN = "word before the picture, which its row cannot see"
 UNKNOWN = "word that the tokenizer does not know"
 CHANGED = "word that the tokenizer spells otherwise"  # such as without its accents
 PRIVATE = range(0xE000, 0xF900)  # private-use characters, which no template changes
-_REMEMBERED = 50_000  # conversations whose words are not searched again, about 1 kB each
+_REMEMBERED = 250_000  # words that are not searched again, about 0.2 kB each
 
 
 class WordLocator:
@@ -56,7 +56,8 @@ class WordLocator:
                 "load the processor with use_fast=True",
             )
         self._processor, self._tokenizer = processor, processor.tokenizer
-        self._known: dict[bytes, _Located] = {}  # a sample has the same tokens in every epoch
+        self._known: OrderedDict[bytes, _Located] = OrderedDict()  # a sample has the same tokens in every epoch
+        self._num_known = 0  # words
         self._vocabulary = Vocabulary(processor.tokenizer, adapter.image_token_id())
         # What the template prints for a picture. Without `image_token` that is the picture's token itself.
         image_token = getattr(processor, "image_token", None)
@@ -113,8 +114,9 @@ class WordLocator:
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = self._locate(messages, texts, tokens, pictures)
-            if len(self._known) > _REMEMBERED:
-                del self._known[next(iter(self._known))]
+            self._num_known += found.size
+            while self._num_known > _REMEMBERED:
+                self._num_known -= self._known.popitem(last=False)[1].size
         dropped.update(found.dropped)
         return [
             [(words[number], tuple(positions[index] - 1 for index in indices)) for number, indices in places]
@@ -243,6 +245,11 @@ class _Located(NamedTuple):
 
     places: list[list[tuple[int, tuple[int, ...]]]]
     dropped: Counter[str]
+
+    @property
+    def size(self) -> int:
+        """The number of words with tokens, and one for the rest."""
+        return 1 + sum(map(len, self.places))
 
 
 def _key(

@@ -7,11 +7,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import datasets
-import numpy as np
+import torch
 from transformers import Trainer
 
 from lavender.alignment.augment import DRAW, Augment
+from lavender.training.refused_samples import is_stream
+
+
+class Numbered(torch.utils.data.Dataset):
+    """The rows of a data set, each with its index in the column `DRAW`.
+
+    `datasets.Dataset.add_column` would copy all pictures to disk if rows were left out or repeated before.
+    """
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.rows[index]) | {DRAW: int(index)}
 
 
 @contextmanager
@@ -25,9 +41,8 @@ def augmented(trainer: Trainer, augment: Augment | None) -> Iterator[None]:
         augmenting: Any = copy.copy(collator)
         augmenting.augment = augment
         trainer.data_collator = augmenting
-        if isinstance(dataset, datasets.Dataset):
-            numbers = np.arange(len(dataset))
-            trainer.train_dataset = dataset.add_column(DRAW, numbers)
+        if dataset is not None and not is_stream(dataset):
+            trainer.train_dataset = Numbered(dataset)
     try:
         yield
     finally:

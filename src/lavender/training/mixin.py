@@ -35,7 +35,7 @@ from lavender.model_files import spare_packing
 from lavender.students.registry import adapter_for
 from lavender.students.word_maps import random_state_kept
 from lavender.training.arguments import AlignmentArguments
-from lavender.training.augmented import augmented
+from lavender.training.augmented import Numbered, augmented
 from lavender.training.checkpoints import (
     check_alignment_parts,
     read_counts,
@@ -218,6 +218,10 @@ class AlignmentMixin(_TrainerLike):
         """The trainer's loader of training samples, whose pictures are augmented if the arguments say so."""
         with augmented(cast(Trainer, self), self._augment):
             return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None):
+        """The trainer's sampler, which may read a column of the data set, such as its lengths."""
+        return super()._get_train_sampler(train_dataset.rows if isinstance(train_dataset, Numbered) else train_dataset)
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any):
         if self._augment is not None:

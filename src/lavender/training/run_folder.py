@@ -93,6 +93,8 @@ FREE_WITHOUT_BEST = frozenset({"save_strategy", "save_steps"})
 """The same, unless the run keeps the best of its saved checkpoints."""
 FREE_WHEN_PLAIN = frozenset({"attention_loss", "sharpen"})
 """The same, if both runs are plain fine-tuning (`align_weight` 0). Their defaults have changed."""
+OFF = {"augment_crop": 1.0, "augment_resize": 1.0, "replay_share": 0.5}
+"""Settings that later versions added, and the value that changes nothing, where it is not empty, false or 0."""
 CONTENT = frozenset({"model", "data", "replay_data", "maps", "eval_data", "eval_maps"})
 NOT_RECORDED = "not recorded"
 # recorded as given: the launcher resolves the rest. Left out: old names of two settings, a secret
@@ -205,8 +207,11 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """How a folder's run differs from the wanted one, one text per setting. Digests of content replace paths."""
-    old, new = dict(flat(found)), dict(flat(wanted))
+    """How a folder's run differs from the wanted one, one text per setting. Digests of content replace paths.
+
+    A setting that one of the two does not have, as of another version, counts as its default if that is off.
+    """
+    old, new, off = dict(flat(found)), dict(flat(wanted)), _off()
     free = set(FREE)
     if not (old.get("load_best_model_at_end") or new.get("load_best_model_at_end")):
         free |= FREE_WITHOUT_BEST
@@ -217,9 +222,10 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         name = key.removeprefix("record.content.")
         if key in free or key in CONTENT or key.startswith("record.versions.") or key in _UNCOMPARED:
             continue
-        before, after = old.get(key, NOT_RECORDED), new.get(key, NOT_RECORDED)
+        before, after = (settings.get(key, off.get(key, NOT_RECORDED)) for settings in (old, new))
         if before == after:
             continue
+        before, after = old.get(key, NOT_RECORDED), new.get(key, NOT_RECORDED)
         if name != key:  # show the path, not the digest
             before, after = old.get(name, NOT_RECORDED), new.get(name, NOT_RECORDED)
             same = before == after
@@ -227,6 +233,18 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         else:
             lines.append(f"{key.removeprefix('record.')}: {_shown(before)} → {_shown(after)}")
     return lines
+
+
+def _off() -> dict[str, Any]:
+    """The settings whose default is off, with that default as `flat` gives it."""
+    from lavender.training.trainer import LavenderConfig
+
+    settings = [setting for kind in (RunConfig, LavenderConfig) for setting in fields(kind)]
+    empty = {
+        setting.name: None for setting in settings if setting.default == () or setting.default_factory in (dict, list)
+    }
+    off = {setting.name: setting.default for setting in settings if not setting.default or setting.default == "no"}
+    return off | empty | OFF
 
 
 LENGTH = ("max_steps", "num_train_epochs")

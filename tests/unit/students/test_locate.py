@@ -243,3 +243,17 @@ def test_a_sample_is_searched_once(processor, adapter, side, monkeypatch):
         assert sum(dropped.values()) + len(found) == len(words)
         assert dropped
     assert len(searched) == 3
+
+
+def test_the_words_that_are_remembered_are_bounded(processor, adapter, monkeypatch):
+    monkeypatch.setattr("lavender.students.locate._REMEMBERED", 20)
+    locator = WordLocator(processor, adapter)
+    for number in range(1, 9):
+        answer = " ".join(["dog"] * number)
+        messages = conversation(PROMPT, answer)
+        ids, mask = encode(processor, [messages])
+        found, _ = locate(locator, messages, [(1, answer, words_of(answer))], ids[0], mask[0])
+        assert len(found) == number
+        held = [sum(map(len, known.places)) for known in locator._known.values()]
+        assert sum(held) + len(held) == locator._num_known <= 20
+        assert held[-1] == number
