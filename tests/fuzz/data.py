@@ -646,7 +646,59 @@ def _read_layout(layout: Any) -> str:
     return next((said for one in samples.dropped if (said := _unfit(f"{one.what}: {one.reason}"))), "")
 
 
-CASES: tuple[Case, ...] = (rows, rows, lines, damaged, special, pictures, pictures, coco, entities)
+def _tar(rng: random.Random, path: Path, keys: list[str]) -> None:
+    """A webdataset whose samples have odd files."""
+    import tarfile
+
+    with tarfile.open(path, "w") as archive:
+        for key in keys:
+            for ending in rng.sample(("jpg", "PNG", "txt", "json", "0.png", "cls", "txt", "\udcff", "x" * 200), 3):
+                content = rng.choice((b"", b"A dog.", b"\xff", b"{", b"[" * 50_000, b'{"text": 5, "image": "a.png"}'))
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.size = len(content)
+                info.type = rng.choice((tarfile.REGTYPE, tarfile.REGTYPE, tarfile.REGTYPE, tarfile.SYMTYPE))
+                archive.addfile(info, io.BytesIO(content))
+
+
+def published(rng: random.Random, folder: Path) -> str:
+    """Published layouts with odd values: webdataset, img2dataset, Karpathy's JSON, texts beside pictures; a recipe."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from lavender.data.recipes import RECIPES, Settings, prepare
+    from lavender.errors import DataError
+
+    odd, data = _odd_values(rng, _folder(rng, folder)), folder / "data"
+    kind = rng.choice(("tar", "tar", "img2dataset", "karpathy", "texts"))
+    path = data
+    if kind == "tar":
+        path = data / "x.tar"
+        _tar(rng, path, [rng.choice(("0", "a/b", "é", "..", "0")) for _ in range(4)])
+        path.write_bytes(_changed(rng, path.read_bytes()) if rng.random() < 0.5 else path.read_bytes())
+    elif kind == "img2dataset":
+        rows = [{"key": f"{key}", "status": "success", "caption": "A dog."} for key in range(3)]
+        rows[0] |= {"status": rng.choice(("failed", None, "\n")), "caption": None}
+        pq.write_table(pa.Table.from_pylist(rows), data / "00000.parquet")
+        _tar(rng, data / "00000.tar", ["0", "1", "3"])
+    elif kind == "karpathy":
+        path = data / "dataset_coco.json"
+        image = {"filename": "a.png", "split": "train", "sentences": [{"raw": "A dog."}]}
+        images = [image, image | {rng.choice(list(image)): rng.choice(odd)}, rng.choice(odd)]
+        path.write_text(json.dumps({"images": images}))
+    else:
+        (data / "a.txt").write_bytes(rng.choice((b"A dog.", b"\xff", b"", b"\0", b"A " * 2**20)))
+        os.symlink(rng.choice((".", "..", "/proc/self", "/dev")), data / "b")
+    said = _accounted(path, None)
+    if said and "without the name" not in said:
+        return said
+    try:
+        prepare(rng.choice(list(RECIPES)), path, folder / "out", Settings(test_share=0))
+    except DataError as error:
+        return _unfit(str(error))
+    return ""
+
+
+CASES: tuple[Case, ...] = (rows, rows, lines, damaged, special, pictures, pictures, coco, entities, published)
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "socket.connect")
 
 

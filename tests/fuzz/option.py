@@ -32,6 +32,15 @@ OPTIONS = {
     "inspect": {"--picture": ("", "/", ".", "/no/such/place.png", "x.xyz")},
     "train": {"--set": ("x", "=", "model=", "lora=[", "x=1", "maps=5")},
     "export": {"--out": ("", "/", ".", "/dev/null")},
+    "data prepare": {"--test-share": NUMBERS, "--seed": NUMBERS, "--captions": ("x", "all"), "--prompt": ("", "x")},
+    "data inspect": {"--maps": ("x", "", "."), "--student": ("", "."), "--html": ("", "/", ".", "/dev/null")},
+    "data overlap": {"--distance": NUMBERS, "--similarity": NUMBERS, "--out": ("", "/", "/dev/null")},
+    "store verify": {"--json": ("",)},
+    "store stats": {"--x": ("",)},
+    "store merge": {"--out": ("", "/", ".")},
+    "store export": {"--out": ("", "/", ".")},
+    "store import": {"--data": ("x", "", "."), "--strict": ("x",)},
+    "env": {"--x": ("",)},
 }
 
 
@@ -62,10 +71,19 @@ def _arguments(chance: random.Random, places: list[str], work: Path) -> list[str
         "inspect": [place[0]],
         "train": [place[0]],
         "export": [place[0], "--out", out],
+        "data prepare": [chance.choice(["paper", "flickr30k", "ocrvqa30k"]), "--source", place[0], "--out", out],
+        "data inspect": [place[0]],
+        "data overlap": place[:2],
+        "store verify": place[:2],
+        "store stats": [place[0]],
+        "store merge": [*place[:2], "--out", out],
+        "store export": [place[0], "--out", out],
+        "store import": [place[0], "--out", out],
+        "env": [],
     }[name]
     option = chance.choice(list(OPTIONS[name]))
     wrong = [option, chance.choice(OPTIONS[name][option])] if chance.random() < 0.7 else []
-    return [name, *base, *wrong]
+    return [*name.split(), *base, *wrong]
 
 
 def _places(work: Path) -> list[str]:

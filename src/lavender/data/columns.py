@@ -35,8 +35,10 @@ def checked_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
     """The columns of a data set with names of its own: role → name; {} for the usual names.
 
     Raises:
-        ConfigError: an unknown role, a name that is no text, or not exactly one kind of text.
+        ConfigError: no mapping, an unknown role, a name that is no text, or not exactly one kind of text.
     """
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ConfigError(f"columns={shown(columns)}", "a mapping of role to name", 'write {"image": NAME, …}')
     columns = dict(columns or {})
     for role, name in columns.items():
         if role not in ROLES:

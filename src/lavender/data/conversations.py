@@ -115,7 +115,7 @@ def _turns_of_row(values: dict[str, Any], prompt: str, has_pictures: bool) -> li
         if values.get(column) is not None:
             return [_list(_parsed(values[column]), column)]
     if values.get("prompt") is not None and values.get("completion") is not None:
-        return [_side(values["prompt"], "user") + _side(values["completion"], "assistant")]
+        return [_side(values, "prompt", "user") + _side(values, "completion", "assistant")]
     if values.get("instruction") is not None and values.get("output") is not None:
         return [_alpaca(values)]
     caption = next((values[column] for column in CAPTION_COLUMNS if values.get(column) is not None), None)
@@ -149,13 +149,16 @@ def _captions(text: str) -> list[str]:
     return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else [text]
 
 
-def _side(value: Any, role: str) -> list[Any]:
+def _side(values: dict[str, Any], column: str, role: str) -> list[Any]:
     """The turns of TRL's prompt or completion: a text, or a list of turns, which CSV files hold as JSON."""
+    value = values[column]
+    if not isinstance(value, (str, list)):
+        raise UnusableError(f"{column} is a {type(value).__name__}, not a text or a list of turns")
     if isinstance(value, str) and value.lstrip().startswith("["):
         turns = _maybe_json(value)
         if isinstance(turns, list) and turns and all(isinstance(turn, dict) and _role_of(turn) for turn in turns):
             return turns
-    return [_turn(role, value)] if isinstance(value, str) else _list(value, role)
+    return [_turn(role, value)] if isinstance(value, str) else value
 
 
 def _alpaca(values: dict[str, Any]) -> list[Any]:

@@ -19,7 +19,6 @@ from lavender.data.published import (
     no_split,
     several_splits,
     text_rows,
-    webdataset_rows,
 )
 from lavender.data.tables import (
     Row,
@@ -32,6 +31,7 @@ from lavender.data.tables import (
     unknown_format,
     unreadable,
 )
+from lavender.data.webdataset import webdataset_rows
 from lavender.errors import DataError
 from lavender.files import MISSING, expanded, fault_of, printable
 
@@ -47,6 +47,8 @@ _READERS = {
     ".tar": webdataset_rows,
 }
 _SHARD = re.compile(r"(?P<split>.*?)[-_.]?(?P<number>\d+)[-_]of[-_](?P<count>\d+)(?!\d).*")
+# The names that `datasets` knows too.
+_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 _HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?::(?P<config>[\w.-]+)(?=:))?(?::(?P<split>[\w.+%:\[\]-]+))?")
 
 
@@ -124,7 +126,7 @@ def _folder_rows(folder: Path, wanted: Wanted) -> tuple[Iterable[Row], Path]:
         raise DataError(got, "a folder that you may read", "change its permissions, or check the path") from error
     tables = [name for name in names if re.fullmatch(r"metadata\.(jsonl|csv|parquet)|results\.csv", name)]
     if len(tables) > 1:
-        raise DataError(f"{folder} with {' and '.join(tables)}", "one of them", "give the path of one file")
+        raise DataError(f"{printable(folder)} with {' and '.join(tables)}", "one of them", "give the path of one file")
     split = wanted.split
     if {"dataset_dict.json", "state.json"} & set(names):
         return _saved_rows(folder, wanted), folder
@@ -132,9 +134,12 @@ def _folder_rows(folder: Path, wanted: Wanted) -> tuple[Iterable[Row], Path]:
         return _folder_rows(folder / split, wanted._replace(split=""))
     shards = [name for name in names if re.fullmatch(r"[^.].*\.(parquet|arrow|tar)", name)]
     if split:
-        shards = [name for name in shards if re.match(rf"{re.escape(split)}(?![^-_.])", name)]
-        if not shards or tables:
+        texts = [name for name in names if re.fullmatch(rf"{re.escape(split)}\.(jsonl|json|csv)", name)]
+        shards = [name for name in shards if split == _split_in(name) or re.match(rf"{re.escape(split)}[-_.]", name)]
+        if tables or bool(shards) + len(texts) != 1:
             raise no_split(folder, split)
+        if texts:
+            return _READERS[Path(texts[0]).suffix](folder / texts[0], wanted._replace(split="")), folder
     if tables:
         return _READERS[Path(tables[0]).suffix](folder / tables[0], wanted), folder
     if is_img2dataset(folder, names):
@@ -142,11 +147,28 @@ def _folder_rows(folder: Path, wanted: Wanted) -> tuple[Iterable[Row], Path]:
     if shards:
         _check_shards(folder, shards)
         return (row for name in shards for row in _READERS[Path(name).suffix](folder / name, wanted)), folder
-    if has_texts(folder):
+    splits = [name for name in names if name.lower() in _SPLITS and os.path.isdir(folder / name)]
+    if len(splits) <= 1 and has_texts(folder):
         return text_rows(folder), folder
+    raise several_splits(folder, splits) if splits else _no_data(folder, names)
+
+
+def _no_data(folder: Path, names: Sequence[str]) -> DataError:
+    """The error of a folder that has no known layout."""
+    if files := [name for name in names if Path(name).suffix.lower() in _READERS]:
+        got = f"the folder {printable(folder)} with {', '.join(printable(name) for name in files[:8])}"
+        return DataError(got, "one file", f"give the path of one, as {printable(folder / files[-1])}")
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     holds = ", ".join(printable(name) for name in names[:8])
-    raise unknown_format(f"{printable(folder)}, which holds {holds + more or 'nothing'}")
+    return unknown_format(f"{printable(folder)}, which holds {holds + more or 'nothing'}")
+
+
+def _split_in(name: str) -> str:
+    """The split in the name of a shard, or ""."""
+    if match := _SHARD.fullmatch(name):
+        return match["split"]
+    words = re.split(r"[-_. 0-9]+", name.rpartition(".")[0])
+    return next((word for word in words if word.lower() in _SPLITS), "")
 
 
 def _saved_rows(folder: Path, wanted: Wanted) -> Iterator[Row]:
@@ -161,17 +183,18 @@ def _saved_rows(folder: Path, wanted: Wanted) -> Iterator[Row]:
 
 
 def _check_shards(folder: Path, names: Sequence[str]) -> None:
-    """Refuse shards of several splits, and an incomplete set of shards by the count in their names."""
+    """Refuse shards of several splits or kinds, and an incomplete set of shards by the count in their names."""
+    if len(kinds := {Path(name).suffix for name in names}) > 1:
+        got = f"{printable(folder)} with files of the kinds {', '.join(sorted(kinds))}"
+        raise DataError(got, "shards of one kind", "give the path of one file, or remove those of the other kind")
+    splits = {_split_in(name) for name in names if _split_in(name) or _SHARD.fullmatch(name)}
+    if len(splits) > 1:
+        raise several_splits(folder, sorted(splits - {""}))
     numbers: dict[tuple[str, str], Counter[int]] = defaultdict(Counter)
     for name in names:
         if match := _SHARD.fullmatch(name):
             numbers[match["split"], match["count"]][int(match["number"])] += 1
     label = printable(folder)
-    splits = sorted({split for split, _ in numbers})
-    if len(splits) > 1:
-        raise DataError(
-            f"{label} with shards of {splits}", "one split", f"name one, as {label}:{splits[0] or splits[1]}"
-        )
     if len(numbers) > 1:
         counts = sorted({count for _, count in numbers})
         raise DataError(f"{label} with shards of {counts} in all", "one set of shards", "remove those of the other")

@@ -1,39 +1,42 @@
-"""Rows of published layouts: Karpathy's JSON, webdataset, img2dataset, and texts beside pictures."""
+"""Rows of published layouts: Karpathy's JSON, img2dataset, and texts beside pictures."""
 
 from __future__ import annotations
 
 import codecs
-import glob
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavender.data.tables import Row, Wanted, object_row, parquet_rows, unknown_format, unreadable
+from lavender.data.tables import Row, Wanted, jsonl_rows, object_row, parquet_rows, unknown_format, unreadable
+from lavender.data.webdataset import PICTURE_ENDINGS, webdataset_rows
 from lavender.errors import DataError
-from lavender.files import JsonError, json_items, open_plain, parse_json, printable, read_plain, shown
+from lavender.files import JsonError, json_items, parse_json, printable, read_plain, shown
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 _IMG2DATASET = frozenset(("key", "status", "error_message", "caption", "jpg", "png", "webp"))
 _MAX_JSON = 2**33  # bytes: a .json file is held in memory while it is read
 _MAX_TEXT = 2**20  # bytes of the text beside a picture
 
 
 def json_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
-    """Rows of a JSON list, or of Karpathy's JSON."""
+    """Rows of a JSON list, of JSON lines, or of Karpathy's JSON."""
     content, label = read_plain(path, _MAX_JSON), printable(path.name)
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise unreadable(path, "it is UTF-16, by its first two bytes; save it as UTF-8")
     text = content.decode("utf-8-sig", "surrogateescape")  # a byte that is not UTF-8 spoils only its row
     del content
     try:
-        if not re.match(r"\s*\[", text):
+        is_list, are_lines = re.match(r"\s*\[", text), _are_lines(text)
+        if not is_list and not are_lines:
             yield from _karpathy_rows(path, parse_json(text), wanted.split)
             return
         if wanted.split:
             raise no_split(path, wanted.split)
+        if are_lines:
+            del text
+            yield from jsonl_rows(path, wanted)
+            return
         for index, (values, fault) in enumerate(json_items(text)):
             name = f"{label} row {index}"
             yield Row(name, {}, fault) if fault else object_row(name, values)
@@ -41,17 +44,34 @@ def json_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
         raise unreadable(path, error) from error
 
 
+def _are_lines(text: str) -> bool:
+    """Whether a text is of JSON lines: an object on the first line, and more after it."""
+    start = len(text) - len(text.lstrip()) if text[:1].isspace() else 0
+    end = text.find("\n", start)
+    if text[start : start + 1] != "{" or end < 0 or not re.compile(r"\s*\S").match(text, end):
+        return False
+    try:
+        parse_json(text[start:end])
+    except JsonError:
+        return False
+    return True
+
+
 def no_split(path: Path, split: str, splits: Sequence[str] = ()) -> DataError:
     """The error of a split that is not there."""
     do = "name one of these" if splits else "name a split that is there, or leave :SPLIT out"
-    has = ", ".join(splits) or "no such split"
+    has = _listed(splits) or "no such split"
     return DataError(f"the split {shown(split)} of {printable(path)}, which has {has}", "a split of the data", do)
 
 
 def several_splits(path: Path, splits: Sequence[str]) -> DataError:
     """The error of data with several splits of which none was named."""
-    do = f"name one, as {printable(path)}:{splits[0]}"
-    return DataError(f"{printable(path)} with the splits {', '.join(splits)}", "one split", do)
+    do = f"name one, as {printable(path)}:{printable(splits[0])}"
+    return DataError(f"{printable(path)} with the splits {_listed(splits)}", "one split", do)
+
+
+def _listed(splits: Sequence[str]) -> str:
+    return ", ".join(printable(split) for split in splits[:8]) + (" …" if len(splits) > 8 else "")
 
 
 def _karpathy_rows(path: Path, content: Any, split: str) -> Iterator[Row]:
@@ -83,43 +103,25 @@ def _karpathy_rows(path: Path, content: Any, split: str) -> Iterator[Row]:
         yield Row(name, {"image": str(places[at].absolute()), "caption": captions})
 
 
-def webdataset_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
-    """Rows of a webdataset .tar file: the columns in a sample's .json, `image` or `images`, and `text`, its .txt."""
-    import datasets
-    from datasets.packaged_modules.webdataset.webdataset import WebDataset
-
-    open_plain(path).close()
-    label, files = printable(path.name), {"train": [glob.escape(str(path.absolute()))]}
-    try:
-        with tempfile.TemporaryDirectory() as cache:  # load_dataset would do the same, and report it to the hub
-            stream: Any = WebDataset(data_files=files, cache_dir=cache).as_streaming_dataset(split="train")
-        pictures = [name for name, feature in stream.features.items() if isinstance(feature, datasets.Image)]
-        for values in stream.decode(False):
-            found = [values[name] for name in pictures if values[name] is not None]
-            row = {key: value for key, value in (values.get("json") or {}).items() if value is not None} | values
-            row |= {"image": found[0]} if len(found) == 1 else {"images": found}
-            row |= {} if values.get("txt") is None else {"text": [values["txt"]]}
-            yield Row(f"{label} {printable(values['__key__'])}", row)
-    except Exception as error:  # on damaged bytes tarfile and the decoders may raise anything
-        raise unreadable(path, error) from error
-
-
 def is_img2dataset(folder: Path, names: Sequence[str]) -> bool:
     """Whether a folder has tables of img2dataset, of which each row has a key and the status of its download."""
     import pyarrow.parquet
 
-    table = next((name for name in names if re.fullmatch(r"\d+\.parquet", name)), None)
-    if table is None:
-        return False
-    try:
-        return {"key", "status"} <= set(pyarrow.parquet.read_schema(folder / table).names)
-    except Exception:  # a damaged file is an error where its rows are read
-        return False
+    for name in names:
+        if re.fullmatch(r"\d+\.parquet", name):
+            try:
+                return {"key", "status"} <= set(pyarrow.parquet.read_schema(folder / name).names)
+            except Exception:  # a damaged file is an error where its rows are read
+                continue
+    return False
 
 
 def img2dataset_rows(folder: Path, names: Sequence[str], wanted: Wanted) -> Iterator[Row]:
     """Rows of what img2dataset wrote: pictures in folders, tar files or the tables. Failed downloads are faults."""
     for name in names:
+        number = re.fullmatch(r"(\d+)(?:\.tar)?", name)
+        if number and f"{number[1]}.parquet" not in names:  # its download was stopped
+            yield Row(printable(name), {}, f"no table {number[1]}.parquet beside it")
         if not re.fullmatch(r"\d+\.parquet", name):
             continue
         tar, files = folder / name.replace(".parquet", ".tar"), folder / name.removesuffix(".parquet")
@@ -143,7 +145,7 @@ def img2dataset_rows(folder: Path, names: Sequence[str], wanted: Wanted) -> Iter
             else:
                 yield Row(row.name, {}, f"no picture {printable(files.name)}/{printable(key)}")
         for row in webdataset_rows(tar, wanted) if waiting else ():
-            waiting.pop(str(row.values["__key__"]), None)
+            waiting.pop(str(row.values.get("__key__")), None)
             yield row
         yield from (Row(f"{tar.name} {printable(key)}", {}, "no picture of this key") for key in waiting)
 
@@ -154,9 +156,25 @@ def _pictures_in(folder: Path) -> Mapping[str, str]:
     return {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(PICTURE_ENDINGS)}
 
 
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str], str]]:
+    """(path, sorted names of its files, why it is not read) of a folder and of those in it.
+
+    Links to folders are not followed: they may lead anywhere, also into themselves.
+    """
+    errors: list[OSError] = []
+    for place, folders, names in os.walk(folder, onerror=errors.append):
+        folders.sort()
+        yield Path(place), sorted(names), ""
+        for path in (Path(place, name) for name in folders):
+            if path.is_symlink():
+                yield path, [], "a link to a folder, which is not followed; put the folder itself there"
+    for error in errors:
+        yield Path(error.filename), [], f"a folder that cannot be read: {error.strerror}"
+
+
 def has_texts(folder: Path) -> bool:
     """Whether some picture in a folder, at any depth, has a .txt file beside it."""
-    for _, _, names in os.walk(folder):
+    for _, names, _ in _walk(folder):
         stems = {os.path.splitext(name)[0] for name in names if name.lower().endswith(PICTURE_ENDINGS)}
         if any(name.endswith(".txt") and name[:-4] in stems for name in names):
             return True
@@ -165,11 +183,12 @@ def has_texts(folder: Path) -> bool:
 
 def text_rows(folder: Path) -> Iterator[Row]:
     """A row for each picture in a folder, at any depth, whose caption is the .txt file beside it."""
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        inside = Path(place).relative_to(folder)
+    for place, names, fault in _walk(folder):
+        inside = place.relative_to(folder)
+        if fault:
+            yield Row(printable(inside), {}, fault)
         texts = {name[:-4] for name in names if name.endswith(".txt")}
-        for name in sorted(names):
+        for name in names:
             stem, ending = os.path.splitext(name)
             if ending.lower() not in PICTURE_ENDINGS:
                 continue
@@ -178,9 +197,9 @@ def text_rows(folder: Path) -> Iterator[Row]:
                 yield Row(label, {}, f"no text {printable(stem)}.txt beside it")
                 continue
             try:
-                text = read_plain(Path(place, f"{stem}.txt"), _MAX_TEXT).decode("utf-8-sig")
+                text = read_plain(place / f"{stem}.txt", _MAX_TEXT).decode("utf-8-sig")
             except (DataError, UnicodeDecodeError) as error:
                 fault = error.got if isinstance(error, DataError) else "not UTF-8; save it as UTF-8"
                 yield Row(label, {}, f"its text {printable(stem)}.txt: {fault}")
                 continue
-            yield Row(label, {"image": str(inside / name), "caption": [text]})
+            yield Row(label, {"image": str((place / name).absolute()), "caption": [text]})

@@ -42,6 +42,7 @@ DATA_FORMATS = (
 _FLICKR_HEADER = ["image_name", "comment_number", "comment"]
 _BATCH, _BATCH_BYTES = 1000, 2**25  # limits of what is read at once
 _AT_ONCE = 100  # rows of a data set with encoded images
+_BUFFER = 2**20  # bytes of a column that are read at once
 _MAX_LINE = 2**26  # characters: an image of 50 MB as base64
 _MAX_RECORD = 1000  # lines of one record of CSV
 
@@ -199,7 +200,9 @@ def parquet_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
 
     open_plain(path).close()
     try:
-        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        # Buffers instead of whole row groups in memory: pandas writes a table as one row group.
+        options: Any = {"page_checksum_verification": True, "buffer_size": _BUFFER, "pre_buffer": False}
+        with pyarrow.parquet.ParquetFile(path, **options) as file:
             names = file.schema_arrow.names
             _refuse_twice(path, names)
             used = [name for name in names if name in wanted.columns]

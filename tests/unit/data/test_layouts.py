@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
+import shutil
 import tarfile
 from argparse import Namespace
 from io import BytesIO
@@ -18,7 +20,9 @@ import pytest
 from PIL import Image
 
 from lavender.cli.options import columns_of
+from lavender.data.published import text_rows
 from lavender.data.samples import Samples, read_samples, readable, to_dataset
+from lavender.data.tables import Wanted, parquet_rows
 from lavender.errors import ConfigError, DataError
 from lavender.training.run_config import read_run
 
@@ -131,6 +135,8 @@ def test_several_named_pictures_keep_their_order(folder):
         ({"image": "a.png", "system": "\ud800", "messages": asked()}, "system with half of a surrogate pair"),
         ({"instruction": "What?", "output": 5}, "an instruction, input or output is a int, not a text"),
         ({"instruction": "What?", "output": "A.", "history": [["Hi?"]]}, "history holds ['Hi?'], not a pair"),
+        ({"prompt": "How many?", "completion": 5}, "completion is a int, not a text or a list of turns"),
+        ({"prompt": {}, "completion": "A."}, "prompt is a dict, not a text or a list of turns"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(folder, row, reason):
@@ -188,6 +194,7 @@ def test_columns_with_names_of_their_own(folder):
         ({"image": "pic", "question": "q", "caption": "a"}, "question, without answer"),
         ({"image": "", "caption": "a"}, "columns with image=''"),
         ({"image": "photo", "caption": "a"}, "image='photo', which is in no row of"),
+        ("image=pic,answer=a", "columns='image=pic,answer=a'. Expected a mapping of role to name"),
     ],
 )
 def test_wrong_columns_are_refused(folder, columns, said):
@@ -223,6 +230,25 @@ def test_texts_beside_pictures(folder):
         "a.png": "its text a.txt: not UTF-8; save it as UTF-8",
         "b.png": "no text b.txt beside it",
     }
+
+
+def test_folders_of_texts_and_pictures_that_are_not_read_are_named(folder):
+    """Links to folders, which may lead in a circle or anywhere, and folders that cannot be read."""
+    data = folder / "data"
+    for place in (data / "a", data / "z"):
+        place.mkdir(parents=True)
+        (place / "x.png").write_bytes(png())
+        (place / "x.txt").write_text(f"A {place.name}.")
+    for name, target in (("b", data), ("c", Path("/proc/self"))):
+        (data / name).symlink_to(target)
+    reason = "a link to a folder, which is not followed; put the folder itself there"
+    samples = read_samples(data)
+    assert answers(samples) == ["A a.", "A z."]
+    assert drops(samples) == {"b": reason, "c": reason}
+    rows = text_rows(data)
+    assert [next(rows).name for _ in range(3)] == ["b", "c", "a/x.png"]
+    shutil.rmtree(data / "z")
+    assert [(row.name, row.fault) for row in rows] == [("z", "a folder that cannot be read: No such file or directory")]
 
 
 def karpathy(folder: Path, name: str, **more: Any) -> Path:
@@ -281,10 +307,58 @@ def test_webdataset(tmp_path):
     assert drops(samples) == {"a-00001-of-00002.tar y": "empty caption: ['']"}
     assert list(drops(readable(samples)))[1:] == ["a-00001-of-00002.tar z"]
     assert len(read_samples(folder / "a-00000-of-00002.tar")) == 8
+    assert answers(read_samples(folder, columns={"image": "jpg", "caption": "txt"})) == answers(samples)
     (folder / "a-00001-of-00002.tar").write_bytes(b"no tar" * 200)
     assert "a-00001-of-00002.tar, which cannot be read: " in failure(folder)
     (folder / "a-00001-of-00002.tar").unlink()
     assert "without 1 of the 2 shards of 'a'" in failure(folder)
+
+
+def test_a_bad_sample_of_a_webdataset_costs_only_itself(tmp_path):
+    question = {"from": "human", "value": "<image><image>What?"}
+    talk = json.dumps({"images": ["x.jpg"], "conversations": [question, {"from": "gpt", "value": "Two."}]}).encode()
+    tar(
+        tmp_path / "x.tar",
+        {
+            "0": {"jpg": png(), "txt": b"A cat."},
+            "1": {"png": png(), "txt": b"A PNG.", "cls": b"5"},
+            "2": {"jpg": png(), "json": b"{bad"},
+            "3": {"jpg": png(), "json": b"[1]"},
+            "4": {"jpg": png(), "txt": b"caf\xe9"},
+            "5": {"0.jpg": png(1), "1.jpg": png(2), "json": talk},
+            "6": {"txt": b"No picture."},
+            "dir/7": {"JPG": png(), "json": b'{"caption": "In the JSON.", "image": "no.jpg"}'},
+        },
+    )
+    with tarfile.open(tmp_path / "x.tar", "a") as archive:
+        for _ in range(2):
+            archive.addfile(tarfile.TarInfo("8.txt"))
+    samples = read_samples(tmp_path / "x.tar")
+    assert answers(samples) == ["A cat.", "A PNG.", "Two.", "In the JSON."]
+    assert [shade(picture) for picture in samples.samples[2].load()] == [1, 2]
+    found = {name.removeprefix("x.tar "): reason for name, reason in drops(samples).items()}
+    assert found.pop("2").startswith("its .json is not JSON: ")
+    assert found == {
+        "3": "its .json is a JSON list, not an object",
+        "4": "its .txt is not UTF-8",
+        "6": "no picture",
+        "8": "two files with the ending .txt",
+    }
+
+
+def test_a_damaged_webdataset_does_not_end_early_in_silence(tmp_path):
+    path = tmp_path / "x.tar"
+    tar(path, {f"{number}": shown(number) for number in range(4)})
+    whole = path.read_bytes()
+    header = whole.index(b"2.jpg")
+    path.write_bytes(whole[:header] + b"9" + whole[header + 1 :])  # its checksum is wrong now
+    assert f"x.tar, which cannot be read: it is damaged at byte {header:,}" in failure(path)
+    path.write_bytes(whole[:header])  # cut between two files
+    samples = read_samples(path)
+    assert answers(samples) == ["cat 0", "cat 1"]
+    assert drops(samples) == {"x.tar end": "the mark of the archive's end is missing; samples may be missing too"}
+    path.write_bytes(whole[: header + 100])
+    assert "x.tar, which cannot be read: " in failure(path)
 
 
 @pytest.mark.parametrize("kind", ["files", "webdataset", "parquet"])
@@ -317,6 +391,12 @@ def test_what_img2dataset_wrote(tmp_path, kind):
     assert [shade(one.load()[0]) for one in samples] == [0, 2]
     assert drops(samples)["00000.parquet row 1"] == "not downloaded: HTTP Error 404: Not Found"
     assert len(drops(samples)) == 2  # and the one without a caption
+    (tmp_path / "00001.tar").touch()
+    (tmp_path / "00002").mkdir()
+    assert {name: drops(read_samples(tmp_path))[name] for name in ("00001.tar", "00002")} == {
+        "00001.tar": "no table 00001.parquet beside it",
+        "00002": "no table 00002.parquet beside it",
+    }
 
 
 def test_laion_as_published_asks_for_its_pictures(tmp_path):
@@ -351,6 +431,63 @@ def test_splits_of_a_folder(folder):
     assert "with the splits train, test. Expected one split" in failure(folder / "saved")
     assert answers(read_samples(folder / "saved" / "train")) == ["A cat."]
     assert answers(read_samples(folder / "saved" / "train" / "data-00000-of-00001.arrow")) == ["A cat."]
+
+
+@pytest.mark.parametrize("names", [("train.parquet", "test.parquet"), ("x-train-0.tar", "x-val-0.tar")])
+def test_shards_of_several_splits_are_refused_by_their_names(tmp_path, names):
+    for number, name in enumerate(names):
+        if name.endswith(".tar"):
+            tar(tmp_path / name, {"0": shown(number)})
+        else:
+            pq.write_table(pa.Table.from_pylist([{"image": png(), "text": f"cat {number}"}]), tmp_path / name)
+    assert "Expected one split" in failure(tmp_path)
+    assert answers(read_samples(f"{tmp_path}:train")) == ["cat 0"]
+
+
+def test_shards_of_two_kinds_are_refused(tmp_path):
+    dataset: Any = datasets.Dataset.from_list([{"image": png(), "text": "A cat."}])
+    dataset.to_parquet(tmp_path / "a.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(tmp_path / "a.arrow")
+    shutil.rmtree(tmp_path / "saved")
+    assert "with files of the kinds .arrow, .parquet. Expected shards of one kind" in failure(tmp_path)
+
+
+def test_folders_of_splits_and_files_of_splits(folder):
+    for split in ("train", "test"):
+        jsonl(folder / "files" / f"{split}.jsonl", {"image": "../a.png", "text": f"A {split}."})
+        (folder / "texts" / split).mkdir(parents=True)
+        (folder / "texts" / split / "x.png").write_bytes(png())
+        (folder / "texts" / split / "x.txt").write_text(f"A {split}.")
+    for kind in ("files", "texts"):
+        assert answers(read_samples(f"{folder / kind}:train")) == ["A train."]
+        assert "has no such split" in failure(f"{folder / kind}:val")
+    assert f"name one, as {folder / 'texts'}:test" in failure(folder / "texts")
+    assert f"Expected one file. Do this: give the path of one, as {folder / 'files'}/train.jsonl" in failure(
+        folder / "files"
+    )
+
+
+def test_json_lines_in_a_json_file(folder):
+    path = jsonl(folder / "x.json", *ROWS)
+    path.write_text(path.read_text() + "{bad\n")
+    samples = read_samples(path)
+    assert answers(samples) == ["A cat.", "A dog."]
+    assert list(drops(samples)) == ["x.json line 3"]
+    assert "which has no such split" in failure(f"{path}:train")
+    assert "a JSON dict where a list of rows should be" in failure(jsonl(folder / "one.json", ROWS[0]))
+
+
+def test_a_parquet_file_of_one_row_group_is_not_held_in_memory(tmp_path):
+    """As pandas writes it."""
+    chance, pool, peak = random.Random(0), pa.default_memory_pool(), 0
+    rows = [{"image": chance.randbytes(20_000), "text": "A cat."} for _ in range(3000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=len(rows), write_batch_size=64)
+    del rows
+    before = pool.bytes_allocated()
+    for _ in parquet_rows(tmp_path / "x.parquet", Wanted()):
+        peak = max(peak, pool.bytes_allocated() - before)
+    assert peak < 40e6  # of 60 MB
 
 
 def test_a_stream_is_read_without_decoding(folder):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,15 @@ def ocrvqa(folder: Path, rows: int = 3) -> Path:
     return folder
 
 
+def ocrvqa_without_its_first_shard(folder: Path) -> Path:
+    """Its 30,000 first rows would be others."""
+    [first] = ocrvqa(folder).iterdir()
+    for number in (1, 2):
+        (folder / f"train-{number:05}-of-00019.parquet").write_bytes(first.read_bytes())
+    first.unlink()
+    return folder
+
+
 def laion(folder: Path, rows: int = 3) -> Path:
     """What img2dataset writes: one row could not be downloaded."""
     (folder / "00000").mkdir(parents=True)
@@ -125,6 +136,19 @@ def test_flickr30k_with_all_captions_and_a_prompt(tmp_path):
     found = report["sets"]["flickr30k"]
     assert (found["found"], found["samples"], found["other_captions"]) == (3, 14, 0)
     assert turns(read(tmp_path / "out"))[-1] == ["What is it?", "Caption 3 of 2199200615.jpg ."]
+
+
+def test_flickr30k_from_karpathys_json_with_its_splits(tmp_path):
+    flickr30k(tmp_path / "flickr30k")
+    images = [
+        {"filename": name, "split": split, "sentences": [{"raw": f"First, {split}."}, {"raw": "Second."}]}
+        for name, split in (("1000.jpg", "train"), ("1001.jpg", "val"), ("2199200615.jpg", "test"))
+    ]
+    path = tmp_path / "flickr30k" / "dataset_flickr30k.json"
+    path.write_text(json.dumps({"images": images}))
+    found = prepare("flickr30k", Path(f"{path}:train+val+test"), tmp_path / "out", ALL)["sets"]["flickr30k"]
+    assert (found["found"], found["other_captions"]) == (3, 3)
+    assert [texts[-1] for texts in turns(read(tmp_path / "out"))] == ["First, train.", "First, val.", "First, test."]
 
 
 def test_no_picture_is_in_both_files_and_the_seed_decides(tmp_path):
@@ -217,6 +241,27 @@ def test_laion_is_read_as_img2dataset_writes_it(tmp_path):
     assert turns(read(tmp_path / "out"))[2] == [CAPTION_PROMPT, "caption 2"]
 
 
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_laion_in_img2datasets_other_formats(tmp_path, kind):
+    folder = laion(tmp_path / "laion")
+    pictures = {path.stem: path.read_bytes() for path in (folder / "00000").iterdir()}
+    shutil.rmtree(folder / "00000")
+    if kind == "parquet":
+        table = pyarrow.parquet.read_table(folder / "00000.parquet")
+        column = pyarrow.array([pictures.get(key.as_py()) for key in table["key"]])
+        pyarrow.parquet.write_table(table.append_column("jpg", column), folder / "00000.parquet")
+    else:
+        with tarfile.open(folder / "00000.tar", "w") as archive:
+            for key, content in sorted(pictures.items()):
+                for ending, inside in (("jpg", content), ("txt", f" caption {int(key)}".encode())):
+                    info = tarfile.TarInfo(f"{key}.{ending}")
+                    info.size = len(inside)
+                    archive.addfile(info, io.BytesIO(inside))
+    found = prepare("laion50k", folder, tmp_path / "out", ALL)["sets"]["laion50k"]
+    assert reasons(found) == [("00000.parquet row 3", "not downloaded: HTTP Error 404")]
+    assert turns(read(tmp_path / "out")) == [[CAPTION_PROMPT, f"caption {index}"] for index in range(3)]
+
+
 def test_laion_stops_at_the_papers_number_of_rows_that_can_be_used(tmp_path, monkeypatch):
     source = laion(tmp_path / "laion", 4)
     (source / "00000" / "000000000.jpg").write_bytes(b"not a picture")
@@ -247,6 +292,26 @@ def test_the_mixture_is_the_three_sets_each_with_its_own_split(tmp_path):
     assert ours == theirs
 
 
+def test_a_picture_of_two_sets_is_not_in_both_files(tmp_path):
+    """Each set has its own split, but what one of them tests on no other trains on."""
+    for name, seeds in (("rlaif-v", range(10)), ("ocrvqa30k", range(9, -1, -1))):
+        rows = [{"bytes": picture(seed), "path": None} for seed in seeds]
+        (tmp_path / "all" / name).mkdir(parents=True)
+        table = [{"image": row, "question": "What?", "chosen": "It."} for row in rows]
+        if name == "ocrvqa30k":
+            table = [{"images": [row], "texts": [{"user": "What?", "assistant": "It."}]} for row in rows]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "all" / name / "x.parquet")
+    flickr30k(tmp_path / "all" / "flickr30k", 10)
+    report = prepare("paper", tmp_path / "all", tmp_path / "out")
+    train, test = (
+        {sample.load()[0].tobytes() for sample in read_samples(tmp_path / "out" / f"{split}.jsonl")}
+        for split in ("train", "test")
+    )
+    assert not train & test
+    assert [report["sets"][name]["test"] for name in PAPER] == [2, 1, 2]
+    assert len(test) == 3
+
+
 def test_nine_of_ten_of_the_expected_numbers_is_the_papers_0_13_million():
     assert round(0.9 * sum(RECIPES[name].expected for name in PAPER), -4) == 130_000
 
@@ -270,7 +335,8 @@ def test_too_few_usable_pictures_are_an_error(share, tmp_path):
     bad = {"image": {"bytes": b"no picture", "path": None}, "question": "What?", "chosen": "It."}
     good = bad | {"image": {"bytes": picture(0), "path": None}}
     source = rlaif_v(tmp_path / "rlaif", [bad, good if share else bad])
-    with pytest.raises(DataError, match=rf"rlaif-v with {int(share > 0)} usable pictures"):
+    words = rf"rlaif-v with {int(share > 0)} usable pictures and \d rows dropped; the first, .* row 0: the picture, 10"
+    with pytest.raises(DataError, match=words):
         prepare("rlaif-v", source, tmp_path / "out", Settings(test_share=share))
 
 
@@ -299,6 +365,9 @@ def test_a_picture_that_a_stopped_call_cut_is_written_again(tmp_path):
         ("ocrvqa30k", lambda folder: rlaif_v(folder / "r"), "The Cauldron"),
         ("laion50k", lambda folder: flickr30k(folder / "f"), "img2dataset"),
         ("paper", lambda folder: flickr30k(folder / "all" / "flickr30k").parent, "without rlaif-v and ocrvqa30k"),
+        ("flickr30k", lambda folder: folder / "none", "which does not exist"),
+        ("laion50k", lambda folder: folder / "none", "which does not exist"),
+        ("ocrvqa30k", lambda folder: ocrvqa_without_its_first_shard(folder / "o"), "with the shards 1, 2"),
         ("coco", flickr30k, "one of flickr30k, laion50k, rlaif-v, ocrvqa30k, paper"),
     ],
 )
@@ -313,6 +382,27 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match=r"RLAIF-V-Dataset_001.parquet, which cannot be read"):
         prepare("rlaif-v", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("rlaif-v", Settings(prompt="What?"), "prompt='What.' for rlaif-v, which has questions of its own"),
+        ("laion50k", Settings("all"), "captions=all for laion50k, which has one text per row"),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_refused(name, settings, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        prepare(name, tmp_path, tmp_path / "out", settings)
+
+
+def test_a_cell_that_cannot_be_read_costs_its_row(tmp_path):
+    texts = pyarrow.array([b"caf\xe9", b"It."]).view(pyarrow.string())
+    table = {"image": [{"bytes": picture(0), "path": None}] * 2, "question": ["What?"] * 2, "chosen": texts}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "x.parquet")
+    found = prepare("rlaif-v", tmp_path, tmp_path / "out", ALL)["sets"]["rlaif-v"]
+    assert reasons(found) == [("x.parquet row 0", "chosen cannot be read (UnicodeDecodeError)")]
+    assert turns(read(tmp_path / "out")) == [["What?", "It."]]
 
 
 @pytest.mark.parametrize("wrong", [{"captions": "two"}, {"test_share": 1.0}, {"seed": -1}, {"prompt": " "}])

@@ -98,17 +98,20 @@ def prepare(
     """
     settings = settings or Settings()
     sources = _sources(name, source)
+    _check_settings(settings, [RECIPES[one] for one in sources], name)
     _check_out(out)
     out.mkdir(parents=True, exist_ok=True)
-    lines: dict[str, list[str]] = {"train": [], "test": []}
-    sets = {}
+    reads, sets = {}, {}
+    held_out: set[str] = set()
     for one, path in sources.items():
         prompt = settings.prompt or CAPTION_PROMPT
-        read = _read(RECIPES[one], path, prompt, out, settings.captions, on_row)
-        sets[one] = _summary(RECIPES[one], read, path, prompt)
+        reads[one] = _read(RECIPES[one], path, prompt, out, settings.captions, on_row)
+        sets[one] = _summary(RECIPES[one], reads[one], path, prompt)
         if strict:
-            _check_strict(one, sets[one])
-        held_out = _held_out(one, list(read.pictures), settings)
+            _check_strict(one, sets[one], reads[one].dropped)
+        held_out |= _held_out(one, reads[one], settings)
+    lines: dict[str, list[str]] = {"train": [], "test": []}
+    for one, read in reads.items():
         for origin, picture, turns in read.rows:
             split = "test" if picture in held_out else "train"
             sets[one][split] += 1
@@ -127,8 +130,6 @@ def prepare(
 
 def _sources(name: str, source: Path) -> dict[str, Path]:
     if name in RECIPES:
-        if not source.exists():
-            raise DataError(f"{printable(source)}, which does not exist", RECIPES[name].layout, "check --source")
         return {name: source}
     if name != "paper":
         raise ConfigError(f"the data set {name!r}", f"one of {', '.join((*RECIPES, 'paper'))}", "choose one of them")
@@ -136,6 +137,16 @@ def _sources(name: str, source: Path) -> dict[str, Path]:
         got = f"{printable(source)} without {' and '.join(missing)}"
         raise DataError(got, f"a folder with {', '.join(PAPER)}", "put a folder or a link of each name there")
     return {one: source / one for one in PAPER}
+
+
+def _check_settings(settings: Settings, recipes: Sequence[Recipe], name: str) -> None:
+    """Refuse a setting that would change nothing. Raises ConfigError."""
+    if settings.prompt is not None and not any(recipe.has_captions for recipe in recipes):
+        got = f"prompt={settings.prompt!r} for {name}, which has questions of its own"
+        raise ConfigError(got, "a data set of captions", "leave the prompt out")
+    if settings.captions == "all" and not any(recipe.counted == "pictures" for recipe in recipes):
+        got = f"captions=all for {name}, which has one text per row"
+        raise ConfigError(got, "flickr30k or paper", "leave captions out")
 
 
 def _check_out(out: Path) -> None:
@@ -190,6 +201,8 @@ def _picture(picture: Path | bytes, fault: str, out: Path) -> str:
     if fault:
         raise UnusableError(fault)
     if isinstance(picture, Path):
+        if half := half_character(str(picture.absolute())):
+            raise UnusableError(f"the picture's path with {half}")
         return str(picture.absolute())
     digest = hashlib.blake2b(picture, digest_size=16).hexdigest()
     suffix = next((suffix for start, suffix in _SUFFIXES.items() if picture.startswith(start)), ".jpg")
@@ -210,18 +223,26 @@ def _fault(picture: Path | bytes) -> str:
     return ""
 
 
-def _held_out(name: str, pictures: list[str], settings: Settings) -> set[str]:
+def _held_out(name: str, read: _Read, settings: Settings) -> set[str]:
     """The pictures of test.jsonl."""
     from datasets import Dataset
 
+    pictures = list(read.pictures)
     if settings.test_share == 0 and pictures:
         return set()
     if math.ceil(settings.test_share * len(pictures)) >= len(pictures):
-        got = f"{name} with {len(pictures)} usable pictures"
+        got = f"{name} with {len(pictures)} usable pictures{_first(read.dropped)}"
         raise DataError(got, "more than test.jsonl gets", "check --source, or lower --test-share")
     rows = Dataset.from_dict({"index": range(len(pictures))})
     test = rows.train_test_split(test_size=settings.test_share, shuffle=True, seed=settings.seed)["test"]
     return {pictures[index] for index in test["index"]}
+
+
+def _first(dropped: Sequence[Dropped]) -> str:
+    """How many rows were dropped, and the first of them, for a message."""
+    if not dropped:
+        return ""
+    return f" and {len(dropped):,} rows dropped; the first, {dropped[0].what}: {dropped[0].reason}"
 
 
 def _summary(recipe: Recipe, read: _Read, source: Path, prompt: str) -> dict[str, Any]:
@@ -241,12 +262,10 @@ def _summary(recipe: Recipe, read: _Read, source: Path, prompt: str) -> dict[str
     }
 
 
-def _check_strict(name: str, summary: dict[str, Any]) -> None:
+def _check_strict(name: str, summary: dict[str, Any], dropped: Sequence[Dropped]) -> None:
     if summary["found"] == summary["expected"]:
         return
-    got = f"{name} with {summary['found']:,} {summary['counted']}"
-    if dropped := summary["dropped"]:
-        got += f" and {len(dropped):,} rows dropped; the first, {dropped[0]['what']}: {dropped[0]['reason']}"
+    got = f"{name} with {summary['found']:,} {summary['counted']}{_first(dropped)}"
     raise DataError(got, f"{summary['expected']:,}, as strict asks", "get the missing ones, or leave strict out")
 
 

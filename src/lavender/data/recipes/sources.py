@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lavender.data.published import img2dataset_rows, is_img2dataset
 from lavender.data.samples import read_samples
+from lavender.data.tables import Row, Wanted, parquet_rows, unreadable
 from lavender.errors import DataError
 from lavender.files import JsonError, parse_json, printable, read_plain
 from lavender.maps import Dropped
@@ -16,8 +20,6 @@ from lavender.maps import Dropped
 CAPTION_PROMPT = "Describe the image in a single sentence as a caption."
 """The authors' prompt for Flickr30k, from their published code. The paper names none for LAION, which gets it too."""
 
-_BATCH = 64  # rows of a parquet file in memory, each with its picture
-_DOWNLOADED = (".jpg", ".png", ".webp")  # how img2dataset may encode pictures
 _MAX_JSON = 2**31  # bytes: dataset.json of OCR-VQA has 0.1 GB
 
 
@@ -61,12 +63,8 @@ def _flickr30k(source: Path, prompt: str) -> Iterator[Found | Dropped]:
 
 
 def _rlaif_v(source: Path, prompt: str) -> Iterator[Found | Dropped]:
-    for path in _parquet_files(source, "rlaif-v"):
-        for name, values in _parquet_rows(path, ("image", "question", "chosen"), "rlaif-v"):
-            if isinstance(values, Dropped):
-                yield values
-            else:
-                yield _with_picture(name, values["image"], [(values["question"], values["chosen"])], path.parent)
+    for path, row in _parquet_rows(_parquet_files(source, "rlaif-v"), ("image", "question", "chosen"), "rlaif-v"):
+        yield _with_picture(row, row.values["image"], [(row.values["question"], row.values["chosen"])], path.parent)
 
 
 def _ocrvqa30k(source: Path, prompt: str) -> Iterator[Found | Dropped]:
@@ -77,18 +75,20 @@ def _ocrvqa30k(source: Path, prompt: str) -> Iterator[Found | Dropped]:
 
 def _ocrvqa_parquet(source: Path) -> Iterator[Found | Dropped]:
     """The first rows of `ocrvqa` in The Cauldron, which the authors used."""
-    for path in _parquet_files(source, "ocrvqa30k"):
-        for name, values in _parquet_rows(path, ("images", "texts"), "ocrvqa30k"):
-            if isinstance(values, Dropped):
-                yield values
-                continue
-            pictures, texts = values["images"], values["texts"]
-            if not isinstance(pictures, list) or len(pictures) != 1:
-                yield Dropped(name, f"{len(pictures) if isinstance(pictures, list) else 'no'} pictures, not one")
-                continue
-            pairs = [text if isinstance(text, dict) else {} for text in texts or ()]
-            turns = [(pair.get("user"), pair.get("assistant")) for pair in pairs]
-            yield _with_picture(name, pictures[0], turns, path.parent)
+    files = _parquet_files(source, "ocrvqa30k")
+    numbers = [int(match[1]) for path in files if (match := re.search(r"-(\d+)-of-\d+", path.name))]
+    if numbers != list(range(len(numbers))):
+        got = f"{printable(source)} with the shards {', '.join(map(str, numbers))}"
+        raise DataError(got, "the first shards of one split, without a gap", "download the missing ones")
+    for path, row in _parquet_rows(files, ("images", "texts"), "ocrvqa30k"):
+        pictures = row.values["images"]
+        if row.fault or not isinstance(pictures, list) or len(pictures) != 1:
+            number = len(pictures) if isinstance(pictures, list) else "no"
+            yield Dropped(row.name, row.fault or f"{number} pictures, not one")
+            continue
+        pairs = [text if isinstance(text, dict) else {} for text in row.values["texts"] or ()]
+        turns = [(pair.get("user"), pair.get("assistant")) for pair in pairs]
+        yield _with_picture(row, pictures[0], turns, path.parent)
 
 
 def _ocrvqa_json(path: Path) -> Iterator[Found | Dropped]:
@@ -96,7 +96,7 @@ def _ocrvqa_json(path: Path) -> Iterator[Found | Dropped]:
     try:
         books = parse_json(read_plain(path, _MAX_JSON).decode("utf-8-sig"))
     except (UnicodeDecodeError, JsonError) as error:
-        raise _damaged(path, error) from error
+        raise unreadable(path, error) from error
     if not isinstance(books, dict):
         raise _other_layout(path, "ocrvqa30k")
     for key, book in books.items():
@@ -114,29 +114,25 @@ def _ocrvqa_json(path: Path) -> Iterator[Found | Dropped]:
 
 
 def _laion50k(source: Path, prompt: str) -> Iterator[Found | Dropped]:
-    """The folder that img2dataset wrote: 00000.parquet, and 00000/000000000.jpg …"""
-    for path in _parquet_files(source, "laion50k"):
-        for name, values in _parquet_rows(path, ("key", "caption", "status"), "laion50k", ("error_message",)):
-            if isinstance(values, Dropped):
-                yield values
-            elif values["status"] != "success":
-                why = values["error_message"] or values["status"]
-                yield Dropped(name, f"not downloaded: {printable(why)}")
-            else:
-                places = [path.with_suffix("") / f"{values['key']}{suffix}" for suffix in _DOWNLOADED]
-                picture = next((place for place in places if place.is_file()), places[0])
-                yield Found(name, picture, [(prompt, values["caption"])])
+    """The folder that img2dataset wrote, in any of its output formats with pictures."""
+    names = sorted(os.listdir(source)) if source.is_dir() else []
+    if not is_img2dataset(source, names):
+        raise _other_layout(source, "laion50k")
+    for row in img2dataset_rows(source, names, Wanted()):
+        captions = row.values.get("text") or row.values.get("caption")
+        caption = captions[0] if isinstance(captions, list) else captions
+        yield _with_picture(row, row.values.get("image"), [(prompt, caption)], source)
 
 
-def _with_picture(name: str, picture: Any, turns: list[tuple[Any, Any]], folder: Path) -> Found | Dropped:
+def _with_picture(row: Row, picture: Any, turns: list[tuple[Any, Any]], folder: Path) -> Found | Dropped:
     """A row whose picture is a struct {bytes, path} of `datasets`, encoded bytes, or a path."""
     if isinstance(picture, dict):
         picture = picture.get("path") if picture.get("bytes") is None else picture["bytes"]
     if isinstance(picture, str) and picture:
         picture = folder / picture
-    if not isinstance(picture, (bytes, Path)):
-        return Dropped(name, "no picture")
-    return Found(name, picture, turns)
+    if row.fault or not isinstance(picture, (bytes, Path)):
+        return Dropped(row.name, row.fault or "no picture")
+    return Found(row.name, picture, turns)
 
 
 def _parquet_files(source: Path, recipe: str) -> list[Path]:
@@ -147,47 +143,18 @@ def _parquet_files(source: Path, recipe: str) -> list[Path]:
     raise _other_layout(source, recipe)
 
 
-def _parquet_rows(
-    path: Path, columns: tuple[str, ...], recipe: str, optional: tuple[str, ...] = ()
-) -> Iterator[tuple[str, dict[str, Any] | Dropped]]:
-    """(name, values) of each row; a row with a cell that cannot be read is Dropped, and costs no other row."""
-    import pyarrow.parquet
-
-    index = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            if missing := [column for column in columns if column not in there]:
+def _parquet_rows(files: Sequence[Path], columns: tuple[str, ...], recipe: str) -> Iterator[tuple[Path, Row]]:
+    """Each row with its file."""
+    for path in files:
+        for row in parquet_rows(path, Wanted(frozenset(columns))):
+            if missing := [column for column in columns if column not in row.values]:
                 raise _other_layout(path, recipe, f", without the columns {', '.join(missing)}")
-            used = [*columns, *(column for column in optional if column in there)]
-            for batch in file.iter_batches(_BATCH, columns=used):
-                for row in range(batch.num_rows):
-                    name = f"{printable(path.name)} row {index}"
-                    index += 1
-                    yield name, _cells(name, batch, row, used, optional)
-    except DataError:
-        raise
-    except Exception as error:  # on damaged bytes pyarrow may raise anything
-        raise _damaged(path, error) from error
-
-
-def _cells(
-    name: str, batch: Any, row: int, columns: Sequence[str], optional: tuple[str, ...]
-) -> dict[str, Any] | Dropped:
-    try:
-        return dict.fromkeys(optional) | {column: batch.column(column)[row].as_py() for column in columns}
-    except UnicodeDecodeError:
-        return Dropped(name, "a text that is not UTF-8")
+            yield path, row
 
 
 def _other_layout(path: Path, recipe: str, what: str = "") -> DataError:
     got = f"{printable(path)}{what}" if path.exists() else f"{printable(path)}, which does not exist"
     return DataError(got, RECIPES[recipe].layout, "check --source; docs/data.md says where each data set is")
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    got = f"{printable(path)}, which cannot be read: {printable(error)}"
-    return DataError(got, f"a valid {path.suffix} file", "download it again")
 
 
 RECIPES: dict[str, Recipe] = {
@@ -202,7 +169,7 @@ RECIPES: dict[str, Recipe] = {
     "laion50k": Recipe(
         50_000,
         "rows",
-        "the folder that `img2dataset --output_format files` wrote: 00000.parquet … with key, caption and status",
+        "the folder that img2dataset wrote: 00000.parquet … with key, caption and status, and the pictures",
         _laion50k,
         has_captions=True,
         stops=True,
