@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lavender.evaluation.data_checks.hashes import hash_picture, similarity, words_of_text
+from lavender.evaluation.data_checks.hashes import hash_picture, near_pictures, similarity, words_of_text
 from lavender.evaluation.data_checks.overlap import Thresholds
 from lavender.world.language import caption_scene
 from lavender.world.scenes import scenes
@@ -60,6 +60,15 @@ def hashes_of(images: list[Image.Image]) -> np.ndarray:
     return np.stack([bits for image in images if (bits := hash_picture(image).bits) is not None])
 
 
+def found(changed: list[Image.Image], images: list[Image.Image], distance: int) -> float:
+    """The share of changed pictures that are near to their original."""
+    originals = [hash_picture(image) for image in images]
+    hashes = [hash_picture(image) for image in changed]
+    near = near_pictures(hashes, originals, distance)
+    pairs = zip(hashes, originals, strict=True)
+    return sum(one.identity in dict(near.get(other.identity, ())) for other, one in pairs) / len(images)
+
+
 def bits_that_differ(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.bitwise_count(one ^ other).sum(axis=-1)
 
@@ -76,10 +85,11 @@ def main() -> None:
     hashes = hashes_of(images)
     rows, cols = np.triu_indices(len(images), 1)
     unrelated = bits_that_differ(hashes[rows], hashes[cols])
-    changed = {
-        name: bits_that_differ(hashes, hashes_of([change(image) for image in images]))
-        for name, change in CHANGES.items()
-    }
+    changed = {}
+    for name, change in CHANGES.items():
+        copies = [change(image) for image in images]
+        bits = bits_that_differ(hashes, hashes_of(copies))
+        changed[name] = {"found": found(copies, images, thresholds.distance), "largest": int(bits.max())}
     texts = [words_of_text(caption_scene(scene).text) for scene in drawn]
     alike = [similarity(one, other) for one, other in combinations(texts, 2) if one != other]
     numbers = {
@@ -89,10 +99,7 @@ def main() -> None:
             "smallest": int(unrelated.min()),
             "near": {str(distance): int((unrelated <= distance).sum()) for distance in DISTANCES},
         },
-        "changed": {
-            name: {"found": float((bits <= thresholds.distance).mean()), "largest": int(bits.max())}
-            for name, bits in changed.items()
-        },
+        "changed": changed,
         "captions": {
             "equal": len(unrelated) - len(alike),
             "near": sum(one >= thresholds.similarity for one in alike),

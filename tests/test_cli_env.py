@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 import torch
 
 from command_line import lavender
@@ -41,3 +42,29 @@ def test_a_missing_and_a_broken_package_are_facts(monkeypatch):
     assert ran.code == 0
     assert "  no-such-package: not installed" in ran.out
     assert "  cannot be imported: ModuleNotFoundError" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("/home/ann/my env/lib/libtorch.so: cannot open shared object file", "…/libtorch.so: cannot open"),
+        ("cannot import name 'x' from 'torch' (/home/ann/torch/__init__.py)", "(…/__init__.py)"),
+        ('Error loading "C:\\Users\\ann\\torch\\lib\\c10.dll" or one of its dependencies.', '"…/c10.dll"'),
+        ("see file:///home/ann/x.txt\nand https://pytorch.org/get-started/", "https://pytorch.org/get-started/"),
+    ],
+)
+def test_a_fault_names_no_folder(message, printed):
+    fault = env._fault(OSError(message))
+    assert printed in fault
+    assert "ann" not in fault
+    assert "\n" not in fault
+
+
+def test_a_gpu_that_cannot_be_asked_is_a_fact(monkeypatch):
+    def refuse() -> int:
+        raise RuntimeError("CUDA driver initialization failed")
+
+    monkeypatch.setattr(torch.cuda, "device_count", refuse)
+    ran = lavender("env")
+    assert ran.code == 0
+    assert "  GPUs cannot be asked: RuntimeError: CUDA driver initialization failed" in ran.out.splitlines()

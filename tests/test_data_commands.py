@@ -117,6 +117,10 @@ def test_inspect_fails_on_broken_data_and_still_prints_the_json(place, tmp_path)
     assert [row["what"] for row in json.loads(ran.out)["broken"]] == ["metadata.jsonl line 3", "metadata.jsonl line 2"]
     assert "2 rows or pictures are broken" in ran.err.splitlines()[0]
     assert "metadata.jsonl line 2" in (tmp_path / "new" / "page.html").read_text()
+    (tmp_path / "folder").mkdir()
+    ran = lavender("data", "inspect", tmp_path, "--html", tmp_path / "folder")
+    assert "folder" in complaint(ran, FAILED)
+    assert json.loads(ran.out)["samples"] == 2  # what was found is not lost with the page
 
 
 def test_overlap_finds_the_equal_and_the_resized_picture(ran, place):
@@ -125,8 +129,22 @@ def test_overlap_finds_the_equal_and_the_resized_picture(ran, place):
     assert [one["data"] for one in (docvqa, coco)] == ["benchmarks/docvqa", "benchmarks/coco/val.jsonl"]
     assert docvqa["found"]["same_picture"] == 1
     assert (coco["found"]["near_picture"], coco["found"]["same_text"]) == (1, 1)
-    assert len(ran[command].err.splitlines()) == 3
+    assert len(ran[command].err.splitlines()) == 4
     assert {path.name for path in (place / "overlap").iterdir()} == {"overlap.json", "overlap.png", "overlap.html"}
+
+
+def test_columns_of_other_names(place, tmp_path):
+    picture = str((place / "my_photos" / "1000.jpg").absolute())
+    row = {"pic": picture, "q": "What is on the table of this house?", "a": "a cat"}
+    (tmp_path / "vqa.jsonl").write_text(json.dumps(row))
+    columns = "image=pic,question=q,answer=a"
+    ran = lavender("data", "inspect", tmp_path / "vqa.jsonl", "--columns", columns)
+    assert json.loads(ran.out)["words"]["per_question"]["max"] == 8
+    both = ["data", "overlap", tmp_path / "vqa.jsonl", tmp_path / "vqa.jsonl", "--columns", columns]
+    ran = lavender(*both, "--benchmark-columns", columns)
+    assert json.loads(ran.out)["benchmarks"][0]["found"]["picture_and_text"] == 1
+    assert "--benchmark-columns 'pic'" in complaint(lavender(*both, "--benchmark-columns", "pic"), 2)
+    assert complaint(lavender(*both), 1)
 
 
 def test_overlap_names_what_it_could_not_read(place, tmp_path):
@@ -148,7 +166,7 @@ def test_the_page_names_the_thresholds_and_what_the_json_has(ran):
     (facts, _) = (json.loads(ran[one].out) for one in COMMANDS if " inspect " in one)
     table = PAGE.partition("| in the JSON | what it is |")[2].partition("\n\n")[0]
     named = {name for cell in re.findall(r"^\| (.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", cell)}
-    assert named == facts.keys() - {"data", "outside_the_folder"}
+    assert named == facts.keys() - {"data"}
     assert len(FIGURES) == 6
 
 

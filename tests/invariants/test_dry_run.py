@@ -11,6 +11,7 @@ import pytest
 
 from command_line import Ran, complaint, lavender
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
+from lavender.evaluation.dry_run import UNCHECKED
 from lavender.training.run import RunConfig, train
 from lavender.training.yaml_files import yaml_text
 
@@ -100,8 +101,10 @@ def test_settings_are_resolved_and_memory_adds_up(weightless, tmp_path):
     assert "  align_weight: 0.5\n" in ran.out  # a default that depends on the loss
     assert "'r': 8, 'alpha': 32" in ran.out
     (total,) = lines_with(ran.out, "memory per device")
-    parts = [float(line.split()[-2]) for line in ran.out[ran.out.index(total) :].splitlines()[1:-1]]
+    after = ran.out[ran.out.index(total) :].splitlines()
+    parts = [float(line.split()[-2]) for line in after if line.endswith(" GB") and line != total]
     assert len(parts) == 5
+    assert after[-1] == UNCHECKED
     assert float(total.split()[-2]) == pytest.approx(sum(parts), abs=0.005 * 6)
 
 
@@ -111,6 +114,12 @@ def test_what_would_end_the_run_ends_the_dry_run(weightless, tmp_path):
     assert "maps for 5 of 6 samples" in complaint(few, FAILED)
     assert "target_modules" in complaint(dry(tmp_path, settings | {"lora": {"target_modules": ["x"]}}), WRONG_USAGE)
     assert "which has no manifest.json" in complaint(dry(tmp_path, settings | {"maps": str(tmp_path)}), FAILED)
+    compiled = dry(tmp_path, settings | {"training": {"torch_compile": True}})
+    assert "torch_compile with alignment" in complaint(compiled, WRONG_USAGE)
+    chosen = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "attention_loss"}
+    evaluated = settings | {"eval_data": settings["data"], "eval_maps": settings["maps"]}
+    few = dry(tmp_path, evaluated | {"training": chosen | {"min_coverage": 0.9}})
+    assert "maps for 5 of 6 samples" in complaint(few, FAILED)
     assert not (tmp_path / "out").exists()
 
 
@@ -118,7 +127,10 @@ def test_a_folder_with_a_run_is_compared(places, tmp_path):
     settings = places | {"out": str(tmp_path / "out")}
     train(RunConfig(**settings, training=STEP))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    assert "holds a run of these settings" in dry(tmp_path, settings).out
+    assert "training would do nothing, because it is finished" in dry(tmp_path, settings).out
+    longer = dry(tmp_path, settings | {"training": {"max_steps": 2}})
+    assert "training would go on with it" in longer.out
+    assert "its model, data and maps still have the same content is not checked" in longer.out
     other = dry(tmp_path, settings | {"training": {"align_weight": 0.25}})
     assert "align_weight: 0.5 → 0.25" in complaint(other, WRONG_USAGE)
     assert dry(tmp_path, settings | {"training": {"align_weight": 0.25}}, "--restart").code == DONE

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from lavender.cli.options import add_trust_remote_code
+from lavender.cli.options import add_columns, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE, FAILED
 from lavender.cli.terminal import show
 from lavender.files import expanded, writing
@@ -60,7 +60,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=expanded, metavar="DATA", help="folder or file of pictures and texts")
+    parser.add_argument("data", type=expanded, metavar="DATA", help="folder, file or hub id of pictures and texts")
+    add_columns(parser)
     parser.add_argument("--maps", type=expanded, default=None, metavar="STORE", help="map store: the share with maps")
     parser.add_argument(
         "--student",
@@ -84,12 +85,14 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def _add_overlap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("train", type=expanded, metavar="TRAIN", help="the training data")
     parser.add_argument("benchmarks", type=expanded, nargs="+", metavar="BENCHMARK", help="one or more benchmarks")
+    add_columns(parser)
+    add_columns(parser, "--benchmark-columns", "the same of the benchmarks")
     parser.add_argument(
         "--out",
         type=expanded,
         default=None,
         metavar="DIR",
-        help="write overlap.json with all pairs, overlap.png and overlap.html to this folder",
+        help="write overlap.json with all matches, overlap.png and overlap.html to this folder",
     )
     parser.add_argument(
         "--distance",
@@ -154,14 +157,19 @@ def _inspect(options: argparse.Namespace) -> int:
 
     teacher = str(TEACHER_PATH) if options.teacher == TEACHER_NAME else options.teacher
     inspection = inspect_data(
-        options.data, options.maps, options.student, teacher, trust_remote_code=options.trust_remote_code
+        options.data,
+        options.maps,
+        options.student,
+        teacher,
+        trust_remote_code=options.trust_remote_code,
+        columns=columns_of(options),
     )
     facts = inspection.facts
+    _print_json(facts)
     if options.html is not None:
         with writing(options.html):
             options.html.parent.mkdir(parents=True, exist_ok=True)
             write_report(inspection_page(inspection), options.html)
-    print(json.dumps(facts, indent=1, ensure_ascii=False))
     broken = facts["broken"]
     show(f"{facts['samples']:,} samples; {len(broken):,} rows or pictures are broken", sys.stderr)
     _show_first("broken", broken, "`broken` in the JSON", sys.stderr)
@@ -173,16 +181,24 @@ def _overlap(options: argparse.Namespace) -> int:
     from lavender.evaluation.data_checks.pages import write_overlap
 
     thresholds = Thresholds(options.distance, options.similarity)
-    overlap = find_overlap(options.train, options.benchmarks, thresholds)
+    overlap = find_overlap(
+        options.train,
+        options.benchmarks,
+        thresholds,
+        columns_of(options),
+        columns_of(options, "--benchmark-columns"),
+    )
+    _print_json(overlap.facts())
     if options.out is not None:
         with writing(options.out):
             write_overlap(overlap, options.out)
-    print(json.dumps(overlap.facts(), indent=1, ensure_ascii=False))
-    for name, numbers in (
-        (overlap.train, overlap.train_numbers),
-        *((one.name, one.numbers) for one in overlap.benchmarks),
-    ):
-        _show_first(f"{name}: dropped", numbers["dropped"], "the JSON", sys.stderr)
+    for side in (overlap.train, *(one.side for one in overlap.benchmarks)):
+        _show_first(f"{side.path}: dropped", side.numbers["dropped"], "the JSON", sys.stderr)
     for line in overlap.table():
         show(line, sys.stderr)
     return DONE
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    """Print before anything is written, so that a full disk does not cost what took long to find."""
+    print(json.dumps(facts, indent=1, ensure_ascii=False), flush=True)

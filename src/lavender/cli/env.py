@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,11 +19,15 @@ change them. It names no path and no user."""
 PACKAGES = (
     *("lavender-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "diffusers", "tokenizers"),
     *("safetensors", "huggingface_hub", "numpy", "pillow", "pyarrow", "deepspeed", "bitsandbytes", "ray"),
+    *("liger-kernel", "flash-attn", "torchvision"),
 )
 VARIABLES = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HF_HUB_OFFLINE"),
     *("TOKENIZERS_PARALLELISM", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "LAVENDER_DEBUG"),
 )
+
+_FOLDERS = re.compile(r"(https?://\S+)|(?<![\w.])(?:~|[A-Za-z]:)?(?:[/\\][^/\\:'\"()]*)+[/\\]")
+"""The folders of paths in a message; web addresses as group 1, which stay."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +68,7 @@ def _torch() -> dict[str, Any]:
     try:
         import torch
     except Exception as error:  # a broken build raises OSError and others; the report is about just this
-        return {"cannot be imported": f"{type(error).__name__}: {error}"}
+        return {"cannot be imported": _fault(error)}
     facts: dict[str, Any] = {
         "CUDA of the build": torch.version.cuda,
         "ROCm of the build": torch.version.hip,
@@ -73,8 +78,17 @@ def _torch() -> dict[str, Any]:
         "MPS": torch.backends.mps.is_available(),
         "CUDA": torch.cuda.is_available(),
     }
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        capability = f"compute capability {device.major}.{device.minor}"
-        facts[f"GPU {index}"] = f"{device.name}, {device.total_memory / 1e9:.1f} GB, {capability}"
+    try:
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            capability = f"compute capability {device.major}.{device.minor}"
+            facts[f"GPU {index}"] = f"{device.name}, {device.total_memory / 1e9:.1f} GB, {capability}"
+    except Exception as error:  # a driver that does not fit, or a GPU that has failed
+        facts["GPUs cannot be asked"] = _fault(error)
     return facts
+
+
+def _fault(error: Exception) -> str:
+    """An error on one line, without the folders of the files that it names."""
+    one_line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {_FOLDERS.sub(lambda found: found[1] or '…/', one_line)}"

@@ -24,32 +24,33 @@ def add_limit(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_columns(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--columns",
-        default=None,
-        metavar="ROLE=NAME,…",
-        help="columns of the data, if they have other names than usual: image=…,question=…,answer=…, or caption=…, "
-        "messages=…, system=…, about=…",
-    )
+_COLUMNS = (
+    "columns of the data, if they have other names than usual: image=…,question=…,answer=…, or caption=…, "
+    "messages=…, system=…, about=…"
+)
 
 
-def columns_of(options: argparse.Namespace) -> dict[str, str] | None:
+def add_columns(parser: argparse.ArgumentParser, name: str = "--columns", text: str = _COLUMNS) -> None:
+    parser.add_argument(name, default=None, metavar="ROLE=NAME,…", help=text)
+
+
+def columns_of(options: argparse.Namespace, option: str = "--columns") -> dict[str, str] | None:
     """The columns of `--columns`, as `read_samples` takes them: role → name; None without the option.
 
     Raises:
         ConfigError: it is no list of ROLE=NAME. `read_samples` checks the roles.
     """
-    if options.columns is None:
+    given = getattr(options, option.removeprefix("--").replace("-", "_"))
+    if given is None:
         return None
     columns: dict[str, str] = {}
-    for pair in options.columns.split(","):
+    for pair in given.split(","):
         role, sign, name = pair.partition("=")
         if not sign or role in columns:
             raise ConfigError(
-                f"--columns {shown(options.columns)}",
+                f"{option} {shown(given)}",
                 "each role once, as ROLE=NAME, with commas between",
-                "write for example --columns image=picture,question=q,answer=a",
+                f"write for example {option} image=picture,question=q,answer=a",
             )
         columns[role] = name
     return columns

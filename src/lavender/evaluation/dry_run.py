@@ -25,9 +25,10 @@ from lavender.evaluation.inspect import empty_model
 from lavender.evaluation.memory import footprint, footprint_of_run
 from lavender.files import printable
 from lavender.students.registry import adapter_for
+from lavender.training.distributed import refuse_settings
 from lavender.training.refused_samples import check_coverage, refused_of, summary, without
 from lavender.training.run import Plan, lines_of_plan, plan_of, trained_lines
-from lavender.training.run_folder import check_same, read_config, resolved_settings
+from lavender.training.run_folder import check_same, gone_on, is_finished, read_config, resolved_settings
 from lavender.training.trainable import (
     ALIGNMENT,
     check_trained,
@@ -44,6 +45,11 @@ if TYPE_CHECKING:
 
 NUM_SAMPLES = 3
 """Samples that are shown."""
+UNCHECKED = (
+    "not checked: the weights, the memory that is really free, the launcher and its sharding, the other processes, the "
+    "losses, and whether the disk has room for the checkpoints"
+)
+"""The last line."""
 _MAX_TEXT = 100  # characters of a text that is shown
 
 
@@ -55,6 +61,7 @@ def dry_run(run: RunConfig, restart: bool = False) -> Iterator[str]:
             step, if no weights are needed to find it.
     """
     plan = plan_of(run, restart)
+    refuse_settings(plan.args, with_peft=run.peft_settings() is not None)
     yield from _settings(plan, restart)
     yield from ["", *plan.notes, *lines_of_plan(plan)]
     collator = _collator(plan)
@@ -65,11 +72,13 @@ def dry_run(run: RunConfig, restart: bool = False) -> Iterator[str]:
         yield from (f"{name}: {line}" for line in summary(refused, len(dataset)))
         accepted[name] = without(dataset, refused)
     coverage = check_coverage(accepted["data"], collator, plan.args.min_coverage)
+    if "eval_data" in accepted and (plan.args.metric_for_best_model or "").endswith("attention_loss"):
+        check_coverage(accepted["eval_data"], collator, plan.args.min_coverage)
     yield f"of {coverage.samples} samples that were read, {coverage.mapped_samples} have words with maps"
     yield from (f"  {count} × {reason}" for reason, count in (+coverage.dropped).items())
     shown = _Shown(accepted["data"], collator)
     yield from ["", "first samples:", *shown.lines]
-    yield from ["", *_model(plan, shown)]
+    yield from ["", *_model(plan, shown), "", UNCHECKED]
 
 
 def _settings(plan: Plan, restart: bool) -> Iterator[str]:
@@ -90,8 +99,14 @@ def _settings(plan: Plan, restart: bool) -> Iterator[str]:
     if plan.holds_run and not restart:
         record = read_config(plan.out).get("record")
         content = record.get("content", {}) if isinstance(record, dict) else {}  # not compared: weights are not read
-        check_same(plan.out, resolved_settings(plan.run, plan.args, content))
-        yield f"{plan.out} holds a run of these settings"
+        wanted = resolved_settings(plan.run, plan.args, content)
+        found = check_same(plan.out, wanted)
+        wanted, changed = gone_on(found, wanted)
+        ends = is_finished(plan.out, found, wanted)
+        goes_on = "do nothing, because it is finished" if ends else "go on with it"
+        yield f"{plan.out} holds a run of these settings; training would {goes_on}"
+        yield "  whether its model, data and maps still have the same content is not checked"
+        yield from changed
 
 
 def _collator(plan: Plan) -> AlignmentCollator:

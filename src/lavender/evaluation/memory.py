@@ -101,6 +101,8 @@ def footprint_of_run(
     half = run.dtype in ("bfloat16", "float16", "half")
     name = "qlora" if run.quantization else "lora" if run.peft_settings() else "full_16_bit" if half else "full"
     needed = {use: size * (batch_size if use in _PER_SAMPLE else 1) for use, size in setups[name].items()}
+    if name == "lora" and not half:
+        needed["weights"] += (SINGLE - HALF) * setups["full"]["weights"] // SINGLE
     if (run.quantization or {}).get("load_in_8bit"):
         needed["weights"] += round((1 - FOUR_BITS) * setups["packed_parameters"])
     stored = HALF if name in ("qlora", "full_16_bit") else SINGLE

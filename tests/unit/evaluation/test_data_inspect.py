@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from lavender.data.images import image_id, load_image
-from lavender.data.samples import read_samples
+from lavender.data.samples import Sample, read_samples
 from lavender.data.store import MapStore
 from lavender.errors import ModelError
 from lavender.evaluation.data_checks.inspect import inspect_data
 from lavender.evaluation.data_checks.lengths import StudentCounter, fewest_clip_tokens, num_words, teacher_counter
 from lavender.evaluation.data_checks.pages import inspection_page
+from lavender.evaluation.data_checks.scan import evenly, look_at_pictures
 from lavender.evaluation.report.page import render_report
 from lavender.maps import Word, WordMaps
 from lavender.students.loading import load_config, load_processor
@@ -60,6 +65,7 @@ def test_samples_broken_rows_words_languages_and_duplicates(data):
     assert [row["what"] for row in facts["broken"]] == ["data.jsonl line 3", "data.jsonl line 4"]
     assert "no such file" in facts["broken"][0]["reason"]
     assert "truncated" in facts["broken"][1]["reason"]
+    assert str(data.parent / "cut.png") in facts["broken"][1]["reason"]
     assert facts["words"]["per_answer"] | {"p95": 0} == {"min": 1, "median": 13, "mean": 10, "p95": 0, "max": 15}
     assert facts["languages"]["samples"]["de"] == 1
     assert facts["languages"]["examples"] == ["data.jsonl line 2"]
@@ -68,7 +74,7 @@ def test_samples_broken_rows_words_languages_and_duplicates(data):
     assert (duplicates["distinct_pictures"], duplicates["pictures_stored_again"]) == (3, 1)
     assert duplicates["picture_examples"] == [["data.jsonl line 5", str(data.parent / "a.png")]]
     assert duplicates["sample_examples"] == [["data.jsonl line 5", "data.jsonl line 1"]]
-    assert facts["picture_sizes"]["height"] == {"min": 17, "median": 23, "p95": 30.2, "max": 31, "mean": 23.67}
+    assert facts["picture_sizes"]["height"] == {"min": 17, "median": 23, "p95": 30.2, "max": 31, "mean": 23.667}
     assert facts["picture_sizes"]["width"]["max"] == 29
     assert (facts["student_tokens"], facts["maps"]) == (None, None)
     json.dumps(facts)
@@ -84,7 +90,15 @@ def test_the_fewest_clip_tokens_are_no_more_than_those_of_a_clip_tokenizer(capti
 
 @pytest.mark.parametrize(
     ("text", "words", "tokens"),
-    [("the dog's ball", 3, 6), ("12 o'clock!?", 2, 8), ("a well-known  cat.", 3, 8), ("", 0, 2)],
+    [
+        ("the dog's ball", 3, 6),
+        ("12 o'clock!?", 2, 8),
+        ("a well-known  cat.", 3, 8),
+        ("", 0, 2),
+        ("猫坐在mat上", 5, 3),
+        ("cafe\u0301s", 1, 3),
+        ("a<|endoftext|>", 2, 4),
+    ],
 )
 def test_words_and_pieces_are_counted_as_by_hand(text, words, tokens):
     assert (num_words(text), fewest_clip_tokens(text)) == (words, tokens)
@@ -135,6 +149,69 @@ def test_a_picture_that_the_students_processor_refuses_is_broken(data, monkeypat
     broken = inspect_data(data, student=str(STUDENT_PATHS["mllama"])).facts["broken"]
     assert broken[-1]["what"] == "data.jsonl line 6"
     assert "the student's processor refuses it: absolute aspect ratio" in broken[-1]["reason"]
+
+
+def test_columns_of_other_names_are_read_as_told(data):
+    rows = [json.dumps({"pic": f"{name}.png", "q": "What is it?", "a": "a cat"}) for name in "ab"]
+    data.write_text("\n".join(rows))
+    facts = inspect_data(data, columns={"image": "pic", "question": "q", "answer": "a"}).facts
+    assert (facts["samples"], facts["broken"], facts["words"]["per_question"]["max"]) == (2, [], 3)
+
+
+def test_a_picture_inside_a_table_is_no_duplicate_of_itself(data, tmp_path):
+    """A row with several captions is several samples of one picture."""
+    encoded = [(data.parent / f"{name}.png").read_bytes() for name in "aba"]
+    rows = [
+        {"image": {"bytes": one, "path": None}, "text": [f"{at} one", f"{at} two"]} for at, one in enumerate(encoded)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    facts = inspect_data(tmp_path / "rows.parquet").facts
+    assert facts["samples"] == 6
+    assert (facts["duplicates"]["distinct_pictures"], facts["duplicates"]["pictures_stored_again"]) == (2, 1)
+
+
+def test_pictures_inside_a_table_are_not_all_kept(data, monkeypatch):
+    """As many samples at once as `_AT_ONCE` says: the encoded pictures of a large table do not fit into memory."""
+    monkeypatch.setattr("lavender.evaluation.data_checks.scan._AT_ONCE", 2)
+    encoded = (data.parent / "a.png").read_bytes()
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "x"}]},
+    ]
+    made: list[weakref.ref[Sample]] = []
+    most = 0
+
+    def samples() -> Iterator[Sample]:
+        nonlocal most
+        for at in range(9):
+            second = encoded if at != 4 else encoded[:100]
+            sample = Sample(f"row {at}", (encoded, second), messages)
+            made.append(weakref.ref(sample))
+            most = max(most, sum(one() is not None for one in made))
+            yield sample
+
+    class Streamed(list):
+        def __iter__(self) -> Iterator[Sample]:
+            return samples()
+
+    looks, broken = look_at_pictures(Streamed([None] * 9), lambda image: image.size)
+    assert most <= 5
+    assert looks == [None if at == 4 else ((19, 17), (19, 17)) for at in range(9)]
+    assert [(drop.what, "picture 2, which" in drop.reason) for drop in broken] == [("row 4", True)]
+
+
+def test_shown_samples_are_spread_over_all():
+    assert evenly(range(11), 6) == [0, 1, 3, 5, 7, 9]
+    assert (evenly(range(2), 6), evenly([], 6)) == ([0, 1], [])
+
+
+def test_the_page_cuts_long_texts_and_counts_pictures(data):
+    text = {"role": "user", "content": "<image><image>Compare."}, {"role": "assistant", "content": "word " * 1000}
+    data.write_text(json.dumps({"images": ["a.png", "b.png"], "messages": text}))
+    page = render_report(inspection_page(inspect_data(data)))
+    assert page.count("word ") < 200
+    assert "(5,000 characters)" in page
+    assert "The first of 2 pictures." in page
 
 
 def test_the_share_with_maps_is_of_pairs_of_picture_and_text(data, tmp_path):

@@ -83,16 +83,16 @@ def overlap(drawn, tmp_path) -> Overlap:
 
 def test_what_is_shared_is_found_and_nothing_else(overlap):
     (bench,) = overlap.benchmarks
-    assert [
-        (match["benchmark"], match["train"], match["picture"], match["text"])
-        for match in (one.facts() for one in bench.matches)
-    ] == [
-        ("metadata.jsonl line 1", "metadata.jsonl line 1", "same", None),
-        ("metadata.jsonl line 2", "metadata.jsonl line 2", "near", None),
-        ("metadata.jsonl line 3", "metadata.jsonl line 3", "near", None),
-        ("metadata.jsonl line 4", "metadata.jsonl line 5", "same", "same"),
-        ("metadata.jsonl line 5", "metadata.jsonl line 6", None, "near"),
-        ("metadata.jsonl line 6", "metadata.jsonl line 6", "near", "same"),
+    line = [f"metadata.jsonl line {number}" for number in range(9)]
+    keys = ("benchmark", "picture", "picture_in", "text", "text_in", "picture_and_text_in")
+    (facts,) = overlap.facts()["benchmarks"]
+    assert [tuple(match[key] for key in keys) for match in facts["matches"]] == [
+        (line[1], "same", line[1], None, None, None),
+        (line[2], "near", line[2], None, None, None),
+        (line[3], "near", line[3], None, None, None),
+        (line[4], "same", line[5], "same", line[6], None),
+        (line[5], None, None, "near", line[6], None),
+        (line[6], "near", line[6], "same", line[6], line[6]),
     ]
     assert bench.numbers["found"] == {
         "same_picture": 2,
@@ -104,7 +104,7 @@ def test_what_is_shared_is_found_and_nothing_else(overlap):
     }
     assert bench.numbers["shares"]["any"] == 0.75
     assert (bench.numbers["samples"], bench.numbers["short_texts"], bench.numbers["texts"]) == (8, 1, 7)
-    assert bench.matches[4].similarity == pytest.approx(10 / 11)
+    assert facts["matches"][4]["similarity"] == round(10 / 11, 3)
 
 
 def test_the_files_have_every_match_a_plot_and_pairs_of_pictures(overlap, tmp_path):
@@ -117,9 +117,12 @@ def test_the_files_have_every_match_a_plot_and_pairs_of_pictures(overlap, tmp_pa
     assert page == render_report(overlap_page(overlap))
     assert page.count('<article class="card panel') == 5
     assert "equal pixels" in page
-    head, row = overlap.table()
-    assert head.split()[:2] == ["benchmark", "samples"]
-    assert row.replace("%", "").split()[1:] == ["8", "25.0", "37.5", "25.0", "12.5", "12.5", "75.0"]
+    over, head, row = overlap.table()
+    assert over.split() == ["picture", "text"]
+    assert head.split() == ["samples", "same", "near", "same", "near", "both", "any", "benchmark"]
+    numbers = row.partition(str(tmp_path))[0]
+    assert numbers.replace("%", "").split() == ["8", "25.0", "37.5", "25.0", "12.5", "12.5", "75.0"]
+    assert len(numbers) <= 60  # a name of 20 characters fits a terminal
 
 
 @pytest.mark.parametrize("change", CHANGED)
@@ -143,7 +146,8 @@ def test_distances_are_those_of_the_bits(monkeypatch):
     monkeypatch.setattr("lavender.evaluation.data_checks.hashes._AT_ONCE", 2)
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2, (7, BITS)).astype(bool)
-    hashes = [PictureHash(str(at), np.packbits(row).view(np.uint64)) for at, row in enumerate(bits)]
+    grey = np.zeros((8, 8, 3), np.uint8)
+    hashes = [PictureHash(str(at), np.packbits(row).view(np.uint64), grey) for at, row in enumerate(bits)]
     near = near_pictures(hashes[:3], hashes, BITS)
     for at in range(3):
         assert dict(near[str(at)]) == {str(other): int((bits[at] != bits[other]).sum()) for other in range(7)}
@@ -152,9 +156,95 @@ def test_distances_are_those_of_the_bits(monkeypatch):
 
 def test_plain_pictures_are_found_by_their_pixels_alone():
     white, grey = (Image.new("RGB", (40, 30), colour) for colour in ("white", "grey"))
-    assert hash_picture(white) == PictureHash(image_id(white), None)
+    assert hash_picture(white)[:2] == (image_id(white), None)
     assert list(near_pictures([hash_picture(white)], [hash_picture(grey)], 100)) == []
     assert near_pictures([hash_picture(white)], [hash_picture(white)], 0) == {image_id(white): [(image_id(white), 0)]}
+
+
+def gradient(top: tuple[int, int, int], bottom: tuple[int, int, int]) -> Image.Image:
+    share = np.linspace(0, 1, 96)[:, None, None]
+    rows = np.array(top) * (1 - share) + np.array(bottom) * share
+    return Image.fromarray(np.broadcast_to(rows, (96, 128, 3)).astype(np.uint8).copy())
+
+
+def framed(colour: str, frame: str) -> Image.Image:
+    return ImageOps.expand(Image.new("RGB", (120, 90), colour), 4, frame)
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_gradients_and_frames_of_other_colours_are_not_near_and_changed_ones_are(change):
+    """Their hashes of grey frequencies are about the same."""
+    pictures = [gradient((20, 60, 200), (250, 240, 230)), gradient((10, 90, 20), (120, 200, 90))]
+    pictures += [framed("navy", "red"), framed("darkgreen", "orange")]
+    hashes = [hash_picture(picture) for picture in pictures]
+    bits = [one.bits for one in hashes if one.bits is not None]
+    assert np.bitwise_count(bits[0] ^ bits[1]).sum() <= Thresholds().distance
+    near = near_pictures(hashes, hashes, Thresholds().distance)
+    assert near == {one.identity: [(one.identity, 0)] for one in hashes}
+    changed = hash_picture(CHANGED[change](pictures[0]))
+    found = near_pictures([changed], hashes, BITS)[changed.identity]
+    assert [identity for identity, _ in found] == [hashes[0].identity]
+
+
+@pytest.mark.parametrize("side", [8, 16, 31])
+def test_small_pictures_of_noise_are_not_near(side):
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(20)]
+    hashes = [hash_picture(picture) for picture in pictures]
+    near = near_pictures(hashes, hashes, Thresholds().distance)
+    assert near == {one.identity: [(one.identity, 0)] for one in hashes}
+
+
+def test_texts_without_spaces_and_accents_in_two_forms_are_compared(drawn, tmp_path):
+    train = [(drawn[0], "一只猫坐在红色的沙发上看着窗外的鸟"), (drawn[1], "trois cafés très serrés sur la table")]
+    bench = [
+        (drawn[2], "一只猫坐在红色的沙发上看着窗外的鸟。"),
+        (drawn[3], "Trois cafe\u0301s tre\u0300s serre\u0301s sur la table"),
+    ]
+    found = find_overlap(folder_of(tmp_path / "train", train), [folder_of(tmp_path / "bench", bench)]).benchmarks[0]
+    assert (found.numbers["found"]["same_text"], found.numbers["short_texts"]) == (2, 0)
+
+
+def test_a_question_that_is_common_in_one_data_set_alone_does_not_hide_a_text(drawn, tmp_path):
+    """A text has the same words on both sides."""
+    question = "Who wrote this book, and what is its title?"
+    answers = [f"It is the book number {number} of this writer" for number in range(3)]
+    paths = []
+    for at, (name, some) in enumerate((("train", answers), ("bench", answers[1:2]))):
+        path = folder_of(tmp_path / name, [(drawn[at], "x")])
+        rows = [{"image": "0.png", "prompt": question, "completion": answer} for answer in some]
+        (path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        paths.append(path / "rows.jsonl")
+    (bench,) = find_overlap(paths[0], paths[1:]).benchmarks
+    assert bench.numbers["found"]["same_text"] == 1
+    assert bench.matches[0].text is not None
+    assert bench.matches[0].text.sample == 1
+
+
+def test_the_pair_on_the_page_is_of_the_pictures_that_are_near(drawn, tmp_path):
+    """Not of the first pictures of their samples."""
+    folder = folder_of(tmp_path / "train", [(image, "x") for image in drawn[:3]])
+    turns = [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "x"}]
+    (folder / "pairs.jsonl").write_text(json.dumps({"images": ["0.png", "1.png"], "messages": turns}))
+    bench = folder_of(tmp_path / "bench", [(drawn[1], "y")])
+    overlap = find_overlap(folder / "pairs.jsonl", [bench])
+    (match,) = overlap.benchmarks[0].matches
+    assert match.picture is not None
+    assert match.picture.places == (0, 1)
+    (panel,) = overlap_page(overlap).panels
+    pair, shown = np.asarray(panel.image), drawn[1].width
+    assert (pair[:, :shown] == pair[:, shown + 8 :]).all()
+    assert panel.note == "equal pixels"
+
+
+def test_columns_of_the_training_set_and_of_the_benchmarks(drawn, tmp_path):
+    paths = []
+    for name, key in (("train", "pic"), ("bench", "img")):
+        paths.append(folder_of(tmp_path / name, [(drawn[0], "x")]) / "rows.jsonl")
+        paths[-1].write_text(json.dumps({key: "0.png", "c": CAPTION}))
+    train, bench = ({"image": name, "caption": "c"} for name in ("pic", "img"))
+    overlap = find_overlap(paths[0], paths[1:], columns=train, benchmark_columns=bench)
+    assert overlap.benchmarks[0].numbers["found"]["picture_and_text"] == 1
 
 
 def test_similarity_is_that_of_word_triples():

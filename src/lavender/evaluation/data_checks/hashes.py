@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lavender.data.images import image_id
-from lavender.evaluation.data_checks.scan import extra
+from lavender.evaluation.data_checks.scan import SIGNS, extra
 
 BITS = 256
 """Bits of a picture's hash."""
@@ -19,29 +20,37 @@ Words = tuple[str, ...]
 
 _SIDE = 16  # rows and columns of frequencies in a hash
 _LEAST_CONTRAST = 2.0  # standard deviation of grey, of 255: below it a hash is noise
+_THUMB = 8  # pixels of a side
+_MOST_OF_CONTRAST = 0.5  # of the contrast of two thumbnails, by which they may differ
+_MOST_LEVELS = 2.0  # of 255, by which they may differ in any case
 _AT_ONCE = 2**20  # pairs of pictures that are compared at once
 _TRIPLE = 3  # words
 _PERMUTATIONS = 128
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(rf"[{SIGNS}]|[^\W{SIGNS}]+")
 
 
 class PictureHash(NamedTuple):
-    """What identifies a picture: its `image_id`, and its perceptual hash as four 64-bit numbers.
+    """What identifies a picture.
 
-    `bits` is None for a picture without contrast, which only its pixels identify.
+    Attributes:
+        identity: its `image_id`.
+        bits: its perceptual hash, uint64 (4,). None for a picture without contrast, which only its pixels identify.
+        thumbnail: its colours, uint8 (8, 8, RGB). The hash sees only grey, and nothing of how bright it is.
     """
 
     identity: str
     bits: np.ndarray | None
+    thumbnail: np.ndarray
 
 
 def hash_picture(image: Image.Image) -> PictureHash:
     """The hash of a decoded RGB picture."""
     imagehash = extra("imagehash")
+    thumbnail = np.asarray(image.resize((_THUMB, _THUMB), Image.Resampling.BOX))
     if np.asarray(image.convert("L").resize((64, 64), Image.Resampling.BOX)).std() < _LEAST_CONTRAST:
-        return PictureHash(image_id(image), None)
+        return PictureHash(image_id(image), None, thumbnail)
     bits = imagehash.phash(image, hash_size=_SIDE).hash
-    return PictureHash(image_id(image), np.packbits(bits).view(np.uint64))
+    return PictureHash(image_id(image), np.packbits(bits).view(np.uint64), thumbnail)
 
 
 def near_pictures(
@@ -55,8 +64,8 @@ def near_pictures(
         distance: the most bits in which two hashes differ.
 
     Returns:
-        `image_id` of a picture → (`image_id` of another, bits that differ), of those that are near; the nearest first.
-        Equal pixels are at distance 0, also without contrast.
+        `image_id` of a picture → (`image_id` of another, bits that differ), of those that are near and have about the
+        same colours; the nearest first. Equal pixels are at distance 0, also without contrast.
     """
     known = {one.identity for one in others}
     near = {one.identity: [(one.identity, 0)] for one in pictures if one.identity in known}
@@ -71,15 +80,22 @@ def near_pictures(
         bits = np.stack([one.bits for one in some if one.bits is not None])
         differ = np.bitwise_count(bits[:, None] ^ table[None]).sum(axis=2, dtype=np.uint16)
         for row, column in zip(*np.nonzero(differ <= distance), strict=True):
-            if some[row].identity != hashed[column].identity:
+            if some[row].identity != hashed[column].identity and _same_colours(some[row], hashed[column]):
                 found = near.setdefault(some[row].identity, [])
                 found.append((hashed[column].identity, int(differ[row, column])))
     return {identity: sorted(found, key=lambda one: one[1]) for identity, found in near.items()}
 
 
+def _same_colours(one: PictureHash, other: PictureHash) -> bool:
+    """Whether two thumbnails differ by less than their contrast: gradients and frames of any colour share a hash."""
+    first, second = one.thumbnail.astype(np.float32), other.thumbnail.astype(np.float32)
+    contrast = min(np.abs(colours - colours.mean((0, 1))).mean() for colours in (first, second))
+    return bool(np.abs(first - second).mean() <= max(_MOST_LEVELS, _MOST_OF_CONTRAST * contrast))
+
+
 def words_of_text(text: str) -> Words:
-    """The words of a text in lower case, without punctuation."""
-    return tuple(_WORD.findall(text.casefold()))
+    """The words of a text in lower case, without punctuation. A Chinese or Japanese character is a word."""
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text.casefold())))
 
 
 def sketch_texts(texts: Iterable[Words]) -> dict[Words, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from lavender.evaluation.data_checks.lengths import (
     student_lengths,
     teacher_counter,
 )
-from lavender.evaluation.data_checks.scan import extra, look_at_pictures
+from lavender.evaluation.data_checks.scan import evenly, extra, look_at_pictures
 from lavender.maps import Dropped
 
 FEWEST = "fewest possible"
@@ -34,6 +35,7 @@ _EXAMPLES = 20  # rows that a fact names
 _SHOWN = 6  # samples on the page
 _LANGUAGE_TEXT = 1000  # characters that tell a language
 _SURE = 0.5  # probability of a language; captions of a few words have less
+_CAPTION = re.compile(r" caption \d+$")  # in the names of samples of one row, which have the same picture
 
 
 class _Seen(NamedTuple):
@@ -64,6 +66,7 @@ def inspect_data(
     student: str | None = None,
     teacher: str | None = None,
     trust_remote_code: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Inspection:
     """Read a data set whole, decode every picture once, and count.
 
@@ -73,16 +76,18 @@ def inspect_data(
         student: a model whose processor counts the tokens of samples. No weights are loaded.
         teacher: a pipeline whose tokenizer counts the tokens of texts.
         trust_remote_code: run the code that comes with the student.
+        columns: the data's own names of columns, as `read_samples` takes them.
 
     Returns:
-        An inspection whose `facts` have: `samples` and how many are `text_only`; `broken`, each row that cannot be
-        used and each sample whose picture cannot be decoded or that the student refuses, with the reason; `words` per
-        answer and per question; `clip_tokens` per answer, against the text encoder's limit; `student_tokens` per
-        sample, against the model's context; `duplicates`; `languages` of the answers; `picture_sizes` in pixels;
-        `maps`. What was not asked for is None.
+        An inspection whose `facts` have: `samples`, with those whose picture is broken, and how many are `text_only`;
+        `broken`, each row that cannot be used and each sample whose picture cannot be decoded or that the student
+        refuses, with the reason; `words` per answer and per question; `clip_tokens` per answer, against the text
+        encoder's limit; `student_tokens` per sample, against the model's context; `outside_the_folder`, the number of
+        pictures there; `duplicates`; `languages` of the answers; `picture_sizes` in pixels; `maps`. What was not asked
+        for is None.
 
     Raises:
-        ConfigError: the extra `data` is not installed.
+        ConfigError: the extra `data` is not installed; `columns` that the data do not have.
         DataError: nothing usable in the data.
         ModelError, UnsupportedModelError: no such teacher or student.
         StoreError: the map store is missing or damaged.
@@ -91,7 +96,7 @@ def inspect_data(
     counter = StudentCounter(student, trust_remote_code) if student is not None else None
     store = MapStore.open(maps) if maps is not None else None
     clip, limit = teacher_counter(teacher) if teacher is not None else (fewest_clip_tokens, CLIP_LIMIT)
-    read = read_samples(data)
+    read = read_samples(data, columns=columns)
     samples = read.samples
     looks, broken = look_at_pictures(samples, _see)
     lengths = _lengths(samples, clip)
@@ -106,9 +111,8 @@ def inspect_data(
         lengths["student tokens per sample"], refused = student_lengths(counter, samples, sizes)
         facts["student_tokens"] = _against(lengths["student tokens per sample"], counter.context)
         facts["broken"] += [asdict(drop) for drop in refused]
-    usable = [sample for sample, look in zip(samples, looks, strict=True) if look]
-    step = max(1, len(usable) // _SHOWN)
-    return Inspection(facts, lengths, tuple(usable[::step][:_SHOWN]))
+    usable = [index for index, look in enumerate(looks) if look]
+    return Inspection(facts, lengths, tuple(samples[index] for index in evenly(usable, _SHOWN)))
 
 
 def _lengths(samples: Sequence[Sample], clip: Callable[[str], int]) -> dict[str, list[int]]:
@@ -156,7 +160,7 @@ def _duplicates(samples: Sequence[Sample], looks: Sequence[tuple[_Seen, ...] | N
         if look is None:
             continue
         for place, (source, seen) in enumerate(zip(sample.sources, look, strict=True)):
-            where = source if isinstance(source, Path) else (sample.name, place)
+            where = source if isinstance(source, Path) else (_CAPTION.sub("", sample.name), place)
             if where != first_place.setdefault(seen.identity, where):
                 pictures.setdefault(where, [sample.name, str(_name(first_place[seen.identity]))])
         key = tuple(seen.identity for seen in look), repr(sample.messages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,20 +12,21 @@ from PIL import Image
 
 from lavender.data.samples import Sample
 from lavender.errors import ModelError
+from lavender.evaluation.data_checks.scan import SIGNS
 from lavender.maps import Dropped
 from lavender.model_files import loading, one_line
 
 CLIP_LIMIT = 77
 """Tokens of a text that CLIP's text encoder takes, its two special ones included."""
 
-_WORD = re.compile(r"\w+(?:['’\-]\w+)*")
+_WORD = re.compile(rf"[{SIGNS}]|[^\W{SIGNS}]+(?:['’\-][^\W{SIGNS}]+)*")
 # What CLIP's tokenizer splits a text into before it splits words further: each of these is at least one token.
-_CLIP_PIECE = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+_CLIP_PIECE = re.compile(r"<\|(?:start|end)oftext\|>|'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 
 
 def num_words(text: str) -> int:
-    """The number of words of a text; numbers count."""
-    return len(_WORD.findall(text))
+    """The number of words of a text. Numbers count; a Chinese or Japanese character is a word."""
+    return len(_WORD.findall(unicodedata.normalize("NFC", text)))
 
 
 def fewest_clip_tokens(text: str) -> int:
@@ -35,7 +37,7 @@ def fewest_clip_tokens(text: str) -> int:
         >>> fewest_clip_tokens("the dog's ball")  # the | dog | 's | ball
         6
     """
-    return len(_CLIP_PIECE.findall(text)) + 2
+    return len(_CLIP_PIECE.findall(unicodedata.normalize("NFC", text))) + 2
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -43,7 +45,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     if not len(values):
         return {}
     found = (*np.quantile(values, [0, 0.5, 0.95, 1]), np.mean(values))
-    return dict(zip(("min", "median", "p95", "max", "mean"), (round(float(value), 2) for value in found), strict=True))
+    return dict(zip(("min", "median", "p95", "max", "mean"), (round(float(value), 3) for value in found), strict=True))
 
 
 def teacher_counter(path: str) -> tuple[Callable[[str], int], int]:

@@ -7,10 +7,10 @@ perceptual hash, texts by their words and by their word triples.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lavender.data.conversations import text_of
 from lavender.data.recipes.sources import CAPTION_PROMPT
@@ -60,46 +60,61 @@ class Thresholds:
             raise ConfigError(f"--similarity {self.similarity}", "a share from 0.5 to 1", "change --similarity")
 
 
+class Near(NamedTuple):
+    """The picture or text of a training set that is most like one of a benchmark's sample.
+
+    Attributes:
+        sample: index of the training sample that has it.
+        is_same: whether the pixels of the pictures, or the words of the texts, are equal.
+        distance: bits in which the hashes of the pictures differ, or 1 − similarity of the texts.
+        places: index of the picture in the benchmark's sample, and in the training sample.
+    """
+
+    sample: int
+    is_same: bool
+    distance: float
+    places: tuple[int, int] = (0, 0)
+
+
 @dataclass(frozen=True)
 class Match:
     """What a training set has of one sample of a benchmark.
 
     Attributes:
-        benchmark, train: the sample, and the training sample that is most like it.
-        distance: bits in which the hashes of the most similar pictures differ; 0 with `same_picture`; None if none is
-            near.
-        same_picture: whether the pixels of a picture are equal.
-        similarity: of the most similar text; 1 with `same_text`; None if none is near.
-        same_text: whether the words of a text are equal.
-        both: whether one training sample has such a picture and such a text.
+        sample: index of the benchmark's sample.
+        picture: the nearest picture; None if none is near.
+        text: the nearest text; None if none is near.
+        both: index of a training sample that has a same or near picture and a same or near text; None if none has.
     """
 
-    benchmark: Sample
-    train: Sample
-    distance: int | None
-    same_picture: bool
-    similarity: float | None
-    same_text: bool
-    both: bool
+    sample: int
+    picture: Near | None
+    text: Near | None
+    both: int | None
 
-    def facts(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+    def facts(self, benchmark: Side, train: Side) -> dict[str, Any]:
+        """As JSON keeps it, with the names of samples."""
         return {
-            "benchmark": self.benchmark.name,
-            "train": self.train.name,
-            "picture": "same" if self.same_picture else None if self.distance is None else "near",
-            "distance": self.distance,
-            "text": "same" if self.same_text else None if self.similarity is None else "near",
-            "similarity": None if self.similarity is None else round(self.similarity, 3),
-            "picture_and_text": self.both,
+            "benchmark": benchmark.names[self.sample],
+            "picture": _kind(self.picture),
+            "picture_in": None if self.picture is None else train.names[self.picture.sample],
+            "distance": None if self.picture is None else self.picture.distance,
+            "text": _kind(self.text),
+            "text_in": None if self.text is None else train.names[self.text.sample],
+            "similarity": None if self.text is None else round(1 - self.text.distance, 3),
+            "picture_and_text_in": None if self.both is None else train.names[self.both],
         }
+
+
+def _kind(near: Near | None) -> str | None:
+    return None if near is None else "same" if near.is_same else "near"
 
 
 @dataclass(frozen=True)
 class BenchmarkOverlap:
-    """The overlap of one benchmark: its numbers, and its samples of which the training set has something."""
+    """The overlap of one benchmark: its samples, the numbers, and what the training set has of its samples."""
 
-    name: str
+    side: Side
     numbers: dict[str, Any]
     matches: list[Match]
 
@@ -108,86 +123,125 @@ class BenchmarkOverlap:
 class Overlap:
     """The overlap of a training set with benchmarks."""
 
-    train: str
-    train_numbers: dict[str, Any]
+    train: Side
     thresholds: Thresholds
     benchmarks: list[BenchmarkOverlap] = field(default_factory=list)
 
     def facts(self, examples: int | None = _EXAMPLES) -> dict[str, Any]:
         """As JSON keeps it, with this many matches per benchmark; None for all."""
         return {
-            "train": {"data": self.train, **self.train_numbers},
+            "train": {"data": self.train.path, **self.train.numbers},
             "thresholds": {"distance": self.thresholds.distance, "similarity": self.thresholds.similarity},
             "benchmarks": [
-                {"data": one.name, **one.numbers, "matches": [match.facts() for match in one.matches[:examples]]}
+                {
+                    "data": one.side.path,
+                    **one.numbers,
+                    "matches": [match.facts(one.side, self.train) for match in one.matches[:examples]],
+                }
                 for one in self.benchmarks
             ],
         }
 
     def table(self) -> list[str]:
         """Lines for a terminal: of each benchmark the share of its samples that the training set has, in per cent."""
-        titles = ["benchmark", "samples", *(name.replace("_", " ") for name in FIGURES)]
+        head = ["samples", "same", "near", "same", "near", "both", "any"]
         rows = [
-            [
-                one.name,
-                f"{one.numbers['samples']:,}",
-                *(f"{100 * one.numbers['shares'][name]:.1f} %" for name in FIGURES),
-            ]
+            [f"{one.numbers['samples']:,}", *(f"{100 * one.numbers['shares'][name]:.1f} %" for name in FIGURES)]
             for one in self.benchmarks
         ]
-        widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-        return [
-            "  ".join(cell.ljust(width) if not at else cell.rjust(width) for at, (cell, width) in enumerate(cells))
-            for cells in (list(zip(row, widths, strict=True)) for row in (titles, *rows))
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in (head, *rows)
         ]
+        pair = sum(widths[1:3]) + 2
+        over = " " * (widths[0] + 2) + "picture".center(pair) + "  " + "text".center(sum(widths[3:5]) + 2)
+        names = ["benchmark", *(one.side.path for one in self.benchmarks)]
+        return [over.rstrip(), *(f"{line}  {name}" for line, name in zip(lines, names, strict=True))]
 
 
-class _Side:
-    """A data set, ready to compare: its pictures' hashes and its texts' words."""
+class Side:
+    """A data set, ready to compare: its pictures' hashes and its texts' words.
 
-    def __init__(self, path: Path):
-        read = read_samples(path)
-        self.samples = read.samples
+    Attributes:
+        path: the data set, as given.
+        samples, names: the samples and their names.
+        pictures: `image_id` → hash.
+        pictures_of: per sample the `image_id` of its pictures; () if one is broken.
+        places: `image_id` → (index of a sample, index of the picture in it), of all samples that have it.
+        turns: per sample its questions and answers.
+        texts_of, samples_with, sketches: per sample the words of its texts; these words → samples, → MinHash. Filled by
+            `read_texts`.
+        numbers: how many samples, pictures and texts there are, and what was dropped.
+    """
+
+    def __init__(self, path: Path, columns: Mapping[str, str] | None):
+        read = read_samples(path, columns=columns)
+        self.path, self.samples = str(path), read.samples
+        self.names = [sample.name for sample in self.samples]
+        self.turns = [list(_turns(sample)) for sample in self.samples]
         looks, broken = look_at_pictures(self.samples, hash_picture)
         self.pictures: dict[str, PictureHash] = {}
-        self.samples_of: dict[str, list[int]] = {}
+        self.places: dict[str, list[tuple[int, int]]] = {}
         for index, look in enumerate(looks):
-            for one in look or ():
+            for place, one in enumerate(look or ()):
                 self.pictures.setdefault(one.identity, one)
-                self.samples_of.setdefault(one.identity, []).append(index)
+                self.places.setdefault(one.identity, []).append((index, place))
         self.pictures_of = [tuple(one.identity for one in look or ()) for look in looks]
         self.texts_of: list[list[Words]] = []
         self.samples_with: dict[Words, list[int]] = {}
+        self.sketches: dict[Words, Any] = {}
+        self.numbers: dict[str, Any] = {
+            "samples": len(self.samples),
+            "pictures": len(self.pictures),
+            "plain_pictures": sum(one.bits is None for one in self.pictures.values()),
+            "texts": 0,
+            "short_texts": 0,
+            "dropped": [asdict(drop) for drop in (*read.dropped, *broken)],
+        }
+
+    def common_questions(self) -> set[str]:
+        """The questions that many samples have."""
+        numbers = Counter(question for turns in self.turns for question in {question for question, _ in turns})
+        most = max(1, COMMON_SHARE * len(self.turns))
+        return {question for question, number in numbers.items() if number > most}
+
+    def read_texts(self, common: Set[str]) -> None:
+        """Fill what is known of texts: answers with the questions right before them, without the common questions."""
         num_texts = 0
-        for index, texts in enumerate(_texts(self.samples)):
+        for index, turns in enumerate(self.turns):
+            texts = [
+                words_of_text(answer if question in common else f"{question} {answer}") for question, answer in turns
+            ]
             num_texts += len(texts)
             self.texts_of.append([words for words in texts if len(words) >= FEWEST_WORDS])
             for words in self.texts_of[-1]:
                 self.samples_with.setdefault(words, []).append(index)
         self.sketches = sketch_texts(self.samples_with)
-        self.numbers = {
-            "samples": len(self.samples),
-            "pictures": len(self.pictures),
-            "plain_pictures": sum(one.bits is None for one in self.pictures.values()),
-            "texts": sum(map(len, self.texts_of)),
-            "short_texts": num_texts - sum(map(len, self.texts_of)),
-            "dropped": [asdict(drop) for drop in (*read.dropped, *broken)],
-        }
+        compared = sum(map(len, self.texts_of))
+        self.numbers |= {"texts": compared, "short_texts": num_texts - compared}
 
 
-def find_overlap(train: Path, benchmarks: Sequence[Path], thresholds: Thresholds | None = None) -> Overlap:
+def find_overlap(
+    train: Path,
+    benchmarks: Sequence[Path],
+    thresholds: Thresholds | None = None,
+    columns: Mapping[str, str] | None = None,
+    benchmark_columns: Mapping[str, str] | None = None,
+) -> Overlap:
     """Compare each sample of the benchmarks with all of a training set.
 
-    Pictures are the same if their decoded pixels are, and near if their perceptual hashes (ImageHash's pHash of 16 × 16
-    frequencies) differ in few bits: so resized and re-encoded pictures are found, and cropped, mirrored or turned ones
-    are not. A picture without contrast has no hash. Texts are a question with its answer, in lower case and without
-    punctuation. They are near by the Jaccard similarity of their word triples, which datasketch's MinHash proposes and
-    which is then computed exactly.
+    Pictures are the same if their decoded pixels are. They are near if their perceptual hashes (ImageHash's pHash of
+    16 × 16 frequencies) differ in few bits, and if the colours of their thumbnails are about the same. So resized and
+    re-encoded pictures are found; cropped, mirrored, turned and recoloured ones are not. A picture without contrast has
+    no hash. Texts are a question with its answer, in lower case and without punctuation. They are near by the Jaccard
+    similarity of their word triples, which datasketch's MinHash proposes and which is then computed exactly.
 
     Args:
         train: the training data, as `read_samples` takes it.
         benchmarks: one or more data sets.
         thresholds: when two things are near.
+        columns: the training data's own names of columns, as `read_samples` takes them.
+        benchmark_columns: those of the benchmarks.
 
     Returns:
         Per benchmark, in `numbers`: the counts of samples, pictures and texts; `dropped`, the rows and pictures that
@@ -195,85 +249,76 @@ def find_overlap(train: Path, benchmarks: Sequence[Path], thresholds: Thresholds
         its samples. Near excludes same.
 
     Raises:
-        ConfigError: the extra `data` is not installed.
+        ConfigError: the extra `data` is not installed; columns that the data do not have.
         DataError: nothing usable in one of the data sets.
     """
     thresholds = thresholds or Thresholds()
     for package in ("imagehash", "datasketch"):
         extra(package)
-    side = _Side(train)
-    overlap = Overlap(str(train), side.numbers, thresholds)
-    for path in benchmarks:
-        overlap.benchmarks.append(_compare(str(path), _Side(path), side, thresholds))
+    overlap = Overlap(Side(train, columns), thresholds)
+    sides = [Side(path, benchmark_columns) for path in benchmarks]
+    # of all data sets: a text must have the same words on both sides
+    common = set(CAPTION_PROMPTS).union(*(side.common_questions() for side in (overlap.train, *sides)))
+    for side in (overlap.train, *sides):
+        side.read_texts(common)
+    for side in sides:
+        overlap.benchmarks.append(_compare(side, overlap.train, thresholds))
     return overlap
 
 
-def _compare(name: str, bench: _Side, train: _Side, thresholds: Thresholds) -> BenchmarkOverlap:
+def _compare(bench: Side, train: Side, thresholds: Thresholds) -> BenchmarkOverlap:
     pictures = near_pictures(list(bench.pictures.values()), list(train.pictures.values()), thresholds.distance)
     texts = near_texts(bench.sketches, train.sketches, thresholds.similarity)
     matches = []
-    for place, sample in enumerate(bench.samples):
-        # training sample → (distance, whether pixels differ), and → (1 − similarity, whether words differ): low is near
-        by_picture: dict[int, tuple[int, bool]] = {}
-        for identity in bench.pictures_of[place]:
+    for index in range(len(bench.samples)):
+        by_picture: dict[int, Near] = {}
+        for place, identity in enumerate(bench.pictures_of[index]):
             for other, distance in pictures.get(identity, ()):
-                _keep_nearest(by_picture, train.samples_of[other], (distance, other != identity))
-        by_text: dict[int, tuple[float, bool]] = {}
-        for words in bench.texts_of[place]:
+                for sample, its_place in train.places[other]:
+                    _keep_nearest(by_picture, Near(sample, other == identity, distance, (place, its_place)))
+        by_text: dict[int, Near] = {}
+        for words in bench.texts_of[index]:
             for found, similarity in texts.get(words, ()):
-                _keep_nearest(by_text, train.samples_with[found], (1 - similarity, found != words))
+                for sample in train.samples_with[found]:
+                    _keep_nearest(by_text, Near(sample, found == words, 1 - similarity))
         if by_picture or by_text:
-            matches.append(_match(sample, train, by_picture, by_text))
-    found = _found(matches)
-    shares = {name: round(number / len(bench.samples), 4) for name, number in found.items()}
-    return BenchmarkOverlap(name, bench.numbers | {"found": found, "shares": shares}, matches)
+            matches.append(_match(index, by_picture, by_text))
+    numbers = _found(matches)
+    shares = {name: round(number / len(bench.samples), 4) for name, number in numbers.items()}
+    return BenchmarkOverlap(bench, bench.numbers | {"found": numbers, "shares": shares}, matches)
 
 
-def _keep_nearest(nearest: dict[int, Any], places: Sequence[int], value: Any) -> None:
-    for place in places:
-        nearest[place] = min(nearest.get(place, value), value)
+def _keep_nearest(nearest: dict[int, Near], near: Near) -> None:
+    known = nearest.get(near.sample)
+    if known is None or _order(near) < _order(known):
+        nearest[near.sample] = near
 
 
-def _match(
-    sample: Sample, train: _Side, by_picture: dict[int, tuple[int, bool]], by_text: dict[int, tuple[float, bool]]
-) -> Match:
+def _order(near: Near) -> tuple[float, bool]:
+    return near.distance, not near.is_same
+
+
+def _match(index: int, by_picture: dict[int, Near], by_text: dict[int, Near]) -> Match:
+    """Of equally near training samples, the first that has both is named, else the first."""
     both = by_picture.keys() & by_text.keys()
-    best = min(
-        both or by_picture.keys() or by_text.keys(),
-        key=lambda place: (by_picture.get(place, (BITS, True)), by_text.get(place, (1.0, True)), place),
-    )
-    distance, pixels_differ = min(by_picture.values(), default=(None, True))
-    dissimilarity, words_differ = min(by_text.values(), default=(None, True))
-    return Match(
-        benchmark=sample,
-        train=train.samples[best],
-        distance=distance,
-        same_picture=not pixels_differ,
-        similarity=None if dissimilarity is None else 1 - dissimilarity,
-        same_text=not words_differ,
-        both=bool(both),
-    )
+
+    def nearest(of: dict[int, Near]) -> Near | None:
+        return min(of.values(), key=lambda near: (*_order(near), near.sample not in both, near.sample), default=None)
+
+    best = min(both, key=lambda sample: (_order(by_picture[sample]), _order(by_text[sample]), sample), default=None)
+    return Match(index, nearest(by_picture), nearest(by_text), best)
 
 
 def _found(matches: Sequence[Match]) -> dict[str, int]:
+    kinds = [(_kind(one.picture), _kind(one.text)) for one in matches]
     return {
-        "same_picture": sum(one.same_picture for one in matches),
-        "near_picture": sum(one.distance is not None and not one.same_picture for one in matches),
-        "same_text": sum(one.same_text for one in matches),
-        "near_text": sum(one.similarity is not None and not one.same_text for one in matches),
-        "picture_and_text": sum(one.both for one in matches),
+        "same_picture": sum(picture == "same" for picture, _ in kinds),
+        "near_picture": sum(picture == "near" for picture, _ in kinds),
+        "same_text": sum(text == "same" for _, text in kinds),
+        "near_text": sum(text == "near" for _, text in kinds),
+        "picture_and_text": sum(one.both is not None for one in matches),
         "any": len(matches),
     }
-
-
-def _texts(samples: Sequence[Sample]) -> Iterator[list[Words]]:
-    """Of each sample, its answers with the questions right before them, without a question that many samples have."""
-    numbers = Counter(question for sample in samples for question in {question for question, _ in _turns(sample)})
-    most = max(1, COMMON_SHARE * len(samples))
-    common = {*CAPTION_PROMPTS, *(question for question, number in numbers.items() if number > most)}
-    for sample in samples:
-        turns = _turns(sample)
-        yield [words_of_text(answer if question in common else f"{question} {answer}") for question, answer in turns]
 
 
 def _turns(sample: Sample) -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 from lavender.data.conversations import text_of
 from lavender.data.samples import Sample
 from lavender.evaluation.data_checks.inspect import FEWEST, Inspection
-from lavender.evaluation.data_checks.overlap import FEWEST_WORDS, FIGURES, Match, Overlap
+from lavender.evaluation.data_checks.overlap import FEWEST_WORDS, FIGURES, BenchmarkOverlap, Match, Overlap, Side
+from lavender.evaluation.data_checks.scan import evenly
 from lavender.evaluation.report.page import Cell, Curve, Report, Table, write_report
 from lavender.evaluation.report.panels import Panel
 from lavender.files import write_whole
@@ -21,6 +23,7 @@ from lavender.files import write_whole
 _ROWS = 100  # of a table of rows; the JSON has all
 _PAIRS = 12  # of pictures on the page of an overlap
 _SIDE = 256  # pixels of a picture's longer side in a pair
+_MAX_TEXT = 600  # characters of a text that is shown
 _SPREAD = ("min", "median", "mean", "p95", "max")
 
 
@@ -130,11 +133,19 @@ def _sample_panel(sample: Sample) -> Panel:
     answers: dict[str, str] = {}
     for role, text in texts:
         answers[role] = f"{answers[role]}\n{text}" if role in answers else text
-    return Panel(sample.load_picture(0), sample.name, [], answers)
+    number = len(sample.sources)
+    note = f"The first of {number} pictures." if number > 1 else ""
+    return Panel(
+        sample.load_picture(0), sample.name, [], {role: _cut(text) for role, text in answers.items()}, note=note
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}… ({len(text):,} characters)"
 
 
 def write_overlap(overlap: Overlap, out: Path) -> None:
-    """Write overlap.json with every match, the plot overlap.png, and the page overlap.html to a folder."""
+    """Write overlap.json with all matches, the plot overlap.png, and the page overlap.html to a folder."""
     out.mkdir(parents=True, exist_ok=True)
     facts = overlap.facts(examples=None)
     write_whole(out / "overlap.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
@@ -146,7 +157,8 @@ def draw_overlap(overlap: Overlap, path: Path) -> None:
     """Draw for each benchmark the share of its samples that the training set has, as bars, to a PNG."""
     from matplotlib.figure import Figure
 
-    names = [_label(one.name) for one in overlap.benchmarks]
+    # broken into lines, and short: the label of a long path would leave no room for the bars
+    names = [fill(_label(one.side.path)[-90:], 30) for one in overlap.benchmarks]
     places = np.arange(len(names))
     figure = Figure(figsize=(7, 1.6 + 0.75 * len(names)), dpi=120, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
@@ -164,7 +176,7 @@ def draw_overlap(overlap: Overlap, path: Path) -> None:
             left += shares
     axes.set_yticks(places, names, parse_math=False)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="share of the benchmark’s samples that the training set has, %")
+    axes.set(xlim=(0, 100), xlabel="% of its samples that the training set has")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path)
@@ -179,50 +191,56 @@ def overlap_page(overlap: Overlap) -> Report:
     """The page of an overlap: shares and numbers per benchmark, and pairs of pictures."""
     columns = [name.replace("_", " ") for name in FIGURES]
     shares: list[list[Cell]] = [
-        [_label(one.name), one.numbers["samples"], *(one.numbers["shares"][name] for name in FIGURES)]
+        [_label(one.side.path), one.numbers["samples"], *(one.numbers["shares"][name] for name in FIGURES)]
         for one in overlap.benchmarks
     ]
-    sides = [(_label(overlap.train), overlap.train_numbers)]
-    sides += [(_label(one.name), one.numbers) for one in overlap.benchmarks]
     keys = ("samples", "pictures", "plain_pictures", "texts", "short_texts")
     sizes: list[list[Cell]] = [
-        [name, *(numbers[key] for key in keys), len(numbers["dropped"])] for name, numbers in sides
+        [_label(side.path), *(side.numbers[key] for key in keys), len(side.numbers["dropped"])]
+        for side in (overlap.train, *(one.side for one in overlap.benchmarks))
     ]
     limits = overlap.thresholds
-    pictured = [match for one in overlap.benchmarks for match in one.matches if match.distance is not None]
-    pictured.sort(key=lambda match: match.distance or 0)
-    step = max(1, len(pictured) // _PAIRS)
+    pictured = [(one, match) for one in overlap.benchmarks for match in one.matches if match.picture is not None]
+    pictured.sort(key=lambda pair: 0 if pair[1].picture is None else pair[1].picture.distance)
     return Report(
-        title=f"Overlap with {_label(overlap.train)}",
+        title=f"Overlap with {_label(overlap.train.path)}",
         lead="The share of each benchmark’s samples of which the training set has a picture or a text.",
         tables=[
             Table("Share of samples", ["benchmark", "samples", *columns], shares, "Near excludes same."),
             Table("What was compared", ["data set", *(key.replace("_", " ") for key in keys), "dropped"], sizes),
         ],
-        panels=[_pair_panel(match) for match in pictured[::step][:_PAIRS]],
+        panels=[_pair_panel(one, match, overlap.train) for one, match in evenly(pictured, _PAIRS)],
         notes=[
-            f"Pictures are near if at most {limits.distance} of 256 bits of their hashes differ. Cropped, mirrored and "
-            "turned pictures are not found. Plain pictures have no hash; only equal pixels are found.",
+            f"Pictures are near if at most {limits.distance} of 256 bits of their hashes differ and their colours are "
+            "about the same. Cropped, mirrored, turned and recoloured pictures are not found. Plain pictures have no "
+            "hash; only equal pixels are found.",
             f"Texts are near if at least {limits.similarity:g} of their word triples are common. Texts of fewer than "
             f"{FEWEST_WORDS} words are not compared.",
             "Pairs under Pictures: the benchmark’s picture on the left, that of the training set on the right.",
         ],
-        settings={"train": overlap.train, "distance": limits.distance, "similarity": limits.similarity},
+        settings={"train": overlap.train.path, "distance": limits.distance, "similarity": limits.similarity},
     )
 
 
-def _pair_panel(match: Match) -> Panel:
-    pictures = [_small(sample) for sample in (match.benchmark, match.train)]
+def _pair_panel(one: BenchmarkOverlap, match: Match, train: Side) -> Panel:
+    """The two nearest pictures, with the answers of their samples."""
+    assert match.picture is not None
+    sides = (
+        ("benchmark", one.side, match.sample, match.picture.places[0]),
+        ("train", train, match.picture.sample, match.picture.places[1]),
+    )
+    pictures = [_small(side.samples[index], place) for _, side, index, place in sides]
     height = max(picture.height for picture in pictures)
     pair = Image.new("RGB", (sum(picture.width for picture in pictures) + 8, height), "white")
     pair.paste(pictures[0], (0, 0))
     pair.paste(pictures[1], (pictures[0].width + 8, 0))
-    texts = {"benchmark": " / ".join(match.benchmark.answers), "train": " / ".join(match.train.answers)}
-    said = "equal pixels" if match.same_picture else f"{match.distance} of 256 bits differ"
-    return Panel(pair, f"{match.benchmark.name} and {match.train.name}", [], texts, note=said)
+    names = [side.names[index] for _, side, index, _ in sides]
+    texts = {what: _cut(" / ".join(side.samples[index].answers)) for what, side, index, _ in sides}
+    said = "equal pixels" if match.picture.is_same else f"{match.picture.distance} of 256 bits differ"
+    return Panel(pair, f"{_label(one.side.path)}: {names[0]}; train: {names[1]}", [], texts, note=said)
 
 
-def _small(sample: Sample) -> Image.Image:
-    picture = sample.load_picture(0)
+def _small(sample: Sample, place: int) -> Image.Image:
+    picture = sample.load_picture(place)
     picture.thumbnail((_SIDE, _SIDE))
     return picture

@@ -7,20 +7,26 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 from PIL import Image
+from tqdm import tqdm
 
 from lavender.data.images import load_image
 from lavender.data.samples import Sample, Source
 from lavender.errors import ConfigError, DataError
+from lavender.files import printable
 from lavender.maps import Dropped
 
 T = TypeVar("T")
 
+SIGNS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Kanji, kana and Chinese characters, for a regular expression. Each is a word: no spaces part their words."""
 _MAX_THREADS = 8  # that decode at once: a picture of the largest size takes up to 1 GB
+_AT_ONCE = 64  # samples whose encoded pictures are in memory
 
 
 def extra(package: str) -> ModuleType:
@@ -35,41 +41,62 @@ def extra(package: str) -> ModuleType:
 def look_at_pictures(
     samples: Sequence[Sample], look: Callable[[Image.Image], T]
 ) -> tuple[list[tuple[T, ...] | None], list[Dropped]]:
-    """Decode each picture once, in threads, and keep what `look` says about it. A file of several samples is one.
+    """Decode each picture, in threads, and keep what `look` says about it. A file of several samples is decoded once.
+
+    A terminal shows a progress bar. The pictures themselves are not kept.
 
     Returns:
         For each sample what was found about its pictures, in their order, or None if one cannot be decoded; and the
         samples that have such a picture, with the reason.
     """
-    keys = [
-        tuple(_key(source, index, place) for place, source in enumerate(sample.sources))
-        for index, sample in enumerate(samples)
-    ]
-    distinct = {
-        key: source
-        for sample, of in zip(samples, keys, strict=True)
-        for key, source in zip(of, sample.sources, strict=True)
-    }
 
-    def one(source: Source) -> tuple[T | None, str]:
+    def one(source: Source, name: str) -> tuple[T | None, str]:
         try:
-            return look(load_image(source, "the picture")), ""
+            return look(load_image(source, name)), ""
         except DataError as error:
             return None, error.got
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
-        warnings.simplefilter("ignore")  # as load_image does, whose filters all threads share
-        found = dict(zip(distinct, pool.map(one, distinct.values()), strict=True))
     looks: list[tuple[T, ...] | None] = []
     broken: list[Dropped] = []
-    for sample, of in zip(samples, keys, strict=True):
-        seen = [found[key] for key in of]
-        fault = next((fault for _, fault in seen if fault), "")
-        if fault:
-            broken.append(Dropped(sample.name, fault))
-        looks.append(None if fault else tuple(value for value, _ in seen if value is not None))
+    found: dict[object, tuple[T | None, str]] = {}
+    threads = min(os.cpu_count() or 1, _MAX_THREADS)
+    bar = tqdm(total=len(samples), desc="pictures", unit="sample", leave=False, disable=None)
+    with bar, warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        warnings.simplefilter("ignore")  # as load_image does, whose filters all threads share
+        numbered = enumerate(samples)
+        while part := list(islice(numbered, _AT_ONCE)):
+            new: dict[object, tuple[Source, str]] = {}
+            for index, sample in part:
+                for place, source in enumerate(sample.sources):
+                    if (key := _key(source, index, place)) not in found:
+                        new[key] = source, _name(sample, place)
+            found |= zip(new, pool.map(one, *zip(*new.values(), strict=True)) if new else (), strict=True)
+            for index, sample in part:
+                seen = [found[_key(source, index, place)] for place, source in enumerate(sample.sources)]
+                fault = next((fault for _, fault in seen if fault), "")
+                if fault:
+                    broken.append(Dropped(sample.name, fault))
+                looks.append(None if fault else tuple(value for value, _ in seen if value is not None))
+            for key in new:
+                if not isinstance(key, Path):
+                    del found[key]
+            bar.update(len(part))
     return looks, broken
+
+
+def evenly(values: Sequence[T], number: int) -> list[T]:
+    """At most `number` of the values, spread evenly over all of them, the first one included."""
+    number = min(number, len(values))
+    return [values[at * len(values) // number] for at in range(number)]
 
 
 def _key(source: Source, index: int, place: int) -> object:
     return source if isinstance(source, Path) else (index, place)
+
+
+def _name(sample: Sample, place: int) -> str:
+    """What a reason calls a picture: by its file if it has one."""
+    source = sample.sources[place]
+    if isinstance(source, Path):
+        return f"the picture {printable(source)}"
+    return f"picture {place + 1}" if len(sample.sources) > 1 else "the picture"
