@@ -248,7 +248,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_TMPDIR"] = folder  # for Ray's logs, which it would leave behind
         kills, records = (min(options.kills, 4), 100) if options.quick else (options.kills, 600)
         if options.engine == "ray":
             numbers = measure_ray(Path(folder), kills, records)

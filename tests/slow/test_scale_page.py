@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lavender.config import ExtractionConfig
 from lavender.data.store import MapStore
 from lavender.maps import WordMaps
 from lavender.teachers.extraction_loop import FLUSH_SECONDS
 from lavender.teachers.ray_engine import TASK_BATCHES
-from lavender.teachers.ray_pool import RETRIES
+from lavender.teachers.ray_pool import RETRIES, START_SECONDS
 from lavender.world import TEACHER_PATH
 from lavender.world.language import caption_scene
 from lavender.world.scenes import scenes
@@ -130,8 +131,31 @@ def test_the_tables_are_those_of_the_benchmark(ran):
     assert f"{numbers['teacher']['read_seconds'] * 1000:.1f} ms of a core" in PAGE
 
 
+def test_what_follows_from_the_tables():
+    numbers = json.loads((ROOT / "docs" / "evidence" / "scale.json").read_text())
+    rows = {name.partition(":")[0]: row for name, row in numbers["rows"].items()}
+    rate, megabit = numbers["assumed"]["rate"], numbers["megabit_per_second_per_worker"]
+    task, shard, day, loading = TASK_BATCHES * ExtractionConfig().batch_size / rate, 256 / rate, 86400, 60
+    assert shard < FLUSH_SECONDS
+    assert f"| min(20 s, 256 / rate) + loading | {shard:.0f} s + loading, on every GPU |" in PAGE
+    assert f"| 8 × batch size / rate + loading | {task:.1f} s + loading, on one GPU |" in PAGE
+    assert f"| with 16 workers {shard / 16 + task:.1f} s + loading, on every GPU |" in PAGE
+    assert f"loses {task + loading:.0f} s / 24 h = {100 * (task + loading) / day:.2f} % of its time" in PAGE
+    assert f"8 × {shard + loading:.0f} s / 24 h = {800 * (shard + loading) / day:.1f} %" in PAGE
+    hours, keys = rows["GPU-hours of one forward pass at 512²"][1], rows["keys in the memory of each writer, GB"][1]
+    assert f"| one process on a GPU | 10 M pairs | {hours:.0f} GPU-hours |" in PAGE
+    assert f"| {round(1 / numbers['teacher']['read_seconds'], -1):.0f} images per second of a worker |" in PAGE
+    assert f"8 × {keys:.1f} GB | Ray: {keys:.1f} GB in the writer" in PAGE
+    assert f"| {int(1000 / megabit['images'])} workers at 1 Gbit/s | {megabit['images']:.0f} Mbit/s of images" in PAGE
+    assert f"| {int(1000 / megabit['maps'])} workers at 1 Gbit/s | {megabit['maps']:.0f} Mbit/s of maps" in PAGE
+    assert f"{round(rows['shards'][1], -3):,} files, {keys:.1f} GB" in PAGE
+    assert f"a shard after each batch that takes {FLUSH_SECONDS:.0f} s or more" in PAGE
+    assert f"one of {ExtractionConfig().batch_size} records" in PAGE
+
+
 def test_the_limits_are_those_of_the_code():
     assert (TASK_BATCHES, RETRIES, FLUSH_SECONDS) == (8, 8, 20.0)
     assert "A task has eight batches" in PAGE
     assert "After eight losses" in PAGE
     assert "at most 20 seconds" in PAGE
+    assert f"Ray waits {START_SECONDS} seconds" in PAGE

@@ -263,9 +263,9 @@ def _here(
     teacher = Teacher.from_pretrained(path, config, device=device, dtype=dtype, name=options.teacher)
 
     def show_estimate(estimate: Estimate) -> None:
-        bar.write(
-            f"{estimate.texts} texts: about {_duration(estimate.seconds)} on {device}, {estimate.megabytes:.1f} MB"
-        )
+        whose = "" if launch is None else f" for each of {launch.num_processes} processes"
+        duration = _duration(estimate.seconds)
+        bar.write(f"{estimate.texts} texts{whose}: about {duration} on {device}, {estimate.megabytes:.1f} MB")
 
     return extract(
         samples,
@@ -310,12 +310,19 @@ def _usable_device(name: str | None, engine: str, launch: Launch | None) -> str:
 
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if engine == "ray" and name == "cpu" and os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+            got = "--engine ray without --device, on a host without a GPU"
+            do = "write --device cuda if the cluster's workers have GPUs, else --device cpu"
+            raise ConfigError(got, "the device of the workers", do)
     if engine == "ray":
         if name not in ("cpu", "cuda"):
             raise ConfigError(
                 f"--device {name!r} with --engine ray", "cpu or cuda", "write cuda: each worker has a GPU of its own"
             )
         return name
+    if launch is not None and name.startswith("cuda:"):
+        do = "write cuda: each process has a GPU of its own"
+        raise ConfigError(f"--device {name!r} in {launch.num_processes} processes", "a GPU for each process", do)
     if launch is not None and name == "cuda":
         if launch.num_processes > torch.cuda.device_count():
             got = f"{launch.num_processes} processes, and {torch.cuda.device_count()} GPUs"

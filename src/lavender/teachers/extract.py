@@ -35,7 +35,7 @@ class Estimate:
     """Time and disk space of the remaining texts, from the first batch.
 
     Attributes:
-        texts: different pairs of an image and a text that are still to do.
+        texts: different pairs of an image and a text that are still to do; in a launch, by this process.
         seconds: expected duration.
         megabytes: expected size of their maps.
     """
@@ -81,8 +81,8 @@ def extract(
         strict: raise DataError at the first sample that cannot be used, instead of counting it as dropped.
         on_estimate: called once, after the first batch.
         on_progress: called with the number of texts done since the last call.
-        launch: `Launch.of_environment()` in a script that accelerate starts several times on one host. Each process
-            maps its share of the samples with its own teacher, and all write to the store at `out`.
+        launch: `lavender.teachers.launch.Launch.of_environment()` in a script that accelerate starts several times on
+            one host. Each process maps its share of the samples with its own teacher, and all write to the store.
 
     Returns:
         The counts of this run, with `launch` of all its processes. Its `dropped` names what has no map, and why.
@@ -93,6 +93,8 @@ def extract(
         LavenderError: another process of the launch has ended before.
     """
     if launch is not None:
+        if strict:
+            samples.check_strict()  # here, because one process's share has the dropped rows
         samples = launch.share(samples)
     return write_maps(
         samples,
@@ -138,8 +140,9 @@ def steps_of(
                 remaining = num_different(samples, teacher.config.texts) - already_there
                 on_estimate(_estimate(remaining, batch, time.monotonic() - started, teacher.config))
                 is_first = False
-            dropped = [drop for record in maps for drop in _dropped_words(record)]
-            yield Step(len(batch), maps, dropped, reconstruction=teacher.reconstruction[num_errors:])
+            dropped = [_dropped_words(record) for record in maps]
+            errors = teacher.reconstruction[num_errors:]
+            yield Step(len(batch), maps, dropped_of_maps=dropped, reconstruction=errors)
 
 
 def _read(
@@ -189,12 +192,12 @@ def _pairs(
             continue
         record = WordMaps(*key, (), torch.zeros(0, *config.grid), too_long(text))
         if text not in answers:  # a question may name nothing: "what is it?"
-            yield Step(maps=[record], dropped=_dropped_words(record))
+            yield Step(maps=[record], dropped_of_maps=[_dropped_words(record)])
             continue
         drop = Dropped(f"{sample.name}: {text[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}")
         if strict:
             _refuse(drop)
-        yield Step(maps=[record], dropped=[drop, *_dropped_words(record)])
+        yield Step(maps=[record], dropped_of_maps=[[drop, *_dropped_words(record)]])
 
 
 def _dropped_words(record: WordMaps) -> list[Dropped]:
@@ -266,7 +269,7 @@ def num_different(samples: Iterable[Sample], texts: Texts) -> int:
         for index, text in sample.pairs_of(texts):
             source = sample.sources[index]
             key = hash(source) if isinstance(source, (Path, bytes)) else id(source)  # not the file itself: all are kept
-            different.add((sources.setdefault(key, len(sources)), text))
+            different.add((sources.setdefault(key, len(sources)), hash(text)))
     return len(different)
 
 

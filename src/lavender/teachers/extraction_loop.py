@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,6 +18,9 @@ from lavender.maps import Dropped, WordMaps
 from lavender.teachers.launch import Launch
 from lavender.teachers.summary import FLUSH_SECONDS, History, Summary
 
+Drops = tuple[tuple[str, str] | None, Sequence[Dropped]]
+"""What is dropped of a record, which its (image id, text) names; or of none."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -25,7 +29,9 @@ class Step:
     Attributes:
         texts: how many pairs of an image and a text this settles, for the progress bar.
         maps: records to write.
-        dropped: what could not be used.
+        dropped: what could not be used, apart from that of the records.
+        dropped_of_maps: what is dropped of each record of `maps`, or () for all. It is counted once, also if several
+            processes make the record.
         already_there: how many of the texts the store already has, or will have from this run.
         repeated: how many of these came up in this run before.
         reconstruction: the mean squared errors of null-text inversion, see `Summary.reconstruction`.
@@ -34,9 +40,17 @@ class Step:
     texts: int = 1
     maps: Sequence[WordMaps] = ()
     dropped: Sequence[Dropped] = ()
+    dropped_of_maps: Sequence[Sequence[Dropped]] = ()
     already_there: int = 0
     repeated: int = 0
     reconstruction: Sequence[float] = ()
+
+    def drops(self) -> Iterable[Drops]:
+        """What is dropped: of no record, then of each."""
+        yield None, self.dropped
+        if self.dropped_of_maps:
+            for maps, dropped in zip(self.maps, self.dropped_of_maps, strict=True):
+                yield (maps.image_id, maps.text), dropped
 
 
 def write_maps(
@@ -70,10 +84,11 @@ def write_maps(
         LavenderError: another process of the launch has ended before.
     """
     began = time.monotonic()
-    summary = Summary(dropped=list(samples.dropped), without_picture=sum(not sample.sources for sample in samples))
+    summary = Summary(without_picture=sum(not sample.sources for sample in samples))
     if strict:
         samples.check_strict()
     errors: list[float] = []
+    drops: list[Drops] = [(None, samples.dropped)]
     open_writer = MapStore.writer if launch is None else launch.writer
     with open_writer(out, identity, info, grid) as writer:
         history = History(out)
@@ -82,7 +97,7 @@ def write_maps(
             for step in running:
                 for maps in step.maps:
                     _add(writer, maps, summary)
-                summary.dropped += step.dropped
+                drops += [(record, dropped) for record, dropped in step.drops() if dropped]
                 summary.already_there += step.already_there
                 errors += step.reconstruction
                 on_progress(step.texts)
@@ -92,9 +107,11 @@ def write_maps(
     summary.seconds = time.monotonic() - began
     if isinstance(writer, SharedStoreWriter) and launch is not None:
         _count_doubled(writer, summary)
-        summaries, all_errors = zip(*launch.gather((summary, errors)), strict=True)
-        summary, errors = _together(summaries), [error for part in all_errors for error in part]
+        summaries, all_errors, all_drops = zip(*launch.gather((summary, errors, drops)), strict=True)
+        summary = _together(summaries)
+        errors, drops = list(chain.from_iterable(all_errors)), list(chain.from_iterable(all_drops))
         writer.refresh()
+    summary.dropped = _named_once(drops)
     summary.reconstruction = fmean(errors) if errors else None
     if launch is None or launch.rank == 0:
         history.add(summary, len(writer))
@@ -126,5 +143,12 @@ def _together(summaries: Sequence[Summary]) -> Summary:
         already_there=sum(one.already_there for one in summaries),
         without_picture=sum(one.without_picture for one in summaries),
         seconds=max(one.seconds for one in summaries),
-        dropped=[drop for one in summaries for drop in one.dropped],
     )
+
+
+def _named_once(drops: Sequence[Drops]) -> list[Dropped]:
+    """All that is dropped. What several processes, or tasks, dropped of the same record is there once."""
+    named: dict[object, Sequence[Dropped]] = {}
+    for record, dropped in drops:
+        named.setdefault(record or object(), dropped)
+    return list(chain.from_iterable(named.values()))

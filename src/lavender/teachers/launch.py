@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
-from lavender.data.samples import Sample, Samples
+from lavender.data.sample_table import SampleTable
+from lavender.data.samples import Samples
 from lavender.data.shared_writer import SharedStoreWriter
 from lavender.errors import ConfigError, LavenderError
 from lavender.files import expanded
@@ -35,17 +36,21 @@ class Launch:
         """The launch that started this process with accelerate or torchrun; None for a process alone.
 
         Raises:
-            ConfigError: its processes are on several hosts.
+            ConfigError: its processes are on several hosts, or the variables of a launch are not all there.
         """
-        size = int(os.environ.get("WORLD_SIZE", 1))
-        if size == 1:
+        if os.environ.get("WORLD_SIZE", "") in ("", "1"):
             return None
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK")}
+        if not all(value.isdecimal() for value in given.values()):
+            got = f"the environment {', '.join(f'{name}={value}' for name, value in given.items())}"
+            do = "start it with accelerate launch, or unset WORLD_SIZE"
+            raise ConfigError(got, "a number each, as accelerate and torchrun set them", do)
+        size, here, rank = map(int, given.values())
         if here != size:
             got = f"a launch of {size} processes, {here} of them on this host"
             do = "use --engine ray, or give each host a part of the data and a store of its own"
             raise ConfigError(got, "all processes on one host, where they share the store", do)
-        return cls(int(os.environ["RANK"]), size)
+        return cls(rank, size)
 
     def share(self, samples: Samples) -> Samples:
         """This process's samples. The samples of one image go to one process, which encodes it once.
@@ -55,8 +60,9 @@ class Launch:
         places = [
             place for place, number in enumerate(image_numbers(samples)) if number % self.num_processes == self.rank
         ]
-        dropped = samples.dropped if self.rank == 0 else ()
-        return Samples(_Chosen(samples.samples, places), dropped, samples.outside)
+        table = samples.samples
+        chosen = table.select(places) if isinstance(table, SampleTable) else tuple(table[place] for place in places)
+        return Samples(chosen, samples.dropped if self.rank == 0 else (), samples.outside)
 
     def writer(self, out: str | Path, *settings: Any) -> SharedStoreWriter:
         """The store, open for this process; `settings` are identity, info and grid."""
@@ -82,31 +88,14 @@ class Launch:
         return values
 
 
-class _Chosen(Sequence[Sample]):
-    """Some of a sequence of samples."""
-
-    def __init__(self, samples: Sequence[Sample], places: Sequence[int]):
-        self._samples, self._places = samples, places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> _Chosen: ...
-    def __getitem__(self, index: int | slice) -> Sample | _Chosen:
-        if isinstance(index, slice):
-            return _Chosen(self._samples, self._places[index])
-        return self._samples[self._places[index]]
-
-
 def image_numbers(samples: Samples) -> Iterator[int]:
     """Per sample the number of its first image, from 0: the same for the same file. A sample without one counts too."""
-    numbers: dict[Any, int] = {}
+    numbers: dict[bytes | int | str, int] = {}
     for place, sample in enumerate(samples):
         source = sample.sources[0] if sample.sources else place
-        if isinstance(source, bytes):
-            source = hashlib.blake2b(source, digest_size=16).digest()
-        key = source if isinstance(source, (Path, bytes, int)) else f"image {id(source)}"
+        encoded = os.fsencode(source) if isinstance(source, Path) else source
+        if isinstance(encoded, bytes):
+            key = hashlib.blake2b(encoded, digest_size=16).digest()  # much smaller than a path
+        else:
+            key = encoded if isinstance(encoded, int) else f"image {id(encoded)}"
         yield numbers.setdefault(key, len(numbers))

@@ -5,11 +5,13 @@ It leaves out what the store has, so a task that runs twice changes nothing.
 
 from __future__ import annotations
 
+import os
 import platform
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from lavender.config import ExtractionConfig
 from lavender.data.samples import Sample, Samples
 from lavender.data.store_format import key_of
 from lavender.errors import ConfigError, DataError
+from lavender.files import expanded
 from lavender.teachers.diffusion.teacher import Teacher
 from lavender.teachers.extract import steps_of, store_info
 from lavender.teachers.extraction_loop import Step, write_maps
@@ -91,13 +94,13 @@ def extract_on_ray(
     size = plan.config.batch_size * TASK_BATCHES if samples_per_task is None else samples_per_task
     if size < 1:
         raise ConfigError(f"samples_per_task={size}", "a number from 1", "change it, or leave it out")
-    here = Path(plan.path).expanduser()
+    here = expanded(plan.path)
     plan = replace(plan, path=str(here.absolute()) if here.exists() else plan.path, name=plan.name or plan.path)
     return write_maps(
         samples,
         out,
         lambda writer: run_on_ray(
-            _tasks(samples, size),
+            _Tasks(samples, size),
             _Mapper(plan, strict, _Keys(writer.keys)),
             workers=workers,
             gpu=plan.device.startswith("cuda"),
@@ -120,7 +123,7 @@ class _Mapper:
     def __call__(self, samples: list[Sample]) -> Iterator[Step]:
         for sample in samples:
             for source in sample.sources:
-                if isinstance(source, Path) and not source.exists():
+                if isinstance(source, Path) and not os.path.exists(source):
                     got = f"{source} of {sample.name}, which the host {platform.node()} does not have"
                     raise DataError(got, "images at the same path on every host", "put them on a shared file system")
         if self._teacher is None:
@@ -143,17 +146,31 @@ class _Keys:
         return place < len(self._keys) and bytes(self._keys[place]) == wanted
 
 
-def _tasks(samples: Samples, size: int) -> Iterator[list[Sample]]:
-    """Lists of at least `size` samples, the last perhaps of fewer. The samples of one image are in one list."""
-    numbers = list(image_numbers(samples))
-    task: list[Sample] = []
-    last = -1
-    for place in sorted(range(len(numbers)), key=numbers.__getitem__):
-        if len(task) >= size and numbers[place] != last:
-            yield task
-            task = []
-        sample, last = samples.samples[place], numbers[place]
-        sources = tuple(source.absolute() if isinstance(source, Path) else source for source in sample.sources)
-        task.append(replace(sample, sources=sources))
-    if task:
-        yield task
+class _Tasks(Sequence[list[Sample]]):
+    """Lists of at least `size` samples, the last perhaps of fewer. The samples of one image are in one list.
+
+    Each is made when it is asked for: samples may hold the images themselves.
+    """
+
+    def __init__(self, samples: Samples, size: int):
+        self._samples = samples.samples
+        numbers = list(image_numbers(samples))
+        self._places: list[list[int]] = []
+        last = -1
+        for place in sorted(range(len(numbers)), key=numbers.__getitem__):
+            if not self._places or (len(self._places[-1]) >= size and numbers[place] != last):
+                self._places.append([])
+            self._places[-1].append(place)
+            last = numbers[place]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: Any) -> Any:
+        return [_absolute(self._samples[place]) for place in self._places[number]]
+
+
+def _absolute(sample: Sample) -> Sample:
+    """The sample with absolute paths: a worker may have another working directory."""
+    sources = tuple(source.absolute() if isinstance(source, Path) else source for source in sample.sources)
+    return replace(sample, sources=sources)

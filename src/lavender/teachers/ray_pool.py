@@ -11,7 +11,7 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +22,21 @@ if TYPE_CHECKING:
 
 RETRIES = 8
 """How often a task runs again whose worker died. Ray itself would repeat for ever a task that kills its worker."""
+START_SECONDS = 30
+"""How long Ray waits for a cluster that it starts on this host. Ray 2.60 has no setting for it."""
 OBJECT_STORE = 2**28
 """Bytes of shared memory for tasks and results on a cluster that is started here. What is more goes to disk."""
 
 
 def run_on_ray(
-    tasks: Iterable[Any], work: Callable[[Any], Iterable[Any]], *, workers: int | None, gpu: bool
+    tasks: Sequence[Any], work: Callable[[Any], Iterable[Any]], *, workers: int | None, gpu: bool
 ) -> Generator[Any, None, None]:
     """What `work` makes of the tasks, in any order. Each worker has its own copy of `work`.
 
     The results of a task arrive once, and together, also if its worker died on the way.
 
     Args:
-        tasks: what can be pickled.
+        tasks: what can be pickled. Each is asked for once, and then only Ray's object store has it.
         work: makes results that can be pickled. An error is raised here after the results before it.
         workers: how many there are at once. Default: one per GPU of the cluster, or without `gpu` one per CPU but one.
         gpu: each worker has a GPU of its own.
@@ -46,13 +48,12 @@ def run_on_ray(
     ray = _import_ray()
     if workers is not None and workers < 1:
         raise ConfigError(f"{workers} workers", "1 or more", "change the number, or leave it out")
-    packed = [{"number": number, "task": pickle.dumps(task)} for number, task in enumerate(tasks)]
-    if not packed:
+    if not len(tasks):
         return
     with _cluster(ray):
-        given = ray.put(work), ray.remote(_Starts).options(num_cpus=0).remote()
         pool = _pool(ray, workers, gpu)
-        results = ray.data.from_items(packed, override_num_blocks=len(packed)).map_batches(
+        given = ray.put(work), _starts(ray)
+        results = ray.data.from_items(_Packed(tasks), override_num_blocks=len(tasks)).map_batches(
             _Worker, fn_constructor_args=(given,), batch_size=1, batch_format="pyarrow", **pool
         )
         try:
@@ -66,6 +67,19 @@ def run_on_ray(
             got = f"an error of Ray, {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             do = "see Ray's logs, and run the command again; what is written stays"
             raise LavenderError(got, "a cluster that runs the tasks", do) from error
+
+
+class _Packed(Sequence[dict[str, Any]]):
+    """Tasks as rows for Ray, each made when Ray asks for it, so that they need not fit into memory together."""
+
+    def __init__(self, tasks: Sequence[Any]):
+        self._tasks = tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, number: Any) -> Any:
+        return {"number": number, "task": pickle.dumps(self._tasks[number])}
 
 
 class _Starts:
@@ -110,8 +124,25 @@ class _Worker:
                 found.append(result)  # what comes before an error counts
         except Exception as error:
             error.add_note(f"in a worker:\n{traceback.format_exc()}")
-            return found, error
+            return found, _sendable(error)
         return found, None
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or its text if it cannot be pickled and read again."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
+
+
+def _starts(ray: Any) -> Any:
+    """The actor `_Starts`, on the host of this process: the loss of another host must not end it."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(_Starts).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def _import_ray() -> Any:
@@ -131,16 +162,13 @@ def _cluster(ray: Any) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = os.environ.get("RAY_ADDRESS") or "local"
     local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == "local" else {}
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error", **local)
     except Exception as error:  # Ray has no class of its own for this
-        reason = " ".join(str(error).split())[:300]
-        got = f"a Ray cluster that did not start on this host, or does not answer at RAY_ADDRESS={address}: {reason}"
-        do = "check the address; a host may be too busy to start Ray within the 30 s that it allows: try again"
-        raise LavenderError(got, "a running cluster", do) from error
+        raise _unreached(address, error) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray's own would end the process with another exit code
     try:
@@ -149,8 +177,24 @@ def _cluster(ray: Any) -> Iterator[None]:
         ray.shutdown()
 
 
+def _unreached(address: str, error: Exception) -> LavenderError:
+    """Why there is no cluster."""
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    if address != "local":
+        got = f"no answer from the Ray cluster at RAY_ADDRESS={address}: {reason}"
+        return LavenderError(got, "a running cluster", "check the address, or unset RAY_ADDRESS to use this host alone")
+    do = f"run it again when the host is less busy; Ray waits {START_SECONDS} s, and has no setting for that"
+    if "AF_UNIX" in reason:
+        do = "set RAY_TMPDIR to a folder with a short path, such as /tmp"
+    return LavenderError(f"a Ray cluster that did not start on this host: {reason}", "a running cluster", do)
+
+
 def _pool(ray: Any, workers: int | None, gpu: bool) -> dict[str, Any]:
-    """Size and resources of the pool. It leaves a CPU for whatever else Ray Data runs, which would wait for ever."""
+    """Size and resources of the pool.
+
+    On CPUs it leaves one for whatever else Ray Data runs, which would wait for ever. On GPUs it asks for no CPU, so
+    that a host with fewer CPUs than GPUs uses all of its GPUs.
+    """
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     available = ray.cluster_resources()
@@ -161,5 +205,5 @@ def _pool(ray: Any, workers: int | None, gpu: bool) -> dict[str, Any]:
             raise ConfigError("workers on a GPU, and a Ray cluster without any", "a GPU per worker", do)
         workers = gpus if gpu else max(1, int(cpus) - 1)
     share = min(1.0, max(cpus - 1, cpus / 2) / workers)
-    resources = {"num_cpus": max(0.01, int(share * 100) / 100), **({"num_gpus": 1} if gpu else {})}
+    resources = {"num_cpus": 0, "num_gpus": 1} if gpu else {"num_cpus": max(0.01, int(share * 100) / 100)}
     return {"compute": ray.data.ActorPoolStrategy(size=workers), **resources}

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from PIL import Image
 
 from lavender.config import ExtractionConfig
-from lavender.data.samples import Sample, Samples
+from lavender.data.sample_table import SampleTable
+from lavender.data.samples import Sample, Samples, read_samples
 from lavender.data.store import MapStore
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, DataError
 from lavender.maps import Dropped
 from lavender.teachers.diffusion.teacher import Teacher
 from lavender.teachers.extract import extract
@@ -28,6 +29,18 @@ class OneOf(Launch):
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
+
+
+class After(Launch):
+    """A process that runs after those before it in rank, and is told what they did."""
+
+    told: ClassVar[list[Any]] = []
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.rank == 0:
+            self.told.clear()
+        self.told.append(value)
+        return list(self.told)
 
 
 def sample(name: str, source: Any, answer: str) -> Sample:
@@ -80,6 +93,38 @@ def test_every_sample_has_one_process(samples, size):
 
 
 @pytest.mark.parametrize("size", [2, 4])
+def test_the_shares_of_a_data_set_that_was_read_are_read_from_it(samples, tmp_path, size):
+    rows = [{"file_name": one.sources[0].name, "text": one.answers[0]} for one in samples]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    given = read_samples(tmp_path)
+    shares = [Launch(rank, size).share(given) for rank in range(size)]
+    assert all(isinstance(share.samples, SampleTable) for share in shares)
+    expected = [ANSWERS[rank:3:size] for rank in range(size)]  # the fourth of four processes has none
+    assert [[one.answers[0] for one in share] for share in shares] == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_what_is_dropped_of_the_same_pixels_is_named_once(teacher, samples, tmp_path, size):
+    """Two files of the same pixels have the same answers: one without a noun, one with a word too long to map."""
+    long = f"a {'x' * 300} dog"
+    pairs = [("1.png", "12, 3!"), ("2.png", "12, 3!"), ("1.png", long), ("2.png", long)]
+    twice = Samples(tuple(sample(f"{name} {text}", tmp_path / name, text) for name, text in pairs), samples.dropped)
+    alone = extract(twice, teacher, tmp_path / "one")
+    for rank in range(size):
+        together = extract(twice, teacher, tmp_path / "several", launch=After(rank, size))
+    assert len(alone.dropped) == 3
+    assert sorted(map(str, together.dropped)) == sorted(map(str, alone.dropped))
+    assert (together.records, together.already_there) == (alone.records, alone.already_there) == (2, 2)
+
+
+def test_strict_refuses_dropped_rows_in_every_process_before_any_work(teacher, samples, tmp_path):
+    for rank in range(2):
+        with pytest.raises(DataError, match="row 9: no text"):
+            extract(samples, teacher, tmp_path / "maps", launch=OneOf(rank, 2), strict=True)
+    assert not (tmp_path / "maps").exists()
+
+
+@pytest.mark.parametrize("size", [2, 4])
 def test_two_and_four_writers_have_the_records_of_one(teacher, samples, tmp_path, size):
     alone = extract(samples, teacher, tmp_path / "one")
     expected = records(tmp_path / "one")
@@ -125,8 +170,14 @@ def test_the_launch_is_that_of_the_environment(monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
     assert Launch.of_environment() is None
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert Launch.of_environment() is None
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
+    # as a Kubernetes training job sets them for one process per host
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=4, LOCAL_WORLD_SIZE=, RANK=3\."):
+        Launch.of_environment()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert Launch.of_environment() == Launch(3, 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="4 processes, 2 of them on this host"):

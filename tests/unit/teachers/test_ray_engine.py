@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
+import tracemalloc
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +18,15 @@ from PIL import Image
 from command_line import complaint, lavender
 from lavender.cli.main import WRONG_USAGE
 from lavender.config import ExtractionConfig
+from lavender.data.sample_table import SampleTable
 from lavender.data.samples import Sample, Samples
 from lavender.data.store import MapStore, StoreWriter
 from lavender.data.store_format import key_of
 from lavender.errors import ConfigError, DataError
 from lavender.teachers.extract import extract
 from lavender.teachers.extraction_loop import Step, write_maps
-from lavender.teachers.ray_engine import TeacherPlan, _Keys, _Mapper, _tasks, extract_on_ray
-from lavender.teachers.ray_pool import run_on_ray
+from lavender.teachers.ray_engine import TeacherPlan, _Keys, _Mapper, _Tasks, extract_on_ray
+from lavender.teachers.ray_pool import _Packed, _sendable, _unreached, run_on_ray
 from lavender.world import TEACHER_PATH
 from lavender.world.student_models import conversation
 
@@ -45,12 +48,29 @@ def picture(tmp_path, monkeypatch) -> Path:
 def test_the_samples_of_an_image_are_in_one_task(picture, tmp_path):
     sources = [picture, b"x", b"y", b"x", picture, b"z"]
     given = Samples(tuple(sample(f"{place}", source) for place, source in enumerate(sources)))
-    assert [[one.name for one in task] for task in _tasks(given, 1)] == [["0", "4"], ["1", "3"], ["2"], ["5"]]
-    assert [[one.name for one in task] for task in _tasks(given, 3)] == [["0", "4", "1", "3"], ["2", "5"]]
-    first = next(_tasks(given, 1))[0]
+    assert [[one.name for one in task] for task in _Tasks(given, 1)] == [["0", "4"], ["1", "3"], ["2"], ["5"]]
+    assert [[one.name for one in task] for task in _Tasks(given, 3)] == [["0", "4", "1", "3"], ["2", "5"]]
+    first = _Tasks(given, 1)[0][0]
     assert first.sources == (tmp_path / "0.png",)  # a worker may have another working directory
     assert first.messages == given.samples[0].messages
-    assert list(_tasks(Samples(()), 3)) == []
+    assert list(_Tasks(Samples(()), 3)) == []
+
+
+def test_tasks_are_made_one_by_one(tmp_path):
+    """A data set that holds its images, of 40 MB, never has more than two tasks of 1 MB in memory."""
+    images = SampleTable.of(sample(f"{place}", bytes([place]) * 10**6) for place in range(40))
+    packed = _Packed(_Tasks(Samples(images), 1))
+    assert len(packed) == 40
+    tracemalloc.start()
+    try:
+        for number in range(40):
+            row = packed[number]
+            assert row["number"] == number
+            [found] = pickle.loads(row["task"])
+            assert found.sources == (bytes([number]) * 10**6,)
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_keys_of_a_store_are_found_and_no_others():
@@ -69,7 +89,7 @@ def test_tasks_of_which_one_runs_twice_have_the_records_of_one_process(picture, 
 
     def steps(writer: StoreWriter) -> Generator[Step, None, None]:
         work = pickle.loads(pickle.dumps(_Mapper(PLAN, False, _Keys(writer.keys))))
-        tasks = pickle.loads(pickle.dumps(list(_tasks(given, 1))))
+        tasks = pickle.loads(pickle.dumps(list(_Tasks(given, 1))))
         assert len(tasks) == 2
         for task in (tasks[0], *tasks):
             yield from pickle.loads(pickle.dumps(list(work(task))))
@@ -100,6 +120,32 @@ def test_numbers_that_are_not_positive_are_refused(picture, tmp_path):
         next(run_on_ray([1], iter, workers=0, gpu=False))
 
 
+class Unreadable(Exception):
+    """An error that pickles, and cannot be made again from its message."""
+
+    def __init__(self, number: int, word: str):
+        super().__init__(f"{word} {number}")
+
+
+def test_an_error_of_a_worker_arrives_though_it_cannot_be_pickled():
+    error = DataError("a", "b", "c")
+    assert _sendable(error) is error
+    sent = pickle.loads(pickle.dumps(_sendable(Unreadable(3, "no. "))))
+    assert "Unreadable: no.  3" in str(sent)
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "message"),
+    [
+        ("local", "The node timed out.", "did not start on this host: The node timed out. .*Ray waits 30 s"),
+        ("local", "AF_UNIX path length cannot exceed 107 bytes: /x", "set RAY_TMPDIR to a folder with a short path"),
+        ("10.0.0.1:6379", "No.", "no answer from the Ray cluster at RAY_ADDRESS=10.0.0.1:6379: No. .*check the add"),
+    ],
+)
+def test_why_there_is_no_cluster(address, error, message):
+    assert re.search(message, str(_unreached(address, Exception(error))))
+
+
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'lavender-vlm\[ray\]'"):
@@ -113,7 +159,9 @@ def test_without_ray_the_extra_is_named(monkeypatch):
         (["--engine", "ray"], 2, "--engine ray in several processes"),
         (["--engine", "ray", "--device", "cuda:1"], 1, "--device 'cuda:1' with --engine ray"),
         (["--engine", "ray", "--workers", "0"], 1, "0 workers"),
+        (["--engine", "ray"], 1, "--engine ray without --device, on a host without a GPU"),
         (["--device", "cuda"], 9999, "9999 processes"),
+        (["--device", "cuda:0"], 2, "--device 'cuda:0' in 2 processes"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(picture, tmp_path, monkeypatch, arguments, processes, message):
@@ -121,6 +169,8 @@ def test_options_that_do_not_fit_are_refused(picture, tmp_path, monkeypatch, arg
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, str(processes))
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379" if "without a GPU" in message else "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ran = lavender("extract", "--data", tmp_path, "--teacher", "world", "--out", tmp_path / "maps", *arguments)
     assert message in complaint(ran, WRONG_USAGE)
 
