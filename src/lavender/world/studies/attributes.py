@@ -109,7 +109,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     scores = results["arms"]
     figure = Figure(figsize=(13.0, 6.0), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2), squeeze=False)[0]
     draw_sizes(left.subplots(), scores, "answers", KINDS, "questions")
     arms = {task: {arm: scores[arm] for arm in scores if arm.startswith(f"{task} ")} for task in JUDGED}
     drawn = {task: by_arm for task, by_arm in arms.items() if by_arm}
