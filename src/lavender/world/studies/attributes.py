@@ -7,11 +7,14 @@ that bind while a frozen tower is being connected to a text model with random we
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from lavender.training.run_config import Part
 from lavender.world.studies.cells import FROZEN, Arm
+from lavender.world.studies.efficiency import draw_sizes, efficiency
 from lavender.world.studies.forms import PUBLISHED, Settings
-from lavender.world.studies.page import draw_bars
+from lavender.world.studies.page import draw_panel
 from lavender.world.studies.study import Finding, Promised, Scores, Study, compare_pairs
 from lavender.world.studies.targets import Target
 from lavender.world.studies.tasks import TaskName
@@ -44,6 +47,7 @@ CONTROLS: dict[TaskName, tuple[Target, ...]] = {
     "places": ("masks", "wrong-word"),
     "binding-connecting": (),
 }
+KINDS = ("questions plain", "questions recipe")
 ANSWERS: tuple[str, ...] = ("answers",)
 PAIRS: tuple[str, ...] = ("pairs", "right_colours", "all_names")
 JUDGED: dict[TaskName, tuple[str, ...]] = {
@@ -99,6 +103,23 @@ def promised(scores: Scores) -> list[Promised]:
     ]
 
 
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Answers against the number of questions; the first metric of each task, with an arm per row."""
+    from matplotlib.figure import Figure
+
+    scores = results["arms"]
+    figure = Figure(figsize=(13.0, 6.0), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2), squeeze=False)[0]
+    draw_sizes(left.subplots(), scores, "answers", KINDS, "questions")
+    arms = {task: {arm: scores[arm] for arm in scores if arm.startswith(f"{task} ")} for task in JUDGED}
+    drawn = {task: by_arm for task, by_arm in arms.items() if by_arm}
+    heights = [len(by_arm) + 2 for by_arm in drawn.values()]
+    panels = right.subplots(len(drawn), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for panel, (task, by_arm) in zip(panels, drawn.items(), strict=True):
+        draw_panel(panel, by_arm, JUDGED[task][0])
+    figure.savefig(path, dpi=150)
+
+
 STUDY = Study(
     title="Can it bind attributes to things, and find the thing beside another?",
     question="Each thing has an edge of its own colour. *questions*: “the dog is on”, “red”; the name in the question "
@@ -112,9 +133,10 @@ STUDY = Study(
     paper="does not study it.",
     arms=arms,
     judge=judge,
-    draw=partial(draw_bars, metrics=("pointing", "attention_mass")),
+    draw=draw,
     metrics=METRICS_SHOWN,
     promised=promised,
+    extra=partial(efficiency, metric="answers", kinds=KINDS, samples="questions"),
     seeds=(1, 2, 3, 4, 5),
     quick_steps=None,
 )

@@ -202,6 +202,7 @@ def _train_and_score(folder: Path, cell: Cell) -> dict[str, Any]:
     import torch
 
     from lavender.world.judging import held_out_scenes, judge_teacher, score_attention
+    from lavender.world.studies.frozen_tower import each_picture_once
 
     torch.set_num_threads(1)
     scoring, run, curves = cell.scoring, folder / "runs" / cell.key, []
@@ -209,10 +210,11 @@ def _train_and_score(folder: Path, cell: Cell) -> dict[str, Any]:
         held_out = held_out_scenes(scoring.split, scoring.count, scoring.start, ("in_domain",))
         return {"scores": score_attention(judge_teacher(load_teacher(), held_out["in_domain"])), "curves": curves}
     path = base_path(folder, cell.arm)
-    if cell.arm.tuning != "none":
-        _train(folder, cell, run)
-        path, curves = run, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores = TASKS[cell.arm.task].score(path, scoring)
+    with each_picture_once():
+        if cell.arm.tuning != "none":
+            _train(folder, cell, run)
+            path, curves = run, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        scores = TASKS[cell.arm.task].score(path, scoring)
     shutil.rmtree(run, ignore_errors=True)
     return {"scores": scores, "curves": curves}
 

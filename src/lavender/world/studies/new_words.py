@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from lavender.world.studies.cells import FROZEN, Arm
+from lavender.world.studies.efficiency import draw_sizes, efficiency
 from lavender.world.studies.forms import DEFAULTS, MASS, PLAIN, PUBLISHED, RECIPE, Settings
-from lavender.world.studies.study import METRICS, Finding, Promised, Scores, Study, compare_pairs
+from lavender.world.studies.study import Finding, Promised, Scores, Study, compare_pairs
 from lavender.world.studies.targets import Target
 from lavender.world.studies.tasks import TaskName
 
@@ -27,6 +26,7 @@ OTHER_DATA: dict[TaskName, str] = {
     "new-words-one-named": "one thing named",
 }
 """Task → its label: the same captions without replay; captions that name one of the things."""
+KINDS = ("plain", "recipe")
 CONTROLS: tuple[Target, ...] = ("masks", "wrong-word", "uniform", "things")
 
 
@@ -68,59 +68,14 @@ def promised(scores: Scores) -> list[Promised]:
     return [Promised(arm, same if (same := matching[arm]) in scores else plain, "new_names") for arm in arms]
 
 
-def equal_plain_size(plain: Mapping[int, float], score: float) -> float | None:
-    """The number of captions with which plain fine-tuning has a score, interpolated linearly in the logarithm.
-
-    Args:
-        plain: number of captions → mean score of plain fine-tuning.
-        score: the score to reach.
-
-    Returns:
-        None if the score is outside those of `plain`.
-    """
-    for (small, low), (large, high) in pairwise(sorted(plain.items())):
-        if low <= score <= high and high > low:
-            return math.exp(math.log(small) + (math.log(large) - math.log(small)) * (score - low) / (high - low))
-    return None
-
-
-def efficiency(scores: Scores, metric: str = "new_names") -> list[str]:
-    """For each size of the recipe, how many captions plain fine-tuning needs for the same mean score."""
-    plain, recipe = (_means(scores, kind, metric) for kind in ("plain", "recipe"))
-    lines = []
-    for size, score in recipe.items():
-        equal = equal_plain_size(plain, score)
-        needed = "has this mean at no size of this study" if equal is None else f"needs about {equal:.0f}"
-        lines.append(f"{size} captions with the recipe: {METRICS[metric]} {score:.3f}; plain fine-tuning {needed}")
-    return lines
-
-
-def _means(scores: Scores, kind: str, metric: str) -> dict[int, float]:
-    return {
-        int(arm.removeprefix(f"{kind} ")): fmean(values[metric])
-        for arm, values in scores.items()
-        if arm.removeprefix(f"{kind} ").isdigit()
-    }
-
-
 def draw(results: dict[str, Any], path: Path) -> None:
-    """New, known and all names against the number of captions: a line through the means, a dot per seed."""
+    """New, known and all names against the number of captions."""
     from matplotlib.figure import Figure
 
     shown: Sequence[str] = ("new_names", "known_names", "all_names")
     figure = Figure(figsize=(4.2 * len(shown), 3.4), layout="constrained")
     for panel, metric in zip(figure.subplots(1, len(shown)), shown, strict=True):
-        for kind, colour in (("plain", "#777777"), ("recipe", "#4b2e83")):
-            means = _means(results["arms"], kind, metric)
-            panel.plot(list(means), list(means.values()), "-", color=colour, label=kind)
-            for size in means:
-                values = results["arms"][f"{kind} {size}"][metric]
-                panel.plot([size] * len(values), values, ".", color=colour)
-        panel.set(xscale="log", xlabel="captions", title=METRICS[metric])
-        panel.set_xticks(sorted(means), [str(size) for size in sorted(means)])
-        panel.set_xticks([], minor=True)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False)
+        draw_sizes(panel, results["arms"], metric, KINDS, "captions")
     figure.savefig(path, dpi=150)
 
 
@@ -137,7 +92,7 @@ STUDY = Study(
     draw=draw,
     metrics=METRICS_SHOWN,
     promised=promised,
-    extra=efficiency,
+    extra=partial(efficiency, metric="new_names", kinds=KINDS, samples="captions"),
     seeds=(1, 2, 3, 4, 5),
     quick_steps=None,
     quick_seeds=(40, 41),

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from lavender.world.studies.promises import table_of_promises
-from lavender.world.studies.study import METRICS, Study
+from lavender.world.studies.study import METRICS, Scores, Study
 
 QUICK = "**Quick version: fewer samples, steps and seeds, scored on development scenes. This is not a result.**"
 
@@ -60,12 +60,17 @@ def draw_bars(results: dict[str, Any], path: Path, metrics: Sequence[str]) -> No
     figure = Figure(figsize=(3.0 * len(metrics) + 2.0, 0.32 * len(arms) + 1.3), layout="constrained")
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for panel, metric in zip(panels, metrics, strict=True):
-        for row, scores in enumerate(arms.values()):
-            panel.barh(row, fmean(scores[metric]), color="#c9b8e8")
-            panel.plot(scores[metric], [row] * len(scores[metric]), ".", color="#4b2e83")
-        panel.set_title(METRICS[metric], fontsize=9)
-        panel.set_yticks(range(len(arms)), list(arms), fontsize=8)
-        panel.tick_params(axis="x", labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
+        draw_panel(panel, arms, metric)
     figure.savefig(path, dpi=150)
+
+
+def draw_panel(panel: Any, arms: Scores, metric: str) -> None:
+    """Plot one metric into Matplotlib axes, one row per arm: a bar for the mean, a dot per seed."""
+    for row, scores in enumerate(arms.values()):
+        panel.barh(row, fmean(scores[metric]), color="#c9b8e8")
+        panel.plot(scores[metric], [row] * len(scores[metric]), ".", color="#4b2e83")
+    panel.set_title(METRICS[metric], fontsize=9)
+    panel.set_yticks(range(len(arms)), list(arms), fontsize=8)
+    panel.set_ylim(len(arms) - 0.5, -0.5)
+    panel.tick_params(axis="x", labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
