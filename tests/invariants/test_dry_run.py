@@ -11,8 +11,10 @@ import pytest
 
 from command_line import Ran, complaint, lavender
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
+from lavender.config import AlignmentConfig
 from lavender.evaluation.dry_run import UNCHECKED
-from lavender.training.run import RunConfig, train
+from lavender.evaluation.memory import DIRECT, footprint_of_run
+from lavender.training.run import LoraSettings, RunConfig, train
 from lavender.training.yaml_files import yaml_text
 
 STEP: dict[str, Any] = {
@@ -106,6 +108,15 @@ def test_settings_are_resolved_and_memory_adds_up(weightless, tmp_path):
     assert len(parts) == 5
     assert after[-1] == UNCHECKED
     assert float(total.split()[-2]) == pytest.approx(sum(parts), abs=0.005 * 6)
+
+
+def test_frozen_weights_of_lora_count_in_their_type():
+    weights = {}
+    setups = {"lora": {"weights": 2010, DIRECT: 0}, "full": {"weights": 4000}}
+    for dtype in ("float32", "bfloat16"):
+        run = RunConfig(model="m", data="d", maps="s", out="o", lora=LoraSettings(), dtype=dtype)
+        weights[dtype] = footprint_of_run(run, AlignmentConfig(align_weight=0.0), setups, 5, 1)["weights"]
+    assert weights == {"float32": 4010, "bfloat16": 2010}
 
 
 def test_what_would_end_the_run_ends_the_dry_run(weightless, tmp_path):

@@ -146,7 +146,7 @@ def test_distances_are_those_of_the_bits(monkeypatch):
     monkeypatch.setattr("lavender.evaluation.data_checks.hashes._AT_ONCE", 2)
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2, (7, BITS)).astype(bool)
-    grey = np.zeros((8, 8, 3), np.uint8)
+    grey = np.zeros((4, 4, 3), np.uint8)
     hashes = [PictureHash(str(at), np.packbits(row).view(np.uint64), grey) for at, row in enumerate(bits)]
     near = near_pictures(hashes[:3], hashes, BITS)
     for at in range(3):
@@ -193,6 +193,11 @@ def test_small_pictures_of_noise_are_not_near(side):
     hashes = [hash_picture(picture) for picture in pictures]
     near = near_pictures(hashes, hashes, Thresholds().distance)
     assert near == {one.identity: [(one.identity, 0)] for one in hashes}
+    if side < 16:  # fewer pixels than bits of the hash: a resized copy is another picture
+        return
+    larger = [hash_picture(CHANGED["twice as large"](picture)) for picture in pictures]
+    near = near_pictures(larger, hashes, Thresholds().distance)
+    assert [near[one.identity][0][0] for one in larger] == [one.identity for one in hashes]
 
 
 def test_texts_without_spaces_and_accents_in_two_forms_are_compared(drawn, tmp_path):

@@ -185,10 +185,10 @@ def test_heat_is_opaque_where_hot_and_clear_where_cold():
 def test_large_pictures_are_reduced_and_small_ones_show_their_pixels():
     large = render_report(report_of(Panel(picture(1201, 601), "large", [], truth="t")))
     assert decoded(large, "t").size == (512, 256)
-    assert 'class="card panel"' in large
+    assert 'class="card panel unmapped"' in large
     small = render_report(report_of(Panel(picture(), "small", [], truth="t")))
     assert decoded(small, "t").size == (13, 11)
-    assert 'class="card panel pixelated"' in small
+    assert 'class="card panel pixelated unmapped"' in small
 
 
 def test_tables_have_heads_and_numbers_stand_right():

@@ -20,8 +20,8 @@ Words = tuple[str, ...]
 
 _SIDE = 16  # rows and columns of frequencies in a hash
 _LEAST_CONTRAST = 2.0  # standard deviation of grey, of 255: below it a hash is noise
-_THUMB = 8  # pixels of a side
-_MOST_OF_CONTRAST = 0.5  # of the contrast of two thumbnails, by which they may differ
+_THUMB = 4  # pixels of a side
+_MOST_OF_CONTRAST = 1.0  # of the contrast of two thumbnails, by which they may differ; scaled noise needs that much
 _MOST_LEVELS = 2.0  # of 255, by which they may differ in any case
 _AT_ONCE = 2**20  # pairs of pictures that are compared at once
 _TRIPLE = 3  # words
@@ -35,7 +35,7 @@ class PictureHash(NamedTuple):
     Attributes:
         identity: its `image_id`.
         bits: its perceptual hash, uint64 (4,). None for a picture without contrast, which only its pixels identify.
-        thumbnail: its colours, uint8 (8, 8, RGB). The hash sees only grey, and nothing of how bright it is.
+        thumbnail: its colours, uint8 (4, 4, RGB). The hash sees only grey, and nothing of how bright it is.
     """
 
     identity: str
