@@ -676,9 +676,9 @@ def published(rng: random.Random, folder: Path) -> str:
         _tar(rng, path, [rng.choice(("0", "a/b", "é", "..", "0")) for _ in range(4)])
         path.write_bytes(_changed(rng, path.read_bytes()) if rng.random() < 0.5 else path.read_bytes())
     elif kind == "img2dataset":
-        rows = [{"key": f"{key}", "status": "success", "caption": "A dog."} for key in range(3)]
-        rows[0] |= {"status": rng.choice(("failed", None, "\n")), "caption": None}
-        pq.write_table(pa.Table.from_pylist(rows), data / "00000.parquet")
+        table: list[dict[str, Any]] = [{"key": f"{key}", "status": "success", "caption": "A dog."} for key in range(3)]
+        table[0] |= {"status": rng.choice(("failed", None, "\n")), "caption": None}
+        pq.write_table(pa.Table.from_pylist(table), data / "00000.parquet")
         _tar(rng, data / "00000.tar", ["0", "1", "3"])
     elif kind == "karpathy":
         path = data / "dataset_coco.json"

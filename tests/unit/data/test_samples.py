@@ -335,7 +335,7 @@ def test_parquet_shards_with_embedded_and_linked_pictures(folder):
     pq.write_table(pa.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")
     with pytest.raises(DataError) as caught:
         read_samples(folder)
-    assert "shards of ['test', 'train']. Expected one split" in str(caught.value)
+    assert "with the splits test, train. Expected one split" in str(caught.value)
 
 
 def test_reading_decodes_nothing_and_loading_names_the_sample(folder):
