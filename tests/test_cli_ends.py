@@ -214,7 +214,7 @@ def test_a_signal_ends_a_verb_with_one_line(start, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert err.strip() == "stopped; files written so far are kept"
+    assert err.strip() == "stopped; what is complete is kept"
 
 
 def test_a_second_signal_ends_it_at_once(start):

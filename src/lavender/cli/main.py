@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with signals_stop(), silent_libraries():
             return _run(options)
     except Stopped as stop:
-        print("\nstopped; files written so far are kept", file=sys.stderr)
+        print("\nstopped; what is complete is kept", file=sys.stderr)
         return stop.exit_code
 
 

@@ -135,7 +135,8 @@ def img2dataset_rows(folder: Path, names: Sequence[str], wanted: Wanted) -> Iter
             if row.fault:
                 yield row
             elif values.get("status") != "success":
-                yield Row(row.name, {}, f"not downloaded: {values.get('error_message') or values.get('status')}")
+                why = printable(values.get("error_message") or values.get("status"))
+                yield Row(row.name, {}, f"not downloaded: {why}")
             elif encoded:
                 yield Row(row.name, described | {"image": encoded[0]})
             elif key in pictures:

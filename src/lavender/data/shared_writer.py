@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lavender.data.store_format import Shard, key_of, shard_numbers
-from lavender.data.store_writer import StoreWriter, take_lock
+from lavender.data.store_format import Shard, key_of, read_manifest, shard_numbers
+from lavender.data.store_writer import StoreWriter, check_same, take_lock
 
 
 class SharedStoreWriter(StoreWriter):
@@ -27,6 +27,8 @@ class SharedStoreWriter(StoreWriter):
     Raises:
         ConfigError, StoreError: as `StoreWriter`. A process that holds the lock is waited for.
     """
+
+    _is_shared = True
 
     def __init__(
         self,
@@ -55,7 +57,12 @@ class SharedStoreWriter(StoreWriter):
             self.close()
 
     def refresh(self) -> None:
-        """Read which records the other processes have written. Raises StoreError for a damaged shard."""
+        """Read which records the other processes have written.
+
+        Raises:
+            StoreError: the store has other settings by now, or a damaged shard.
+        """
+        check_same(self.path, read_manifest(self.path), self._manifest)
         new = sorted(set(shard_numbers(self.path)) - self._numbers)
         written = {key.tobytes() for number in new for key in Shard(self.path, number, self._manifest).keys}
         self._numbers.update(new)

@@ -49,6 +49,9 @@ class StoreWriter:
             format; another process writes to it; a shard is damaged; or it cannot be written.
     """
 
+    _is_shared = False
+    """Whether another process may be about to write the first record."""
+
     def __init__(
         self,
         path: Path,
@@ -82,13 +85,15 @@ class StoreWriter:
 
     def _open(self) -> None:
         """Check or write the manifest, remove what a killed writer left, and read the keys of all records."""
-        if os.path.lexists(self.path / MANIFEST):
-            manifest = read_manifest(self.path)
-            _check_same(self.path, manifest, self._manifest)
-            self._manifest = manifest
-        else:
-            write_whole(self.path / MANIFEST, self._manifest.content())
         self._numbers = set(shard_numbers(self.path))
+        found = read_manifest(self.path) if os.path.lexists(self.path / MANIFEST) else None
+        if found is not None and (self._numbers or self._is_shared):
+            check_same(self.path, found, self._manifest)
+        if found is None or differing(found, self._manifest):
+            # a store without a record takes the settings of its next writer
+            write_whole(self.path / MANIFEST, self._manifest.content())
+        else:
+            self._manifest = found
         complete = {maps_path(self.path, number) for number in self._numbers}
         for file in [*self.path.glob(f"{TEMPORARY}*"), *self.path.glob("shard-*.safetensors")]:
             if file not in complete:
@@ -248,7 +253,7 @@ def differing(stored: Manifest, wanted: Manifest) -> dict[str, tuple[Any, Any]]:
     return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
 
 
-def _check_same(folder: Path, stored: Manifest, wanted: Manifest) -> None:
+def check_same(folder: Path, stored: Manifest, wanted: Manifest) -> None:
     """Refuse to add to a store made with other settings; name each setting that differs."""
     if found := differing(stored, wanted):
         differences = [f"{key} is {old!r} there and {new!r} here" for key, (old, new) in found.items()]

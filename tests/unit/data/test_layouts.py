@@ -371,7 +371,7 @@ def test_what_img2dataset_wrote(tmp_path, kind):
             "caption": f"cat {number}" if number != 3 else None,
             "key": f"0000{number}",
             "status": status,
-            "error_message": None if status == "success" else "HTTP Error 404: Not Found",
+            "error_message": None if status == "success" else "HTTP Error 404:\nNot Found",
         }
         for number, status in enumerate(statuses)
     ]
@@ -389,7 +389,7 @@ def test_what_img2dataset_wrote(tmp_path, kind):
     samples = read_samples(tmp_path)
     assert answers(samples) == ["cat 0", "cat 2"]
     assert [shade(one.load()[0]) for one in samples] == [0, 2]
-    assert drops(samples)["00000.parquet row 1"] == "not downloaded: HTTP Error 404: Not Found"
+    assert drops(samples)["00000.parquet row 1"] == r"not downloaded: HTTP Error 404:\nNot Found"
     assert len(drops(samples)) == 2  # and the one without a caption
     (tmp_path / "00001.tar").touch()
     (tmp_path / "00002").mkdir()

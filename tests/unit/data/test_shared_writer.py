@@ -57,6 +57,17 @@ def test_a_record_of_two_writers_is_written_once_and_counted(tmp_path):
     assert texts(tmp_path) == ["dog 0", "dog 1", "dog 4", "dog 5"]
 
 
+def test_writers_of_other_settings_do_not_mix_their_records(tmp_path):
+    with writer(tmp_path, 0) as first:
+        with MapStore.writer(tmp_path, {"seed": 1}, {}, GRID) as other:  # no record is there yet
+            assert other.add(record(0))
+        with pytest.raises(StoreError, match="seed is 1 there and 0 here"):
+            for index in range(3):
+                first.add(record(index))
+        first._buffer.clear()
+    assert texts(tmp_path) == ["dog 0"]
+
+
 def test_another_writer_may_die_between_its_two_files(tmp_path):
     """Its maps file without a table does not count; the next writer takes its number."""
     with writer(tmp_path, 0) as first:

@@ -491,6 +491,14 @@ def test_a_store_of_other_settings_is_refused(tmp_path):
         assert not store.add(RECORDS[0])
 
 
+def test_a_store_without_a_record_takes_the_settings_of_its_next_writer(tmp_path):
+    with writer(tmp_path, {"mode": "ddim"}, grid=(2, 2)):
+        pass
+    fill(tmp_path)
+    assert len(MapStore.open(tmp_path, verify=True)) == len(RECORDS)
+    assert MapStore.open(tmp_path).identity["mode"] == "noise"
+
+
 def test_one_writer_at_a_time(tmp_path):
     with writer(tmp_path):
         message = failure(writer, tmp_path)
