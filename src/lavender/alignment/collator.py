@@ -298,11 +298,7 @@ class AlignmentCollator:
         mapped: list[MappedWord] = []
         for (picture, turn, _, targets), located_words in zip(turns, located, strict=True):
             if sample.views:
-                targets = [
-                    target._replace(map=sample.views[picture].map(target.map))
-                    for target in targets
-                    if sample.views[picture].shows(target.map)
-                ]
+                targets = _in_view(targets, sample.views[picture])
             target_of = {target.word.start: target for target in targets}
             which = "read" if sample.messages[turn]["role"] == "user" else self._config.rows
             sees, shown_of = sight.pictures[picture].tolist(), self._shown(targets, sight.cells[picture])
@@ -335,6 +331,11 @@ class AlignmentCollator:
         heat = prepared(maps, subtract_background=self._config.subtract_background)
         shown = heat[:, cells].any(dim=-1).tolist()
         return {target.word.start: is_shown for target, is_shown in zip(targets, shown, strict=True)}
+
+
+def _in_view(targets: Sequence[Target], view: View) -> list[Target]:
+    """The targets that the view shows, with their maps of it."""
+    return [target._replace(map=view.map(target.map)) for target in targets if view.shows(target.map)]
 
 
 def root_matcher(processor: ProcessorMixin) -> Callable[[list[int], list[int]], bool]:

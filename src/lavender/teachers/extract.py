@@ -93,9 +93,7 @@ def extract(
         LavenderError: another process of the launch has ended before.
     """
     if launch is not None:
-        if strict:
-            samples.check_strict()  # here, because one process's share has the dropped rows
-        samples = launch.share(samples)
+        samples = launch.share(samples, strict)
     return write_maps(
         samples,
         out,

@@ -106,11 +106,7 @@ def write_maps(
                     flushed = time.monotonic()
     summary.seconds = time.monotonic() - began
     if isinstance(writer, SharedStoreWriter) and launch is not None:
-        _count_doubled(writer, summary)
-        summaries, all_errors, all_drops = zip(*launch.gather((summary, errors, drops)), strict=True)
-        summary = _together(summaries)
-        errors, drops = list(chain.from_iterable(all_errors)), list(chain.from_iterable(all_drops))
-        writer.refresh()
+        summary, errors, drops = _of_all(launch, writer, summary, errors, drops)
     summary.dropped = _named_once(drops)
     summary.reconstruction = fmean(errors) if errors else None
     if launch is None or launch.rank == 0:
@@ -127,12 +123,17 @@ def _add(writer: StoreWriter, maps: WordMaps, summary: Summary) -> None:
         summary.already_there += 1
 
 
-def _count_doubled(writer: SharedStoreWriter, summary: Summary) -> None:
-    """Move what another process had written first from the records to those already there."""
-    records, words = writer.num_doubled
+def _of_all(
+    launch: Launch, writer: SharedStoreWriter, summary: Summary, errors: list[float], drops: list[Drops]
+) -> tuple[Summary, list[float], list[Drops]]:
+    """The summary, reconstruction errors and drops of all processes, from those of this one."""
+    records, words = writer.num_doubled  # another process had written them first
     summary.records -= records
     summary.words -= words
     summary.already_there += records
+    summaries, all_errors, all_drops = zip(*launch.gather((summary, errors, drops)), strict=True)
+    writer.refresh()
+    return _together(summaries), list(chain.from_iterable(all_errors)), list(chain.from_iterable(all_drops))
 
 
 def _together(summaries: Sequence[Summary]) -> Summary:

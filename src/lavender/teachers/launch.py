@@ -52,11 +52,16 @@ class Launch:
             raise ConfigError(got, "all processes on one host, where they share the store", do)
         return cls(rank, size)
 
-    def share(self, samples: Samples) -> Samples:
+    def share(self, samples: Samples, strict: bool = False) -> Samples:
         """This process's samples. The samples of one image go to one process, which encodes it once.
 
-        The rows that were dropped are reported by the first process.
+        The rows that were dropped are reported by the first process. With `strict` every process refuses them.
+
+        Raises:
+            DataError: with `strict`, a row was dropped.
         """
+        if strict:
+            samples.check_strict()
         places = [
             place for place, number in enumerate(image_numbers(samples)) if number % self.num_processes == self.rank
         ]
