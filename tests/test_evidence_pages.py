@@ -17,22 +17,24 @@ RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
 
 
 @pytest.mark.parametrize(
-    ("file", "first", "last", "count"),
+    ("study", "file", "first", "last", "count"),
     [
-        ("README.md", "**New words from few captions", "`lavender demo` trains", 28),
-        ("docs/evidence.md", "### New words", "### Attributes", 36 + 36 + 16),
+        ("new-words", "README.md", "**New words from few captions", "`lavender demo` trains", 28),
+        ("new-words", "docs/evidence.md", "### New words", "### Attributes", 36 + 36 + 16),
+        ("attributes", "README.md", "**Which thing has which colour", "**Captions of known words", 11),
+        ("attributes", "docs/evidence.md", "### Attributes", "### Known words", 27 + 18 + 3),
     ],
 )
-def test_numbers_of_new_words_are_those_of_the_study(file, first, last, count):
+def test_numbers_are_those_of_the_study(study, file, first, last, count):
     text = (ROOT / file).read_text()
     found = RANGE.findall(text[text.index(first) : text.index(last)])
-    results = json.loads((EVIDENCE / "new-words" / "results.json").read_text())
-    measured = {show(values) for scores in results["arms"].values() for values in scores.values()}
+    results = json.loads((EVIDENCE / study / "results.json").read_text())
+    measured = {show(values) for scores in results["arms"].values() for values in scores.values() if None not in values}
     assert len(found) == count
     assert [number for number in found if number not in measured] == []
 
 
-@pytest.mark.parametrize("study", ["new-words"])
+@pytest.mark.parametrize("study", ["new-words", "attributes"])
 def test_a_page_is_that_of_its_results(study):
     results = json.loads((EVIDENCE / study / "results.json").read_text())
     assert (EVIDENCE / study / "page.md").read_text() == page(STUDIES[study], results)
