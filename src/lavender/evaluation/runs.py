@@ -25,7 +25,7 @@ from lavender.evaluation.compare import (
     spread,
 )
 from lavender.evaluation.report.page import Curve, Report, Table, write_report
-from lavender.files import expanded, write_whole
+from lavender.files import data_path, expanded, write_whole
 from lavender.students.loading import load_run
 from lavender.students.word_maps import AnsweredPicture
 from lavender.training.run_folder import CONFIG, METRICS, NOT_RECORDED, flat, read_config
@@ -37,7 +37,7 @@ def evaluate_runs(
     run: Path,
     against: Sequence[Path],
     data: Path | None = None,
-    maps: Path | None = None,
+    maps: str | Path | Sequence[str | Path] | None = None,
     limit: int = 64,
     trust_remote_code: bool = False,
     columns: Mapping[str, str] | None = None,
@@ -48,7 +48,7 @@ def evaluate_runs(
         run: run folder, as `lavender train` writes it.
         against: other run folders or checkpoints to compare with.
         data: folder or file of held-out data; None for the data that the run was trained on.
-        maps: map store of `data`; None for the run's stores if `data` is None, else no maps.
+        maps: map store of `data`, or several; None for the run's stores if `data` is None, else no maps.
         limit: the largest number of samples, spread evenly over the data.
         trust_remote_code: run the code that comes with a model.
         columns: names of columns of `data`, as in `read_samples`; None for the run's if `data` is None, else for the
@@ -72,7 +72,7 @@ def evaluate_runs(
     arm_paths = _arms(config, run, against)
     differing, notes = _differing_settings(arm_paths)
     on_training_data = data is None
-    data = Path(config["data"]) if data is None else data
+    data = data_path(config["data"]) if data is None else data
     stores = _open_stores(config["maps"] if maps is None and on_training_data else maps)
     columns = config.get("columns") if columns is None and on_training_data else columns
     read = read_samples(data, prompt, columns)
@@ -181,8 +181,8 @@ def _read_scores(run: Path) -> dict[str, Any] | None:
     return scored
 
 
-def _open_stores(maps: str | Path | list[str] | None) -> list[MapStore]:
-    return [MapStore.open(path) for path in (maps if isinstance(maps, list) else [maps]) if path is not None]
+def _open_stores(maps: str | Path | Sequence[str | Path] | None) -> list[MapStore]:
+    return [MapStore.open(path) for path in ([maps] if isinstance(maps, (str, Path)) else maps or ())]
 
 
 def _joined(stores: Sequence[MapStore]) -> SeveralStores | None:
