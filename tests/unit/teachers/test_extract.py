@@ -138,9 +138,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_records(teacher, sample
     assert summary.already_there == kept + 1  # one sample is there twice
     assert summary.records == 10 - kept
     assert sorted(map(str, summary.dropped)) == sorted(map(str, expected.dropped))
-    whole, broken = (
-        json.loads((tmp_path / name / "extraction.json").read_text()) for name in ("undisturbed", "maps")
-    )
+    whole, broken = (json.loads((tmp_path / name / "extraction.json").read_text()) for name in ("undisturbed", "maps"))
     for name in ("records", "words", "in_store", "words_in_store", "without_picture", "dropped_before"):
         assert broken[name] == whole[name], name
     assert sorted(map(str, broken["dropped"])) == sorted(map(str, whole["dropped"]))
