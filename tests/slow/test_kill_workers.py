@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -118,39 +117,14 @@ def test_the_tasks_of_a_killed_worker_of_ray_run_elsewhere(photographs, expected
     assert_same(records(out), expected)
 
 
-def free_ports() -> dict[str, int]:
-    """Ports of a host's agents. Without them a host waits some 20 s for its agents to choose, and then aborts."""
-    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-    sockets = [socket.create_server(("", 0)) for _ in names]
-    try:
-        return {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
-    finally:
-        for one in sockets:
-            one.close()
-
-
 @pytest.fixture
 def cluster(monkeypatch) -> Iterator[Any]:
     """A Ray cluster whose hosts are process groups of this one. The first has two CPUs and no GPU."""
     import ray
-    import ray._private.services
     from ray.cluster_utils import Cluster
 
-    get_node = ray._private.services.get_node
-
-    def patient(*args: Any) -> Any:
-        """Ray asks for 30 seconds whether a host has started, which a busy machine exceeds."""
-        until = time.monotonic() + 300
-        while True:
-            try:
-                return get_node(*args)
-            except RuntimeError:
-                assert time.monotonic() < until, "a host of Ray did not start"
-                time.sleep(1)
-
-    monkeypatch.setattr(ray._private.services, "get_node", patient)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False} | free_ports())
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     yield started
     ray.shutdown()
     started.shutdown()
@@ -168,14 +142,14 @@ def test_the_tasks_of_lost_hosts_of_ray_run_elsewhere(cluster):
         time.sleep(0.2)
         yield ray.get_runtime_context().get_node_id(), task
 
-    hosts = [cluster.add_node(num_cpus=0, num_gpus=1, **free_ports()) for _ in range(2)]
+    hosts = [cluster.add_node(num_cpus=0, num_gpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
     found: list[tuple[str, int]] = []
     for result in run_on_ray(range(40), work, workers=None, gpu=True):
         found.append(result)
         if len(found) == 3:
             cluster.remove_node(hosts[0], allow_graceful=False)
-            cluster.add_node(num_cpus=0, num_gpus=1, **free_ports())
+            cluster.add_node(num_cpus=0, num_gpus=1)
         if len(found) == 12:
             cluster.remove_node(hosts[1], allow_graceful=False)
     assert sorted(task for _, task in found) == list(range(40))

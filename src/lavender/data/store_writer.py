@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import stat
 import time
 from collections.abc import Mapping, Sequence, Set
@@ -317,7 +318,8 @@ def take_lock(folder: Path, of_launch: bool = False, refuses: bool = True) -> in
         if not lock_descriptor(descriptor, blocking=False):
             _wait(descriptor, folder, of_launch, refuses)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}{_OF_LAUNCH if of_launch else ''}".encode(), 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, f"{os.getpid()}{_OF_LAUNCH if of_launch else ''}".encode())
     except BaseException:
         os.close(descriptor)
         raise
@@ -336,7 +338,7 @@ def _wait(descriptor: int, folder: Path, of_launch: bool, refuses: bool) -> None
         if lock_descriptor(descriptor, blocking=False):
             return
     holder = _holder(descriptor)
-    if not of_launch or (refuses and not holder.endswith(_OF_LAUNCH)):
+    if not of_launch or (refuses and re.fullmatch(r"process \d+", holder)):
         got = f"{folder}, which {holder} is writing to"
         raise StoreError(got, "one writer at a time", "wait until it ends, or choose another folder")
     log.warning("waiting for %s, which is writing to %s", holder, folder)
@@ -345,6 +347,7 @@ def _wait(descriptor: int, folder: Path, of_launch: bool, refuses: bool) -> None
 
 def _holder(descriptor: int) -> str:
     try:
-        return f"process {os.pread(descriptor, 64, 0).decode(errors='replace')}"
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return f"process {os.read(descriptor, 64).decode(errors='replace')}"
     except OSError:  # on Windows a locked file cannot be read
         return "another process"

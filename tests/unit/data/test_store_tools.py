@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -248,8 +249,9 @@ def test_a_merge_into_a_store_redoes_its_lost_shards(store, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["merged", "imported", "merged into an extracted one"])
-def test_the_advice_for_a_damaged_shard_makes_its_records_again(store, tmp_path, way):
+def test_the_advice_for_a_damaged_shard_makes_its_records_again(store, tmp_path, way, monkeypatch):
     """The advice is followed: the files are deleted, and the store is made again from what its manifest names."""
+    monkeypatch.setattr(MapStore, "writer", staticmethod(partial(MapStore.writer, records_per_shard=4)))
     if way == "imported":
         export_table(store, tmp_path / "table")
     into = fill(tmp_path / "all", RECORDS[:1]) if way == "merged into an extracted one" else tmp_path / "all"

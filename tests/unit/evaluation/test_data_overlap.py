@@ -133,7 +133,7 @@ def test_all_training_samples_of_an_overlap_are_named(drawn, tmp_path):
         {"sample": line[2], "text": "near", "similarity": round(10 / 11, 3)},
     ]
     assert second["both_in"] == [line[2]]
-    table = next(table for table in overlap_page(overlap).tables if table.title == "What the training set has")
+    table = next(table for table in overlap_page(overlap).tables if table.caption == "What the training set has")
     assert [row[1:] for row in table.rows] == [
         ["same", f"{line[2]}, {line[4]}, {line[1]}", "same", f"{line[3]}, {line[2]}", line[2]],
         ["same", f"{', '.join(line[5:10])} and 2 more", None, None, None],
