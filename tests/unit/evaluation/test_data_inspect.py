@@ -238,7 +238,7 @@ def test_the_share_with_maps_of_several_stores(data, tmp_path):
     word = Word("man", 2, 5, "man", "noun")
     one = WordMaps(identity["a"], ENGLISH, (word,), torch.ones(1, 2, 3))
     none = WordMaps(identity["a"], ENGLISH, (), torch.zeros(0, 2, 3))
-    other = WordMaps(identity["c"], "Yes", (word,), torch.ones(1, 2, 3))
+    other = WordMaps(identity["c"], "Yes", (Word("Yes", 0, 3, "yes", "noun"),), torch.ones(1, 2, 3))
     for name, records in {"first": [one], "second": [none, other], "wide": []}.items():
         grid = (2, 5) if name == "wide" else (2, 3)
         with MapStore.writer(tmp_path / name, {"teacher": "x", "texts": "answers"}, {}, grid) as writer:

