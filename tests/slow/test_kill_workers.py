@@ -130,6 +130,8 @@ def cluster(monkeypatch) -> Iterator[Any]:
     started.shutdown()
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:ray")  # of Ray's own code, in this process
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray")
 def test_the_tasks_of_lost_hosts_of_ray_run_elsewhere(cluster):
     """Two hosts have a GPU and no CPU. Both are lost while they work, and another host joins."""
     import ray

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lavender.data.store_format import index_path, key_of, unreadable
@@ -35,7 +34,9 @@ def left_out_of(folder: Path, numbers: Iterable[int]) -> Iterator[tuple[bytes, L
             table = pq.read_table(path, columns=["image_id", "text", "words", "dropped"])
         except OSError as error:
             raise unreadable(path, error) from error
-        num_words, num_dropped = (np.asarray(pc.list_value_length(table[name])) for name in ("words", "dropped"))
+        num_words, num_dropped = (
+            np.asarray(table[name].combine_chunks().value_lengths()) for name in ("words", "dropped")
+        )
         rows = np.flatnonzero((num_words == 0) | (num_dropped > 0))
         left = table.select(["image_id", "text", "dropped"]).take(pa.array(rows)).to_pylist()
         for row, words in zip(left, num_words[rows].tolist(), strict=True):

@@ -110,7 +110,7 @@ def test_tasks_of_which_one_runs_twice_have_the_records_of_one_process(picture, 
 
 
 def test_an_image_that_the_host_of_a_worker_lacks_is_no_dropped_sample():
-    work = _Mapper(PLAN, strict=False, done=_Keys(set()))
+    work = _Mapper(PLAN, strict=False, done=_Keys(set(), {}))
     with pytest.raises(DataError, match="/nowhere/1.png of row 1, which the host .* does not have"):
         next(work([sample("row 1", Path("/nowhere/1.png"))]))
 
