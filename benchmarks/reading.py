@@ -10,10 +10,20 @@ larger file. `rss_mb_10k` and `rss_mb_100k` are the most resident memory of a pr
 `anon_mb_10k` and `anon_mb_100k` are the memory at the end without mapped files (Linux only). `rss_mb_imported` is of a
 process that only imports.
 
-Training: the built-in student is fully tuned on drawn scenes with maps, batches of 8. `step_share` is the share of the
-time of the steps in which the trainer waits for its batches, which `--workers` processes make (8; `cores` says how many
-can run at once). `collate_ms` is the time that one process needs for a batch, `step_ms` that of a whole step. The first
-steps, in which the workers start, are left out.
+Training: the built-in student is fully tuned on drawn scenes with maps, batches of 8, which `--workers` processes make
+(8). `step_share` is the share of the time of the steps in which the trainer waits for its batches, `step_ms` the time
+of a whole step. The first steps, in which the workers start, are left out. `cores` says how many processes can run at
+once. Without a GPU the model computes on the cores that the workers need, and `step_share` says how they share them:
+it says little about training on a GPU.
+
+`waiting_step_share` is measured in the same way with steps that only wait, `waiting_step_ms` long (`--step-ms`, 100):
+the cores are free for the workers, as they are while a GPU computes. No model runs in these steps.
+
+`collate_ms` is the time that one process needs for a batch, and `collate_cpu_ms` the CPU time. `map_cpu_ms` is what the
+maps add to it, per sample: the CPU time of the batch above that of TRL's own collator for the same samples.
+
+Calculated: `enough_step_ms` is the step above which at most 0.01 of it is spent waiting, if the workers have the cores
+for themselves: 0.99 × `collate_cpu_ms` / the smaller one of `workers` and `cores`.
 """
 
 from __future__ import annotations
@@ -120,14 +130,55 @@ def write_world(folder: Path, number: int) -> None:
                 writer.add(WordMaps(*key, words, torch.rand(len(words), 16, 16)))
 
 
-def training(folder: Path, steps: int, workers: int) -> dict[str, float]:
-    import torch
+def training(folder: Path, steps: int, workers: int, waiting_ms: float) -> dict[str, float]:
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-    from lavender import LavenderConfig, LavenderTrainer, read_samples, to_dataset
-    from lavender.students.loading import load_run
-    from lavender.world import STUDENT_PATH
+    from lavender import read_samples, to_dataset
 
     write_world(folder, 2 * BATCH * LEFT_OUT)
+    dataset = to_dataset(read_samples(folder / "data"))
+    share, step_ms, _ = timed_run(folder, dataset, steps, workers)
+    waiting_share, waiting_step_ms, trainer = timed_run(folder, dataset, steps, workers, waiting_ms)
+    examples = [dataset[index] for index in range(BATCH)]
+    plain: Any = DataCollatorForVisionLanguageModeling(trainer.processing_class)
+    (collate_ms, collate_cpu_ms), (_, plain_cpu_ms) = (timed(one, examples) for one in (trainer.data_collator, plain))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "step_share": share,
+        "step_ms": step_ms,
+        "waiting_step_share": waiting_share,
+        "waiting_step_ms": waiting_step_ms,
+        "collate_ms": collate_ms,
+        "collate_cpu_ms": collate_cpu_ms,
+        "map_cpu_ms": (collate_cpu_ms - plain_cpu_ms) / BATCH,
+        "enough_step_ms": 0.99 * collate_cpu_ms / min(max(1, workers), cores),
+        "workers": workers,
+        "cores": cores,
+    }
+
+
+def timed(collator: Any, examples: list[dict[str, Any]], times: int = 8) -> tuple[float, float]:
+    """Milliseconds of a batch in this process: as the clock says, and of CPU."""
+    collator(examples)  # what is made once
+    began, cpu = time.perf_counter(), time.process_time()
+    for _ in range(times):
+        collator(examples)
+    return 1000 * (time.perf_counter() - began) / times, 1000 * (time.process_time() - cpu) / times
+
+
+def timed_run(
+    folder: Path, dataset: Any, steps: int, workers: int, waiting_ms: float | None = None
+) -> tuple[float, float, Any]:
+    """The share of the steps' time in which a trainer waits for batches, the milliseconds of a step, and the trainer.
+
+    Args:
+        waiting_ms: each step only waits so long; None: the model computes.
+    """
+    import torch
+
+    from lavender import LavenderConfig, LavenderTrainer
+    from lavender.students.loading import load_run
+    from lavender.world import STUDENT_PATH
 
     class Timed(LavenderTrainer):
         """Notes when it asks for batches, and when it has them."""
@@ -140,6 +191,12 @@ def training(folder: Path, steps: int, workers: int) -> dict[str, float]:
             samples = super().get_batch_samples(*args, **kwargs)
             self.had.append(time.perf_counter())
             return samples
+
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if waiting_ms is None:
+                return super().training_step(*args, **kwargs)
+            time.sleep(waiting_ms / 1000)
+            return torch.zeros((), device=self.args.device)
 
     args = LavenderConfig(
         output_dir=str(folder / "run"),
@@ -158,24 +215,13 @@ def training(folder: Path, steps: int, workers: int) -> dict[str, float]:
         activation_checkpointing=False,
     )
     model, processor = load_run(STUDENT_PATH)
-    dataset = to_dataset(read_samples(folder / "data"))
     trainer = Timed(model, args, processing_class=processor, train_dataset=dataset)
     trainer.asked, trainer.had = [], []
     trainer.train()
     end = time.perf_counter()
     asked, had = trainer.asked[LEFT_OUT:], trainer.had[LEFT_OUT:]
     waited = sum(got - wanted for wanted, got in zip(asked, had, strict=True))
-    examples = [dataset[index] for index in range(BATCH)]
-    began = time.perf_counter()
-    for _ in range(8):
-        trainer.data_collator(examples)
-    return {
-        "step_share": waited / (end - asked[0]),
-        "step_ms": 1000 * (end - asked[0]) / len(asked),
-        "collate_ms": 1000 * (time.perf_counter() - began) / 8,
-        "workers": workers,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-    }
+    return waited / (end - asked[0]), 1000 * (end - asked[0]) / len(asked), trainer
 
 
 def main() -> None:
@@ -183,12 +229,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smoke test: 1,000 and 2,000 rows, 4 steps, one worker")
     parser.add_argument("--steps", type=int, help="steps that are timed (60)")
     parser.add_argument("--workers", type=int, help="processes that make batches (8)")
+    parser.add_argument("--step-ms", type=float, default=100.0, help="length of the steps that only wait (100)")
+    parser.add_argument("--training-only", action="store_true", help="without speed and memory of reading a data set")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
     workers = options.workers if options.workers is not None else (1 if options.quick else 8)
     with tempfile.TemporaryDirectory() as folder:
-        numbers = reading(Path(folder), (1000, 2000) if options.quick else (10_000, 100_000))
-        numbers |= training(Path(folder), options.steps or (4 if options.quick else 60), workers)
+        sizes = (1000, 2000) if options.quick else (10_000, 100_000)
+        numbers = {} if options.training_only else reading(Path(folder), sizes)
+        numbers |= training(Path(folder), options.steps or (4 if options.quick else 60), workers, options.step_ms)
     numbers = {name: round(value, 4) for name, value in numbers.items() if not math.isnan(value)}
     print(json.dumps(numbers, indent=1))
     if options.json:

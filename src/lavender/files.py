@@ -183,6 +183,21 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
+def is_plain_path(text: str | Path) -> bool:
+    """Whether the name of a data set can only be a path: it begins with ".", "/" or "~", or ends with a separator."""
+    text = os.fspath(text)
+    return text.startswith((".", "~")) or os.path.isabs(text) or text.endswith(("/", os.sep))
+
+
+def data_path(text: str | Path) -> Path:
+    """As `expanded`. What `is_plain_path` becomes absolute if it is not there: ./org/name is no hub id.
+
+    `Path` drops the "./", and then nothing would tell the path from the id.
+    """
+    path = expanded(text)
+    return path.absolute() if is_plain_path(text) and not os.path.lexists(path) else path
+
+
 def fault_of(path: str | Path) -> str:
     """Why a path is no plain file, with its name, or "" if it is one. Follows links and opens nothing."""
     try:

@@ -32,9 +32,12 @@ def a_killed_writer_loses_and_doubles_nothing(numbers: dict) -> None:
 
 
 def reading_has_all_its_numbers(numbers: dict) -> None:
-    assert {"samples_per_s", "rss_mb_1k", "rss_mb_2k", "step_share", "step_ms", "collate_ms"} <= numbers.keys()
+    names = {"samples_per_s", "rss_mb_1k", "rss_mb_2k", "step_share", "step_ms", "collate_ms", "collate_cpu_ms"}
+    names |= {"waiting_step_share", "waiting_step_ms", "map_cpu_ms", "enough_step_ms"}
+    assert names <= numbers.keys()
     assert all(value > 0 for value in numbers.values())
-    assert numbers["step_share"] < 1
+    assert max(numbers["step_share"], numbers["waiting_step_share"]) < 1
+    assert numbers["waiting_step_ms"] > 100  # the step itself
 
 
 CHECKS: dict[str, Callable[[dict], None]] = {

@@ -83,8 +83,11 @@ def test_killed_twice_and_started_again_it_ends_with_the_same_records(start, tmp
 
     expected, found = records(whole), records(broken)
     assert 0 < left < len(expected)
-    said = json.loads((broken / "extraction.json").read_text())  # runs that were killed have told nothing
-    assert (said["records"], said["in_store"]) == (len(expected) - left, len(expected))
+    said, told = (json.loads((out / "extraction.json").read_text()) for out in (broken, whole))
+    assert [run["records"] for run in said["runs"]] == [left, len(expected) - left]  # the first was killed, twice
+    for name in ("records", "words", "in_store", "words_in_store", "dropped_before"):
+        assert said[name] == told[name], name
+    assert sorted(map(str, said["dropped"])) == sorted(map(str, told["dropped"]))
     assert found.keys() == expected.keys()
     assert len({identity for identity, _ in expected}) == NUM_PICTURES
     for key, maps in expected.items():

@@ -1,4 +1,7 @@
-"""A process of a launch or a worker of Ray is killed while `lavender extract` runs: the records are all there, once."""
+"""A process of a launch or a worker of Ray is killed while `lavender extract` runs: the records are all there, once.
+
+So are the results of a Ray cluster that loses hosts.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,6 +21,7 @@ import torch
 
 from lavender.data.store import MapStore
 from lavender.maps import WordMaps
+from lavender.teachers.ray_pool import run_on_ray
 from lavender.world.language import caption_scene
 from lavender.world.scenes import scenes
 
@@ -110,3 +115,44 @@ def test_the_tasks_of_a_killed_worker_of_ray_run_elsewhere(photographs, expected
     assert code == 0, log.read_text()[-6000:]
     assert "A worker died or was killed" in log.read_text()  # what Ray says
     assert_same(records(out), expected)
+
+
+@pytest.fixture
+def cluster(monkeypatch) -> Iterator[Any]:
+    """A Ray cluster whose hosts are process groups of this one. The first has two CPUs and no GPU."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield started
+    ray.shutdown()
+    started.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:ray")  # of Ray's own code, in this process
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray")
+def test_the_tasks_of_lost_hosts_of_ray_run_elsewhere(cluster):
+    """Two hosts have a GPU and no CPU. Both are lost while they work, and another host joins."""
+    import ray
+
+    def work(task: int) -> Iterator[tuple[str, int]]:
+        import time
+
+        import ray
+
+        time.sleep(0.2)
+        yield ray.get_runtime_context().get_node_id(), task
+
+    hosts = [cluster.add_node(num_cpus=0, num_gpus=1) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    found: list[tuple[str, int]] = []
+    for result in run_on_ray(range(40), work, workers=None, gpu=True):
+        found.append(result)
+        if len(found) == 3:
+            cluster.remove_node(hosts[0], allow_graceful=False)
+            cluster.add_node(num_cpus=0, num_gpus=1)
+        if len(found) == 12:
+            cluster.remove_node(hosts[1], allow_graceful=False)
+    assert sorted(task for _, task in found) == list(range(40))
+    assert len({host for host, _ in found}) >= 2

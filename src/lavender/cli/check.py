@@ -7,10 +7,10 @@ import json
 import os
 import sys
 
-from lavender.cli.options import add_columns, add_limit, add_trust_remote_code, columns_of
+from lavender.cli.options import add_columns, add_limit, add_maps, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
-from lavender.files import expanded
+from lavender.files import data_path
 
 HELP = "tell, before training, whether alignment will pay for a model"
 DESCRIPTION = """Tell before training whether alignment will pay for a model, data and maps. Known words are predicted
@@ -25,8 +25,8 @@ SAID = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=os.path.expanduser, help="model folder, hub id, or run folder")
-    parser.add_argument("--data", type=expanded, required=True, help="folder or file of pictures and texts")
-    parser.add_argument("--maps", type=expanded, required=True, help="map store of this data")
+    parser.add_argument("--data", type=data_path, required=True, help="folder or file of pictures and texts")
+    add_maps(parser, "one or more map stores of this data", required=True)
     parser.add_argument(
         "--attributes",
         choices=("own", "noun"),

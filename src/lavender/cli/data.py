@@ -8,10 +8,10 @@ import os
 import sys
 from typing import Any
 
-from lavender.cli.options import add_columns, add_trust_remote_code, columns_of
+from lavender.cli.options import add_columns, add_maps, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE, FAILED
 from lavender.cli.terminal import show
-from lavender.files import expanded, writing
+from lavender.files import data_path, expanded, writing
 
 HELP = "prepare the paper's data sets, inspect data, find overlap with benchmarks"
 DESCRIPTION = "Prepare, inspect and compare data sets of pictures and texts. docs/data.md describes each action."
@@ -60,9 +60,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=expanded, metavar="DATA", help="folder, file or hub id of pictures and texts")
+    parser.add_argument("data", type=data_path, metavar="DATA", help="folder, file or hub id of pictures and texts")
     add_columns(parser)
-    parser.add_argument("--maps", type=expanded, default=None, metavar="STORE", help="map store: the share with maps")
+    add_maps(parser, "one or more map stores: the share with maps")
     parser.add_argument(
         "--student",
         type=os.path.expanduser,
@@ -83,8 +83,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_overlap(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("train", type=expanded, metavar="TRAIN", help="the training data")
-    parser.add_argument("benchmarks", type=expanded, nargs="+", metavar="BENCHMARK", help="one or more benchmarks")
+    parser.add_argument("train", type=data_path, metavar="TRAIN", help="the training data")
+    parser.add_argument("benchmarks", type=data_path, nargs="+", metavar="BENCHMARK", help="one or more benchmarks")
     add_columns(parser)
     add_columns(parser, "--benchmark-columns", "the same of the benchmarks")
     parser.add_argument(

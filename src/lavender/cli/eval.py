@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lavender.cli.options import add_columns, add_limit, add_trust_remote_code, columns_of
+from lavender.cli.options import add_columns, add_limit, add_maps, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
-from lavender.files import expanded, writing
+from lavender.files import data_path, expanded, writing
 
 HELP = "compare a run with its base model and with other runs"
 DESCRIPTION = """Score a run, its base model and other runs on the same samples.
@@ -25,13 +25,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="another run folder or checkpoint to compare with; may be repeated",
     )
-    parser.add_argument("--data", type=expanded, default=None, help="held-out data (default: the training data)")
-    parser.add_argument(
-        "--maps",
-        type=expanded,
-        default=None,
-        help="map store of this data (default: the run's, if --data is not given)",
-    )
+    parser.add_argument("--data", type=data_path, default=None, help="held-out data (default: the training data)")
+    add_maps(parser, "one or more map stores of this data (default: the run's, if --data is not given)")
     add_columns(parser)
     add_limit(parser)
     add_trust_remote_code(parser)

@@ -11,7 +11,7 @@ from lavender.cli.options import add_columns, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
 from lavender.errors import ConfigError
-from lavender.files import expanded, writing
+from lavender.files import data_path, expanded, writing
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,10 @@ ANNOTATIONS = ("coco-panoptic", "flickr30k-entities")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=expanded, default=None, help="folder or file of pictures and texts; docs/data.md has the formats"
+        "--data",
+        type=data_path,
+        default=None,
+        help="folder or file of pictures and texts; docs/data.md has the formats",
     )
     add_columns(parser)
     parser.add_argument("--out", type=expanded, required=True, metavar="DIR", help="folder of the map store")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lavender.errors import ConfigError
-from lavender.files import shown
+from lavender.files import expanded, shown
 
 
 def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,19 @@ def add_limit(parser: argparse.ArgumentParser) -> None:
         default=64,
         metavar="N",
         help="look at N samples, spread evenly over the data (default: %(default)s)",
+    )
+
+
+def add_maps(parser: argparse.ArgumentParser, text: str, required: bool = False) -> None:
+    parser.add_argument(
+        "--maps",
+        type=expanded,
+        nargs="+",
+        action="extend",
+        default=None,
+        required=required,
+        metavar="STORE",
+        help=f"{text}; of several, the first that has a picture and a text answers, as in a run",
     )
 
 

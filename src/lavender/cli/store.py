@@ -12,7 +12,7 @@ from lavender.cli.options import add_columns, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
 from lavender.errors import ConfigError, StoreError
-from lavender.files import expanded, writing
+from lavender.files import data_path, expanded, writing
 
 HELP = "verify, count, merge, convert or publish map stores"
 DESCRIPTION = "Verify, count, merge, convert or publish map stores. `lavender store ACTION --help` has the options."
@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=expanded, metavar="SOURCE", help="exported table, or folder of JPEG maps")
     parser.add_argument("--out", type=expanded, required=True, metavar="DIR", help="folder of the store")
-    parser.add_argument("--data", type=expanded, help="of JPEG maps: the images and texts that they are of")
+    parser.add_argument("--data", type=data_path, help="of JPEG maps: the images and texts that they are of")
     add_columns(parser)
     parser.add_argument(
         "--geometry",

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lavender.data.columns import COLUMNS
 from lavender.data.published import (
@@ -33,7 +33,7 @@ from lavender.data.tables import (
 )
 from lavender.data.webdataset import webdataset_rows
 from lavender.errors import DataError
-from lavender.files import MISSING, expanded, fault_of, printable
+from lavender.files import MISSING, data_path, fault_of, is_plain_path, printable
 
 if TYPE_CHECKING:
     import datasets
@@ -52,10 +52,31 @@ _SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "te
 _HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?::(?P<config>[\w.-]+)(?=:))?(?::(?P<split>[\w.+%:\[\]-]+))?")
 
 
-def find_rows(
-    path: str | Path | datasets.Dataset | datasets.IterableDataset, columns: Mapping[str, str]
-) -> tuple[Iterable[Row], Path]:
-    """The rows of a data set, and the folder to which their paths are relative.
+class Found(NamedTuple):
+    """The rows of a data set.
+
+    Attributes:
+        rows: the rows.
+        folder: to which their paths are relative.
+        is_cached: whether pictures may also lie in the cache of `datasets`, into which it downloads.
+    """
+
+    rows: Iterable[Row]
+    folder: Path
+    is_cached: bool = False
+
+
+def caches() -> list[Path]:
+    """The folders into which `datasets` puts what it downloads."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    names = config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH
+    return [Path(name) for name in (*names, constants.HF_HUB_CACHE)]
+
+
+def find_rows(path: str | Path | datasets.Dataset | datasets.IterableDataset, columns: Mapping[str, str]) -> Found:
+    """The rows of a data set, and where its pictures are.
 
     Args:
         path: see `lavender.data.read_samples`.
@@ -66,18 +87,18 @@ def find_rows(
     """
     wanted = Wanted(frozenset(columns.values()) or COLUMNS)
     if not isinstance(path, (str, Path)):
-        return dataset_rows(path, wanted), Path()
-    path = expanded(path)
+        return Found(dataset_rows(path, wanted), Path(), is_cached=True)
+    path, may_be_id = data_path(path), not is_plain_path(path)
     if not os.path.lexists(path):
         before, sign, split = str(path).rpartition(":")
         if sign and split and os.path.lexists(before):
             path, wanted = Path(before), wanted._replace(split=split)
     if os.path.isdir(path):
-        return _folder_rows(path, wanted)
+        return Found(*_folder_rows(path, wanted), is_cached=_is_saved(path))
     reader = _READERS.get(path.suffix.lower())
-    hub = _HUB.fullmatch(str(path))
+    hub = _HUB.fullmatch(str(path)) if may_be_id else None
     if hub and not reader and not os.path.lexists(path):
-        return _hub_rows(hub, wanted), Path()
+        return Found(_hub_rows(hub, wanted), Path(), is_cached=True)
     if fault := fault_of(path):
         got = f"{printable(path)}, which does not exist" if fault.startswith(MISSING) else fault
         raise DataError(got, "a file or folder of data", "check the path")
@@ -85,7 +106,7 @@ def find_rows(
         raise unknown_format(f"the file {printable(path)}")
     if wanted.split and reader is not json_rows:
         raise no_split(path, wanted.split)
-    return reader(path, wanted), path.parent
+    return Found(reader(path, wanted), path.parent, is_cached=reader is arrow_rows)
 
 
 def _hub_rows(hub: re.Match[str], wanted: Wanted) -> Iterator[Row]:
@@ -128,7 +149,7 @@ def _folder_rows(folder: Path, wanted: Wanted) -> tuple[Iterable[Row], Path]:
     if len(tables) > 1:
         raise DataError(f"{printable(folder)} with {' and '.join(tables)}", "one of them", "give the path of one file")
     split = wanted.split
-    if {"dataset_dict.json", "state.json"} & set(names):
+    if _is_saved(folder):
         return _saved_rows(folder, wanted), folder
     if split and split in names and os.path.isdir(folder / split):
         return _folder_rows(folder / split, wanted._replace(split=""))
@@ -169,6 +190,11 @@ def _split_in(name: str) -> str:
         return match["split"]
     words = re.split(r"[-_. 0-9]+", name.rpartition(".")[0])
     return next((word for word in words if word.lower() in _SPLITS), "")
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return any(os.path.lexists(folder / name) for name in ("dataset_dict.json", "state.json"))
 
 
 def _saved_rows(folder: Path, wanted: Wanted) -> Iterator[Row]:

@@ -28,7 +28,7 @@ from lavender.data.columns import (
     renamed,
 )
 from lavender.data.conversations import UnusableError, read_row
-from lavender.data.folders import find_rows
+from lavender.data.folders import caches, find_rows
 from lavender.data.images import embedded, image_id
 from lavender.data.sample import Sample, Source
 from lavender.data.sample_table import SampleTable
@@ -67,7 +67,7 @@ class Samples:
             the memory.
         dropped: the rows that cannot be used, with the reason.
         outside: the images that are read although they lie outside the folder of the data, by an absolute path, "..",
-            or a link.
+            or a link. Of a data set of `datasets` or of the hub, the cache of `datasets` is inside too.
         identities: the `image_id` of each image of each sample. `readable` fills it; before it is ().
     """
 
@@ -135,14 +135,14 @@ def read_samples(
         FileError: the disk of temporary files is full.
     """
     columns = checked_columns(columns)
-    rows, root = find_rows(path, columns)
+    found = find_rows(path, columns)
     label = printable(path) if isinstance(path, (str, Path)) else "a dataset"
-    reading = _Reading(rows, _Folder(root), prompt, columns)
+    reading = _Reading(found.rows, _Folder(found.folder, caches() if found.is_cached else ()), prompt, columns)
     table = SampleTable.of(reading)
     check_columns_found(columns, reading.columns, label)
     if not reading.has_pictures:
-        found = dict.fromkeys(renamed({}, columns)) if columns and reading.columns else reading.columns
-        raise _without_pictures(label, len(table), reading.dropped, found)
+        names = dict.fromkeys(renamed({}, columns)) if columns and reading.columns else reading.columns
+        raise _without_pictures(label, len(table), reading.dropped, names)
     return Samples(table, tuple(reading.dropped), outside=tuple(reading.folder.outside))
 
 
@@ -234,10 +234,11 @@ def to_dataset(samples: Iterable[Sample]) -> datasets.Dataset:
 
 
 class _Folder:
-    """The folder to which the paths of images are relative."""
+    """The folder to which the paths of images are relative; `others` are folders in which they may lie too."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, others: Iterable[Path] = ()):
         self._path, self._real = path, os.path.realpath(path)
+        self._inside = tuple(os.path.join(os.path.realpath(one), "") for one in (path, *others))
         if fault := half_character(self._real):
             got = f"the folder {printable(self._real)}, whose name has {fault}"
             raise DataError(got, "a name in UTF-8", "rename it")
@@ -273,10 +274,10 @@ class _Folder:
         raise UnusableError(fault)
 
     def _is_outside(self, path: Path) -> bool:
-        """Whether the path leads outside the folder once links are resolved."""
+        """Whether the path leads outside the folders once links are resolved."""
         folder, name = os.path.split(path)
         real = os.path.realpath(path) if os.path.islink(path) else os.path.join(self._real_folder(folder), name)
-        return not real.startswith(os.path.join(self._real, ""))
+        return not real.startswith(self._inside)
 
 
 def readable(samples: Samples) -> Samples:

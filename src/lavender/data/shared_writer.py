@@ -25,7 +25,9 @@ class SharedStoreWriter(StoreWriter):
         num_doubled: records of this process, and their maps, that another process had written first.
 
     Raises:
-        ConfigError, StoreError: as `StoreWriter`. A process that holds the lock is waited for.
+        ConfigError, StoreError: as `StoreWriter`. Another process of a launch that holds the lock is waited for. A
+            writer alone is refused when the store is opened, and waited for when records are written; a warning of
+            the logger of `lavender` names a process that is waited for longer than `PATIENCE`.
     """
 
     _is_shared = True
@@ -49,7 +51,7 @@ class SharedStoreWriter(StoreWriter):
         """As `StoreWriter.flush`, once no other process is writing."""
         if not self._buffer:
             return
-        self._lock = self._take_lock()
+        self._lock = take_lock(self.path, of_launch=True, refuses=False)  # what is buffered is not given up
         try:
             self.refresh()
             super().flush()
@@ -64,7 +66,9 @@ class SharedStoreWriter(StoreWriter):
         """
         check_same(self.path, read_manifest(self.path), self._manifest)
         new = sorted(set(shard_numbers(self.path)) - self._numbers)
-        written = {key.tobytes() for number in new for key in Shard(self.path, number, self._manifest).keys}
+        shards = [Shard(self.path, number, self._manifest) for number in new]
+        written = {key.tobytes() for shard in shards for key in shard.keys}
+        self._num_written += sum(shard.num_words for shard in shards)
         self._numbers.update(new)
         self._done |= written
         doubled = [entry for entry in self._buffer if key_of(entry[0].image_id, entry[0].text) in written]
@@ -74,7 +78,7 @@ class SharedStoreWriter(StoreWriter):
             self.num_doubled = records + len(doubled), words + sum(len(entry[0].words) for entry in doubled)
 
     def _take_lock(self) -> int:
-        return take_lock(self.path, blocking=True)
+        return take_lock(self.path, of_launch=True)
 
     def _verifies(self, number: int) -> bool:
         return number % self.num_processes == self.rank

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lavender.config import ROLES
+from lavender.data.made_from import again
 from lavender.data.store_format import Manifest, Shard, key_of, read_manifest, shard_numbers, unreadable
 from lavender.data.store_writer import UNRECORDED, StoreWriter
 from lavender.errors import DataError, StoreError
@@ -81,7 +82,7 @@ class MapStore:
         missing = sorted(set(range(len(numbers))) - set(numbers))
         if missing:
             got = f"{path}, which has {len(numbers)} shards up to number {numbers[-1]} and none of number {missing[0]}"
-            raise StoreError(got, "all shards", "extract again: only the missing records are redone")
+            raise StoreError(got, "all shards", f"{again(manifest.info)}: only the missing records are redone")
         shards = [Shard(path, number, manifest) for number in numbers]
         if verify:
             for shard in shards:
@@ -190,6 +191,22 @@ class SeveralStores:
             do = "leave out those of another grid, or extract them again with the same --grid"
             raise DataError(f"the map stores {grids or 'of an empty list'}", "map stores of one grid", do)
         self._stores, self.grid = stores, stores[0].grid
+
+    @classmethod
+    def open(cls, paths: str | Path | Sequence[str | Path]) -> SeveralStores:
+        """The stores in these folders, or in this one.
+
+        Raises:
+            DataError: no folder, or stores of different grids.
+            StoreError: as `MapStore.open`.
+        """
+        listed = [paths] if isinstance(paths, (str, Path)) else paths
+        return cls(*[MapStore.open(path) for path in dict.fromkeys(listed)])
+
+    @property
+    def paths(self) -> list[Path]:
+        """The folders of the stores."""
+        return [store.path for store in self._stores]
 
     @property
     def roles(self) -> frozenset[str] | None:

@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import save
 
+from lavender.data.made_from import again
 from lavender.errors import StoreError
 from lavender.files import READ, read_at, read_whole
 from lavender.maps import Dropped, Word, WordMaps
@@ -118,7 +119,7 @@ def read_manifest(folder: Path) -> Manifest:
         if values["format"] == FORMAT and manifest.content() != content:
             raise ValueError("its checksum is not that of what was written")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        do = "restore the file from a copy, or extract to another folder"
+        do = "restore the file from a copy, or make the store again in another folder"
         raise StoreError(f"{path}, which is damaged: {error!r}", "the manifest of a map store", do) from error
     if values["format"] != FORMAT:
         raise _other_format(folder, values["format"])
@@ -127,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _other_format(folder: Path, version: object) -> StoreError:
     is_older = type(version) is int and version < FORMAT
-    do = "extract again to another folder" if is_older else "use the release that wrote it"
+    do = "make the store again in another folder" if is_older else "use the release that wrote it"
     return StoreError(f"{folder} in format {version}", f"format {FORMAT}", do)
 
 
@@ -389,7 +390,7 @@ class Shard:
 
     def _redo(self) -> str:
         index, maps = index_path(self._folder, self._number).name, maps_path(self._folder, self._number).name
-        return f"delete {index} and {maps} and extract again: only their records are redone"
+        return f"delete {index} and {maps} and {again(self._manifest.info)}: only their records are redone"
 
 
 def unreadable(path: Path, error: OSError) -> StoreError:

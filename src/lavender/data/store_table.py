@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from lavender.data.made_from import without_sources
 from lavender.data.store import MapStore
 from lavender.data.store_tools import stats, store_folder, whole_folder
 from lavender.data.store_writer import quantised
@@ -105,7 +106,12 @@ def export_table(store: str | Path, out: str | Path, repository: str = "NAME/REP
             columns = {name: [row[name] for row in piece] for name in features}
             path = folder / "data" / f"train-{index:05}-of-{number:05}.parquet"
             datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
-        facts = {"grid": opened.grid, "identity": opened.identity, "info": opened.info, "records": len(opened)}
+        facts = {
+            "grid": opened.grid,
+            "identity": opened.identity,
+            "info": without_sources(opened.info),
+            "records": len(opened),
+        }
         write_whole(folder / FACTS, json.dumps(facts, indent=1, ensure_ascii=False))
         write_whole(folder / "README.md", _card(stats(opened), repository))
     return len(opened)
@@ -166,7 +172,8 @@ def _card(found: dict[str, Any], repository: str) -> str:
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
     )
     rows, cols = found["grid"]
-    settings = json.dumps({name: found[name] for name in ("identity", "info")}, indent=1, ensure_ascii=False)
+    made = {"identity": found["identity"], "info": without_sources(found["info"])}
+    settings = json.dumps(made, indent=1, ensure_ascii=False)
     text = _CARD.format(**found, rows=rows, cols=cols, settings=settings, repository=repository)
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
@@ -198,13 +205,14 @@ def import_table(source: str | Path, out: str | Path) -> int:
     try:
         facts = json.loads(read_whole(source / FACTS))
         rows, cols = facts["grid"]
-        number, identity, info = facts["records"], dict(facts["identity"]), dict(facts["info"])
+        number, identity, info = facts["records"], dict(facts["identity"]), without_sources(facts["info"])
         if not all(type(value) is int for value in (rows, cols, number)) or min(rows, cols) < 1:
             raise ValueError(f"grid {facts['grid']} and records {number!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_table(f"{source / FACTS}: {error!r}") from error
     index = added = 0
     with store_folder(expanded(out)) as folder, MapStore.writer(folder, identity, info, (rows, cols)) as writer:
+        writer.note_source("import", [str(source.absolute())])
         for table in _tables(source, rows * cols):
             try:
                 for row, maps in zip(table.drop(["maps"]).to_pylist(), _maps(table, (rows, cols)), strict=True):

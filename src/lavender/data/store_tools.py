@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lavender.data.made_from import without_sources
 from lavender.data.store import MapStore, SeveralStores
 from lavender.data.store_format import MANIFEST, Shard, index_path, maps_path, read_manifest, shard_numbers
 from lavender.data.store_writer import differing
@@ -227,6 +228,7 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> Merged:
     repeated = _repeated(before)
     identity, info, grid = before[0].identity, _common([store.info for store in stores]), before[0].grid
     with store_folder(out) as folder, MapStore.writer(folder, identity, info, grid) as writer:
+        writer.note_source("merge", [str(path) for path in folders])
         added = sum(writer.add(record) for store in stores for record in store)
         return Merged(len(writer), added, repeated)
 
@@ -325,7 +327,7 @@ def _is_same(first: WordMaps, second: WordMaps) -> bool:
 def _common(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The info of a merged store: values on which the stores agree; of other entries, the list of values."""
     merged = {}
-    for name in dict.fromkeys(name for info in infos for name in info):
+    for name in dict.fromkeys(name for info in infos for name in without_sources(info)):
         values: list[Any] = []
         for info in infos:
             if name in info and info[name] not in values:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import stat
-from collections.abc import Mapping, Set
+import time
+from collections.abc import Mapping, Sequence, Set
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +18,8 @@ import torch
 from filelock import lock_descriptor
 from torch import Tensor
 
+from lavender.data.left_out import LeftOut, left_out_of
+from lavender.data.made_from import with_source
 from lavender.data.store_format import (
     MANIFEST,
     Manifest,
@@ -29,7 +35,12 @@ from lavender.errors import ConfigError, StoreError
 from lavender.files import BINARY, NO_LINK, TEMPORARY, write_whole
 from lavender.maps import WordMaps
 
+log = logging.getLogger(__name__)
+
+PATIENCE = 5.0
+"""Seconds for which a process of a launch waits for the lock before it says so. Others hold it while they write."""
 _LOCK = "writer.lock"
+_OF_LAUNCH = " of a launch"
 _PREFIXES = (_LOCK, MANIFEST, "extraction.json", "shard-", TEMPORARY)
 """How the names of files begin that a writer writes or removes."""
 UNRECORDED = {"texts": "answers"}
@@ -65,6 +76,7 @@ class StoreWriter:
         self._records_per_shard = records_per_shard
         self._buffer: list[tuple[WordMaps, np.ndarray, np.ndarray]] = []
         self._done: set[bytes] = set()
+        self._num_written = 0  # maps in the shards
         self._lock: int | None = None
         try:
             self._manifest = Manifest.new(identity, self.grid, info)
@@ -103,9 +115,10 @@ class StoreWriter:
             if self._verifies(number):
                 shard.verify()
             self._done.update(key.tobytes() for key in shard.keys)
+            self._num_written += shard.num_words
 
     def _take_lock(self) -> int:
-        return take_lock(self.path, blocking=False)
+        return take_lock(self.path)
 
     def _verifies(self, number: int) -> bool:
         """Whether opening compares the checksums of a shard's records."""
@@ -119,6 +132,32 @@ class StoreWriter:
     def __len__(self) -> int:
         """The number of records, including those in the buffer."""
         return len(self._done)
+
+    @property
+    def num_words(self) -> int:
+        """The number of maps, including those in the buffer."""
+        return self._num_written + sum(len(entry[0].words) for entry in self._buffer)
+
+    def note_source(self, how: str, sources: Sequence[str]) -> None:
+        """Add to the info of the store that a command adds records from there; see `lavender.data.made_from`.
+
+        Raises:
+            StoreError: the manifest cannot be written.
+        """
+        info = with_source(self._manifest.info, how, sources, has_records=bool(self._done))
+        if info == self._manifest.info:
+            return
+        manifest = self._manifest._replace(info=info)
+        try:
+            write_whole(self.path / MANIFEST, manifest.content())
+        except OSError as error:
+            raise _unwritten(self.path / MANIFEST, error, "nothing was changed") from error
+        self._manifest = manifest
+
+    @cached_property
+    def left_out(self) -> dict[bytes, LeftOut]:
+        """`key_of` each record without a word or with dropped words → what it left out, of the shards on disk."""
+        return dict(left_out_of(self.path, sorted(self._numbers)))
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         """Whether (image_id, text) has been added, by this or an earlier writer."""
@@ -183,6 +222,7 @@ class StoreWriter:
             kept = len(self._done) - len(self._buffer)
             survives = f"the {kept} records written before are whole, the last {len(self._buffer)} are not written"
             raise _unwritten(index_path(self.path, number), error, survives) from error
+        self._num_written = self.num_words
         self._buffer.clear()
         self._numbers.add(number)
 
@@ -261,11 +301,13 @@ def check_same(folder: Path, stored: Manifest, wanted: Manifest) -> None:
         raise StoreError(got, "the same settings", "choose another folder, or set them as they are there")
 
 
-def take_lock(folder: Path, blocking: bool) -> int:
+def take_lock(folder: Path, of_launch: bool = False, refuses: bool = True) -> int:
     """Take the folder's lock, whose file names the process that holds it. The system releases it when that ends.
 
     Args:
-        blocking: wait for another process that holds it, instead of raising StoreError.
+        of_launch: this process writes with others, and holds the lock for moments. It waits for them, and says so if
+            it waits long. Otherwise a process that holds the lock is a StoreError.
+        refuses: of a launch: whether a writer alone, which holds the lock until it ends, is a StoreError too.
     """
     path = folder / _LOCK
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | BINARY, 0o644)
@@ -273,19 +315,39 @@ def take_lock(folder: Path, blocking: bool) -> int:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise StoreError(f"{path}, which is another file's second name", "a file of a map store", "remove it")
-        if not lock_descriptor(descriptor, blocking=blocking):
-            got = f"{folder}, which {_holder(descriptor)} is writing to"
-            raise StoreError(got, "one writer at a time", "wait until it ends, or choose another folder")
+        if not lock_descriptor(descriptor, blocking=False):
+            _wait(descriptor, folder, of_launch, refuses)
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, f"{os.getpid()}{_OF_LAUNCH if of_launch else ''}".encode())
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
+def _wait(descriptor: int, folder: Path, of_launch: bool, refuses: bool) -> None:
+    """Take the lock that another process holds, or raise StoreError; see `take_lock`."""
+    before, until = "", time.monotonic() + PATIENCE
+    while of_launch:
+        # another process may have taken the lock and not yet written its name, so the name is read twice
+        before, holder = _holder(descriptor), before
+        if time.monotonic() > until and holder == before:
+            break
+        time.sleep(0.02)
+        if lock_descriptor(descriptor, blocking=False):
+            return
+    holder = _holder(descriptor)
+    if not of_launch or (refuses and re.fullmatch(r"process \d+", holder)):
+        got = f"{folder}, which {holder} is writing to"
+        raise StoreError(got, "one writer at a time", "wait until it ends, or choose another folder")
+    log.warning("waiting for %s, which is writing to %s", holder, folder)
+    lock_descriptor(descriptor, blocking=True)
+
+
 def _holder(descriptor: int) -> str:
     try:
-        return f"process {os.read(descriptor, 32).decode(errors='replace')}"
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return f"process {os.read(descriptor, 64).decode(errors='replace')}"
     except OSError:  # on Windows a locked file cannot be read
         return "another process"

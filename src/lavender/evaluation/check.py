@@ -47,7 +47,7 @@ from lavender.config import AlignmentConfig, Attributes
 from lavender.data.about import Link, links_of
 from lavender.data.images import image_id
 from lavender.data.samples import Sample, Samples, read_samples, readable
-from lavender.data.store import MapStore
+from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import DataError, NotFiniteError
 from lavender.evaluation.compare import left_out, readings_of, require_limit, spread
 from lavender.evaluation.leave_out import Case, Measured, measure
@@ -78,7 +78,7 @@ def check_model(
     Args:
         model_path: a run folder, model folder or hub id.
         data: what `lavender.data.read_samples` reads.
-        maps: map store with the teacher's maps of the answers.
+        maps: map store with the teacher's maps of the answers, or several.
         limit: number of samples to use, spread evenly over the data.
         attributes: the map of an adjective, as in `AlignmentConfig`. Words with an entry in the column `about` take
             the map that it names.
@@ -97,7 +97,7 @@ def check_model(
         ModelError: the model is missing or damaged.
     """
     require_limit(limit)
-    store = MapStore.open(maps)
+    store = SeveralStores.open(maps)
     read = read_samples(data, columns=columns).samples
     samples = readable(Samples(spread(read, limit))).samples
     model, processor = load_run(model_path, trust_remote_code=trust_remote_code)
@@ -123,7 +123,9 @@ def check_model(
     return {**result, **promise(result)._asdict()}
 
 
-def cases_of(samples: Sequence[Sample], store: MapStore, attributes: Attributes, dropped: Counter[str]) -> list[Case]:
+def cases_of(
+    samples: Sequence[Sample], store: MapStore | SeveralStores, attributes: Attributes, dropped: Counter[str]
+) -> list[Case]:
     """The mapped words of the samples' first answers, with the maps that training would align them to.
 
     Raises:

@@ -25,10 +25,10 @@ from lavender.evaluation.compare import (
     spread,
 )
 from lavender.evaluation.report.page import Curve, Report, Table, write_report
-from lavender.files import expanded, write_whole
+from lavender.files import data_path, expanded, write_whole
 from lavender.students.loading import load_run
 from lavender.students.word_maps import AnsweredPicture
-from lavender.training.run_folder import CONFIG, METRICS, NOT_RECORDED, flat, read_config
+from lavender.training.run_folder import CONFIG, METRICS, NOT_RECORDED, defaults_before, flat, read_config
 
 NUM_PANELS = 6
 
@@ -37,7 +37,7 @@ def evaluate_runs(
     run: Path,
     against: Sequence[Path],
     data: Path | None = None,
-    maps: Path | None = None,
+    maps: str | Path | Sequence[str | Path] | None = None,
     limit: int = 64,
     trust_remote_code: bool = False,
     columns: Mapping[str, str] | None = None,
@@ -48,7 +48,7 @@ def evaluate_runs(
         run: run folder, as `lavender train` writes it.
         against: other run folders or checkpoints to compare with.
         data: folder or file of held-out data; None for the data that the run was trained on.
-        maps: map store of `data`; None for the run's stores if `data` is None, else no maps.
+        maps: map store of `data`, or several; None for the run's stores if `data` is None, else no maps.
         limit: the largest number of samples, spread evenly over the data.
         trust_remote_code: run the code that comes with a model.
         columns: names of columns of `data`, as in `read_samples`; None for the run's if `data` is None, else for the
@@ -72,7 +72,7 @@ def evaluate_runs(
     arm_paths = _arms(config, run, against)
     differing, notes = _differing_settings(arm_paths)
     on_training_data = data is None
-    data = Path(config["data"]) if data is None else data
+    data = data_path(config["data"]) if data is None else data
     stores = _open_stores(config["maps"] if maps is None and on_training_data else maps)
     columns = config.get("columns") if columns is None and on_training_data else columns
     read = read_samples(data, prompt, columns)
@@ -181,8 +181,8 @@ def _read_scores(run: Path) -> dict[str, Any] | None:
     return scored
 
 
-def _open_stores(maps: str | Path | list[str] | None) -> list[MapStore]:
-    return [MapStore.open(path) for path in (maps if isinstance(maps, list) else [maps]) if path is not None]
+def _open_stores(maps: str | Path | Sequence[str | Path] | None) -> list[MapStore]:
+    return [MapStore.open(path) for path in ([maps] if isinstance(maps, (str, Path)) else maps or ())]
 
 
 def _joined(stores: Sequence[MapStore]) -> SeveralStores | None:
@@ -203,27 +203,35 @@ _IGNORED_SETTINGS = ("out", "versions.platform", "later_versions")
 def _differing_settings(arms: Mapping[str, str | Path]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """(setting → model name → value for each setting in which two runs differ, notes about them).
 
-    A setting that a run did not record never gets today's default: the run may be older than the default. Settings of
-    alignment that are missing count as different; the others are only counted in a note.
+    A setting that a run did not record, because it is from before the setting, has its default, and is named as such.
+    A run of the first versions did not record all of its settings, and these never get today's default: the run may be
+    older than the default. Settings of alignment that it lacks count as different; the others are only counted in a
+    note.
     """
+    configs = {name: read_config(Path(path)) for name, path in arms.items() if (Path(path) / CONFIG).is_file()}
     recorded = {
-        name: {key.removeprefix("record."): value for key, value in flat(read_config(Path(path)))}
-        for name, path in arms.items()
-        if (Path(path) / CONFIG).is_file()
+        name: {key.removeprefix("record."): value for key, value in flat(config)} for name, config in configs.items()
     }
+    defaults = {name: defaults_before(config) for name, config in configs.items()}
     all_keys = dict.fromkeys(key for settings in recorded.values() for key in settings)
     keys = [key for key in all_keys if not key.startswith(_IGNORED_SETTINGS)]
     alignment = {setting.name for setting in fields(AlignmentConfig)}
     differing: dict[str, dict[str, Any]] = {}
     for key in keys:
-        values = {name: settings.get(key, NOT_RECORDED) for name, settings in recorded.items()}
+        values = {name: (defaults[name] | settings).get(key, NOT_RECORDED) for name, settings in recorded.items()}
         known = [value for value in values.values() if value != NOT_RECORDED]
         if any(value != known[0] for value in known) or (len(known) < len(values) and key in alignment):
-            differing[key] = values
+            differing[key] = {
+                name: f"{_shown(value)} (default, not recorded)" if key in defaults[name] else value
+                for name, value in values.items()
+            }
     notes = []
     for name, settings in recorded.items():
-        if missing := [key for key in keys if key not in settings]:
-            notes.append(f"{name} did not record {len(missing)} of its settings, such as {', '.join(missing[:3])}")
+        missing = [key for key in keys if key not in settings]
+        if since := [key for key in missing if key in defaults[name]]:
+            notes.append(f"{name} is from before {', '.join(since)}; the default counts")
+        if others := [key for key in missing if key not in defaults[name]]:
+            notes.append(f"{name} did not record {len(others)} of its settings, such as {', '.join(others[:3])}")
     if unknown := [str(path) for name, path in arms.items() if name != "base" and name not in recorded]:
         notes.append(f"no settings are recorded in {', '.join(unknown)}")
     for key, values in differing.items():

@@ -6,18 +6,20 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from PIL import Image
 
-from lavender.config import ExtractionConfig, Texts
+from lavender.config import ExtractionConfig, PartOfSpeech, Texts
 from lavender.data.images import image_id
+from lavender.data.left_out import LeftOut
 from lavender.data.samples import Sample, Samples
+from lavender.data.store_format import key_of
 from lavender.errors import DataError
 from lavender.maps import Dropped, WordMaps
 from lavender.teachers.diffusion.teacher import Job, Teacher
@@ -28,6 +30,21 @@ from lavender.words import content_words, too_long
 
 READ_AHEAD = 4
 """How many batches of images, already resized, may wait for the teacher."""
+
+
+class Done(Protocol):
+    """What a store has, as `StoreWriter` tells it.
+
+    Attributes:
+        left_out: `key_of` each record without a word or with dropped words → what it left out.
+    """
+
+    @property
+    def left_out(self) -> Mapping[bytes, LeftOut]: ...
+
+    def __contains__(self, key: tuple[str, str], /) -> bool:
+        """Whether there is a record of (image_id, text)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ def store_info(dtype: torch.dtype) -> dict[str, str]:
 def steps_of(
     samples: Samples,
     teacher: Teacher,
-    done: Container[tuple[str, str]],
+    done: Done,
     strict: bool,
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
 ) -> Generator[Step, None, None]:
@@ -138,14 +155,12 @@ def steps_of(
                 remaining = num_different(samples, teacher.config.texts) - already_there
                 on_estimate(_estimate(remaining, batch, time.monotonic() - started, teacher.config))
                 is_first = False
-            dropped = [_dropped_words(record) for record in maps]
+            dropped = [_dropped_words(record.text, record.dropped) for record in maps]
             errors = teacher.reconstruction[num_errors:]
             yield Step(len(batch), maps, dropped_of_maps=dropped, reconstruction=errors)
 
 
-def _read(
-    samples: Iterable[Sample], teacher: Teacher, done: Container[tuple[str, str]], strict: bool
-) -> Iterator[Job | Step]:
+def _read(samples: Iterable[Sample], teacher: Teacher, done: Done, strict: bool) -> Iterator[Job | Step]:
     """Every pair of every sample: images decoded, hashed and resized, words found."""
     seen: set[tuple[str, str]] = set()
     texts = teacher.config.texts
@@ -169,37 +184,49 @@ def _pairs(
     sample: Sample,
     images: Sequence[Image.Image],
     teacher: Teacher,
-    done: Container[tuple[str, str]],
+    done: Done,
     seen: set[tuple[str, str]],
     strict: bool,
 ) -> Iterator[Job | Step]:
     """A job for each pair of a sample that is new and has a word to map."""
-    config, answers = teacher.config, set(sample.answers)
+    config = teacher.config
     image_ids, views = [image_id(image) for image in images], {}
     for index, text in sample.pairs_of(config.texts):
         key = image_ids[index], text
-        if key in seen or key in done:
-            yield Step(already_there=1, repeated=int(key in seen))
-            seen.add(key)
+        if key in seen:
+            yield Step(already_there=1, repeated=1)
             continue
         seen.add(key)
+        if key in done:
+            before = done.left_out.get(key_of(*key))
+            dropped = [] if before is None else _left_out(sample, text, before, config.parts_of_speech, strict)
+            yield Step(already_there=1, dropped_before=[(key, dropped)])
+            continue
         if words := content_words(text, config.parts_of_speech):
             if index not in views:
                 views[index] = teacher.view(images[index])
             yield Job(views[index], *key, words)
             continue
         record = WordMaps(*key, (), torch.zeros(0, *config.grid), too_long(text))
-        if text not in answers:  # a question may name nothing: "what is it?"
-            yield Step(maps=[record], dropped_of_maps=[_dropped_words(record)])
-            continue
-        drop = Dropped(f"{sample.name}: {text[:60]!r}", f"no word that is a {' or '.join(config.parts_of_speech)}")
-        if strict:
-            _refuse(drop)
-        yield Step(maps=[record], dropped_of_maps=[[drop, *_dropped_words(record)]])
+        dropped = _left_out(sample, text, LeftOut(False, record.dropped), config.parts_of_speech, strict)
+        yield Step(maps=[record], dropped_of_maps=[dropped])
 
 
-def _dropped_words(record: WordMaps) -> list[Dropped]:
-    return [Dropped(f"{drop.what!r} in {record.text[:60]!r}", drop.reason) for drop in record.dropped]
+def _left_out(
+    sample: Sample, text: str, record: LeftOut, parts_of_speech: Sequence[PartOfSpeech], strict: bool
+) -> list[Dropped]:
+    """What the record of a text left out, by name. Raises DataError if strict and an answer has no word to map."""
+    words = _dropped_words(text, record.dropped)
+    if record.has_words or text not in sample.answers or content_words(text, parts_of_speech):
+        return words  # a question may name nothing: "what is it?"
+    drop = Dropped(f"{sample.name}: {text[:60]!r}", f"no word that is a {' or '.join(parts_of_speech)}")
+    if strict:
+        _refuse(drop)
+    return [drop, *words]
+
+
+def _dropped_words(text: str, dropped: Iterable[Dropped]) -> list[Dropped]:
+    return [Dropped(f"{drop.what!r} in {text[:60]!r}", drop.reason) for drop in dropped]
 
 
 def _windows(items: Iterator[Job | Step], size: int) -> Iterator[list[Job] | Step]:

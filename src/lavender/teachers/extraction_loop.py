@@ -33,6 +33,8 @@ class Step:
         dropped_of_maps: what is dropped of each record of `maps`, or () for all. It is counted once, also if several
             processes make the record.
         already_there: how many of the texts the store already has, or will have from this run.
+        dropped_before: what was dropped of records that the store had before this run. So the summary names it as if
+            an extraction that was stopped had not been.
         repeated: how many of these came up in this run before.
         reconstruction: the mean squared errors of null-text inversion, see `Summary.reconstruction`.
     """
@@ -42,6 +44,7 @@ class Step:
     dropped: Sequence[Dropped] = ()
     dropped_of_maps: Sequence[Sequence[Dropped]] = ()
     already_there: int = 0
+    dropped_before: Sequence[Drops] = ()
     repeated: int = 0
     reconstruction: Sequence[float] = ()
 
@@ -51,6 +54,7 @@ class Step:
         if self.dropped_of_maps:
             for maps, dropped in zip(self.maps, self.dropped_of_maps, strict=True):
                 yield (maps.image_id, maps.text), dropped
+        yield from self.dropped_before
 
 
 def write_maps(
@@ -110,7 +114,7 @@ def write_maps(
     summary.dropped = _named_once(drops)
     summary.reconstruction = fmean(errors) if errors else None
     if launch is None or launch.rank == 0:
-        history.add(summary, len(writer))
+        history.add(summary, len(writer), writer.num_words)
     return summary
 
 

@@ -99,6 +99,7 @@ class _Work:
 
     def steps(self, samples: Samples, writer: StoreWriter) -> Generator[Step, None, None]:
         """A step for each image of the data set, with the records of all of its texts."""
+        writer.note_source("import", [str(self._source.absolute())])
         texts: dict[Path, list[str]] = {}
         places: dict[Path, tuple[int, int]] = {}  # a sample of the image, and which of its images it is
         for place, sample in enumerate(samples):
@@ -144,19 +145,23 @@ class _Work:
             raise DataError(got, "a folder per image", "give each image and its folder a name of its own")
 
     def _of_image(self, image: Image.Image, folder: Path, texts: list[str], writer: StoreWriter) -> Step:
-        """The records of the texts on an image. Raises DataError if strict."""
+        """The records of the texts on an image. What is dropped of it is named again where a run was stopped.
+
+        Raises:
+            DataError: with strict, a file that cannot be used.
+        """
         identity, box = image_id(image), _box(image, self._geometry)
-        new = [text for text in dict.fromkeys(texts) if (identity, text) not in writer]
-        heat, dropped = self._read_all(folder, box) if new else ({}, [])
-        records = [_record(identity, text, heat, self.grid) for text in new]
+        heat, dropped = self._read_all(folder, box)
+        records = [_record(identity, text, heat, self.grid) for text in dict.fromkeys(texts)]
+        new = [record for record in records if (identity, record.text) not in writer]
         used = {_key(word.text) for record in records for word in record.words}
         dropped += [
             Dropped(f"{folder.name}: {word!r}", "a map of a word that is in no text of the image")
             for word in heat
-            if new and word not in used
+            if word not in used
         ]
         self._check(dropped)
-        return Step(len(texts), maps=records, dropped=dropped, already_there=len(texts) - len(new))
+        return Step(len(texts), maps=new, dropped=dropped, already_there=len(texts) - len(new))
 
     def _read_all(
         self, folder: Path, box: tuple[float, float, float, float]

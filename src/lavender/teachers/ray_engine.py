@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lavender.config import ExtractionConfig
+from lavender.data.left_out import LeftOut
 from lavender.data.samples import Sample, Samples
 from lavender.data.store_format import key_of
 from lavender.errors import ConfigError, DataError
@@ -101,7 +102,7 @@ def extract_on_ray(
         out,
         lambda writer: run_on_ray(
             _Tasks(samples, size),
-            _Mapper(plan, strict, _Keys(writer.keys)),
+            _Mapper(plan, strict, _Keys(writer.keys, writer.left_out)),
             workers=workers,
             gpu=plan.device.startswith("cuda"),
         ),
@@ -132,9 +133,10 @@ class _Mapper:
 
 
 class _Keys:
-    """The pairs (image id, text) of a store, in 16 bytes each."""
+    """The pairs (image id, text) of a store, in 16 bytes each, and what its records left out."""
 
-    def __init__(self, keys: Iterable[bytes]):
+    def __init__(self, keys: Iterable[bytes], left_out: Mapping[bytes, LeftOut]):
+        self.left_out = left_out
         self._keys = np.frombuffer(b"".join(sorted(keys)), "V16")
 
     def __contains__(self, key: tuple[str, str]) -> bool:

@@ -45,8 +45,10 @@ class Summary:
 class History:
     """The file extraction.json in a map store, with a summary of every finished run that wrote to the store.
 
-    `records`, `words` and `seconds` are sums over `runs`, and `in_store` is the number of records in the store. The
-    other entries are those of the last run. `dropped_before` names what only earlier runs dropped.
+    `records`, `words` and `seconds` are sums over `runs`. `in_store` and `words_in_store` count the store's records and
+    their maps. The other entries are those of the last run. `dropped_before` names what only earlier runs dropped.
+    Records that no finished run wrote have an entry in `runs` too, whose `finished` is null: a run that was stopped
+    wrote them, or another command. How long that took is not known.
 
     Args:
         folder: the store's folder. The file is read at once, so that a damaged file is reported before the work.
@@ -58,25 +60,28 @@ class History:
     def __init__(self, folder: str | Path):
         self._path = expanded(folder) / "extraction.json"
         self._before: dict[str, Any] = {"dropped": [], "dropped_before": [], "runs": []}
+        self._before |= {"in_store": 0, "words_in_store": 0}
         if not os.path.lexists(self._path):
             return
         try:
             content = json.loads(read_whole(self._path))
+            content = {"words_in_store": content["words"], **content}  # earlier releases did not write it
             self._before = {name: content[name] for name in self._before}
             # check that what `add` reads is there
-            self._sums([dict.fromkeys(_COUNTS, 0)])
+            self._sums([dict.fromkeys(_COUNTS, self._before["in_store"] - self._before["words_in_store"])])
             [Dropped(drop["what"], drop["reason"]) for drop in self._drops_before()]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             got = f"{self._path}, which cannot be read as the record of an extraction: {error!r}"
             do = "move it away; the maps do not need it"
             raise StoreError(got, "what `lavender extract` writes", do) from error
 
-    def add(self, summary: Summary, in_store: int) -> None:
+    def add(self, summary: Summary, in_store: int, words_in_store: int) -> None:
         """Add a run to the file.
 
         Args:
             summary: the run's.
             in_store: the number of records in the store.
+            words_in_store: the number of their maps.
 
         Raises:
             StoreError: the file cannot be written. The maps are complete.
@@ -85,17 +90,24 @@ class History:
         reconstruction = {} if summary.reconstruction is None else {"reconstruction": summary.reconstruction}
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         dropped_now = {(drop.what, drop.reason) for drop in summary.dropped}
-        run = {"finished": finished, **now, **reconstruction, "dropped": len(summary.dropped)}
+        runs = [{"finished": finished, **now, **reconstruction, "dropped": len(summary.dropped)}]
+        others = {
+            "records": in_store - self._before["in_store"] - summary.records,
+            "words": words_in_store - self._before["words_in_store"] - summary.words,
+        }
+        if others["records"] > 0:
+            runs.insert(0, {"finished": None, **dict.fromkeys(_COUNTS, 0), **others, "dropped": 0})
         content = {
             **now,
-            **self._sums([now]),
+            **self._sums(runs),
             **reconstruction,
             "in_store": in_store,
+            "words_in_store": words_in_store,
             "dropped": [asdict(drop) for drop in summary.dropped],
             "dropped_before": [
                 drop for drop in self._drops_before() if (drop["what"], drop["reason"]) not in dropped_now
             ],
-            "runs": [*self._before["runs"], run],
+            "runs": [*self._before["runs"], *runs],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False)
         try:

@@ -11,14 +11,17 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lavender.config import DEFAULTS as BY_LOSS
+from lavender.config import RENAMED_LOSSES
 from lavender.errors import ConfigError, DataError, FileError
 from lavender.files import TEMPORARY, write_whole
+from lavender.training.arguments import AlignmentArguments
 from lavender.training.run_config import RunConfig
 from lavender.training.settings import training_keys
 from lavender.training.yaml_files import read_settings, yaml_text
@@ -233,6 +236,35 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         else:
             lines.append(f"{key.removeprefix('record.')}: {_shown(before)} → {_shown(after)}")
     return lines
+
+
+def defaults_before(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of this library that a run did not record because it is from before them, with their default.
+
+    A run records every setting that there is, so one that it lacks came later, and the default does what was done
+    before. Runs of the first versions did not record all of their settings: nothing is said of these.
+
+    Args:
+        found: the content of the run's config.yaml.
+
+    Returns:
+        Name → default, as `flat` gives it. `align_weight` and `sharpen` have the default of the run's loss.
+    """
+    if "record" not in found or not isinstance(found.get("training"), dict):
+        return {}
+    recorded, settings = dict(flat(found)), [*fields(RunConfig), *fields(AlignmentArguments)]
+    made = {
+        setting.name: setting.default if setting.default_factory is MISSING else setting.default_factory()
+        for setting in settings
+    }
+    loss = str(recorded.get("attention_loss", made["attention_loss"]))
+    made |= zip(("align_weight", "sharpen"), BY_LOSS.get(RENAMED_LOSSES.get(loss, loss), (2.0, 1.0)), strict=True)
+    present = {name.partition(".")[0] for name in recorded} | {"dtype"}  # recorded as resolved, not as "auto"
+    return {
+        name: value
+        for name, value in flat(json.loads(json.dumps(made, default=str)))
+        if name.partition(".")[0] not in present
+    }
 
 
 def _off() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lavender.data.published import text_rows
 from lavender.data.samples import Samples, read_samples, readable, to_dataset
 from lavender.data.tables import Wanted, parquet_rows
 from lavender.errors import ConfigError, DataError
+from lavender.files import data_path
 from lavender.training.run_config import read_run
 
 
@@ -527,6 +528,73 @@ def test_a_hub_id_that_cannot_be_loaded(monkeypatch):
     message = failure("org/no-such-data:train")
     assert "org/no-such-data, which is no path here, and which `datasets` cannot load: " in message
     assert "data/train.jsonl, which does not exist" in failure("data/train.jsonl")  # no id: the ending of a file
+
+
+def cached(folder: Path, monkeypatch) -> Path:
+    """A picture as `datasets` downloads it: a link in the hub's cache to a file in it. The cache itself is a link."""
+    blob = folder / "disk" / "datasets--org--name" / "blobs" / "0f"
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(png(7))
+    (folder / "hub").symlink_to(folder / "disk")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    picture = folder / "hub" / "datasets--org--name" / "snapshots" / "1" / "a.png"
+    picture.parent.mkdir(parents=True)
+    picture.symlink_to("../../blobs/0f")
+    return picture
+
+
+@pytest.mark.parametrize("kind", ["hub id", "dataset", "saved", "arrow file"])
+def test_strict_takes_pictures_in_the_cache_of_datasets(folder, monkeypatch, kind):
+    """Pictures elsewhere are refused, also there."""
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    image = datasets.Image()
+    features = datasets.Features(image=image, text=datasets.Value("string"))
+    for picture, is_inside in ((cached(folder, monkeypatch), True), (folder / "a.png", False)):
+        rows = [{"image": {"bytes": None, "path": str(picture)}, "text": "A cat."}]
+        rows.append({"image": {"bytes": png(), "path": "b.png"}, "text": "A dog."})  # inside the table
+        table: Any = datasets.Dataset.from_list(rows, features=features)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, table=table, **named: table)
+        saved = folder / f"saved {is_inside}"
+        struct = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}  # an Image would be embedded
+        table.cast_column("image", datasets.Features(image=struct)["image"]).save_to_disk(saved)
+        data: Any = {"hub id": "org/name", "dataset": table, "saved": saved}.get(kind)
+        samples = read_samples(next(saved.glob("*.arrow")) if kind == "arrow file" else data)
+        assert answers(samples) == ["A cat.", "A dog."]
+        if is_inside:
+            samples.check_strict()
+            assert shade(samples.samples[0].load()[0]) == 7
+        else:
+            with pytest.raises(DataError, match=r"a\.png lies outside the folder"):
+                samples.check_strict()
+
+
+def test_strict_refuses_the_cache_of_datasets_in_files_of_others(folder, monkeypatch):
+    (folder / "mine").mkdir()
+    picture = cached(folder, monkeypatch)
+    samples = read_samples(jsonl(folder / "mine" / "x.jsonl", {"image": str(picture), "text": "A cat."}))
+    with pytest.raises(DataError, match=r"a\.png lies outside the folder"):
+        samples.check_strict()
+
+
+@pytest.mark.parametrize("name", ["./org/name", "../org/name", "~/org/name", "org/name/", "./org/name:train", "a/b/c"])
+def test_a_path_that_is_not_there_is_no_hub_id(folder, monkeypatch, name):
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **named: pytest.fail("the hub was asked"))
+    for given in (name, data_path(name), str(folder / "org" / "name")):  # as the commands give it: a Path
+        message = failure(given)
+        assert "org/name" in message or "a/b/c" in message
+        assert "which does not exist. Expected a file or folder of data. Do this: check the path" in message
+
+
+def test_a_path_with_a_dot_that_is_there_stays_as_it_is_written(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    jsonl(folder / "x.jsonl", *ROWS)
+    assert data_path("./x.jsonl") == Path("x.jsonl")
+    assert answers(read_samples("./x.jsonl")) == ["A cat.", "A dog."]
+    assert data_path("org/name:train") == Path("org/name:train")
 
 
 # on disk

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+from lavender.data import store_writer
 from lavender.data.shared_writer import SharedStoreWriter
 from lavender.data.store import MapStore
+from lavender.data.store_writer import take_lock
 from lavender.errors import StoreError
 from lavender.maps import Word, WordMaps
 
@@ -114,3 +117,67 @@ def test_settings_are_compared_as_by_one_writer(tmp_path):
         writer(tmp_path, 1, seed=1)
     with MapStore.writer(tmp_path, {"seed": 0}, {}, GRID) as alone:  # no lock was left
         alone.add(record(0))
+
+
+def locked_by_another(path: Path, of_launch: bool, until: Path) -> int:
+    """A process that holds the lock of a store until a file is there; its id. It has the lock on return."""
+    child = os.fork()
+    if not child:
+        try:
+            descriptor = take_lock(path, of_launch=of_launch)
+            (path.parent / "locked").touch()
+            while not until.exists():
+                time.sleep(0.01)
+            os.close(descriptor)
+        finally:
+            os._exit(0)
+    while not (path.parent / "locked").exists():
+        time.sleep(0.01)
+    return child
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    monkeypatch.setattr(store_writer, "PATIENCE", 0.1)
+
+
+def test_a_writer_alone_is_refused_by_name_when_a_launch_opens_its_store(tmp_path, impatient):
+    (tmp_path / "maps").mkdir()
+    child = locked_by_another(tmp_path / "maps", of_launch=False, until=tmp_path / "done")
+    try:
+        with pytest.raises(StoreError, match=f"which process {child} is writing to. Expected one writer at a time"):
+            writer(tmp_path / "maps", 0)
+    finally:
+        (tmp_path / "done").touch()
+        os.waitpid(child, 0)
+    with writer(tmp_path / "maps", 0) as first:
+        assert first.add(record(0))
+
+
+@pytest.mark.parametrize("of_launch", [False, True])
+def test_who_is_waited_for_is_named(tmp_path, impatient, of_launch):
+    """While a launch writes it waits for any process: what is buffered is not given up. It says so once."""
+    first = writer(tmp_path / "maps", 0)
+    assert first.add(record(0))
+    child = locked_by_another(tmp_path / "maps", of_launch, until=tmp_path / "done")
+    with mock.patch.object(store_writer.log, "warning", side_effect=lambda *said: (tmp_path / "done").touch()) as log:
+        first.flush()
+    os.waitpid(child, 0)
+    log.assert_called_once_with(
+        "waiting for %s, which is writing to %s",
+        f"process {child}{' of a launch' if of_launch else ''}",
+        tmp_path / "maps",
+    )
+    assert texts(tmp_path / "maps") == ["dog 0"]
+
+
+def test_a_process_of_a_launch_that_opens_the_store_is_waited_for(tmp_path, impatient):
+    (tmp_path / "maps").mkdir()
+    child = locked_by_another(tmp_path / "maps", of_launch=True, until=tmp_path / "done")
+    with (
+        mock.patch.object(store_writer.log, "warning", side_effect=lambda *said: (tmp_path / "done").touch()),
+        writer(tmp_path / "maps", 0) as first,
+    ):
+        assert first.add(record(0))
+    os.waitpid(child, 0)
+    assert texts(tmp_path / "maps") == ["dog 0"]

@@ -563,7 +563,9 @@ def test_a_folder_that_is_no_store(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": 4}')
     assert "in format 4. Expected format 3. Do this: use the release that wrote it" in failure(MapStore.open, tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 2, "identity": {}, "grid": [5, 7], "info": {}}')
-    assert "in format 2. Expected format 3. Do this: extract again to another folder" in failure(writer, tmp_path)
+    assert "in format 2. Expected format 3. Do this: make the store again in another folder" in failure(
+        writer, tmp_path
+    )
 
 
 def test_maps_that_are_not_heat_on_the_grid_are_refused(tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -189,7 +190,11 @@ def test_a_merge_has_every_record_once(tmp_path):
     assert "11 added, 2 were in an earlier store" in ran.out
     whole = fill(tmp_path / "whole", RECORDS)
     assert content(tmp_path / "all") == content(whole)
-    assert MapStore.open(tmp_path / "all").info == {"teacher": "tiny", "version": ["1", "2"]}
+    assert MapStore.open(tmp_path / "all").info == {
+        "teacher": "tiny",
+        "version": ["1", "2"],
+        "made_from": [{"merge": [str(first), str(second)]}],
+    }
     again = merge([first, second], tmp_path / "all")  # goes on where it was, here at its end
     assert (again.records, again.added, again.repeated) == (11, 0, 13)
 
@@ -243,6 +248,40 @@ def test_a_merge_into_a_store_redoes_its_lost_shards(store, tmp_path):
     assert content(store) == content(other)
 
 
+@pytest.mark.parametrize("way", ["merged", "imported", "merged into an extracted one"])
+def test_the_advice_for_a_damaged_shard_makes_its_records_again(store, tmp_path, way, monkeypatch):
+    """The advice is followed: the files are deleted, and the store is made again from what its manifest names."""
+    monkeypatch.setattr(MapStore, "writer", staticmethod(partial(MapStore.writer, records_per_shard=4)))
+    if way == "imported":
+        export_table(store, tmp_path / "table")
+    into = fill(tmp_path / "all", RECORDS[:1]) if way == "merged into an extracted one" else tmp_path / "all"
+    import_table(tmp_path / "table", into) if way == "imported" else merge([store], into)
+    expected = content(into)
+    source = tmp_path / "table" if way == "imported" else store
+    advice = {
+        "merged": f"merge {source} into it again",
+        "imported": f"import {source} into it again",
+        "merged into an extracted one": f"extract again and merge {source} into it again",
+    }[way]
+    maps = into / "shard-00001.safetensors"
+    damaged = bytearray(maps.read_bytes())
+    damaged[-1] ^= 1
+    maps.write_bytes(damaged)
+    with pytest.raises(StoreError) as caught:
+        list(MapStore.open(into))
+    files = "shard-00001.parquet and shard-00001.safetensors"
+    assert caught.value.do == f"delete {files} and {advice}: only their records are redone"
+    for name in files.split(" and "):
+        (into / name).unlink()
+    with pytest.raises(StoreError) as caught:
+        MapStore.open(into)
+    assert caught.value.do == f"{advice}: only the missing records are redone"
+    import_table(source, into) if way == "imported" else merge([source], into)
+    assert content(into) == expected
+    info = MapStore.open(into).info
+    assert len(info["made_from"]) == (2 if "extracted" in way else 1)  # the same source is named once
+
+
 def test_what_cannot_be_merged_or_joined_is_named(store, tmp_path):
     with pytest.raises(ConfigError, match="no store to merge"):
         merge([], tmp_path / "all")
@@ -267,7 +306,11 @@ def test_a_table_and_back_is_the_same_store(store, tmp_path, limit, monkeypatch)
     assert ran.out == f"11 records written to {tmp_path / 'again'}\n", ran.err
     assert content(tmp_path / "again") == content(store)
     opened, again = MapStore.open(store), MapStore.open(tmp_path / "again")
-    assert (again.identity, again.info, again.grid) == (opened.identity, opened.info, opened.grid)
+    assert (again.identity, again.grid) == (opened.identity, opened.grid)
+    assert again.info == {**opened.info, "made_from": [{"import": [str(table)]}]}
+    export_table(tmp_path / "again", tmp_path / "other")  # paths of this machine are not published
+    assert (tmp_path / "other" / FACTS).read_text() == (table / FACTS).read_text()
+    assert (tmp_path / "other" / "README.md").read_text() == (table / "README.md").read_text()
 
 
 def test_datasets_reads_a_table(store, tmp_path, monkeypatch):

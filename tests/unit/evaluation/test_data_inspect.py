@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from command_line import complaint, lavender
+from lavender.cli.main import FAILED
 from lavender.data.images import image_id, load_image
 from lavender.data.samples import Sample, read_samples
 from lavender.data.store import MapStore
@@ -228,6 +230,29 @@ def test_the_share_with_maps_is_of_pairs_of_picture_and_text(data, tmp_path):
         "with_maps": 1,
         "share_with_maps": 0.3333,
     }
+
+
+def test_the_share_with_maps_of_several_stores(data, tmp_path):
+    """As a run takes them: the first that has a pair answers, here without a map."""
+    identity = {name: image_id(load_image(data.parent / f"{name}.png", name)) for name in "abc"}
+    word = Word("man", 2, 5, "man", "noun")
+    one = WordMaps(identity["a"], ENGLISH, (word,), torch.ones(1, 2, 3))
+    none = WordMaps(identity["a"], ENGLISH, (), torch.zeros(0, 2, 3))
+    other = WordMaps(identity["c"], "Yes", (Word("Yes", 0, 3, "yes", "noun"),), torch.ones(1, 2, 3))
+    for name, records in {"first": [one], "second": [none, other], "wide": []}.items():
+        grid = (2, 5) if name == "wide" else (2, 3)
+        with MapStore.writer(tmp_path / name, {"teacher": "x", "texts": "answers"}, {}, grid) as writer:
+            assert all(writer.add(record) for record in records)
+    numbers = {}
+    for names in (("first", "second"), ("second", "first"), ("second",)):
+        stores = [str(tmp_path / name) for name in names]
+        ran = lavender("data", "inspect", data, "--maps", *stores)
+        facts = json.loads(ran.out)["maps"]
+        assert facts["stores"] == stores
+        numbers[names] = facts["records"], facts["with_maps"]
+    assert numbers == {("first", "second"): (2, 2), ("second", "first"): (2, 1), ("second",): (2, 1)}
+    ran = lavender("data", "inspect", data, "--maps", tmp_path / "first", "--maps", tmp_path / "wide")
+    assert "wide of 2 × 5 cells" in complaint(ran, FAILED)
 
 
 def test_the_page_names_what_is_broken_and_shows_samples(data):

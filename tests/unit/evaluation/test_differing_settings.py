@@ -49,6 +49,26 @@ def test_what_a_run_did_not_record_is_not_filled_in(tmp_path):
     assert f"no settings are recorded in {tmp_path}" in notes
 
 
+def test_a_run_from_before_a_setting_has_its_default(tmp_path):
+    """The old run records all settings that there were: without columns, rows, sharpen and word_share."""
+    record = {"content": {"data": "1"}}
+    shared = {"attention_loss": "published", "align_weight": 2.0}
+    old = folder(tmp_path / "old", training=shared, record=record)
+    new = folder(
+        tmp_path / "new",
+        training=shared | {"rows": "predict", "sharpen": 1.0, "word_share": 0.5, "adam_beta1": 0.9},
+        columns=None,
+        record=record,
+    )
+    differing, notes = _differing_settings({"old": old, "new": new})
+    assert differing == {"word_share": {"old": "1.0 (default, not recorded)", "new": 0.5}}  # sharpen of this loss is 1
+    assert notes == [
+        "old is from before columns, rows, sharpen, word_share; the default counts",
+        "old did not record 1 of its settings, such as adam_beta1",
+        "the runs differ in word_share: old 1.0 (default, not recorded), new 0.5",
+    ]
+
+
 @pytest.mark.parametrize("text", ["a: [", "- 1", "model: m", "model: m\x00", "{}"])
 def test_a_damaged_config(text, tmp_path):
     (tmp_path / "config.yaml").write_text(text)

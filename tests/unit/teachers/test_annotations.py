@@ -124,7 +124,8 @@ def test_data_of_ones_own_on_pictures_of_coco(coco, tmp_path):
 @pytest.mark.parametrize("stop", [1, 2])
 def test_stopped_and_started_again_it_ends_with_the_same_records(coco, tmp_path, stop):
     layout = coco.write()
-    _, undisturbed = run(layout, tmp_path / "undisturbed")
+    expected, undisturbed = run(layout, tmp_path / "undisturbed")
+    assert expected.dropped
     done = 0
 
     def interrupt(texts: int) -> None:
@@ -138,6 +139,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_records(coco, tmp_path,
     assert len(MapStore.open(tmp_path / "maps")) == stop
     summary, found = run(layout, tmp_path / "maps")
     assert (summary.already_there, summary.records) == (stop, 3 - stop)
+    assert summary.dropped == expected.dropped  # also what the first run had written and not told
     assert list(found) == list(undisturbed)
     for text, record in undisturbed.items():
         assert (found[text].words, found[text].dropped) == (record.words, record.dropped)

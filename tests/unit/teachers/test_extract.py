@@ -117,7 +117,11 @@ def test_the_maps_are_the_teachers(teacher, samples, tmp_path, pipeline):
 
 @pytest.mark.parametrize("stop", [1, 2, 5, 8])
 def test_stopped_and_started_again_it_ends_with_the_same_records(teacher, samples, tmp_path, stop):
-    extract(samples, teacher, tmp_path / "undisturbed")
+    """And with the same summary: records, words and what was dropped, also of what the first run had written."""
+    long = sample("row 9", shade(200), f"a {'x' * 300} sun")  # a word that is too long to map
+    samples = Samples((samples.samples[3], long, *samples.samples))
+    expected = extract(samples, teacher, tmp_path / "undisturbed")
+    assert len(expected.dropped) == 2
     done = 0
 
     def interrupt(texts: int) -> None:
@@ -129,10 +133,15 @@ def test_stopped_and_started_again_it_ends_with_the_same_records(teacher, sample
     with pytest.raises(KeyboardInterrupt):
         extract(samples, teacher, tmp_path / "maps", on_progress=interrupt)
     kept = len(MapStore.open(tmp_path / "maps"))
-    assert kept >= stop
+    assert kept >= stop - 1
     summary = extract(samples, teacher, tmp_path / "maps")
-    assert summary.already_there == kept
-    assert summary.records == 9 - kept
+    assert summary.already_there == kept + 1  # one sample is there twice
+    assert summary.records == 10 - kept
+    assert sorted(map(str, summary.dropped)) == sorted(map(str, expected.dropped))
+    whole, broken = (json.loads((tmp_path / name / "extraction.json").read_text()) for name in ("undisturbed", "maps"))
+    for name in ("records", "words", "in_store", "words_in_store", "without_picture", "dropped_before"):
+        assert broken[name] == whole[name], name
+    assert sorted(map(str, broken["dropped"])) == sorted(map(str, whole["dropped"]))
     assert_same(records(tmp_path / "maps"), records(tmp_path / "undisturbed"))
 
 
@@ -168,11 +177,13 @@ def test_a_failing_teacher_leaves_what_was_extracted(teacher, samples, tmp_path,
 
 
 def test_run_twice_nothing_is_done_again(teacher, samples, tmp_path, monkeypatch):
-    extract(samples, teacher, tmp_path / "maps")
+    first = extract(samples, teacher, tmp_path / "maps")
     monkeypatch.setattr(teacher, "_map_rows", lambda *args: pytest.fail("the teacher ran again"))
     summary = extract(samples, teacher, tmp_path / "maps")
     assert (summary.records, summary.words, summary.already_there) == (0, 0, 9)
-    assert [one.what for one in summary.dropped] == []
+    assert summary.dropped == first.dropped  # what the data lack is the same
+    with pytest.raises(DataError, match="row 3: '12, 3!': no word that is a noun"):
+        extract(samples, teacher, tmp_path / "maps", strict=True)  # as of a new store
 
 
 def test_bad_pictures_are_counted_and_named(teacher, tmp_path):

@@ -15,7 +15,7 @@ from lavender.config import ROLES, Texts
 from lavender.data.conversations import text_of
 from lavender.data.images import image_id
 from lavender.data.samples import Sample, Samples, read_samples
-from lavender.data.store import MapStore
+from lavender.data.store import SeveralStores
 from lavender.evaluation.data_checks.lengths import (
     CLIP_LIMIT,
     StudentCounter,
@@ -62,7 +62,7 @@ class Inspection:
 
 def inspect_data(
     data: Path,
-    maps: Path | None = None,
+    maps: str | Path | Sequence[str | Path] | None = None,
     student: str | None = None,
     teacher: str | None = None,
     trust_remote_code: bool = False,
@@ -72,7 +72,7 @@ def inspect_data(
 
     Args:
         data: a file or folder, as `read_samples` takes it.
-        maps: a map store, to find the share of texts that have maps.
+        maps: a map store or several, to find the share of texts that have maps.
         student: a model whose processor counts the tokens of samples. No weights are loaded.
         teacher: a pipeline whose tokenizer counts the tokens of texts.
         trust_remote_code: run the code that comes with the student.
@@ -88,13 +88,13 @@ def inspect_data(
 
     Raises:
         ConfigError: the extra `data` is not installed; `columns` that the data do not have.
-        DataError: nothing usable in the data.
+        DataError: nothing usable in the data; map stores of different grids.
         ModelError, UnsupportedModelError: no such teacher or student.
-        StoreError: the map store is missing or damaged.
+        StoreError: a map store is missing or damaged.
     """
     extra("py3langid")
     counter = StudentCounter(student, trust_remote_code) if student is not None else None
-    store = MapStore.open(maps) if maps is not None else None
+    store = SeveralStores.open(maps) if maps is not None else None
     clip, limit = teacher_counter(teacher) if teacher is not None else (fewest_clip_tokens, CLIP_LIMIT)
     read = read_samples(data, columns=columns)
     samples = read.samples
@@ -208,9 +208,9 @@ def _sizes(looks: Sequence[tuple[_Seen, ...] | None]) -> dict[str, Any]:
 
 
 def _share_with_maps(
-    store: MapStore, samples: Sequence[Sample], looks: Sequence[tuple[_Seen, ...] | None]
+    store: SeveralStores, samples: Sequence[Sample], looks: Sequence[tuple[_Seen, ...] | None]
 ) -> dict[str, Any]:
-    """How many pairs of a picture and a text have a record in the store, and how many a map."""
+    """How many pairs of a picture and a text have a record in the stores, and how many a map."""
     roles = store.roles or frozenset(ROLES["answers"])
     texts: Texts = next(name for name in ROLES if frozenset(ROLES[name]) == roles)
     pairs = {
@@ -225,7 +225,7 @@ def _share_with_maps(
             num_records += 1
             num_with_maps += bool(record.words)
     return {
-        "store": str(store.path),
+        "stores": [str(path) for path in store.paths],
         "texts": texts,
         "pairs": len(pairs),
         "records": num_records,

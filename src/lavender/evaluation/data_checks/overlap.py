@@ -82,31 +82,56 @@ class Match:
 
     Attributes:
         sample: index of the benchmark's sample.
-        picture: the nearest picture; None if none is near.
-        text: the nearest text; None if none is near.
-        both: index of a training sample that has a same or near picture and a same or near text; None if none has.
+        pictures: each training sample with a same or near picture, by its nearest one; the nearest sample first.
+        texts: the same of texts.
+        both: indices of the training samples with a same or near picture and a same or near text, the nearest first.
     """
 
     sample: int
-    picture: Near | None
-    text: Near | None
-    both: int | None
+    pictures: tuple[Near, ...]
+    texts: tuple[Near, ...]
+    both: tuple[int, ...]
+
+    @property
+    def picture(self) -> Near | None:
+        """The nearest picture; None if none is near."""
+        return next(iter(self.pictures), None)
+
+    @property
+    def text(self) -> Near | None:
+        """The nearest text; None if none is near."""
+        return next(iter(self.texts), None)
 
     def facts(self, benchmark: Side, train: Side) -> dict[str, Any]:
-        """As JSON keeps it, with the names of samples."""
+        """As JSON keeps it, with names of samples: the nearest, then all in `pictures_in`, `texts_in` and `both_in`."""
+        names = train.names
+        pictures = [
+            {"sample": names[near.sample], "picture": kind_of(near), "distance": near.distance}
+            for near in self.pictures
+        ]
+        texts = [
+            {"sample": names[near.sample], "text": kind_of(near), "similarity": round(1 - near.distance, 3)}
+            for near in self.texts
+        ]
+        none = {"sample": None, "picture": None, "distance": None, "text": None, "similarity": None}
+        picture, text = (next(iter(found), none) for found in (pictures, texts))
         return {
             "benchmark": benchmark.names[self.sample],
-            "picture": _kind(self.picture),
-            "picture_in": None if self.picture is None else train.names[self.picture.sample],
-            "distance": None if self.picture is None else self.picture.distance,
-            "text": _kind(self.text),
-            "text_in": None if self.text is None else train.names[self.text.sample],
-            "similarity": None if self.text is None else round(1 - self.text.distance, 3),
-            "picture_and_text_in": None if self.both is None else train.names[self.both],
+            "picture": picture["picture"],
+            "picture_in": picture["sample"],
+            "distance": picture["distance"],
+            "text": text["text"],
+            "text_in": text["sample"],
+            "similarity": text["similarity"],
+            "picture_and_text_in": names[self.both[0]] if self.both else None,
+            "pictures_in": pictures,
+            "texts_in": texts,
+            "both_in": [names[sample] for sample in self.both],
         }
 
 
-def _kind(near: Near | None) -> str | None:
+def kind_of(near: Near | None) -> str | None:
+    """ "same" or "near"; None without a picture or text."""
     return None if near is None else "same" if near.is_same else "near"
 
 
@@ -128,7 +153,7 @@ class Overlap:
     benchmarks: list[BenchmarkOverlap] = field(default_factory=list)
 
     def facts(self, examples: int | None = _EXAMPLES) -> dict[str, Any]:
-        """As JSON keeps it, with this many matches per benchmark; None for all."""
+        """As JSON keeps it, with this many matches per benchmark; None for all. A match names all training samples."""
         return {
             "train": {"data": self.train.path, **self.train.numbers},
             "thresholds": {"distance": self.thresholds.distance, "similarity": self.thresholds.similarity},
@@ -299,24 +324,24 @@ def _order(near: Near) -> tuple[float, bool]:
 
 
 def _match(index: int, by_picture: dict[int, Near], by_text: dict[int, Near]) -> Match:
-    """Of equally near training samples, the first that has both is named, else the first."""
+    """Of equally near training samples, those that have both come first, then in the order of the data."""
     both = by_picture.keys() & by_text.keys()
 
-    def nearest(of: dict[int, Near]) -> Near | None:
-        return min(of.values(), key=lambda near: (*_order(near), near.sample not in both, near.sample), default=None)
+    def nearest_first(of: dict[int, Near]) -> tuple[Near, ...]:
+        return tuple(sorted(of.values(), key=lambda near: (*_order(near), near.sample not in both, near.sample)))
 
-    best = min(both, key=lambda sample: (_order(by_picture[sample]), _order(by_text[sample]), sample), default=None)
-    return Match(index, nearest(by_picture), nearest(by_text), best)
+    have_both = sorted(both, key=lambda sample: (_order(by_picture[sample]), _order(by_text[sample]), sample))
+    return Match(index, nearest_first(by_picture), nearest_first(by_text), tuple(have_both))
 
 
 def _found(matches: Sequence[Match]) -> dict[str, int]:
-    kinds = [(_kind(one.picture), _kind(one.text)) for one in matches]
+    kinds = [(kind_of(one.picture), kind_of(one.text)) for one in matches]
     return {
         "same_picture": sum(picture == "same" for picture, _ in kinds),
         "near_picture": sum(picture == "near" for picture, _ in kinds),
         "same_text": sum(text == "same" for _, text in kinds),
         "near_text": sum(text == "near" for _, text in kinds),
-        "picture_and_text": sum(one.both is not None for one in matches),
+        "picture_and_text": sum(bool(one.both) for one in matches),
         "any": len(matches),
     }
 

@@ -14,13 +14,22 @@ from PIL import Image
 from lavender.data.conversations import text_of
 from lavender.data.samples import Sample
 from lavender.evaluation.data_checks.inspect import FEWEST, Inspection
-from lavender.evaluation.data_checks.overlap import FEWEST_WORDS, FIGURES, BenchmarkOverlap, Match, Overlap, Side
+from lavender.evaluation.data_checks.overlap import (
+    FEWEST_WORDS,
+    FIGURES,
+    BenchmarkOverlap,
+    Match,
+    Overlap,
+    Side,
+    kind_of,
+)
 from lavender.evaluation.data_checks.scan import evenly
 from lavender.evaluation.report.page import Cell, Curve, Report, Table, write_report
 from lavender.evaluation.report.panels import Panel
 from lavender.files import write_whole
 
 _ROWS = 100  # of a table of rows; the JSON has all
+_NAMES = 5  # of training samples in a row
 _PAIRS = 12  # of pictures on the page of an overlap
 _SIDE = 256  # pixels of a picture's longer side in a pair
 _MAX_TEXT = 600  # characters of a text that is shown
@@ -207,6 +216,7 @@ def overlap_page(overlap: Overlap) -> Report:
         lead="The share of each benchmark’s samples of which the training set has a picture or a text.",
         tables=[
             Table("Share of samples", ["benchmark", "samples", *columns], shares, "Near excludes same."),
+            *([_matches(overlap)] if any(one.matches for one in overlap.benchmarks) else []),
             Table("What was compared", ["data set", *(key.replace("_", " ") for key in keys), "dropped"], sizes),
         ],
         panels=[_pair_panel(one, match, overlap.train) for one, match in evenly(pictured, _PAIRS)],
@@ -220,6 +230,33 @@ def overlap_page(overlap: Overlap) -> Report:
         ],
         settings={"train": overlap.train.path, "distance": limits.distance, "similarity": limits.similarity},
     )
+
+
+def _matches(overlap: Overlap) -> Table:
+    """The samples of the benchmarks that overlap, and in which training samples, up to `_ROWS` and `_NAMES` of them."""
+    found = [(one, match) for one in overlap.benchmarks for match in one.matches]
+    found.sort(key=lambda pair: (not pair[1].both, not pair[1].pictures))  # those with both first
+    names = overlap.train.names
+    rows: list[list[Cell]] = [
+        [
+            f"{_label(one.side.path)}: {one.side.names[match.sample]}",
+            kind_of(match.picture),
+            _listed([names[near.sample] for near in match.pictures]),
+            kind_of(match.text),
+            _listed([names[near.sample] for near in match.texts]),
+            _listed([names[sample] for sample in match.both]),
+        ]
+        for one, match in found[:_ROWS]
+    ]
+    more = f"The first {_ROWS} of {len(found):,}. " if len(found) > _ROWS else ""
+    columns = ["benchmark’s sample", "picture", "in training samples", "text", "in training samples", "both in"]
+    note = "Same or near by the nearest, which comes first. overlap.json names all training samples."
+    return Table("What the training set has", columns, rows, more + note)
+
+
+def _listed(names: Sequence[str]) -> str | None:
+    more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
+    return ", ".join(names[:_NAMES]) + more if names else None
 
 
 def _pair_panel(one: BenchmarkOverlap, match: Match, train: Side) -> Panel:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from lavender.config import ExtractionConfig, Texts
 from lavender.data.images import image_id, stored_orientation
+from lavender.data.left_out import LeftOut
 from lavender.data.samples import Sample, Samples
 from lavender.data.store import StoreWriter
+from lavender.data.store_format import key_of
 from lavender.errors import ConfigError, DataError
 from lavender.files import expanded, write_whole
 from lavender.maps import Dropped, Word, WordMaps, to_heat
@@ -135,6 +137,7 @@ class _Work:
     def __init__(self, annotations: Annotations, grid: tuple[int, int], texts: Texts):
         self._annotations, self._grid, self._texts = annotations, grid, texts
         self.texts: dict[tuple[str, str], Path] = {}
+        self._seen: set[tuple[str, str]] = set()
         self._dropped_words: Counter[tuple[str, str]] = Counter()
         self._num_mapless = 0
         self._picture: _Picture | None = None
@@ -162,18 +165,26 @@ class _Work:
             self._picture = _Picture(path, lambda: sample.load_picture(index), self._annotations)
         picture = self._picture
         key = (picture.image_id, text)
-        if key in writer:
+        if key in self._seen:
             yield Step(already_there=1)
         else:
             annotations, is_new = picture.annotations()
             if is_new:
                 yield Step(0, dropped=annotations.faults)
-            maps = picture.maps(annotations.find(text), text, self._grid)
-            self._num_mapless += not maps.words
-            self._dropped_words.update((drop.what.lower(), drop.reason) for drop in maps.dropped)
-            yield Step(maps=[maps])
+            if key in writer:  # a run that was stopped has not told what it left out
+                self._count(writer.left_out.get(key_of(*key), LeftOut(True, ())))
+                yield Step(already_there=1)
+            else:
+                maps = picture.maps(annotations.find(text), text, self._grid)
+                self._count(LeftOut(bool(maps.words), maps.dropped))
+                yield Step(maps=[maps])
+            self._seen.add(key)
         if text in sample.answers:  # a row of data is an answer; a question alone is none
             self.texts.setdefault(key, path)
+
+    def _count(self, record: LeftOut) -> None:
+        self._num_mapless += not record.has_words
+        self._dropped_words.update((drop.what.lower(), drop.reason) for drop in record.dropped)
 
     def _counted(self) -> list[Dropped]:
         """Texts and words without a map, most frequent first. They are counted, because there may be millions."""
