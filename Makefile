@@ -96,7 +96,7 @@ clean: ## remove what the other targets made, except .venv and the weights
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): extras := demo
-$(TESTS): extras := demo,dev,data,deepspeed,quantization,ray
+$(TESTS): extras := demo,dev,data,deepspeed,eval,quantization,ray
 $(STAMP) $(TESTS): pyproject.toml constraints.txt
 	@found=; \
 	for python in python3.11 python3; do \
