@@ -93,20 +93,41 @@ def generate_answers(
     """
     _require_pairs(images, prompts)
     answers: list[str] = []
-    with torch.inference_mode(), evaluating(model), _padding_left(processor.tokenizer):
+    with answering(model, processor):
         for start in range(0, len(images), batch_size):
             pictures = [load_image(image, "a picture to ask about") for image in images[start : start + batch_size]]
             conversations = [
                 [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
                 for image, prompt in zip(pictures, prompts[start : start + batch_size], strict=True)
             ]
-            answers += _answer(model, processor, conversations, max_new_tokens)
+            answers += answer_batch(model, processor, conversations, max_new_tokens)
             if progress:
                 progress(len(answers))
     return answers
 
 
-def _answer(model: Any, processor: Any, conversations: list[list[dict]], max_new_tokens: int) -> list[str]:
+@contextmanager
+def answering(model: Any, processor: Any) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and the processor pads on the left, as `answer_batch` needs them."""
+    with torch.inference_mode(), evaluating(model), _padding_left(processor.tokenizer):
+        yield
+
+
+def answer_batch(
+    model: Any, processor: Any, conversations: Sequence[list[dict]], max_new_tokens: int, **sampling: Any
+) -> list[str]:
+    """Continue conversations, by greedy decoding unless `sampling` says otherwise. Call it inside `answering`.
+
+    Args:
+        model: a Transformers image-text-to-text model.
+        processor: its processor, with a chat template.
+        conversations: messages as chat templates take them, the pictures in their parts. All have pictures or none.
+        max_new_tokens: where an answer is cut off.
+        sampling: `do_sample`, `num_beams`, `temperature`, `top_p` and `top_k`, as `model.generate` takes them.
+
+    Returns:
+        One answer per conversation, without the prompt, special tokens and surrounding space.
+    """
     inputs = processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
@@ -116,15 +137,9 @@ def _answer(model: Any, processor: Any, conversations: list[list[dict]], max_new
         processor_kwargs={"padding": True},
     ).to(model.device, model.dtype)
     # Greedy decoding uses no sampling settings; those of a checkpoint would only cause warnings.
+    settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None} | sampling
     tokens = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=processor.tokenizer.pad_token_id,
+        **inputs, max_new_tokens=max_new_tokens, pad_token_id=processor.tokenizer.pad_token_id, **settings
     )
     if not model.config.is_encoder_decoder:  # a decoder repeats its prompt
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
