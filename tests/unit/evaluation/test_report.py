@@ -168,7 +168,7 @@ def test_alternative_texts_say_where_the_maximum_is():
 
 def decoded(page: str, alt_begins: str) -> Image.Image:
     image = next(one for one in Elements(page).all("img") if (one["alt"] or "").startswith(alt_begins))
-    return Image.open(BytesIO(base64.b64decode((image["src"] or "").partition(",")[2])))
+    return Image.open(BytesIO(base64.b64decode((image["src"] or "").partition(",")[2]))).convert("RGBA")
 
 
 def test_heat_is_opaque_where_hot_and_clear_where_cold():

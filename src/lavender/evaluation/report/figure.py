@@ -12,6 +12,7 @@ from lavender.evaluation.report.panels import Panel, WordRow, cell_of, sources_o
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _CELL_HEIGHT, _LINE, _GAP, _MARGIN = 1.2, 0.175, 0.25, 0.15  # inches: a map, a line of text, between panels, around
 _FIRST_COLUMN, _WORDS = 2.5, 1.0  # inches: the picture with its answers; the words beside the maps
@@ -20,13 +21,21 @@ _TEXT: dict[str, Any] = {"size": 9, "parse_math": False}  # a dollar sign in a c
 
 
 def draw_figure(panels: list[Panel], path: Path) -> None:
-    """Draw the panels as one PNG on white: each picture with its answers, and its words' masks and maps.
+    """Draw the panels as one PNG, see `figure_of`.
+
+    Raises:
+        DataError: there is no panel.
+    """
+    figure_of(panels).savefig(path)
+
+
+def figure_of(panels: list[Panel]) -> Figure:
+    """The panels on white, one below the other: each picture with its answers, and its words' masks and maps.
 
     Under each map stands the share of it that lies in the true mask, where the mask is known.
 
     Args:
         panels: at least one.
-        path: the file to write.
 
     Raises:
         DataError: there is no panel.
@@ -55,7 +64,7 @@ def draw_figure(panels: list[Panel], path: Path) -> None:
             axes = [figure.add_subplot(grid[top + index, 1 + column]) for column in range(len(columns))]
             _draw_row(axes, panel, row, columns, with_titles=index == 0)
         top += len(rows)
-    figure.savefig(path)
+    return figure
 
 
 def _row_heights(num_words: int, num_lines: int) -> list[float]:

@@ -1,0 +1,79 @@
+"""Pictures and maps as data addresses of a page, small enough that a page of 200 pictures stays below 10 MB."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from lavender.drawing import LARGEST_PICTURE, downscaled, heat_colours, resized_heat
+
+PICTURE_BYTES = 4_500_000
+"""What all pictures of a page may take together. Where they would take more, they are reduced."""
+_SIDES = (LARGEST_PICTURE, 384, 288, 224, 160)
+_QUALITY = 82
+_LEVELS = 64  # colours of a map; maps are smooth, so more would only make the page larger
+_MANY_MAPS = 400
+_FINE, _COARSE = 160, 40  # pixels of a map's longest side; browsers interpolate
+
+
+def picture_addresses(pictures: Sequence[Image.Image], most_bytes: int = PICTURE_BYTES) -> list[str]:
+    """Each picture as a PNG or JPEG, whichever is smaller, in the largest of some sizes in which all fit.
+
+    In the smallest size, a side of 160 pixels, they may take more than `most_bytes`.
+    """
+    encoded: list[tuple[str, bytes]] = []
+    for side in _SIDES:
+        encoded = [_smaller(downscaled(picture, side)) for picture in pictures]
+        if sum(4 * len(content) // 3 for _, content in encoded) <= most_bytes:
+            break
+    return [_address(kind, content) for kind, content in encoded]
+
+
+def _smaller(picture: Image.Image) -> tuple[str, bytes]:
+    """(format, file) of the smaller of a PNG, which keeps every pixel, and a JPEG."""
+    files = []
+    for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": _QUALITY, "optimize": True})):
+        buffer = BytesIO()
+        picture.save(buffer, kind, **settings)
+        files.append((kind, buffer.getvalue()))
+    return min(files, key=lambda file: len(file[1]))
+
+
+def map_side(number: int) -> int:
+    """The longest side in pixels in which a page draws each of a number of maps."""
+    return _FINE if number <= _MANY_MAPS else _COARSE
+
+
+def map_address(heat: Tensor, size: tuple[int, int], side: int) -> str:
+    """A map in colours, transparent where it is 0, as a PNG to lie over a picture of `size` (height, width).
+
+    Args:
+        heat: non-negative (rows, cols).
+        size: of the picture. The drawing has its shape, and at most `side` pixels on the longest side.
+    """
+    shrink = min(1.0, side / max(size))
+    values = resized_heat(heat, (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink))))
+    image = Image.fromarray((values * (_LEVELS - 1)).round().astype(np.uint8), "P")
+    colours = heat_colours(np.linspace(0, 1, _LEVELS))
+    image.putpalette(colours[:, :3].tobytes())
+    return _png(image, transparency=colours[:, 3].tobytes())
+
+
+def layer_address(layer: np.ndarray) -> str:
+    """A layer uint8 (height, width, RGBA) as a PNG."""
+    return _png(Image.fromarray(layer))
+
+
+def _png(image: Image.Image, **settings: bytes) -> str:
+    buffer = BytesIO()
+    image.save(buffer, "PNG", optimize=True, **settings)
+    return _address("png", buffer.getvalue())
+
+
+def _address(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
