@@ -49,7 +49,7 @@ class _LavenderModel(lmms):
         trust_remote_code: run the Python code that comes with the model.
         log: where answers are kept; None keeps none.
         max_batch_size: not used; lmms-eval passes it to every model.
-        student: a loaded checkpoint, instead of loading `pretrained`.
+        student: what gives a loaded checkpoint, instead of `pretrained`; called when the first answer is generated.
 
     Raises:
         ModelError: see `lavender.students.loading.load_run`; or the model has no chat template.
@@ -64,7 +64,7 @@ class _LavenderModel(lmms):
         trust_remote_code: bool = False,
         log: AnswerLog | None = None,
         max_batch_size: int | None = None,
-        student: Student | None = None,
+        student: Callable[[], Student] | None = None,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -72,11 +72,20 @@ class _LavenderModel(lmms):
         self.batch_size = int(batch_size)
         self._rank = int(os.environ.get("RANK", 0))
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device(device or _default_device())
-        self.student = student or load_student(pretrained, self.device, dtype, trust_remote_code)
+        self.device = torch.device(device or default_device())
+        self._load = student
+        self._student = None if student else load_student(pretrained, self.device, dtype, trust_remote_code)
         self.log = log
         self.generated = 0
         self.reused = 0
+
+    @property
+    def student(self) -> Student:
+        """The checkpoint, loaded at the first call."""
+        if self._student is None:
+            assert self._load is not None
+            self._student = self._load()
+        return self._student
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests, from the log where it has them."""
@@ -289,7 +298,7 @@ def _batches(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield places[start : start + size]
 
 
-def _default_device() -> str:
+def default_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 

@@ -1,6 +1,6 @@
 """What our tasks of the paper's benchmarks call: those that lmms-eval lacks, or scores with a judge model or Java.
 
-The YAML files in tasks/paper name these functions. Data sets and prompts are lmms-eval's where it has the benchmark; the
+The YAML files in tasks/paper name these functions. Data sets and prompts are lmms-eval's where it has the benchmark. The
 scorers are those of `lavender.evaluation.scorers`. `doc` is always a row of the data set.
 """
 
@@ -172,11 +172,19 @@ def memes_results(doc: Doc, results: Sequence[tuple[float, bool]]) -> dict[str, 
 
 
 def picture(doc: Doc) -> list[Image.Image]:
-    """The picture of the column `image`: decoded by `datasets`, or as base64 text."""
-    image = doc["image"]
-    if isinstance(image, str):
-        image = Image.open(io.BytesIO(base64.b64decode(image.rpartition(",")[2])))
-    return [image.convert("RGB")]
+    """The picture of the column `image`."""
+    return [doc["image"].convert("RGB")]
+
+
+def pictures_from_base64(split: Any) -> Any:
+    """WorldMedQA-V's split, whose pictures are base64 text, with a column of pictures that `datasets` decodes."""
+    from datasets import Image as ImageFeature
+    from datasets import Value
+
+    features = split.features.copy()
+    features["image"] = {"bytes": Value("binary"), "path": Value("string")}
+    decoded = split.map(_decoded, features=features, desc="pictures from base64")
+    return decoded.cast_column("image", ImageFeature())
 
 
 def coco_picture(doc: Doc) -> list[Image.Image]:
@@ -202,6 +210,10 @@ def _choice(doc: Doc, answer: str, prediction: str) -> dict[str, Any]:
     texts = [options.get(letter, "") for letter in "ABCDE"[: "ABCDE".index(max(options, default="A")) + 1]]
     score = multiple_choice([prediction], [answer], [texts]).per_sample[0]
     return {"score": score, "prediction": prediction}
+
+
+def _decoded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"image": {"bytes": base64.b64decode(row["image"].rpartition(",")[2]), "path": None}}
 
 
 def _ocrvqa_rows(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
