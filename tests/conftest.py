@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 pytest.register_assert_rewrite("slow.pages")
 pytest.register_assert_rewrite(
-    *(f"families.{part}" for part in ("contract", "core", "geometry", "batches", "by_hand", "guards", "parts", "words"))
+    *(f"families.{part}" for part in ("contract", "core", "geometry", "batches", "by_hand", "guards", "look", "parts", "words"))
 )
 
 SEED = 20250206

@@ -37,7 +37,7 @@ class WordAttention:
     A word's attention is the mean of the rows that predict its tokens. A row sums to 1 over all keys of a layer.
 
     Attributes:
-        words: the words that were found, those of the question first.
+        words: the words that were found, those of the answer first.
         layers: the indices of the layers.
         maps_WLH: float32 (word, layer, head, rows, cols): the share of the row's attention in each cell of the picture.
         on_picture_WLH: float32 (word, layer, head): the share on all image keys. It is larger than the sum of the map
@@ -108,11 +108,13 @@ def read_attention(
     adapter = adapter_for(model.config)
     locator, dropped = WordLocator(processor, adapter), Counter[str]()
     inputs = processor_inputs(processor, [reading]).to(model.device, model.dtype)
-    texts = [(QUESTION, reading.prompt, question_words), (ANSWER, reading.answer, reading.words)]
+    texts = [(ANSWER, reading.answer, reading.words), (QUESTION, reading.prompt, question_words)]
     found = locator.rows_by_text(
         reading.messages(), texts, inputs["input_ids"][0], inputs["attention_mask"][0], dropped
     )
-    words = tuple(ReadWord(turn, word) for turn, located in enumerate(found) for word, _ in located)
+    words = tuple(
+        ReadWord(turn, word) for (turn, _, _), located in zip(texts, found, strict=True) for word, _ in located
+    )
     left_out = tuple(Dropped(f"{count} word{'s' * (count > 1)}", reason) for reason, count in dropped.items() if count)
     if not words:
         reasons = "; ".join(f"{drop.what}: {drop.reason}" for drop in left_out) or "it has no such word"

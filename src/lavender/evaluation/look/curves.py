@@ -48,8 +48,8 @@ def faithfulness_view(judged: Faithfulness, steps: int) -> dict[str, Any]:
         )
     lead = (
         f"The picture is hidden in {steps} steps, the brightest places of a word’s map first (deletion); or it is "
-        "shown in this order, from all hidden (insertion). After each step the model says how likely it finds the word. "
-        "If the word depends on these places, deletion is lower than in random orders, and insertion higher. "
+        "shown in this order, from all hidden (insertion). After each step the model says how likely it finds the "
+        "word. If the word depends on these places, deletion is lower than in random orders, and insertion higher. "
         f"The area under a curve (AUC) is its mean. With {number} random orders a difference is a hint, not a test."
     )
     return {"lead": lead, "columns": list(COLUMNS), "num_random": number, "rows": rows}
@@ -58,7 +58,7 @@ def faithfulness_view(judged: Faithfulness, steps: int) -> dict[str, Any]:
 def _against(value: float, others: Sequence[float]) -> str:
     if value < min(others):
         return f"below all {len(others)}"
-    return f"above all {len(others)}" if value > max(others) else f"among the {len(others)}"
+    return f"above all {len(others)}" if value > max(others) else f"within the {len(others)}"
 
 
 def _number(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,7 +229,7 @@ def look_at_maps(
     notes = [
         f"{number} of {gallery.total} texts{only} are shown: {chosen}. Worst first by {SCORE_NAMES[gallery.by]}; a "
         "text has the place of its worst word.",
-        *_judge_notes(gallery.by, against),
+        *_judge_notes(gallery.by, against, store.grid),
     ]
     if gallery.without_picture:
         notes.append(f"{gallery.without_picture} more were chosen, and their picture and text are not in the data.")
@@ -236,7 +237,7 @@ def look_at_maps(
         notes.append(f"{len(gallery.records) - number} more did not fit into a page of 10 MB.")
     notes += [teacher_notes[teacher]] if teacher in teacher_notes else []
     page |= {
-        "title": f"Word maps of {_short(str(maps))}",
+        "title": f"Word maps in {_short(str(maps))}",
         "lead": f"Maps of {teacher} on {printable(data)}.",
         "notes": notes,
         "command": command,
@@ -279,13 +280,14 @@ def _model_notes(seen: WordAttention, is_question: bool, is_generated: bool) -> 
     ]
 
 
-def _judge_notes(by: str, against: Path | None) -> list[str]:
+def _judge_notes(by: str, against: Path | None, grid: tuple[int, int]) -> list[str]:
     if by == "pointing":
         return [f"The masks are those of {against}. A hit is a map whose maximum lies in the mask of its word."]
     if by == "disagreement":
         return [f"Maps are compared with those of {against}, by the Pearson correlation over cells."]
     return [
-        "Entropy says how far a map is spread out, not whether it is right. With the option --against and another "
+        "Entropy says how far a map is spread out, not whether it is right. It is at most "
+        f"{math.log(grid[0] * grid[1]):.2f} nats, that of a flat map. With the option --against and another "
         "store, maps are judged by disagreement, or with annotated masks by pointing."
     ]
 
