@@ -76,11 +76,11 @@ class SuiteTask:
     """A task of the suite.
 
     Attributes:
-        items: seeds of a split → the task's items, of as many scenes as are asked for.
+        items: (seeds of a split, number of items) → the items, at least so many.
         num_items: how many the task has.
     """
 
-    items: Callable[[range], Iterator[Item]]
+    items: Callable[[range, int], Iterator[Item]]
     num_items: int
 
 
@@ -110,7 +110,8 @@ def suite_items(task: str, split: Split = "development", count: int | None = Non
     found = SUITE[task]
     count = found.num_items if count is None else min(count, found.num_items)
     # all are made, since POPE's statistics and balanced numbers are those of the whole task
-    return list(islice(found.items(SPLITS[split][start : start + SCENES_PER_TASK]), found.num_items))[:count]
+    seeds = SPLITS[split][start : start + SCENES_PER_TASK]
+    return list(islice(found.items(seeds, found.num_items), found.num_items))[:count]
 
 
 def picture_of(drawn: Drawn, seed: int) -> Image.Image:
@@ -125,23 +126,27 @@ def scene_of(drawn: Drawn, seed: int) -> Scene:
     return draw_sign(seed) if drawn == "sign" else draw_scene(seed, drawn)
 
 
+def caption_references(scene: Scene) -> tuple[str, ...]:
+    """`NUM_REFERENCES` captions of a scene in other words, to compare a caption with."""
+    return tuple(caption_scene(scene, variant).text for variant in range(NUM_REFERENCES))
+
+
 # one thing is asked of each scene
 
 
-def _captions(seeds: range, style: Style) -> Iterator[Item]:
+def _captions(seeds: range, num_items: int, style: Style) -> Iterator[Item]:
     for seed in seeds:
         scene = draw_scene(seed, style)
-        references = tuple(caption_scene(scene, variant).text for variant in range(NUM_REFERENCES))
-        yield Item(style, seed, "caption", CAPTION_PROMPT, references, scene.names)
+        yield Item(style, seed, "caption", CAPTION_PROMPT, caption_references(scene), scene.names)
 
 
-def _colours(seeds: range) -> Iterator[Item]:
+def _colours(seeds: range, num_items: int) -> Iterator[Item]:
     for seed in seeds:
         scene = draw_edged(seed)
         yield _item("edged", scene, ask_about_colour(scene))
 
 
-def _withheld_colours(seeds: range) -> Iterator[Item]:
+def _withheld_colours(seeds: range, num_items: int) -> Iterator[Item]:
     """Questions about things whose pair of name and colour is withheld; scenes without one are passed over."""
     for seed in seeds:
         scene = draw_edged(seed)
@@ -150,7 +155,7 @@ def _withheld_colours(seeds: range) -> Iterator[Item]:
             yield _item("edged", scene, ask_about_colour(scene, among=withheld))
 
 
-def _signs(seeds: range) -> Iterator[Item]:
+def _signs(seeds: range, num_items: int) -> Iterator[Item]:
     for seed in seeds:
         scene = draw_sign(seed)
         yield _item("sign", scene, ask_to_read(scene))
@@ -159,14 +164,14 @@ def _signs(seeds: range) -> Iterator[Item]:
 # what is where, and questions of forms that no student has heard
 
 
-def _where(seeds: range) -> Iterator[Item]:
+def _where(seeds: range, num_items: int) -> Iterator[Item]:
     """In turn: what is on the left, what is at the top, what is at the side of a thing."""
     forms: list[Callable[[Scene], Question | None]]
     forms = [partial(_at_the_side, side="left"), partial(_at_the_side, side="top"), _beside]
     return _in_turn(seeds, forms)
 
 
-def _other_forms(seeds: range) -> Iterator[Item]:
+def _other_forms(seeds: range, num_items: int) -> Iterator[Item]:
     """In turn: what is on the right, what is at the bottom, which of two is there, and whether one can see a thing."""
     forms: list[Callable[[Scene], Question | None]]
     forms = [partial(_at_the_side, side="right"), partial(_at_the_side, side="bottom"), _either, _seen]
@@ -237,7 +242,7 @@ def _counting(seeds: range, num_items: int) -> Iterator[Item]:
             yield _item("plain", scene, Question("count", "how many things are there?", answer))
 
 
-def _pope(seeds: range, sampling: Sampling, num_items: int) -> Iterator[Item]:
+def _pope(seeds: range, num_items: int, sampling: Sampling) -> Iterator[Item]:
     """Of each scene of three or four things: `ASKED_PER_SCENE` that are there, and as many that are not, in turn."""
     drawn = (scene for scene in map(draw_scene, seeds) if len(scene.things) >= ASKED_PER_SCENE)
     polled = list(islice(drawn, num_items // (2 * ASKED_PER_SCENE)))
@@ -259,16 +264,12 @@ def _item(drawn: Drawn, scene: Scene | EdgedScene | SignScene, asked: Question) 
     return Item(drawn, scene.seed, asked.form, asked.question, answers, scene.names)
 
 
-_POPE_ITEMS, _COUNTED_ITEMS = 600, 200
 SUITE: dict[str, SuiteTask] = {
     "captions": SuiteTask(partial(_captions, style="plain"), 200),
     "attributes": SuiteTask(_colours, 300),
     "where": SuiteTask(_where, 300),
-    "counting": SuiteTask(partial(_counting, num_items=_COUNTED_ITEMS), _COUNTED_ITEMS),
-    **{
-        f"pope_{sampling}": SuiteTask(partial(_pope, sampling=sampling, num_items=_POPE_ITEMS), _POPE_ITEMS)
-        for sampling in SAMPLINGS
-    },
+    "counting": SuiteTask(_counting, 200),
+    **{f"pope_{sampling}": SuiteTask(partial(_pope, sampling=sampling), 600) for sampling in SAMPLINGS},
     "signs": SuiteTask(_signs, 200),
     "ood_hand": SuiteTask(partial(_captions, style="openmoji"), 200),
     "ood_outline": SuiteTask(partial(_captions, style="outline"), 200),

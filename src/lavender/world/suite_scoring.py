@@ -63,7 +63,9 @@ def process_reading(doc: dict[str, Any], results: list[str]) -> dict[str, Scored
 
 def process_yes_no(doc: dict[str, Any], results: list[str]) -> dict[str, Scored]:
     """POPE's numbers; an answer that is neither yes nor no is wrong, and is counted apart."""
-    return dict.fromkeys(_YES_NO, _scored(doc, results, yes_no))
+    scored = _scored(doc, results, yes_no)
+    without: Scored = {"prediction": scored["prediction"], "answers": scored["answers"]}
+    return {"accuracy": scored, **dict.fromkeys(_YES_NO[1:], without)}
 
 
 def _scored(doc: dict[str, Any], results: list[str], scorer: Scorer) -> Scored:
