@@ -315,7 +315,7 @@ _OPENFLAMINGO = (
         ("auroc",),
         "auroc",
         _TASKS,
-        note="by log-likelihood of yes and no, as OpenFlamingo",
+        note="by the likelihood of yes and no, as OpenFlamingo",
     ),
 )
 

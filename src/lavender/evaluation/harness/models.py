@@ -1,7 +1,7 @@
 """Lavender's checkpoints as models of lmms-eval: base models, run folders, LoRA adapters, exports, of all families.
 
-`ChatModel` answers; `RankingModel` gives the log-likelihood of continuations, for tasks that compare options. lmms-eval
-gives the two kinds different requests, and takes the second by `--force_simple`.
+`ChatModel` answers. `RankingModel` gives the loss of continuations, for tasks that compare options. lmms-eval gives the
+two kinds different requests, and takes the second by `--force_simple`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
@@ -125,8 +125,8 @@ class _LavenderModel(lmms):
     def generate_until_agentic(self, requests: list[Instance]) -> list[str]:
         raise _unsupported(requests, "rounds with tools")
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise _unsupported(requests, "log-likelihoods from the chat model; pass --force_simple to lmms-eval")
+    def loglikelihood(self, requests: list[Instance]) -> list[Any]:
+        raise _unsupported(requests, "losses of options from the chat model; pass --force_simple to lmms-eval")
 
     def _plan(self, request: Instance) -> _Plan:
         raise NotImplementedError
@@ -170,7 +170,7 @@ class ChatModel(_LavenderModel):
 
 
 class RankingModel(_LavenderModel):
-    """lmms-eval's `lavender` with `--force_simple`: the log-likelihood of options; it also answers."""
+    """lmms-eval's `lavender` with `--force_simple`: the loss of options; it also answers."""
 
     is_simple = True
 
@@ -183,19 +183,23 @@ class RankingModel(_LavenderModel):
 
         return _Plan(key, settings, conversation)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Per request the log-likelihood of its continuation, in nats, and whether greedy decoding would write it."""
+    def loglikelihood(self, requests: list[Instance]) -> list[Any]:
+        """Per request the loss of its continuation, and whether greedy decoding would write it, see `continuation_loss`.
+
+        lmms-eval takes the option with the smallest loss, in spite of the method's name.
+        """
         found = []
-        for request in tqdm(requests, desc="log-likelihoods", disable=self._rank != 0):
+        for request in tqdm(requests, desc="options", disable=self._rank != 0):
             context, continuation, to_visual, doc, task, split = request.args
             sample = self.task_dict[task][split][doc]
             text = continuation if isinstance(continuation, str) else str(continuation(sample))
             key = request_key(task, doc, request.idx, context + "\n" + text, {}, self._data(task, split))
             known = self._known(key)
             if known is None:
-                known = list(continuation_likelihood(*self.student, _question(context, to_visual(sample)), text))
+                known = list(continuation_loss(*self.student, _question(context, to_visual(sample)), text))
                 self._keep(key, known)
-            found.append((float(known[0]), bool(known[1])))
+            # bare, lmms-eval 0.7.3 makes a text of the pair, and scoring fails
+            found.append(GenerationResult(cast(Any, (float(known[0]), bool(known[1])))))
         return found
 
 
@@ -212,14 +216,17 @@ def load_student(path: str | Path, device: torch.device, dtype: str, trust_remot
 
 
 @torch.inference_mode()
-def continuation_likelihood(model: Any, processor: Any, question: list[dict], continuation: str) -> tuple[float, bool]:
-    """The log-likelihood in nats of a text as the beginning of the answer, and whether greedy decoding would write it.
+def continuation_loss(model: Any, processor: Any, question: list[dict], continuation: str) -> tuple[float, bool]:
+    """The negative log-likelihood of a text as the beginning of the answer, and whether greedy decoding would write it.
 
     Args:
         model: a Transformers image-text-to-text model.
         processor: its processor, with a chat template.
         question: the conversation up to the answer.
         continuation: the text to score; all tokens after those of the question count.
+
+    Returns:
+        (nats per token, the mean over the tokens, as lmms-eval's own models return it; all tokens are the likeliest).
     """
     answered = [*question, {"role": "assistant", "content": [{"type": "text", "text": continuation}]}]
     settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -233,8 +240,8 @@ def continuation_likelihood(model: Any, processor: Any, question: list[dict], co
     start = shared if bool(same.all()) else int(same.int().argmin())
     rows = model(**inputs).logits[0, start - 1 : len(tokens) - 1].float().log_softmax(dim=-1)
     target = tokens[start:]
-    likelihood = rows.gather(1, target[:, None]).sum().item()
-    return likelihood, bool((rows.argmax(dim=-1) == target).all())
+    loss = -rows.gather(1, target[:, None]).mean().item()
+    return loss, bool((rows.argmax(dim=-1) == target).all())
 
 
 def as_conversation(messages: Sequence[dict]) -> list[dict]:

@@ -163,9 +163,9 @@ def memes_text(doc: Doc) -> str:
 
 
 def memes_results(doc: Doc, results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-    """P(yes) among yes and no, from the log-likelihoods of the two options in this order."""
-    yes, no = (likelihood for likelihood, _ in results)
-    return {"auroc": {"probability": 1 / (1 + math.exp(min(no - yes, 700.0))), "label": int(doc["label"])}}
+    """P(yes) among yes and no, from the losses of the two options in this order, in nats."""
+    yes, no = (loss for loss, _ in results)
+    return {"auroc": {"probability": 1 / (1 + math.exp(min(yes - no, 700.0))), "label": int(doc["label"])}}
 
 
 # Pictures

@@ -12,8 +12,8 @@ from lavender.errors import ConfigError
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, Benchmark
 
 WIDTH = 80
-_TASK, _COUNT, _CELL = 24, 7, 12
-_ARMS_PER_TABLE = (WIDTH - _TASK - _COUNT) // _CELL
+_TASK, _COUNT = 23, 8
+_ARMS_PER_TABLE = 4
 _SHORT = ("base", "LoRA", "Lav. LoRA", "full", "Lav. full")
 # model_type of config.json → class of the model in VLMEvalKit's vlmeval/vlm
 _VLMEVALKIT = {
@@ -36,9 +36,11 @@ def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
     arms, tasks = list(result["arms"]), result["tasks"]
     for start in range(0, len(arms), _ARMS_PER_TABLE):
         shown = arms[start : start + _ARMS_PER_TABLE]
-        yield _row("task", "samples", *shown)
+        cell = min(max(12, *(len(arm) + 2 for arm in shown)), (WIDTH - _TASK - _COUNT) // len(shown))
+        yield _row("task", "samples", *shown, cell=cell)
         for name, task in tasks.items():
-            yield _row(name, str(task["samples"]), *(_score(task["scores"][arm]) for arm in shown))
+            scores = (_score(task["scores"][arm], task["scorer"] != "") for arm in shown)
+            yield _row(name, str(task["samples"]), *scores, cell=cell)
         yield ""
     if any(task["differences"] for task in tasks.values()):
         yield "Mean score per sample, times 100: difference, 95 % interval (paired bootstrap)"
@@ -51,7 +53,7 @@ def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield "The paper, Table 1: Llama-3.2-11B with VLMEvalKit"
         yield _row("", "", *_SHORT, cell=9)
         for name, task in known.items():
-            yield _row(name, "", *(_score(task["paper"][model]) for model in PAPER_MODELS), cell=9)
+            yield _row(name, "", *(_score(task["paper"][model], True) for model in PAPER_MODELS), cell=9)
         yield ""
 
 
@@ -105,7 +107,7 @@ def _test(one: Benchmark) -> str:
     return f"[{Path(one.test).name}](../{one.test})" if one.test else "–"
 
 
-def _row(task: str, count: str, *cells: str, cell: int = _CELL) -> str:
+def _row(task: str, count: str, *cells: str, cell: int) -> str:
     """Name, number of samples, and cells to the right. A line is at most 80 columns wide."""
     row = f"{_cut(task, _TASK):<{_TASK}}{count:>{_COUNT}}" + "".join(f"{_cut(one, cell - 1):>{cell}}" for one in cells)
     return row.rstrip()
@@ -115,8 +117,8 @@ def _cut(text: str, width: int) -> str:
     return f"{text[: width - 1]}…".ljust(width) if len(text) > width else text.ljust(width)
 
 
-def _score(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1.5 and value != round(value) else f"{value:.1f}"
+def _score(value: float, on_papers_scale: bool) -> str:
+    return f"{value:.1f}" if on_papers_scale else f"{value:.4f}"
 
 
 def _interval(found: Mapping[str, float]) -> str:

@@ -14,7 +14,7 @@ from lavender.evaluation.harness.benchmarks import GROUPS
 from lavender.model_files import one_line
 
 RANKING = ("multiple_choice", "loglikelihood")
-"""Types of output that need log-likelihoods. The others need answers."""
+"""Types of output that need the loss of options. The others need answers."""
 
 
 def require_harness() -> None:
@@ -76,7 +76,7 @@ class TaskIndex:
             ) from error
 
     def ranks(self, task: str) -> bool:
-        """Whether the task needs log-likelihoods, which `RankingModel` gives."""
+        """Whether the task needs the loss of options, which `RankingModel` gives."""
         return self._kind(task) == "simple"
 
     def _kind(self, task: str) -> Literal["simple", "chat"]:
@@ -102,7 +102,7 @@ class TaskIndex:
             raise ConfigError(
                 f"the task {name!r}",
                 f"a task, group or tag of lmms-eval, or one of {', '.join(GROUPS)}{hint}",
-                "correct --tasks; `lmms-eval tasks list` prints all names",
+                "correct --tasks; the folder lmms_eval/tasks of the package has all names",
             )
         return self.manager.task_index[name]
 
