@@ -185,7 +185,7 @@ _PAPER = (
         vlmevalkit="MME",
         kind="ImageYORNDataset",
         paper=_NUMBERS["mme"],
-        note="Table 1 adds both for some models, and gives perception alone for others",
+        note="the paper does not say what its number adds up; for LLaVA-1.5 it is perception alone",
     ),
     _mmbench("MMBench EN", "mmbench_en_rules_dev", "MMBench_DEV_EN", key="mmbench_en"),
     _mmbench("MMBench CN", "mmbench_cn_rules_dev", "MMBench_DEV_CN", "not in Table 1"),
