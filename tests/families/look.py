@@ -1,4 +1,4 @@
-"""`lavender look` on every family: its layers, heads and levels, and the likelihood of an answer. Part of the contract."""
+"""`lavender look` on every family: layers, heads and levels, and the likelihood of an answer. Part of the contract."""
 
 from __future__ import annotations
 

@@ -270,7 +270,9 @@ def _view(record: Record) -> dict[str, Any]:
                 "verdict": judged.verdict,
             }
         )
-    ranked = [(one.badness, word.text) for word, one in zip(maps.words, record.judged, strict=True) if one.badness]
+    ranked = [
+        (one.badness, word.text) for word, one in zip(maps.words, record.judged, strict=True) if one.badness is not None
+    ]
     worst = f"worst word: {max(ranked, key=lambda pair: pair[0])[1]}" if len(ranked) > 1 else ""
     return {
         "photo": photo_uri(record.image, PHOTO_SIDE, 80),

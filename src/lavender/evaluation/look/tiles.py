@@ -27,12 +27,13 @@ MAX_BYTES = 10_000_000
 """The most bytes of a page."""
 REGION = 0.5
 """The brightest region of a map: the cells with at least this share of the map's maximum."""
-MAX_MAP_BYTES = 5_000_000
-"""The most bytes of maps in a page, before they are written as text, which takes a third more."""
+MAX_MAP_BYTES = 9_200_000
+"""The most bytes of maps in a page, with the numbers that go with each."""
 DETAIL_GRIDS = (32, 24, 16, 12, 8)
 """Grids to try, finest first, for the maps of a single head in a single layer: all of them must fit into the page."""
 PHOTO_SIDE = 800
 """Longest side of the photograph in a page, in pixels."""
+_NUMBER_BYTES = 34  # the six numbers of a map, as text
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 
 
@@ -66,7 +67,10 @@ def levels_of(maps: Tensor) -> Levels:
     """
     flat = maps.double().flatten(-2)
     top = flat.amax(dim=-1)
-    around = F.avg_pool2d(maps.double().reshape(-1, 1, *maps.shape[-2:]), 5, 1, 2).reshape(flat.shape)
+    single = maps.double().reshape(-1, 1, *maps.shape[-2:])
+    around = (
+        torch.stack([F.avg_pool2d(single, side, 1, side // 2) for side in (3, 5, 7)]).sum(dim=0).reshape(flat.shape)
+    )
     peak = torch.where(flat >= top[..., None] * (1 - 1e-6), around, -1.0).argmax(dim=-1)
     is_bright = (flat >= REGION * top[..., None]) & (flat > 0)
     region, area = (flat * is_bright).sum(dim=-1), is_bright.double().mean(dim=-1)
@@ -97,12 +101,17 @@ def place_of(peak: int, grid: tuple[int, int]) -> str:
 
 def detail_grid(num_words: int, num_layers: int, num_heads: int, grid: tuple[int, int]) -> tuple[int, int] | None:
     """The finest grid on which the maps of every head in every layer fit into a page; None if none does."""
-    summaries = num_words * (1 + num_layers + num_heads) * grid[0] * grid[1]
+    summaries = num_words * (1 + num_layers + num_heads) * _tile_bytes(grid)
     for side in DETAIL_GRIDS:
-        rows, cols = min(side, grid[0]), min(side, grid[1])
-        if num_words * num_layers * num_heads * rows * cols + summaries <= MAX_MAP_BYTES:
-            return rows, cols
+        detail = min(side, grid[0]), min(side, grid[1])
+        if num_words * num_layers * num_heads * _tile_bytes(detail) + summaries <= MAX_MAP_BYTES:
+            return detail
     return None
+
+
+def _tile_bytes(grid: tuple[int, int]) -> float:
+    """The most bytes of a map in a page: a byte per cell, a third more as text; and its numbers."""
+    return 4 / 3 * grid[0] * grid[1] + _NUMBER_BYTES
 
 
 def grey(maps: Tensor) -> np.ndarray:
