@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lavender.world.language import caption_scene
+from lavender.world.scenes import scenes
 from lavender.world.studies.cells import Arm
 from lavender.world.studies.forms import RECIPE
 from lavender.world.studies.over_time import draw_over_time, row_of, steps_of
@@ -12,6 +14,8 @@ from lavender.world.studies.study import METRICS, Finding, Scores, Study, compar
 
 STEPS, SCORINGS = 400, 8
 SHOWN = ("pointing", "attention_mass", "mask_kl", "in_domain")
+PICTURED = ("plain", "published", "recipe")
+"""Arms whose attention is shown on pictures."""
 COLOURS = {"plain": "#777777", "published": "#e08214", "recipe": "#4b2e83", "recipe, masks": "#2a9d8f"}
 """Arm → its colour."""
 
@@ -42,13 +46,41 @@ def judge(scores: Scores) -> list[Finding]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Each metric against the steps."""
+    """Each metric against the steps; below, attention on the first held-out scenes after each step, at the first seed.
+
+    The pictures are left out where there are no maps, as in a results.json.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.0 * len(SHOWN), 3.4), layout="constrained")
-    for panel, metric in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
+    maps = results.get("maps", {})
+    figure = Figure(figsize=(4.0 * len(SHOWN), 11.0 if maps else 3.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 2.2)) if maps else (figure, None)
+    for panel, metric in zip(above.subplots(1, len(SHOWN)), SHOWN, strict=True):
         draw_over_time(panel, results["arms"], COLOURS, metric, METRICS[metric])
+    if below is not None:
+        _draw_maps(below, maps, results["settings"]["scoring"])
     figure.savefig(path, dpi=150)
+
+
+def _draw_maps(figure: Any, maps: dict[str, Any], scoring: dict[str, Any]) -> None:
+    """A row per scene and arm: the picture, and the map of the caption's first name after each step."""
+    steps = steps_of(maps, "plain")
+    drawn = list(scenes(scoring["split"], len(maps[row_of("plain", steps[0])][0]), start=scoring["start"]))
+    panels = figure.subplots(len(drawn) * len(PICTURED), 1 + len(steps), squeeze=False)
+    for index, (scene, arm) in enumerate((scene, arm) for scene in drawn for arm in PICTURED):
+        of_scene = drawn.index(scene)
+        first, *others = panels[index]
+        first.imshow(scene.image)
+        first.set_ylabel(f"{arm}\n“{caption_scene(scene).mentions[0].name}”", fontsize=8)
+        height, width = scene.pixels.shape[:2]
+        for panel, step in zip(others, steps, strict=True):
+            panel.imshow(scene.image.convert("L"), cmap="gray")
+            heat = maps[row_of(arm, step)][0][of_scene]
+            panel.imshow(heat, cmap="inferno", alpha=0.7, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+            if index == 0:
+                panel.set_title(f"step {step}", fontsize=8)
+        for panel in panels[index]:
+            panel.set(xticks=[], yticks=[])
 
 
 STUDY = Study(

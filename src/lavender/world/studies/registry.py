@@ -123,6 +123,7 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
     results = run_cells(out, [cell for arm_cells in cells.values() for cell in arm_cells], jobs)
     scores = rows(cells, results)
     entropies = {label: metrics.pop("entropies") for label, metrics in scores.items()}
+    maps = {label: metrics.pop("maps") for label, metrics in scores.items() if "maps" in metrics}
     controls = {metric: [metrics.pop(metric)[0] for metrics in scores.values()].pop() for metric in CONTROLS}
     summary: dict[str, Any] = {
         "study": name,
@@ -138,7 +139,7 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
     }
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    study.draw(summary | {"entropies": entropies}, folder / "plot.png")
+    study.draw(summary | {"entropies": entropies, "maps": maps}, folder / "plot.png")
     (folder / "page.md").write_text(page(study, summary))
     (folder / "results.json").write_text(json.dumps(summary, indent=1))
     return summary

@@ -125,7 +125,9 @@ class Study:
         paper: what the paper says about the question, and where.
         arms: whether the study is the quick one → its arms by name.
         judge: scores → the comparisons that answer the question.
-        draw: results, path → writes the plot there.
+        draw: results, path → writes the plot there. Besides the content of results.json, the results have
+            `entropies`, and `maps` of the first held-out scenes where the task's score gives them: row → one list per
+            seed.
         metrics: the columns of the page's table.
         promised: scores → the arms of which `lavender check` is asked.
         extra: scores → further lines of the page, computed from the means.

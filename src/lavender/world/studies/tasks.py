@@ -11,7 +11,7 @@ from typing import Any
 from lavender.evaluation.answers import generate_answers, micro_f1, names_said
 from lavender.evaluation.map_scores import JudgedMap
 from lavender.evaluation.scorers import cider
-from lavender.maps import Word
+from lavender.maps import Word, WordMaps
 from lavender.students.loading import load_run
 from lavender.students.word_maps import AnsweredPicture, student_maps
 from lavender.world.attributes import (
@@ -31,7 +31,7 @@ from lavender.world.judging import (
     score_new_words,
     score_student,
 )
-from lavender.world.language import CAPTION_PROMPT, Mention
+from lavender.world.language import CAPTION_PROMPT, Mention, caption_scene
 from lavender.world.scenes import SPLITS, Scene, Style, scenes
 from lavender.world.sprites import NAMES, NEW_NAMES
 from lavender.world.studies.examples import (
@@ -63,6 +63,8 @@ __all__ = [
     "write_examples",
 ]
 
+NUM_PICTURED = 3
+"""How many held-out scenes a figure shows attention on: the first ones."""
 OTHER_STYLES: tuple[Style, ...] = ("photograph", "openmoji", "outline")
 """Styles that no student was trained on, from near to far."""
 
@@ -77,8 +79,19 @@ def _score_in_domain(path: Path, scoring: Scoring) -> dict[str, Any]:
     """Captions of scenes like those of training alone, for students that are scored several times; CIDEr too."""
     held_out = held_out_scenes(scoring.split, scoring.count, scoring.start, ("in_domain",))
     scores, observed = score_student(path, held_out)
-    references = [caption_references(scene) for scene in held_out["in_domain"]]
-    return scores | {"cider": cider(observed.answers, references).aggregate["cider"]}
+    drawn = held_out["in_domain"]
+    references = [caption_references(scene) for scene in drawn]
+    scores["cider"] = cider(observed.answers, references).aggregate["cider"]
+    pictured = zip(drawn[:NUM_PICTURED], observed.maps, strict=False)
+    return scores | {"maps": [_first_map(scene, scene_maps) for scene, scene_maps in pictured]}
+
+
+def _first_map(scene: Scene, scene_maps: WordMaps) -> list[list[float]]:
+    """Where the student looks at the first name of a scene's caption, for a figure: rows of numbers from 0 to 1."""
+    mention = caption_scene(scene).mentions[0]
+    heat = scene_maps.map_of(mention.start, mention.end)
+    assert heat is not None, mention
+    return [[round(value, 2) for value in row] for row in heat.tolist()]
 
 
 # captions and signs to read
