@@ -288,13 +288,14 @@ def panels_of(
     Args:
         readings: pictures with their reference answers.
         phrases: per reading, what gets a row.
-        teacher: per reading, the teacher's maps, or None.
+        teacher: per reading, the teacher's maps, or None. Without any there is no such column.
         observed: model name → what it does on these readings.
         titles: one per reading.
     """
-    panels = []
+    panels, has_teacher = [], any(maps is not None for maps in teacher)
     for index, reading in enumerate(readings):
-        sources = {"teacher": teacher[index]} | {name: model.maps[index] for name, model in observed.items()}
+        sources: dict[str, WordMaps | None] = {"teacher": teacher[index]} if has_teacher else {}
+        sources |= {name: model.maps[index] for name, model in observed.items()}
         rows = [
             WordRow(
                 phrase.text,

@@ -71,7 +71,7 @@ def read_evaluation(run: Path) -> Evaluation | None:
         scored = json.loads(path.read_text())
     except ValueError:
         scored = None
-    if not isinstance(scored, dict) or not scored.keys() >= _KEYS or not isinstance(scored["arms"], dict):
+    if not _is_whole(scored):
         raise _damaged(path, run)
     if not (run / SAMPLES).is_file():
         return Evaluation(scored, None)
@@ -79,9 +79,29 @@ def read_evaluation(run: Path) -> Evaluation | None:
         samples = [_sample_of(json.loads(line)) for line in (run / SAMPLES).read_text().splitlines()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(run / SAMPLES, run) from error
-    if len(samples) != scored["samples"] or any(list(one.judged) != list(scored["arms"]) for one in samples):
+    names, arms = list(next(iter(scored["arms"].values()))), list(scored["arms"])
+    is_same = all(list(one.judged) == arms for one in samples)
+    has_scores = all(list(judged.tallies) == names for one in samples for judged in one.judged.values())
+    if len(samples) != scored["samples"] or not is_same or not has_scores:
         raise _damaged(run / SAMPLES, run)
     return Evaluation(scored, samples)
+
+
+def _is_whole(scored: Any) -> bool:
+    """Whether the content of eval.json has all that is read from it, and the same scores for each model."""
+    if not isinstance(scored, dict) or not scored.keys() >= _KEYS or not isinstance(scored["data"], str):
+        return False
+    teacher, arguments = scored.get("teacher") or {}, scored.get("arguments", {})
+    if not isinstance(teacher, dict) or not isinstance(arguments, dict):
+        return False
+    arms, lists = scored["arms"], (scored["against"], scored["notes"], scored["maps"] or [])
+    if not all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in lists):
+        return False
+    if not isinstance(arms, dict) or not arms or not all(isinstance(scores, dict) for scores in arms.values()):
+        return False
+    values = [value for scores in (*arms.values(), teacher) for value in scores.values()]
+    are_numbers = all(value is None or isinstance(value, int | float) for value in values)
+    return are_numbers and len({tuple(scores) for scores in arms.values()}) == 1
 
 
 def _sample_of(line: Mapping[str, Any]) -> EvaluatedSample:

@@ -38,6 +38,8 @@ from lavender.students.word_maps import AnsweredPicture, student_maps
 from lavender.training.run_folder import CONFIG, COVERAGE, NOT_RECORDED, flat, read_config
 
 NUM_PICTURES = 12
+MAX_WORDS = 12
+"""Words of a picture whose maps are shown."""
 PAGE = "report.html"
 
 
@@ -204,7 +206,7 @@ def _samples_of(
     """The chosen samples of the data, in the order of `chosen`.
 
     Raises:
-        DataError: the data no longer have one of them.
+        DataError: the data no longer have one of them, or with another picture or answer.
     """
     wanted = {samples[one.index].sample for one in chosen}
     read = read_samples(scored["data"], prompt, scored.get("columns"))
@@ -212,17 +214,14 @@ def _samples_of(
     for one in chosen:
         line = samples[one.index]
         sample = found.get(line.sample)
-        if sample is None or not sample.answers or sample.answers[0] != line.reference:
-            raise _changed(line.sample)
+        is_same = sample is not None and sample.answers[:1] == (line.reference,)
+        if sample is None or not is_same or image_id(sample.load_picture(0)) != line.picture:
+            raise DataError(
+                f"{line.sample}, whose picture or answer is not the one that was scored",
+                "the data that `lavender eval` scored",
+                "run `lavender eval` again",
+            )
     return [found[samples[one.index].sample] for one in chosen]
-
-
-def _changed(sample: str) -> DataError:
-    return DataError(
-        f"{sample}, whose picture or answer is not the one that was scored",
-        "the data that `lavender eval` scored",
-        "run `lavender eval` again",
-    )
 
 
 def _seen(
@@ -236,6 +235,8 @@ def _seen(
 
     One model is in memory at a time, and the pictures of one batch; the panels have reduced pictures.
     """
+    if not shown:
+        return [], []
     observed, notes = {}, []
     for name, path in arms.items():
         maps = list(_maps_of(path, shown, store, trust_remote_code))
@@ -244,12 +245,12 @@ def _seen(
         notes += [f"{name}: {count} pictures shown have a {reason}" for reason, count in dropped.items()]
     readings: list[AnsweredPicture] = []
     teacher: list[WordMaps | None] = []
-    for (reading, maps), line in zip(readings_of(shown, store), lines, strict=True):
-        if image_id(reading.image) != line.picture:
-            raise _changed(line.sample)
+    for reading, maps in readings_of(shown, store):
         readings.append(replace(reading, image=downscaled(reading.image)))
         teacher.append(maps)
-    phrases = [[Phrase(word.text, word.start, word.end) for word in reading.words] for reading in readings]
+    phrases = [[Phrase(word.text, word.start, word.end) for word in one.words[:MAX_WORDS]] for one in readings]
+    if longer := sum(len(reading.words) > MAX_WORDS for reading in readings):
+        notes.append(f"{longer} pictures have maps of more than {MAX_WORDS} words; those of the first are shown")
     return panels_of(readings, phrases, teacher, observed, [line.sample for line in lines]), notes
 
 

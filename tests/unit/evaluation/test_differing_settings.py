@@ -65,7 +65,8 @@ def test_damaged_scores(tmp_path):
         (run / "eval.json").write_text(text)
         with pytest.raises(DataError, match="eval.json, which is damaged"):
             report_run(run)
-    whole = {"data": "d", "maps": None, "against": [], "samples": 1, "arms": {"base": {}, "run": {}}, "notes": []}
+    whole = {"data": "d", "maps": None, "against": [], "samples": 1, "arms": {}, "notes": []}
+    whole["arms"] = {"base": {"content_f1": 0.0}, "run": {"content_f1": 0.0}}
     (run / "eval.json").write_text(json.dumps(whole))
     judged = {"answer": "a", "tallies": {"content_f1": [0.0, 1]}}
     line = {"sample": "s", "picture": "p", "reference": "r", "models": {"base": judged, "run": judged}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,13 +17,15 @@ PICTURE_BYTES = 4_500_000
 """What all pictures of a page may take together. Where they would take more, they are reduced."""
 _SIDES = (LARGEST_PICTURE, 384, 288, 224, 160)
 _QUALITY = 82
+_SMALL, _FEW_COLOURS = 40_000, 4096  # pixels and colours of pictures that a PNG may hold in fewer bytes
 _LEVELS = 64  # colours of a map; maps are smooth, so more would only make the page larger
-_MANY_MAPS = 400
-_FINE, _COARSE = 160, 40  # pixels of a map's longest side; browsers interpolate
+_MAP_SIDES = {400: 160, 2000: 64}
+"""Most maps on a page → pixels of each map's longest side. Browsers interpolate."""
+_SMALLEST_MAP = 40
 
 
 def picture_addresses(pictures: Sequence[Image.Image], most_bytes: int = PICTURE_BYTES) -> list[str]:
-    """Each picture as a PNG or JPEG, whichever is smaller, in the largest of some sizes in which all fit.
+    """Each picture as a JPEG or PNG, in the largest of some sizes in which all fit.
 
     In the smallest size, a side of 160 pixels, they may take more than `most_bytes`.
     """
@@ -35,18 +38,21 @@ def picture_addresses(pictures: Sequence[Image.Image], most_bytes: int = PICTURE
 
 
 def _smaller(picture: Image.Image) -> tuple[str, bytes]:
-    """(format, file) of the smaller of a PNG, which keeps every pixel, and a JPEG."""
+    """(format, file): a JPEG; or, if it is smaller, a PNG, which keeps every pixel. Large photographs are not tried."""
     files = []
-    for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": _QUALITY, "optimize": True})):
+    settings: dict[str, dict[str, Any]] = {"jpeg": {"quality": _QUALITY}}
+    if picture.width * picture.height <= _SMALL or picture.getcolors(_FEW_COLOURS):
+        settings["png"] = {"optimize": True}
+    for kind, options in settings.items():
         buffer = BytesIO()
-        picture.save(buffer, kind, **settings)
+        picture.save(buffer, kind, **options)
         files.append((kind, buffer.getvalue()))
     return min(files, key=lambda file: len(file[1]))
 
 
 def map_side(number: int) -> int:
     """The longest side in pixels in which a page draws each of a number of maps."""
-    return _FINE if number <= _MANY_MAPS else _COARSE
+    return next((side for most, side in _MAP_SIDES.items() if number <= most), _SMALLEST_MAP)
 
 
 def map_address(heat: Tensor, size: tuple[int, int], side: int) -> str:
