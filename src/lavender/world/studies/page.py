@@ -114,7 +114,7 @@ def draw_panel(panel: Any, arms: Scores, metric: str) -> None:
     panel.set_title(METRICS[metric], fontsize=9)
     panel.set_xlabel(f"difference from plain{level}", fontsize=8)
     panel.set_yticks(range(len(compared)), _labels(compared), fontsize=8)
-    panel.set_ylim(len(compared) - 0.5, -0.5)
+    panel.set_ylim(max(1, len(compared)) - 0.5, -0.5)
     panel.tick_params(axis="x", labelsize=8)
     panel.locator_params(axis="x", nbins=5)
     panel.spines[["top", "right"]].set_visible(False)
