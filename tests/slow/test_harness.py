@@ -19,7 +19,8 @@ from command_line import lavender, write_run, write_scenes
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
 from lavender.world import STUDENT_PATHS
 
-pytestmark = pytest.mark.slow
+# an import of lmms-eval, torch and transformers per call, and an index of 2,000 files in one of them
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ANSWERED = """
 task: local_names
@@ -69,7 +70,7 @@ def mean(items):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory, some_scenes, captions) -> Path:
-    """A folder with six scenes, a task of their names, one of their captions against other ones, and a group of both."""
+    """A folder with six scenes, a task of their names, one of their captions against others, and a group of both."""
     folder = tmp_path_factory.mktemp("tasks")
     others = [*captions[1:], captions[0]]
     rows = [
@@ -102,7 +103,7 @@ def runs(tmp_path_factory, some_scenes, captions, store_path) -> tuple[Path, Pat
 
 def evaluated(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lavender.cli", "eval", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=550, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=900, check=False)
 
 
 def lines(path: Path) -> list[dict]:

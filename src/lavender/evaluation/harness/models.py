@@ -184,7 +184,7 @@ class RankingModel(_LavenderModel):
         return _Plan(key, settings, conversation)
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
-        """Per request the loss of its continuation, and whether greedy decoding would write it, see `continuation_loss`.
+        """Per request the loss of its continuation, and whether greedy decoding would write it: `continuation_loss`.
 
         lmms-eval takes the option with the smallest loss, in spite of the method's name.
         """

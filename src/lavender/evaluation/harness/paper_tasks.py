@@ -1,7 +1,7 @@
 """What our tasks of the paper's benchmarks call: those that lmms-eval lacks, or scores with a judge model or Java.
 
-The YAML files in tasks/paper name these functions. Data sets and prompts are lmms-eval's where it has the benchmark. The
-scorers are those of `lavender.evaluation.scorers`. `doc` is always a row of the data set.
+The YAML files in tasks/paper name these functions. Data sets and prompts are lmms-eval's where it has the benchmark,
+the scorers those of `lavender.evaluation.scorers`. `doc` is always a row of the data set.
 """
 
 from __future__ import annotations

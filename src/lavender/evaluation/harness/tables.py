@@ -46,7 +46,8 @@ def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield "Mean score per sample, times 100: difference, 95 % interval (paired bootstrap)"
         for name, task in tasks.items():
             for other, found in task["differences"].items():
-                yield f"{_cut(name, _TASK)}  {_cut(f'{arms[-1]} − {other}', 26)}  {_interval(found)}"
+                pair = _cut(f"{arms[-1]} − {other}", 26)
+                yield f"{_cut(name, _TASK):<{_TASK}}  {pair:<26}  {_interval(found)}"
         yield ""
     known = {name: task for name, task in tasks.items() if task["paper"]}
     if known:
@@ -114,7 +115,7 @@ def _row(task: str, count: str, *cells: str, cell: int) -> str:
 
 
 def _cut(text: str, width: int) -> str:
-    return f"{text[: width - 1]}…".ljust(width) if len(text) > width else text.ljust(width)
+    return f"{text[: width - 1]}…" if len(text) > width else text
 
 
 def _score(value: float, on_papers_scale: bool) -> str:
