@@ -105,6 +105,13 @@ def _print_vlmevalkit(tasks: list[str], arms: dict[str, str | Path]) -> int:
     from lavender.evaluation.harness.tables import vlmevalkit_settings
     from lavender.students.loading import load_config, loading
 
+    for path in arms.values():
+        if (expanded(path) / "checkpoint").is_dir():
+            raise ConfigError(
+                f"--print-vlmevalkit with the run {path}",
+                "models that VLMEvalKit loads itself",
+                f"lavender export {path} --out MODEL, then pass --model MODEL",
+            )
     first = next(iter(arms.values()))
     with loading("model", first):
         family = load_config(first).model_type

@@ -20,12 +20,14 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 from PIL import Image
 
+from command_line import complaint, lavender
+from lavender.cli.main import DONE, WRONG_USAGE
 from lavender.errors import ConfigError, DataError
 from lavender.evaluation.answers import generate_answers
 from lavender.evaluation.harness import TASKS_PATH, models, plugin
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS
-from lavender.evaluation.harness.comparing import Scored, differences, reported
+from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported
 from lavender.evaluation.harness.tables import (
     benchmark_table,
     notes_of_benchmarks,
@@ -33,6 +35,7 @@ from lavender.evaluation.harness.tables import (
     vlmevalkit_settings,
 )
 from lavender.evaluation.harness.task_index import TaskIndex, cause_of
+from lavender.world import STUDENT_PATH
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
@@ -339,6 +342,14 @@ def test_a_sample_has_its_scores_as_numbers():
     }
 
 
+def test_refusals_are_counted_where_answers_are_texts():
+    def answered(*answers: object) -> Scored:
+        return Scored("t", "test", ("acc",), {}, [{"answer": answer} for answer in answers], {})
+
+    assert refusal_rate(answered("yes", "I'm not able to answer that.", "no", "")) == 1 / 4
+    assert refusal_rate(answered([[0.1, True], [2.0, False]])) is None
+
+
 def test_mme_is_the_sum_of_its_two_numbers():
     logged = [{"mme_perception_score": {"score": 1.0}}, {"mme_cognition_score": {"score": 0.0}}]
     metrics = {"mme_perception_score": 1500.5, "mme_cognition_score": 300.0}
@@ -383,3 +394,31 @@ def test_vlmevalkits_settings_have_what_lmms_eval_lacks():
     assert len(settings["data"]) == 20
     with pytest.raises(ConfigError, match=r"--print-vlmevalkit with --tasks pope.*such as paper"):
         vlmevalkit_settings(["pope"], {"base": "x"}, "mllama")
+
+
+def test_vlmevalkit_gets_no_run_folder(tmp_path):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    ran = lavender("eval", "--model", tmp_path / "run", "--tasks", "paper", "--print-vlmevalkit")
+    assert "lavender export" in complaint(ran, WRONG_USAGE)
+    ran = lavender("eval", "--model", STUDENT_PATH, "--tasks", "paper", "--print-vlmevalkit")
+    assert ran.code == DONE
+    assert json.loads(ran.out)["model"] == {
+        STUDENT_PATH.name: {"class": "llama_vision", "model_path": str(STUDENT_PATH)}
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "no --tasks"),
+        (("--model", "m"), "no --tasks"),
+        (("--tasks", "pope"), "--tasks without a model"),
+        (("run", "--model", "m", "--tasks", "pope"), "--tasks with a run folder and --model"),
+        (("run", "--tasks", ","), "--tasks ','"),
+        (("run", "--tasks", "pope", "--maps", "maps"), "--maps with --tasks"),
+        (("--model", "m", "--tasks", "pope", "--limit", "0"), "--limit 0"),
+        (("--model", "m", "--tasks", "pope", "--batch-size", "0"), "--batch-size 0"),
+    ],
+)
+def test_options_that_do_not_fit(arguments, words):
+    assert words in complaint(lavender("eval", *arguments), WRONG_USAGE)

@@ -11,7 +11,7 @@ from typing import Any
 from lavender.errors import DataError
 from lavender.evaluation.harness.benchmarks import benchmark_of
 from lavender.evaluation.intervals import paired_difference
-from lavender.evaluation.scorers import cider
+from lavender.evaluation.scorers import cider, refusals
 
 _CAPTION = {"prediction", "references"}
 
@@ -76,6 +76,13 @@ def reported(scored: Scored) -> float:
     known = benchmark_of(scored.task)
     total = sum(scored.metrics.get(key, 0.0) for key in scored.keys)
     return total * known.scale if known is not None else total
+
+
+def refusal_rate(scored: Scored) -> float | None:
+    """The share of answers that refuse, which Table 3 of the paper counts apart; None for a task of options."""
+    answers = [sample["answer"] for sample in scored.samples]
+    texts = [answer for answer in answers if isinstance(answer, str)]
+    return refusals(texts).aggregate["refusal_rate"] if texts and len(texts) == len(answers) else None
 
 
 def differences(by_arm: Mapping[str, Scored]) -> dict[str, dict[str, float]]:

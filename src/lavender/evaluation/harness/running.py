@@ -20,7 +20,7 @@ import torch
 from lavender.errors import ConfigError, DataError, LavenderError
 from lavender.evaluation.harness.answer_log import AnswerLog
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, benchmark_of
-from lavender.evaluation.harness.comparing import Scored, differences, reported, sample_lines
+from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported, sample_lines
 from lavender.evaluation.harness.task_index import TaskIndex, cause_of, require_harness
 from lavender.files import write_whole
 from lavender.model_files import loading, one_line
@@ -78,8 +78,8 @@ def evaluate_tasks(
         settings: how tasks are run.
 
     Returns:
-        `tasks` (name → `metric`, `samples`, `scores` by arm, `metrics` by arm, `differences`, `paper`), `arms`,
-        `limit`, `lmms_eval` (its version) and `notes` for the reader.
+        `tasks` (name → `metric`, `samples`, `scores`, `metrics` and `refusal_rate` by arm, `differences`, `paper`),
+        `arms`, `limit`, `lmms_eval` (its version) and `notes` for the reader.
 
     Raises:
         ConfigError: lmms-eval is not installed, an unknown task, or a task that asks for what is not supported.
@@ -107,7 +107,7 @@ def _evaluate_tasks(
         "limit": settings.limit,
         "arms": {arm: {"model": str(path), "checkpoint": identities[arm]} for arm, path in arms.items()},
         "tasks": {name: _summary(name, by_arm) for name, by_arm in scored.items()},
-        "notes": _notes(tasks, settings),
+        "notes": [*_notes(tasks, settings), *_refusals(scored)],
     }
     write_whole(result_path, json.dumps(result, indent=1))
     return result
@@ -200,6 +200,7 @@ def _summary(name: str, by_arm: Mapping[str, Scored]) -> dict[str, Any]:
         "samples": len(first.samples),
         "scores": {arm: reported(found) for arm, found in by_arm.items()},
         "metrics": {arm: found.metrics for arm, found in by_arm.items()},
+        "refusal_rate": {arm: refusal_rate(found) for arm, found in by_arm.items()},
         "differences": differences(by_arm),
         "paper": paper,
         "note": known.note if known is not None else "",
@@ -215,6 +216,12 @@ def _notes(tasks: Sequence[str], settings: Settings) -> list[str]:
     if settings.limit is not None:
         notes.append(f"only the first {settings.limit} samples of each task: not comparable with published numbers")
     return notes
+
+
+def _refusals(scored: Mapping[str, Mapping[str, Scored]]) -> list[str]:
+    """A note per task and model that refuses: such answers count as wrong."""
+    rates = {(name, arm): refusal_rate(found) for name, by_arm in scored.items() for arm, found in by_arm.items()}
+    return [f"{arm} refuses to answer {rate:.1%} of {name}" for (name, arm), rate in rates.items() if rate]
 
 
 def file_name(name: str) -> str:
