@@ -325,6 +325,8 @@ def test_records_without_a_picture_are_counted(four):
         read_gallery(store, folder, word="zebra")
     with pytest.raises(ConfigError, match="Got --limit 0"):
         read_gallery(store, folder, limit=0)
+    with pytest.raises(ConfigError, match="Got --limit 1001. Expected from 1 to 1000"):
+        read_gallery(store, folder, limit=1001)
     for index in (0, 2, 3):
         Image.new("RGB", (20, 12), "black").save(folder / f"{index}.png")
     with pytest.raises(DataError, match="which has the picture and text of none of 4 records"):
@@ -334,7 +336,7 @@ def test_records_without_a_picture_are_counted(four):
 def test_what_does_not_fit_into_a_page_is_left_out(four, monkeypatch):
     folder, records = four
     gallery = read_gallery(store_of(folder / "maps", records, {"teacher": "t"}), folder)
-    monkeypatch.setattr("lavender.evaluation.look.gallery.MAX_BYTES", 68_000)
+    monkeypatch.setattr("lavender.evaluation.look.gallery.MAX_BYTES", 67_000)
     page, number = gallery_page(gallery)
     assert 0 < number < 4
     assert len(page["records"]) == number

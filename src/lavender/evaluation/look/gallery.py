@@ -38,6 +38,8 @@ SCORE_NAMES: dict[Judge, str] = {
 }
 PHOTO_SIDE = 320
 """Longest side of a picture in a gallery, in pixels."""
+MAX_TEXTS = 1000
+"""The most texts of a gallery; fewer fit into a page if they have many words."""
 _FRAME_BYTES = 60_000  # of a page without records: its style, script and notes
 _RECORD_BYTES = 1_500  # of a record's own text in the page
 _WORD_BYTES = 500
@@ -167,12 +169,12 @@ def read_gallery(
         columns: the data's own names of columns.
 
     Raises:
-        ConfigError: `limit` below 1.
+        ConfigError: `limit` below 1 or above `MAX_TEXTS`.
         DataError: no record has the word, or the data have no picture of any chosen record.
         StoreError: a record is damaged.
     """
-    if limit < 1:
-        raise ConfigError(f"--limit {limit}", "at least 1", "give the number of texts to show")
+    if not 1 <= limit <= MAX_TEXTS:
+        raise ConfigError(f"--limit {limit}", f"from 1 to {MAX_TEXTS}", "give the number of texts to show")
     by = judge_of(against)
     ranked = []
     for place, maps in enumerate(store):
@@ -213,9 +215,8 @@ def _pictures(
     samples: Iterable[Sample], wanted: set[tuple[str, str]]
 ) -> Iterator[tuple[tuple[str, str], tuple[Image.Image, str]]]:
     """(key, (small picture, name of the sample)) of the wanted keys (image id, text), each once."""
-    wanted = set(wanted)
+    wanted, texts = set(wanted), {text for _, text in wanted}
     for sample in samples:
-        texts = {text for _, text in wanted}
         pairs = [(index, text) for index, text in sample.pairs_of("all") if text in texts]
         for index in dict.fromkeys(index for index, _ in pairs):
             try:
@@ -239,7 +240,7 @@ def gallery_page(gallery: Gallery) -> tuple[dict[str, Any], int]:
     num_bytes = _FRAME_BYTES
     for record in gallery.records:
         view = _view(record)
-        num_bytes += 2 * len(view["photo"]) + 3 * len(record.maps.text) + _RECORD_BYTES
+        num_bytes += len(view["photo"]) + 3 * len(record.maps.text) + _RECORD_BYTES
         num_bytes += sum(len(word["src"]) + _WORD_BYTES for word in view["words"])
         if num_bytes > MAX_BYTES:
             break
