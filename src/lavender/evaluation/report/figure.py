@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,13 @@ def _answer_lines(panel: Panel) -> list[tuple[str, str]]:
     truth = {"truth": panel.truth} if panel.truth else {}
     lines: list[tuple[str, str]] = []
     for name, answer in (truth | panel.answers).items():
-        lines += [(name, _GREY), *((line, "black") for line in textwrap.wrap(answer or "–", 40))]
+        lines += [(name, _GREY), *((line, "black") for line in textwrap.wrap(_visible(answer) or "–", 40))]
     return lines + [(line, _GREY) for line in textwrap.wrap(panel.note, 40)]
+
+
+def _visible(text: str) -> str:
+    """A text in which control characters, which no font has, are question marks."""
+    return "".join("?" if unicodedata.category(sign) == "Cc" and not sign.isspace() else sign for sign in text)
 
 
 def _draw_picture(axes: Axes, panel: Panel) -> None:

@@ -108,7 +108,7 @@ def render_report(report: Report) -> str:
         sources=sources,
         panels=[view | {"picture": address} for view, address in zip(views, addresses, strict=True)],
         most_words=max([len(view["rows"]) for view in views], default=0),
-        curves=[_curve_view(curve) for curve in report.curves],
+        curves=[_curve_view(curve, styles_of(report.curves)) for curve in report.curves],
         settings=_flat(report.settings),
     )
 
@@ -188,7 +188,14 @@ def _cell_view(panel: Panel, row: WordRow, source: str, side: int) -> dict[str, 
     return view | {"alt": alt}
 
 
-def _curve_view(curve: Curve) -> dict[str, Any]:
+def styles_of(curves: Sequence[Curve]) -> dict[str, int]:
+    """Series → the number of its style, the same in all curves. If no curve has two series, all have the first."""
+    names = dict.fromkeys(name for curve in curves for name in curve.series)
+    are_compared = any(len(curve.series) > 1 for curve in curves)
+    return {name: number if are_compared else 0 for number, name in enumerate(names)}
+
+
+def _curve_view(curve: Curve, styles: Mapping[str, int]) -> dict[str, Any]:
     """Lines and ticks in the coordinates of a 480 × 264 drawing."""
     series = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
@@ -209,7 +216,7 @@ def _curve_view(curve: Curve) -> dict[str, Any]:
         "curve": curve,
         "x_ticks": [(at_x(tick), f"{tick:g}") for tick in x_ticks],
         "y_ticks": [(at_y(tick), f"{tick:g}") for tick in y_ticks],
-        "series": [(name, [(at_x(x), at_y(y)) for x, y in points]) for name, points in series.items()],
+        "series": [(name, styles[name], [(at_x(x), at_y(y)) for x, y in points]) for name, points in series.items()],
         "description": f"{curve.y_label} against {curve.x_label}. {'; '.join(described) or 'No points'}.",
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lavender.evaluation.report.figure import figure_of
-from lavender.evaluation.report.page import Curve
+from lavender.evaluation.report.page import Curve, styles_of
 from lavender.evaluation.report.panels import Panel
 from lavender.files import write_whole
 
@@ -81,12 +81,13 @@ def curve_figure(curves: Sequence[Curve]) -> Figure:
     """The curves of training, two in a row."""
     from matplotlib.figure import Figure
 
-    rows = -(-len(curves) // 2)
+    rows, styles = -(-len(curves) // 2), styles_of(curves)
     figure = Figure(figsize=(9.0, 2.8 * rows), facecolor="white", layout="constrained")
     places = figure.subplots(rows, 2, squeeze=False).flatten()
     for axes, curve in zip(places, curves, strict=False):
-        for number, (name, points) in enumerate(curve.series.items()):
+        for name, points in curve.series.items():
             x, y = zip(*points, strict=True) if points else ((), ())
+            number = styles[name]
             style = _STYLES[number % len(_STYLES)]
             axes.plot(x, y, style, color=_COLOURS[number % len(_COLOURS)], label=_plain(name), linewidth=1.5)
         axes.set_title(curve.title, fontsize=9, parse_math=False)
