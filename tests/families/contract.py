@@ -4,8 +4,8 @@
 image key (`families.geometry`, also for a family's other processors) · 6 padding side and batch order change
 nothing · 7 checkpointing · 8 samples with several pictures and with none, LoRA, bfloat16 (`families.batches`) ·
 9 what would be silently wrong raises (`families.guards`) · 10 parts that can be frozen (`families.parts`) ·
-11 `lavender look` (`families.look`). A family's further text models or towers need `families.core` alone, the
-decisive part of 1, 2, 3, 5, 6 and 7.
+11 `lavender look` (`families.look`) · 12 answers as benchmarks ask for them (`families.answers`). A family's further
+text models or towers need `families.core` alone, the decisive part of 1, 2, 3, 5, 6 and 7.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from families.answers import Answers
 from families.asking import captured, cast, request_of, traces
 from families.batches import Batches
 from families.by_hand import ByHand
@@ -47,7 +48,7 @@ EVERY_POOLING = pytest.mark.parametrize(
 """The direct losses are in float64 in `families.direct`."""
 
 
-class Contract(Batches, ByHand, DirectLosses, Guards, Look, Parts, Words, Core):
+class Contract(Answers, Batches, ByHand, DirectLosses, Guards, Look, Parts, Words, Core):
     """Collected as a subclass only."""
 
     # 1

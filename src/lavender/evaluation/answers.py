@@ -1,4 +1,4 @@
-"""A model's greedy answers about pictures, and scores of the names in them."""
+"""A model's answers about pictures, the loss of given answers, and scores of the names in answers."""
 
 from __future__ import annotations
 
@@ -144,6 +144,35 @@ def answer_batch(
     if not model.config.is_encoder_decoder:  # a decoder repeats its prompt
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
     return [answer.strip() for answer in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+@torch.inference_mode()
+def continuation_loss(model: Any, processor: Any, question: list[dict], continuation: str) -> tuple[float, bool]:
+    """The negative log-likelihood of a text as the beginning of the answer, and whether greedy decoding would write it.
+
+    Args:
+        model: a Transformers image-text-to-text model.
+        processor: its processor, with a chat template.
+        question: the conversation up to the answer.
+        continuation: the text to score; all tokens after those of the question count.
+
+    Returns:
+        (nats per token, the mean over the tokens, as lmms-eval's own models return it; all tokens are the likeliest).
+    """
+    answered = [*question, {"role": "assistant", "content": [{"type": "text", "text": continuation}]}]
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    asked = processor.apply_chat_template([question], add_generation_prompt=True, **settings)["input_ids"][0]
+    inputs = processor.apply_chat_template([answered], continue_final_message=True, **settings)
+    inputs = inputs.to(model.device, model.dtype)
+    tokens = inputs["input_ids"][0]
+    # a tokenizer may join the last token of the question with the first of the continuation
+    shared = min(len(asked), len(tokens))
+    same = asked[:shared].to(tokens.device) == tokens[:shared]
+    start = shared if bool(same.all()) else int(same.int().argmin())
+    rows = model(**inputs).logits[0, start - 1 : len(tokens) - 1].float().log_softmax(dim=-1)
+    target = tokens[start:]
+    loss = -rows.gather(1, target[:, None]).mean().item()
+    return loss, bool((rows.argmax(dim=-1) == target).all())
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from PIL import Image
 from command_line import complaint, lavender
 from lavender.cli.main import DONE, WRONG_USAGE
 from lavender.errors import ConfigError, DataError
-from lavender.evaluation.answers import generate_answers
+from lavender.evaluation.answers import continuation_loss, generate_answers
 from lavender.evaluation.harness import TASKS_PATH, models, plugin
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS
@@ -216,7 +216,7 @@ def test_the_loss_of_an_option_is_the_mean_over_its_tokens(student, split):
     question = [
         {"role": "user", "content": [{"type": "image", "image": split[0]["image"]}, {"type": "text", "text": "?"}]}
     ]
-    loss, greedy = models.continuation_loss(*student, question, "a red dog")
+    loss, greedy = continuation_loss(*student, question, "a red dog")
     text = student.processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False) + "a red dog"
     inputs = student.processor(images=[[split[0]["image"]]], text=[text], add_special_tokens=False, return_tensors="pt")
     count = len(student.processor.tokenizer("a red dog", add_special_tokens=False)["input_ids"])
@@ -241,9 +241,7 @@ def test_an_option_that_the_model_would_write_is_greedy(student, split):
 
     image = {"type": "image", "image": split[0]["image"]}
     question = [{"role": "user", "content": [image, {"type": "text", "text": "what is it?"}]}]
-    right, wrong = (
-        models.continuation_loss(Knows(), student.processor, question, f"a red {it}") for it in ("dog", "cat")
-    )
+    right, wrong = (continuation_loss(Knows(), student.processor, question, f"a red {it}") for it in ("dog", "cat"))
     assert right[1]
     assert right[0] < 0.03 < wrong[0]
     assert not wrong[1]

@@ -19,7 +19,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from lavender.errors import ConfigError, ModelError
-from lavender.evaluation.answers import answer_batch, answering
+from lavender.evaluation.answers import answer_batch, answering, continuation_loss
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
 from lavender.students.loading import load_run
 
@@ -213,35 +213,6 @@ def load_student(path: str | Path, device: torch.device, dtype: str, trust_remot
             "put the template of its model card into chat_template.jinja in the model's folder",
         )
     return Student(model.to(device), processor)
-
-
-@torch.inference_mode()
-def continuation_loss(model: Any, processor: Any, question: list[dict], continuation: str) -> tuple[float, bool]:
-    """The negative log-likelihood of a text as the beginning of the answer, and whether greedy decoding would write it.
-
-    Args:
-        model: a Transformers image-text-to-text model.
-        processor: its processor, with a chat template.
-        question: the conversation up to the answer.
-        continuation: the text to score; all tokens after those of the question count.
-
-    Returns:
-        (nats per token, the mean over the tokens, as lmms-eval's own models return it; all tokens are the likeliest).
-    """
-    answered = [*question, {"role": "assistant", "content": [{"type": "text", "text": continuation}]}]
-    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    asked = processor.apply_chat_template([question], add_generation_prompt=True, **settings)["input_ids"][0]
-    inputs = processor.apply_chat_template([answered], continue_final_message=True, **settings)
-    inputs = inputs.to(model.device, model.dtype)
-    tokens = inputs["input_ids"][0]
-    # a tokenizer may join the last token of the question with the first of the continuation
-    shared = min(len(asked), len(tokens))
-    same = asked[:shared].to(tokens.device) == tokens[:shared]
-    start = shared if bool(same.all()) else int(same.int().argmin())
-    rows = model(**inputs).logits[0, start - 1 : len(tokens) - 1].float().log_softmax(dim=-1)
-    target = tokens[start:]
-    loss = -rows.gather(1, target[:, None]).mean().item()
-    return loss, bool((rows.argmax(dim=-1) == target).all())
 
 
 def as_conversation(messages: Sequence[dict]) -> list[dict]:
