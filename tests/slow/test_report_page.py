@@ -74,7 +74,9 @@ def chosen_page(number: int, words: int) -> Report:
     for index in range(number):
         rows = []
         for word in range(words):
-            heats = {name: maps[(index + word + place) % 5] for place, name in enumerate(names)}
+            heats: dict[str, torch.Tensor | None] = {
+                name: maps[(index + word + place) % 5] for place, name in enumerate(names)
+            }
             start, end = spans[word] if word < len(spans) else (0, 0)
             span = (start, end) if word < len(spans) else None
             rows.append(WordRow(TEXT[start:end] or f"word {word}", heats, None, span))

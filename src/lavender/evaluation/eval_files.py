@@ -71,7 +71,7 @@ def read_evaluation(run: Path) -> Evaluation | None:
         scored = json.loads(path.read_text())
     except ValueError:
         scored = None
-    if not _is_whole(scored):
+    if scored is None or not _is_whole(scored):
         raise _damaged(path, run)
     if not (run / SAMPLES).is_file():
         return Evaluation(scored, None)

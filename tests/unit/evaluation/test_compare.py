@@ -36,7 +36,7 @@ def readings_with(answers: list[str]) -> list[AnsweredPicture]:
 @pytest.fixture(scope="module", params=list(TOKENIZERS))
 def llava(request) -> tuple[Any, Any]:
     """A LLaVA of random weights whose tokenizer is of another kind."""
-    usual = build_llava_processor(["a dog"], vocabulary=300)
+    usual: Any = build_llava_processor(["a dog"], vocabulary=300)
     processor: Any = LlavaProcessor(
         usual.image_processor,
         tokenizer_of(request.param),

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from lavender.errors import DataError
-from lavender.evaluation.report.figure import draw_figure
+from lavender.evaluation.report.figure import draw_figure, drawable
 from lavender.evaluation.report.page import (
     Curve,
     Panel,
@@ -30,7 +30,7 @@ from lavender.evaluation.report.page import (
     write_report,
 )
 from lavender.evaluation.report.pdf import IntervalRow, interval_figure, write_figures
-from lavender.evaluation.report.pixels import map_address, map_side, picture_addresses
+from lavender.evaluation.report.pixels import map_address, map_detail, picture_addresses
 
 
 def picture(width: int = 13, height: int = 11) -> Image.Image:
@@ -290,9 +290,11 @@ def opened_address(address: str) -> Image.Image:
 
 
 def test_maps_are_smaller_on_pages_of_many():
-    assert [map_side(number) for number in (1, 400, 401, 2000, 2001)] == [160, 160, 64, 64, 40]
-    image = opened_address(map_address(spot(1, 5), (300, 400), 40))
+    sides = [map_detail(number)[0] for number in (1, 400, 401, 2000, 2001, 4001)]
+    assert sides == [160, 160, 64, 64, 32, 16]
+    image = opened_address(map_address(spot(1, 5), (300, 400), (40, 16)))
     assert (image.mode, image.size) == ("P", (40, 30))
+    assert len(map_address(torch.rand(32, 32), (300, 400), map_detail(9600))) < 400  # with the text around it, 10 MB
     pixels = np.asarray(image.convert("RGBA"))
     assert np.unravel_index(pixels[..., 3].argmax(), (30, 40)) == (8, 31)  # the middle of cell (1, 5): 9 and 31.4
     assert pixels[0, 0, 3] == 0
@@ -311,7 +313,7 @@ def test_the_figures_are_a_pdf_that_repeats(tmp_path: Path):
     assert content.count(b"/Type /Page ") == 3  # intervals, curves, one picture
     axes = interval_figure(rows).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["aligned − plain", "aligned − base"]
-    drawn = [list(line.get_xdata()) for line in axes.lines]
+    drawn = [np.asarray(line.get_xdata()).tolist() for line in axes.lines]
     assert drawn == [[0, 0], [0.0, 0.2], [0.1], [0.3]]  # zero, an interval, and both differences
 
 
@@ -388,7 +390,9 @@ def test_columns_of_panels_stand_under_each_other(tmp_path: Path, monkeypatch):
 
 
 def test_a_dollar_in_a_caption_is_no_formula(tmp_path: Path):
-    answer = "costs $5 or $6_{ and has a \x18 in it"  # a control character, of which no font has a drawing
+    answer = "costs $5 or $6_{ and has \x18 and 狗 in it"  # what the font has not would warn
+    assert drawable(answer) == "costs $5 or $6_{ and has ? and ? in it"
+    assert drawable("é “λ” ↑ −\n") == "é “λ” ↑ −\n"
     draw_figure([Panel(picture(), "$\\frac{", [], {"plain": answer})], tmp_path / "figure.png")
     assert opened(tmp_path / "figure.png").width > 100
 

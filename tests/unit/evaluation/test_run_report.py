@@ -37,7 +37,7 @@ def folder(some_scenes, captions, make_student, processor, store_path, tmp_path_
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         student.save_pretrained(folder / name / "checkpoint")
         processor.save_pretrained(folder / name / "checkpoint")
-        config = {"model": str(folder / "model"), "data": str(folder / "data"), "maps": str(store_path)}
+        config: dict[str, Any] = {"model": str(folder / "model"), "data": str(folder / "data"), "maps": str(store_path)}
         config |= {"prompt": "What?", "training": {"attention_loss": "mass", "align_weight": weight, "match": "exact"}}
         (folder / name / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [json.dumps({"step": step, "vlm_loss": 2 - step, "attention_loss": 1.0}) for step in range(3)]

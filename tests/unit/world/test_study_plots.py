@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -55,8 +56,8 @@ def test_a_row_is_the_difference_with_its_range():
     axes = Figure().subplots()
     draw_panel(axes, scores, "in_domain")
     zero, *lines = axes.lines
-    assert list(zero.get_xdata()) == [0, 0]
-    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
+    assert np.asarray(zero.get_xdata()).tolist() == [0, 0]
+    drawn = [(np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist()) for line in lines]
     # range, seeds and mean of each arm minus plain of the same seed
     assert drawn[:3] == [([0, 0.25], [0, 0]), ([0.25, 0], [0, 0]), ([0.125], [0])]
     assert drawn[3:] == [([-0.25, -0.125], [1, 1]), ([-0.25, -0.125], [1, 1]), ([-0.1875], [1])]

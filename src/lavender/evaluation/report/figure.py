@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-import unicodedata
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,8 @@ def draw_figure(panels: list[Panel], path: Path) -> None:
 def figure_of(panels: list[Panel]) -> Figure:
     """The panels on white, one below the other: each picture with its answers, and its words' masks and maps.
 
-    Under each map stands the share of it that lies in the true mask, where the mask is known.
+    Under each map stands the share of it that lies in the true mask, where the mask is known. Characters that the font
+    lacks are question marks.
 
     Args:
         panels: at least one.
@@ -79,20 +80,29 @@ def _answer_lines(panel: Panel) -> list[tuple[str, str]]:
     truth = {"truth": panel.truth} if panel.truth else {}
     lines: list[tuple[str, str]] = []
     for name, answer in (truth | panel.answers).items():
-        lines += [(name, _GREY), *((line, "black") for line in textwrap.wrap(_visible(answer) or "–", 40))]
-    return lines + [(line, _GREY) for line in textwrap.wrap(panel.note, 40)]
+        lines += [(drawable(name), _GREY), *((line, "black") for line in textwrap.wrap(drawable(answer) or "–", 40))]
+    return lines + [(line, _GREY) for line in textwrap.wrap(drawable(panel.note), 40)]
 
 
-def _visible(text: str) -> str:
-    """A text in which control characters, which no font has, are question marks."""
-    return "".join("?" if unicodedata.category(sign) == "Cc" and not sign.isspace() else sign for sign in text)
+def drawable(text: str) -> str:
+    """A text in which characters that the font of figures lacks, such as Chinese ones, are question marks."""
+    known = _characters()
+    return "".join(sign if sign.isspace() or ord(sign) in known else "?" for sign in text)
+
+
+@lru_cache(maxsize=1)
+def _characters() -> frozenset[int]:
+    """The code points that Matplotlib's font has."""
+    from matplotlib.font_manager import findfont, get_font
+
+    return frozenset(get_font(findfont("sans-serif")).get_charmap())
 
 
 def _draw_picture(axes: Axes, panel: Panel) -> None:
     _hide_frame(axes)
     axes.set_anchor("NW")
     axes.imshow(downscaled(panel.image), interpolation="nearest")
-    title = textwrap.shorten(panel.title, 42, placeholder="…")
+    title = textwrap.shorten(drawable(panel.title), 42, placeholder="…")
     axes.set_title(title, loc="left", weight="bold", color="#5b3f8c", **_TEXT)
 
 
@@ -117,9 +127,11 @@ def _draw_row(axes: list[Axes], panel: Panel, row: WordRow, columns: list[str], 
     for cell_axes, column in zip(axes, columns, strict=True):
         _hide_frame(cell_axes)
         if with_titles:
-            cell_axes.set_title(column, weight="bold", **_TEXT)
+            cell_axes.set_title(drawable(column), weight="bold", **_TEXT)
         _draw_cell(cell_axes, panel, row, column)
-    axes[0].set_ylabel(textwrap.fill(row.word, 14), rotation=0, ha="right", va="center", weight="bold", **_TEXT)
+    axes[0].set_ylabel(
+        textwrap.fill(drawable(row.word), 14), rotation=0, ha="right", va="center", weight="bold", **_TEXT
+    )
 
 
 def _draw_cell(axes: Axes, panel: Panel, row: WordRow, column: str) -> None:

@@ -16,10 +16,17 @@ from typing import Any
 
 from lavender.errors import DataError
 from lavender.evaluation.report.panels import Panel, WordRow, cell_of, sources_of
-from lavender.evaluation.report.pixels import layer_address, map_address, map_side, picture_addresses
+from lavender.evaluation.report.pixels import (
+    bytes_for_pictures,
+    layer_address,
+    map_address,
+    map_detail,
+    picture_addresses,
+)
 from lavender.files import write_whole
 
 _PIXELATED_BELOW = 200  # pixels; of pictures whose longest side is shorter, the single pixels are shown
+_LAZY_ABOVE = 400  # maps; of pages with more, a browser decodes those alone that are seen
 
 Cell = str | float | int | None
 
@@ -100,13 +107,15 @@ def render_report(report: Report) -> str:
         files("lavender.evaluation.report").joinpath("templates/report.html").read_text(encoding="utf-8")
     )
     sources = sources_of(report.panels)
-    side = map_side(sum(len(panel.rows) for panel in report.panels) * len(sources))
-    addresses = picture_addresses([panel.image for panel in report.panels])
-    views = [_panel_view(panel, sources, side) for panel in report.panels]
+    number = sum(len(panel.rows) for panel in report.panels) * len(sources)
+    views = [_panel_view(panel, sources, map_detail(number)) for panel in report.panels]
+    layers = [cell["layer"] for view in views for _, cells in view["rows"] for cell in cells if cell is not None]
+    addresses = picture_addresses([panel.image for panel in report.panels], bytes_for_pictures(layers))
     return template.render(
         report=report,
         sources=sources,
         panels=[view | {"picture": address} for view, address in zip(views, addresses, strict=True)],
+        are_lazy=report.choose_words and number > _LAZY_ABOVE,
         most_words=max([len(view["rows"]) for view in views], default=0),
         curves=[_curve_view(curve, styles_of(report.curves)) for curve in report.curves],
         settings=_flat(report.settings),
@@ -130,12 +139,12 @@ def show_number(value: Cell) -> str:
     return f"{number:.3f}" if number == 0 or abs(number) >= 0.01 else f"{number:.3g}"
 
 
-def _panel_view(panel: Panel, sources: list[str], side: int) -> dict[str, Any]:
+def _panel_view(panel: Panel, sources: list[str], detail: tuple[int, int]) -> dict[str, Any]:
     return {
         "panel": panel,
         "pixelated": max(panel.size) < _PIXELATED_BELOW,
         "ratio": round(panel.image.width / panel.image.height, 4),
-        "rows": [(row.word, [_cell_view(panel, row, source, side) for source in sources]) for row in panel.rows],
+        "rows": [(row.word, [_cell_view(panel, row, source, detail) for source in sources]) for row in panel.rows],
         "text": _text_pieces(panel),
     }
 
@@ -161,7 +170,7 @@ def _text_pieces(panel: Panel) -> list[tuple[str, int | None]]:
     return [(text, number) for text, number in pieces if text]
 
 
-def _cell_view(panel: Panel, row: WordRow, source: str, side: int) -> dict[str, Any] | None:
+def _cell_view(panel: Panel, row: WordRow, source: str, detail: tuple[int, int]) -> dict[str, Any] | None:
     """A cell's layer as a PNG, its alternative text, its maximum and its share on the thing; None for no map."""
     cell = cell_of(panel, row, source)
     if cell is None:
@@ -171,7 +180,7 @@ def _cell_view(panel: Panel, row: WordRow, source: str, side: int) -> dict[str, 
         assert cell.mask is not None
         alt = f"True mask of “{row.word}”, {100 * cell.mask.mean():.0f} % of the picture"
         return view | {"layer": layer_address(cell.layer), "alt": alt}
-    view["layer"] = map_address(cell.heat, panel.size, side)
+    view["layer"] = map_address(cell.heat, panel.size, detail)
     alt = f"Map of “{row.word}” by {source}"
     if cell.peak is None:
         return view | {"verdict": "all zero", "alt": f"{alt}: zero everywhere"}

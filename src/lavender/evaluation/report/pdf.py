@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lavender.evaluation.report.figure import figure_of
+from lavender.evaluation.report.figure import drawable, figure_of
 from lavender.evaluation.report.page import Curve, styles_of
 from lavender.evaluation.report.panels import Panel
 from lavender.files import write_whole
@@ -69,7 +69,7 @@ def interval_figure(rows: Sequence[IntervalRow]) -> Figure:
                     axes.plot([row.low, row.high], [place, place], "-", color=_COLOURS[0], linewidth=2)
                 axes.plot(row.difference, place, "o", color=_COLOURS[0])
         axes.set_title(score, fontsize=9, parse_math=False)
-        axes.set_yticks(range(len(pairs)), pairs, fontsize=8, parse_math=False)
+        axes.set_yticks(range(len(pairs)), [drawable(pair) for pair in pairs], fontsize=8, parse_math=False)
         axes.set_ylim(len(pairs) - 0.5, -0.5)
         axes.tick_params(axis="x", labelsize=7)
         axes.locator_params(axis="x", nbins=4)
@@ -101,4 +101,4 @@ def curve_figure(curves: Sequence[Curve]) -> Figure:
 
 def _plain(name: str) -> str:
     """A label in which a dollar sign is no formula, and an underscore at the beginning does not hide it."""
-    return f" {name}".replace("$", r"\$")
+    return f" {drawable(name)}".replace("$", r"\$")

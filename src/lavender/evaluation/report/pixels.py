@@ -13,18 +13,23 @@ from torch import Tensor
 
 from lavender.drawing import LARGEST_PICTURE, downscaled, heat_colours, resized_heat
 
-PICTURE_BYTES = 4_500_000
-"""What all pictures of a page may take together. Where they would take more, they are reduced."""
+PAGE_BYTES = 9_500_000
+"""What a page may take. Where it would take more, its pictures are reduced, and maps by their number."""
 _SIDES = (LARGEST_PICTURE, 384, 288, 224, 160)
 _QUALITY = 82
 _SMALL, _FEW_COLOURS = 40_000, 4096  # pixels and colours of pictures that a PNG may hold in fewer bytes
-_LEVELS = 64  # colours of a map; maps are smooth, so more would only make the page larger
-_MAP_SIDES = {400: 160, 2000: 64}
-"""Most maps on a page → pixels of each map's longest side. Browsers interpolate."""
-_SMALLEST_MAP = 40
+_DETAILS = {400: (160, 64), 2000: (64, 64), 4000: (32, 32)}
+"""Most maps on a page → pixels of each map's longest side, and its number of colours. Browsers interpolate."""
+_LEAST_DETAIL = (16, 16)
+_CELL_BYTES, _REST_BYTES, _LEAST_PICTURES = 300, 300_000, 1_000_000  # text around a map; around all; of all pictures
 
 
-def picture_addresses(pictures: Sequence[Image.Image], most_bytes: int = PICTURE_BYTES) -> list[str]:
+def bytes_for_pictures(layers: Sequence[str]) -> int:
+    """What is left of `PAGE_BYTES` for the pictures of a page with these map addresses."""
+    return max(_LEAST_PICTURES, PAGE_BYTES - _REST_BYTES - sum(len(layer) + _CELL_BYTES for layer in layers))
+
+
+def picture_addresses(pictures: Sequence[Image.Image], most_bytes: int = PAGE_BYTES) -> list[str]:
     """Each picture as a JPEG or PNG, in the largest of some sizes in which all fit.
 
     In the smallest size, a side of 160 pixels, they may take more than `most_bytes`.
@@ -50,24 +55,26 @@ def _smaller(picture: Image.Image) -> tuple[str, bytes]:
     return min(files, key=lambda file: len(file[1]))
 
 
-def map_side(number: int) -> int:
-    """The longest side in pixels in which a page draws each of a number of maps."""
-    return next((side for most, side in _MAP_SIDES.items() if number <= most), _SMALLEST_MAP)
+def map_detail(number: int) -> tuple[int, int]:
+    """(pixels of the longest side, number of colours) in which a page draws each of a number of maps."""
+    return next((detail for most, detail in _DETAILS.items() if number <= most), _LEAST_DETAIL)
 
 
-def map_address(heat: Tensor, size: tuple[int, int], side: int) -> str:
+def map_address(heat: Tensor, size: tuple[int, int], detail: tuple[int, int]) -> str:
     """A map in colours, transparent where it is 0, as a PNG to lie over a picture of `size` (height, width).
 
     Args:
         heat: non-negative (rows, cols).
-        size: of the picture. The drawing has its shape, and at most `side` pixels on the longest side.
+        size: of the picture. The drawing has its shape.
+        detail: of `map_detail`.
     """
+    side, levels = detail
     shrink = min(1.0, side / max(size))
     values = resized_heat(heat, (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink))))
-    image = Image.fromarray((values * (_LEVELS - 1)).round().astype(np.uint8), "P")
-    colours = heat_colours(np.linspace(0, 1, _LEVELS))
+    image = Image.fromarray((values * (levels - 1)).round().astype(np.uint8), "P")
+    colours = heat_colours(np.linspace(0, 1, levels))
     image.putpalette(colours[:, :3].tobytes())
-    return _png(image, transparency=colours[:, 3].tobytes())
+    return _png(image, transparency=colours[:, 3].tobytes(), bits=(levels - 1).bit_length())
 
 
 def layer_address(layer: np.ndarray) -> str:
@@ -75,7 +82,7 @@ def layer_address(layer: np.ndarray) -> str:
     return _png(Image.fromarray(layer))
 
 
-def _png(image: Image.Image, **settings: bytes) -> str:
+def _png(image: Image.Image, **settings: Any) -> str:
     buffer = BytesIO()
     image.save(buffer, "PNG", optimize=True, **settings)
     return _address("png", buffer.getvalue())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from lavender.errors import DataError
@@ -32,7 +33,7 @@ def redraw(folder: Path) -> Path:
         ) from error
     if results["study"] == "entropy":
         raise DataError(f"{path} without the entropy of each map", "another study", "run `lavender study entropy`")
-    if getattr(study.draw, "func", None) is draw_differences:
+    if isinstance(study.draw, partial) and study.draw.func is draw_differences:
         known = [metric for metric in study.draw.keywords["metrics"] if _has(results, metric)]
         draw_differences(results, folder / "plot.png", known)
     else:
