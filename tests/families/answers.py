@@ -32,7 +32,8 @@ class Answers:
         loss, _ = continuation_loss(model, processor, asked, "a dog")
         prompt = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         answer = {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]}
-        text = processor.apply_chat_template([*asked, answer], continue_final_message=True, tokenize=False)
+        answered: list[dict] = [*asked, answer]
+        text = processor.apply_chat_template(answered, continue_final_message=True, tokenize=False)
         images = [[asked[0]["content"][0]["image"]]]
         inputs = processor(text=[text], images=images, add_special_tokens=False, return_tensors="pt")
         option = text.removeprefix(prompt)  # some templates begin an answer with a space

@@ -93,7 +93,12 @@ def runs(tmp_path_factory, some_scenes, captions, store_path) -> tuple[Path, Pat
         folder = tmp_path_factory.mktemp(name)
         (folder / "data").mkdir()
         write_scenes(folder / "data", some_scenes, captions)
-        settings = {"maps": str(store_path), "out": str(folder / name), "align_weight": weight, "lora": {"r": 2}}
+        settings: dict[str, object] = {
+            "maps": str(store_path),
+            "out": str(folder / name),
+            "align_weight": weight,
+            "lora": {"r": 2},
+        }
         settings |= {"max_steps": 1, "learning_rate": 0.05, "dtype": "float32", "probe_size": 0, "disable_tqdm": True}
         ran = lavender("train", write_run(folder, **settings))
         assert ran.code == DONE, ran.err

@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 import weakref
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from datasets import Image as ImageFeature
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 from PIL import Image
+from tenacity import RetryError, retry, stop_after_attempt
 
 from command_line import complaint, lavender
 from lavender.cli.main import DONE, WRONG_USAGE
@@ -307,10 +309,13 @@ def test_our_tasks_of_the_table_are_found_without_lmms_evals_own():
 def test_the_cause_is_told_and_not_the_number_of_attempts():
     cause = OSError("no such data set")
     assert cause_of(ValueError("x")).args == ("x",)
-    attempt = SimpleNamespace(exception=lambda: cause)
-    error = RuntimeError("RetryError")
-    error.last_attempt = attempt  # ty: ignore[unresolved-attribute]
-    assert cause_of(error) is cause
+    with pytest.raises(RetryError) as raised:
+        retry(stop=stop_after_attempt(2))(partial(_fail, cause))()
+    assert cause_of(raised.value) is cause
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 # Comparing and printing
@@ -374,7 +379,7 @@ def test_the_last_model_is_compared_on_the_same_samples():
 def test_what_is_printed_fits_80_columns():
     numbers = {"difference": 0.123, "low": -0.01, "high": 0.25, "num_units": 50}
     arms = ["base", "plain", "a-run-with-a-very-long-name", "another-run-with-a-long-name", "aligned"]
-    task = {"samples": 5349, "scorer": "x", "scores": dict.fromkeys(arms, 1692.91)}
+    task: dict[str, Any] = {"samples": 5349, "scorer": "x", "scores": dict.fromkeys(arms, 1692.91)}
     task |= {"differences": dict.fromkeys(arms[:-1], numbers), "paper": dict.fromkeys(PAPER_MODELS, 82.8)}
     local = task | {"scorer": "", "scores": dict.fromkeys(arms, 0.8), "paper": None, "differences": {}}
     lines = list(result_lines({"arms": dict.fromkeys(arms), "tasks": {"docvqa_val": task, "a_local_one": local}}))
