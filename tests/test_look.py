@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,8 @@ def test_a_runs_lora_is_looked_at(photo, tmp_path):
     _, html = look(tmp_path / "run", photo, "a dog", out=tmp_path / "look.html")
     reading = AnsweredPicture(Image.open(photo), "Describe the image.", "a dog", content_words("a dog", ("noun",)))
     shown = tile_of(data_of(html)["words"][0]["summary"], 0)
-    (own,), (plain,) = (student_maps(one, processor, [reading]) for one in (tuned.merge_and_unload(), base))
+    merged: Any = tuned.merge_and_unload()
+    (own,), (plain,) = (student_maps(one, processor, [reading]) for one in (merged, base))
     torch.testing.assert_close(shown, to_heat(own.maps[0]).double(), atol=1 / 255, rtol=0)
     assert (shown - to_heat(plain.maps[0])).abs().max() > 0.05
 

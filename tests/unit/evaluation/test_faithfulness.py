@@ -39,7 +39,7 @@ def brightness_at(*pixels: tuple[int, int]):
     """A score per pixel (row, col): its red."""
 
     def score(pictures: Iterable[Image.Image]) -> Tensor:
-        return torch.tensor([[one.getpixel((col, row))[0] for row, col in pixels] for one in pictures])
+        return torch.tensor([[int(np.asarray(one)[row, col, 0]) for row, col in pixels] for one in pictures])
 
     return score
 

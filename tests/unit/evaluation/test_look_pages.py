@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import doctest
+import importlib
 import json
 import re
 from io import BytesIO
@@ -61,6 +63,19 @@ def attention_of(words=(DOG, PET), layers=(3, 7), heads=3, grid=(5, 7), seed=0) 
     maps = torch.rand(len(words), len(layers), heads, *grid, generator=torch.Generator().manual_seed(seed))
     maps = 0.5 * maps / maps.sum(dim=(3, 4), keepdim=True)
     return WordAttention(words, layers, maps, torch.full(maps.shape[:3], 0.6), False, ())
+
+
+@pytest.mark.parametrize("name", ["attention", "gallery", "kinds", "page", "tiles"])
+def test_the_examples_of_docstrings_run(name):
+    module = importlib.import_module(f"lavender.evaluation.look.{name}")
+    assert not doctest.testmod(module).failed
+
+
+def test_the_examples_of_scores_and_curves_run():
+    for module in ("faithfulness", "map_scores"):
+        result = doctest.testmod(importlib.import_module(f"lavender.evaluation.{module}"))
+        assert result.attempted
+        assert not result.failed
 
 
 # tiles

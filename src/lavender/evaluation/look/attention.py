@@ -106,24 +106,9 @@ def read_attention(
         (['dog'], (32, 32), 2)
     """
     adapter = adapter_for(model.config)
-    locator, dropped = WordLocator(processor, adapter), Counter[str]()
     inputs = processor_inputs(processor, [reading]).to(model.device, model.dtype)
-    texts = [(ANSWER, reading.answer, reading.words), (QUESTION, reading.prompt, question_words)]
-    found = locator.rows_by_text(
-        reading.messages(), texts, inputs["input_ids"][0], inputs["attention_mask"][0], dropped
-    )
-    words = tuple(
-        ReadWord(turn, word) for (turn, _, _), located in zip(texts, found, strict=True) for word, _ in located
-    )
-    left_out = tuple(Dropped(f"{count} word{'s' * (count > 1)}", reason) for reason, count in dropped.items() if count)
-    if not words:
-        reasons = "; ".join(f"{drop.what}: {drop.reason}" for drop in left_out) or "it has no such word"
-        raise DataError(
-            f"{reading.answer!r}, of which no word has a map ({reasons})",
-            "a text with a noun, an adjective or a verb that the model's tokenizer knows",
-            "give another text, or choose the parts of speech with --words",
-        )
-    tensors = row_tensors([[rows for located in found for _, rows in located]])
+    words, word_rows, left_out = _located(WordLocator(processor, adapter), reading, question_words, inputs)
+    tensors = row_tensors([word_rows])
     keys = adapter.key_tensors(inputs, [[reading.size]], processor)
     request = AttentionRequest(tensors["rows"].to(model.device), adapter.usable_layers(), keys.get("keys"))
     with evaluating(model), capturing(model):
@@ -144,3 +129,27 @@ def read_attention(
         "keys" not in keys,
         left_out,
     )
+
+
+def _located(
+    locator: WordLocator, reading: AnsweredPicture, question_words: tuple[Word, ...], inputs: Any
+) -> tuple[tuple[ReadWord, ...], list[tuple[int, ...]], tuple[Dropped, ...]]:
+    """The words that are found, the rows of each, and those that are not. Raises DataError if none is."""
+    dropped = Counter[str]()
+    texts = [(ANSWER, reading.answer, reading.words), (QUESTION, reading.prompt, question_words)]
+    found = locator.rows_by_text(
+        reading.messages(), texts, inputs["input_ids"][0], inputs["attention_mask"][0], dropped
+    )
+    words = tuple(
+        ReadWord(turn, word) for (turn, _, _), located in zip(texts, found, strict=True) for word, _ in located
+    )
+    rows = [rows for located in found for _, rows in located]
+    left_out = tuple(Dropped(f"{count} word{'s' * (count > 1)}", reason) for reason, count in dropped.items() if count)
+    if not words:
+        reasons = "; ".join(f"{drop.what}: {drop.reason}" for drop in left_out) or "it has no such word"
+        raise DataError(
+            f"{reading.answer!r}, of which no word has a map ({reasons})",
+            "a text with a noun, an adjective or a verb that the model's tokenizer knows",
+            "give another text, or choose the parts of speech with --words",
+        )
+    return words, rows, left_out

@@ -175,19 +175,7 @@ def read_gallery(
     """
     if not 1 <= limit <= MAX_TEXTS:
         raise ConfigError(f"--limit {limit}", f"from 1 to {MAX_TEXTS}", "give the number of texts to show")
-    by = judge_of(against)
-    ranked = []
-    for place, maps in enumerate(store):
-        words = [is_word(own, word) for own in maps.words] if word else [True] * len(maps.words)
-        if word and not any(words):
-            continue
-        other = against.get(maps.image_id, maps.text) if against is not None else None
-        judged = judge(maps, other, by)
-        counted = [one for one, counts in zip(judged, words, strict=True) if counts]
-        ranked.append((_badness(counted), place, maps.image_id, maps.text))
-    if not ranked:
-        got = f"{store.path}, in which no text has the word {word!r}" if word else f"{store.path}, which is empty"
-        raise DataError(got, "at least one text", "look for another word" if word else "extract maps into it")
+    by, ranked = judge_of(against), _ranked(store, word, against)
     total = len(ranked)
     if worst:
         ranked = sorted(ranked, key=lambda entry: (-entry[0], entry[1]))[:limit]
@@ -209,6 +197,23 @@ def read_gallery(
         other = against.get(*key) if against is not None else None
         records.append(Record(maps, judge(maps, other, by), keys[key][1], *found[key]))
     return Gallery(records, total, by, len(keys) - len(found))
+
+
+def _ranked(store: MapStore, word: str | None, against: MapStore | None) -> list[tuple[float, int, str, str]]:
+    """(badness, place in the store, image id, text) of every record with the word. Raises DataError if none has."""
+    by, ranked = judge_of(against), []
+    for place, maps in enumerate(store):
+        words = [is_word(own, word) for own in maps.words] if word else [True] * len(maps.words)
+        if word and not any(words):
+            continue
+        other = against.get(maps.image_id, maps.text) if against is not None else None
+        judged = judge(maps, other, by)
+        counted = [one for one, counts in zip(judged, words, strict=True) if counts]
+        ranked.append((_badness(counted), place, maps.image_id, maps.text))
+    if not ranked:
+        got = f"{store.path}, in which no text has the word {word!r}" if word else f"{store.path}, which is empty"
+        raise DataError(got, "at least one text", "look for another word" if word else "extract maps into it")
+    return ranked
 
 
 def _pictures(

@@ -99,17 +99,11 @@ def look_at_model(
         UnsupportedModelError: no adapter for this model.
     """
     image = load_image(picture, "the picture")
-    model, processor = load_run(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.to(device)
-    require_template(processor, model_path)
+    model, processor = _loaded(model_path, device, dtype, trust_remote_code)
     is_question = generate or answer is not None or text.rstrip().endswith("?")
     prompt, is_generated = (text if is_question else PROMPT), is_question and answer is None
-    if is_generated:
-        (answer,) = generate_answers(model, processor, [image], [prompt])
-        if not answer.strip():
-            got = f"no answer of {model_path} to {prompt!r}"
-            raise DataError(got, "an answer with words to map", "ask something else, or give --answer")
-    answer = text if answer is None else answer
+    generated = _answer_of(model, processor, image, prompt, str(model_path)) if is_generated else text
+    answer = generated if answer is None else answer
     words, beyond = _first(content_words(answer, parts_of_speech))
     asked, asked_beyond = _first(content_words(prompt, parts_of_speech) if is_question else (), len(words))
     reading = AnsweredPicture(image, prompt, answer, words)
@@ -117,19 +111,13 @@ def look_at_model(
     notes = [*_model_notes(seen, is_question, is_generated), *beyond, *asked_beyond]
     page = attention_page(seen, image, (prompt, answer)) | {"faithfulness": None}
     if with_faithfulness:
-        maps, kept = _answer_maps(seen, reading)
-        notes += kept
+        maps, left_out = _answer_maps(seen, reading)
         judged = faithfulness(model, processor, reading, maps, steps, progress=progress)
         page["faithfulness"] = faithfulness_view(judged, steps)
-        notes.append(f"A part of the picture is hidden by a Gaussian blur of {BLUR:.0%} of the longest side.")
+        notes += [*left_out, f"A part is hidden by a Gaussian blur of {100 * BLUR:.0f} % of the longest side."]
     name, file = str(model_path), _file_of(picture)
-    page |= {
-        "title": f"Where {_short(name)} looks",
-        "lead": f"{file}: the attention of {name} on the picture when it predicts each word.",
-        "picture_name": file,
-        "notes": notes,
-        "command": command,
-    }
+    lead = f"{file}: the attention of {name} on the picture when it predicts each word."
+    page |= _shell(f"Where {_short(name)} looks", lead, notes, command) | {"picture_name": file}
     rows = [WordRow(entry.word.text, {"attention": heat}) for entry, heat in zip(seen.words, _means(seen), strict=True)]
     panel = Panel(image, file, rows, {"question": prompt, "answer": answer}, note=f"Attention of {name}")
     return Looked(render("look", page), [panel], [*_turn_lines(prompt, answer, is_generated), *_word_lines(page)])
@@ -170,16 +158,7 @@ def look_at_teacher(
     name, file = name or str(teacher_path), _file_of(picture)
     config = ExtractionConfig(parts_of_speech=tuple(parts_of_speech))
     teacher = Teacher.from_pretrained(teacher_path, config, device=device, dtype=dtype, name=name)
-    maps = teacher.maps(image, caption)
-    if not maps.words:
-        raise DataError(
-            f"{caption!r}, of which no word has a map",
-            "a caption with a noun, an adjective or a verb",
-            "give another caption, or choose the parts of speech with --words",
-        )
-    kept, beyond = _first(maps.words)
-    number = len(kept)
-    maps = WordMaps(maps.image_id, caption, kept, maps.maps[:number], maps.dropped, maps.confidence[:number])
+    maps, beyond = _first_maps(teacher.maps(image, caption))
     page = teacher_page(maps, image) | {"faithfulness": None}
     notes = [
         "A word’s map is the attention of the diffusion model’s layers to the word’s tokens, at one noise level: where "
@@ -189,13 +168,8 @@ def look_at_teacher(
         *([teacher_notes[name]] if name in teacher_notes else []),
         *beyond,
     ]
-    page |= {
-        "title": f"What {_short(name)} maps",
-        "lead": f"{file}: the word maps of the diffusion teacher {name}.",
-        "picture_name": file,
-        "notes": notes,
-        "command": command,
-    }
+    lead = f"{file}: the word maps of the diffusion teacher {name}."
+    page |= _shell(f"What {_short(name)} maps", lead, notes, command) | {"picture_name": file}
     rows = [WordRow(word.text, {"teacher": heat}) for word, heat in zip(maps.words, maps.maps, strict=True)]
     panel = Panel(image, file, rows, {"caption": caption}, note=f"Word maps of {name}")
     return Looked(render("look", page), [panel], [f"caption: {caption}", *_word_lines(page)])
@@ -236,12 +210,7 @@ def look_at_maps(
     if number < len(gallery.records):
         notes.append(f"{len(gallery.records) - number} more did not fit into a page of 10 MB.")
     notes += [teacher_notes[teacher]] if teacher in teacher_notes else []
-    page |= {
-        "title": f"Word maps in {_short(str(maps))}",
-        "lead": f"Maps of {teacher} on {printable(data)}.",
-        "notes": notes,
-        "command": command,
-    }
+    page |= _shell(f"Word maps in {_short(str(maps))}", f"Maps of {teacher} on {printable(data)}.", notes, command)
     panels = [
         Panel(
             record.image,
@@ -254,8 +223,44 @@ def look_at_maps(
         )
         for record in shown[:PANELS]
     ]
-    mean = float(entropy(torch.cat([record.maps.maps for record in shown])).mean())
-    return Looked(render("gallery", page), panels, [*notes, f"mean entropy of the maps shown: {mean:.2f} nats"])
+    heats = torch.cat([record.maps.maps for record in shown])
+    mean = [f"mean entropy of the maps shown: {float(entropy(heats).mean()):.2f} nats"] if len(heats) else []
+    return Looked(render("gallery", page), panels, [*notes, *mean])
+
+
+def _shell(title: str, lead: str, notes: list[str], command: str) -> dict[str, Any]:
+    """What every page has."""
+    return {"title": title, "lead": lead, "notes": notes, "command": command}
+
+
+def _loaded(model_path: str | Path, device: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The model on its device, and its processor, which has a chat template."""
+    model, processor = load_run(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    require_template(processor, model_path)
+    return model.to(device), processor
+
+
+def _answer_of(model: Any, processor: Any, image: Image.Image, prompt: str, name: str) -> str:
+    """The model's greedy answer. Raises DataError if it is empty."""
+    (answer,) = generate_answers(model, processor, [image], [prompt])
+    if not answer.strip():
+        got = f"no answer of {name} to {prompt!r}"
+        raise DataError(got, "an answer with words to map", "ask something else, or give --answer")
+    return answer
+
+
+def _first_maps(maps: WordMaps) -> tuple[WordMaps, list[str]]:
+    """The maps that a page has room for, and a note about the others. Raises DataError if there is no map."""
+    if not maps.words:
+        raise DataError(
+            f"{maps.text!r}, of which no word has a map",
+            "a caption with a noun, an adjective or a verb",
+            "give another caption, or choose the parts of speech with --words",
+        )
+    kept, beyond = _first(maps.words)
+    number = len(kept)
+    first = WordMaps(maps.image_id, maps.text, kept, maps.maps[:number], maps.dropped, maps.confidence[:number])
+    return first, beyond
 
 
 def _model_notes(seen: WordAttention, is_question: bool, is_generated: bool) -> list[str]:

@@ -88,7 +88,7 @@ def place_of(peak: int, grid: tuple[int, int]) -> str:
 
     Example:
         >>> place_of(9, (4, 4))
-        'middle left, 38 % from left and 62 % from top'
+        'centre, 38 % from left and 63 % from top'
         >>> place_of(0, (1, 1))
         'centre, 50 % from left and 50 % from top'
     """
