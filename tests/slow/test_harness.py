@@ -17,6 +17,7 @@ from datasets import Image as ImageFeature
 
 from command_line import lavender, write_run, write_scenes
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
+from lavender.evaluation.harness.benchmarks import GROUPS
 from lavender.world import STUDENT_PATHS
 
 # an import of lmms-eval, torch and transformers per call, and an index of 2,000 files in one of them
@@ -65,6 +66,24 @@ def results(doc, results):
 
 def mean(items):
     return sum(item["score"] for item in items) / len(items)
+"""
+
+LOADED = """
+import json, sys
+from lavender.evaluation.harness import TASKS_PATH
+from lavender.evaluation.harness.task_index import TaskIndex
+from lmms_eval.tasks import TaskManager
+
+theirs = TaskManager("ERROR")
+ours = TaskManager("ERROR", [str(TASKS_PATH)], include_defaults=False)
+index = TaskIndex()
+found = {"in both": sorted({*theirs.all_tasks} & {*ours.all_tasks})}
+for task in json.loads(sys.argv[1]):
+    assert index.leaves([task]) == [task]
+    config = index.manager._get_config(task)
+    split, metrics = config.get("test_split") or config["validation_split"], config["metric_list"]
+    found[task] = [split, [one["metric"] for one in metrics]]
+print(json.dumps(found))
 """
 
 
@@ -182,3 +201,18 @@ def test_an_unknown_task_and_data_that_are_out_of_reach(tasks, tmp_path):
     assert "Got the task 'local_gnoe'" in ran.stderr
     assert "such as local_gone" in ran.stderr
     assert not list((tmp_path / "out").rglob("answers-*"))
+
+
+def test_every_task_of_the_table_loads_and_has_its_metrics_and_split():
+    """Its YAML file in full, so with all that its functions import. The data sets are out of reach here."""
+    table = [one for group in GROUPS.values() for one in group if one.task]
+    command = [sys.executable, "-c", LOADED, json.dumps([one.task for one in table])]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found.pop("in both") == []  # a name that both have would be theirs
+    told_otherwise = {"worldmedqa_v_local": "test", "coco_karpathy_cider": "test", "hateful_memes": "validation"}
+    for one in table:
+        split, metrics = found[one.task]
+        assert split == told_otherwise.get(one.task, one.split), one.task
+        assert set(one.keys) <= set(metrics), one.task
