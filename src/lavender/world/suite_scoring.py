@@ -27,6 +27,8 @@ class Scored(TypedDict, total=False):
 Scorer = Callable[[Sequence[str], Sequence[Any]], Scores]
 _FORMS = ("left", "top", "beside", "right", "bottom", "either", "see")
 _CAPTIONS: dict[str, Scorer] = {"cider": cider, "bleu_4": bleu, "rouge_l": rouge_l}
+_READ: Scorer = partial(yes_no, rule="vlmevalkit")
+"""The word yes or the word no. By POPE's own rule a caption in place of an answer would be a yes."""
 _YES_NO = ("accuracy", "precision", "recall", "f1", "share_of_yes", "share_of_other")
 
 
@@ -63,14 +65,14 @@ def process_reading(doc: dict[str, Any], results: list[str]) -> dict[str, Scored
 
 def process_yes_no(doc: dict[str, Any], results: list[str]) -> dict[str, Scored]:
     """POPE's numbers; an answer that is neither yes nor no is wrong, and is counted apart."""
-    scored = _scored(doc, results, yes_no)
+    scored = _scored(doc, results, _READ)
     without: Scored = {"prediction": scored["prediction"], "answers": scored["answers"]}
     return {"accuracy": scored, **dict.fromkeys(_YES_NO[1:], without)}
 
 
 def _scored(doc: dict[str, Any], results: list[str], scorer: Scorer) -> Scored:
     prediction, answers = _short(results[0]), list(doc["answers"])
-    reference = answers[0] if scorer is yes_no else answers
+    reference = answers[0] if scorer is _READ else answers
     (score,) = scorer([prediction], [reference]).per_sample
     return {"prediction": prediction, "answers": answers, "score": score}
 
@@ -91,7 +93,7 @@ def _of_corpus(scored: Sequence[Scored], metric: str) -> float | None:
 
 
 def _of_answers(scored: Sequence[Scored], metric: str) -> float | None:
-    return yes_no([one["prediction"] for one in scored], [one["answers"][0] for one in scored]).aggregate[metric]
+    return _READ([one["prediction"] for one in scored], [one["answers"][0] for one in scored]).aggregate[metric]
 
 
 cider_of, bleu_4_of, rouge_l_of = (partial(_of_corpus, metric=metric) for metric in _CAPTIONS)

@@ -12,7 +12,7 @@ from lavender.world.studies.registry import STUDIES
 
 
 def test_costs_by_hand():
-    """Eight arms. Quick: 60 steps of 0.5 s, 100 scenes in three domains of 0.05 s, 10 s to load; 200 samples of 0.1 s."""
+    """Eight arms. Quick: 60 steps of 0.5 s, 3 × 100 pictures of 0.05 s, 10 s to load; 200 samples of 0.1 s."""
     quick, full = (cost_of(STUDIES["teacher-controls"], quick) for quick in (True, False))
     assert (quick.runs, full.runs) == (8, 24)
     assert quick.minutes == pytest.approx((8 * (30 + 15 + 10) + 20) / 60)

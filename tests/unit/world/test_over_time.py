@@ -92,8 +92,7 @@ def test_a_student_of_each_step_is_an_ordinary_checkpoint(pooling, tmp_path):
         saved = load_file(run / "trainer" / f"checkpoint-{step}" / "model.safetensors")
         assert states[step].keys() == states[0].keys() == set(filterfalse(is_alignment_part, saved)) < saved.keys()
         assert all(torch.equal(value, saved[name]) for name, value in states[step].items())
-    name = "lm_head.weight"
-    weights = [states[step][name] for step in (0, 1, 2, 3)]
+    weights = [states[step]["lm_head.weight"] for step in (1, 2, 3)]  # the first step of the warm-up changes nothing
     assert not any(torch.equal(first, second) for first, second in pairwise(weights))
     curves = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = {"scores": {}, "earlier": {"1": {}, "2": {}}, "curves": curves}

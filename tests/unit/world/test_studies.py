@@ -413,7 +413,8 @@ def test_every_study_is_judged_drawn_and_written(name, quick, tmp_path):
     scores = made_up(arms, len(seeds))
     findings = study.judge(scores)
     assert len({finding.what for finding in findings}) == len(findings) > 1
-    assert not quick or {finding.outcome for finding in findings} <= {"higher on average", "lower on average"}
+    differing = {finding.outcome for finding in findings if finding.mean}  # signs of overfitting can be 0 in both arms
+    assert not quick or differing <= {"higher on average", "lower on average"}
     results: dict[str, Any] = {
         "study": name,
         "command": f"lavender study {name}",
