@@ -379,12 +379,19 @@ def test_the_last_model_is_compared_on_the_same_samples():
 def test_what_is_printed_fits_80_columns():
     numbers = {"difference": 0.123, "low": -0.01, "high": 0.25, "num_units": 50}
     arms = ["base", "plain", "a-run-with-a-very-long-name", "another-run-with-a-long-name", "aligned"]
-    task: dict[str, Any] = {"samples": 5349, "scorer": "x", "scores": dict.fromkeys(arms, 1692.91)}
+    task: dict[str, Any] = {
+        "metric": "ANLS",
+        "split": "validation",
+        "samples": 5349,
+        "scorer": "x",
+        "scores": dict.fromkeys(arms, 1692.91),
+    }
     task |= {"differences": dict.fromkeys(arms[:-1], numbers), "paper": dict.fromkeys(PAPER_MODELS, 82.8)}
     local = task | {"scorer": "", "scores": dict.fromkeys(arms, 0.8), "paper": None, "differences": {}}
     lines = list(result_lines({"arms": dict.fromkeys(arms), "tasks": {"docvqa_val": task, "a_local_one": local}}))
     assert max(map(len, lines)) <= 80
     assert "docvqa_val                 5349      1692.9" in lines[1]
+    assert "docvqa_val               ANLS; validation" in lines
     assert [line for line in lines if line.startswith("a_local_one") and "0.8000" in line]
     assert "docvqa_val               aligned − base              +12.3 (-1.0 to +25.0)" in lines
     assert any(line.split() == ["docvqa_val", *["82.8"] * 5] for line in lines)

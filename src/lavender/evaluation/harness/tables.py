@@ -42,6 +42,10 @@ def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
             scores = (_score(task["scores"][arm], task["scorer"] != "") for arm in shown)
             yield _row(name, str(task["samples"]), *scores, cell=cell)
         yield ""
+    yield "What is scored"
+    for name, task in tasks.items():
+        yield _cut(f"{_cut(name, _TASK):<{_TASK}}  {task['metric']}; {task['split']}", WIDTH)
+    yield ""
     if any(task["differences"] for task in tasks.values()):
         yield "Mean score per sample, times 100: difference, 95 % interval (paired bootstrap)"
         for name, task in tasks.items():
