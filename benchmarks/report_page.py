@@ -4,8 +4,9 @@
     python benchmarks/report_page.py --quick --json report_page.json    # smoke test: 6 pictures, opened once
 
 Pictures of 640 × 480 with soft shapes and noise, twelve words each, maps of four sources of 32 × 32 cells. Measured in
-headless Chromium from disk, in milliseconds: `open_ms`, from the request to the end of the load event, and `paint_ms`,
-to the first contentful paint; medians over the openings. It needs the system package chromium.
+headless Chromium from disk, in milliseconds: `open_ms`, from the request to the end of the load event; `paint_ms`, to
+the first contentful paint; and `cpu_ms`, the processor time of the page's main thread until then, which other programs
+on the computer hardly change. Medians over the openings. It needs the system package chromium.
 """
 
 from __future__ import annotations
@@ -85,18 +86,22 @@ def opening(path: Path, times: int) -> dict[str, float]:
     """Medians over some openings of a page, each in a new tab."""
     from playwright.sync_api import sync_playwright
 
-    loads, paints = [], []
+    loads, paints, busy = [], [], []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for _ in range(times):
             page = browser.new_page(viewport={"width": 1280, "height": 800})
+            session = page.context.new_cdp_session(page)
+            session.send("Performance.enable", {"timeDomain": "threadTicks"})
             page.goto(path.as_uri(), wait_until="load", timeout=300_000)
+            metrics = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
+            busy.append(1000 * metrics["TaskDuration"])
             loads.append(page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd"))
             page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length > 0")
             paints.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
             page.close()
         browser.close()
-    return {"open_ms": round(median(loads), 1), "paint_ms": round(median(paints), 1)}
+    return {"open_ms": round(median(loads), 1), "paint_ms": round(median(paints), 1), "cpu_ms": round(median(busy), 1)}
 
 
 if __name__ == "__main__":

@@ -87,15 +87,15 @@ def _answer_lines(panel: Panel) -> list[tuple[str, str]]:
 def drawable(text: str) -> str:
     """A text in which characters that the font of figures lacks, such as Chinese ones, are question marks."""
     known = _characters()
-    return "".join(sign if sign.isspace() or ord(sign) in known else "?" for sign in text)
+    return "".join(sign if sign in "\t\n\r " or ord(sign) in known else "?" for sign in text)
 
 
 @lru_cache(maxsize=1)
 def _characters() -> frozenset[int]:
     """The code points that Matplotlib's font has."""
-    from matplotlib.font_manager import findfont, get_font
+    from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    return frozenset(get_font(findfont("sans-serif")).get_charmap())
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def _draw_picture(axes: Axes, panel: Panel) -> None:
