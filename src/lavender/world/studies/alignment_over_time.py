@@ -54,11 +54,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     maps = results.get("maps", {})
     figure = Figure(figsize=(4.0 * len(SHOWN), 11.0 if maps else 3.4), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 2.2)) if maps else (figure, None)
-    for panel, metric in zip(above.subplots(1, len(SHOWN)), SHOWN, strict=True):
+    parts: Any = [figure] if not maps else figure.subfigures(2, 1, height_ratios=(1, 2.2), squeeze=False)[:, 0]
+    for panel, metric in zip(parts[0].subplots(1, len(SHOWN)), SHOWN, strict=True):
         draw_over_time(panel, results["arms"], COLOURS, metric, METRICS[metric])
-    if below is not None:
-        _draw_maps(below, maps, results["settings"]["scoring"])
+    if maps:
+        _draw_maps(parts[1], maps, results["settings"]["scoring"])
     figure.savefig(path, dpi=150)
 
 
