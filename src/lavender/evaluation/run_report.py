@@ -13,7 +13,7 @@ from typing import Any
 
 from lavender.data.images import image_id
 from lavender.data.samples import Sample, read_samples
-from lavender.data.store import SeveralStores
+from lavender.data.store import MapStore, SeveralStores
 from lavender.drawing import downscaled
 from lavender.errors import DataError
 from lavender.evaluation.chosen import Chosen, choose, rule
@@ -70,11 +70,9 @@ def report_run(
     teacher_notes: Mapping[str, str] = MappingProxyType({}),
     pdf: Path | None = None,
 ) -> Path:
-    """Write a page about a run, its base model and other runs.
+    """Write a page about a run, its base model and other runs. docs/report.md says what it has.
 
-    It has the differences of their scores with intervals, pictures with the maps of all models and of the teacher, the
-    curves of training, the settings in which runs differ, and the commands. Models are scored as `evaluate_runs` does,
-    unless RUN/eval.json has these scores already.
+    Models are scored as `evaluate_runs` does, unless RUN/eval.json has these scores already.
 
     Args:
         run: run folder, as `lavender train` writes it.
@@ -104,10 +102,7 @@ def report_run(
     shown = _samples_of(scored, samples, prompt_of(config, run), chosen)
     seen, dropped = _seen(arms, shown, [samples[one.index] for one in chosen], joined(stores), trust_remote_code)
     curves, without = curves_of(arms)
-    teachers = {str(store.identity.get("teacher")) for store in stores}
-    notes += [*scored["notes"], *without, *dropped]
-    notes += [] if stores else ["no map store: no maps of a teacher, and no map_agreement; pass --maps"]
-    notes += [note for teacher, note in teacher_notes.items() if teacher in teachers]
+    notes += [*scored["notes"], *without, *dropped, *_notes_on(stores, teacher_notes)]
     differences = differences_of(samples, arms)
     page = Report(
         title=f"Run {run.name}",
@@ -126,6 +121,13 @@ def report_run(
     if pdf is not None:
         write_figures(expanded(pdf), page.title, interval_rows(differences), curves, page.panels)
     return out
+
+
+def _notes_on(stores: Sequence[MapStore], teacher_notes: Mapping[str, str]) -> list[str]:
+    """What readers must know of the teacher's maps, or that there are none."""
+    teachers = {str(store.identity.get("teacher")) for store in stores}
+    missing = [] if stores else ["no map store: no maps of a teacher, and no map_agreement; pass --maps"]
+    return missing + [note for teacher, note in teacher_notes.items() if teacher in teachers]
 
 
 def _compared(arms: Mapping[str, Any]) -> tuple[str, str]:

@@ -85,9 +85,7 @@ def evaluate_runs(
     samples = readable(Samples(spread(read.samples, limit)))
     judged = _observe_arms(arm_paths, samples.samples, joined(stores), trust_remote_code)
     notes += ["these samples were trained on; pass --data for held-out ones"] if on_training_data else []
-    notes += left_out(read.samples)
-    notes += [f"left out {drop.what}: {drop.reason}" for drop in samples.dropped]
-    notes += [line for name, found in judged.items() for line in _uncounted(name, found)]
+    notes += [*left_out(read.samples), *_uncounted(samples, judged)]
     teacher, unmapped = _teacher_scores(samples, joined(stores))
     notes += [f"{unmapped} of {len(samples)} samples have no map in the store"] if unmapped else []
     result = {
@@ -104,20 +102,27 @@ def evaluate_runs(
         "command": command,
         "notes": notes,
     }
-    lines = [
-        EvaluatedSample(sample.name, ids[0], sample.answers[0], {name: found[index] for name, found in judged.items()})
-        for index, (sample, ids) in enumerate(zip(samples, samples.identities, strict=True))
-    ]
-    write_evaluation(run, result, lines)
+    write_evaluation(run, result, _lines(samples, judged))
     return result
 
 
-def _uncounted(name: str, judged: Sequence[Judged]) -> list[str]:
-    """A note on the samples whose reference answer counts no token."""
-    empty = sum(one.tallies.get("answer_nll", (0, 1))[1] == 0 for one in judged)
-    if not empty:
-        return []
-    return [f"{name}: answer_nll leaves out {empty} samples with an empty answer, or one that no tokenizer takes"]
+def _lines(samples: Samples, judged: Mapping[str, Sequence[Judged]]) -> list[EvaluatedSample]:
+    """What every model does on each sample."""
+    pairs = enumerate(zip(samples, samples.identities, strict=True))
+    return [
+        EvaluatedSample(sample.name, ids[0], sample.answers[0], {name: found[index] for name, found in judged.items()})
+        for index, (sample, ids) in pairs
+    ]
+
+
+def _uncounted(samples: Samples, judged: Mapping[str, Sequence[Judged]]) -> list[str]:
+    """Notes on pictures that cannot be read, and on samples whose reference answer counts no token."""
+    notes = [f"left out {drop.what}: {drop.reason}" for drop in samples.dropped]
+    for name, found in judged.items():
+        if empty := sum(one.tallies.get("answer_nll", (0, 1))[1] == 0 for one in found):
+            what = "samples with an empty answer, or one that no tokenizer takes"
+            notes.append(f"{name}: answer_nll leaves out {empty} {what}")
+    return notes
 
 
 def _teacher_scores(samples: Samples, store: SeveralStores | None) -> tuple[dict[str, float | None] | None, int]:
