@@ -96,7 +96,9 @@ clean: ## remove what the other targets made, except .venv and the weights
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): extras := demo
-$(TESTS): extras := demo,dev,data,deepspeed,quantization,ray
+$(TESTS): extras := demo,dev,data,deepspeed,eval,quantization,ray
+# asks for fifty packages, torchvision among them, that its evaluator does not import; the extra `eval` has those it does
+$(TESTS): without_dependencies := lmms_eval
 $(STAMP) $(TESTS): pyproject.toml constraints.txt
 	@found=; \
 	for python in python3.11 python3; do \
@@ -111,4 +113,6 @@ $(STAMP) $(TESTS): pyproject.toml constraints.txt
 	@set -o pipefail; \
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[$(extras)]' \
 	  | grep --line-buffered -E '^(Collecting|Installing|Successfully)'
+	@$(if $(without_dependencies),$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+	  --no-deps $(without_dependencies))
 	@touch $@

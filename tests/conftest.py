@@ -38,9 +38,8 @@ if TYPE_CHECKING:
     from lavender.world.scenes import Scene
 
 pytest.register_assert_rewrite("slow.pages")
-pytest.register_assert_rewrite(
-    *(f"families.{part}" for part in ("contract", "core", "geometry", "batches", "by_hand", "guards", "parts", "words"))
-)
+PARTS = ("answers", "batches", "by_hand", "contract", "core", "geometry", "guards", "look", "parts", "words")
+pytest.register_assert_rewrite(*(f"families.{part}" for part in PARTS))
 
 SEED = 20250206
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)

@@ -263,10 +263,10 @@ def test_a_picture_that_breaks_while_training_is_named_before_training(extracted
 def evaluate(tmp_path, monkeypatch) -> Callable[..., dict]:
     """Evaluates `a/run` against others of tmp_path on some data; returns eval.json and notes what was looked at."""
     from lavender.evaluation import runs as judgement
-    from lavender.evaluation.compare import Observed
+    from lavender.evaluation.compare import Judged
 
     def observe(arms, samples, store, trust_remote_code):
-        return {name: Observed([], [], {"num_samples": float(len(samples))}) for name in arms}, []
+        return {name: [Judged("", {"num_samples": (float(len(samples)), 1)})] * len(samples) for name in arms}
 
     monkeypatch.setattr(judgement, "_observe_arms", observe)
 

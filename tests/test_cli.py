@@ -79,6 +79,8 @@ def test_the_table_of_eval_has_straight_columns():
     for name, cell in (("answer_nll", "1.2500"), ("entropy", "3.0000"), ("map_agreement", "–")):
         end = head.index(name) + len(name)
         assert all(row[:end].endswith(cell) for row in rows)
+    *_, last = _table({"base": scores}, {"entropy": 2.5})
+    assert last.split() == ["teacher's", "maps", "–", "–", "2.5000", "–"]
 
 
 def test_the_version_is_that_of_the_distribution():

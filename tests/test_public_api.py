@@ -37,7 +37,10 @@ OLD_NAMES = {
     "AlignmentMixin": "lavender.training.mixin.AlignmentMixin",
     "Reading": "lavender.students.word_maps.AnsweredPicture",
 }
-VERBS = ["check", "data", "demo", "env", "eval", "export", "extract", "inspect", "report", "store", "study", "train"]
+VERBS = [
+    *("check", "data", "demo", "env", "eval", "export", "extract", "inspect", "look", "report", "store", "study"),
+    "train",
+]
 HEAVY = ["torch", "transformers", "diffusers", "datasets", "trl", "numpy", "PIL"]
 
 

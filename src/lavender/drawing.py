@@ -32,27 +32,32 @@ def overlay_heat(picture: Image.Image, heat: Tensor) -> Image.Image:
     return Image.alpha_composite(desaturated(picture).convert("RGBA"), layer).convert("RGB")
 
 
-def _resized(heat: Tensor, size: tuple[int, int]) -> np.ndarray:
+def resized_heat(heat: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """A map (rows, cols) resized bilinearly to `size`, its maximum 1 (0 if it is zero everywhere): float32."""
     clamped = heat.detach().to("cpu").double().clamp_min(0)[None, None]
     return to_heat(F.interpolate(clamped, size=size, mode="bilinear", align_corners=False)[0, 0].float()).numpy()
 
 
 def peak_of(heat: Tensor, size: tuple[int, int]) -> tuple[int, int] | None:
     """(row, column) of the maximum of a map resized to `size`; None for a map that is zero everywhere."""
-    resized = _resized(heat, size)
+    resized = resized_heat(heat, size)
     row, column = np.unravel_index(resized.argmax(), size)
     return (int(row), int(column)) if resized.max() > 0 else None
 
 
 def heat_layer(heat: Tensor, size: tuple[int, int]) -> np.ndarray:
     """A map in colours, to lie over a picture of `size`: uint8 (height, width, RGBA), transparent where it is 0."""
+    shrink = min(1.0, _LARGEST_OVERLAY / max(size))
+    return heat_colours(resized_heat(heat, (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink)))))
+
+
+def heat_colours(values: np.ndarray) -> np.ndarray:
+    """The colours of a map's values in [0, 1], which a legend needs too: uint8 (…, RGBA)."""
     from matplotlib import colormaps
 
-    shrink = min(1.0, _LARGEST_OVERLAY / max(size))
-    resized = _resized(heat, (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink))))
-    layer = colormaps["inferno"](0.12 + 0.86 * resized)
-    layer[..., 3] = 0.9 * resized**0.75
-    return (255 * layer).round().astype(np.uint8)
+    colours = colormaps["inferno"](0.12 + 0.86 * values)
+    colours[..., 3] = 0.9 * values**0.75
+    return (255 * colours).round().astype(np.uint8)
 
 
 def dim_outside(mask: np.ndarray) -> np.ndarray:

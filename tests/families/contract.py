@@ -3,8 +3,9 @@
 1 logits unchanged · 2 rows exact · 3 gradients reach q and k · 4 the model is restored · 5 the place of every
 image key (`families.geometry`, also for a family's other processors) · 6 padding side and batch order change
 nothing · 7 checkpointing · 8 samples with several pictures and with none, LoRA, bfloat16 (`families.batches`) ·
-9 what would be silently wrong raises (`families.guards`) · 10 parts that can be frozen (`families.parts`). A family's
-further text models or towers need `families.core` alone, the decisive part of 1, 2, 3, 5, 6 and 7.
+9 what would be silently wrong raises (`families.guards`) · 10 parts that can be frozen (`families.parts`) ·
+11 `lavender look` (`families.look`) · 12 answers as benchmarks ask for them (`families.answers`). A family's further
+text models or towers need `families.core` alone, the decisive part of 1, 2, 3, 5, 6 and 7.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from families.answers import Answers
 from families.asking import captured, cast, request_of, traces
 from families.batches import Batches
 from families.by_hand import ByHand
@@ -25,6 +27,7 @@ from families.core import KINDS, LEARN, PUBLISHED, Core
 from families.direct import DirectLosses
 from families.geometry import GRID, batch_of
 from families.guards import Guards
+from families.look import Look
 from families.parts import Parts
 from families.words import Words
 from lavender.alignment.objective import HEAD_NAME, attach, detach
@@ -45,7 +48,7 @@ EVERY_POOLING = pytest.mark.parametrize(
 """The direct losses are in float64 in `families.direct`."""
 
 
-class Contract(Batches, ByHand, DirectLosses, Guards, Parts, Words, Core):
+class Contract(Answers, Batches, ByHand, DirectLosses, Guards, Look, Parts, Words, Core):
     """Collected as a subclass only."""
 
     # 1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 CHROMIUM = "/usr/bin/chromium"
-WIDTHS = (1280, 400)
+WIDTHS = (1280, 390)
 SCHEMES = ("light", "dark")
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lavender.cli.options import add_columns, add_limit, add_maps, add_trust_remote_code, columns_of
+from lavender.cli import eval_tasks
+from lavender.cli.options import add_columns, add_maps, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
+from lavender.errors import ConfigError
 from lavender.files import data_path, expanded, writing
 
+LIMIT = 64
 HELP = "compare a run with its base model and with other runs"
 DESCRIPTION = """Score a run, its base model and other runs on the same samples.
-The scores are printed and written to RUN/eval.json."""
+The scores are printed and written to RUN/eval.json; RUN/eval.jsonl has the answers and scores of each sample.
+With --tasks, benchmarks are run through lmms-eval; the result goes to RUN/eval-tasks.json."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=expanded, help="run folder, as `lavender train` writes it")
+    parser.add_argument("run", type=expanded, nargs="?", help="run folder, as `lavender train` writes it")
     parser.add_argument(
         "--against",
         type=expanded,
@@ -28,12 +32,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=data_path, default=None, help="held-out data (default: the training data)")
     add_maps(parser, "one or more map stores of this data (default: the run's, if --data is not given)")
     add_columns(parser)
-    add_limit(parser)
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=None,
+        metavar="N",
+        help=f"look at N samples, spread evenly over the data (default: {LIMIT}); of --tasks the first N of each "
+        "(default: all)",
+    )
     add_trust_remote_code(parser)
+    eval_tasks.add_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.tasks is not None:
+        return eval_tasks.run(options)
+    if options.run is None or options.model or options.print_vlmevalkit:
+        raise ConfigError("no --tasks", "--tasks, or a run folder and none of its options", "name the tasks to run")
     from lavender.evaluation.runs import evaluate_runs
+    from lavender.evaluation.score_help import explained
 
     with writing(options.run):
         result = evaluate_runs(
@@ -41,20 +58,24 @@ def run(options: argparse.Namespace) -> int:
             options.against,
             options.data,
             options.maps,
-            options.limit,
+            LIMIT if options.limit is None else options.limit,
             options.trust_remote_code,
             columns_of(options),
         )
     show(f"{result['samples']} samples of {result['data']}")
-    print("\n".join(_table(result["arms"])))
+    print("\n".join(_table(result["arms"], result["teacher"])))
+    for line in explained(next(iter(result["arms"].values()))):
+        show(line)
     for note in result["notes"]:
         show(f"note: {note}")
     return DONE
 
 
-def _table(arms: dict[str, dict[str, Any]]) -> list[str]:
-    """A line with the names of the scores, then a line per model."""
+def _table(arms: dict[str, dict[str, Any]], teacher: dict[str, Any] | None = None) -> list[str]:
+    """A line with the names of the scores, then a line per model, and one for the teacher's maps if there are any."""
     names = list(next(iter(arms.values())))
+    if teacher is not None:
+        arms = arms | {"teacher's maps": {name: teacher.get(name) for name in names}}
     widths = [max(len(arm) for arm in (*arms, "model")), *(max(len(name), 10) for name in names)]
     rows = [["model", *names]]
     for arm, scores in arms.items():

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from lavender import __version__
-from lavender.cli import check, data, demo, env, eval, export, extract, inspect, report, store, study, train
+from lavender.cli import check, data, demo, env, eval, export, extract, inspect, look, report, store, study, train
 from lavender.cli.quiet import debugging, silent_libraries
 from lavender.cli.stopping import DONE, FAILED, WRONG_USAGE, Stopped, signals_stop, unexpected
 from lavender.cli.terminal import show
@@ -31,6 +31,7 @@ _MODULES: dict[str, ModuleType] = {
     "report": report,
     "export": export,
     "inspect": inspect,
+    "look": look,
     "store": store,
     "env": env,
 }

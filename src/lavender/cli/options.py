@@ -8,7 +8,7 @@ from lavender.errors import ConfigError
 from lavender.files import expanded, shown
 
 
-def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
+def add_trust_remote_code(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"
     )
@@ -43,7 +43,7 @@ _COLUMNS = (
 )
 
 
-def add_columns(parser: argparse.ArgumentParser, name: str = "--columns", text: str = _COLUMNS) -> None:
+def add_columns(parser: argparse._ActionsContainer, name: str = "--columns", text: str = _COLUMNS) -> None:
     parser.add_argument(name, default=None, metavar="ROLE=NAME,…", help=text)
 
 

@@ -4,29 +4,65 @@ from __future__ import annotations
 
 import argparse
 
-from lavender.cli.options import add_trust_remote_code
+from lavender.cli.options import add_columns, add_maps, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
-from lavender.files import expanded, writing
+from lavender.files import data_path, expanded, writing
 
 HELP = "write an HTML page about a run"
-DESCRIPTION = """Write one self-contained HTML page: losses, maps and answers on pictures, and settings.
-It also shows the scores if `lavender eval` was run before."""
+DESCRIPTION = """Write one self-contained HTML page about a run, its base model and other runs: the differences of their
+scores with intervals, the best, typical and worst pictures with the maps of each word, the curves of training,
+settings, and commands. It shows the scores of RUN/eval.json, and makes them as `lavender eval` does if there are none
+or if the options ask for others."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=expanded, help="run folder, as `lavender train` writes it")
     parser.add_argument(
+        "--against",
+        type=expanded,
+        action="append",
+        default=None,
+        metavar="RUN",
+        help="another run folder or checkpoint to compare with; may be repeated (default: those of RUN/eval.json)",
+    )
+    parser.add_argument(
+        "--data", type=data_path, default=None, help="held-out data (default: that of RUN/eval.json, else of training)"
+    )
+    add_maps(parser, "one or more map stores of this data")
+    add_columns(parser)
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="score N samples (default: 64)")
+    parser.add_argument("--pictures", type=int, default=12, metavar="N", help="show N pictures (default: %(default)s)")
+    parser.add_argument(
+        "--by",
+        default="answer_nll",
+        metavar="SCORE",
+        help="the score that says which pictures are best and worst: answer_nll, content_f1 or map_agreement "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--out", type=expanded, default=None, metavar="FILE", help="the page (default: RUN/report.html)"
     )
+    parser.add_argument("--pdf", type=expanded, default=None, metavar="FILE", help="also write the figures as a PDF")
     add_trust_remote_code(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    from lavender.evaluation.runs import report_run
+    from lavender.evaluation.run_report import Options, report_run
     from lavender.world import TEACHER_NOTES
 
+    asked = Options(
+        against=None if options.against is None else tuple(options.against),
+        data=options.data,
+        maps=options.maps,
+        limit=options.limit,
+        columns=columns_of(options),
+        num_pictures=options.pictures,
+        by=options.by,
+    )
     with writing(options.out or options.run):
-        page = report_run(options.run, options.out, options.trust_remote_code, TEACHER_NOTES)
-    show(f"report: {page}")
+        page = report_run(options.run, options.out, asked, options.trust_remote_code, TEACHER_NOTES, options.pdf)
+    show(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+    if options.pdf is not None:
+        show(f"figures: {options.pdf}")
     return DONE

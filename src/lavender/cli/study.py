@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
+from lavender.errors import ConfigError
 from lavender.files import expanded, writing
 
 HELP = "run a controlled experiment on the built-in world, over seeds"
@@ -18,11 +19,8 @@ Writes DIR/NAME/page.md, results.json and plot.png. A study that was stopped con
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "name",
-        help="new-words, attributes, main, teacher-controls, entropy, scaling, pooling, aligner, words, layers, "
-        "pretraining, lambda, learning-rate or switching",
-    )
+    parser.add_argument("name", nargs="?", help="the study; --list shows them all")
+    parser.add_argument("--list", action="store_true", help="print every study with its question and what it costs")
     parser.add_argument(
         "--out",
         type=expanded,
@@ -49,8 +47,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from lavender.world.studies.registry import Scale, run_study
+    from lavender.world.studies.cost import listed
+    from lavender.world.studies.registry import STUDIES, Scale, run_study
 
+    if options.list:
+        print(listed(STUDIES))
+        return DONE
+    if options.name is None:
+        raise ConfigError("no study", f"one of {', '.join(STUDIES)}", "see what each costs: lavender study --list")
     seeds = tuple(options.seeds) if options.seeds else None
     scale = Scale.of(options.quick, options.split, seeds)
     jobs = (os.cpu_count() or 1) if options.jobs is None else options.jobs

@@ -1,4 +1,4 @@
-"""A model's greedy answers about pictures, and scores of the names in them."""
+"""A model's answers about pictures, the loss of given answers, and scores of the names in answers."""
 
 from __future__ import annotations
 
@@ -93,20 +93,41 @@ def generate_answers(
     """
     _require_pairs(images, prompts)
     answers: list[str] = []
-    with torch.inference_mode(), evaluating(model), _padding_left(processor.tokenizer):
+    with answering(model, processor):
         for start in range(0, len(images), batch_size):
             pictures = [load_image(image, "a picture to ask about") for image in images[start : start + batch_size]]
             conversations = [
                 [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
                 for image, prompt in zip(pictures, prompts[start : start + batch_size], strict=True)
             ]
-            answers += _answer(model, processor, conversations, max_new_tokens)
+            answers += answer_batch(model, processor, conversations, max_new_tokens)
             if progress:
                 progress(len(answers))
     return answers
 
 
-def _answer(model: Any, processor: Any, conversations: list[list[dict]], max_new_tokens: int) -> list[str]:
+@contextmanager
+def answering(model: Any, processor: Any) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and the processor pads on the left, as `answer_batch` needs them."""
+    with torch.inference_mode(), evaluating(model), _padding_left(processor.tokenizer):
+        yield
+
+
+def answer_batch(
+    model: Any, processor: Any, conversations: Sequence[list[dict]], max_new_tokens: int, **sampling: Any
+) -> list[str]:
+    """Continue conversations, by greedy decoding unless `sampling` says otherwise. Call it inside `answering`.
+
+    Args:
+        model: a Transformers image-text-to-text model.
+        processor: its processor, with a chat template.
+        conversations: messages as chat templates take them, the pictures in their parts. All have pictures or none.
+        max_new_tokens: where an answer is cut off.
+        sampling: `do_sample`, `num_beams`, `temperature`, `top_p` and `top_k`, as `model.generate` takes them.
+
+    Returns:
+        One answer per conversation, without the prompt, special tokens and surrounding space.
+    """
     inputs = processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
@@ -116,19 +137,42 @@ def _answer(model: Any, processor: Any, conversations: list[list[dict]], max_new
         processor_kwargs={"padding": True},
     ).to(model.device, model.dtype)
     # Greedy decoding uses no sampling settings; those of a checkpoint would only cause warnings.
+    settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None} | sampling
     tokens = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=processor.tokenizer.pad_token_id,
+        **inputs, max_new_tokens=max_new_tokens, pad_token_id=processor.tokenizer.pad_token_id, **settings
     )
     if not model.config.is_encoder_decoder:  # a decoder repeats its prompt
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
     return [answer.strip() for answer in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+@torch.inference_mode()
+def continuation_loss(model: Any, processor: Any, question: list[dict], continuation: str) -> tuple[float, bool]:
+    """The negative log-likelihood of a text as the beginning of the answer, and whether greedy decoding would write it.
+
+    Args:
+        model: a Transformers image-text-to-text model.
+        processor: its processor, with a chat template.
+        question: the conversation up to the answer.
+        continuation: the text to score; all tokens after those of the question count.
+
+    Returns:
+        (nats per token, the mean over the tokens, as lmms-eval's own models return it; all tokens are the likeliest).
+    """
+    answered = [*question, {"role": "assistant", "content": [{"type": "text", "text": continuation}]}]
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    asked = processor.apply_chat_template([question], add_generation_prompt=True, **settings)["input_ids"][0]
+    inputs = processor.apply_chat_template([answered], continue_final_message=True, **settings)
+    inputs = inputs.to(model.device, model.dtype)
+    tokens = inputs["input_ids"][0]
+    # a tokenizer may join the last token of the question with the first of the continuation
+    shared = min(len(asked), len(tokens))
+    same = asked[:shared].to(tokens.device) == tokens[:shared]
+    start = shared if bool(same.all()) else int(same.int().argmin())
+    rows = model(**inputs).logits[0, start - 1 : len(tokens) - 1].float().log_softmax(dim=-1)
+    target = tokens[start:]
+    loss = -rows.gather(1, target[:, None]).mean().item()
+    return loss, bool((rows.argmax(dim=-1) == target).all())
 
 
 @contextmanager

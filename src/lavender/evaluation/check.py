@@ -133,7 +133,7 @@ def cases_of(
     """
     word_targets = WordTargets(store, AlignmentConfig(attributes=attributes))
     cases: list[Case] = []
-    for index, (sample, picture) in enumerate(zip(samples, readings_of(samples, store), strict=True)):
+    for index, (sample, (picture, _)) in enumerate(zip(samples, readings_of(samples, store), strict=True)):
         links = links_of(sample.about, sample.messages)
         turn = next(place for place, message in enumerate(sample.messages) if message["role"] == "assistant")
         example = {"messages": sample.messages, "images": list(sample.sources)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,27 +18,53 @@ from lavender.data.samples import Sample
 from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import ConfigError, DataError, NotFiniteError
 from lavender.evaluation.answers import generate_answers, micro_f1
+from lavender.evaluation.intervals import ratio
 from lavender.evaluation.report.panels import Panel, WordRow
-from lavender.maps import WordMaps, entropy, map_agreement
+from lavender.maps import WordMaps, correlation, entropy
+from lavender.students.locate import WordLocator
+from lavender.students.registry import adapter_for
 from lavender.students.word_maps import AnsweredPicture, processor_inputs, student_maps
 from lavender.words import content_words
+
+BATCH_SIZE = 16
+"""Samples whose pictures are in memory at once."""
+EMPTY = {"content_f1": 1.0}
+"""Scores of nothing: where no text has a content word, each answer says exactly what its reference says."""
 
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What one model does on some samples.
+    """What one model says about some pictures, and where it looks.
 
     Attributes:
         answers: one greedy answer per sample.
         maps: one per sample: where the model looks when it predicts each mapped word of the reference answer.
-        scores: `answer_nll`, nats per token of the reference answers; `content_f1`, overlap of the content lemmas of
-            answers and references; `entropy` of the maps, in nats (Eq. 23), None without a map; `map_agreement`, mean
-            Pearson correlation with the teacher's maps, None without a store.
     """
 
     answers: list[str]
     maps: list[WordMaps]
-    scores: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one model does on one sample.
+
+    Attributes:
+        answer: its greedy answer.
+        tallies: score → (sum, weight). A score of many samples is Σ sum / Σ weight; `lavender.evaluation.score_help`
+            says what each one is. Weights are tokens (`answer_nll`), content words of answer and reference together
+            (`content_f1`, whose sum is twice the common ones), and words (`entropy`, `map_agreement`).
+    """
+
+    answer: str
+    tallies: dict[str, tuple[float, float]]
+
+
+def scores_of(judged: Sequence[Judged]) -> dict[str, float | None]:
+    """The scores of a model over samples; None where nothing counted, such as `map_agreement` without maps."""
+    names = judged[0].tallies if judged else ()
+    found = {name: ratio([one.tallies[name] for one in judged]) for name in names}
+    return {name: EMPTY.get(name) if score is None else score for name, score in found.items()}
 
 
 def require_limit(limit: int) -> None:
@@ -81,103 +107,153 @@ def _reason_to_leave_out(sample: Sample) -> str:
     return "" if has_picture else "whose picture is not in the first question"
 
 
-def readings_of(samples: Sequence[Sample], store: MapStore | SeveralStores | None) -> list[AnsweredPicture]:
-    """The first question and answer of each sample. Words: those that the store has maps of, else content words.
+def readings_of(
+    samples: Iterable[Sample], store: MapStore | SeveralStores | None
+) -> Iterator[tuple[AnsweredPicture, WordMaps | None]]:
+    """The first question and answer of each sample, with the teacher's maps. One picture is decoded at a time.
+
+    The words are those that the store has maps of, else content words.
 
     Args:
         samples: with one picture each, as `spread` returns them.
         store: the teacher's maps.
     """
-    readings = []
     for sample in samples:
         (image,) = sample.load()
         turns = [text_of(message["content"]) for message in sample.messages if message["role"] in ("user", "assistant")]
         prompt, answer = turns[0], turns[1]
-        teacher_maps = store.get(image_id(image), answer) if store is not None else None
-        words = teacher_maps.words if teacher_maps is not None else content_words(answer, CONTENT_WORDS)
-        readings.append(AnsweredPicture(image, prompt, answer, words))
-    return readings
+        teacher = store.get(image_id(image), answer) if store is not None else None
+        words = teacher.words if teacher is not None else content_words(answer, CONTENT_WORDS)
+        yield AnsweredPicture(image, prompt, answer, words), teacher
 
 
 def observe(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    readings: Sequence[AnsweredPicture],
+    samples: Sequence[Sample],
     store: MapStore | SeveralStores | None,
     max_new_tokens: int = 64,
-) -> Observed:
-    """Answers, maps and scores of one model on the readings.
+    batch_size: int = BATCH_SIZE,
+) -> list[Judged]:
+    """What one model does on each sample. The pictures and maps of one batch are in memory at a time.
 
     Args:
         model: a supported vision-language model.
         processor: its processor.
-        readings: at least one.
+        samples: with one picture each, as `spread` returns them.
         store: the teacher's maps; the model's maps get its grid, else 32 × 32.
         max_new_tokens: where an answer is cut off.
+        batch_size: samples per forward.
 
     Raises:
         NotFiniteError: the model's loss is NaN or infinite.
     """
-    images, prompts = [reading.image for reading in readings], [reading.prompt for reading in readings]
-    answers = generate_answers(model, processor, images, prompts, max_new_tokens)
-    maps = student_maps(model, processor, readings, store.grid if store is not None else (32, 32))
-    all_maps = torch.cat([word_maps.maps for word_maps in maps])
-    scores = {
-        "answer_nll": answer_nll(model, processor, readings),
-        "content_f1": content_f1(answers, [reading.answer for reading in readings]),
-        "entropy": entropy(all_maps).mean().item() if len(all_maps) else None,
-        "map_agreement": _agreement_with(store, maps) if store is not None else None,
-    }
-    return Observed(answers, maps, scores)
+    grid = store.grid if store is not None else (32, 32)
+    found: list[Judged] = []
+    for start in range(0, len(samples), batch_size):
+        pairs = list(readings_of(samples[start : start + batch_size], store))
+        readings = [reading for reading, _ in pairs]
+        images, prompts = [reading.image for reading in readings], [reading.prompt for reading in readings]
+        answers = generate_answers(model, processor, images, prompts, max_new_tokens, batch_size)
+        maps = student_maps(model, processor, readings, grid, batch_size)
+        likelihoods = answer_tallies(model, processor, readings)
+        for (reading, teacher), answer, own, likelihood in zip(pairs, answers, maps, likelihoods, strict=True):
+            tallies = {
+                "answer_nll": likelihood,
+                "content_f1": _overlap(answer, reading.answer),
+                "entropy": entropy_tally(own),
+                "map_agreement": _agreement(own, teacher),
+            }
+            found.append(Judged(answer, tallies))
+    return found
 
 
-def _agreement_with(store: MapStore | SeveralStores, student: Sequence[WordMaps]) -> float | None:
-    """`map_agreement` of a student's maps with the teacher's maps of the same words; None without a common word."""
-    pairs = []
-    for word_maps in student:
-        known = store.get(word_maps.image_id, word_maps.text)
-        teacher = dict(zip(known.words, known.maps, strict=True)) if known is not None else {}
-        words = zip(word_maps.words, word_maps.maps, strict=True)
-        pairs += [(heat, teacher[word]) for word, heat in words if word in teacher]
-    return map_agreement(*(torch.stack(maps) for maps in zip(*pairs, strict=True))) if pairs else None
+def entropy_tally(maps: WordMaps) -> tuple[float, float]:
+    """(sum of the entropies of the maps in nats, Eq. 23; their number)."""
+    return entropy(maps.maps).sum().item(), len(maps.words)
 
 
-@torch.inference_mode()
+def _agreement(student: WordMaps, teacher: WordMaps | None) -> tuple[float, float]:
+    """(sum of the correlations of the maps of the same words, their number). A flat map has none."""
+    known = dict(zip(teacher.words, teacher.maps, strict=True)) if teacher is not None else {}
+    words = zip(student.words, student.maps, strict=True)
+    pairs = [(heat, known[word]) for word, heat in words if word in known]
+    if not pairs:
+        return 0.0, 0
+    values = correlation(*(torch.stack(maps) for maps in zip(*pairs, strict=True)))
+    values = values[~values.isnan()]
+    return values.sum().item(), len(values)
+
+
 def answer_nll(
-    model: PreTrainedModel, processor: ProcessorMixin, readings: Sequence[AnsweredPicture], batch_size: int = 16
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    readings: Sequence[AnsweredPicture],
+    batch_size: int = BATCH_SIZE,
 ) -> float:
     """Mean negative log-likelihood of the reference answers, nats per token. The end token counts.
 
     Raises:
+        DataError: no answer has a token.
         NotFiniteError: the model's loss is NaN or infinite.
     """
-    total, count = 0.0, 0
-    for start in range(0, len(readings), batch_size):
-        batch = readings[start : start + batch_size]
-        inputs = processor_inputs(processor, batch).to(model.device)
-        logits = model(**inputs).logits.float()
-        for index, reading in enumerate(batch):
-            prompt = processor.apply_chat_template(reading.messages()[:1], add_generation_prompt=True, tokenize=False)
-            full = processor.apply_chat_template(reading.messages(), tokenize=False)
-            tail = processor.tokenizer(full[len(prompt) :], add_special_tokens=False)["input_ids"]
-            end = int(inputs["attention_mask"][index].sum())
-            target = inputs["input_ids"][index, end - len(tail) : end]
-            total += torch.nn.functional.cross_entropy(
-                logits[index, end - len(tail) - 1 : end - 1], target, reduction="sum"
-            ).item()
-            count += len(tail)
-    if not math.isfinite(total):
+    tallies = [
+        tally
+        for start in range(0, len(readings), batch_size)
+        for tally in answer_tallies(model, processor, readings[start : start + batch_size])
+    ]
+    found = ratio(tallies)
+    if found is None:
+        raise DataError(f"{len(readings)} samples whose answers have no token", "an answer with a text", "add some")
+    return found
+
+
+@torch.inference_mode()
+def answer_tallies(
+    model: PreTrainedModel, processor: ProcessorMixin, readings: Sequence[AnsweredPicture]
+) -> list[tuple[float, float]]:
+    """Per reading (negative log-likelihood of the reference answer in nats, number of its tokens), in one forward.
+
+    The tokens are those that have a character of the answer, and all after them: the end token, and what the chat
+    template writes there. The model's locator finds them, so a tokenizer may add a blank to a text or join its pieces.
+    An empty answer, and one that no tokenizer takes as it is, counts no token.
+
+    Raises:
+        NotFiniteError: the model's loss is NaN or infinite.
+    """
+    locator = WordLocator(processor, adapter_for(model.config))
+    inputs = processor_inputs(processor, readings)
+    rows_by_reading = [
+        locator.rows_to_end(reading.messages(), 1, ids, mask)
+        for reading, ids, mask in zip(readings, inputs["input_ids"], inputs["attention_mask"], strict=True)
+    ]
+    inputs = inputs.to(model.device)
+    logits = model(**inputs).logits
+    tallies = []
+    for index, rows in enumerate(rows_by_reading):
+        predicting = torch.tensor(rows, dtype=torch.long, device=model.device)
+        loss = torch.nn.functional.cross_entropy(
+            logits[index, predicting].float(), inputs["input_ids"][index, predicting + 1], reduction="sum"
+        )
+        tallies.append((loss.item(), len(rows)))
+    if not math.isfinite(sum(loss for loss, _ in tallies)):
         raise NotFiniteError(
             f"NaN or infinity in the loss of {model.config.name_or_path or type(model).__name__}",
             "a finite loss",
             "leave this model out; its weights are damaged, or its training diverged",
         )
-    return total / count
+    return tallies
 
 
 def content_f1(answers: Sequence[str], references: Sequence[str]) -> float:
     """`micro_f1` of the content lemmas (nouns, adjectives, verbs) of answers and references."""
     return micro_f1([_lemmas(text) for text in answers], [_lemmas(text) for text in references])
+
+
+def _overlap(answer: str, reference: str) -> tuple[float, float]:
+    """(twice the number of common content lemmas, number of those of both): what `content_f1` sums."""
+    said, true = _lemmas(answer), _lemmas(reference)
+    return 2.0 * len(said & true), len(said) + len(true)
 
 
 def _lemmas(text: str) -> set[str]:
@@ -212,13 +288,14 @@ def panels_of(
     Args:
         readings: pictures with their reference answers.
         phrases: per reading, what gets a row.
-        teacher: per reading, the teacher's maps, or None.
+        teacher: per reading, the teacher's maps, or None. Without any there is no such column.
         observed: model name → what it does on these readings.
         titles: one per reading.
     """
-    panels = []
+    panels, has_teacher = [], any(maps is not None for maps in teacher)
     for index, reading in enumerate(readings):
-        sources = {"teacher": teacher[index]} | {name: model.maps[index] for name, model in observed.items()}
+        sources: dict[str, WordMaps | None] = {"teacher": teacher[index]} if has_teacher else {}
+        sources |= {name: model.maps[index] for name, model in observed.items()}
         rows = [
             WordRow(
                 phrase.text,
@@ -227,6 +304,7 @@ def panels_of(
                     for name, maps in sources.items()
                 },
                 phrase.mask,
+                (phrase.start, phrase.end),
             )
             for phrase in phrases[index]
         ]

@@ -7,7 +7,7 @@ everywhere points nowhere and covers nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -113,14 +113,90 @@ def resize_map(map: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(heat[None, None], size=size, mode="bilinear", align_corners=False)[0, 0].float()
 
 
-def pointing(map: Tensor, mask: np.ndarray | Tensor) -> bool:
+def pointing(map: Tensor, mask: np.ndarray | Tensor, tolerance: float = 0.0) -> bool:
     """Whether the maximum of the resized map lies in the mask. Of equal maxima, the first in reading order counts.
 
     Args:
         map: non-negative (rows, cols).
         mask: bool (height, width).
+        tolerance: how far from the mask the maximum may lie, in pixels between pixel centres. The pointing game of
+            Zhang et al. (2018) allows 15 pixels.
     """
-    return _rank(map, mask).points
+    if tolerance <= 0:
+        return _rank(map, mask).points
+    truth = torch.as_tensor(mask, dtype=torch.bool, device="cpu")
+    heat = resize_map(map, (truth.shape[0], truth.shape[1]))
+    if heat.max() <= 0 or not truth.any():
+        return False
+    peak = torch.tensor(divmod(int(heat.argmax()), truth.shape[1]))
+    return float((truth.nonzero() - peak).double().norm(dim=1).min()) <= tolerance
+
+
+def iou(map: Tensor, mask: np.ndarray | Tensor, threshold: float) -> float:
+    """IoU of the mask with the pixels of at least `threshold` × the resized map's maximum; from 0 to 1.
+
+    Args:
+        map: non-negative (rows, cols).
+        mask: bool (height, width), with at least one pixel.
+        threshold: a share of the maximum. Choose it on other pictures, with `best_threshold`.
+    """
+    return float(_rank(map, mask).ious((threshold,))[0])
+
+
+def average_precision(map: Tensor, mask: np.ndarray | Tensor) -> float:
+    """Average precision of the resized map's pixels, where those of the mask are the true ones; from 0 to 1.
+
+    Equal pixels count together. A flat map scores the mask's share of the picture.
+
+    Args:
+        map: non-negative (rows, cols).
+        mask: bool (height, width), with at least one pixel.
+    """
+    return _rank(map, mask).average_precision()
+
+
+def centre_prior(grid: tuple[int, int] = (32, 32)) -> Tensor:
+    """A map that knows nothing but that photographers put things into the centre: float32 (rows, cols), maximum 1.
+
+    A Gaussian at the picture's centre; its standard deviation is a quarter of the side in each direction.
+
+    Example:
+        >>> centre_prior((1, 3)).tolist()  # exp(−8/9) beside the centre: a third of the side is 4/3 deviations
+        [[0.4111122786998749, 1.0, 0.4111122786998749]]
+    """
+    rows, cols = ((torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5 for side in grid)
+    heat = torch.exp(-8 * (rows[:, None].square() + cols.square()))
+    return (heat / heat.max()).float()
+
+
+def controls(judged: Sequence[JudgedMap], iou_threshold: float, seed: int = 0) -> dict[str, MapScores]:
+    """What maps without knowledge of the words score on the same masks, for a table beside `score_maps`.
+
+    Args:
+        judged: at least two maps with their masks.
+        iou_threshold: as for `score_maps`.
+        seed: of the shuffle.
+
+    Returns:
+        `centre prior`: every map is `centre_prior`. `shuffled words`: every mask gets the map of another word, by a
+        random permutation that leaves none at its place. `uniform`: every map is flat; its pointing is that of a
+        random point (`MapScores.uniform_pointing`), since a flat map has no maximum.
+
+    Raises:
+        DataError: fewer than two maps.
+    """
+    if len(judged) < 2:
+        raise DataError(f"{len(judged)} maps", "at least two, to shuffle them", "judge more words")
+    order = np.random.default_rng(seed).permutation(len(judged)).tolist()
+    other = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle, so that no map stays at its place
+    centre = [replace(word, map=centre_prior((word.map.shape[0], word.map.shape[1])), wrong=None) for word in judged]
+    shuffled = [replace(word, map=judged[other[index]].map, wrong=None) for index, word in enumerate(judged)]
+    flat = score_maps([replace(word, map=torch.ones_like(word.map), wrong=None) for word in judged], iou_threshold)
+    return {
+        "centre prior": score_maps(centre, iou_threshold),
+        "shuffled words": score_maps(shuffled, iou_threshold),
+        "uniform": replace(flat, pointing=flat.uniform_pointing, pointing_by_mention={}, pointing_by_size={}),
+    }
 
 
 def mass_in_mask(map: Tensor, mask: np.ndarray | Tensor) -> float:

@@ -123,6 +123,37 @@ class WordLocator:
             for (_, _, words), places in zip(texts, found.places, strict=True)
         ]
 
+    def rows_to_end(
+        self, messages: Sequence[Mapping[str, Any]], turn: int, ids: Tensor, attention_mask: Tensor
+    ) -> tuple[int, ...]:
+        """The positions of the rows that predict a turn's text and all that follows it, such as the end token.
+
+        Args:
+            messages: the conversation, with a part of type "image" for each picture.
+            turn: index of the message. The tokens from the first that has a character of its text are predicted.
+            ids, attention_mask: (token,), of one sample of the batch, not truncated.
+
+        Returns:
+            () if the text is empty, or no tokenizer takes it as it is: it has lone surrogates.
+
+        Raises:
+            DataError: as `rows_by_text`.
+        """
+        positions = attention_mask.nonzero().flatten().tolist()
+        rendered = self._render(messages)
+        if encodable(rendered) != rendered:
+            return ()
+        sequence = TokenSequence.of(self._vocabulary, ids[positions].tolist())
+        pieces = self._pieces(rendered)
+        placed = sequence.place([piece.surface for piece in pieces])
+        first = min((shift + begin for shift, begin, _ in self._starts(rendered, messages, turn)), default=None)
+        for place, piece in zip(placed, pieces, strict=False):
+            following = piece.tokens_of(first, len(rendered)) if first is not None else []
+            if following:
+                predicted = sequence.between(place + piece.edges[following[0]], len(sequence.surface))
+                return tuple(positions[index] - 1 for index in predicted)
+        return ()
+
     def _locate(
         self,
         messages: Sequence[Mapping[str, Any]],

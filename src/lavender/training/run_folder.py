@@ -38,7 +38,18 @@ CONFIG, METRICS, COVERAGE, CHECKPOINT, HEAD = (
 )
 TRAINER = "trainer"
 """Folder of the trainer's checkpoints, from which a run continues."""
-OWN = (CONFIG, METRICS, COVERAGE, CHECKPOINT, HEAD, TRAINER, "environment.json", "eval.json", "report.html")
+OWN = (
+    CONFIG,
+    METRICS,
+    COVERAGE,
+    CHECKPOINT,
+    HEAD,
+    TRAINER,
+    "environment.json",
+    "eval.json",
+    "eval.jsonl",
+    "report.html",
+)
 """Everything that `train`, `eval` and `report` write into a run folder."""
 PACKAGES = (
     "lavender-vlm",

@@ -7,6 +7,7 @@ The edge lies around a thing, which keeps its own colours: a tinted drawing woul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -48,6 +49,20 @@ class EdgedScene(Scene):
         return self.colours[self.names.index(name)]
 
 
+def is_withheld(name: str, colour: str) -> bool:
+    """Whether a pair is one of the sixth of all pairs that a study withholds from fine-tuning.
+
+    Every name has one withheld colour, and every colour is withheld of about a sixth of the names. So a student can
+    know the name and the colour, and never have heard the two together.
+    """
+    return list(NAMES).index(name) % len(COLOURS) == list(COLOURS).index(colour)
+
+
+def withheld_names(scene: EdgedScene) -> tuple[str, ...]:
+    """The things of a scene whose pair of name and colour `is_withheld`."""
+    return tuple(name for name, colour in zip(scene.names, scene.colours, strict=True) if is_withheld(name, colour))
+
+
 def draw_edged(seed: int) -> EdgedScene:
     """The scene of a seed with coloured edges. It has other things than the plain scene of that seed.
 
@@ -70,10 +85,15 @@ def draw_edged(seed: int) -> EdgedScene:
     return EdgedScene(seed, "plain", pixels, things, colours)
 
 
-def ask_about_colour(scene: EdgedScene, variant: int = 0) -> Question:
-    """ "the dog is on" → "red": a question about one thing of the scene, drawn at random."""
+def ask_about_colour(scene: EdgedScene, variant: int = 0, among: Sequence[str] = ()) -> Question:
+    """ "the dog is on" → "red": a question about one thing of the scene, drawn at random.
+
+    Args:
+        among: the things that may be asked about; default: all.
+    """
     rng = np.random.default_rng([scene.seed, 13, variant])
-    name = scene.names[int(rng.integers(len(scene.things)))]
+    names = among or scene.names
+    name = names[int(rng.integers(len(names)))]
     return Question("colour", f"the {name} is on", scene.colour_of(name), name)
 
 

@@ -219,7 +219,7 @@ def _panels(held_out: list[Scene], teacher: Teacher, observed: dict[str, Observe
     shown = [held_out[index] for index in chosen]
     teacher_maps = teacher([job_of(scene, caption_scene(scene).text, teacher.config) for scene in shown])
     shown_by_arm = {
-        arm: Observed([student.answers[i] for i in chosen], [student.maps[i] for i in chosen], {})
+        arm: Observed([student.answers[i] for i in chosen], [student.maps[i] for i in chosen])
         for arm, student in observed.items()
     }
     phrases = [

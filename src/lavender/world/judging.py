@@ -129,7 +129,7 @@ def score_student(path: Path, held_out: Mapping[str, list[Scene]]) -> tuple[dict
         for scene, scene_maps in zip(drawn, maps, strict=True)
         for judged_map in judge(scene, caption_scene(scene), scene_maps)
     ]
-    return scores | score_attention(judged), Observed(answers["in_domain"], maps, {})
+    return scores | score_attention(judged), Observed(answers["in_domain"], maps)
 
 
 def score_new_words(path: Path, drawn: Sequence[Scene]) -> tuple[dict[str, Any], Observed]:
@@ -172,7 +172,7 @@ def score_new_words(path: Path, drawn: Sequence[Scene]) -> tuple[dict[str, Any],
         "new_pointing": of_new["pointing"],
         "new_attention_mass": of_new["attention_mass"],
     }
-    return scores, Observed(texts, maps, {})
+    return scores, Observed(texts, maps)
 
 
 def _judged_mentions(scene: Scene, maps: WordMaps) -> list[tuple[Mention, JudgedMap]]:

@@ -17,6 +17,7 @@ import numpy as np
 from lavender.world.scenes import Scene, Thing
 from lavender.world.sprites import NAMES
 
+CAPTION_PROMPT = "describe the picture."
 _OPENINGS = ("", "", "", "there is ", "we see ", "here is ", "look at ", "this shows ", "you can see ")
 _CONNECTIVES = (" and ", " and ", " with ", " near ", " next to ", ", ", " plus ")
 _ENDINGS = ("", "", "", "", " here", " in this picture", " all together", " on a pattern")
@@ -95,7 +96,7 @@ def ask_about(scene: Scene, variant: int = 0, names: Collection[str] = tuple(NAM
     absent = [name for name in names if name not in scene.names]
     asked = thing.name if rng.random() < 0.5 else _pick(rng, absent)
     questions = [
-        Question("exists", f"is there {_article(asked)} {asked}?", "yes" if asked in scene.names else "no", asked),
+        Question("exists", f"is there {article(asked)} {asked}?", "yes" if asked in scene.names else "no", asked),
         Question("count", "how many things are there?", ("one", "two", "three", "four")[len(things) - 1]),
     ]
     if len(things) > 1:
@@ -124,10 +125,10 @@ def _words_around(rng: np.random.Generator, thing: Thing) -> tuple[str, str]:
     if rng.random() < 0.35:
         size = "small" if thing.share < 0.08 else "big"
         before = f"{size if rng.random() < 0.5 else _pick(rng, _PLAIN_ADJECTIVES)} "
-    article = rng.random()
-    if article < 0.5:
-        before = f"{_article(before + thing.name)} {before}"
-    elif article < 0.7:
+    kind = rng.random()
+    if kind < 0.5:
+        before = f"{article(before + thing.name)} {before}"
+    elif kind < 0.7:
         before = f"the {before}"
     if rng.random() < 0.3:
         row, column = thing.centre
@@ -137,7 +138,8 @@ def _words_around(rng: np.random.Generator, thing: Thing) -> tuple[str, str]:
     return before, after
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
+    """The indefinite article before some words: "an" before a vowel, but "a one"."""
     return "an" if words[0] in "aeiou" and not words.startswith("one") else "a"
 
 

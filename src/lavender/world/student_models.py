@@ -36,7 +36,8 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-CAPTION_PROMPT = "describe the picture."
+from lavender.world.language import CAPTION_PROMPT as CAPTION_PROMPT
+
 VOCABULARY = 460
 TILE_SIZE, MAX_TILES = 64, 2  # pixels per side and tiles per picture, Mllama
 SQUARE_SIZE = 80  # pixels per side of the picture, LLaVA

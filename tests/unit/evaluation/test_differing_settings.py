@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import yaml
 
 from lavender.errors import DataError
-from lavender.evaluation.runs import _differing_settings, report_run
+from lavender.evaluation.eval_files import read_evaluation
+from lavender.evaluation.run_report import report_run
+from lavender.evaluation.runs import differing_settings
 from lavender.training.run_folder import read_config
 
 
@@ -29,7 +32,7 @@ def test_every_differing_setting_is_named(tmp_path):
         dtype="float32",
         record={"versions": {"torch": "2.8"}, "content": {"data": "2"}},
     )
-    differing, notes = _differing_settings({"base": "m", "one": one, "other": other})
+    differing, notes = differing_settings({"base": "m", "one": one, "other": other})
     assert differing == {
         "align_weight": {"one": 0.0, "other": 5.0},
         "versions.torch": {"one": "2.7", "other": "2.8"},
@@ -43,7 +46,7 @@ def test_what_a_run_did_not_record_is_not_filled_in(tmp_path):
     """An old run had λ = 10 by default; today's 2 must not be said of it."""
     old = folder(tmp_path / "old", training={"learning_rate": 1.0})
     new = folder(tmp_path / "new", training={"align_weight": 2.0, "learning_rate": 1.0, "adam_beta1": 0.9})
-    differing, notes = _differing_settings({"old": old, "new": new, "plain": tmp_path})
+    differing, notes = differing_settings({"old": old, "new": new, "plain": tmp_path})
     assert differing == {"align_weight": {"old": "not recorded", "new": 2.0}}
     assert "old did not record 2 of its settings, such as adam_beta1, align_weight" in notes
     assert f"no settings are recorded in {tmp_path}" in notes
@@ -60,7 +63,7 @@ def test_a_run_from_before_a_setting_has_its_default(tmp_path):
         columns=None,
         record=record,
     )
-    differing, notes = _differing_settings({"old": old, "new": new})
+    differing, notes = differing_settings({"old": old, "new": new})
     assert differing == {"word_share": {"old": "1.0 (default, not recorded)", "new": 0.5}}  # sharpen of this loss is 1
     assert notes == [
         "old is from before columns, rows, sharpen, word_share; the default counts",
@@ -81,4 +84,19 @@ def test_damaged_scores(tmp_path):
     for text in ("{", "[]", '{"data": 1}'):
         (run / "eval.json").write_text(text)
         with pytest.raises(DataError, match="eval.json, which is damaged"):
+            report_run(run)
+    whole = {"data": "d", "maps": None, "against": [], "samples": 1, "arms": {}, "notes": []}
+    whole["arms"] = {"base": {"content_f1": 0.0}, "run": {"content_f1": 0.0}}
+    (run / "eval.json").write_text(json.dumps(whole))
+    judged = {"answer": "a", "tallies": {"content_f1": [0.0, 1]}}
+    line = {"sample": "s", "picture": "p", "reference": "r", "models": {"base": judged, "run": judged}}
+    (run / "eval.jsonl").write_text(json.dumps(line))
+    found = read_evaluation(run)
+    assert found is not None
+    assert found.samples is not None
+    assert found.samples[0].judged["run"].tallies == {"content_f1": (0.0, 1.0)}
+    one_model = json.dumps(line | {"models": {"run": judged}})
+    for text in ("{", "[]", '{"sample": 1}', one_model, f"{json.dumps(line)}\n{json.dumps(line)}"):
+        (run / "eval.jsonl").write_text(text)
+        with pytest.raises(DataError, match="eval.jsonl, which is damaged"):
             report_run(run)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from lavender.errors import DataError
-from lavender.evaluation.report.figure import draw_figure
+from lavender.evaluation.report.figure import draw_figure, drawable
 from lavender.evaluation.report.page import (
     Curve,
     Panel,
@@ -26,8 +26,11 @@ from lavender.evaluation.report.page import (
     WordRow,
     render_report,
     show_number,
+    styles_of,
     write_report,
 )
+from lavender.evaluation.report.pdf import IntervalRow, interval_figure, write_figures
+from lavender.evaluation.report.pixels import map_address, map_detail, picture_addresses
 
 
 def picture(width: int = 13, height: int = 11) -> Image.Image:
@@ -58,7 +61,7 @@ def opened(path: Path) -> Image.Image:
 class Elements(HTMLParser):
     """Every start tag with its attributes; fails on tags that do not close in order."""
 
-    VOID = ("meta", "link", "img", "br", "line", "polyline", "circle")
+    VOID = ("meta", "link", "img", "br", "line", "polyline", "circle", "input")
 
     def __init__(self, page: str):
         super().__init__()
@@ -168,7 +171,7 @@ def test_alternative_texts_say_where_the_maximum_is():
 
 def decoded(page: str, alt_begins: str) -> Image.Image:
     image = next(one for one in Elements(page).all("img") if (one["alt"] or "").startswith(alt_begins))
-    return Image.open(BytesIO(base64.b64decode((image["src"] or "").partition(",")[2])))
+    return Image.open(BytesIO(base64.b64decode((image["src"] or "").partition(",")[2]))).convert("RGBA")
 
 
 def test_heat_is_opaque_where_hot_and_clear_where_cold():
@@ -216,6 +219,102 @@ def test_curves_lie_on_their_axes():
     assert "Loss: L_att against step. plain: from 1.000 to 0.500." in page
     constant = report_of(curves=[Curve("Flat", "x", "y", {"a": [(3, 2.0)]}), Curve("None", "x", "y", {})])
     assert "No points" in render_report(constant)
+
+
+def test_a_run_has_the_same_line_in_all_curves():
+    points = [(0.0, 1.0), (1.0, 2.0)]
+    curves = [Curve("one", "x", "y", {"plain": points, "aligned": points}), Curve("two", "x", "y", {"aligned": points})]
+    assert styles_of(curves) == {"plain": 0, "aligned": 1}
+    assert re.findall(r'<polyline class="stroke (s\d)"', render_report(report_of(curves=curves))) == ["s0", "s1", "s1"]
+    alone = [Curve(name, "x", "y", {name: points}) for name in ("one", "two")]  # histograms of different things
+    assert styles_of(alone) == {"one": 0, "two": 0}
+
+
+def words_report(**parts) -> Report:
+    """Two words to choose from; the first of the text has the second row."""
+    maps: dict[str, torch.Tensor | None] = {"teacher": spot(1, 5), "run": None}
+    rows = [WordRow("cat", maps, None, (12, 15)), WordRow("dog", maps, None, (2, 5)), WordRow("it", maps)]
+    panels = [Panel(picture(), name, rows, {"run": "a"}, "a <dog> and cat.", "", name) for name in ("best", "worst")]
+    panels[0].rows[1] = WordRow("<dog>", maps, None, (2, 7))
+    return report_of(*panels, choose_words=True, pictures_note="By <a> rule.", commands=["lavender a <b>"], **parts)
+
+
+def test_words_of_the_answer_choose_their_row():
+    page = render_report(words_report())
+    elements = Elements(page)
+    radios = elements.all("input")
+    assert [radio["name"] for radio in radios] == ["word-1"] * 3 + ["word-2"] * 3
+    assert ["checked" in radio for radio in radios] == [False, True, False] * 2
+    labels = re.findall(r'<label class="(w\d)"><input[^>]*>([^<]+)</label>', page)
+    assert labels[:3] == [("w1", "&lt;dog&gt;"), ("w0", "cat"), ("w2", "it")]  # the last has no place in the text
+    assert len(elements.all("fieldset")) == 2
+    assert re.findall(r'<tr role="row" class="(r\d)">', page) == ["r0", "r1", "r2"] * 2
+    for number in range(3):
+        assert f".choose:has(.w{number} :checked) tbody tr:nth-child({number + 1})" in page
+    assert "By &lt;a&gt; rule." in page
+    assert "<li><code>lavender a &lt;b&gt;</code></li>" in page
+    assert re.findall(r'<h3 class="group">(\w+)</h3>', page) == ["best", "worst"]
+    assert len(elements.all("h4")) == 2
+    assert elements.all("script") == []
+
+
+def test_a_panel_holds_its_picture_once():
+    mapped = render_report(words_report())
+    assert len(re.findall(r"--picture:url\(data:image/(?:png|jpeg)", mapped)) == 2
+    assert 'role="img" aria-label="a &lt;dog&gt; and cat."' in mapped
+    alone = render_report(report_of(Panel(picture(), "p", [], truth="t")))
+    assert "--picture:url" not in alone
+    assert len(Elements(alone).all("img")) == 1
+
+
+def test_many_pictures_are_reduced_until_they_fit():
+    draws = np.random.default_rng(0)
+    pictures = [Image.fromarray(draws.integers(0, 256, (400, 500, 3), dtype=np.uint8)) for _ in range(3)]
+    sizes = {}
+    for most in (10**7, 200_000, 1):
+        found = picture_addresses(pictures, most)
+        sides = {max(opened_address(address).size) for address in found}
+        assert len(sides) == 1
+        sizes[most] = (sides.pop(), sum(map(len, found)))
+    assert sizes[10**7][0] == 500
+    assert 160 < sizes[200_000][0] < 500
+    assert sizes[200_000][1] < 201_000
+    assert sizes[1][0] == 160
+    drawing = Image.new("RGB", (300, 200), "red")
+    assert picture_addresses([drawing])[0].startswith("data:image/png")
+    assert picture_addresses(pictures)[0].startswith("data:image/jpeg")
+
+
+def opened_address(address: str) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(address.partition(",")[2])))
+
+
+def test_maps_are_smaller_on_pages_of_many():
+    sides = [map_detail(number)[0] for number in (1, 400, 401, 2000, 2001, 4001)]
+    assert sides == [160, 160, 64, 64, 32, 16]
+    image = opened_address(map_address(spot(1, 5), (300, 400), (40, 16)))
+    assert (image.mode, image.size) == ("P", (40, 30))
+    assert len(map_address(torch.rand(32, 32), (300, 400), map_detail(9600))) < 400  # with the text around it, 10 MB
+    pixels = np.asarray(image.convert("RGBA"))
+    assert np.unravel_index(pixels[..., 3].argmax(), (30, 40)) == (8, 31)  # the middle of cell (1, 5): 9 and 31.4
+    assert pixels[0, 0, 3] == 0
+
+
+def test_the_figures_are_a_pdf_that_repeats(tmp_path: Path):
+    rows = [
+        IntervalRow("content_f1", "aligned − plain", 0.1, 0.0, 0.2),
+        IntervalRow("content_f1", "aligned − base", 0.3, float("nan"), float("nan")),
+    ]
+    curves = full_report().curves
+    for name in ("one", "two"):
+        write_figures(tmp_path / f"{name}.pdf", "A run", rows, curves, full_report().panels)
+    content = (tmp_path / "one.pdf").read_bytes()
+    assert content == (tmp_path / "two.pdf").read_bytes()
+    assert content.count(b"/Type /Page ") == 3  # intervals, curves, one picture
+    axes = interval_figure(rows).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["aligned − plain", "aligned − base"]
+    drawn = [np.asarray(line.get_xdata()).tolist() for line in axes.lines]
+    assert drawn == [[0, 0], [0.0, 0.2], [0.1], [0.3]]  # zero, an interval, and both differences
 
 
 def test_settings_are_flat():
@@ -291,7 +390,10 @@ def test_columns_of_panels_stand_under_each_other(tmp_path: Path, monkeypatch):
 
 
 def test_a_dollar_in_a_caption_is_no_formula(tmp_path: Path):
-    draw_figure([Panel(picture(), "$\\frac{", [], {"plain": "costs $5 or $6_{"})], tmp_path / "figure.png")
+    answer = "costs $5 or $6_{ and has \x18, \x1d and 狗 in it"  # what the font has not would warn
+    assert drawable(answer) == "costs $5 or $6_{ and has ?, ? and ? in it"
+    assert drawable("é “λ” ↑ −\n") == "é “λ” ↑ −\n"
+    draw_figure([Panel(picture(), "$\\frac{", [], {"plain": answer})], tmp_path / "figure.png")
     assert opened(tmp_path / "figure.png").width > 100
 
 

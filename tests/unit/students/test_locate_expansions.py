@@ -171,6 +171,34 @@ def test_every_word_is_where_the_expanded_text_has_it(tokenizer, family, case):
 
 
 @pytest.mark.parametrize("case", list(CONVERSATIONS))
+@pytest.mark.parametrize("family", ["mllama", "llava", "qwen", "idefics3", "gemma3, crops"])
+def test_the_rows_of_an_answer_reach_to_the_end(tokenizer, family, case):
+    """Those before the tokens with a character of the last answer, and before the end token."""
+    expansion, messages = EXPANSIONS[family], CONVERSATIONS[case]
+    text, starts = written(messages, expansion)
+    ids, offsets = encoded(tokenizer, text)
+    last = len(messages) - 1
+    padded = torch.cat([torch.zeros(3, dtype=torch.long), ids])
+    mask = torch.cat([torch.zeros(3, dtype=torch.long), torch.ones_like(ids)])
+    found = locator_of(tokenizer, expansion).rows_to_end(messages, last, padded, mask)
+    wanted = [place for place, (start, end) in enumerate(offsets) if end > starts[last] and end > start]
+    assert found == tuple(place + 3 - 1 for place in wanted)
+    assert wanted[-1] == len(ids) - 1
+    assert (
+        tokenizer.decode(ids[wanted], skip_special_tokens=True).strip() == messages[last]["content"][-1]["text"].strip()
+    )
+
+
+def test_a_text_that_no_tokenizer_takes_has_no_rows_to_the_end(tokenizer):
+    expansion = EXPANSIONS["llava"]
+    locator = locator_of(tokenizer, expansion)
+    for answer in ("", "a dog \ud83d"):
+        messages = [turn("user", None, "what?"), turn("assistant", answer)]
+        ids, _ = encoded(tokenizer, written(messages, expansion)[0].encode(errors="replace").decode())
+        assert locator.rows_to_end(messages, 1, ids, torch.ones_like(ids)) == ()
+
+
+@pytest.mark.parametrize("case", list(CONVERSATIONS))
 @pytest.mark.parametrize("family", ["llava", "qwen", "idefics3", "gemma3"])
 def test_a_space_before_every_piece(family, case):
     """Old Llama tokenizers set one after each special token, before a processor's own newline too: refused."""

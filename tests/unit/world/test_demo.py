@@ -103,7 +103,7 @@ def test_a_new_name_is_marked_in_the_pictures():
             return [maps for _ in jobs]
 
     said = {"base": "a dog.", "plain": "a dog.", "aligned": f"a {NEW_NAMES[0]}."}
-    observed = {arm: Observed([answer], [maps], {}) for arm, answer in said.items()}
+    observed = {arm: Observed([answer], [maps]) for arm, answer in said.items()}
     (panel,) = demo._panels([scene], Teacher(), observed)  # ty: ignore[invalid-argument-type]
     assert {row.word for row in panel.rows} == {"dog", f"{NEW_NAMES[0]} (new)"}
     assert panel.answers == said

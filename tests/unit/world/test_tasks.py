@@ -16,7 +16,7 @@ from lavender.data.samples import read_samples
 from lavender.maps import Word, WordMaps
 from lavender.students.word_maps import AnsweredPicture
 from lavender.world import judging
-from lavender.world.attributes import EdgedScene, draw_edged
+from lavender.world.attributes import EdgedScene, draw_edged, is_withheld, withheld_names
 from lavender.world.language import Mention, caption_scene
 from lavender.world.scenes import SPLITS, Scene, Thing, draw_scene, scenes
 from lavender.world.sprites import NAMES, NEW_NAMES
@@ -24,7 +24,17 @@ from lavender.world.student_models import CAPTION_PROMPT
 from lavender.world.studies import tasks
 from lavender.world.studies.cells import SCENES_PER_SEED
 from lavender.world.studies.registry import STUDIES
-from lavender.world.studies.tasks import TASKS, WARM_UP_START, Example, Scoring, TaskName, WarmUp, write_examples
+from lavender.world.studies.tasks import (
+    OTHER_STYLES,
+    TASKS,
+    WARM_UP_START,
+    Example,
+    Scoring,
+    TaskName,
+    WarmUp,
+    write_examples,
+)
+from lavender.world.suite_signs import SIGN_QUESTION, WITHHELD_WORDS, SignScene, draw_sign
 
 # examples
 
@@ -138,10 +148,13 @@ def test_captions_that_bind():
 def test_every_sample_of_a_task_is_what_it_says(task: TaskName):
     """Names stand where their mentions say; colours and what they are about are true; questions have mapped prompts."""
     examples = TASKS[task].examples(11, 25)
+    signs = [example for example in examples if isinstance(example.scene, SignScene)]
+    assert len(signs) == (12 if task.startswith("captions-and-signs") else 0)
+    examples = [example for example in examples if example not in signs]
     assert len({example.scene.seed for example in examples}) == 25
-    assert {example.scene.seed in SPLITS["finetune"] for example in examples} == {True}
+    assert {example.scene.seed in SPLITS["finetune"] for example in (*examples, *signs)} == {True}
     for example in examples:
-        asks = task in ("questions", "places")
+        asks = task in ("questions", "questions-ood", "places")
         assert example.mapped == (example.prompt if asks else example.answer)
         names = [mention.name for mention in example.mentions]
         if asks or task == "new-words-one-named":
@@ -162,6 +175,39 @@ def test_every_sample_of_a_task_is_what_it_says(task: TaskName):
             assert all(scene.colour_of(name) == colour for colour, name in example.about)
         else:
             assert example.about == ()
+
+
+def test_signs_are_read_with_and_without_maps():
+    """Half as many as captions; the word of an answer is its mention, and its place is the board."""
+    for task, is_mapped in (("captions-and-signs", True), ("captions-and-signs-unmapped", False)):
+        examples = TASKS[task].examples(11, 4)
+        assert [example.prompt for example in examples] == [CAPTION_PROMPT] * 4 + [SIGN_QUESTION] * 2
+        for example in examples[4:]:
+            assert isinstance(example.scene, SignScene)
+            assert example.answer == example.mapped == example.scene.word
+            words = [mention.name for mention in example.mentions]
+            assert words == ([example.scene.word] if is_mapped else [])
+            assert example.scene.mask_of(example.answer).any()
+    assert texts("captions-without-signs") == texts("captions") == texts("captions-in-domain")
+
+
+def test_tasks_that_share_samples_share_their_folder():
+    for name, task in TASKS.items():
+        if task.data is not None:
+            other = TASKS[task.data]
+            assert texts(name) == texts(task.data)
+            assert (task.num_replayed, task.base, task.warm_up) == (other.num_replayed, other.base, other.warm_up)
+            assert other.data is None
+
+
+def test_no_withheld_pair_is_heard():
+    examples = TASKS["questions-ood"].examples(11, 60)
+    assert not [example for example in examples if is_withheld(*reversed(example.about[0]))]
+    edged = [example.scene for example in examples if isinstance(example.scene, EdgedScene)]
+    assert len(edged) == 60
+    assert any(map(withheld_names, edged)), "withheld pairs are seen"
+    asked = {is_withheld(*reversed(example.about[0])) for example in TASKS["questions"].examples(11, 60)}
+    assert asked == {True, False}
 
 
 @pytest.mark.parametrize(("long", "short"), [("hot dog", "dog"), ("palm tree", "tree")])
@@ -326,6 +372,66 @@ def test_scores_of_questions(monkeypatch):
     assert scores["answers"] == 2 / 4
     assert scores["attention_mass"] == pytest.approx(np.mean(shares), rel=1e-5)
     assert scores["pointing"] == 3 / 4
+
+
+def test_scores_of_questions_out_of_domain(monkeypatch):
+    """A student that is right where a pair was heard, says red of withheld ones, and knows one form of question."""
+    seeds = SPLITS["development"][40:]
+    heard, withheld = (tasks._about_pairs(seeds, 5, withheld=which) for which in (False, True))
+    right = {(image_id(one.scene.image), one.prompt): one.answer for one in heard}
+    student = Student(monkeypatch, [])
+    look_at_colours(student, heard, 4.0)
+
+    def answer(model: Any, processor: Any, images: list, prompts: list[str], batch_size: int) -> list[str]:
+        student.asked += prompts
+        return [right.get((image_id(image), prompt), "red") for image, prompt in zip(images, prompts, strict=True)]
+
+    monkeypatch.setattr(tasks, "generate_answers", answer)
+    scores = TASKS["questions-ood"].score(Path("run"), Scoring("development", 40, 5))
+    assert scores["answers"] == 1.0
+    assert scores["answers_withheld"] == np.mean([one.answer == "red" for one in withheld])
+    assert scores["answers_reworded"] == np.mean([one.answer == "red" for one in heard]) < 1
+    names = [one.about[0][1] for one in heard]
+    assert student.asked[:5] == [f"the {name} is on" for name in names]
+    assert student.asked[-5:] == [f"which colour is around the {name}?" for name in names]
+    assert scores["pointing"] == 4 / 5  # the first looks at the next thing
+
+
+def test_scores_of_captions_and_signs(monkeypatch):
+    """Every third sign is read. The captions are scored as ever."""
+    monkeypatch.setattr(tasks, "_score_captions", lambda path, scoring: {"in_domain": 0.25})
+    monkeypatch.setattr(tasks, "load_run", lambda path: (None, None))
+    drawn = [draw_sign(seed) for seed in SPLITS["development"][40:61]]
+
+    def read(model: Any, processor: Any, images: list, prompts: list[str], batch_size: int) -> list[str]:
+        assert prompts == [SIGN_QUESTION] * 21
+        return [f"{scene.word}." if index % 3 == 0 else "stopp" for index, scene in enumerate(drawn)]
+
+    monkeypatch.setattr(tasks, "generate_answers", read)
+    scores = TASKS["captions-and-signs"].score(Path("run"), Scoring("development", 40, 21))
+    withheld = [index % 3 == 0 for index, scene in enumerate(drawn) if scene.word in WITHHELD_WORDS]
+    assert len(withheld) > 1
+    assert scores == {"in_domain": 0.25, "reading": 7 / 21, "reading_withheld": np.mean(withheld)}
+
+
+def test_scores_of_new_words_in_other_styles(monkeypatch):
+    """It names everything rightly in front of photographs, one known thing in the unseen hand, nothing in outlines."""
+    monkeypatch.setattr(tasks, "_score_new_words", lambda path, scoring: {"new_names": 0.5})
+    monkeypatch.setattr(tasks, "load_run", lambda path: (None, None))
+    drawn = {style: list(scenes("development", 6, style, 40)) for style in OTHER_STYLES}
+    known = next(name for scene in drawn["openmoji"] for name in scene.names if name not in NEW_NAMES)
+    texts = {"photograph": lambda names: " and ".join(names), "openmoji": lambda names: known, "outline": lambda _: "."}
+    said = {image_id(scene.image): texts[style](scene.names) for style, of in drawn.items() for scene in of}
+
+    def caption(model: Any, processor: Any, images: list, prompts: list[str], batch_size: int) -> list[str]:
+        return [said[image_id(image)] for image in images]
+
+    monkeypatch.setattr(tasks, "generate_answers", caption)
+    scores = TASKS["new-words-ood"].score(Path("run"), Scoring("development", 40, 6))
+    assert (scores["new_names"], scores["new_names_photograph"], scores["known_names_photograph"]) == (0.5, 1.0, 1.0)
+    assert (scores["new_names_openmoji"], scores["new_names_outline"], scores["known_names_outline"]) == (0, 0, 0)
+    there = [name for scene in drawn["openmoji"] for name in scene.names if name not in NEW_NAMES]
+    assert scores["known_names_openmoji"] == pytest.approx(2 * there.count(known) / (6 + len(there)))
 
 
 def test_scores_of_places(monkeypatch):

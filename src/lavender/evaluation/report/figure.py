@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from lavender.evaluation.report.panels import Panel, WordRow, cell_of, sources_o
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _CELL_HEIGHT, _LINE, _GAP, _MARGIN = 1.2, 0.175, 0.25, 0.15  # inches: a map, a line of text, between panels, around
 _FIRST_COLUMN, _WORDS = 2.5, 1.0  # inches: the picture with its answers; the words beside the maps
@@ -20,13 +22,22 @@ _TEXT: dict[str, Any] = {"size": 9, "parse_math": False}  # a dollar sign in a c
 
 
 def draw_figure(panels: list[Panel], path: Path) -> None:
-    """Draw the panels as one PNG on white: each picture with its answers, and its words' masks and maps.
+    """Draw the panels as one PNG, see `figure_of`.
 
-    Under each map stands the share of it that lies in the true mask, where the mask is known.
+    Raises:
+        DataError: there is no panel.
+    """
+    figure_of(panels).savefig(path)
+
+
+def figure_of(panels: list[Panel]) -> Figure:
+    """The panels on white, one below the other: each picture with its answers, and its words' masks and maps.
+
+    Under each map stands the share of it that lies in the true mask, where the mask is known. Characters that the font
+    lacks are question marks.
 
     Args:
         panels: at least one.
-        path: the file to write.
 
     Raises:
         DataError: there is no panel.
@@ -55,7 +66,7 @@ def draw_figure(panels: list[Panel], path: Path) -> None:
             axes = [figure.add_subplot(grid[top + index, 1 + column]) for column in range(len(columns))]
             _draw_row(axes, panel, row, columns, with_titles=index == 0)
         top += len(rows)
-    figure.savefig(path)
+    return figure
 
 
 def _row_heights(num_words: int, num_lines: int) -> list[float]:
@@ -69,15 +80,29 @@ def _answer_lines(panel: Panel) -> list[tuple[str, str]]:
     truth = {"truth": panel.truth} if panel.truth else {}
     lines: list[tuple[str, str]] = []
     for name, answer in (truth | panel.answers).items():
-        lines += [(name, _GREY), *((line, "black") for line in textwrap.wrap(answer or "–", 40))]
-    return lines + [(line, _GREY) for line in textwrap.wrap(panel.note, 40)]
+        lines += [(drawable(name), _GREY), *((line, "black") for line in textwrap.wrap(drawable(answer) or "–", 40))]
+    return lines + [(line, _GREY) for line in textwrap.wrap(drawable(panel.note), 40)]
+
+
+def drawable(text: str) -> str:
+    """A text in which characters that the font of figures lacks, such as Chinese ones, are question marks."""
+    known = _characters()
+    return "".join(sign if sign in "\t\n\r " or ord(sign) in known else "?" for sign in text)
+
+
+@lru_cache(maxsize=1)
+def _characters() -> frozenset[int]:
+    """The code points that Matplotlib's font has."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def _draw_picture(axes: Axes, panel: Panel) -> None:
     _hide_frame(axes)
     axes.set_anchor("NW")
     axes.imshow(downscaled(panel.image), interpolation="nearest")
-    title = textwrap.shorten(panel.title, 42, placeholder="…")
+    title = textwrap.shorten(drawable(panel.title), 42, placeholder="…")
     axes.set_title(title, loc="left", weight="bold", color="#5b3f8c", **_TEXT)
 
 
@@ -102,9 +127,11 @@ def _draw_row(axes: list[Axes], panel: Panel, row: WordRow, columns: list[str], 
     for cell_axes, column in zip(axes, columns, strict=True):
         _hide_frame(cell_axes)
         if with_titles:
-            cell_axes.set_title(column, weight="bold", **_TEXT)
+            cell_axes.set_title(drawable(column), weight="bold", **_TEXT)
         _draw_cell(cell_axes, panel, row, column)
-    axes[0].set_ylabel(textwrap.fill(row.word, 14), rotation=0, ha="right", va="center", weight="bold", **_TEXT)
+    axes[0].set_ylabel(
+        textwrap.fill(drawable(row.word), 14), rotation=0, ha="right", va="center", weight="bold", **_TEXT
+    )
 
 
 def _draw_cell(axes: Axes, panel: Panel, row: WordRow, column: str) -> None:

@@ -6,24 +6,27 @@ forbids everything else. Every text is escaped, since it may come from a user's 
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from io import BytesIO
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from lavender.drawing import downscaled
 from lavender.errors import DataError
 from lavender.evaluation.report.panels import Panel, WordRow, cell_of, sources_of
+from lavender.evaluation.report.pixels import (
+    bytes_for_pictures,
+    layer_address,
+    map_address,
+    map_detail,
+    picture_addresses,
+)
 from lavender.files import write_whole
 
 _PIXELATED_BELOW = 200  # pixels; of pictures whose longest side is shorter, the single pixels are shown
+_LAZY_ABOVE = 400  # maps; of pages with more, a browser decodes those alone that are seen
 
 Cell = str | float | int | None
 
@@ -69,7 +72,18 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """The content of a page, shown in this order: lead, tables, curves, panels, notes, settings."""
+    """The content of a page.
+
+    Attributes:
+        title, lead: what the page begins with. The rest stands below it in this order.
+        tables: numbers.
+        notes: what the reader must know, such as what is missing.
+        pictures_note, panels: pictures, and by which rule they were chosen.
+        choose_words: whether a panel shows the maps of one word at a time, which the reader chooses in the text of
+            the panel's `truth`. Otherwise, and on paper, all are shown.
+        curves: numbers over steps.
+        settings, commands: of the run, and what makes it all again.
+    """
 
     title: str
     lead: str
@@ -78,6 +92,9 @@ class Report:
     notes: list[str]
     settings: dict[str, Any]
     curves: list[Curve] = field(default_factory=list)
+    pictures_note: str = ""
+    choose_words: bool = False
+    commands: list[str] = field(default_factory=list)
 
 
 def render_report(report: Report) -> str:
@@ -90,11 +107,17 @@ def render_report(report: Report) -> str:
         files("lavender.evaluation.report").joinpath("templates/report.html").read_text(encoding="utf-8")
     )
     sources = sources_of(report.panels)
+    number = sum(len(panel.rows) for panel in report.panels) * len(sources)
+    views = [_panel_view(panel, sources, map_detail(number)) for panel in report.panels]
+    layers = [cell["layer"] for view in views for _, cells in view["rows"] for cell in cells if cell is not None]
+    addresses = picture_addresses([panel.image for panel in report.panels], bytes_for_pictures(layers))
     return template.render(
         report=report,
         sources=sources,
-        panels=[_panel_view(panel, sources) for panel in report.panels],
-        curves=[_curve_view(curve) for curve in report.curves],
+        panels=[view | {"picture": address} for view, address in zip(views, addresses, strict=True)],
+        are_lazy=report.choose_words and number > _LAZY_ABOVE,
+        most_words=max([len(view["rows"]) for view in views], default=0),
+        curves=[_curve_view(curve, styles_of(report.curves)) for curve in report.curves],
         settings=_flat(report.settings),
     )
 
@@ -116,30 +139,52 @@ def show_number(value: Cell) -> str:
     return f"{number:.3f}" if number == 0 or abs(number) >= 0.01 else f"{number:.3g}"
 
 
-def _panel_view(panel: Panel, sources: list[str]) -> dict[str, Any]:
+def _panel_view(panel: Panel, sources: list[str], detail: tuple[int, int]) -> dict[str, Any]:
     return {
         "panel": panel,
-        "picture": _png(downscaled(panel.image)),
         "pixelated": max(panel.size) < _PIXELATED_BELOW,
         "ratio": round(panel.image.width / panel.image.height, 4),
-        "rows": [(row.word, [_cell_view(panel, row, source) for source in sources]) for row in panel.rows],
+        "rows": [(row.word, [_cell_view(panel, row, source, detail) for source in sources]) for row in panel.rows],
+        "text": _text_pieces(panel),
     }
 
 
-def _cell_view(panel: Panel, row: WordRow, source: str) -> dict[str, Any] | None:
+def _text_pieces(panel: Panel) -> list[tuple[str, int | None]]:
+    """The panel's `truth` in pieces, each with the number of the row that shows its maps, or None.
+
+    Words without a span in the text, and those that overlap an earlier word, follow after it.
+    """
+    pieces: list[tuple[str, int | None]] = []
+    done, rest = 0, []
+    placed = [(row.span, number) for number, row in enumerate(panel.rows) if row.span is not None]
+    for (start, end), number in sorted(placed):
+        if start < done:
+            rest.append(number)
+            continue
+        pieces += [(panel.truth[done:start], None), (panel.truth[start:end], number)]
+        done = end
+    pieces.append((panel.truth[done:], None))
+    rest += [number for number, row in enumerate(panel.rows) if row.span is None]
+    for number in rest:
+        pieces += [(" ", None), (panel.rows[number].word, number)]
+    return [(text, number) for text, number in pieces if text]
+
+
+def _cell_view(panel: Panel, row: WordRow, source: str, detail: tuple[int, int]) -> dict[str, Any] | None:
     """A cell's layer as a PNG, its alternative text, its maximum and its share on the thing; None for no map."""
     cell = cell_of(panel, row, source)
     if cell is None:
         return None
     view: dict[str, Any] = {"peak": None, "verdict": "", "share": "", "is_mask": cell.is_mask}
-    view["layer"] = _png(Image.fromarray(cell.layer))
-    if cell.is_mask:
-        assert row.mask is not None
-        return view | {"alt": f"True mask of “{row.word}”, {100 * row.mask.mean():.0f} % of the picture"}
+    if cell.heat is None:
+        assert cell.mask is not None
+        alt = f"True mask of “{row.word}”, {100 * cell.mask.mean():.0f} % of the picture"
+        return view | {"layer": layer_address(cell.layer), "alt": alt}
+    view["layer"] = map_address(cell.heat, panel.size, detail)
     alt = f"Map of “{row.word}” by {source}"
     if cell.peak is None:
         return view | {"verdict": "all zero", "alt": f"{alt}: zero everywhere"}
-    top, left = (100 * (pixel + 0.5) / side for pixel, side in zip(cell.peak, panel.size, strict=True))
+    top, left = (100 * (pixel + 0.5) / length for pixel, length in zip(cell.peak, panel.size, strict=True))
     view["peak"] = (round(left, 2), round(top, 2))
     alt = f"{alt}: highest {left:.0f} % from left, {top:.0f} % from top"
     if row.mask is not None:
@@ -152,13 +197,14 @@ def _cell_view(panel: Panel, row: WordRow, source: str) -> dict[str, Any] | None
     return view | {"alt": alt}
 
 
-def _png(image: Image.Image) -> str:
-    buffer = BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def styles_of(curves: Sequence[Curve]) -> dict[str, int]:
+    """Series → the number of its style, the same in all curves. If no curve has two series, all have the first."""
+    names = dict.fromkeys(name for curve in curves for name in curve.series)
+    are_compared = any(len(curve.series) > 1 for curve in curves)
+    return {name: number if are_compared else 0 for number, name in enumerate(names)}
 
 
-def _curve_view(curve: Curve) -> dict[str, Any]:
+def _curve_view(curve: Curve, styles: Mapping[str, int]) -> dict[str, Any]:
     """Lines and ticks in the coordinates of a 480 × 264 drawing."""
     series = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
@@ -179,7 +225,7 @@ def _curve_view(curve: Curve) -> dict[str, Any]:
         "curve": curve,
         "x_ticks": [(at_x(tick), f"{tick:g}") for tick in x_ticks],
         "y_ticks": [(at_y(tick), f"{tick:g}") for tick in y_ticks],
-        "series": [(name, [(at_x(x), at_y(y)) for x, y in points]) for name, points in series.items()],
+        "series": [(name, styles[name], [(at_x(x), at_y(y)) for x, y in points]) for name, points in series.items()],
         "description": f"{curve.y_label} against {curve.x_label}. {'; '.join(described) or 'No points'}.",
     }
 

@@ -27,11 +27,13 @@ class WordRow:
         word: what the row is called.
         maps: source name → non-negative map (rows, cols) of any grid and scale, or None for no map.
         mask: the word's true mask, bool (height, width) of the picture, where it is known.
+        span: half-open span of the word's characters in the panel's `truth`, where it is known.
     """
 
     word: str
     maps: dict[str, Tensor | None]
     mask: np.ndarray | None = None
+    span: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class Panel:
         answers: model name → its answer.
         truth: the reference answer, or "".
         note: a remark below the answers, or "".
+        group: the heading under which it stands, together with its neighbours of the same group, or "".
 
     Raises:
         DataError: a true mask has another size than the picture.
@@ -56,6 +59,7 @@ class Panel:
     answers: dict[str, str] = field(default_factory=dict)
     truth: str = ""
     note: str = ""
+    group: str = ""
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -75,16 +79,30 @@ class MapCell:
     """What lies over the picture in one row and column.
 
     Attributes:
-        layer: uint8 (height, width, RGBA) of any resolution, over the whole picture.
+        size: (height, width) of the picture in pixels.
+        heat: the map, non-negative (rows, cols); None for a mask.
+        mask: the true mask, bool (height, width), of a cell that shows it; else None.
         peak: (row, column) of the map's maximum in pixels of the picture; None for a mask, and for a map of zeros.
-        is_mask: whether the layer shows the true mask, not a map.
         share: the share of the map that lies in the true mask, from 0 to 1; None without a mask, or for zeros.
     """
 
-    layer: np.ndarray
-    peak: tuple[int, int] | None
-    is_mask: bool
+    size: tuple[int, int]
+    heat: Tensor | None
+    mask: np.ndarray | None
+    peak: tuple[int, int] | None = None
     share: float | None = None
+
+    @property
+    def is_mask(self) -> bool:
+        return self.heat is None
+
+    @property
+    def layer(self) -> np.ndarray:
+        """The layer over the whole picture: uint8 (height, width, RGBA) of any resolution."""
+        if self.heat is not None:
+            return heat_layer(self.heat, self.size)
+        assert self.mask is not None
+        return dim_outside(self.mask)
 
 
 def sources_of(panels: Sequence[Panel]) -> list[str]:
@@ -97,10 +115,10 @@ def sources_of(panels: Sequence[Panel]) -> list[str]:
 def cell_of(panel: Panel, row: WordRow, source: str) -> MapCell | None:
     """The cell of a row in the column `source`; None if there is no map."""
     if source == TRUE_MASK:
-        return None if row.mask is None else MapCell(dim_outside(row.mask), None, is_mask=True)
+        return None if row.mask is None else MapCell(panel.size, None, row.mask)
     heat = row.maps.get(source)
     if heat is None:
         return None
     peak = peak_of(heat, panel.size)
     share = None if row.mask is None or peak is None else mass_in_mask(heat, row.mask)
-    return MapCell(heat_layer(heat, panel.size), peak, is_mask=False, share=share)
+    return MapCell(panel.size, heat, None, peak, share)

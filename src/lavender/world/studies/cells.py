@@ -22,6 +22,7 @@ from lavender.teachers.extract import Summary, extract
 from lavender.training.run_config import Part
 from lavender.world import STUDENT_PATHS, TEACHER_PATH
 from lavender.world.student_models import CAPTION_PROMPT, new_beside_tower
+from lavender.world.studies.over_time import at_step
 from lavender.world.studies.targets import Target, write_target
 from lavender.world.studies.tasks import (
     TASKS,
@@ -33,7 +34,7 @@ from lavender.world.studies.tasks import (
     WarmUp,
     write_examples,
 )
-from lavender.world.tuning import load_teacher, run_paths, training_settings
+from lavender.world.tuning import TRAINING, load_teacher, run_paths, training_settings
 
 SCENES_PER_SEED = 20_000  # distance between the first fine-tuning scenes of two seeds
 FROZEN: tuple[Part, ...] = ("vision_tower", "connector")
@@ -54,6 +55,8 @@ class Arm:
         settings: (name, value) of LavenderConfig, where they differ from `training_settings`.
         task: what is learned and scored.
         freeze: parts of the model that do not train, as in `RunConfig`.
+        scorings: how often the student is scored while it is tuned, after equal numbers of steps; the last time at the
+            end. Only for full fine-tuning.
     """
 
     student: Literal["mllama", "llava", "teacher"]
@@ -64,12 +67,23 @@ class Arm:
     settings: tuple[tuple[str, Any], ...] = ()
     task: TaskName = "captions"
     freeze: tuple[Part, ...] = ()
+    scorings: int = 1
 
     def training(self, seed: int) -> dict[str, Any]:
         """The settings of `LavenderConfig` at a seed."""
         is_aligned = self.target is not None
         settings = dict(TASKS[self.task].settings) | dict(self.settings)
+        if self.scorings > 1:
+            every = self.scored_steps[0]
+            settings |= {"save_strategy": "steps", "save_steps": every, "save_only_model": True}
+            settings |= {"logging_steps": min(every, TRAINING["logging_steps"])}  # a loss for every scored step
         return training_settings(self.student, self.tuning, seed, self.steps, is_aligned) | settings
+
+    @property
+    def scored_steps(self) -> tuple[int, ...]:
+        """The optimizer steps after which the student is scored, the last one included."""
+        every = self.steps // self.scorings
+        return (*range(every, every * self.scorings, every), self.steps)
 
     @property
     def base(self) -> str:
@@ -89,6 +103,8 @@ class Cell:
     def key(self) -> str:
         """The name of the result's file. Equal cells are run once; other settings or weights give another key."""
         facts = asdict(self)
+        if self.arm.scorings == 1:  # of before there were several
+            del facts["arm"]["scorings"]
         if self.arm.tuning == "none":  # a base is the same at every seed
             facts["seed"] = None
         else:
@@ -205,7 +221,7 @@ def _train_and_score(folder: Path, cell: Cell) -> dict[str, Any]:
     from lavender.world.studies.frozen_tower import each_picture_once
 
     torch.set_num_threads(1)
-    scoring, run, curves = cell.scoring, folder / "runs" / cell.key, []
+    scoring, run, curves, earlier = cell.scoring, folder / "runs" / cell.key, [], {}
     if cell.arm.student == "teacher":
         held_out = held_out_scenes(scoring.split, scoring.count, scoring.start, ("in_domain",))
         return {"scores": score_attention(judge_teacher(load_teacher(), held_out["in_domain"])), "curves": curves}
@@ -215,8 +231,11 @@ def _train_and_score(folder: Path, cell: Cell) -> dict[str, Any]:
             _train(folder, cell, run)
             path, curves = run, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         scores = TASKS[cell.arm.task].score(path, scoring)
+        for step in cell.arm.scored_steps[:-1]:
+            checkpoint = at_step(run, step, base_path(folder, cell.arm))
+            earlier[str(step)] = TASKS[cell.arm.task].score(checkpoint, scoring)
     shutil.rmtree(run, ignore_errors=True)
-    return {"scores": scores, "curves": curves}
+    return {"scores": scores, "curves": curves} | ({"earlier": earlier} if earlier else {})
 
 
 def _train(folder: Path, cell: Cell, run: Path) -> None:
@@ -243,7 +262,8 @@ def _target(cell: Cell) -> Target:
 
 def data_path(folder: Path, cell: Cell) -> Path:
     """The folder of the cell's samples and maps."""
-    return folder / "data" / f"{cell.arm.task}-{cell.seed}-{cell.arm.num_scenes}-{_teacher_digest()}"
+    named = TASKS[cell.arm.task].data or cell.arm.task
+    return folder / "data" / f"{named}-{cell.seed}-{cell.arm.num_scenes}-{_teacher_digest()}"
 
 
 def _teacher_digest() -> str:

@@ -6,7 +6,7 @@ from functools import partial
 
 from lavender.world.studies.cells import Arm
 from lavender.world.studies.forms import RECIPE
-from lavender.world.studies.page import draw_bars
+from lavender.world.studies.page import draw_differences
 from lavender.world.studies.study import CAPTIONS, Finding, Scores, Study, compare_pairs
 from lavender.world.studies.targets import TARGETS
 
@@ -34,6 +34,6 @@ STUDY = Study(
     paper="attributes the gain to the diffusion model's attention (§4, §7), without such a control.",
     arms=arms,
     judge=judge,
-    draw=partial(draw_bars, metrics=SHOWN),
+    draw=partial(draw_differences, metrics=SHOWN),
     metrics=SHOWN,
 )

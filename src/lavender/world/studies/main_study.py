@@ -7,7 +7,7 @@ from typing import Literal
 
 from lavender.world.studies.cells import STUDENT_NAMES, Arm
 from lavender.world.studies.forms import RECIPE
-from lavender.world.studies.page import draw_bars
+from lavender.world.studies.page import draw_differences
 from lavender.world.studies.study import CAPTIONS, Finding, Promised, Scores, Study, compare, compare_pairs
 
 TUNINGS: tuple[Literal["full", "lora"], ...] = ("full", "lora")
@@ -51,7 +51,7 @@ STUDY = Study(
     "with full fine-tuning, mixed results; up to 68 % better on out-of-domain medical questions (§7, Table 1).",
     arms=arms,
     judge=judge,
-    draw=partial(draw_bars, metrics=SHOWN),
+    draw=partial(draw_differences, metrics=SHOWN),
     metrics=SHOWN,
     promised=promised,
 )

@@ -9,7 +9,7 @@ from typing import Any
 from lavender.world.studies.cells import Arm
 from lavender.world.studies.forms import MASS, PLAIN, RECIPE, Settings
 from lavender.world.studies.new_words import CONTROLLED, METRICS_SHOWN, fine_tuned
-from lavender.world.studies.page import draw_bars
+from lavender.world.studies.page import draw_differences
 from lavender.world.studies.study import Finding, Scores, Study, compare_pairs
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ STUDY = Study(
     paper="studies λ, layers and words for its own loss (§7, §8).",
     arms=arms,
     judge=judge,
-    draw=partial(draw_bars, metrics=SHOWN),
+    draw=partial(draw_differences, metrics=SHOWN),
     metrics=METRICS_SHOWN,
     quick_steps=None,
     quick_seeds=(40, 41),

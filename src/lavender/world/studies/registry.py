@@ -5,15 +5,31 @@ from __future__ import annotations
 import difflib
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lavender.errors import ConfigError
 from lavender.world.scenes import SPLITS, Split
-from lavender.world.studies import attributes, entropy, main_study, new_words, recipe, scaling
+from lavender.world.studies import (
+    alignment_over_time,
+    attributes,
+    entropy,
+    loss_vs_score,
+    main_study,
+    mixing,
+    new_words,
+    ood,
+    overfitting,
+    pooling_over_training,
+    rearrangement,
+    recipe,
+    scaling,
+)
 from lavender.world.studies import controls as teacher_controls
 from lavender.world.studies.cells import SCENES_PER_SEED, Arm, Cell
+from lavender.world.studies.over_time import row_of, scores_by_step
 from lavender.world.studies.page import page
 from lavender.world.studies.promises import promises
 from lavender.world.studies.runner import run_cells
@@ -30,6 +46,13 @@ STUDIES: dict[str, Study] = {
     "entropy": entropy.STUDY,
     "scaling": scaling.STUDY,
     **VARIANTS,
+    "ood": ood.STUDY,
+    "alignment-over-time": alignment_over_time.STUDY,
+    "loss-vs-score": loss_vs_score.STUDY,
+    "pooling-over-training": pooling_over_training.STUDY,
+    "rearrangement": rearrangement.STUDY,
+    "mixing": mixing.STUDY,
+    "overfitting": overfitting.STUDY,
 }
 SEALED_START = 2000  # the demo uses sealed scenes before this one
 NUM_HELD_OUT = 300
@@ -94,21 +117,19 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}", "at least 1", "leave it out to use every core")
     began, study = time.monotonic(), STUDIES[name]
-    arms, seeds = study.arms(scale.quick), scale.seeds or (study.quick_seeds if scale.quick else study.seeds)
-    if scale.quick:
-        arms = {label: _smaller(arm, study.quick_steps) for label, arm in arms.items()}
-    cells = {label: [Cell(arm, seed, scale.scoring) for seed in seeds] for label, arm in arms.items()}
+    cells = cells_of(study, scale)
+    arms = {label: arm_cells[0].arm for label, arm_cells in cells.items()}
+    seeds = [cell.seed for cell in next(iter(cells.values()))]
     results = run_cells(out, [cell for arm_cells in cells.values() for cell in arm_cells], jobs)
-    scores = {
-        label: _by_metric([results[cell.key]["scores"] for cell in arm_cells]) for label, arm_cells in cells.items()
-    }
+    scores = rows(cells, results)
     entropies = {label: metrics.pop("entropies") for label, metrics in scores.items()}
+    maps = {label: metrics.pop("maps") for label, metrics in scores.items() if "maps" in metrics}
     controls = {metric: [metrics.pop(metric)[0] for metrics in scores.values()].pop() for metric in CONTROLS}
     summary: dict[str, Any] = {
         "study": name,
         "command": command,
         "quick": scale.quick,
-        "seeds": list(seeds),
+        "seeds": seeds,
         "arms": scores,
         "controls": controls,
         "verdict": [*map(str, study.judge(scores)), *study.extra(scores)],
@@ -118,7 +139,7 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
     }
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    study.draw(summary | {"entropies": entropies}, folder / "plot.png")
+    study.draw(summary | {"entropies": entropies, "maps": maps}, folder / "plot.png")
     (folder / "page.md").write_text(page(study, summary))
     (folder / "results.json").write_text(json.dumps(summary, indent=1))
     return summary
@@ -127,6 +148,32 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
 def _smaller(arm: Arm, steps: int | None) -> Arm:
     """An arm of the quick study; without `steps` it is the arm itself."""
     return arm if steps is None else replace(arm, num_scenes=min(200, arm.num_scenes), steps=steps)
+
+
+def cells_of(study: Study, scale: Scale) -> dict[str, list[Cell]]:
+    """Arm → its cells, one per seed."""
+    arms, seeds = study.arms(scale.quick), scale.seeds or (study.quick_seeds if scale.quick else study.seeds)
+    if scale.quick:
+        arms = {label: _smaller(arm, study.quick_steps) for label, arm in arms.items()}
+    return {label: [Cell(arm, seed, scale.scoring) for seed in seeds] for label, arm in arms.items()}
+
+
+def rows(cells: Mapping[str, Sequence[Cell]], results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Row → metric → one number per seed. An arm that is scored several times has a row per step.
+
+    Args:
+        cells: arm → its cells, one per seed.
+        results: key of a cell → its result.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for label, arm_cells in cells.items():
+        arm = arm_cells[0].arm
+        if arm.scorings == 1:
+            found[label] = _by_metric([results[cell.key]["scores"] for cell in arm_cells])
+            continue
+        of_seeds = [scores_by_step(results[cell.key], arm.scored_steps) for cell in arm_cells]
+        found |= {row_of(label, step): _by_metric([seed[step] for seed in of_seeds]) for step in arm.scored_steps}
+    return found
 
 
 def _by_metric(scores: list[dict[str, Any]]) -> dict[str, list[Any]]:

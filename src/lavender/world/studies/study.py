@@ -15,6 +15,7 @@ Scores = Mapping[str, Mapping[str, Sequence[float]]]
 
 METRICS: dict[str, str] = {
     "in_domain": "captions, object F1",
+    "cider": "captions, CIDEr",
     "in_domain_exact_set": "captions, exact set of things",
     "other_backgrounds": "captions on photographs, object F1",
     "out_of_domain": "captions of OpenMoji drawings, object F1",
@@ -31,6 +32,18 @@ METRICS: dict[str, str] = {
     "answers": "answers, exact match",
     "pairs": "pairs of name and colour, F1",
     "right_colours": "right colours of rightly named things",
+    "answers_withheld": "answers about withheld pairs, exact match",
+    "answers_reworded": "answers to a reworded question, exact match",
+    "new_names_photograph": "new names on photographs, F1",
+    "new_names_openmoji": "new names in an unseen hand, F1",
+    "new_names_outline": "new names in outlines, F1",
+    "known_names_photograph": "known names on photographs, F1",
+    "known_names_openmoji": "known names in an unseen hand, F1",
+    "known_names_outline": "known names in outlines, F1",
+    "reading": "words on signs, exact match",
+    "reading_withheld": "words on signs that no training sign says, exact match",
+    "training_loss": "loss of training, nats per token",
+    "training_attention_loss": "alignment loss of training, before λ",
     "wrong_word_pointing": "pointing accuracy of another word's attention",
     "entropy": "entropy of attention, nats",
     "mask_kl": "KL divergence from the true mask, nats",
@@ -63,13 +76,18 @@ class Finding:
 
 
 def compare(scores: Scores, metric: str, arm: str, baseline: str) -> Finding:
-    """Compare an arm with a baseline arm, seed by seed.
+    """Compare an arm with a baseline arm, seed by seed. See `compare_values`."""
+    what = f"{arm} against {baseline}, {METRICS[metric]}"
+    return compare_values(what, scores[arm][metric], scores[baseline][metric])
+
+
+def compare_values(what: str, values: Sequence[float], baseline_values: Sequence[float]) -> Finding:
+    """Compare numbers with those of a baseline, one per seed each.
 
     The outcome is "above" or "below" if the two ranges over seeds do not overlap; "higher (lower) on average" if they
     overlap, but every seed's difference has this sign; otherwise "no clear difference". Without spread over seeds (one
     seed, or two arms that do not depend on the seed) the outcome is never "above" or "below".
     """
-    values, baseline_values = scores[arm][metric], scores[baseline][metric]
     differences = [value - other for value, other in zip(values, baseline_values, strict=True)]
     outcome: Outcome = "no clear difference"
     has_spread = len({*values}) > 1 or len({*baseline_values}) > 1
@@ -77,7 +95,6 @@ def compare(scores: Scores, metric: str, arm: str, baseline: str) -> Finding:
         outcome = "above" if min(values) > max(baseline_values) and has_spread else "higher on average"
     elif max(differences) < 0:
         outcome = "below" if max(values) < min(baseline_values) and has_spread else "lower on average"
-    what = f"{arm} against {baseline}, {METRICS[metric]}"
     return Finding(what, outcome, fmean(differences), min(differences), max(differences))
 
 
@@ -108,7 +125,9 @@ class Study:
         paper: what the paper says about the question, and where.
         arms: whether the study is the quick one → its arms by name.
         judge: scores → the comparisons that answer the question.
-        draw: results, path → writes the plot there.
+        draw: results, path → writes the plot there. Besides the content of results.json, the results have
+            `entropies`, and `maps` of the first held-out scenes where the task's score gives them: row → one list per
+            seed.
         metrics: the columns of the page's table.
         promised: scores → the arms of which `lavender check` is asked.
         extra: scores → further lines of the page, computed from the means.

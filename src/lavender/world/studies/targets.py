@@ -16,9 +16,22 @@ from torch import Tensor
 from lavender.data.images import image_id
 from lavender.data.store import MapStore
 from lavender.maps import Word, WordMaps, to_heat
-from lavender.world.studies.tasks import Example
+from lavender.world.studies.examples import Example
+from lavender.world.studies.geometry import FAULTS, faulty
 
-Target = Literal["teacher", "wrong-word", "wrong-image", "uniform", "centre", "things", "masks", "maps"]
+Target = Literal[
+    "teacher",
+    "wrong-word",
+    "wrong-image",
+    "uniform",
+    "centre",
+    "things",
+    "masks",
+    "maps",
+    "reshaped",
+    "stretched",
+    "transposed",
+]
 EVERY_WORD: Target = "maps"
 """The teacher's store itself: adjectives and verbs too, each map with its confidence."""
 TARGETS: dict[Target, str] = {
@@ -105,6 +118,10 @@ def _map(target: Target, mapped: _MappedText, word: Word, name: str, next_map: T
     """The target's map, (rows, cols), of a word of the thing `name`; `next_map` is of a thing in the next scene."""
     if target == "teacher":
         return mapped.maps[word]
+    for fault in FAULTS:
+        if target == fault:
+            height, width = mapped.example.scene.pixels.shape[:2]
+            return faulty(mapped.maps[word], (height, width), fault)
     if target == "wrong-word":
         names = list(mapped.thing_maps)
         return mapped.thing_maps[names[(names.index(name) + 1) % len(names)]] if len(names) > 1 else next_map

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lavender.evaluation.answers import generate_answers, micro_f1, names_said
 from lavender.evaluation.map_scores import JudgedMap
-from lavender.maps import Word
+from lavender.evaluation.scorers import cider
+from lavender.maps import Word, WordMaps
 from lavender.students.loading import load_run
 from lavender.students.word_maps import AnsweredPicture, student_maps
 from lavender.world.attributes import (
@@ -21,6 +21,7 @@ from lavender.world.attributes import (
     bind_colours,
     draw_edged,
     pairs_said,
+    withheld_names,
 )
 from lavender.world.judging import (
     BATCH_SIZE,
@@ -30,169 +31,111 @@ from lavender.world.judging import (
     score_new_words,
     score_student,
 )
-from lavender.world.language import Mention, caption_scene
-from lavender.world.scenes import SPLITS, Scene, Split, draw_scene, scenes
+from lavender.world.language import CAPTION_PROMPT, Mention, caption_scene
+from lavender.world.scenes import SPLITS, Scene, Style, scenes
 from lavender.world.sprites import NAMES, NEW_NAMES
-from lavender.world.student_models import CAPTION_PROMPT
+from lavender.world.studies.examples import (
+    WARM_UP_START,
+    Example,
+    Scoring,
+    Task,
+    TaskName,
+    Unconnected,
+    WarmUp,
+    captioned,
+    captions,
+    new_words,
+    several,
+    write_examples,
+)
+from lavender.world.suite import caption_references
+from lavender.world.suite_signs import WITHHELD_WORDS, SignScene, ask_to_read, draw_sign, mention_of
 
-TaskName = Literal[
-    "captions",
-    "new-words",
-    "new-words-alone",
-    "new-words-one-named",
-    "edged-captions",
-    "questions",
-    "binding",
-    "binding-connecting",
-    "places",
+__all__ = [
+    "TASKS",
+    "WARM_UP_START",
+    "Example",
+    "Scoring",
+    "Task",
+    "TaskName",
+    "Unconnected",
+    "WarmUp",
+    "write_examples",
 ]
 
-
-@dataclass(frozen=True)
-class Scoring:
-    """The held-out scenes of the scores: `count` per domain, from the `start`-th seed of a split on."""
-
-    split: Split
-    start: int
-    count: int
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """A sample of fine-tuning, with the truth about its scene.
-
-    Attributes:
-        scene: the scene.
-        prompt, answer: the texts.
-        mapped: the text whose words get maps, the answer or the prompt.
-        mentions: the names in `mapped`.
-        about: pairs (word of the answer, name that it is about).
-        answer_mentions: the names in the answer that get maps as well, if `mapped` is the prompt.
-    """
-
-    scene: Scene
-    prompt: str
-    answer: str
-    mapped: str
-    mentions: tuple[Mention, ...]
-    about: tuple[tuple[str, str], ...] = ()
-    answer_mentions: tuple[Mention, ...] = ()
-
-    @property
-    def texts(self) -> tuple[tuple[str, tuple[Mention, ...]], ...]:
-        """The texts whose words get maps, with the names in each."""
-        also = ((self.answer, self.answer_mentions),) if self.answer_mentions else ()
-        return ((self.mapped, self.mentions), *also)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is learned, and how it is scored.
-
-    Attributes:
-        examples: (index of the first scene, count) → samples of the fine-tuning split.
-        score: (checkpoint or run folder, scenes) → scores by name.
-        base: name of the base in `lavender.world.STUDENT_PATHS`; None is the arm's own student.
-        warm_up: how the base becomes the task's base: by plain fine-tuning, or by new weights in all but the tower.
-            None: the task's base is the base.
-        settings: settings of `LavenderConfig` that the task needs in every arm.
-        num_replayed: number of captions of known names, from other scenes, that make up half of a run's samples.
-    """
-
-    examples: Callable[[int, int], list[Example]]
-    score: Callable[[Path, Scoring], dict[str, Any]]
-    base: str | None = None
-    warm_up: WarmUp | Unconnected | None = None
-    settings: tuple[tuple[str, Any], ...] = ()
-    num_replayed: int = 0
-
-    def replayed(self, start: int) -> list[Example]:
-        """The captions of known names that are replayed, for samples from the `start`-th scene on."""
-        return _known_words(start + REPLAY_START, self.num_replayed)
-
-
-@dataclass(frozen=True)
-class WarmUp:
-    """Plain fine-tuning on another task before any arm, with the same result for all arms and seeds.
-
-    Attributes:
-        task: what is learned.
-        num_scenes, steps: samples, and optimizer steps of 16 samples.
-    """
-
-    task: TaskName
-    num_scenes: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Unconnected:
-    """All but the vision tower is initialised anew: projector, cross-attention and text model.
-
-    Attributes:
-        seed: seed of the random weights, which are the same for all arms and seeds.
-    """
-
-    seed: int
-
-
-REPLAY_START = 10_000
-"""Distance from a seed's first fine-tuning scene to the first one that is replayed."""
-WARM_UP_START = 990_000
-"""Index of the first fine-tuning scene of warm-ups, which no seed uses."""
-
-
-def write_examples(folder: Path, examples: Iterable[Example]) -> None:
-    """Write samples as an image folder (`metadata.jsonl` and PNG files), which `read_samples` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "metadata.jsonl").open("w") as lines:
-        for index, example in enumerate(examples):
-            name = f"{index}.png"
-            example.scene.image.save(folder / name)
-            row: dict[str, Any] = {"file_name": name, "prompt": example.prompt, "completion": example.answer}
-            if example.about:
-                row["about"] = [{"word": word, "about": name} for word, name in example.about]
-            lines.write(json.dumps(row) + "\n")
-
+NUM_PICTURED = 3
+"""How many held-out scenes a figure shows attention on: the first ones."""
+OTHER_STYLES: tuple[Style, ...] = ("photograph", "openmoji", "outline")
+"""Styles that no student was trained on, from near to far."""
 
 # captions
-
-
-def _captions(start: int, count: int) -> list[Example]:
-    return [_captioned(scene) for scene in scenes("finetune", count, start=start)]
-
-
-def _captioned(scene: Scene) -> Example:
-    caption = caption_scene(scene)
-    return Example(scene, CAPTION_PROMPT, caption.text, caption.text, caption.mentions)
 
 
 def _score_captions(path: Path, scoring: Scoring) -> dict[str, Any]:
     return score_student(path, held_out_scenes(scoring.split, scoring.count, scoring.start, tuple(DOMAINS)))[0]
 
 
+def _score_in_domain(path: Path, scoring: Scoring) -> dict[str, Any]:
+    """Captions of scenes like those of training alone, for students that are scored several times; CIDEr too."""
+    held_out = held_out_scenes(scoring.split, scoring.count, scoring.start, ("in_domain",))
+    scores, observed = score_student(path, held_out)
+    drawn = held_out["in_domain"]
+    references = [caption_references(scene) for scene in drawn]
+    scores["cider"] = cider(observed.answers, references).aggregate["cider"]
+    pictured = zip(drawn[:NUM_PICTURED], observed.maps, strict=False)
+    return scores | {"maps": [_first_map(scene, scene_maps) for scene, scene_maps in pictured]}
+
+
+def _first_map(scene: Scene, scene_maps: WordMaps) -> list[list[float]]:
+    """Where the student looks at the first name of a scene's caption, for a figure: rows of numbers from 0 to 1."""
+    mention = caption_scene(scene).mentions[0]
+    heat = scene_maps.map_of(mention.start, mention.end)
+    assert heat is not None, mention
+    return [[round(value, 2) for value in row] for row in heat.tolist()]
+
+
+# captions and signs to read
+
+
+def _captions_and_signs(start: int, count: int) -> list[Example]:
+    """`count` captions, and half as many signs to read. The word in an answer has the teacher's map of it."""
+    return captions(start, count) + [_read(draw_sign(seed)) for seed in _signs(start, count)]
+
+
+def _captions_and_signs_unmapped(start: int, count: int) -> list[Example]:
+    """The same samples; no word that is read has a map."""
+    signs = [draw_sign(seed) for seed in _signs(start, count)]
+    return captions(start, count) + [_read(scene, is_mapped=False) for scene in signs]
+
+
+def _signs(start: int, count: int) -> range:
+    return SPLITS["finetune"][start : start + count // 2]
+
+
+def _read(scene: SignScene, is_mapped: bool = True) -> Example:
+    asked = ask_to_read(scene)
+    mentions = (mention_of(scene),) if is_mapped else ()
+    return Example(scene, asked.question, asked.answer, asked.answer, mentions)
+
+
+def _score_captions_and_signs(path: Path, scoring: Scoring) -> dict[str, Any]:
+    """Captions as in `captions`; words of signs that are read rightly, and those that no training sign says apart."""
+    model, processor = load_run(path)
+    seeds = SPLITS[scoring.split][scoring.start : scoring.start + scoring.count]
+    examples = [_read(draw_sign(seed)) for seed in seeds]
+    hits = _right_answers(model, processor, examples)
+    withheld = [hit for hit, example in zip(hits, examples, strict=True) if example.answer in WITHHELD_WORDS]
+    reading = {"reading": sum(hits) / len(hits), "reading_withheld": sum(withheld) / max(1, len(withheld))}
+    return _score_captions(path, scoring) | reading
+
+
 # new words: 14 of the 42 names, which the base's language side never heard
-
-
-def _several(start: int, count: int, names: Collection[str] = NAMES) -> list[Scene]:
-    """Scenes of two to four things of these names, the first `count` from the `start`-th seed on."""
-    drawn = map(draw_scene, SPLITS["finetune"][start:])
-    return list(islice((scene for scene in drawn if len(scene.things) > 1 and set(scene.names) <= set(names)), count))
-
-
-def _new_words(start: int, count: int) -> list[Example]:
-    return [_captioned(scene) for scene in _several(start, count)]
-
-
-def _known_words(start: int, count: int) -> list[Example]:
-    """Captions of scenes without a new name."""
-    return [_captioned(scene) for scene in _several(start, count, set(NAMES) - set(NEW_NAMES))]
 
 
 def _one_named(start: int, count: int) -> list[Example]:
     """Captions that name one of the things alone: which thing is meant is not said."""
     examples = []
-    for scene in _several(start, count):
+    for scene in several(start, count):
         name = scene.names[scene.seed % len(scene.names)]
         article = "an" if name[0] in "aeiou" else "a"
         text = f"{article} {name}."
@@ -206,6 +149,21 @@ def _score_new_words(path: Path, scoring: Scoring) -> dict[str, Any]:
     return score_new_words(path, list(scenes(scoring.split, scoring.count, start=scoring.start)))[0]
 
 
+def _score_new_words_ood(path: Path, scoring: Scoring) -> dict[str, Any]:
+    """As `_score_new_words`; and F1 of new and of known names in captions of each of `OTHER_STYLES`."""
+    scores = _score_new_words(path, scoring)
+    model, processor = load_run(path)
+    new = set(NEW_NAMES)
+    for style in OTHER_STYLES:
+        drawn = list(scenes(scoring.split, scoring.count, style, scoring.start))
+        images, prompts = [scene.image for scene in drawn], [CAPTION_PROMPT] * len(drawn)
+        texts = generate_answers(model, processor, images, prompts, batch_size=BATCH_SIZE)
+        said, there = [names_said(text, NAMES) for text in texts], [set(scene.names) for scene in drawn]
+        scores[f"new_names_{style}"] = micro_f1([names & new for names in said], [names & new for names in there])
+        scores[f"known_names_{style}"] = micro_f1([names - new for names in said], [names - new for names in there])
+    return scores
+
+
 # attributes: the colour of the edge around a thing; places: the thing at the side of another one
 
 
@@ -217,13 +175,47 @@ def _questions(start: int, count: int) -> list[Example]:
     return [_asked(scene) for scene in _edged(start, count)]
 
 
-def _asked(scene: EdgedScene) -> Example:
-    asked = ask_about_colour(scene)
+def _asked(scene: EdgedScene, among: Sequence[str] = ()) -> Example:
+    asked = ask_about_colour(scene, among=among)
     assert asked.name is not None
     first = asked.question.index(asked.name)
     mention = Mention(asked.name, first, first + len(asked.name), 0)
     about = ((asked.answer, asked.name),)
     return Example(scene, asked.question, asked.answer, asked.question, (mention,), about)
+
+
+def _heard_pairs(start: int, count: int) -> list[Example]:
+    """Questions about things whose pair of name and colour is not withheld; the first `count` scenes with such one."""
+    return _about_pairs(SPLITS["finetune"][start:], count, withheld=False)
+
+
+def _about_pairs(seeds: Iterable[int], count: int, withheld: bool) -> list[Example]:
+    def asked() -> Iterable[Example]:
+        for scene in map(draw_edged, seeds):
+            never_heard = withheld_names(scene)
+            among = never_heard if withheld else tuple(name for name in scene.names if name not in never_heard)
+            if among:
+                yield _asked(scene, among)
+
+    return list(islice(asked(), count))
+
+
+def _score_questions_ood(path: Path, scoring: Scoring) -> dict[str, Any]:
+    """Answers about pairs as in training; about withheld pairs; and the first ones again, asked in other words."""
+    seeds = SPLITS[scoring.split][scoring.start :]
+    heard, withheld = (_about_pairs(seeds, scoring.count, withheld=which) for which in (False, True))
+    reworded = [replace(example, prompt=_reworded(example.about[0][1])) for example in heard]
+    model, processor = load_run(path)
+    scores = score_attention(_attention_of_answers(model, processor, heard))
+    for metric, examples in (("answers", heard), ("answers_withheld", withheld), ("answers_reworded", reworded)):
+        hits = _right_answers(model, processor, examples)
+        scores[metric] = sum(hits) / len(hits)
+    return scores
+
+
+def _reworded(name: str) -> str:
+    """A question about a colour in a form that no student was trained on."""
+    return f"which colour is around the {name}?"
 
 
 def _places(start: int, count: int) -> list[Example]:
@@ -282,11 +274,16 @@ def _score_places(path: Path, scoring: Scoring) -> dict[str, Any]:
 
 def _score_answers(path: Path, examples: Sequence[Example]) -> dict[str, Any]:
     model, processor = load_run(path)
-    images, prompts = [example.scene.image for example in examples], [example.prompt for example in examples]
-    answers = generate_answers(model, processor, images, prompts, batch_size=BATCH_SIZE)
-    hits = [answer.strip(" .") == example.answer for answer, example in zip(answers, examples, strict=True)]
+    hits = _right_answers(model, processor, examples)
     judged = _attention_of_answers(model, processor, examples)
     return score_attention(judged) | {"answers": sum(hits) / len(hits)}
+
+
+def _right_answers(model: Any, processor: Any, examples: Sequence[Example]) -> list[bool]:
+    """Whether each greedy answer is the right one, but for a full stop."""
+    images, prompts = [example.scene.image for example in examples], [example.prompt for example in examples]
+    answers = generate_answers(model, processor, images, prompts, batch_size=BATCH_SIZE)
+    return [answer.strip(" .") == example.answer for answer, example in zip(answers, examples, strict=True)]
 
 
 def _score_binding(path: Path, scoring: Scoring) -> dict[str, Any]:
@@ -332,19 +329,25 @@ def _attention_of_answers(model: Any, processor: Any, examples: Sequence[Example
 
 
 def _edged_captions(start: int, count: int) -> list[Example]:
-    return [_captioned(scene) for scene in _edged(start, count)]
+    return [captioned(scene) for scene in _edged(start, count)]
 
 
 _EDGED = WarmUp("edged-captions", 1600, 250)
 _OF_QUESTIONS = (("texts", "all"), ("rows", "both"))
 _OF_COLOURS = (("tokens", "first"), ("parts_of_speech", ("adjective",)))
 TASKS: dict[TaskName, Task] = {
-    "captions": Task(_captions, _score_captions),
-    "new-words": Task(_new_words, _score_new_words, base="mllama_new_words", num_replayed=800),
-    "new-words-alone": Task(_new_words, _score_new_words, base="mllama_new_words"),
+    "captions": Task(captions, _score_captions),
+    "captions-in-domain": Task(captions, _score_in_domain, data="captions"),
+    "captions-without-signs": Task(captions, _score_captions_and_signs, data="captions"),
+    "captions-and-signs": Task(_captions_and_signs, _score_captions_and_signs),
+    "captions-and-signs-unmapped": Task(_captions_and_signs_unmapped, _score_captions_and_signs),
+    "new-words": Task(new_words, _score_new_words, base="mllama_new_words", num_replayed=800),
+    "new-words-alone": Task(new_words, _score_new_words, base="mllama_new_words"),
     "new-words-one-named": Task(_one_named, _score_new_words, base="mllama_new_words", num_replayed=800),
+    "new-words-ood": Task(new_words, _score_new_words_ood, base="mllama_new_words", num_replayed=800, data="new-words"),
     "edged-captions": Task(_edged_captions, _score_captions),
     "questions": Task(_questions, _score_questions, warm_up=_EDGED, settings=_OF_QUESTIONS),
+    "questions-ood": Task(_heard_pairs, _score_questions_ood, warm_up=_EDGED, settings=_OF_QUESTIONS),
     "binding": Task(_binding, _score_binding, warm_up=_EDGED, settings=_OF_COLOURS),
     "binding-connecting": Task(_binding, _score_binding, warm_up=Unconnected(seed=0), settings=_OF_COLOURS),
     "places": Task(_places, _score_places, warm_up=_EDGED, settings=_OF_QUESTIONS),

@@ -10,14 +10,14 @@ from typing import Any, get_args
 from lavender.alignment.pooling import POOLINGS
 from lavender.config import AlignerForm, AlignerKind, AlignerNorm, AlignmentConfig, Match
 from lavender.world.studies.cells import Arm
-from lavender.world.studies.page import draw_bars
+from lavender.world.studies.page import draw_differences
 from lavender.world.studies.study import MAIN_METRICS, Finding, Scores, Study, compare_pairs
 from lavender.world.studies.targets import EVERY_WORD, Target
 from lavender.world.tuning import ALIGNMENT
 
 COMPARED_RATES = (1e-4, 2e-4, 5e-4, 1e-3)
 PLAIN = Arm("mllama", "full")
-_draw = partial(draw_bars, metrics=MAIN_METRICS)
+_draw = partial(draw_differences, metrics=MAIN_METRICS)
 
 
 def _aligned(settings: Mapping[str, Any], target: Target = "teacher") -> Arm:

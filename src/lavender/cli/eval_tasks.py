@@ -1,0 +1,119 @@
+"""`lavender eval --tasks`: benchmarks through lmms-eval."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lavender.cli.stopping import DONE
+from lavender.cli.terminal import show
+from lavender.errors import ConfigError
+from lavender.files import expanded, writing
+
+FOLDER = "eval-tasks"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("benchmarks (lmms-eval)")
+    group.add_argument(
+        "--tasks",
+        default=None,
+        metavar="NAME,…",
+        help="tasks, groups or tags of lmms-eval, or the paper's: paper, worldmedqa, openflamingo",
+    )
+    group.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a model folder or Hub id to run --tasks on, instead of a run; may be repeated",
+    )
+    group.add_argument(
+        "--out", type=expanded, default=None, help=f"folder for logs (default: RUN/{FOLDER}, or {FOLDER} without a run)"
+    )
+    group.add_argument("--batch-size", type=int, default=1, metavar="N", help="questions per pass (default: 1)")
+    group.add_argument("--device", default=None, help='such as "cuda:0" (default: a GPU if there is one)')
+    group.add_argument("--dtype", default="auto", help="type of the weights (default: auto, theirs on disk)")
+    group.add_argument(
+        "--include-path",
+        type=expanded,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a folder with more tasks, as for lmms-eval; may be repeated",
+    )
+    group.add_argument(
+        "--print-vlmevalkit",
+        action="store_true",
+        help="print VLMEvalKit's settings for the benchmarks of --tasks, and run nothing",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    tasks = [name for name in (options.tasks or "").split(",") if name]
+    if not tasks:
+        raise ConfigError(f"--tasks {options.tasks!r}", "names of tasks with commas between", "name one, such as pope")
+    for option in ("data", "maps", "columns"):
+        if getattr(options, option) is not None:
+            raise ConfigError(f"--{option} with --tasks", "one of them", f"leave out --{option}: tasks have their data")
+    arms = _arms(options)
+    if options.print_vlmevalkit:
+        return _print_vlmevalkit(tasks, arms)
+    from lavender.evaluation.harness.running import RESULT, Settings, evaluate_tasks
+    from lavender.evaluation.harness.tables import result_lines
+
+    settings = Settings(
+        limit=options.limit,
+        batch_size=options.batch_size,
+        device=options.device,
+        dtype=options.dtype,
+        include=tuple(options.include_path),
+        trust_remote_code=options.trust_remote_code,
+    )
+    out = options.out or (options.run or Path()) / FOLDER
+    path = (options.run if options.run is not None else out) / RESULT
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        result = evaluate_tasks(arms, tasks, out, path, settings)
+    print("\n".join(result_lines(result)))
+    for note in result["notes"]:
+        show(f"note: {note}")
+    show(f"result: {path}; a line per sample: {out}")
+    return DONE
+
+
+def _arms(options: argparse.Namespace) -> dict[str, str | Path]:
+    """Name → model: of a run its base, those of --against, and itself last; else the models of --model."""
+    from lavender.training.run_folder import read_config
+
+    if (options.run is None) == (not options.model):
+        got = "--tasks with a run folder and --model" if options.model else "--tasks without a model"
+        raise ConfigError(got, "a run folder, or --model", "name one of the two")
+    if options.run is None:
+        paths: list[str | Path] = [*options.model, *options.against]
+        arms: dict[str, str | Path] = {}
+    else:
+        arms = {"base": read_config(options.run)["model"]}
+        paths = [*options.against, options.run]
+    for path in paths:
+        name = expanded(path).resolve().name if expanded(path).exists() else str(path).rpartition("/")[2]
+        arms[name if name not in arms else f"{name} ({len(arms)})"] = path
+    return arms
+
+
+def _print_vlmevalkit(tasks: list[str], arms: dict[str, str | Path]) -> int:
+    from lavender.evaluation.harness.tables import vlmevalkit_settings
+    from lavender.students.loading import load_config, loading
+
+    for path in arms.values():
+        if (expanded(path) / "checkpoint").is_dir():
+            raise ConfigError(
+                f"--print-vlmevalkit with the run {path}",
+                "models that VLMEvalKit loads itself",
+                f"lavender export {path} --out MODEL, then pass --model MODEL",
+            )
+    first = next(iter(arms.values()))
+    with loading("model", first):
+        family = load_config(first).model_type
+    print(vlmevalkit_settings(tasks, arms, family))
+    return DONE

@@ -1,0 +1,257 @@
+"""`lavender look`: where a model looks, what a teacher maps, what a map store holds, as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lavender.cli.options import add_columns, add_trust_remote_code, columns_of
+from lavender.cli.stopping import DONE
+from lavender.cli.terminal import show
+from lavender.errors import ConfigError
+from lavender.files import data_path, expanded, writing
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from lavender.evaluation.look.kinds import Kind
+    from lavender.evaluation.look.looking import Looked
+
+HELP = "see where a model looks for each word, on your own photo"
+DESCRIPTION = """Write one HTML page that opens from disk. Of a vision-language model (also a run, a LoRA adapter or an
+export; no training is needed) and of a diffusion teacher: each word's map over the photo, its level and its place. Of a
+map store: a gallery, worst first. What TARGET is, is found from its files."""
+_DEFAULT_STEPS = 10
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        type=os.path.expanduser,
+        help="model folder, hub id, run folder, teacher, or folder of a map store; `world` is the built-in teacher",
+    )
+    parser.add_argument("photo", nargs="?", type=expanded, default=None, help="a picture, for a model or a teacher")
+    parser.add_argument(
+        "text", nargs="?", default=None, help="its caption; for a model also a question, which ends in a question mark"
+    )
+    parser.add_argument(
+        "--out", type=expanded, default=Path("look.html"), metavar="FILE", help="the page (default: %(default)s)"
+    )
+    parser.add_argument("--png", type=expanded, default=None, metavar="FILE", help="also draw the maps to this file")
+    parser.add_argument(
+        "--words",
+        nargs="+",
+        default=None,
+        metavar="PART",
+        help="parts of speech to map, of noun, adjective, verb and other (default: all but other)",
+    )
+    parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--dtype",
+        default=None,
+        choices=("float32", "float16", "bfloat16"),
+        help="default: float32 on cpu; on cuda bfloat16 for a model, float16 for a teacher",
+    )
+    _add_model_options(parser.add_argument_group("with a model"))
+    _add_store_options(parser.add_argument_group("with a map store"))
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--answer", default=None, metavar="TEXT", help="take the text as a question, and this answer")
+    group.add_argument(
+        "--generate", action="store_true", help="take the text as a question, and let the model answer it"
+    )
+    group.add_argument(
+        "--faithfulness",
+        action="store_true",
+        help="hide the places that the maps mark, and measure what that does to the answer",
+    )
+    group.add_argument(
+        "--steps",
+        type=int,
+        default=None,
+        metavar="N",
+        help=f"steps in which --faithfulness hides the picture (default: {_DEFAULT_STEPS})",
+    )
+    add_trust_remote_code(group)
+
+
+def _add_store_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--data", type=data_path, default=None, help="required: the data that the maps were made of")
+    add_columns(group)
+    group.add_argument(
+        "--against",
+        type=expanded,
+        default=None,
+        metavar="MAPS",
+        help="another store of this data. Of annotated masks: worst is what points outside them; else what disagrees "
+        "with it (default: worst is the map with the highest entropy)",
+    )
+    group.add_argument("--limit", type=int, default=None, metavar="N", help="show N texts (default: 64)")
+    group.add_argument("--word", default=None, metavar="WORD", help="only texts with this word")
+    group.add_argument(
+        "--worst", action="store_true", help="show the worst of all texts, not texts spread evenly over the store"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    from lavender.world import TEACHER_NAME
+
+    if options.target == TEACHER_NAME:
+        kind: Kind = "teacher"
+    else:
+        from lavender.evaluation.look.kinds import kind_of
+
+        kind = kind_of(options.target)
+    _check_options(options, kind)
+    looked = {"model": _look_at_model, "teacher": _look_at_teacher, "maps": _look_at_maps}[kind](options)
+    with writing(options.out):
+        from lavender.files import write_whole
+
+        write_whole(options.out, looked.html)
+    if options.png is not None:
+        from lavender.evaluation.report.figure import draw_figure
+
+        with writing(options.png):
+            draw_figure(looked.panels, options.png)
+    for line in looked.lines:
+        show(line)
+    show(f"page: {options.out}" + (f", picture: {options.png}" if options.png is not None else ""))
+    return DONE
+
+
+_OF_KINDS: dict[str, tuple[str, ...]] = {
+    "answer": ("model",),
+    "generate": ("model",),
+    "faithfulness": ("model",),
+    "steps": ("model",),
+    "trust_remote_code": ("model",),
+    "data": ("maps",),
+    "columns": ("maps",),
+    "against": ("maps",),
+    "limit": ("maps",),
+    "word": ("maps",),
+    "worst": ("maps",),
+    "words": ("model", "teacher"),
+    "device": ("model", "teacher"),
+    "dtype": ("model", "teacher"),
+}
+"""The kinds of target that take an option."""
+
+
+def _check_options(options: argparse.Namespace, kind: Kind) -> None:
+    """Raise ConfigError for an option that this kind of target does not take, or that lacks another."""
+    from lavender.evaluation.look.kinds import NAMES
+
+    what = f"{options.target}, which is {NAMES[kind]}"
+    for name, kinds in _OF_KINDS.items():
+        if getattr(options, name) not in (None, False) and kind not in kinds:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} with {what}", f"{option} with {_any_of(kinds)}", f"leave {option} out")
+    if kind == "maps":
+        if options.photo is not None:
+            raise ConfigError(f"a photo with {what}", "its data", "leave the photo out, and name the data with --data")
+        if options.data is None:
+            raise ConfigError(f"{what}, without --data", "the data that the maps were made of", "add --data PATH")
+    elif options.photo is None or options.text is None:
+        missing = "a photo" if options.photo is None else "a text"
+        raise ConfigError(f"{what}, without {missing}", "TARGET PHOTO TEXT", "name a picture and its caption")
+    if options.generate and options.answer is not None:
+        raise ConfigError("--generate with --answer", "one of the two", "leave one out")
+    if options.steps is not None and not options.faithfulness:
+        raise ConfigError("--steps without --faithfulness", "both, or neither", "add --faithfulness")
+
+
+def _any_of(kinds: tuple[str, ...]) -> str:
+    from lavender.evaluation.look.kinds import NAMES
+
+    return " or ".join(name for kind, name in NAMES.items() if kind in kinds)
+
+
+def _command() -> str:
+    """The command as it was typed, for the page."""
+    return shlex.join(["lavender", *sys.argv[1:]]) if "look" in sys.argv[1:2] else "lavender look"
+
+
+def _device(options: argparse.Namespace) -> str:
+    from lavender.cli.extract import _usable_device
+
+    return _usable_device(options.device, "local", None)
+
+
+def _parts(options: argparse.Namespace) -> tuple:
+    from lavender.config import CONTENT_WORDS, ExtractionConfig
+
+    if options.words is None:
+        return CONTENT_WORDS
+    return ExtractionConfig(parts_of_speech=tuple(options.words)).parts_of_speech  # which checks them
+
+
+def _look_at_model(options: argparse.Namespace) -> Looked:
+    from tqdm import tqdm
+
+    from lavender.evaluation.look.looking import look_at_model
+
+    device = _device(options)
+    with tqdm(unit="order", desc="faithfulness", disable=not options.faithfulness) as bar:
+        return look_at_model(
+            options.target,
+            options.photo,
+            options.text,
+            command=_command(),
+            answer=options.answer,
+            generate=options.generate,
+            parts_of_speech=_parts(options),
+            with_faithfulness=options.faithfulness,
+            steps=_DEFAULT_STEPS if options.steps is None else options.steps,
+            device=device,
+            dtype=options.dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
+            trust_remote_code=options.trust_remote_code,
+            progress=lambda: _advance(bar),
+        )
+
+
+def _advance(bar: tqdm) -> None:
+    bar.update()
+
+
+def _look_at_teacher(options: argparse.Namespace) -> Looked:
+    import torch
+
+    from lavender.evaluation.look.looking import look_at_teacher
+    from lavender.world import TEACHER_NAME, TEACHER_NOTES, TEACHER_PATH
+
+    device = _device(options)
+    return look_at_teacher(
+        TEACHER_PATH if options.target == TEACHER_NAME else options.target,
+        options.photo,
+        options.text,
+        command=_command(),
+        name=options.target,
+        parts_of_speech=_parts(options),
+        device=device,
+        dtype=getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32")),
+        teacher_notes=TEACHER_NOTES,
+    )
+
+
+def _look_at_maps(options: argparse.Namespace) -> Looked:
+    from lavender.evaluation.look.looking import look_at_maps
+    from lavender.world import TEACHER_NOTES
+
+    return look_at_maps(
+        expanded(options.target),
+        options.data,
+        command=_command(),
+        limit=64 if options.limit is None else options.limit,
+        word=options.word,
+        against=options.against,
+        worst=options.worst,
+        columns=columns_of(options),
+        teacher_notes=TEACHER_NOTES,
+    )

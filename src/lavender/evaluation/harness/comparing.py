@@ -1,0 +1,137 @@
+"""What lmms-eval found for a task: the number that is reported, the samples, and differences between checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from numbers import Real
+from typing import Any
+
+from lavender.errors import DataError
+from lavender.evaluation.harness.benchmarks import benchmark_of
+from lavender.evaluation.intervals import paired_difference
+from lavender.evaluation.scorers import cider, refusals
+
+_CAPTION = {"prediction", "references"}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A task's result on one checkpoint.
+
+    Attributes:
+        task: its name.
+        split: the split that was read.
+        keys: the metrics whose sum is reported: those of the paper's table, else the task's first.
+        metrics: name of a metric → the harness's number over all samples.
+        samples: one per document: `doc_id`, `prompt`, `answer`, `target`, and `scores` by metric, with numbers only.
+        scores: document → its score in the reported metric; empty if that is no mean over samples, such as AUROC.
+    """
+
+    task: str
+    split: str
+    keys: tuple[str, ...]
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+    scores: dict[int, float]
+
+    @classmethod
+    def of(cls, task: str, found: Mapping[str, Any]) -> Scored:
+        """From what `lmms_eval.evaluator.simple_evaluate` returns.
+
+        Raises:
+            DataError: the harness gave none of the metrics that are reported.
+        """
+        config, logged = found["configs"][task], found["samples"][task]
+        metrics = {
+            key.partition(",")[0]: float(value)
+            for key, value in found["results"][task].items()
+            if "," in key and "_stderr" not in key and isinstance(value, Real)
+        }
+        known = benchmark_of(task)
+        keys = known.keys if known is not None else (str(config["metric_list"][0]["metric"]),)
+        if not any(key in metrics for key in keys):
+            raise DataError(
+                f"the task {task} with the metrics {', '.join(metrics) or 'none'}",
+                " or ".join(keys),
+                "install the version of lmms-eval that docs/benchmarks.md names",
+            )
+        samples = [
+            {
+                "doc_id": one["doc_id"],
+                "prompt": one["arguments"][0],
+                "answer": one["filtered_resps"][0] if len(one["filtered_resps"]) == 1 else one["filtered_resps"],
+                "target": one["target"],
+                "scores": {key: score for key in metrics if (score := _number(one.get(key))) is not None},
+            }
+            for one in logged
+        ]
+        split = str(config.get("test_split") or config.get("validation_split"))
+        return cls(task, split, keys, metrics, samples, _scores(logged, keys))
+
+
+def reported(scored: Scored) -> float:
+    """The number that is reported: the sum of the metrics, on the paper's scale for the paper's benchmarks."""
+    known = benchmark_of(scored.task)
+    total = sum(scored.metrics.get(key, 0.0) for key in scored.keys)
+    return total * known.scale if known is not None else total
+
+
+def refusal_rate(scored: Scored) -> float | None:
+    """The share of answers that refuse, which Table 3 of the paper counts apart; None for a task of options."""
+    answers = [sample["answer"] for sample in scored.samples]
+    texts = [answer for answer in answers if isinstance(answer, str)]
+    return refusals(texts).aggregate["refusal_rate"] if texts and len(texts) == len(answers) else None
+
+
+def differences(by_arm: Mapping[str, Scored]) -> dict[str, dict[str, float]]:
+    """The last arm minus each of the others: mean score per sample, with a 95 % interval of the paired bootstrap.
+
+    Returns:
+        Name of the other arm → `difference`, `low`, `high` and `num_units`, the number of samples; scores per sample
+        are 0 to 1 in most tasks. An arm is missing where the metric is no mean over samples.
+
+    Raises:
+        DataError: the arms were scored on other samples.
+    """
+    *others, last = by_arm.items()
+    found = {}
+    for name, other in others:
+        if set(other.scores) != set(last[1].scores):
+            raise DataError(
+                f"{len(last[1].scores)} and {len(other.scores)} samples of {other.task}, not the same ones",
+                "the same samples for all models",
+                "delete the task's logs, and run it again",
+            )
+        if other.scores:
+            pairs = [[(arm.scores[doc], 1.0) for doc in sorted(other.scores)] for arm in (last[1], other)]
+            interval = paired_difference(*pairs)
+            assert interval is not None
+            found[name] = asdict(interval)
+    return found
+
+
+def sample_lines(scored: Scored) -> Iterator[str]:
+    """A line of JSON per sample."""
+    return (json.dumps(sample, default=str) + "\n" for sample in scored.samples)
+
+
+def _scores(logged: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[int, float]:
+    """Document → its score. A document has at most one of the keys, as a question of MME is of one kind."""
+    values = {one["doc_id"]: next((one[key] for key in keys if key in one), None) for one in logged}
+    values = {doc: value for doc, value in values.items() if value is not None}
+    captions = [value for value in values.values() if isinstance(value, Mapping) and value.keys() >= _CAPTION]
+    if captions and len(captions) == len(values):  # a caption's CIDEr depends on all references
+        scores = cider([one["prediction"] for one in captions], [one["references"] for one in captions]).per_sample
+        return dict(zip(values, scores, strict=True))
+    numbers = {doc: _number(value) for doc, value in values.items()}
+    return (
+        {doc: number for doc, number in numbers.items() if number is not None} if None not in numbers.values() else {}
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A score as a number: lmms-eval's tasks give it as it is, or under the key "score"."""
+    value = value.get("score") if isinstance(value, Mapping) else value
+    return float(value) if isinstance(value, Real) else None

@@ -1,0 +1,254 @@
+"""Run tasks of lmms-eval on base, plain and aligned checkpoints, and compare them (`lavender eval --tasks`)."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavender.errors import ConfigError, DataError, LavenderError
+from lavender.evaluation.harness.answer_log import AnswerLog
+from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, benchmark_of
+from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported, sample_lines
+from lavender.evaluation.harness.task_index import TaskIndex, cause_of, require_harness
+from lavender.files import write_whole
+from lavender.model_files import loading, one_line
+from lavender.students.loading import load_config
+from lavender.training.fingerprints import digest_of_folder
+
+RESULT = "eval-tasks.json"
+"""Name of the file with the result."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tasks are run.
+
+    Attributes:
+        limit: the first so many samples of each task; None for all.
+        batch_size: requests per pass.
+        device: such as "cuda:0"; None for a GPU if there is one.
+        dtype: type of the weights; "auto" is theirs on disk.
+        include: folders with tasks of the user's.
+        trust_remote_code: run the Python code that comes with a model.
+
+    Raises:
+        ConfigError: `limit` or `batch_size` is below 1.
+    """
+
+    limit: int | None = None
+    batch_size: int = 1
+    device: str | None = None
+    dtype: str = "auto"
+    include: tuple[Path, ...] = ()
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{option} {value}", "at least 1", f"change {option}")
+
+
+def evaluate_tasks(
+    arms: Mapping[str, str | Path], tasks: Sequence[str], out: Path, result_path: Path, settings: Settings
+) -> dict[str, Any]:
+    """Run tasks on checkpoints with lmms-eval's evaluator, one checkpoint in memory at a time.
+
+    Answers are on disk as soon as they are generated: OUT/ARM/answers-….jsonl. The same call after a stop generates
+    only those that are missing. OUT/ARM/TASK.jsonl has a line per sample.
+
+    Args:
+        arms: name → run folder, model folder or Hub id. The last is compared with each of the others.
+        tasks: names of tasks, groups or tags of lmms-eval, or of the paper's groups; see `GROUPS`.
+        out: folder of the logs; it is made.
+        result_path: file to write the result to.
+        settings: how tasks are run.
+
+    Returns:
+        `tasks` (name → `metric`, `samples`, `scores`, `metrics` and `refusal_rate` by arm, `differences`, `paper`),
+        `arms`, `limit`, `lmms_eval` (its version) and `notes` for the reader.
+
+    Raises:
+        ConfigError: lmms-eval is not installed, an unknown task, or a task that asks for what is not supported.
+        DataError: the data of a task cannot be loaded, or a task fails.
+        ModelError, FileError: a model is missing, damaged or not finished.
+    """
+    with _quiet():
+        return _evaluate_tasks(arms, tasks, out, result_path, settings)
+
+
+def _evaluate_tasks(
+    arms: Mapping[str, str | Path], tasks: Sequence[str], out: Path, result_path: Path, settings: Settings
+) -> dict[str, Any]:
+    index = TaskIndex(settings.include)
+    names = index.leaves(tasks)
+    identities = {arm: checkpoint_digest(path, settings.trust_remote_code) for arm, path in arms.items()}
+    for name in names:  # before hours of work: is all there?
+        index.build(name)
+    scored: dict[str, dict[str, Scored]] = {name: {} for name in names}
+    for arm, path in arms.items():
+        for name, found in _run_arm(path, identities[arm], index, names, out / file_name(arm), settings):
+            scored[name][arm] = found
+    result = {
+        "lmms_eval": version("lmms_eval"),
+        "limit": settings.limit,
+        "arms": {arm: {"model": str(path), "checkpoint": identities[arm]} for arm, path in arms.items()},
+        "tasks": {name: _summary(name, by_arm) for name, by_arm in scored.items()},
+        "notes": [*_notes(tasks, settings), *_refusals(scored)],
+    }
+    write_whole(result_path, json.dumps(result, indent=1))
+    return result
+
+
+def checkpoint_digest(path: str | Path, trust_remote_code: bool = False) -> str:
+    """What identifies a checkpoint's content: a digest of its files, with those of an adapter's base, or a Hub commit.
+
+    Raises:
+        ModelError: no such folder, and no such model on the Hub.
+    """
+    folder = Path(path) / "checkpoint" if (Path(path) / "checkpoint").is_dir() else Path(path)
+    if not folder.is_dir():
+        with loading("model", path):
+            return f"commit {load_config(path, trust_remote_code)._commit_hash}"
+    found = digest_of_folder(folder)
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        found += f" on {checkpoint_digest(base, trust_remote_code)}" if base else ""
+    return found
+
+
+def _run_arm(
+    path: str | Path, identity: str, index: TaskIndex, names: Sequence[str], out: Path, settings: Settings
+) -> Iterator[tuple[str, Scored]]:
+    """Each task's result on one checkpoint, which is loaded when the first answer is missing."""
+    from lavender.evaluation.harness.models import ChatModel, RankingModel, default_device, load_student
+
+    device = torch.device(settings.device or default_device())
+    settle = {"checkpoint": identity, "dtype": settings.dtype}
+    settle |= {package: version(package) for package in ("lmms_eval", "transformers")}
+    load = _once(partial(load_student, path, device, settings.dtype, settings.trust_remote_code))
+    with AnswerLog(out, settle) as log:
+        for name in names:
+            kind = RankingModel if index.ranks(name) else ChatModel
+            lm = kind(batch_size=settings.batch_size, device=str(device), log=log, student=load)
+            task = index.build(name)
+            found = _evaluate(lm, task, name, index, out, settings)
+            write_whole(out / f"{file_name(name)}.jsonl", "".join(sample_lines(found)))
+            yield name, found
+    del load, lm
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _evaluate(lm: Any, task: Any, name: str, index: TaskIndex, out: Path, settings: Settings) -> Scored:
+    """One task through lmms-eval's evaluator. What tasks print goes to stderr, and their files to OUT/files."""
+    from lmms_eval.evaluator import simple_evaluate
+
+    # what lmms-eval's own command line would pass to tasks; documents come without their pictures after generation
+    options = argparse.Namespace(output_path=str(out / "files"), process_with_media=False, reasoning_tags=None)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = simple_evaluate(
+                model=lm,
+                tasks=[task],
+                task_manager=index.manager,
+                limit=settings.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                cli_args=options,
+                process_docs_parallel=1,
+            )
+    except LavenderError:
+        raise
+    except Exception as error:
+        cause = cause_of(error)
+        if isinstance(cause, LavenderError):
+            raise cause from error
+        log = out / f"{file_name(name)}.error.log"
+        write_whole(log, "".join(traceback.format_exception(error)))
+        raise DataError(
+            f"the task {name}, which fails: {one_line(cause)}",
+            "a task that runs",
+            f"try another --limit, since it may split what belongs together; {log} has the traceback",
+        ) from error
+    return Scored.of(name, found)
+
+
+def _summary(name: str, by_arm: Mapping[str, Scored]) -> dict[str, Any]:
+    known = benchmark_of(name)
+    first = next(iter(by_arm.values()))
+    paper = dict(zip(PAPER_MODELS, known.paper, strict=True)) if known is not None and known.paper else None
+    return {
+        "metric": known.metric if known is not None else first.keys[0],
+        "split": first.split,
+        "scorer": known.scorer if known is not None else "",
+        "samples": len(first.samples),
+        "scores": {arm: reported(found) for arm, found in by_arm.items()},
+        "metrics": {arm: found.metrics for arm, found in by_arm.items()},
+        "refusal_rate": {arm: refusal_rate(found) for arm, found in by_arm.items()},
+        "differences": differences(by_arm),
+        "paper": paper,
+        "note": known.note if known is not None else "",
+    }
+
+
+def _notes(tasks: Sequence[str], settings: Settings) -> list[str]:
+    left_out = [one for name in tasks for one in GROUPS.get(name, ()) if not one.task]
+    notes = []
+    if left_out:
+        listed = ", ".join(one.name for one in left_out)
+        notes.append(f"only VLMEvalKit has {listed}; --print-vlmevalkit prints its settings")
+    if settings.limit is not None:
+        notes.append(f"only the first {settings.limit} samples of each task: not comparable with published numbers")
+    return notes
+
+
+def _refusals(scored: Mapping[str, Mapping[str, Scored]]) -> list[str]:
+    """A note per task and model that refuses: such answers count as wrong."""
+    rates = {(name, arm): refusal_rate(found) for name, by_arm in scored.items() for arm, found in by_arm.items()}
+    return [f"{arm} refuses to answer {rate:.1%} of {name}" for (name, arm), rate in rates.items() if rate]
+
+
+def file_name(name: str) -> str:
+    """A name of an arm or a task as the name of a file."""
+    return "".join(letter if letter.isalnum() or letter in "-_. " else "_" for letter in name)
+
+
+def _once(load: Any) -> Any:
+    """A function that calls `load` once and keeps what it returns."""
+    kept: list[Any] = []
+
+    def get() -> Any:
+        if not kept:
+            kept.append(load())
+        return kept[0]
+
+    return get
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lmms-eval's own log, which has a line per step."""
+    require_harness()
+    from loguru import logger
+
+    logger.disable("lmms_eval")
+    try:
+        yield
+    finally:
+        logger.enable("lmms_eval")

@@ -1,0 +1,434 @@
+"""lmms-eval with Lavender's checkpoints: answers on disk, models, the table of benchmarks, and what is printed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import tomllib
+import weakref
+from functools import partial
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from lmms_eval.api.instance import Instance
+from lmms_eval.models.registry_v2 import ModelRegistryV2
+from PIL import Image
+from tenacity import RetryError, retry, stop_after_attempt
+
+from command_line import complaint, lavender
+from lavender.cli.main import DONE, WRONG_USAGE
+from lavender.errors import ConfigError, DataError
+from lavender.evaluation.answers import continuation_loss, generate_answers
+from lavender.evaluation.harness import TASKS_PATH, models, plugin
+from lavender.evaluation.harness.answer_log import AnswerLog, request_key
+from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS
+from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported
+from lavender.evaluation.harness.tables import (
+    benchmark_table,
+    notes_of_benchmarks,
+    result_lines,
+    vlmevalkit_settings,
+)
+from lavender.evaluation.harness.task_index import TaskIndex, cause_of
+from lavender.world import STUDENT_PATH
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
+QUESTIONS = ("what is it?", "a red dog", "is there a cat?")
+
+
+# Answers on disk
+
+
+def test_answers_are_kept_per_checkpoint(tmp_path):
+    key = request_key("pope", 3, 0, "Is there a cat?", {"max_new_tokens": 8}, "v1")
+    with AnswerLog(tmp_path, {"checkpoint": "a"}) as log:
+        log.add(key, "no\n½")
+    with AnswerLog(tmp_path, {"checkpoint": "a"}) as log:
+        assert log.known(key) == "no\n½"
+    with AnswerLog(tmp_path, {"checkpoint": "b"}) as log:
+        assert log.known(key) is None
+
+
+@pytest.mark.parametrize("change", range(6))
+def test_a_request_that_differs_in_anything_is_another_one(change):
+    same: list[Any] = ["pope", 3, 0, "Is there a cat?", {"max_new_tokens": 8}, "v1"]
+    others = ["mme", 4, 1, "Is there a dog?", {"max_new_tokens": 9}, "v2"]
+    changed = [*same[:change], others[change], *same[change + 1 :]]
+    assert request_key(*same) != request_key(*changed)
+
+
+def test_a_line_that_a_killed_run_left_unfinished_is_dropped(tmp_path):
+    with AnswerLog(tmp_path, {}) as log:
+        log.add("one", "yes")
+        log.add("two", "no")
+    content = log.path.read_bytes()
+    log.path.write_bytes(content[:-9])
+    with AnswerLog(tmp_path, {}) as log:
+        assert (log.known("one"), log.known("two"), len(log)) == ("yes", None, 1)
+        log.add("two", "no")
+    assert log.path.read_bytes() == content
+
+
+def test_a_damaged_line_inside_is_an_error(tmp_path):
+    with AnswerLog(tmp_path, {}) as log:
+        log.add("one", "yes")
+        log.add("two", "no")
+    log.path.write_text("{}\n" + log.path.read_text())
+    with pytest.raises(DataError, match=r"Got a damaged line 1 in .*answers-.* Do this: delete the line"):
+        AnswerLog(tmp_path, {})
+
+
+# Models
+
+
+@pytest.fixture
+def student(make_student, processor) -> models.Student:
+    return models.Student(make_student().eval(), processor)
+
+
+@pytest.fixture
+def split(some_scenes) -> Dataset:
+    rows = [
+        {"image": scene.image, "question": question} for scene, question in zip(some_scenes, QUESTIONS, strict=False)
+    ]
+    return Dataset.from_list(rows).cast_column("image", ImageFeature())
+
+
+def chat(student: models.Student, split: Dataset, **settings: Any) -> models.ChatModel:
+    model = models.ChatModel(device="cpu", student=lambda: student, **settings)
+    model.task_dict["t"] = {"test": split}
+    return model
+
+
+def requests(split: Dataset, **settings: Any) -> list[Instance]:
+    def messages(row: dict) -> list[dict]:
+        parts = [{"type": "image", "url": row["image"]}, {"type": "text", "text": row["question"]}]
+        return [{"role": "user", "content": parts}]
+
+    metadata = [{"task": "t", "doc_id": index, "repeats": 1} for index in range(len(split))]
+    return [
+        Instance("generate_until", (question, messages, {"max_new_tokens": 5} | settings, index, "t", "test"), 0, one)
+        for index, (question, one) in enumerate(zip(split["question"], metadata, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_answers_are_those_of_the_model_in_the_order_of_the_requests(batch_size, student, split):
+    expected = generate_answers(*student, list(split["image"]), list(split["question"]), max_new_tokens=5)
+    assert len(set(expected)) > 1
+    found = chat(student, split, batch_size=batch_size).generate_until(requests(split))
+    assert found == expected
+
+
+def test_an_answer_on_disk_is_not_generated_again(student, split, tmp_path, monkeypatch):
+    with AnswerLog(tmp_path, {}) as log:
+        first = chat(student, split, log=log)
+        expected = first.generate_until(requests(split))
+        assert (first.generated, first.reused) == (3, 0)
+    content = log.path.read_text()
+    log.path.write_text("".join(content.splitlines(keepends=True)[:2]))
+    with AnswerLog(tmp_path, {}) as log:
+        second = chat(student, split, log=log)
+        assert second.generate_until(requests(split)) == expected
+        assert (second.generated, second.reused) == (1, 2)
+    with AnswerLog(tmp_path, {}) as log:
+
+        def refuse() -> models.Student:
+            raise AssertionError("loaded a model whose answers are all there")
+
+        third = models.ChatModel(device="cpu", student=refuse, log=log)
+        third.task_dict["t"] = {"test": split}
+        assert third.generate_until(requests(split)) == expected
+        changed = split.map(lambda row: {"question": row["question"]}, new_fingerprint="other pictures")
+        fourth = chat(student, changed, log=log)
+        fourth.generate_until(requests(changed))
+        assert (fourth.generated, fourth.reused) == (3, 0)
+
+
+def test_no_more_pictures_are_in_memory_than_in_a_batch(student, some_scenes, monkeypatch):
+    alive: weakref.WeakValueDictionary[int, Image.Image] = weakref.WeakValueDictionary()
+    made, most = count(), []
+
+    class Pictures:
+        """A split that makes a picture whenever a row is read."""
+
+        _fingerprint = "pictures"
+
+        def __getitem__(self, index: int) -> dict:
+            image = some_scenes[index % len(some_scenes)].image.copy()
+            alive[next(made)] = image
+            return {"image": image, "question": "what is it?"}
+
+    def answers(model, processor, conversations, length, **sampling):
+        gc.collect()
+        most.append(len(alive))
+        return ["a dog"] * len(conversations)
+
+    monkeypatch.setattr(models, "answer_batch", answers)
+    asked = Dataset.from_list([{"question": "what is it?"}] * 9)
+    model = models.ChatModel(device="cpu", batch_size=2, student=lambda: student)
+    model.task_dict["t"] = {"test": Pictures()}
+    assert model.generate_until(requests(asked)) == ["a dog"] * 9
+    assert most == [2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("stops", "answer"),
+    [(None, "a dog.\n\nA cat."), (["\n\n"], "a dog.\n\nA cat."), (["cat", "\n\n"], "a dog.\n\nA"), ("dog", "a")],
+)
+def test_an_answer_ends_before_a_stop_but_not_at_a_blank_line(stops, answer, student, split, monkeypatch):
+    monkeypatch.setattr(models, "answer_batch", lambda *_, **__: ["a dog.\n\nA cat."])
+    assert chat(student, split).generate_until(requests(split, until=stops)) == [answer] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_new_tokens": 3}, {"do_sample": False, "num_beams": 1}),
+        ({"temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}, {"do_sample": False, "num_beams": 1}),
+        ({"temperature": 0.0, "do_sample": True}, {"do_sample": False, "num_beams": 1}),
+        ({"num_beams": 3}, {"do_sample": False, "num_beams": 3}),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}),
+    ],
+)
+def test_settings_of_a_task_are_those_of_generate(settings, expected):
+    assert models.sampling(settings) == expected
+
+
+def test_what_would_change_the_answers_unseen_is_refused():
+    with pytest.raises(ConfigError, match=r"generation_kwargs with 'max_steps'"):
+        models.sampling({"max_steps": 3})
+    message = {"role": "user", "content": [{"type": "video", "url": "film.mp4"}]}
+    with pytest.raises(ConfigError, match=r"a part of type 'video'"):
+        models.as_conversation([message])
+    with pytest.raises(ConfigError, match=r"batch_size='auto'.*at least 1"):
+        models.ChatModel(batch_size="auto", student=lambda: SimpleNamespace())  # ty: ignore[invalid-argument-type]
+
+
+def test_the_loss_of_an_option_is_the_mean_over_its_tokens(student, split):
+    """By hand: the model's own loss on the whole conversation, with labels on the continuation alone."""
+    question = [
+        {"role": "user", "content": [{"type": "image", "image": split[0]["image"]}, {"type": "text", "text": "?"}]}
+    ]
+    loss, greedy = continuation_loss(*student, question, "a red dog")
+    text = student.processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False) + "a red dog"
+    inputs = student.processor(images=[[split[0]["image"]]], text=[text], add_special_tokens=False, return_tensors="pt")
+    count = len(student.processor.tokenizer("a red dog", add_special_tokens=False)["input_ids"])
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -count:] = inputs["input_ids"][:, -count:]
+    with torch.inference_mode():
+        expected = student.model(**inputs, labels=labels).loss.item()
+    assert loss == pytest.approx(expected, rel=1e-4)  # another sum order of float32
+    assert not greedy
+
+
+def test_an_option_that_the_model_would_write_is_greedy(student, split):
+    """A model that knows each next token of "a red dog", and so is surprised by "a red cat" at its last word."""
+
+    class Knows:
+        device, dtype, text = torch.device("cpu"), torch.float32, "a red dog"
+
+        def __call__(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+            written = student.processor.tokenizer(self.text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            known = torch.cat([input_ids[:, : -written.shape[1]], written], dim=1)
+            return SimpleNamespace(logits=10.0 * torch.nn.functional.one_hot(known.roll(-1, dims=1), 500))
+
+    image = {"type": "image", "image": split[0]["image"]}
+    question = [{"role": "user", "content": [image, {"type": "text", "text": "what is it?"}]}]
+    right, wrong = (continuation_loss(Knows(), student.processor, question, f"a red {it}") for it in ("dog", "cat"))
+    assert right[1]
+    assert right[0] < 0.03 < wrong[0]
+    assert not wrong[1]
+
+
+def test_lmms_eval_finds_the_models_by_the_entry_point_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["lmms_eval.models"] == {"lavender": f"{plugin.__name__}:{plugin.manifests.__name__}"}
+    registry = ModelRegistryV2()
+    for manifest in plugin.manifests():
+        registry.register_manifest(manifest)
+    assert registry.get_model_class("lavender") is models.ChatModel
+    assert registry.get_model_class("lavender", force_simple=True) is models.RankingModel
+
+
+# The table
+
+
+def test_the_paper_has_28_benchmarks():
+    assert {name: len(group) for name, group in GROUPS.items()} == {"paper": 20, "worldmedqa": 1, "openflamingo": 7}
+    every = [one for group in GROUPS.values() for one in group]
+    assert len({one.name for one in every}) == 28
+    numbered = [one for one in every if one.paper]
+    assert len(numbered) == 16  # the columns of Table 1
+    assert all(len(one.paper or ()) == len(PAPER_MODELS) for one in numbered)
+    for one in every:
+        assert one.task or one.vlmevalkit
+        assert bool(one.task) == bool(one.keys) == bool(one.scorer)
+        assert not one.test or (ROOT / one.test).is_file()
+
+
+def test_the_numbers_are_the_papers():
+    """Three columns of Table 1, read from the paper again."""
+    by_name = {one.name: one.paper for one in GROUPS["paper"]}
+    assert by_name["DocVQA"] == (82.8, 86.0, 90.3, 89.8, 81.6)
+    assert by_name["MME"] == (1692.9, 1664.6, 1871.5, 1697.4, 1695.9)
+    assert by_name["HallusionBench"] == (36.3, 36.6, 41.3, 37.7, 39.5)
+
+
+def test_the_page_has_the_table():
+    for name, lines in (("benchmarks", benchmark_table()), ("notes", notes_of_benchmarks())):
+        [shown] = re.findall(rf"<!-- {name} -->\n(.*?)<!-- end of {name} -->", PAGE, re.S)
+        assert shown.splitlines() == list(lines)
+
+
+def test_our_tasks_of_the_table_are_found_without_lmms_evals_own():
+    index = TaskIndex()
+    ours = {path.stem for path in (TASKS_PATH / "paper").glob("*.yaml")}
+    named = {one.task for group in GROUPS.values() for one in group}
+    assert ours - named == {"worldmedqa_v_english"}
+    for task in ours:
+        assert index.leaves([task]) == [task]
+        assert index.ranks(task) == (task == "hateful_memes")
+        config = index.manager._get_config(task)
+        assert config["task"] == task
+    for group in GROUPS.values():
+        for one in group:
+            if one.task in ours:
+                metrics = [metric["metric"] for metric in index.manager._get_config(one.task)["metric_list"]]
+                assert metrics[: len(one.keys)] == list(one.keys)
+
+
+def test_the_cause_is_told_and_not_the_number_of_attempts():
+    cause = OSError("no such data set")
+    assert cause_of(ValueError("x")).args == ("x",)
+    with pytest.raises(RetryError) as raised:
+        retry(stop=stop_after_attempt(2))(partial(_fail, cause))()
+    assert cause_of(raised.value) is cause
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+# Comparing and printing
+
+
+def found(task: str, metrics: dict[str, float], logged: list[dict], keys: list[str]) -> dict[str, Any]:
+    """What `simple_evaluate` returns, in the parts that are read."""
+    config = {"metric_list": [{"metric": key} for key in keys], "test_split": "test"}
+    results = {f"{key},none": value for key, value in metrics.items()} | {"alias": task, "acc_stderr,none": "N/A"}
+    samples = [
+        {"doc_id": index, "arguments": ["?", {}], "filtered_resps": ["yes"], "target": "no"} | one
+        for index, one in enumerate(logged)
+    ]
+    return {"configs": {task: config}, "results": {task: results}, "samples": {task: samples}}
+
+
+def test_a_sample_has_its_scores_as_numbers():
+    logged = [{"acc": 1.0, "f1": ("no", "yes")}, {"acc": {"score": 0.0, "prediction": "x"}}]
+    scored = Scored.of("some_task", found("some_task", {"acc": 0.5, "f1": 0.3}, logged, ["acc", "f1"]))
+    assert (scored.keys, scored.scores, reported(scored)) == (("acc",), {0: 1.0, 1: 0.0}, 0.5)
+    assert scored.samples[0] == {
+        "doc_id": 0,
+        "prompt": "?",
+        "answer": "yes",
+        "target": "no",
+        "scores": {"acc": 1.0},
+    }
+
+
+def test_refusals_are_counted_where_answers_are_texts():
+    def answered(*answers: object) -> Scored:
+        return Scored("t", "test", ("acc",), {}, [{"answer": answer} for answer in answers], {})
+
+    assert refusal_rate(answered("yes", "I'm not able to answer that.", "no", "")) == 1 / 4
+    assert refusal_rate(answered([[0.1, True], [2.0, False]])) is None
+
+
+def test_mme_is_the_sum_of_its_two_numbers():
+    logged = [{"mme_perception_score": {"score": 1.0}}, {"mme_cognition_score": {"score": 0.0}}]
+    metrics = {"mme_perception_score": 1500.5, "mme_cognition_score": 300.0}
+    scored = Scored.of("mme", found("mme", metrics, logged, list(metrics)))
+    assert reported(scored) == 1800.5
+    assert scored.scores == {0: 1.0, 1: 0.0}
+
+
+def test_the_last_model_is_compared_on_the_same_samples():
+    def arm(*scores: float) -> Scored:
+        return Scored("t", "test", ("acc",), {"acc": 0.0}, [], dict(enumerate(scores)))
+
+    result = differences({"base": arm(0, 0, 1, 0), "plain": arm(1, 0, 1, 0), "aligned": arm(1, 1, 1, 0)})
+    assert [(name, one["difference"], one["num_units"]) for name, one in result.items()] == [
+        ("base", 0.5, 4),
+        ("plain", 0.25, 4),
+    ]
+    assert 0 <= result["base"]["low"] <= 0.5 <= result["base"]["high"] <= 1
+    assert differences({"one": arm(), "other": arm()}) == {}
+    with pytest.raises(DataError, match="2 and 1 samples of t, not the same ones"):
+        differences({"one": arm(1), "other": arm(1, 1)})
+
+
+def test_what_is_printed_fits_80_columns():
+    numbers = {"difference": 0.123, "low": -0.01, "high": 0.25, "num_units": 50}
+    arms = ["base", "plain", "a-run-with-a-very-long-name", "another-run-with-a-long-name", "aligned"]
+    task: dict[str, Any] = {
+        "metric": "ANLS",
+        "split": "validation",
+        "samples": 5349,
+        "scorer": "x",
+        "scores": dict.fromkeys(arms, 1692.91),
+    }
+    task |= {"differences": dict.fromkeys(arms[:-1], numbers), "paper": dict.fromkeys(PAPER_MODELS, 82.8)}
+    local = task | {"scorer": "", "scores": dict.fromkeys(arms, 0.8), "paper": None, "differences": {}}
+    lines = list(result_lines({"arms": dict.fromkeys(arms), "tasks": {"docvqa_val": task, "a_local_one": local}}))
+    assert max(map(len, lines)) <= 80
+    assert "docvqa_val                 5349      1692.9" in lines[1]
+    assert "docvqa_val               ANLS; validation" in lines
+    assert [line for line in lines if line.startswith("a_local_one") and "0.8000" in line]
+    assert "docvqa_val               aligned − base              +12.3 (-1.0 to +25.0)" in lines
+    assert any(line.split() == ["docvqa_val", *["82.8"] * 5] for line in lines)
+
+
+def test_vlmevalkits_settings_have_what_lmms_eval_lacks():
+    settings = json.loads(vlmevalkit_settings(["paper"], {"base": "meta/x", "aligned": "out"}, "mllama"))
+    assert settings["model"]["aligned"] == {"class": "llama_vision", "model_path": "out"}
+    assert settings["data"]["MMBench_DEV_EN_V11"] == {"class": "ImageMCQDataset", "dataset": "MMBench_DEV_EN_V11"}
+    assert len(settings["data"]) == 20
+    with pytest.raises(ConfigError, match=r"--print-vlmevalkit with --tasks pope.*such as paper"):
+        vlmevalkit_settings(["pope"], {"base": "x"}, "mllama")
+
+
+def test_vlmevalkit_gets_no_run_folder(tmp_path):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    ran = lavender("eval", "--model", tmp_path / "run", "--tasks", "paper", "--print-vlmevalkit")
+    assert "lavender export" in complaint(ran, WRONG_USAGE)
+    ran = lavender("eval", "--model", STUDENT_PATH, "--tasks", "paper", "--print-vlmevalkit")
+    assert ran.code == DONE
+    assert json.loads(ran.out)["model"] == {
+        STUDENT_PATH.name: {"class": "llama_vision", "model_path": str(STUDENT_PATH)}
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "no --tasks"),
+        (("--model", "m"), "no --tasks"),
+        (("--tasks", "pope"), "--tasks without a model"),
+        (("run", "--model", "m", "--tasks", "pope"), "--tasks with a run folder and --model"),
+        (("run", "--tasks", ","), "--tasks ','"),
+        (("run", "--tasks", "pope", "--maps", "maps"), "--maps with --tasks"),
+        (("--model", "m", "--tasks", "pope", "--limit", "0"), "--limit 0"),
+        (("--model", "m", "--tasks", "pope", "--batch-size", "0"), "--batch-size 0"),
+    ],
+)
+def test_options_that_do_not_fit(arguments, words):
+    assert words in complaint(lavender("eval", *arguments), WRONG_USAGE)

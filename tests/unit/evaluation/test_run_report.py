@@ -1,0 +1,170 @@
+"""`lavender eval` and `lavender report` of three models on real pictures: a base, a plain run and an aligned one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from command_line import complaint, lavender, write_scenes
+from lavender.cli.main import DONE, FAILED, WRONG_USAGE
+from lavender.data.store import MapStore
+from lavender.evaluation import runs
+from lavender.evaluation.eval_files import read_evaluation
+from lavender.evaluation.intervals import ratio
+from lavender.evaluation.run_report import Options, report_run
+from lavender.maps import entropy
+
+
+@pytest.fixture(scope="module")
+def folder(some_scenes, captions, make_student, processor, store_path, tmp_path_factory) -> Path:
+    """Six pictures, five of them with maps; a base and two runs, which are the base with other weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "data").mkdir()
+    write_scenes(folder / "data", some_scenes, captions)
+    make_student().save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    for seed, (name, weight) in enumerate((("plain", 0.0), ("aligned", 0.5))):
+        student = make_student()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+        student.save_pretrained(folder / name / "checkpoint")
+        processor.save_pretrained(folder / name / "checkpoint")
+        config: dict[str, Any] = {"model": str(folder / "model"), "data": str(folder / "data"), "maps": str(store_path)}
+        config |= {"prompt": "What?", "training": {"attention_loss": "mass", "align_weight": weight, "match": "exact"}}
+        (folder / name / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [json.dumps({"step": step, "vlm_loss": 2 - step, "attention_loss": 1.0}) for step in range(3)]
+    (folder / "aligned" / "metrics.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder) -> dict[str, Any]:
+    ran = lavender("eval", folder / "aligned", "--against", folder / "plain")
+    assert ran.code == DONE, ran.err
+    return {"said": ran.out, "result": json.loads((folder / "aligned" / "eval.json").read_text())}
+
+
+@pytest.fixture
+def observations(monkeypatch) -> list[list[str]]:
+    """The models of each evaluation that is made; it is made as always."""
+    seen, real = [], runs._observe_arms
+
+    def observe(arms, *arguments):
+        seen.append(list(arms))
+        return real(arms, *arguments)
+
+    monkeypatch.setattr(runs, "_observe_arms", observe)
+    return seen
+
+
+def test_the_samples_add_up_to_the_scores(folder, evaluated):
+    result = evaluated["result"]
+    assert list(result["arms"]) == ["base", "plain", "aligned"]
+    found = read_evaluation(folder / "aligned")
+    assert found is not None
+    assert found.samples is not None
+    assert len(found.samples) == result["samples"] == 6
+    for arm, scores in result["arms"].items():
+        for name in ("answer_nll", "entropy", "map_agreement"):
+            assert ratio([one.judged[arm].tallies[name] for one in found.samples]) == pytest.approx(scores[name])
+    assert len({scores["answer_nll"] for scores in result["arms"].values()}) == 3
+    words = {arm: sum(one.judged[arm].tallies["entropy"][1] for one in found.samples) for arm in result["arms"]}
+    assert len(set(words.values())) == 1  # the same words for every model, whatever `match` was
+    assert "1 of 6 samples have no map in the store" in result["notes"]
+
+
+def test_eval_shows_the_teacher_and_says_what_scores_mean(evaluated, store_path):
+    maps = torch.cat([record.maps for record in MapStore.open(store_path)])
+    teacher = evaluated["result"]["teacher"]["entropy"]
+    assert teacher == pytest.approx(entropy(maps).mean().item())
+    line = next(line for line in evaluated["said"].splitlines() if line.startswith("teacher's maps"))
+    assert line.split()[2:] == ["–", "–", f"{teacher:.4f}", "–"]
+    for name, direction in (("answer_nll", "lower"), ("content_f1", "higher"), ("map_agreement", "higher")):
+        assert f"{name} ({direction} is better): " in evaluated["said"]
+
+
+def test_the_page_has_all_models(folder, evaluated, observations, tmp_path):
+    options = Options(num_pictures=4)
+    out = report_run(folder / "aligned", tmp_path / "page.html", options, pdf=tmp_path / "figures.pdf")
+    page = out.read_text()
+    assert observations == []  # the scores are those of eval
+    texts = re.sub(r"<[^>]*>", " ", page)
+    assert page.index("Differences, on 6 samples") < page.index('id="pictures"') < page.index('id="curves"')
+    assert re.search(r"aligned − plain\s+aligned − base\s+plain − base", texts)
+    assert re.findall(r'<h3 class="group">(\w+)</h3>', page) == ["best", "typical", "worst"]
+    assert "4 of 6 samples, ordered by how much better aligned is than plain by answer_nll" in texts
+    assert len(re.findall(r'<article class="card panel', page)) == 4
+    for head in re.findall(r'<thead role="rowgroup">(.*)</thead>', page):
+        assert re.findall(r">([^<>]+)</th>", head)[1:] in (
+            ["teacher", "base", "plain", "aligned"],
+            ["base", "plain", "aligned"],
+        )
+    assert "plain: no curves, for there is no metrics.jsonl" in texts
+    assert re.search(r"align_weight\s+0.0\s+0.5", texts)
+    for command in ("lavender train ", "lavender eval ", "lavender report "):
+        assert f"<code>{command}" in page
+    assert "--against" in texts
+    assert (tmp_path / "figures.pdf").read_bytes().startswith(b"%PDF")
+    gains = [float(value) * (1 if word == "better" else -1) for value, word in GAIN.findall(texts)]
+    assert gains == sorted(gains, reverse=True)
+    assert len(gains) == 4
+
+
+GAIN = re.compile(r"aligned is (\d+\.\d+) (better|worse)\.")
+
+
+def test_a_page_of_other_models_scores_them(folder, evaluated, observations, tmp_path):
+    """And notes of its teacher are on a page with its maps alone."""
+    with MapStore.writer(tmp_path / "maps", {"teacher": "world"}, {}, (5, 7)):
+        pass
+    run = folder / "plain"
+    assert read_evaluation(run) is None
+    ran = lavender("report", run, "--maps", tmp_path / "maps", "--limit", "2", "--pictures", "1")
+    assert ran.code == DONE, ran.err
+    assert "MB)" in ran.out
+    page = (run / "report.html").read_text()
+    assert observations == [["base", "plain"]]
+    assert "this command made the scores: there were none" in page
+    assert "drawings over textures" in page
+    assert "plain is" in page
+    report_run(run, tmp_path / "same.html", Options(num_pictures=1))
+    assert len(observations) == 1
+    page = report_run(run, tmp_path / "other.html", Options(against=(folder / "aligned",), limit=2)).read_text()
+    assert observations[1:] == [["base", "aligned", "plain"]]
+    assert "those in eval.json are of other against" in page
+    (run / "eval.jsonl").unlink()
+    page = report_run(run, tmp_path / "again.html").read_text()
+    assert len(observations) == 3
+    assert "those of an earlier version have no scores per sample" in page
+    assert json.loads((run / "eval.json").read_text())["samples"] == 2
+
+
+def test_a_page_without_maps_says_so(folder, evaluated, some_scenes, captions, tmp_path):
+    """Held-out data without a store: no teacher, no agreement; and it is refused when its pictures have changed."""
+    (tmp_path / "held-out").mkdir()
+    write_scenes(tmp_path / "held-out", some_scenes[:2], captions[:2])
+    ran = lavender("report", folder / "aligned", "--data", tmp_path / "held-out", "--out", tmp_path / "page.html")
+    assert ran.code == DONE, ran.err
+    page = (tmp_path / "page.html").read_text()
+    assert "no map store: no maps of a teacher, and no map_agreement" in page
+    assert ">teacher</th>" not in page
+    some_scenes[2].image.save(tmp_path / "held-out" / "0.png")
+    assert "not the one that was scored" in complaint(lavender("report", folder / "aligned"), FAILED)
+    write_scenes(tmp_path / "held-out", some_scenes[:2], ["a dog.", "a cat."])
+    assert "not the one that was scored" in complaint(lavender("report", folder / "aligned"), FAILED)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [(("--by", "entropy"), "one of answer_nll, content_f1"), (("--pictures", "0"), "at least 1")]
+)
+def test_options_out_of_range_are_refused_before_any_work(option, words, folder, observations):
+    assert words in complaint(lavender("report", folder / "plain", *option), WRONG_USAGE)
+    assert observations == []
