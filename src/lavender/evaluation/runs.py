@@ -43,8 +43,7 @@ def evaluate_runs(
 ) -> dict[str, Any]:
     """Score a run, its base model and other models on the same samples. Also writes RUN/eval.json and RUN/eval.jsonl.
 
-    The pictures and maps of one batch are in memory at a time, and one model. Of each sample only the answers and the
-    sums of its scores are kept.
+    One model is in memory at a time, with the pictures and maps of one batch.
 
     Args:
         run: run folder, as `lavender train` writes it.
@@ -57,10 +56,9 @@ def evaluate_runs(
             usual names.
 
     Returns:
-        `arms` (model name → score name → value; `lavender.evaluation.score_help` explains them), `teacher` (the same
-        of the teacher's maps, or None), `samples` (their number), `limit`, `notes` for the reader,
-        `differing_settings` (setting → model name → value), the paths `data`, `maps` and `against`, `columns`, the
-        `arguments` that were given, and `command`, which repeats this.
+        `arms` (model name → score name → value; see `lavender.evaluation.score_help`), `teacher` (the same of the
+        teacher's maps, or None), `samples` (their number), `limit`, `notes` for the reader, `differing_settings`
+        (setting → model name → value), `data`, `maps`, `against`, `columns`, the `arguments` given, and `command`.
 
     Raises:
         ConfigError: `limit` is below 1.
@@ -75,12 +73,10 @@ def evaluate_runs(
     prompt = prompt_of(config, run)
     arm_paths = arms_of(config, run, against)
     differing, notes = differing_settings(arm_paths)
-    given = None if maps is None else [str(path) for path in ([maps] if isinstance(maps, (str, Path)) else maps)]
-    command = _command(run, against, data, given, limit, columns, trust_remote_code)
-    arguments = {"data": data and str(data), "maps": given, "limit": limit, "columns": columns}
+    given = _given(run, against, data, None if maps is None else _paths(maps), limit, columns, trust_remote_code)
     on_training_data = data is None
     data = data_path(config["data"]) if data is None else data
-    stores = open_stores(config["maps"] if maps is None and on_training_data else given)
+    stores = open_stores(config["maps"] if maps is None and on_training_data else maps)
     columns = config.get("columns") if columns is None and on_training_data else columns
     read = read_samples(data, prompt, columns)
     samples = readable(Samples(spread(read.samples, limit)))
@@ -89,20 +85,10 @@ def evaluate_runs(
     notes += [*left_out(read.samples), *_uncounted(samples, judged)]
     teacher, unmapped = _teacher_scores(samples, joined(stores))
     notes += [f"{unmapped} of {len(samples)} samples have no map in the store"] if unmapped else []
-    result = {
-        "data": str(data),
-        "columns": columns,
-        "maps": [str(store.path) for store in stores] or None,
-        "samples": len(samples),
-        "limit": limit,
-        "against": [str(path) for path in against],
-        "arms": {name: scores_of(found) for name, found in judged.items()},
-        "teacher": teacher,
-        "differing_settings": differing,
-        "arguments": arguments,
-        "command": command,
-        "notes": notes,
-    }
+    scores = {name: scores_of(found) for name, found in judged.items()}
+    place = {"data": str(data), "columns": columns, "maps": [str(store.path) for store in stores] or None}
+    result = {**place, "samples": len(samples), "arms": scores, "teacher": teacher, **given, "notes": notes}
+    result |= {"differing_settings": differing}
     write_evaluation(run, result, _lines(samples, judged))
     return result
 
@@ -139,7 +125,7 @@ def _teacher_scores(samples: Samples, store: SeveralStores | None) -> tuple[dict
     return {"entropy": ratio(tallies)}, sum(maps is None for maps in found)
 
 
-def _command(
+def _given(
     run: Path,
     against: Sequence[Path],
     data: Path | None,
@@ -147,18 +133,24 @@ def _command(
     limit: int,
     columns: Mapping[str, str] | None,
     trust_remote_code: bool,
-) -> str:
-    """The call of `lavender eval` with these arguments."""
+) -> dict[str, Any]:
+    """What eval.json has of the arguments: `against`, `limit`, all of `arguments`, and `command` as a user types it."""
     words = ["lavender", "eval", str(run), *(word for path in against for word in ("--against", str(path)))]
     words += ["--data", str(data)] if data is not None else []
     words += ["--maps", *maps] if maps else []
     words += ["--columns", ",".join(f"{role}={name}" for role, name in columns.items())] if columns else []
     words += ["--limit", str(limit)] + ["--trust-remote-code"] * trust_remote_code
-    return shlex.join(words)
+    arguments = {"data": data and str(data), "maps": maps, "limit": limit, "columns": columns}
+    paths = [str(path) for path in against]
+    return {"against": paths, "limit": limit, "arguments": arguments, "command": shlex.join(words)}
 
 
 def open_stores(maps: str | Path | Sequence[str | Path] | None) -> list[MapStore]:
-    return [MapStore.open(path) for path in ([maps] if isinstance(maps, (str, Path)) else maps or ())]
+    return [MapStore.open(path) for path in _paths(maps or ())]
+
+
+def _paths(maps: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(path) for path in ([maps] if isinstance(maps, (str, Path)) else maps)]
 
 
 def joined(stores: Sequence[MapStore]) -> SeveralStores | None:
