@@ -92,6 +92,7 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "report": ("r",),
     "export": ("r", "--out", "o"),
     "inspect": ("m",),
+    "look": ("m", "p.jpg", "a dog"),
     "store": ("stats", "s"),
     "env": (),
 }
