@@ -39,8 +39,9 @@ def test_a_study_runs_to_its_page(name, tmp_path):
             if metric in scores:
                 assert len(scores[metric]) == 1, (row, metric)
         assert set(study.metrics) <= set(scores) or row == "base"
-    by_step = [json.dumps(scores) for scores in printed["arms"].values()]
-    assert len(set(by_step)) == len(by_step), "a student is scored after each step, and no two arms are equal"
+    # the learning rate is 0 at the first step of the warm-up, which leaves plain and published alike
+    differing = [json.dumps(scores) for row, scores in printed["arms"].items() if not row.endswith(", step 1")]
+    assert len(set(differing)) == len(differing), "a student is scored after each step, and no two arms are equal"
     assert printed["verdict"]
     assert QUICK in (folder / "page.md").read_text()
     assert (folder / "plot.png").stat().st_size > 1000

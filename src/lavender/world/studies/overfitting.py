@@ -43,7 +43,10 @@ def risen(scores: Scores, arm: str) -> list[float]:
 
 
 def gap(scores: Scores, arm: str) -> list[float]:
-    """Per seed: loss of held-out captions minus that of training, after the last step, in nats per token."""
+    """Per seed: loss of held-out captions minus that of training, after the last step, in nats per token.
+
+    The loss of training is of the last sixth of the steps, when attention forcing has ended.
+    """
     row = scores[row_of(arm, steps_of(scores, arm)[-1])]
     return [held_out - seen for held_out, seen in zip(row["held_out_loss"], row["training_loss"], strict=True)]
 
