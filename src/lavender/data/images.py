@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from lavender.errors import DataError
 from lavender.files import IMAGE_FORMATS, MISSING, expanded, fault_of, printable, read_plain
@@ -79,10 +79,16 @@ def load_image(source: Image.Image | Path | str | bytes | Mapping, name: str) ->
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Turn any error of a decoder into a DataError, and silence its warnings."""
+    """Turn any error of a decoder into a DataError, and silence its warnings.
+
+    With `LOAD_TRUNCATED_IMAGES` Pillow decodes a truncated file, grey below the break. The flag is of the whole
+    process, and some libraries set it when they are imported (lmms-eval does). Here it is off.
+    """
+    of_the_process = ImageFile.LOAD_TRUNCATED_IMAGES
     with warnings.catch_warnings():
         # Pillow warns of large images, which are refused below, and of damaged EXIF, which harms no pixel.
         warnings.simplefilter("ignore")
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
         try:
             yield
         except DataError:
@@ -94,6 +100,8 @@ def decoding(name: str) -> Iterator[None]:
             why = "it is truncated" if "truncated" in str(error) else why
             why = "it does not fit into the memory" if isinstance(error, MemoryError) else why
             raise DataError(f"{name}, which cannot be decoded: {why}", "a whole picture file", _FIX_FILE) from error
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = of_the_process
 
 
 def open_encoded(encoded: bytes, name: str, formats: tuple[str, ...] = IMAGE_FORMATS) -> Image.Image:

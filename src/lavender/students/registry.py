@@ -39,6 +39,21 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
     )
 }
 
+VLMEVALKIT: dict[str, str] = {
+    "mllama": "llama_vision",
+    "minicpmv": "MiniCPM_Llama3_V",
+    "llava_next": "LLaVA_Next",
+    "llava_onevision": "LLaVA_OneVision_HF",
+    "idefics3": "IDEFICS2",
+    "smolvlm": "SmolVLM",
+    "qwen2_vl": "Qwen2VLChat",
+    "qwen2_5_vl": "Qwen2VLChat",
+    "qwen3_vl": "Qwen3VLChat",
+    "gemma3": "Gemma3",
+    "internvl": "InternVLChat",
+}
+"""`model_type` → class of the same models in VLMEvalKit's `vlmeval/vlm`. Families that are not here have none."""
+
 
 def adapter_for(config: Any) -> VlmAdapter:
     """The adapter for a model, from its config.

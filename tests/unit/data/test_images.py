@@ -10,7 +10,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lavender.data import images
 from lavender.data.images import image_id, load_image
@@ -122,11 +122,15 @@ def test_not_a_picture():
     assert "Do this: repair or replace the file" in message
 
 
+@pytest.mark.parametrize("tolerant", [False, True])
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_truncated(form):
+def test_truncated(form, tolerant, monkeypatch):
+    """Also where another library has told Pillow to decode truncated files."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
     content = encoded(noise(67, 61), form)
     message = refusal(content[: len(content) // 2])
     assert "cannot be decoded" in message or "only its beginning" in message
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is tolerant
 
 
 def test_several_frames():

@@ -10,25 +10,12 @@ from typing import Any
 
 from lavender.errors import ConfigError
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, Benchmark
+from lavender.students.registry import VLMEVALKIT
 
 WIDTH = 80
 _TASK, _COUNT = 23, 8
 _ARMS_PER_TABLE = 4
 _SHORT = ("base", "LoRA", "Lav. LoRA", "full", "Lav. full")
-# model_type of config.json → class of the model in VLMEvalKit's vlmeval/vlm
-_VLMEVALKIT = {
-    "mllama": "llama_vision",
-    "minicpmv": "MiniCPM_Llama3_V",
-    "llava_next": "LLaVA_Next",
-    "llava_onevision": "LLaVA_OneVision_HF",
-    "idefics3": "IDEFICS2",
-    "smolvlm": "SmolVLM",
-    "qwen2_vl": "Qwen2VLChat",
-    "qwen2_5_vl": "Qwen2VLChat",
-    "qwen3_vl": "Qwen3VLChat",
-    "gemma3": "Gemma3",
-    "internvl": "InternVLChat",
-}
 
 
 def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
@@ -80,7 +67,7 @@ def vlmevalkit_settings(groups: Sequence[str], models: Mapping[str, str | Path],
             "a group whose benchmarks VLMEvalKit has, such as paper",
             "pass --tasks paper",
         )
-    kind = _VLMEVALKIT.get(family or "", "NAME_OF_THE_CLASS_IN_vlmeval.vlm")
+    kind = VLMEVALKIT.get(family or "", "NAME_OF_THE_CLASS_IN_vlmeval.vlm")
     settings = {
         "model": {name: {"class": kind, "model_path": str(path)} for name, path in models.items()},
         "data": {one.vlmevalkit: {"class": one.kind, "dataset": one.vlmevalkit} for one in chosen},
