@@ -87,8 +87,25 @@ def test_what_has_no_difference():
     assert alone.difference == 1
     assert np.isnan(alone.low)
     assert not alone.excludes_zero
-    rare = paired_difference([(1.0, 1), *[(0.0, 0)] * 4], [(0.0, 1)] * 5)  # some draws have no weight at all
+    twice = [(1.0, 1), (2.0, 1), *[(0.0, 0)] * 3]
+    rare = paired_difference(twice, [(0.0, 1)] * 5)  # some draws have no weight at all
     assert rare is not None
-    assert (rare.low, rare.high) == (1, 1)
+    assert (rare.difference, rare.low, rare.high) == (1.5, 1, 2)
+
+
+def test_one_unit_with_a_weight_is_one_unit():
+    """Of five pictures one has a map: every draw has its difference, which says nothing about other pictures."""
+    one_of_five, all_five = [(1.0, 1), *[(0.0, 0)] * 4], [(0.0, 1)] * 5
+    for first, second in ((one_of_five, one_of_five), (one_of_five, all_five), (all_five, one_of_five)):
+        found = paired_difference(first, second)
+        assert found is not None
+        assert np.isnan([found.low, found.high]).all()
+        assert not found.excludes_zero
+    samples = paired_difference([(1.0, 1), (1.0, 1), (0.0, 0)], [(0.0, 1)] * 3, ["a", "a", "b"])
+    assert samples is not None
+    assert np.isnan(samples.low), "two samples of one picture"
+
+
+def test_models_are_scored_on_the_same_samples():
     with pytest.raises(DataError, match="Got 1 and 2 samples"):
         paired_difference([(1.0, 1)], [(0.0, 1)] * 2)

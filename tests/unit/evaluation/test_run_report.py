@@ -168,3 +168,9 @@ def test_a_page_without_maps_says_so(folder, evaluated, some_scenes, captions, t
 def test_options_out_of_range_are_refused_before_any_work(option, words, folder, observations):
     assert words in complaint(lavender("report", folder / "plain", *option), WRONG_USAGE)
     assert observations == []
+
+
+@pytest.mark.parametrize("option", ["--out", "--pdf"])
+def test_a_place_that_cannot_hold_a_file_is_refused_before_any_work(option, folder, observations):
+    assert f"Got {folder}: Is a directory" in complaint(lavender("report", folder / "plain", option, folder), FAILED)
+    assert observations == []

@@ -19,7 +19,7 @@ from lavender.data.store import MapStore
 from lavender.errors import DataError
 from lavender.evaluation.answers import generate_answers
 from lavender.evaluation.faithfulness import BLUR, faithfulness
-from lavender.evaluation.look.attention import ANSWER, WordAttention, read_attention, require_template
+from lavender.evaluation.look.attention import ANSWER, WordAttention, no_word, read_attention, require_template
 from lavender.evaluation.look.curves import faithfulness_view
 from lavender.evaluation.look.gallery import SCORE_NAMES, gallery_page, read_gallery
 from lavender.evaluation.look.page import attention_page, detail_note, render, teacher_page
@@ -33,6 +33,8 @@ from lavender.words import content_words
 
 PROMPT = "Describe the image."
 """The question that a caption answers."""
+MAX_NEW_TOKENS = 64
+"""Where a generated answer is cut off."""
 MAX_WORDS = 40
 """The most words of a text that a page shows, the first."""
 MAX_FAITHFUL = 12
@@ -206,7 +208,10 @@ def look_at_maps(
         *_judge_notes(gallery.by, against, store.grid),
     ]
     if gallery.without_picture:
-        notes.append(f"{gallery.without_picture} more were chosen, and their picture and text are not in the data.")
+        missing = "their picture and text are not in the data, or the picture cannot be read"
+        notes.append(f"{gallery.without_picture} more were chosen, but {missing}.")
+    if gallery.not_compared:
+        notes.append(f"{gallery.not_compared} words of the texts searched are not in {against}: they have no score.")
     if number < len(gallery.records):
         notes.append(f"{len(gallery.records) - number} more did not fit into a page of 10 MB.")
     notes += [teacher_notes[teacher]] if teacher in teacher_notes else []
@@ -219,11 +224,11 @@ def look_at_maps(
                 WordRow(f"{own.text}\n{judged.text}", {"map": heat})
                 for own, heat, judged in zip(record.maps.words, record.maps.maps, record.judged, strict=True)
             ],
-            truth=record.maps.text,
+            {"text": record.maps.text},
         )
         for record in shown[:PANELS]
     ]
-    heats = torch.cat([record.maps.maps for record in shown])
+    heats = torch.cat([record.maps.maps for record in shown]) if shown else torch.empty(0)
     mean = [f"mean entropy of the maps shown: {float(entropy(heats).mean()):.2f} nats"] if len(heats) else []
     return Looked(render("gallery", page), panels, [*notes, *mean])
 
@@ -242,7 +247,7 @@ def _loaded(model_path: str | Path, device: str, dtype: str, trust_remote_code: 
 
 def _answer_of(model: Any, processor: Any, image: Image.Image, prompt: str, name: str) -> str:
     """The model's greedy answer. Raises DataError if it is empty."""
-    (answer,) = generate_answers(model, processor, [image], [prompt])
+    (answer,) = generate_answers(model, processor, [image], [prompt], MAX_NEW_TOKENS)
     if not answer.strip():
         got = f"no answer of {name} to {prompt!r}"
         raise DataError(got, "an answer with words to map", "ask something else, or give --answer")
@@ -252,11 +257,8 @@ def _answer_of(model: Any, processor: Any, image: Image.Image, prompt: str, name
 def _first_maps(maps: WordMaps) -> tuple[WordMaps, list[str]]:
     """The maps that a page has room for, and a note about the others. Raises DataError if there is no map."""
     if not maps.words:
-        raise DataError(
-            f"{maps.text!r}, of which no word has a map",
-            "a caption with a noun, an adjective or a verb",
-            "give another caption, or choose the parts of speech with --words",
-        )
+        reasons = "; ".join(f"{drop.what}: {drop.reason}" for drop in maps.dropped)
+        raise no_word(f"the caption {maps.text!r}", maps.text, reasons)
     kept, beyond = _first(maps.words)
     number = len(kept)
     first = WordMaps(maps.image_id, maps.text, kept, maps.maps[:number], maps.dropped, maps.confidence[:number])
@@ -264,7 +266,9 @@ def _first_maps(maps: WordMaps) -> tuple[WordMaps, list[str]]:
 
 
 def _model_notes(seen: WordAttention, is_question: bool, is_generated: bool) -> list[str]:
-    read = "The model answered greedily." if is_generated else "The answer is the one that was given."
+    read = "The answer is the one that was given."
+    if is_generated:
+        read = f"The model answered greedily. Its answer is cut off after {MAX_NEW_TOKENS} tokens."
     if not is_question:
         read = f"The text was read as a caption: as the answer to “{PROMPT}”. A text that ends in “?” is a question."
     level = (
