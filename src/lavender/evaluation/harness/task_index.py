@@ -13,15 +13,18 @@ from lavender.evaluation.harness import TASKS_PATH
 from lavender.evaluation.harness.benchmarks import GROUPS
 from lavender.model_files import one_line
 
+_IMPORTED = ("aiohttp", "dotenv", "evaluate", "loguru", "pytz", "rapidfuzz", "sacrebleu", "tenacity")
+# the packages of the extra `eval`, by the names that are imported
 RANKING = ("multiple_choice", "loglikelihood")
 """Types of output that need the loss of options. The others need answers."""
 
 
 def require_harness() -> None:
-    """Raise ConfigError unless lmms-eval is installed."""
-    if importlib.util.find_spec("lmms_eval") is None:
+    """Raise ConfigError unless lmms-eval and what its evaluator imports are installed."""
+    missing = [name for name in ("lmms_eval", *_IMPORTED) if importlib.util.find_spec(name) is None]
+    if missing:
         raise ConfigError(
-            "no package lmms_eval",
+            f"no package {missing[0]}",
             "lmms-eval and the packages of the extra `eval`",
             "pip install 'lavender-vlm[eval]', then pip install --no-deps lmms_eval==0.7.3; see docs/benchmarks.md",
         )
@@ -52,12 +55,15 @@ class TaskIndex:
         """The tasks that the names mean, each once: tasks, groups and tags of lmms-eval, and the paper's groups.
 
         Raises:
-            ConfigError: a name that is none of these.
+            ConfigError: a name that is none of these, or no task in all of them.
         """
         wanted: list[str] = []
         for name in names:
             wanted += [one.task for one in GROUPS[name] if one.task] if name in GROUPS else [name]
-        return list(dict.fromkeys(leaf for name in wanted for leaf in self._leaves(name)))
+        found = list(dict.fromkeys(leaf for name in wanted for leaf in self._leaves(name)))
+        if not found:
+            raise ConfigError(f"--tasks {','.join(wanted)}, which has no task", "at least one task", "name a task")
+        return found
 
     def build(self, task: str) -> Any:
         """The task with its data set, with state of its own: some tasks of lmms-eval add up over calls.
