@@ -36,7 +36,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--batch-size", type=int, default=1, metavar="N", help="questions per pass (default: 1)")
     group.add_argument("--device", default=None, help='such as "cuda:0" (default: a GPU if there is one)')
-    group.add_argument("--dtype", default="auto", help="type of the weights (default: auto, theirs on disk)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="type of the weights (default: auto, theirs on disk)",
+    )
     group.add_argument(
         "--include-path",
         type=expanded,
@@ -74,13 +79,14 @@ def run(options: argparse.Namespace) -> int:
     arms = _arms(options)
     if options.print_vlmevalkit:
         return _print_vlmevalkit(tasks, arms)
+    from lavender.cli.extract import _usable_device
     from lavender.evaluation.harness.running import RESULT, Settings, evaluate_tasks
     from lavender.evaluation.harness.tables import result_lines
 
     settings = Settings(
         limit=options.limit,
         batch_size=options.batch_size,
-        device=options.device,
+        device=None if options.device is None else _usable_device(options.device, "local", None),
         dtype=options.dtype,
         include=tuple(options.include_path),
         trust_remote_code=options.trust_remote_code,

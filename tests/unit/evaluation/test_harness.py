@@ -480,10 +480,33 @@ def test_each_model_has_a_name_and_a_folder_of_its_own(tmp_path, monkeypatch):
     assert list(arms.values()) == [*(tmp_path / one for one in ("a/run=1", "b/run=1", "c/run_1")), "org/run_1"]
 
 
+@pytest.mark.parametrize(
+    ("cause", "limit", "do"),
+    [
+        (ValueError("bad row"), None, "leave the task out; x.log"),
+        (AssertionError("MME only supports pairwise evaluation"), 3, "leave the task out, or --limit if it needs all"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 3, "lower --batch-size; x.log"),
+    ],
+)
+def test_the_advice_for_a_task_that_fails_fits_its_cause(cause, limit, do):
+    error = running.failure("mme", cause, Path("x.log"), limit)
+    assert error.got.startswith("the task mme, which fails: ")
+    assert str(cause) in error.got
+    assert error.do.startswith(do)
+
+
 def test_a_missing_package_of_the_extra_is_told(monkeypatch):
     monkeypatch.setattr(task_index, "_IMPORTED", ("loguru", "no_such_package"))
     with pytest.raises(ConfigError, match=r"no package no_such_package.*the extra `eval`"):
         task_index.require_harness()
+
+
+def test_folders_of_tasks_that_cannot_be_read(tmp_path):
+    (tmp_path / "broken.yaml").write_text("task: [")
+    with pytest.raises(DataError, match=r"no YAML: .*broken\.yaml.*repair the file"):
+        TaskIndex([tmp_path])
+    with pytest.raises(ConfigError, match=r"broken\.yaml, which is no folder"):
+        TaskIndex([tmp_path / "broken.yaml"])
 
 
 def test_a_group_without_tasks_is_an_error(tmp_path):
@@ -544,8 +567,9 @@ def test_vlmevalkits_settings_have_what_lmms_eval_lacks():
     assert settings["model"]["aligned"] == {"class": "llama_vision", "model_path": "out"}
     assert settings["data"]["MMBench_DEV_EN_V11"] == {"class": "ImageMCQDataset", "dataset": "MMBench_DEV_EN_V11"}
     assert len(settings["data"]) == 20
-    with pytest.raises(ConfigError, match=r"--print-vlmevalkit with --tasks pope.*such as paper"):
-        vlmevalkit_settings(["pope"], {"base": "x"}, "mllama")
+    for tasks in (["pope"], ["paper", "pope"]):
+        with pytest.raises(ConfigError, match=r"--print-vlmevalkit with --tasks pope.*such as paper"):
+            vlmevalkit_settings(tasks, {"base": "x"}, "mllama")
 
 
 def test_vlmevalkit_gets_no_run_folder(tmp_path):
@@ -573,6 +597,7 @@ def test_vlmevalkit_gets_no_run_folder(tmp_path):
         (("run", "--tasks", "pope", "--maps", "maps"), "--maps with --tasks"),
         (("--model", "m", "--tasks", "pope", "--limit", "0"), "--limit 0"),
         (("--model", "m", "--tasks", "pope", "--batch-size", "0"), "--batch-size 0"),
+        (("--model", "m", "--tasks", "pope", "--device", "foo"), "--device 'foo', which PyTorch cannot use here"),
     ],
 )
 def test_options_that_do_not_fit(arguments, words):

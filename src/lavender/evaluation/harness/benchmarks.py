@@ -282,7 +282,7 @@ _PAPER = (
         vlmevalkit="POPE",
         kind="ImageYORNDataset",
         paper=_NUMBERS["pope"],
-        note="F1 over all three kinds of questions together",
+        note='F1 over all three kinds of questions together; lmms-eval takes the bare word only, so "Yes." is wrong',
     ),
 )
 _WORLDMEDQA = (

@@ -100,7 +100,10 @@ class _LavenderModel(lmms):
             if answers[place] is None:
                 groups[json.dumps(plan.settings, sort_keys=True, default=str)].append(place)
         with tqdm(
-            total=len(plans), initial=len(plans) - answers.count(None), desc="answers", disable=self._rank != 0
+            total=len(plans),
+            initial=len(plans) - answers.count(None),
+            desc=plans[0].task if plans else "answers",
+            disable=self._rank != 0,
         ) as bar:
             for places in groups.values():
                 settings = plans[places[0]].settings
@@ -205,7 +208,7 @@ class RankingModel(_LavenderModel):
         lmms-eval takes the option with the smallest loss, in spite of the method's name.
         """
         found = []
-        for request in tqdm(requests, desc="options", disable=self._rank != 0):
+        for request in tqdm(requests, desc=requests[0].task_name if requests else "options", disable=self._rank != 0):
             plan = self._option(request)
             known = self._known(plan)
             if known is None:

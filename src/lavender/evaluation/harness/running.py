@@ -129,7 +129,7 @@ def checkpoint_digest(path: str | Path, trust_remote_code: bool = False) -> str:
     folder = Path(path) / "checkpoint" if (Path(path) / "checkpoint").is_dir() else Path(path)
     if not folder.is_dir():
         with loading("model", path):
-            return f"commit {load_config(path, trust_remote_code)._commit_hash}"
+            return f"{path} at commit {load_config(path, trust_remote_code)._commit_hash}"
     found = digest_of_folder(folder)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
@@ -188,19 +188,22 @@ def _evaluate(lm: Any, task: Any, name: str, index: TaskIndex, out: Path, settin
             raise cause from error
         log = out / f"{file_name(name)}.error.log"
         write_whole(log, "".join(traceback.format_exception(error)))
-        raise DataError(
-            f"the task {name}, which fails: {one_line(cause)}",
-            "a task that runs",
-            f"see the traceback in {log}; "
-            + (
-                "leave out the task"
-                if settings.limit is None
-                else "leave out the task, or --limit, if it needs all samples"
-            )
-            + ". The answers so far are kept",
-        ) from error
+        raise failure(name, cause, log, settings.limit) from error
     with contextlib.redirect_stdout(io.StringIO()):  # an aggregation that prints does so once per sample
         return Scored.of(name, found, task.aggregation(), lm.pictures[name])
+
+
+def failure(task: str, cause: BaseException, log: Path, limit: int | None) -> DataError:
+    """The error of a task that fails, with what helps against its cause. `log` has the traceback."""
+    if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+        do = "lower --batch-size"
+    else:
+        do = "leave the task out" if limit is None else "leave the task out, or --limit if it needs all its samples"
+    return DataError(
+        f"the task {task}, which fails: {one_line(cause)}",
+        "a task that runs",
+        f"{do}; {log} has the traceback. The answers so far are kept",
+    )
 
 
 def _summary(name: str, by_arm: Mapping[str, Scored]) -> dict[str, Any]:

@@ -71,20 +71,23 @@ def vlmevalkit_settings(groups: Sequence[str], models: Mapping[str, str | Path],
     """VLMEvalKit's file for `run.py --config`, as JSON: the benchmarks of the paper's groups that it has.
 
     Args:
-        groups: names of the paper's groups; other tasks are lmms-eval's and have no place there.
+        groups: names of the paper's groups.
         models: name → folder or Hub id. VLMEvalKit loads whole models: export a run with LoRA first.
         family: `model_type` of the models' config.json; None if it is not known.
 
     Raises:
-        ConfigError: none of the names is a group whose benchmarks VLMEvalKit has.
+        ConfigError: one of the names is no group whose benchmarks VLMEvalKit has.
     """
-    chosen = [one for name in groups for one in GROUPS.get(name, ()) if one.vlmevalkit]
-    if not chosen:
-        raise ConfigError(
-            f"--print-vlmevalkit with --tasks {','.join(groups)}",
-            "a group whose benchmarks VLMEvalKit has, such as paper",
-            "pass --tasks paper",
-        )
+    chosen = []
+    for name in groups:
+        found = [one for one in GROUPS.get(name, ()) if one.vlmevalkit]
+        if not found:
+            raise ConfigError(
+                f"--print-vlmevalkit with --tasks {name}",
+                "groups whose benchmarks VLMEvalKit has, such as paper",
+                f"leave {name} out, and run it without --print-vlmevalkit",
+            )
+        chosen += found
     kind = _VLMEVALKIT.get(family or "", "NAME_OF_THE_CLASS_IN_vlmeval.vlm")
     settings = {
         "model": {name: {"class": kind, "model_path": str(path)} for name, path in models.items()},

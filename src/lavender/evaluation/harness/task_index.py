@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from yaml import YAMLError
+
 from lavender.errors import ConfigError, DataError
 from lavender.evaluation.harness import TASKS_PATH
 from lavender.evaluation.harness.benchmarks import GROUPS
@@ -40,13 +42,15 @@ class TaskIndex:
 
     Raises:
         ConfigError: lmms-eval is not installed, or a folder is missing.
+        DataError: a task's file is no YAML.
     """
 
     def __init__(self, include: Sequence[Path] = ()):
         require_harness()
         for folder in include:
             if not folder.is_dir():
-                raise ConfigError(f"the folder {folder}, which is missing", "a folder of tasks", "check the path")
+                got = f"--include-path {folder}, which is no folder"
+                raise ConfigError(got, "a folder of tasks", "check the path")
         self._folders = [str(TASKS_PATH), *map(str, include)]
         self.manager = self._manager(include_defaults=False)
         self._complete = False
@@ -115,7 +119,11 @@ class TaskIndex:
     def _manager(self, include_defaults: bool) -> Any:
         from lmms_eval.tasks import TaskManager
 
-        return TaskManager("ERROR", self._folders, include_defaults, model_name="lavender")
+        try:
+            return TaskManager("ERROR", self._folders, include_defaults, model_name="lavender")
+        except YAMLError as error:
+            got = f"a file of --include-path that is no YAML: {' '.join(str(error).split())}"
+            raise DataError(got, "tasks in YAML", "repair the file") from error
 
 
 def cause_of(error: BaseException) -> BaseException:
