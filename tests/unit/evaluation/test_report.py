@@ -378,7 +378,7 @@ def test_columns_of_panels_stand_under_each_other(tmp_path: Path, monkeypatch):
 
     drawn: list[Figure] = []
     savefig = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args: (drawn.append(self), savefig(self, *args)))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *to, **how: (drawn.append(self), savefig(self, *to, **how)))
     maps: dict[str, torch.Tensor | None] = {"a": spot(1, 5), "b": None}
     panels = [Panel(picture(), "p", [WordRow(word, maps)], {}) for word in ("x", "a much longer word")]
     draw_figure(panels, tmp_path / "figure.png")

@@ -174,3 +174,9 @@ def test_options_out_of_range_are_refused_before_any_work(option, words, folder,
 def test_a_place_that_cannot_hold_a_file_is_refused_before_any_work(option, folder, observations):
     assert f"Got {folder}: Is a directory" in complaint(lavender("report", folder / "plain", option, folder), FAILED)
     assert observations == []
+
+
+def test_a_wrong_model_is_found_before_any_model_is_scored(folder, observations):
+    ran = lavender("report", folder / "plain", "--against", folder / "no-run")
+    assert f"the model {folder / 'no-run'}, which cannot be loaded" in complaint(ran, FAILED)
+    assert observations == []

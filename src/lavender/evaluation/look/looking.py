@@ -42,7 +42,7 @@ MAX_FAITHFUL = 12
 PANELS = 6
 """Texts of a gallery that `--png` draws."""
 _COMMON_NOTES = (
-    f"The brightest region of a map are the cells with at least {100 * REGION:.0f} % of its maximum.",
+    f"The brightest region of a map is all cells with at least {100 * REGION:.0f} % of its maximum.",
     "“What exceeds the mean of the words” takes the mean of all words’ maps from each: models often look at the same "
     "few places whatever the word is.",
 )
@@ -201,10 +201,10 @@ def look_at_maps(
     shown = gallery.records[:number]
     teacher = str(store.identity.get("teacher", "an unknown teacher"))
     chosen = "the worst of all" if worst else "spread evenly over the store"
-    only = f" with the word “{word}”" if word else ""
+    only, judged_by = (f" with the word “{word}”", "this word") if word else ("", "its worst word")
     notes = [
         f"{number} of {gallery.total} texts{only} are shown: {chosen}. Worst first by {SCORE_NAMES[gallery.by]}; a "
-        "text has the place of its worst word.",
+        f"text has the place of {judged_by}.",
         *_judge_notes(gallery.by, against, store.grid),
     ]
     if gallery.without_picture:
@@ -270,7 +270,7 @@ def _model_notes(seen: WordAttention, is_question: bool, is_generated: bool) -> 
     if is_generated:
         read = f"The model answered greedily. Its answer is cut off after {MAX_NEW_TOKENS} tokens."
     if not is_question:
-        read = f"The text was read as a caption: as the answer to “{PROMPT}”. A text that ends in “?” is a question."
+        read = f"The text was read as a caption: as the answer to “{PROMPT}” A text that ends in “?” is a question."
     level = (
         "These layers attend to the picture alone, so their share of attention on it is always 100 %."
         if seen.sees_picture_alone

@@ -133,9 +133,8 @@ def _draw_row(axes: list[Axes], panel: Panel, row: WordRow, columns: list[str], 
         if with_titles:
             cell_axes.set_title(drawable(column), weight="bold", **_TEXT)
         _draw_cell(cell_axes, panel, row, column)
-    axes[0].set_ylabel(
-        textwrap.fill(drawable(row.word), 14), rotation=0, ha="right", va="center", weight="bold", **_TEXT
-    )
+    label = "\n".join(textwrap.fill(line, 14) for line in drawable(row.word).split("\n"))
+    axes[0].set_ylabel(label, rotation=0, ha="right", va="center", weight="bold", **_TEXT)
 
 
 def _draw_cell(axes: Axes, panel: Panel, row: WordRow, column: str) -> None:
