@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
             options.trust_remote_code,
             columns_of(options),
         )
-    show(f"{result['samples']} samples of {result['data']}")
+    show(f"{result['samples']} sample{'s' * (result['samples'] != 1)} of {result['data']}")
     print("\n".join(_table(result["arms"], result["teacher"])))
     for line in explained(next(iter(result["arms"].values()))):
         show(line)

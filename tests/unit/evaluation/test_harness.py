@@ -114,8 +114,8 @@ def chat(student: models.Student, split: Dataset, **settings: Any) -> models.Cha
 
 def requests(split: Dataset, **settings: Any) -> list[Instance]:
     def messages(row: dict) -> list[dict]:
-        parts = [{"type": "image", "url": row["image"]}, {"type": "text", "text": row["question"]}]
-        return [{"role": "user", "content": parts}]
+        pictures = [{"type": "image", "url": row["image"]}] if row["image"] is not None else []
+        return [{"role": "user", "content": [*pictures, {"type": "text", "text": row["question"]}]}]
 
     metadata = [{"task": "t", "doc_id": index, "repeats": 1} for index in range(len(split))]
     return [
@@ -130,6 +130,13 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_requests(batch_size,
     assert len(set(expected)) > 1
     found = chat(student, split, batch_size=batch_size).generate_until(requests(split))
     assert found == expected
+
+
+def test_a_batch_may_have_questions_with_and_without_a_picture(student, split):
+    some = split.map(lambda row, index: {"image": None if index == 1 else row["image"]}, with_indices=True)
+    alone = chat(student, some, batch_size=1).generate_until(requests(some))
+    assert all(alone)
+    assert chat(student, some, batch_size=3).generate_until(requests(some)) == alone
 
 
 def test_the_pictures_of_a_sample_are_known_also_from_the_log(student, split, tmp_path):
@@ -250,6 +257,27 @@ def test_the_loss_of_an_option_is_the_mean_over_its_tokens(student, split):
         expected = student.model(**inputs, labels=labels).loss.item()
     assert loss == pytest.approx(expected, rel=1e-4)  # another sum order of float32
     assert not greedy
+
+
+def test_options_are_scored_with_their_picture_and_kept(student, split, tmp_path):
+    options = ("a red dog", "a blue cat")
+    metadata = {"task": "t", "doc_id": 0, "repeats": 1}
+    asked = [
+        Instance("loglikelihood", ("?", option, lambda row: [row["image"]], 0, "t", "test"), index, metadata)
+        for index, option in enumerate(options)
+    ]
+    question = [
+        {"role": "user", "content": [{"type": "image", "image": split[0]["image"]}, {"type": "text", "text": "?"}]}
+    ]
+    expected = [continuation_loss(*student, question, option)[0] for option in options]
+    load = iter([student])  # it is loaded once: the second model finds all in the log
+    for _ in range(2):
+        with AnswerLog(tmp_path, {}) as log:
+            model = models.RankingModel(device="cpu", student=partial(next, load), log=log)
+            model.task_dict["t"] = {"test": split}
+            found: list[Any] = model.loglikelihood(asked)
+            assert [one.text[0] for one in found] == pytest.approx(expected, rel=1e-6)  # the same pass
+            assert list(model.pictures["t"]) == [0]
 
 
 def test_an_option_that_the_model_would_write_is_greedy(student, split):
@@ -385,6 +413,15 @@ def test_refusals_are_counted_where_answers_are_texts():
 
     assert refusal_rate(answered("yes", "I'm not able to answer that.", "no", "")) == 1 / 4
     assert refusal_rate(answered([[0.1, True], [2.0, False]])) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "value", "on_the_papers_scale"),
+    [("docvqa_val", "anls", 0.828, 82.8), ("ocrbench", "ocrbench_accuracy", 0.754, 754.0), ("other", "acc", 0.5, 0.5)],
+)
+def test_the_papers_benchmarks_are_on_the_papers_scale(task, metric, value, on_the_papers_scale):
+    scored = Scored.of(task, found(task, {metric: value}, [{metric: value}], [metric]))
+    assert reported(scored) == pytest.approx(on_the_papers_scale)
 
 
 def test_mme_is_the_sum_of_its_two_numbers():
