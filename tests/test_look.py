@@ -147,6 +147,7 @@ def test_a_gallery_of_a_map_store(store_path, some_scenes, captions, tmp_path):
     ran, html = look(store_path, "--data", data, "--worst", "--limit", 2, "--word", nouns[0], out=tmp_path / "2.html")
     assert 1 <= html.count("data-record=") <= 2
     assert f"with the word “{nouns[0]}”" in ran.out
+    assert "a text has the place of this word." in ran.out
     assert f'><span class="name">{nouns[0]}' in html
 
 

@@ -21,6 +21,7 @@ from lavender.errors import ConfigError, DataError, ModelError
 from lavender.evaluation.look.attention import ANSWER, QUESTION, ReadWord, WordAttention, require_template
 from lavender.evaluation.look.gallery import gallery_page, judge, judge_of, read_gallery
 from lavender.evaluation.look.kinds import kind_of
+from lavender.evaluation.look.looking import MAX_WORDS
 from lavender.evaluation.look.page import attention_page, detail_note, percent, render
 from lavender.evaluation.look.tiles import (
     MAX_MAP_BYTES,
@@ -202,6 +203,19 @@ def test_maps_of_single_heads_are_left_out_by_name_where_they_do_not_fit(monkeyp
     assert data["top"] == pytest.approx([float(top) for top in tops], rel=0.005), "the means alone, in three digits"
     assert all(len(data[name]) == len(tops) for name in ("peak", "placed", "region", "area", "on_picture"))
     assert "Maps of one head in one layer are left out" in detail_note(seen)
+
+
+def test_the_most_words_of_the_largest_models_fit_into_a_page():
+    """As many layers and heads as Qwen2.5-VL-72B: their single heads are left out, with their numbers."""
+    words = tuple(ReadWord(ANSWER, Word("dog", 4 * at, 4 * at + 3, "dog", "noun")) for at in range(MAX_WORDS))
+    one = attention_of((DOG,), tuple(range(80)), 64, (32, 32))
+    seen = WordAttention(
+        words, one.layers, one.maps_WLH.expand(40, -1, -1, -1, -1), one.on_picture_WLH.expand(40, -1, -1), False, ()
+    )
+    image = Image.effect_noise((800, 600), 60).convert("RGB")
+    page = SHELL | attention_page(seen, image, ("", "dog " * MAX_WORDS)) | {"picture_name": "p"}
+    assert not page["data"]["has_detail"]
+    assert len(render("look", page)) < 9_000_000
 
 
 def test_a_page_cannot_be_broken_by_a_text_nor_load_anything():

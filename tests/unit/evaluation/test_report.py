@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from lavender.errors import DataError
-from lavender.evaluation.report.figure import draw_figure, drawable
+from lavender.evaluation.report.figure import draw_figure, drawable, figure_of
 from lavender.evaluation.report.page import (
     Curve,
     Panel,
@@ -357,6 +357,12 @@ def test_the_figure_grows_with_its_rows(tmp_path: Path):
     assert two.height > 1.8 * one.height
     assert one.getpixel((0, 0)) == (255, 255, 255)
     assert np.asarray(one).min() < 40
+
+
+def test_a_row_keeps_the_lines_of_its_name():
+    maps: dict[str, torch.Tensor | None] = {"a": spot(1, 5)}
+    figure = figure_of([Panel(picture(), "p", [WordRow("dog\nentropy 1.39 nats", maps)], {})])
+    assert "dog\nentropy 1.39\nnats" in [axes.get_ylabel() for axes in figure.axes]
 
 
 def test_the_figure_has_room_for_long_answers_and_words(tmp_path: Path):
