@@ -139,6 +139,15 @@ def test_a_batch_may_have_questions_with_and_without_a_picture(student, split):
     assert chat(student, some, batch_size=3).generate_until(requests(some)) == alone
 
 
+def test_each_repeat_of_a_request_keeps_its_own_answer(student, split, tmp_path, monkeypatch):
+    said = iter("abcdef")
+    monkeypatch.setattr(models, "answer_batch", lambda *_, **__: [next(said)])
+    repeated = [one for one in requests(split) for _ in range(2)]
+    for _ in range(2):
+        with AnswerLog(tmp_path, {}) as log:
+            assert chat(student, split, log=log).generate_until(repeated) == list("abcdef")
+
+
 def test_the_pictures_of_a_sample_are_known_also_from_the_log(student, split, tmp_path):
     same = Dataset.from_list([{"image": split[0]["image"], "question": question} for question in QUESTIONS])
     same = same.cast_column("image", ImageFeature())
@@ -407,6 +416,14 @@ def test_a_sample_has_its_scores_as_numbers():
     }
 
 
+def test_of_several_filters_the_last_counts():
+    logged = [{"doc_id": doc, "acc": acc} for acc in (0.0, 1.0) for doc in range(3)]
+    several = found("t", {}, logged, ["acc"])
+    several["results"]["t"] = {"acc,strict": 0.0, "acc,flexible": 1.0}
+    scored = Scored.of("t", several)
+    assert (len(scored.samples), scored.scores, reported(scored)) == (3, {0: 1.0, 1: 1.0, 2: 1.0}, 1.0)
+
+
 def test_refusals_are_counted_where_answers_are_texts():
     def answered(*answers: object) -> Scored:
         return Scored("t", "test", ("acc",), {}, [{"answer": answer} for answer in answers], {})
@@ -530,6 +547,27 @@ def test_the_advice_for_a_task_that_fails_fits_its_cause(cause, limit, do):
     assert error.got.startswith("the task mme, which fails: ")
     assert str(cause) in error.got
     assert error.do.startswith(do)
+
+
+def test_a_run_comes_after_its_base_and_the_others(tmp_path):
+    run, other = tmp_path / "aligned", tmp_path / "plain"
+    run.mkdir()
+    other.mkdir()
+    (run / "config.yaml").write_text("model: org/base\ndata: data\nmaps: maps\n")
+    options = argparse.Namespace(run=run, model=[], against=[other])
+    assert list(eval_tasks._arms(options).items()) == [("base", "org/base"), ("plain", other), ("aligned", run)]
+
+
+def test_an_adapter_is_another_checkpoint_on_another_base(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    digests = set()
+    for content in ("one", "other"):
+        (base / "model.safetensors").write_text(content)
+        digests |= {running.checkpoint_digest(adapter), running.checkpoint_digest(adapter)}
+    assert len(digests) == 2
 
 
 def test_a_missing_package_of_the_extra_is_told(monkeypatch):

@@ -58,7 +58,9 @@ class Scored:
         Raises:
             DataError: the harness gave none of the metrics that are reported.
         """
-        config, logged = found["configs"][task], found["samples"][task]
+        config = found["configs"][task]
+        # a task with several filters has each document once per filter; of metrics and documents the last filter counts
+        logged = list({one["doc_id"]: one for one in found["samples"][task]}.values())
         metrics = {
             key.partition(",")[0]: float(value)
             for key, value in found["results"][task].items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -93,7 +93,7 @@ class _LavenderModel(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests, from the log where it has them."""
-        plans = [self._plan(request) for request in requests]
+        plans = _numbered([self._plan(request) for request in requests])
         answers: list[Any] = [self._known(plan) for plan in plans]
         groups: dict[str, list[int]] = defaultdict(list)
         for place, plan in enumerate(plans):
@@ -319,6 +319,16 @@ def _before_stops(text: str, stops: str | Sequence[str] | None) -> str:
 
 def _has_images(conversation: Sequence[dict]) -> bool:
     return any(part["type"] == "image" for message in conversation for part in message["content"])
+
+
+def _numbered(plans: Sequence[_Plan]) -> list[_Plan]:
+    """The plans, with a key of its own for each repeat of a request: a task may ask for several sampled answers."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for plan in plans:
+        numbered.append(plan._replace(key=f"{plan.key}/{seen[plan.key]}") if seen[plan.key] else plan)
+        seen[plan.key] += 1
+    return numbered
 
 
 def _batches(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
