@@ -34,7 +34,7 @@ _YES_NO = ("accuracy", "precision", "recall", "f1", "share_of_yes", "share_of_ot
 
 
 def _short(prediction: str) -> str:
-    """An answer without the full stop that ends it, and space: captions end with one, some students end answers alike."""
+    """An answer without the full stop that ends it, and without space: some students end answers as captions end."""
     return prediction.strip(f"{whitespace}.")
 
 

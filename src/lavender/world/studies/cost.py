@@ -71,9 +71,7 @@ def listed(studies: dict[str, Study]) -> str:
     for name, study in studies.items():
         lines.append(f"{name:<23}{_text(cost_of(study, False)):>18}{_text(cost_of(study, True)):>18}")
         lines.append(f"    {study.title}")
-    return "\n".join(
-        [*lines, "", "Runs, and about how long they take on one free core. Finished ones are kept."]
-    )
+    return "\n".join([*lines, "", "Runs, and about how long they take on one free core. Finished ones are kept."])
 
 
 def _text(cost: Cost) -> str:
