@@ -334,6 +334,16 @@ def test_with_annotated_masks_the_worst_points_outside(four):
     assert dogs.total == 2
 
 
+def test_every_miss_is_worse_than_every_hit():
+    """cat misses with 1.8/2.8 of its map in the mask; dog hits with 1/4 of it."""
+    words = content_words("a dog and a cat", ("noun",))
+    maps = WordMaps("0", "a dog and a cat", words, torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[0.6, 0.6], [0.6, 1.0]]]))
+    masks = WordMaps("0", maps.text, words, torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 0.0]]]))
+    dog, cat = judge(maps, masks, "pointing")
+    assert (dog.verdict, cat.verdict) == ("hit", "miss")
+    assert (dog.badness, cat.badness) == (pytest.approx(3 / 4), pytest.approx(1 + 1 / 2.8))
+
+
 def test_with_another_teacher_the_worst_disagrees():
     """Correlations by hand: 1 with itself, −1/3 of one corner with another, none with a flat map."""
     words = content_words("a dog, a cat, a bird and a fish", ("noun",))
