@@ -576,6 +576,15 @@ def test_a_missing_package_of_the_extra_is_told(monkeypatch):
         task_index.require_harness()
 
 
+def test_tags_and_groups_are_their_tasks_each_once(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\ntag: both\noutput_type: generate_until\n")
+    (tmp_path / "group.yaml").write_text("group: outer\ntask:\n  - both\n  - worldmedqa_v_local\n")
+    index = TaskIndex([tmp_path])
+    assert sorted(index.leaves(["both"])) == ["first", "second"]
+    assert sorted(index.leaves(["outer", "second", "worldmedqa"])) == ["first", "second", "worldmedqa_v_local"]
+
+
 def test_folders_of_tasks_that_cannot_be_read(tmp_path):
     (tmp_path / "broken.yaml").write_text("task: [")
     with pytest.raises(DataError, match=r"no YAML: .*broken\.yaml.*repair the file"):
