@@ -269,6 +269,7 @@ def evaluate(tmp_path, monkeypatch) -> Callable[..., dict]:
         return {name: [Judged("", {"num_samples": (float(len(samples)), 1)})] * len(samples) for name in arms}
 
     monkeypatch.setattr(judgement, "_observe_arms", observe)
+    monkeypatch.setattr(judgement, "load_run_processor", lambda *_: None)  # the models are not there
 
     def run(data: Path, *against: str) -> dict:
         (tmp_path / "a" / "run").mkdir(parents=True)

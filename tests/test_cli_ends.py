@@ -18,7 +18,7 @@ from lavender import errors
 from lavender.cli.main import FAILED, VERBS, WRONG_USAGE
 from lavender.cli.stopping import UNEXPECTED
 from lavender.errors import FileError, LavenderError, StoreError
-from lavender.files import writing
+from lavender.files import write_whole, writing
 from lavender.world import STUDENT_PATH
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LavenderError)]
@@ -65,6 +65,15 @@ def test_what_writers_raise_names_the_place(error, said):
         raise error
     assert "/there" in found.value.got
     assert said in found.value.do or said in found.value.got
+
+
+@pytest.mark.parametrize("name", ["missing/page.html", "folder"])
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(name, tmp_path):
+    """And not by the name of the unfinished file, which is gone."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileError, match=rf"^Got {tmp_path / name}: "), writing(tmp_path):
+        write_whole(tmp_path / name, "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_other_errors_pass_through_writing():

@@ -127,6 +127,15 @@ def test_a_runs_lora_is_looked_at(photo, tmp_path):
     assert (shown - to_heat(plain.maps[0])).abs().max() > 0.05
 
 
+def test_a_picture_is_a_png_whatever_its_name_and_folders_are_made(photo, tmp_path):
+    picture = tmp_path / "new folder" / "look.figure"
+    look("world", photo, "a dog", "--png", picture, out=tmp_path / "new" / "look.html")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    ran = lavender("look", "world", photo, "a dog", "--out", tmp_path)
+    assert f"Got {tmp_path}: Is a directory" in complaint(ran, FAILED)
+    assert ran.out == "", "the path is tried before the work"
+
+
 def test_a_gallery_of_a_map_store(store_path, some_scenes, captions, tmp_path):
     data = write_scenes(tmp_path, some_scenes, captions)
     ran, html = look(store_path, "--data", data, "--png", tmp_path / "look.png", out=tmp_path / "look.html")
@@ -138,6 +147,7 @@ def test_a_gallery_of_a_map_store(store_path, some_scenes, captions, tmp_path):
     ran, html = look(store_path, "--data", data, "--worst", "--limit", 2, "--word", nouns[0], out=tmp_path / "2.html")
     assert 1 <= html.count("data-record=") <= 2
     assert f"with the word “{nouns[0]}”" in ran.out
+    assert "a text has the place of this word." in ran.out
     assert f'><span class="name">{nouns[0]}' in html
 
 
@@ -150,11 +160,15 @@ def test_a_gallery_of_a_map_store(store_path, some_scenes, captions, tmp_path):
         (("MODEL", "PHOTO", "a dog", "--worst"), WRONG_USAGE, "Expected --worst with a map store"),
         (("MODEL", "PHOTO", "a dog", "--steps", "3"), WRONG_USAGE, "--steps without --faithfulness"),
         (("MODEL", "PHOTO", "a dog", "--generate", "--answer", "x"), WRONG_USAGE, "--generate with --answer"),
-        (("MODEL", "PHOTO", "a dog", "--words", "nuon"), WRONG_USAGE, "'nuon'"),
+        (("MODEL", "PHOTO", "a dog", "--words", "nuon"), WRONG_USAGE, "Got --words 'nuon'"),
         (("MODEL", "PHOTO", "a dog", "--device", "warp"), WRONG_USAGE, "'warp'"),
         (("MODEL", "/no/photo.jpg", "a dog"), FAILED, "the picture, whose file /no/photo.jpg does not exist"),
-        (("MODEL", "PHOTO", "of the"), FAILED, "'of the', of which no word has a map"),
-        (("world", "PHOTO", "of the"), FAILED, "'of the', of which no word has a map"),
+        (("MODEL", "PHOTO", "of the"), FAILED, "of which no word has a map (it has no word of these parts"),
+        (("world", "PHOTO", "of the"), FAILED, "the caption 'of the', of which no word has a map (it has no word of"),
+        (("MODEL", "PHOTO", "一只猫"), FAILED, "it has no word in Latin letters). Expected an English text"),
+        (("world", "PHOTO", "一只猫"), FAILED, "it has no word in Latin letters). Expected an English text"),
+        (("world", "PHOTO", "a dog", "--png", "."), FAILED, "Got .: Is a directory"),
+        (("mapz", "--data", "x"), WRONG_USAGE, "--data with mapz, which is no folder here, so it is taken as the hub"),
         (("world", "PHOTO", "a dog", "--faithfulness"), WRONG_USAGE, "with world, which is a diffusion teacher"),
         (("world", "PHOTO", "a dog", "--trust-remote-code"), WRONG_USAGE, "--trust-remote-code with world"),
         (("STORE",), WRONG_USAGE, "which is a map store, without --data"),

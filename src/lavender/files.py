@@ -137,6 +137,22 @@ def writing(place: str | Path) -> Iterator[None]:
         raise
 
 
+def prepare_place(path: Path) -> None:
+    """Make the folder of a file before the work whose result the file will hold, so that a wrong path costs no work.
+
+    Raises:
+        FileError: `path` is a folder, or its folder cannot be made or written to.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    except OSError as error:
+        raise file_error(error, path) from error
+
+
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file so that it exists completely or not at all, even after a power cut. A text is encoded as UTF-8.
 
@@ -148,15 +164,17 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """
     encoded = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK | BINARY, 0o666)
     try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK | BINARY, 0o666)
         with os.fdopen(descriptor, "wb") as file:
             file.write(encoded)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is not None:
+            error.filename = str(path)  # the name that the caller knows
         raise
     _sync_folder(path.parent)
 

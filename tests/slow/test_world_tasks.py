@@ -10,6 +10,7 @@ import pytest
 
 from lavender.cli import main
 from lavender.evaluation.harness import TASKS_PATH
+from lavender.evaluation.harness.task_index import TaskIndex
 from lavender.world import STUDENT_PATH
 from lavender.world.suite import SUITE, suite_items
 
@@ -27,6 +28,15 @@ def test_every_task_of_the_suite_has_its_files_and_a_row_of_the_page():
         assert SUITE[name.removeprefix("world_")].num_items == int(num_items)
         sealed = (TASKS_PATH / "world" / f"{name}_sealed.yaml").read_text()
         assert sealed == f"include: {name}.yaml\ntask: {name}_sealed\ntest_split: sealed\n"
+
+
+@pytest.mark.parametrize("ending", ["", "_sealed"])
+def test_the_groups_have_every_task_but_the_cutouts(ending):
+    index = TaskIndex()
+    expected = [f"world_{task}{ending}" for task in SUITE if task != "ood_cutouts"]
+    assert index.leaves([f"world{ending}"]) == expected
+    for group in ("world_pope", "world_ood"):
+        assert index.leaves([group + ending]) == [name for name in expected if name.startswith(f"{group}_")]
 
 
 def test_the_tasks_run_on_a_student(tmp_path):

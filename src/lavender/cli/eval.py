@@ -47,8 +47,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.tasks is not None:
         return eval_tasks.run(options)
-    if options.run is None or options.model or options.print_vlmevalkit:
-        raise ConfigError("no --tasks", "--tasks, or a run folder and none of its options", "name the tasks to run")
+    eval_tasks.refuse_without_tasks(options)
+    if options.run is None:
+        raise ConfigError(
+            "no run folder", "one, or --model with --tasks", "name the folder that `lavender train` wrote"
+        )
     from lavender.evaluation.runs import evaluate_runs
     from lavender.evaluation.score_help import explained
 
@@ -62,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
             options.trust_remote_code,
             columns_of(options),
         )
-    show(f"{result['samples']} samples of {result['data']}")
+    show(f"{result['samples']} sample{'s' * (result['samples'] != 1)} of {result['data']}")
     print("\n".join(_table(result["arms"], result["teacher"])))
     for line in explained(next(iter(result["arms"].values()))):
         show(line)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from itertools import count
 from pathlib import Path
 
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
 from lavender.errors import ConfigError
+from lavender.evaluation.harness import file_name
 from lavender.files import expanded, writing
 
 FOLDER = "eval-tasks"
+_ALONE = ("model", "out", "batch_size", "device", "dtype", "include_path", "print_vlmevalkit")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         default=None,
         metavar="NAME,…",
-        help="tasks, groups or tags of lmms-eval, or the paper's: paper, worldmedqa, openflamingo",
+        help="tasks, groups or tags of lmms-eval, or ours: paper, worldmedqa, openflamingo, world",
     )
     group.add_argument(
         "--model",
@@ -33,7 +36,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--batch-size", type=int, default=1, metavar="N", help="questions per pass (default: 1)")
     group.add_argument("--device", default=None, help='such as "cuda:0" (default: a GPU if there is one)')
-    group.add_argument("--dtype", default="auto", help="type of the weights (default: auto, theirs on disk)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="type of the weights (default: auto, theirs on disk)",
+    )
     group.add_argument(
         "--include-path",
         type=expanded,
@@ -49,8 +57,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_without_tasks(options: argparse.Namespace) -> None:
+    """Raise ConfigError for an option that only --tasks reads."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    for name in _ALONE:
+        if getattr(options, name) != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} without --tasks", "both, or neither", f"name the tasks to run, or leave out {option}"
+            )
+
+
 def run(options: argparse.Namespace) -> int:
-    tasks = [name for name in (options.tasks or "").split(",") if name]
+    tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not tasks:
         raise ConfigError(f"--tasks {options.tasks!r}", "names of tasks with commas between", "name one, such as pope")
     for option in ("data", "maps", "columns"):
@@ -59,13 +79,14 @@ def run(options: argparse.Namespace) -> int:
     arms = _arms(options)
     if options.print_vlmevalkit:
         return _print_vlmevalkit(tasks, arms)
+    from lavender.cli.extract import _usable_device
     from lavender.evaluation.harness.running import RESULT, Settings, evaluate_tasks
     from lavender.evaluation.harness.tables import result_lines
 
     settings = Settings(
         limit=options.limit,
         batch_size=options.batch_size,
-        device=options.device,
+        device=None if options.device is None else _usable_device(options.device, "local", None),
         dtype=options.dtype,
         include=tuple(options.include_path),
         trust_remote_code=options.trust_remote_code,
@@ -96,8 +117,11 @@ def _arms(options: argparse.Namespace) -> dict[str, str | Path]:
         arms = {"base": read_config(options.run)["model"]}
         paths = [*options.against, options.run]
     for path in paths:
-        name = expanded(path).resolve().name if expanded(path).exists() else str(path).rpartition("/")[2]
-        arms[name if name not in arms else f"{name} ({len(arms)})"] = path
+        on_disk = expanded(path).exists()
+        name = expanded(path).resolve().name if on_disk else str(path).rpartition("/")[2]
+        free = (name if number == 1 else f"{name} ({number})" for number in count(1))
+        used = {file_name(arm).casefold() for arm in arms}  # each has a folder of its own
+        arms[next(one for one in free if file_name(one).casefold() not in used)] = expanded(path) if on_disk else path
     return arms
 
 

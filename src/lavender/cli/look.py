@@ -7,13 +7,13 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from lavender.cli.options import add_columns, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
 from lavender.errors import ConfigError
-from lavender.files import data_path, expanded, writing
+from lavender.files import data_path, expanded, prepare_place, writing
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -109,6 +109,8 @@ def run(options: argparse.Namespace) -> int:
 
         kind = kind_of(options.target)
     _check_options(options, kind)
+    for place in filter(None, (options.out, options.png)):
+        prepare_place(place)
     looked = {"model": _look_at_model, "teacher": _look_at_teacher, "maps": _look_at_maps}[kind](options)
     with writing(options.out):
         from lavender.files import write_whole
@@ -147,12 +149,16 @@ _OF_KINDS: dict[str, tuple[str, ...]] = {
 def _check_options(options: argparse.Namespace, kind: Kind) -> None:
     """Raise ConfigError for an option that this kind of target does not take, or that lacks another."""
     from lavender.evaluation.look.kinds import NAMES
+    from lavender.world import TEACHER_NAME
 
-    what = f"{options.target}, which is {NAMES[kind]}"
+    is_here = options.target == TEACHER_NAME or os.path.isdir(options.target)
+    taken_as = NAMES[kind] if is_here else f"no folder here, so it is taken as the hub id of {NAMES[kind]}"
+    what = f"{options.target}, which is {taken_as}"
     for name, kinds in _OF_KINDS.items():
         if getattr(options, name) not in (None, False) and kind not in kinds:
             option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option} with {what}", f"{option} with {_any_of(kinds)}", f"leave {option} out")
+            do = f"leave {option} out" if is_here else f"check the path, or leave {option} out"
+            raise ConfigError(f"{option} with {what}", f"{option} with {_any_of(kinds)}", do)
     if kind == "maps":
         if options.photo is not None:
             raise ConfigError(f"a photo with {what}", "its data", "leave the photo out, and name the data with --data")
@@ -185,11 +191,15 @@ def _device(options: argparse.Namespace) -> str:
 
 
 def _parts(options: argparse.Namespace) -> tuple:
-    from lavender.config import CONTENT_WORDS, ExtractionConfig
+    from lavender.config import CONTENT_WORDS, PartOfSpeech
 
     if options.words is None:
         return CONTENT_WORDS
-    return ExtractionConfig(parts_of_speech=tuple(options.words)).parts_of_speech  # which checks them
+    known = get_args(PartOfSpeech)
+    if unknown := [part for part in options.words if part not in known]:
+        got = f"--words {' '.join(map(repr, unknown))}"
+        raise ConfigError(got, f"some of {', '.join(known)}", "name parts of speech, and nothing after them")
+    return tuple(options.words)
 
 
 def _look_at_model(options: argparse.Namespace) -> Looked:

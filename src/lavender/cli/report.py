@@ -7,7 +7,7 @@ import argparse
 from lavender.cli.options import add_columns, add_maps, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
-from lavender.files import data_path, expanded, writing
+from lavender.files import data_path, expanded, prepare_place, writing
 
 HELP = "write an HTML page about a run"
 DESCRIPTION = """Write one self-contained HTML page about a run, its base model and other runs: the differences of their
@@ -60,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
         num_pictures=options.pictures,
         by=options.by,
     )
+    for place in filter(None, (options.out, options.pdf)):
+        prepare_place(place)
     with writing(options.out or options.run):
         page = report_run(options.run, options.out, asked, options.trust_remote_code, TEACHER_NOTES, options.pdf)
     show(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")

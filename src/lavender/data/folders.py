@@ -94,7 +94,7 @@ def find_rows(path: str | Path | datasets.Dataset | datasets.IterableDataset, co
         if sign and split and os.path.lexists(before):
             path, wanted = Path(before), wanted._replace(split=split)
     if os.path.isdir(path):
-        return Found(*_folder_rows(path, wanted), is_cached=_is_saved(path))
+        return _folder_rows(path, wanted)
     reader = _READERS.get(path.suffix.lower())
     hub = _HUB.fullmatch(str(path)) if may_be_id else None
     if hub and not reader and not os.path.lexists(path):
@@ -139,7 +139,7 @@ def _one_split(loaded: Any, path: Path, split: str = "") -> Any:
     return loaded[split or splits[0]]
 
 
-def _folder_rows(folder: Path, wanted: Wanted) -> tuple[Iterable[Row], Path]:
+def _folder_rows(folder: Path, wanted: Wanted) -> Found:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -149,8 +149,8 @@ def _folder_rows(folder: Path, wanted: Wanted) -> tuple[Iterable[Row], Path]:
     if len(tables) > 1:
         raise DataError(f"{printable(folder)} with {' and '.join(tables)}", "one of them", "give the path of one file")
     split = wanted.split
-    if _is_saved(folder):
-        return _saved_rows(folder, wanted), folder
+    if {"dataset_dict.json", "state.json"} & set(names):
+        return Found(_saved_rows(folder, wanted), folder, is_cached=True)
     if split and split in names and os.path.isdir(folder / split):
         return _folder_rows(folder / split, wanted._replace(split=""))
     shards = [name for name in names if re.fullmatch(r"[^.].*\.(parquet|arrow|tar)", name)]
@@ -160,17 +160,18 @@ def _folder_rows(folder: Path, wanted: Wanted) -> tuple[Iterable[Row], Path]:
         if tables or bool(shards) + len(texts) != 1:
             raise no_split(folder, split)
         if texts:
-            return _READERS[Path(texts[0]).suffix](folder / texts[0], wanted._replace(split="")), folder
+            return Found(_READERS[Path(texts[0]).suffix](folder / texts[0], wanted._replace(split="")), folder)
     if tables:
-        return _READERS[Path(tables[0]).suffix](folder / tables[0], wanted), folder
+        return Found(_READERS[Path(tables[0]).suffix](folder / tables[0], wanted), folder)
     if is_img2dataset(folder, names):
-        return img2dataset_rows(folder, names, wanted), folder
+        return Found(img2dataset_rows(folder, names, wanted), folder)
     if shards:
         _check_shards(folder, shards)
-        return (row for name in shards for row in _READERS[Path(name).suffix](folder / name, wanted)), folder
+        rows = (row for name in shards for row in _READERS[Path(name).suffix](folder / name, wanted))
+        return Found(rows, folder, is_cached=all(name.endswith(".arrow") for name in shards))
     splits = [name for name in names if name.lower() in _SPLITS and os.path.isdir(folder / name)]
     if len(splits) <= 1 and has_texts(folder):
-        return text_rows(folder), folder
+        return Found(text_rows(folder), folder)
     raise several_splits(folder, splits) if splits else _no_data(folder, names)
 
 
@@ -190,11 +191,6 @@ def _split_in(name: str) -> str:
         return match["split"]
     words = re.split(r"[-_. 0-9]+", name.rpartition(".")[0])
     return next((word for word in words if word.lower() in _SPLITS), "")
-
-
-def _is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
-    return any(os.path.lexists(folder / name) for name in ("dataset_dict.json", "state.json"))
 
 
 def _saved_rows(folder: Path, wanted: Wanted) -> Iterator[Row]:

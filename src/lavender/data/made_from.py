@@ -1,7 +1,7 @@
 """The entry `made_from` in the info of a map store: what its records come from, if `lavender extract` did not make all.
 
-A list in the order of the commands: {"merge": [store, …]}, {"import": [table or folder of JPEG maps]} and, where one of
-these added to a store that was extracted, {"extract": []}. With it, an error about a damaged shard can say how its
+A list in the order of the commands: {"merge": [store, …]}, {"import": [table or folder of JPEG maps]} and, where such a
+store was extracted in part, before or after, {"extract": []}. With it, an error about a damaged shard can say how its
 records are made again. It holds paths of this machine, so it is not exported.
 """
 
@@ -18,8 +18,8 @@ def with_source(info: Mapping[str, Any], how: str, sources: Sequence[str], has_r
 
     Args:
         info: of the store before.
-        how: "merge" or "import".
-        sources: paths of what is merged or imported.
+        how: "merge", "import" or "extract".
+        sources: paths of what is merged or imported; none of "extract".
         has_records: whether the store had records before.
     """
     made = list(info.get(MADE_FROM, [{"extract": []}] if has_records else []))

@@ -64,7 +64,9 @@ class SharedStoreWriter(StoreWriter):
         Raises:
             StoreError: the store has other settings by now, or a damaged shard.
         """
-        check_same(self.path, read_manifest(self.path), self._manifest)
+        found = read_manifest(self.path)
+        check_same(self.path, found, self._manifest)
+        self._manifest = self._manifest._replace(info=found.info)  # a merge may have noted its stores
         new = sorted(set(shard_numbers(self.path)) - self._numbers)
         shards = [Shard(self.path, number, self._manifest) for number in new]
         written = {key.tobytes() for shard in shards for key in shard.keys}

@@ -19,7 +19,7 @@ from filelock import lock_descriptor
 from torch import Tensor
 
 from lavender.data.left_out import LeftOut, left_out_of
-from lavender.data.made_from import with_source
+from lavender.data.made_from import MADE_FROM, with_source
 from lavender.data.store_format import (
     MANIFEST,
     Manifest,
@@ -77,6 +77,7 @@ class StoreWriter:
         self._buffer: list[tuple[WordMaps, np.ndarray, np.ndarray]] = []
         self._done: set[bytes] = set()
         self._num_written = 0  # maps in the shards
+        self._is_noted = False  # whether it is noted what the records come from
         self._lock: int | None = None
         try:
             self._manifest = Manifest.new(identity, self.grid, info)
@@ -145,6 +146,7 @@ class StoreWriter:
             StoreError: the manifest cannot be written.
         """
         info = with_source(self._manifest.info, how, sources, has_records=bool(self._done))
+        self._is_noted = True
         if info == self._manifest.info:
             return
         manifest = self._manifest._replace(info=info)
@@ -213,6 +215,8 @@ class StoreWriter:
         """
         if not self._buffer:
             return
+        if MADE_FROM in self._manifest.info and not self._is_noted:
+            self.note_source("extract", ())  # into a store that was merged or imported
         number = min(set(range(len(self._numbers) + 1)) - self._numbers)
         maps, index = pack_shard(self._manifest, number, self._buffer)
         try:

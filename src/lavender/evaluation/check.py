@@ -50,6 +50,7 @@ from lavender.data.samples import Sample, Samples, read_samples, readable
 from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import DataError, NotFiniteError
 from lavender.evaluation.compare import left_out, readings_of, require_limit, spread
+from lavender.evaluation.data_checks.scan import evenly
 from lavender.evaluation.leave_out import Case, Measured, measure
 from lavender.evaluation.place_probe import read_words
 from lavender.evaluation.promise import SURPRISE, is_local, promise
@@ -303,7 +304,7 @@ def _cost_of_hiding(model: PreTrainedModel, processor: ProcessorMixin, measured:
     surprise = _mean_of_equals(torch.minimum(measured.losses["whole"], measured.losses["there"]), labels)
     known = [case for case, value in zip(measured.cases, surprise.tolist(), strict=True) if value <= SURPRISE]
     known = known or measured.cases
-    chosen = known[:: max(1, len(known) // NUM_HIDDEN)][:NUM_HIDDEN]
+    chosen = evenly(known, NUM_HIDDEN)
     count = BLOCKS**2
     parts = torch.cat([torch.eye(count).view(count, BLOCKS, BLOCKS), torch.zeros(1, BLOCKS, BLOCKS)])
     views = {str(part): (part, False) for part in range(count)} | {"nothing": (count, True)}

@@ -82,6 +82,6 @@ def rule(first: str, second: str, by: str, shown: int, choice: int, samples: int
     left = f" {samples - choice} have no {by} for both models and are not shown." if samples > choice else ""
     return (
         f"{shown} of {samples} samples, ordered by how much better {first} is than {second} by {by} "
-        f"({SCORES[by].direction}): a third with the greatest gain (best), a third around the middle (typical), and a "
-        f"third with the least gain or the greatest loss (worst).{left}"
+        f"({SCORES[by].direction}): a third with the greatest gain or the least loss (best), a third around the "
+        f"middle (typical), and a third with the least gain or the greatest loss (worst).{left}"
     )

@@ -18,6 +18,7 @@ from lavender.data.samples import Sample
 from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import ConfigError, DataError, NotFiniteError
 from lavender.evaluation.answers import generate_answers, micro_f1
+from lavender.evaluation.data_checks.scan import evenly
 from lavender.evaluation.intervals import ratio
 from lavender.evaluation.report.panels import Panel, WordRow
 from lavender.maps import WordMaps, correlation, entropy
@@ -86,7 +87,7 @@ def spread(samples: Sequence[Sample], limit: int) -> tuple[Sample, ...]:
             "at least one sample with one picture, which its first question shows",
             "name other data",
         )
-    return tuple(samples[index] for index in usable[:: max(1, len(usable) // limit)][:limit])
+    return tuple(samples[index] for index in evenly(usable, limit))
 
 
 def left_out(samples: Sequence[Sample]) -> list[str]:

@@ -26,7 +26,8 @@ class Interval:
     Attributes:
         difference: score of the first model minus score of the second.
         low, high: percentile interval of the difference over resampled data.
-        num_units: the number of units that were resampled. Of one unit nothing is known: low and high are NaN.
+        num_units: the number of units that were resampled. Of one unit, or of several of which one alone has a weight,
+            nothing is known: low and high are NaN.
     """
 
     difference: float
@@ -93,7 +94,7 @@ def paired_difference(
     sums = np.zeros((int(places.max()) + 1, 4))
     np.add.at(sums, places, np.hstack([np.asarray(first, dtype=float), np.asarray(second, dtype=float)]))
     low = high = float("nan")
-    if len(sums) > 1:
+    if min((sums[:, [1, 3]] > 0).sum(axis=0)) > 1:
         drawn = _resampled(sums, num_resamples, np.random.default_rng(seed))
         counted = drawn[(drawn[:, 1] > 0) & (drawn[:, 3] > 0)]  # a draw may leave out all that has a weight
         differences = counted[:, 0] / counted[:, 1] - counted[:, 2] / counted[:, 3]

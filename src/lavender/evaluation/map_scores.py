@@ -206,8 +206,8 @@ def mass_in_mask(map: Tensor, mask: np.ndarray | Tensor) -> float:
         map: non-negative (rows, cols).
         mask: bool (height, width).
     """
-    mask = torch.as_tensor(mask)
-    return float(to_distribution(resize_map(map, (mask.shape[0], mask.shape[1])).double())[mask].sum())
+    truth = torch.as_tensor(mask, dtype=torch.bool, device="cpu")
+    return float(to_distribution(resize_map(map, (truth.shape[0], truth.shape[1])).double())[truth].sum())
 
 
 def kl_from_mask(map: Tensor, mask: np.ndarray | Tensor, floor: float = 1e-4) -> float:

@@ -114,7 +114,7 @@ def report_run(
         curves=curves,
         pictures_note=rule(first, second, options.by, len(chosen), choice, len(samples)),
         choose_words=True,
-        commands=_commands(arms, run, scored, options),
+        commands=_commands(arms, run, scored, options, trust_remote_code),
     )
     out = expanded(out or run / PAGE)
     write_report(page, out)
@@ -281,11 +281,11 @@ def _maps_of(
         yield from student_maps(model, processor, readings, grid, BATCH_SIZE)
 
 
-def _commands(arms: Mapping[str, str | Path], run: Path, scored: Mapping[str, Any], options: Options) -> list[str]:
-    """What makes all of this again, from the run folders."""
+def _commands(
+    arms: Mapping[str, str | Path], run: Path, scored: Mapping[str, Any], options: Options, trust_remote_code: bool
+) -> list[str]:
+    """What trains the runs again, and what makes the scores and the page of these runs again."""
     trained = [Path(path) for path in arms.values() if (Path(path) / CONFIG).is_file()]
-    commands = [
-        shlex.join(["lavender", "train", str(path / CONFIG), "--set", f"out={path.name}-again"]) for path in trained
-    ]
-    shown = ["--by", options.by, "--pictures", str(options.num_pictures)]
+    commands = [shlex.join(["lavender", "train", str(path / CONFIG), "--set", f"out={path}-again"]) for path in trained]
+    shown = ["--by", options.by, "--pictures", str(options.num_pictures)] + ["--trust-remote-code"] * trust_remote_code
     return [*commands, scored["command"], shlex.join(["lavender", "report", str(run), *shown])]

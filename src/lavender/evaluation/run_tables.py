@@ -17,6 +17,8 @@ from lavender.evaluation.runs import shown_setting
 from lavender.evaluation.score_help import SCORES, explained, judged
 from lavender.training.run_folder import METRICS
 
+FEW_PICTURES = 20
+"""Below it an interval covers clearly less than `LEVEL`: 90 % with 10 pictures, 85 % with 5 (measured, normal)."""
 MAX_POINTS = 400
 """Points of a curve. Of longer logs, each point is the mean over neighbouring steps."""
 CURVES = {
@@ -80,6 +82,8 @@ def tables_of(
         f"{NUM_RESAMPLES:,} times (seed {SEED}), with all of their samples. “Better” and “worse”: the interval does "
         "not contain 0. It covers the choice of the samples. It does not cover the seeds of training: train several."
     )
+    if pictures < FEW_PICTURES:
+        note += f" With fewer than {FEW_PICTURES} pictures the intervals are too narrow: score more."
     tables = [Table(f"Differences, on {of}", columns, rows, note)]
     scores: list[list[Cell]] = [[arm, *(values[name] for name in names)] for arm, values in scored["arms"].items()]
     if teacher := scored.get("teacher"):

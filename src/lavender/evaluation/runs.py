@@ -25,7 +25,7 @@ from lavender.evaluation.compare import (
 from lavender.evaluation.eval_files import EvaluatedSample, write_evaluation
 from lavender.evaluation.intervals import ratio
 from lavender.files import data_path, expanded
-from lavender.students.loading import load_run
+from lavender.students.loading import load_run, load_run_processor
 from lavender.training.run_folder import CONFIG, NOT_RECORDED, defaults_before, flat, read_config
 
 LIMIT = 64
@@ -78,6 +78,8 @@ def evaluate_runs(
     data = data_path(config["data"]) if data is None else data
     stores = open_stores(config["maps"] if maps is None and on_training_data else maps)
     columns = config.get("columns") if columns is None and on_training_data else columns
+    for path in arm_paths.values():
+        load_run_processor(path, trust_remote_code)  # a wrong path is found before the other models are scored
     read = read_samples(data, prompt, columns)
     samples = readable(Samples(spread(read.samples, limit)))
     judged = _observe_arms(arm_paths, samples.samples, joined(stores), trust_remote_code)

@@ -20,7 +20,7 @@ from lavender.students.base import VlmAdapter
 from lavender.students.chat_processor import check_offsets
 from lavender.type_checks import check_type
 
-__all__ = ["load_config", "load_model", "load_processor", "load_run", "loading", "read_config"]
+__all__ = ["load_config", "load_model", "load_processor", "load_run", "load_run_processor", "loading", "read_config"]
 
 _TURNS = (
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
@@ -140,6 +140,22 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
         FileError: the run is not finished.
         ConfigError: the model comes with its own code, which may not run.
     """
+    path, folder, lora, base, adapter, processor = _without_weights(path, trust_remote_code)
+    with loading("model", path):
+        with loading("base model" if lora else "model", base):
+            model = load_model(adapter, base, processor, dtype=dtype, trust_remote_code=trust_remote_code)
+        if lora is not None:
+            model = _with_adapter(model, folder, lora)
+        return model.eval(), processor
+
+
+def load_run_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The processor that `load_run` returns, without reading weights. Raises what `load_run` raises before that."""
+    return _without_weights(path, trust_remote_code)[-1]
+
+
+def _without_weights(path: str | Path, trust_remote_code: bool) -> tuple[str, Path, Any, str | Path, VlmAdapter, Any]:
+    """Of a run or model: its path, the folder to load, PEFT's config or None, the base, its adapter, the processor."""
     from lavender.students.registry import adapter_for
 
     check_type("trust_remote_code", trust_remote_code, bool)
@@ -161,12 +177,7 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
         base = folder if lora is None else lora.base_model_name_or_path
         with loading("base model" if lora else "model", base):
             adapter = adapter_for(load_config(base, trust_remote_code))
-        processor = load_processor(adapter, folder, trust_remote_code)
-        with loading("base model" if lora else "model", base):
-            model = load_model(adapter, base, processor, dtype=dtype, trust_remote_code=trust_remote_code)
-        if lora is not None:
-            model = _with_adapter(model, folder, lora)
-        return model.eval(), processor
+        return path, folder, lora, base, adapter, load_processor(adapter, folder, trust_remote_code)
 
 
 def _adapter_config(folder: Path) -> Any:

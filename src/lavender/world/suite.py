@@ -93,7 +93,7 @@ def suite_items(task: str, split: Split = "development", count: int | None = Non
         count: how many, from the first one on; default: all.
 
     Raises:
-        ConfigError: no such task, or another split.
+        ConfigError: no such task, another split, or a count below 0.
         FileNotFoundError: the pictures need cut-outs that are not there (`ood_cutouts`).
 
     Example:
@@ -105,6 +105,8 @@ def suite_items(task: str, split: Split = "development", count: int | None = Non
         raise ConfigError(f"the task {task!r}", f"one of {', '.join(SUITE)}", "name one of them")
     if split not in ("development", "sealed"):
         raise ConfigError(f"the split {split!r}", "development or sealed", "choose on development scenes")
+    if count is not None and count < 0:
+        raise ConfigError(f"{count} items", "at least 0", "leave count out for all of them")
     shared = "pope_random" if task.startswith("pope_") else task  # POPE's three samplings ask about the same pictures
     start = FIRST_SCENE + list(SUITE).index(shared) * SCENES_PER_TASK
     found = SUITE[task]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from string import whitespace
 from typing import Any, TypedDict
 
 from lavender.evaluation.answers import exact_set, micro_f1, names_said
@@ -33,8 +34,8 @@ _YES_NO = ("accuracy", "precision", "recall", "f1", "share_of_yes", "share_of_ot
 
 
 def _short(prediction: str) -> str:
-    """An answer without the full stop that ends it: captions end with one, and some students end answers alike."""
-    return prediction.strip(" .")
+    """An answer without the full stop that ends it, and without space: some students end answers as captions end."""
+    return prediction.strip(f"{whitespace}.")
 
 
 def process_caption(doc: dict[str, Any], results: list[str]) -> dict[str, Scored]:

@@ -543,7 +543,7 @@ def cached(folder: Path, monkeypatch) -> Path:
     return picture
 
 
-@pytest.mark.parametrize("kind", ["hub id", "dataset", "saved", "arrow file"])
+@pytest.mark.parametrize("kind", ["hub id", "dataset", "saved", "saved split", "arrow file", "arrow folder"])
 def test_strict_takes_pictures_in_the_cache_of_datasets(folder, monkeypatch, kind):
     """Pictures elsewhere are refused, also there."""
     (folder / "here").mkdir()
@@ -555,10 +555,12 @@ def test_strict_takes_pictures_in_the_cache_of_datasets(folder, monkeypatch, kin
         rows.append({"image": {"bytes": png(), "path": "b.png"}, "text": "A dog."})  # inside the table
         table: Any = datasets.Dataset.from_list(rows, features=features)
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, table=table, **named: table)
-        saved = folder / f"saved {is_inside}"
+        saved = folder / f"saved {is_inside}" / "train"
         struct = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}  # an Image would be embedded
         table.cast_column("image", datasets.Features(image=struct)["image"]).save_to_disk(saved)
-        data: Any = {"hub id": "org/name", "dataset": table, "saved": saved}.get(kind)
+        if kind == "arrow folder":  # as in the cache of `datasets`
+            (saved / "state.json").unlink()
+        data: Any = {"hub id": "org/name", "dataset": table, "saved split": f"{saved.parent}:train"}.get(kind, saved)
         samples = read_samples(next(saved.glob("*.arrow")) if kind == "arrow file" else data)
         assert answers(samples) == ["A cat.", "A dog."]
         if is_inside:

@@ -21,6 +21,7 @@ from datasets import load_dataset
 from command_line import complaint, lavender
 from lavender.cli.main import DONE, FAILED
 from lavender.data import store_table
+from lavender.data.shared_writer import SharedStoreWriter
 from lavender.data.store import MapStore, SeveralStores
 from lavender.data.store_table import FACTS, export_table, import_table
 from lavender.data.store_tools import merge, stats, verify
@@ -280,6 +281,24 @@ def test_the_advice_for_a_damaged_shard_makes_its_records_again(store, tmp_path,
     assert content(into) == expected
     info = MapStore.open(into).info
     assert len(info["made_from"]) == (2 if "extracted" in way else 1)  # the same source is named once
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_extraction_into_a_merged_store_is_advised_too(tmp_path, processes):
+    """The shard that the extraction wrote cannot be merged again, so the advice names both."""
+    first = fill(tmp_path / "first", RECORDS[:6])
+    merge([first], tmp_path / "all")
+    if processes == 1:
+        fill(tmp_path / "all", RECORDS[6:])
+    else:
+        with SharedStoreWriter(tmp_path / "all", IDENTITY, INFO, GRID, rank=0, num_processes=2) as writer:
+            assert all(writer.add(one) for one in RECORDS[6:])
+    assert MapStore.open(tmp_path / "all").info["made_from"] == [{"merge": [str(first)]}, {"extract": []}]
+    last = max((tmp_path / "all").glob("*.parquet"))
+    last.with_suffix(".safetensors").write_bytes(b"damaged")
+    with pytest.raises(StoreError) as caught:
+        MapStore.open(tmp_path / "all")
+    assert f"and merge {first} into it again and extract again: only their records are redone" in caught.value.do
 
 
 def test_what_cannot_be_merged_or_joined_is_named(store, tmp_path):

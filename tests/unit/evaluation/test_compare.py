@@ -110,6 +110,13 @@ def test_the_scores_are_those_of_all_samples_at_once(folder, make_student, proce
     assert scores_of(observe(model, processor, samples[:1], None, max_new_tokens=1))["map_agreement"] is None
 
 
+@pytest.mark.parametrize(("limit", "places"), [(1, [0]), (2, [0, 3]), (4, [0, 1, 3, 4]), (6, [0, 1, 2, 3, 4, 5])])
+def test_a_limit_spreads_samples_over_all_of_the_data(limit, places, folder):
+    samples = read_samples(folder).samples
+    assert [sample.name for sample in spread(samples, limit)] == [samples[place].name for place in places]
+    assert spread(samples, 99) == tuple(samples)
+
+
 @pytest.mark.parametrize("number", [6, 12])
 def test_the_pictures_of_one_batch_are_in_memory(number, tmp_path, make_student, processor, monkeypatch):
     """However many samples there are. Counted where the most are alive: while the model answers."""

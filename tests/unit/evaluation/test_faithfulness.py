@@ -166,5 +166,11 @@ def test_a_difference_from_random_orders_is_named():
     assert row["cells"][0] == row["cells"][2] == "−2.50"
     assert row["cells"][1] == "−1.75 (−2.00 to −1.50)"
     assert row["verdict"] == "deletion below all 2, insertion below all 2"
+    shares, low, high = judged.of_random[0].shares, torch.full((2, 1), -5.0), torch.full((2, 1), -1.0)
+    control = (OcclusionCurves(shares, 0.9 * low, 3 * high), OcclusionCurves(shares, 0.8 * low, 2 * high))
+    apart = Faithfulness(("the whole answer",), (OcclusionCurves(shares, low, high),), control, "blur")
+    (row,) = faithfulness_view(apart, 1)["rows"]
+    assert row["cells"][:4] == ["−5.00", "−4.25 (−4.50 to −4.00)", "−1.00", "−2.50 (−3.00 to −2.00)"]
+    assert row["verdict"] == "deletion below all 2, insertion above all 2"
     middle = Faithfulness(("the whole answer",), (line(-1, -2.5),), judged.of_random, "blur")
     assert faithfulness_view(middle, 1)["rows"][0]["verdict"] == "deletion within the 2, insertion within the 2"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import re
+import shutil
 import tomllib
 import weakref
 from functools import partial
@@ -23,13 +25,15 @@ from PIL import Image
 from tenacity import RetryError, retry, stop_after_attempt
 
 from command_line import complaint, lavender
+from lavender.cli import eval_tasks
 from lavender.cli.main import DONE, WRONG_USAGE
-from lavender.errors import ConfigError, DataError
+from lavender.errors import ConfigError, DataError, LavenderError
 from lavender.evaluation.answers import continuation_loss, generate_answers
-from lavender.evaluation.harness import TASKS_PATH, models, plugin
+from lavender.evaluation.harness import TASKS_PATH, file_name, models, plugin, running, task_index
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS
 from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported
+from lavender.evaluation.harness.running import _notes_of_scores
 from lavender.evaluation.harness.tables import (
     benchmark_table,
     notes_of_benchmarks,
@@ -110,8 +114,8 @@ def chat(student: models.Student, split: Dataset, **settings: Any) -> models.Cha
 
 def requests(split: Dataset, **settings: Any) -> list[Instance]:
     def messages(row: dict) -> list[dict]:
-        parts = [{"type": "image", "url": row["image"]}, {"type": "text", "text": row["question"]}]
-        return [{"role": "user", "content": parts}]
+        pictures = [{"type": "image", "url": row["image"]}] if row["image"] is not None else []
+        return [{"role": "user", "content": [*pictures, {"type": "text", "text": row["question"]}]}]
 
     metadata = [{"task": "t", "doc_id": index, "repeats": 1} for index in range(len(split))]
     return [
@@ -126,6 +130,40 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_requests(batch_size,
     assert len(set(expected)) > 1
     found = chat(student, split, batch_size=batch_size).generate_until(requests(split))
     assert found == expected
+
+
+def test_a_batch_may_have_questions_with_and_without_a_picture(student, split):
+    some = split.map(lambda row, index: {"image": None if index == 1 else row["image"]}, with_indices=True)
+    alone = chat(student, some, batch_size=1).generate_until(requests(some))
+    assert all(alone)
+    assert chat(student, some, batch_size=3).generate_until(requests(some)) == alone
+
+
+def test_each_repeat_of_a_request_keeps_its_own_answer(student, split, tmp_path, monkeypatch):
+    said = iter("abcdef")
+    monkeypatch.setattr(models, "answer_batch", lambda *_, **__: [next(said)])
+    repeated = [one for one in requests(split) for _ in range(2)]
+    for _ in range(2):
+        with AnswerLog(tmp_path, {}) as log:
+            assert chat(student, split, log=log).generate_until(repeated) == list("abcdef")
+
+
+def test_the_pictures_of_a_sample_are_known_also_from_the_log(student, split, tmp_path):
+    same = Dataset.from_list([{"image": split[0]["image"], "question": question} for question in QUESTIONS])
+    same = same.cast_column("image", ImageFeature())
+    assert len(set(chat_pictures(student, split, None).values())) == 3
+    with AnswerLog(tmp_path, {}) as log:
+        first = chat_pictures(student, same, log)
+    assert len(first) == 3
+    assert len(set(first.values())) == 1
+    with AnswerLog(tmp_path, {}) as log:
+        assert chat_pictures(student, same, log) == first
+
+
+def chat_pictures(student: models.Student, split: Dataset, log: AnswerLog | None) -> dict[int, str]:
+    model = chat(student, split, log=log)
+    model.generate_until(requests(split))
+    return dict(model.pictures["t"])
 
 
 def test_an_answer_on_disk_is_not_generated_again(student, split, tmp_path, monkeypatch):
@@ -230,6 +268,27 @@ def test_the_loss_of_an_option_is_the_mean_over_its_tokens(student, split):
     assert not greedy
 
 
+def test_options_are_scored_with_their_picture_and_kept(student, split, tmp_path):
+    options = ("a red dog", "a blue cat")
+    metadata = {"task": "t", "doc_id": 0, "repeats": 1}
+    asked = [
+        Instance("loglikelihood", ("?", option, lambda row: [row["image"]], 0, "t", "test"), index, metadata)
+        for index, option in enumerate(options)
+    ]
+    question = [
+        {"role": "user", "content": [{"type": "image", "image": split[0]["image"]}, {"type": "text", "text": "?"}]}
+    ]
+    expected = [continuation_loss(*student, question, option)[0] for option in options]
+    load = iter([student])  # it is loaded once: the second model finds all in the log
+    for _ in range(2):
+        with AnswerLog(tmp_path, {}) as log:
+            model = models.RankingModel(device="cpu", student=partial(next, load), log=log)
+            model.task_dict["t"] = {"test": split}
+            found: list[Any] = model.loglikelihood(asked)
+            assert [one.text[0] for one in found] == pytest.approx(expected, rel=1e-6)  # the same pass
+            assert list(model.pictures["t"]) == [0]
+
+
 def test_an_option_that_the_model_would_write_is_greedy(student, split):
     """A model that knows each next token of "a red dog", and so is surprised by "a red cat" at its last word."""
 
@@ -275,12 +334,24 @@ def test_the_paper_has_28_benchmarks():
         assert not one.test or (ROOT / one.test).is_file()
 
 
+TABLE_1 = """
+AI2D | CCBench | DocVQA | InfoVQA | MMBench EN | MME | MMMU | MMStar | OCRBench | OCR-VQA | POPE | RealWorldQA |
+SEED (images) | ScienceQA | TextVQA | HallusionBench
+78.7 30.6 82.8 59.0 70.8 1692.9 48.0 48.3 754.0 67.7 86.3 61.4 72.9 83.6 80.8 36.3
+77.8 39.8 86.0 61.0 73.6 1664.6 43.7 45.1 733.0 70.0 86.9 60.7 73.6 74.6 81.1 36.6
+79.0 39.2 90.3 65.1 81.3 1871.5 46.3 48.7 764.0 71.5 88.1 62.1 74.1 84.7 88.1 41.3
+76.7 37.6 89.8 64.3 77.5 1697.4 45.6 46.8 748.0 68.6 87.3 59.4 71.8 77.1 81.5 37.7
+78.7 38.6 81.6 65.0 80.0 1695.9 49.1 49.8 686.0 70.1 87.6 62.2 73.1 84.3 84.9 39.5
+"""
+
+
 def test_the_numbers_are_the_papers():
-    """Three columns of Table 1, read from the paper again."""
-    by_name = {one.name: one.paper for one in GROUPS["paper"]}
-    assert by_name["DocVQA"] == (82.8, 86.0, 90.3, 89.8, 81.6)
-    assert by_name["MME"] == (1692.9, 1664.6, 1871.5, 1697.4, 1695.9)
-    assert by_name["HallusionBench"] == (36.3, 36.6, 41.3, 37.7, 39.5)
+    """Table 1 by rows, in the order of `PAPER_MODELS`, read from the paper again."""
+    first, second, *rows = TABLE_1.strip().splitlines()
+    names = [name.strip() for name in f"{first} {second}".split("|")]
+    columns = zip(*([float(number) for number in row.split()] for row in rows), strict=True)
+    numbers = dict(zip(names, columns, strict=True))
+    assert {one.name: one.paper for one in GROUPS["paper"] if one.paper} == numbers
 
 
 def test_the_page_has_the_table():
@@ -345,12 +416,29 @@ def test_a_sample_has_its_scores_as_numbers():
     }
 
 
+def test_of_several_filters_the_last_counts():
+    logged = [{"doc_id": doc, "acc": acc} for acc in (0.0, 1.0) for doc in range(3)]
+    several = found("t", {}, logged, ["acc"])
+    several["results"]["t"] = {"acc,strict": 0.0, "acc,flexible": 1.0}
+    scored = Scored.of("t", several)
+    assert (len(scored.samples), scored.scores, reported(scored)) == (3, {0: 1.0, 1: 1.0, 2: 1.0}, 1.0)
+
+
 def test_refusals_are_counted_where_answers_are_texts():
     def answered(*answers: object) -> Scored:
         return Scored("t", "test", ("acc",), {}, [{"answer": answer} for answer in answers], {})
 
     assert refusal_rate(answered("yes", "I'm not able to answer that.", "no", "")) == 1 / 4
     assert refusal_rate(answered([[0.1, True], [2.0, False]])) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "value", "on_the_papers_scale"),
+    [("docvqa_val", "anls", 0.828, 82.8), ("ocrbench", "ocrbench_accuracy", 0.754, 754.0), ("other", "acc", 0.5, 0.5)],
+)
+def test_the_papers_benchmarks_are_on_the_papers_scale(task, metric, value, on_the_papers_scale):
+    scored = Scored.of(task, found(task, {metric: value}, [{metric: value}], [metric]))
+    assert reported(scored) == pytest.approx(on_the_papers_scale)
 
 
 def test_mme_is_the_sum_of_its_two_numbers():
@@ -370,10 +458,170 @@ def test_the_last_model_is_compared_on_the_same_samples():
         ("base", 0.5, 4),
         ("plain", 0.25, 4),
     ]
-    assert 0 <= result["base"]["low"] <= 0.5 <= result["base"]["high"] <= 1
+    low, high = result["base"]["low"], result["base"]["high"]
+    assert low is not None
+    assert high is not None
+    assert 0 <= low <= 0.5 <= high <= 1
     assert differences({"one": arm(), "other": arm()}) == {}
+    [alone] = differences({"one": arm(0), "other": arm(1)}).values()
+    assert json.loads(json.dumps(alone, allow_nan=False)) == {
+        "difference": 1.0,
+        "low": None,
+        "high": None,
+        "num_units": 1,
+    }
     with pytest.raises(DataError, match="2 and 1 samples of t, not the same ones"):
         differences({"one": arm(1), "other": arm(1, 1)})
+
+
+def test_samples_of_one_picture_are_drawn_together():
+    """Two pictures with three questions each: the difference is 1 on one of them and 0 on the other."""
+    pictures = {0: "a", 1: "a", 2: "a", 3: "b", 4: "b", 5: "b"}
+
+    def arm(*scores: float) -> Scored:
+        return Scored("t", "test", ("acc",), {"acc": 0.0}, [], dict(enumerate(scores)), pictures)
+
+    [result] = differences({"base": arm(0, 0, 0, 0, 0, 0), "aligned": arm(1, 1, 1, 0, 0, 0)}).values()
+    assert result == {"difference": 0.5, "low": 0.0, "high": 1.0, "num_units": 2}  # a draw has either picture twice
+
+
+def test_a_benchmark_without_scores_per_sample_is_scored_one_by_one():
+    logged = [{"seed_image": {"pred": pred, "answer": "A"}} for pred in ("A", "B", "A")] + [{"seed_video": {}}]
+
+    def accuracy(values: list[dict[str, str]]) -> float:
+        return sum(value["pred"] == value["answer"] for value in values) / len(values)
+
+    task = found("seedbench", {"seed_image": 2 / 3}, logged, ["seed_image"])
+    assert Scored.of("seedbench", task, {"seed_image": accuracy}).scores == {0: 1.0, 1: 0.0, 2: 1.0}
+    assert [one.name for one in GROUPS["paper"] if one.scored_alone] == ["MMMU", "SEED (images)"]
+
+
+def test_what_a_number_lacks_is_told():
+    logged = [{"mme_perception_score": {"score": 1.0}}]
+    part = Scored.of("mme", found("mme", {"mme_perception_score": 200.0}, logged, ["mme_perception_score"]))
+    ranked = Scored("hateful_memes", "validation", ("auroc",), {"auroc": 0.5}, [], {})
+    notes = _notes_of_scores({"mme": {"base": part}, "hateful_memes": {"base": ranked, "aligned": ranked}})
+    assert notes == [
+        "mme is without mme_cognition_score: no sample is of this kind",
+        "no difference of hateful_memes: auroc gives samples no scores",
+    ]
+
+
+def printed(arms: list[str]) -> list[str]:
+    numbers = {"difference": 0.1, "low": None, "high": None, "num_units": 1}
+    task: dict[str, Any] = {"metric": "accuracy", "split": "test", "samples": 1, "scorer": "", "paper": None}
+    task |= {"scores": dict.fromkeys(arms, 0.5), "differences": dict.fromkeys(arms[:-1], numbers)}
+    return list(result_lines({"arms": dict.fromkeys(arms), "tasks": {"world_pope_adversarial_sealed": task}}))
+
+
+def test_models_with_long_names_are_told_apart():
+    lines = printed(["base", "llama-3.2-11b-plain-lora-seed-0", "llama-3.2-11b-lavender-lora-seed-0"])
+    assert lines[:3] == ["[1] base", "[2] llama-3.2-11b-plain-lora-seed-0", "[3] llama-3.2-11b-lavender-lora-seed-0"]
+    assert lines[3].split() == ["task", "samples", "[1]", "[2]", "[3]"]
+    assert [line.split("  ")[1] for line in lines if "−" in line] == ["[3] − [1]", "[3] − [2]"]
+    assert any(line.startswith("world_pope_adversarial_sealed  accuracy; test") for line in lines)
+    assert printed(["base", "plain", "aligned"])[0].split() == ["task", "samples", "base", "plain", "aligned"]
+
+
+def test_each_model_has_a_name_and_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("a/run=1", "b/run=1", "c/run_1"):
+        (tmp_path / folder).mkdir(parents=True)
+    options = argparse.Namespace(run=None, model=["~/a/run=1", "~/b/run=1", "~/c/run_1", "org/run_1"], against=[])
+    arms = eval_tasks._arms(options)
+    assert len({file_name(arm) for arm in arms}) == 4
+    assert list(arms)[:2] == ["run=1", "run=1 (2)"]
+    assert list(arms.values()) == [*(tmp_path / one for one in ("a/run=1", "b/run=1", "c/run_1")), "org/run_1"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "limit", "do"),
+    [
+        (ValueError("bad row"), None, "leave the task out; x.log"),
+        (AssertionError("MME only supports pairwise evaluation"), 3, "leave the task out, or --limit if it needs all"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 3, "lower --batch-size; x.log"),
+    ],
+)
+def test_the_advice_for_a_task_that_fails_fits_its_cause(cause, limit, do):
+    error = running.failure("mme", cause, Path("x.log"), limit)
+    assert error.got.startswith("the task mme, which fails: ")
+    assert str(cause) in error.got
+    assert error.do.startswith(do)
+
+
+def test_a_run_comes_after_its_base_and_the_others(tmp_path):
+    run, other = tmp_path / "aligned", tmp_path / "plain"
+    run.mkdir()
+    other.mkdir()
+    (run / "config.yaml").write_text("model: org/base\ndata: data\nmaps: maps\n")
+    options = argparse.Namespace(run=run, model=[], against=[other])
+    assert list(eval_tasks._arms(options).items()) == [("base", "org/base"), ("plain", other), ("aligned", run)]
+
+
+def test_an_adapter_is_another_checkpoint_on_another_base(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    digests = set()
+    for content in ("one", "other"):
+        (base / "model.safetensors").write_text(content)
+        digests |= {running.checkpoint_digest(adapter), running.checkpoint_digest(adapter)}
+    assert len(digests) == 2
+
+
+def test_a_missing_package_of_the_extra_is_told(monkeypatch):
+    monkeypatch.setattr(task_index, "_IMPORTED", ("loguru", "no_such_package"))
+    with pytest.raises(ConfigError, match=r"no package no_such_package.*the extra `eval`"):
+        task_index.require_harness()
+
+
+def test_tags_and_groups_are_their_tasks_each_once(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\ntag: both\noutput_type: generate_until\n")
+    (tmp_path / "group.yaml").write_text("group: outer\ntask:\n  - both\n  - worldmedqa_v_local\n")
+    index = TaskIndex([tmp_path])
+    assert sorted(index.leaves(["both"])) == ["first", "second"]
+    assert sorted(index.leaves(["outer", "second", "worldmedqa"])) == ["first", "second", "worldmedqa_v_local"]
+
+
+def test_folders_of_tasks_that_cannot_be_read(tmp_path):
+    (tmp_path / "broken.yaml").write_text("task: [")
+    with pytest.raises(DataError, match=r"no YAML: .*broken\.yaml.*repair the file"):
+        TaskIndex([tmp_path])
+    with pytest.raises(ConfigError, match=r"broken\.yaml, which is no folder"):
+        TaskIndex([tmp_path / "broken.yaml"])
+
+
+def test_a_group_without_tasks_is_an_error(tmp_path):
+    (tmp_path / "empty.yaml").write_text("group: nothing_in_it\ntask: []\n")
+    with pytest.raises(ConfigError, match="nothing_in_it, which has no task"):
+        TaskIndex([tmp_path]).leaves(["nothing_in_it"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("chat_template.jinja", None, "no chat template"),
+        ("config.json", None, "without config.json"),
+        ("adapter_config.json", "{", "adapter_config.json"),
+        ("config.yaml", "model: m", "it is not finished"),
+    ],
+)
+def test_a_model_that_cannot_answer_is_told_before_any_is_run(name, content, message, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    if name == "config.yaml":
+        broken.mkdir()
+    else:
+        shutil.copytree(STUDENT_PATH, broken)
+        (broken / name).unlink(missing_ok=True)
+    if content is not None:
+        (broken / name).write_text(content)
+    monkeypatch.setattr(running, "TaskIndex", lambda _: SimpleNamespace(leaves=list, build=lambda _: None))
+    monkeypatch.setattr(running, "_run_arm", lambda *_: pytest.fail("a model was run"))
+    arms = {"base": STUDENT_PATH, "broken": broken}
+    with pytest.raises(LavenderError, match=message):
+        running.evaluate_tasks(arms, ["t"], tmp_path / "out", tmp_path / "result.json", running.Settings())
 
 
 def test_what_is_printed_fits_80_columns():
@@ -390,10 +638,11 @@ def test_what_is_printed_fits_80_columns():
     local = task | {"scorer": "", "scores": dict.fromkeys(arms, 0.8), "paper": None, "differences": {}}
     lines = list(result_lines({"arms": dict.fromkeys(arms), "tasks": {"docvqa_val": task, "a_local_one": local}}))
     assert max(map(len, lines)) <= 80
-    assert "docvqa_val                 5349      1692.9" in lines[1]
+    assert lines[5].split() == ["task", "samples", "[1]", "[2]", "[3]", "[4]"]
+    assert "docvqa_val                 5349      1692.9" in lines[6]
     assert "docvqa_val               ANLS; validation" in lines
     assert [line for line in lines if line.startswith("a_local_one") and "0.8000" in line]
-    assert "docvqa_val               aligned − base              +12.3 (-1.0 to +25.0)" in lines
+    assert "docvqa_val               [5] − [1]                   +12.3 (-1.0 to +25.0)" in lines
     assert any(line.split() == ["docvqa_val", *["82.8"] * 5] for line in lines)
 
 
@@ -402,8 +651,9 @@ def test_vlmevalkits_settings_have_what_lmms_eval_lacks():
     assert settings["model"]["aligned"] == {"class": "llama_vision", "model_path": "out"}
     assert settings["data"]["MMBench_DEV_EN_V11"] == {"class": "ImageMCQDataset", "dataset": "MMBench_DEV_EN_V11"}
     assert len(settings["data"]) == 20
-    with pytest.raises(ConfigError, match=r"--print-vlmevalkit with --tasks pope.*such as paper"):
-        vlmevalkit_settings(["pope"], {"base": "x"}, "mllama")
+    for tasks in (["pope"], ["paper", "pope"]):
+        with pytest.raises(ConfigError, match=r"--print-vlmevalkit with --tasks pope.*such as paper"):
+            vlmevalkit_settings(tasks, {"base": "x"}, "mllama")
 
 
 def test_vlmevalkit_gets_no_run_folder(tmp_path):
@@ -420,14 +670,18 @@ def test_vlmevalkit_gets_no_run_folder(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "no --tasks"),
-        (("--model", "m"), "no --tasks"),
+        ((), "no run folder"),
+        (("--model", "m"), "--model without --tasks"),
+        (("run", "--batch-size", "4"), "--batch-size without --tasks"),
+        (("run", "--include-path", "tasks"), "--include-path without --tasks"),
+        (("run", "--print-vlmevalkit"), "--print-vlmevalkit without --tasks"),
         (("--tasks", "pope"), "--tasks without a model"),
         (("run", "--model", "m", "--tasks", "pope"), "--tasks with a run folder and --model"),
         (("run", "--tasks", ","), "--tasks ','"),
         (("run", "--tasks", "pope", "--maps", "maps"), "--maps with --tasks"),
         (("--model", "m", "--tasks", "pope", "--limit", "0"), "--limit 0"),
         (("--model", "m", "--tasks", "pope", "--batch-size", "0"), "--batch-size 0"),
+        (("--model", "m", "--tasks", "pope", "--device", "foo"), "--device 'foo', which PyTorch cannot use here"),
     ],
 )
 def test_options_that_do_not_fit(arguments, words):

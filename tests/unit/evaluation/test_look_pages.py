@@ -21,6 +21,7 @@ from lavender.errors import ConfigError, DataError, ModelError
 from lavender.evaluation.look.attention import ANSWER, QUESTION, ReadWord, WordAttention, require_template
 from lavender.evaluation.look.gallery import gallery_page, judge, judge_of, read_gallery
 from lavender.evaluation.look.kinds import kind_of
+from lavender.evaluation.look.looking import MAX_WORDS
 from lavender.evaluation.look.page import attention_page, detail_note, percent, render
 from lavender.evaluation.look.tiles import (
     MAX_MAP_BYTES,
@@ -195,8 +196,26 @@ def test_maps_of_single_heads_are_left_out_by_name_where_they_do_not_fit(monkeyp
     monkeypatch.setattr("lavender.evaluation.look.tiles.MAX_MAP_BYTES", 500)
     page = attention_page(seen, Image.new("RGB", (70, 50)), ("", "a dog"))
     assert not page["data"]["has_detail"]
-    assert page["data"]["words"][0]["detail"] is None
+    data = page["data"]["words"][0]
+    assert data["detail"] is None
+    maps = seen.maps_WLH[0].double().flatten(-2)  # (layer, head, cell)
+    tops = [maps.mean(dim=(0, 1)).max(), *maps.mean(dim=1).amax(dim=-1), *maps.mean(dim=0).amax(dim=-1)]
+    assert data["top"] == pytest.approx([float(top) for top in tops], rel=0.005), "the means alone, in three digits"
+    assert all(len(data[name]) == len(tops) for name in ("peak", "placed", "region", "area", "on_picture"))
     assert "Maps of one head in one layer are left out" in detail_note(seen)
+
+
+def test_the_most_words_of_the_largest_models_fit_into_a_page():
+    """As many layers and heads as Qwen2.5-VL-72B: their single heads are left out, with their numbers."""
+    words = tuple(ReadWord(ANSWER, Word("dog", 4 * at, 4 * at + 3, "dog", "noun")) for at in range(MAX_WORDS))
+    one = attention_of((DOG,), tuple(range(80)), 64, (32, 32))
+    seen = WordAttention(
+        words, one.layers, one.maps_WLH.expand(40, -1, -1, -1, -1), one.on_picture_WLH.expand(40, -1, -1), False, ()
+    )
+    image = Image.effect_noise((800, 600), 60).convert("RGB")
+    page = SHELL | attention_page(seen, image, ("", "dog " * MAX_WORDS)) | {"picture_name": "p"}
+    assert not page["data"]["has_detail"]
+    assert len(render("look", page)) < 9_000_000
 
 
 def test_a_page_cannot_be_broken_by_a_text_nor_load_anything():
@@ -315,6 +334,16 @@ def test_with_annotated_masks_the_worst_points_outside(four):
     assert dogs.total == 2
 
 
+def test_every_miss_is_worse_than_every_hit():
+    """cat misses with 1.8/2.8 of its map in the mask; dog hits with 1/4 of it."""
+    words = content_words("a dog and a cat", ("noun",))
+    maps = WordMaps("0", "a dog and a cat", words, torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[0.6, 0.6], [0.6, 1.0]]]))
+    masks = WordMaps("0", maps.text, words, torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 0.0]]]))
+    dog, cat = judge(maps, masks, "pointing")
+    assert (dog.verdict, cat.verdict) == ("hit", "miss")
+    assert (dog.badness, cat.badness) == (pytest.approx(3 / 4), pytest.approx(1 + 1 / 2.8))
+
+
 def test_with_another_teacher_the_worst_disagrees():
     """Correlations by hand: 1 with itself, −1/3 of one corner with another, none with a flat map."""
     words = content_words("a dog, a cat, a bird and a fish", ("noun",))
@@ -327,6 +356,30 @@ def test_with_another_teacher_the_worst_disagrees():
     assert [one.text for one in judged[:2]] == ["correlation 1.00", "correlation -0.33"]
     assert judged[3].text == "not in the other store"
     assert [one.badness for one in judge(maps, None, "disagreement")] == [None] * 4
+
+
+def test_words_that_the_other_store_lacks_are_counted(four):
+    folder, records = four
+    store = store_of(folder / "maps", records, {"teacher": "t"})
+    other = store_of(folder / "other", records[:2], {"teacher": "u"})
+    gallery = read_gallery(store, folder, against=other)
+    assert (gallery.total, gallery.not_compared) == (4, 3)  # dog, bird and fish
+    assert read_gallery(store, folder).not_compared == 0
+    with pytest.raises(DataError, match="which has none of the 1 words to compare in .* name another store"):
+        read_gallery(store, folder, word="fish", against=other)
+
+
+def test_texts_are_spread_over_the_whole_store(tmp_path):
+    """Of seven, four: not the first four."""
+    rows, records = [], []
+    for index in range(7):
+        image = Image.new("RGB", (20, 12), (30 * index, 0, 0))
+        image.save(tmp_path / f"{index}.png")
+        rows.append(json.dumps({"file_name": f"{index}.png", "text": "a dog"}))
+        records.append((image, "a dog", [[[1.0, 0.0], [0.0, 0.0]]]))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    gallery = read_gallery(store_of(tmp_path / "maps", records, {"teacher": "t"}), tmp_path, limit=4)
+    assert [record.place for record in gallery.records] == [0, 1, 3, 5]
 
 
 def test_records_without_a_picture_are_counted(four):

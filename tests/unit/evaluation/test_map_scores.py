@@ -107,6 +107,8 @@ def test_mass_is_the_share_in_the_mask():
     """Of 1 + 0.8 + 0.5 + 0.2, the mask holds 0.8 and 0.5; the map's scale does not matter."""
     for scale in (1.0, 7.0, 1e-6):
         assert mass_in_mask(scale * STEPS, STEPS_MASK) == pytest.approx(1.3 / 2.5, rel=1e-5)
+    for numbers in (STEPS_MASK.astype(int), STEPS_MASK.astype(np.uint8), 255 * STEPS_MASK.astype(np.uint8)):
+        assert mass_in_mask(STEPS, numbers) == pytest.approx(1.3 / 2.5, rel=1e-5)  # not rows of these numbers
     assert mass_in_mask(STEPS, torch.from_numpy(~STEPS_MASK)) == pytest.approx(1.2 / 2.5, rel=1e-5)
     assert mass_in_mask(torch.ones(5, 7), STEPS_MASK) == pytest.approx(3 / 35, rel=1e-5)  # its share of the picture
     assert mass_in_mask(heat_of({(2, 3): 0.4}), np.ones((11, 13), dtype=bool)) == pytest.approx(1)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from lavender.errors import DataError
-from lavender.evaluation.report.figure import draw_figure, drawable
+from lavender.evaluation.report.figure import draw_figure, drawable, figure_of
 from lavender.evaluation.report.page import (
     Curve,
     Panel,
@@ -359,6 +359,12 @@ def test_the_figure_grows_with_its_rows(tmp_path: Path):
     assert np.asarray(one).min() < 40
 
 
+def test_a_row_keeps_the_lines_of_its_name():
+    maps: dict[str, torch.Tensor | None] = {"a": spot(1, 5)}
+    figure = figure_of([Panel(picture(), "p", [WordRow("dog\nentropy 1.39 nats", maps)], {})])
+    assert "dog\nentropy 1.39\nnats" in [axes.get_ylabel() for axes in figure.axes]
+
+
 def test_the_figure_has_room_for_long_answers_and_words(tmp_path: Path):
     """Thirty lines of an answer are taller than the maps beside them; nothing touches the edge."""
     rows = [WordRow("a very long word " * 3, {"teacher": spot(1, 5)})]
@@ -378,7 +384,7 @@ def test_columns_of_panels_stand_under_each_other(tmp_path: Path, monkeypatch):
 
     drawn: list[Figure] = []
     savefig = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args: (drawn.append(self), savefig(self, *args)))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *to, **how: (drawn.append(self), savefig(self, *to, **how)))
     maps: dict[str, torch.Tensor | None] = {"a": spot(1, 5), "b": None}
     panels = [Panel(picture(), "p", [WordRow(word, maps)], {}) for word in ("x", "a much longer word")]
     draw_figure(panels, tmp_path / "figure.png")

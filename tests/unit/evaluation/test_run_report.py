@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from command_line import complaint, lavender, write_scenes
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
 from lavender.data.store import MapStore
 from lavender.evaluation import runs
-from lavender.evaluation.eval_files import read_evaluation
+from lavender.evaluation.eval_files import SCORES, read_evaluation
 from lavender.evaluation.intervals import ratio
-from lavender.evaluation.run_report import Options, report_run
+from lavender.evaluation.run_report import Options, _compared, _reason_to_score, report_run
 from lavender.maps import entropy
+from lavender.training.run_folder import COVERAGE, read_config
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +170,33 @@ def test_a_page_without_maps_says_so(folder, evaluated, some_scenes, captions, t
 def test_options_out_of_range_are_refused_before_any_work(option, words, folder, observations):
     assert words in complaint(lavender("report", folder / "plain", *option), WRONG_USAGE)
     assert observations == []
+
+
+@pytest.mark.parametrize("option", ["--out", "--pdf"])
+def test_a_place_that_cannot_hold_a_file_is_refused_before_any_work(option, folder, observations):
+    assert f"Got {folder}: Is a directory" in complaint(lavender("report", folder / "plain", option, folder), FAILED)
+    assert observations == []
+
+
+def test_a_wrong_model_is_found_before_any_model_is_scored(folder, observations):
+    ran = lavender("report", folder / "plain", "--against", folder / "no-run")
+    assert f"the model {folder / 'no-run'}, which cannot be loaded" in complaint(ran, FAILED)
+    assert observations == []
+
+
+def test_scores_from_before_a_training_are_made_again(folder, evaluated):
+    run, trained = folder / "aligned", folder / "aligned" / COVERAGE
+    found = read_evaluation(run)
+    assert found is not None
+    assert _reason_to_score(found, run, read_config(run), Options()) == ""
+    trained.write_text("{}")
+    later = (run / SCORES).stat().st_mtime + 10
+    os.utime(trained, (later, later))
+    reason = _reason_to_score(found, run, read_config(run), Options())
+    trained.unlink()
+    assert reason == "a run was trained after eval.json was written"
+
+
+def test_pictures_are_compared_with_the_first_other_run_or_the_base():
+    assert _compared(dict.fromkeys(["base", "first", "second", "run"])) == ("run", "first")
+    assert _compared(dict.fromkeys(["base", "run"])) == ("run", "base")

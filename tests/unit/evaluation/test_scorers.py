@@ -317,6 +317,8 @@ ROW = {"category": "VD", "subcategory": "ocr", "set_id": "0", "figure_id": "1", 
         (lambda: auroc([0.1, 0.2], [0, 0]), "only negative samples"),
         (lambda: auroc([0.1, float("nan")], [0, 1]), "nan as prediction 1"),
         (lambda: auroc([0.1, 0.2], [0, 2]), "2 as reference 1"),
+        (lambda: auroc([None, 0.2], [0, 1]), "None as prediction 0"),  # ty: ignore[invalid-argument-type]
+        (lambda: exact_match(["a"], [None]), r"\[None\] as the right answers of sample 0"),  # ty: ignore[invalid-argument-type]
         (lambda: auroc([0.1], [0, 1]), "2 references for 1 predictions"),
         (lambda: refusals([]), "no predictions"),
         (lambda: with_refusals(exact_match(["a"], ["a"]), ["a", "b"]), "2 predictions for 1 scores"),

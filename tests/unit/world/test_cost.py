@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -26,11 +27,20 @@ def test_a_student_that_is_scored_often_costs_more():
     assert cost.minutes == pytest.approx((4 * (30 + 6 * 5 + 10) + 10) / 60)
 
 
+def test_a_warm_up_costs_once():
+    """Three arms of 10 steps from one base. It has 250 steps of 0.5 s, and 1,600 samples of 0.1 s."""
+    arms = {name: arm for name, arm in STUDIES["attributes"].arms(True).items() if arm.task == "questions"}
+    cost = cost_of(replace(STUDIES["attributes"], arms=lambda quick: arms, quick_steps=10), quick=True)
+    assert cost.runs == 3
+    assert cost.minutes == pytest.approx((250 * 0.5 + 1600 * 0.1 + 3 * (10 * 0.25 + 5 + 10) + 20) / 60)
+
+
 def test_every_study_is_listed(capsys):
     assert main(["study", "--list"]) == 0
     printed = capsys.readouterr().out
     assert printed == listed(STUDIES) + "\n"
-    rows = re.findall(r"^([a-z-]+) +\d+ runs, [\d.]+ (?:min|h) +\d+ runs, [\d.]+ (?:min|h)  (.*)$", printed, re.M)
+    rows = re.findall(r"^([a-z-]+) +\d+ runs, [\d.]+ (?:min|h) +\d+ runs, [\d.]+ (?:min|h)\n    (.*)$", printed, re.M)
+    assert max(map(len, printed.splitlines())) <= 80
     assert rows == [(name, study.title) for name, study in STUDIES.items()]
 
 

@@ -17,3 +17,8 @@ from pathlib import Path
 
 TASKS_PATH = Path(__file__).parent / "tasks"
 """Folder of our tasks: `lmms-eval --include_path`. `lavender eval --tasks` looks here first."""
+
+
+def file_name(name: str) -> str:
+    """A name of an arm or a task as the name of a file."""
+    return "".join(letter if letter.isalnum() or letter in "-_. " else "_" for letter in name)

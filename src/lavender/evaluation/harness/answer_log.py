@@ -38,6 +38,7 @@ class AnswerLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"answers-{digest(identity)}.jsonl"
         self._answers: dict[str, Any] = {}
+        self._pictures: dict[str, str] = {}
         self._file = self._open()
 
     def __enter__(self) -> AnswerLog:
@@ -55,10 +56,14 @@ class AnswerLog:
         """The answer to a request, or None if there is none yet."""
         return self._answers.get(key)
 
-    def add(self, key: str, answer: Any) -> None:
+    def pictures(self, key: str) -> str:
+        """What identifies the pictures of a request that has an answer; "" if it has none."""
+        return self._pictures.get(key, "")
+
+    def add(self, key: str, answer: Any, pictures: str = "") -> None:
         """Write an answer; it is on disk when this returns, unless the machine itself fails."""
-        self._answers[key] = answer
-        self._file.write(json.dumps({"request": key, "answer": answer}) + "\n")
+        self._answers[key], self._pictures[key] = answer, pictures
+        self._file.write(json.dumps({"request": key, "answer": answer, "pictures": pictures}) + "\n")
         self._file.flush()
 
     def _open(self) -> TextIO:
@@ -68,6 +73,7 @@ class AnswerLog:
             try:
                 entry = json.loads(line)
                 self._answers[entry["request"]] = entry["answer"]
+                self._pictures[entry["request"]] = entry.get("pictures", "")
             except (ValueError, KeyError, TypeError) as error:
                 got, do = f"a damaged line {number} in {self.path}", "delete the line; its answer is generated again"
                 raise DataError(got, "a request and its answer as JSON", do) from error

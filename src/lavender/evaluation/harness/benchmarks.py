@@ -52,6 +52,8 @@ class Benchmark:
         kind: the class of the data set in VLMEvalKit.
         paper: Table 1's numbers, one per model of `PAPER_MODELS`; None if the paper only draws them.
         note: what differs from the paper, or is not known of it.
+        scored_alone: lmms-eval gives no score per sample. A sample's score is the aggregation of it alone; their mean
+            is the reported number.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Benchmark:
     kind: str = "ImageVQADataset"
     paper: tuple[float, ...] | None = None
     note: str = ""
+    scored_alone: bool = False
 
 
 def _mmbench(name: str, task: str, vlmevalkit: str, note: str = "", key: str = "") -> Benchmark:
@@ -98,6 +101,7 @@ def _vqa(name: str, task: str, split: str, rule: str, note: str = "") -> Benchma
 
 
 _V11 = "version 1.1 has other questions; which four subsets of MMBench the paper took, it does not say"
+_JUDGE = "VLMEvalKit may ask a judge model where its rules find no answer; here such an answer is wrong"
 _PAPER = (
     Benchmark(
         "AI2D",
@@ -187,11 +191,11 @@ _PAPER = (
         paper=_NUMBERS["mme"],
         note="the paper does not say what its number adds up; for LLaVA-1.5 it is perception alone",
     ),
-    _mmbench("MMBench EN", "mmbench_en_rules_dev", "MMBench_DEV_EN", key="mmbench_en"),
-    _mmbench("MMBench CN", "mmbench_cn_rules_dev", "MMBench_DEV_CN", "not in Table 1"),
+    _mmbench("MMBench EN", "mmbench_en_rules_dev", "MMBench_DEV_EN", _JUDGE, "mmbench_en"),
+    _mmbench("MMBench CN", "mmbench_cn_rules_dev", "MMBench_DEV_CN", f"not in Table 1. {_JUDGE}"),
     _mmbench("MMBench EN 1.1", "", "MMBench_DEV_EN_V11", _V11),
     _mmbench("MMBench CN 1.1", "", "MMBench_DEV_CN_V11", _V11),
-    _mmbench("CCBench", "ccbench_rules", "CCBench", key="ccbench"),
+    _mmbench("CCBench", "ccbench_rules", "CCBench", f"§7.2 does not name it; Table 1 has it. {_JUDGE}", "ccbench"),
     Benchmark(
         "ScienceQA",
         "scienceqa_img",
@@ -227,6 +231,7 @@ _PAPER = (
         vlmevalkit="MMMU_DEV_VAL",
         kind="MMMUDataset",
         paper=_NUMBERS["mmmu"],
+        scored_alone=True,
     ),
     Benchmark(
         "RealWorldQA",
@@ -252,6 +257,7 @@ _PAPER = (
         kind="ImageMCQDataset",
         paper=_NUMBERS["seed"],
         note="the task asks about videos too; seed_image is of the images alone",
+        scored_alone=True,
     ),
     Benchmark(
         "HallusionBench",
@@ -264,7 +270,7 @@ _PAPER = (
         vlmevalkit="HallusionBench",
         kind="ImageYORNDataset",
         paper=_NUMBERS["hallusion"],
-        note="the split with pictures; lmms-eval's own scorer asks GPT-4",
+        note=f"the split with pictures; lmms-eval's own scorer asks GPT-4. {_JUDGE}",
     ),
     Benchmark(
         "POPE",
@@ -276,7 +282,7 @@ _PAPER = (
         vlmevalkit="POPE",
         kind="ImageYORNDataset",
         paper=_NUMBERS["pope"],
-        note="F1 over all three kinds of questions together",
+        note='F1 over all three kinds of questions together; lmms-eval takes the bare word only, so "Yes." is wrong',
     ),
 )
 _WORLDMEDQA = (

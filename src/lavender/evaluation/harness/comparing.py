@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -26,7 +27,8 @@ class Scored:
         keys: the metrics whose sum is reported: those of the paper's table, else the task's first.
         metrics: name of a metric → the harness's number over all samples.
         samples: one per document: `doc_id`, `prompt`, `answer`, `target`, and `scores` by metric, with numbers only.
-        scores: document → its score in the reported metric; empty if that is no mean over samples, such as AUROC.
+        scores: document → its score in the reported metric; empty if that gives samples no scores, such as AUROC.
+        pictures: document → digest of its pictures. A document that is missing here shares them with no other.
     """
 
     task: str
@@ -35,15 +37,30 @@ class Scored:
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
     scores: dict[int, float]
+    pictures: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, task: str, found: Mapping[str, Any]) -> Scored:
+    def of(
+        cls,
+        task: str,
+        found: Mapping[str, Any],
+        aggregations: Mapping[str, Callable[[list[Any]], Any]] | None = None,
+        pictures: Mapping[int, str] | None = None,
+    ) -> Scored:
         """From what `lmms_eval.evaluator.simple_evaluate` returns.
+
+        Args:
+            task: the task's name.
+            found: what the evaluator returned.
+            aggregations: the task's aggregations by metric, for benchmarks that are `scored_alone`.
+            pictures: document → digest of its pictures.
 
         Raises:
             DataError: the harness gave none of the metrics that are reported.
         """
-        config, logged = found["configs"][task], found["samples"][task]
+        config = found["configs"][task]
+        # a task with several filters has each document once per filter; of metrics and documents the last filter counts
+        logged = list({one["doc_id"]: one for one in found["samples"][task]}.values())
         metrics = {
             key.partition(",")[0]: float(value)
             for key, value in found["results"][task].items()
@@ -68,7 +85,17 @@ class Scored:
             for one in logged
         ]
         split = str(config.get("test_split") or config.get("validation_split"))
-        return cls(task, split, keys, metrics, samples, _scores(logged, keys))
+        if known is not None and known.scored_alone and aggregations is not None:
+            alone = aggregations[keys[0]]
+            scores = {one["doc_id"]: float(alone([one[keys[0]]])) for one in logged if keys[0] in one}
+        else:
+            scores = _scores(logged, keys)
+        return cls(task, split, keys, metrics, samples, scores, pictures or {})
+
+    @property
+    def missing(self) -> list[str]:
+        """The metrics of the reported sum of which there was no sample."""
+        return [key for key in self.keys if key not in self.metrics]
 
 
 def reported(scored: Scored) -> float:
@@ -85,12 +112,15 @@ def refusal_rate(scored: Scored) -> float | None:
     return refusals(texts).aggregate["refusal_rate"] if texts and len(texts) == len(answers) else None
 
 
-def differences(by_arm: Mapping[str, Scored]) -> dict[str, dict[str, float]]:
+def differences(by_arm: Mapping[str, Scored]) -> dict[str, dict[str, float | None]]:
     """The last arm minus each of the others: mean score per sample, with a 95 % interval of the paired bootstrap.
 
+    Samples of the same pictures are not independent, so they are drawn together.
+
     Returns:
-        Name of the other arm → `difference`, `low`, `high` and `num_units`, the number of samples; scores per sample
-        are 0 to 1 in most tasks. An arm is missing where the metric is no mean over samples.
+        Name of the other arm → `difference`, `low`, `high` and `num_units`, the number of samples with different
+        pictures; `low` and `high` are None if there is one. Scores per sample are 0 to 1 in most tasks. Empty where
+        the metric gives samples no scores.
 
     Raises:
         DataError: the arms were scored on other samples.
@@ -105,10 +135,12 @@ def differences(by_arm: Mapping[str, Scored]) -> dict[str, dict[str, float]]:
                 "delete the task's logs, and run it again",
             )
         if other.scores:
-            pairs = [[(arm.scores[doc], 1.0) for doc in sorted(other.scores)] for arm in (last[1], other)]
-            interval = paired_difference(*pairs)
+            docs, pictures = sorted(other.scores), {**other.pictures, **last[1].pictures}
+            pairs = [[(arm.scores[doc], 1.0) for doc in docs] for arm in (last[1], other)]
+            interval = paired_difference(*pairs, units=[pictures.get(doc, doc) for doc in docs])
             assert interval is not None
-            found[name] = asdict(interval)
+            numbers = asdict(interval).items()
+            found[name] = {key: None if math.isnan(number) else number for key, number in numbers}  # NaN is no JSON
     return found
 
 

@@ -6,9 +6,10 @@ two kinds different requests, and takes the second by `--force_simple`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,12 +17,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
+from PIL import Image
 from tqdm import tqdm
 
 from lavender.errors import ConfigError, ModelError
 from lavender.evaluation.answers import answer_batch, answering, continuation_loss
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
-from lavender.students.loading import load_run
+from lavender.students.loading import load_run, load_run_processor
 
 MAX_NEW_TOKENS = 1024
 """Where an answer ends if a task does not say it, as in most of lmms-eval's models."""
@@ -76,6 +78,8 @@ class _LavenderModel(lmms):
         self._load = student
         self._student = None if student else load_student(pretrained, self.device, dtype, trust_remote_code)
         self.log = log
+        self.pictures: dict[str, dict[int, str]] = defaultdict(dict)
+        """Task → document → digest of its pictures, of those that have pictures."""
         self.generated = 0
         self.reused = 0
 
@@ -89,25 +93,32 @@ class _LavenderModel(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests, from the log where it has them."""
-        plans = [self._plan(request) for request in requests]
-        answers: list[Any] = [self._known(plan.key) for plan in plans]
+        plans = _numbered([self._plan(request) for request in requests])
+        answers: list[Any] = [self._known(plan) for plan in plans]
         groups: dict[str, list[int]] = defaultdict(list)
         for place, plan in enumerate(plans):
             if answers[place] is None:
                 groups[json.dumps(plan.settings, sort_keys=True, default=str)].append(place)
-        with tqdm(total=len(plans), initial=self.reused, desc="answers", disable=self._rank != 0) as bar:
+        with tqdm(
+            total=len(plans),
+            initial=len(plans) - answers.count(None),
+            desc=plans[0].task if plans else "answers",
+            disable=self._rank != 0,
+        ) as bar:
             for places in groups.values():
                 settings = plans[places[0]].settings
                 for batch in _batches(places, self.batch_size):
                     for place, text in zip(batch, self._generate([plans[at] for at in batch], settings), strict=True):
                         answers[place] = text
-                        self._keep(plans[place].key, text)
+                        self._keep(plans[place], text)
                     bar.update(len(batch))
         return answers
 
     def _generate(self, plans: Sequence[_Plan], settings: dict[str, Any]) -> list[str]:
         length = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
         conversations = [plan.conversation() for plan in plans]  # here the pictures are loaded
+        for plan, conversation in zip(plans, conversations, strict=True):
+            self._note_pictures(plan, digest_of_pictures(conversation))
         texts = [""] * len(plans)
         for images in (True, False):  # processors take batches in which all have pictures, or none
             places = [place for place, one in enumerate(conversations) if _has_images(one) == images]
@@ -131,15 +142,21 @@ class _LavenderModel(lmms):
     def _plan(self, request: Instance) -> _Plan:
         raise NotImplementedError
 
-    def _known(self, key: str) -> Any | None:
-        found = None if self.log is None else self.log.known(key)
-        self.reused += found is not None
+    def _known(self, plan: _Plan) -> Any | None:
+        found = None if self.log is None else self.log.known(plan.key)
+        if self.log is not None and found is not None:
+            self.reused += 1
+            self._note_pictures(plan, self.log.pictures(plan.key))
         return found
 
-    def _keep(self, key: str, answer: Any) -> None:
+    def _keep(self, plan: _Plan, answer: Any) -> None:
         self.generated += 1
         if self.log is not None:
-            self.log.add(key, answer)
+            self.log.add(plan.key, answer, self.pictures[plan.task].get(plan.doc, ""))
+
+    def _note_pictures(self, plan: _Plan, digest: str) -> None:
+        if digest:
+            self.pictures[plan.task][plan.doc] = digest
 
     def _data(self, task: str, split: str) -> str:
         """The fingerprint of a task's split, which identifies its content."""
@@ -149,6 +166,8 @@ class _LavenderModel(lmms):
 class _Plan(NamedTuple):
     """What a request needs: its name in the log, its settings, and its conversation, whose pictures load on demand."""
 
+    task: str
+    doc: int
     key: str
     settings: dict[str, Any]
     conversation: Callable[[], list[dict]]
@@ -166,7 +185,7 @@ class ChatModel(_LavenderModel):
         def conversation() -> list[dict]:
             return as_conversation(to_messages(self.task_dict[task][split][doc]))
 
-        return _Plan(key, settings, conversation)
+        return _Plan(task, doc, key, settings, conversation)
 
 
 class RankingModel(_LavenderModel):
@@ -181,7 +200,7 @@ class RankingModel(_LavenderModel):
         def conversation() -> list[dict]:
             return _question(context, to_visual(self.task_dict[task][split][doc]))
 
-        return _Plan(key, settings, conversation)
+        return _Plan(task, doc, key, settings, conversation)
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
         """Per request the loss of its continuation, and whether greedy decoding would write it: `continuation_loss`.
@@ -189,30 +208,51 @@ class RankingModel(_LavenderModel):
         lmms-eval takes the option with the smallest loss, in spite of the method's name.
         """
         found = []
-        for request in tqdm(requests, desc="options", disable=self._rank != 0):
-            context, continuation, to_visual, doc, task, split = request.args
-            sample = self.task_dict[task][split][doc]
-            text = continuation if isinstance(continuation, str) else str(continuation(sample))
-            key = request_key(task, doc, request.idx, context + "\n" + text, {}, self._data(task, split))
-            known = self._known(key)
+        for request in tqdm(requests, desc=requests[0].task_name if requests else "options", disable=self._rank != 0):
+            plan = self._option(request)
+            known = self._known(plan)
             if known is None:
-                known = list(continuation_loss(*self.student, _question(context, to_visual(sample)), text))
-                self._keep(key, known)
+                [*question, answer] = plan.conversation()
+                self._note_pictures(plan, digest_of_pictures(question))
+                known = list(continuation_loss(*self.student, question, answer["content"][0]["text"]))
+                self._keep(plan, known)
             # bare, lmms-eval 0.7.3 makes a text of the pair, and scoring fails
             found.append(GenerationResult(cast(Any, (float(known[0]), bool(known[1])))))
         return found
 
+    def _option(self, request: Instance) -> _Plan:
+        """The question with an option as its answer."""
+        context, continuation, to_visual, doc, task, split = request.args
+        rows = self.task_dict[task][split]
+        text = continuation if isinstance(continuation, str) else str(continuation(rows[doc]))
+        key = request_key(task, doc, request.idx, context + "\n" + text, {}, self._data(task, split))
+
+        def conversation() -> list[dict]:
+            answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+            return [*_question(context, to_visual(rows[doc])), answer]
+
+        return _Plan(task, doc, key, {}, conversation)
+
 
 def load_student(path: str | Path, device: torch.device, dtype: str, trust_remote_code: bool) -> Student:
-    """A checkpoint, ready to answer. Raises as `load_run` does, and ModelError without a chat template."""
+    """A checkpoint, ready to answer. Raises as `load_run` and `check_student` do."""
+    check_student(path, trust_remote_code is True)
     model, processor = load_run(path, dtype=dtype, trust_remote_code=trust_remote_code is True)
-    if not processor.chat_template:
+    return Student(model.to(device), processor)
+
+
+def check_student(path: str | Path, trust_remote_code: bool = False) -> None:
+    """All that can be known of a checkpoint before its weights are read.
+
+    Raises:
+        ModelError: the model has no chat template; or as `lavender.students.loading.load_run`.
+    """
+    if not load_run_processor(path, trust_remote_code).chat_template:
         raise ModelError(
             f"the model {path}, which has no chat template",
             "a processor that knows how its model is asked",
             "put the template of its model card into chat_template.jinja in the model's folder",
         )
-    return Student(model.to(device), processor)
 
 
 def as_conversation(messages: Sequence[dict]) -> list[dict]:
@@ -235,6 +275,16 @@ def as_conversation(messages: Sequence[dict]) -> list[dict]:
             parts.append({"type": kind, kind: part["text"] if kind == "text" else part["url"]})
         conversation.append({"role": message["role"], "content": parts})
     return conversation
+
+
+def digest_of_pictures(conversation: Sequence[dict]) -> str:
+    """A digest of the pixels of a conversation's pictures in their order; "" if it has none."""
+    parts = [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]
+    digest = hashlib.blake2b(digest_size=8)
+    for image in parts:
+        content = image.tobytes() if isinstance(image, Image.Image) else str(image).encode()
+        digest.update(hashlib.blake2b(content + repr(getattr(image, "size", "")).encode()).digest())
+    return digest.hexdigest() if parts else ""
 
 
 def sampling(settings: dict[str, Any]) -> dict[str, Any]:
@@ -269,6 +319,16 @@ def _before_stops(text: str, stops: str | Sequence[str] | None) -> str:
 
 def _has_images(conversation: Sequence[dict]) -> bool:
     return any(part["type"] == "image" for message in conversation for part in message["content"])
+
+
+def _numbered(plans: Sequence[_Plan]) -> list[_Plan]:
+    """The plans, with a key of its own for each repeat of a request: a task may ask for several sampled answers."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for plan in plans:
+        numbered.append(plan._replace(key=f"{plan.key}/{seen[plan.key]}") if seen[plan.key] else plan)
+        seen[plan.key] += 1
+    return numbered
 
 
 def _batches(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:

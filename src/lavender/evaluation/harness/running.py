@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import io
 import json
 import sys
 import traceback
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 
+from lavender import __version__
 from lavender.errors import ConfigError, DataError, LavenderError
+from lavender.evaluation.harness import file_name
 from lavender.evaluation.harness.answer_log import AnswerLog
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, benchmark_of
 from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported, sample_lines
@@ -93,11 +96,15 @@ def evaluate_tasks(
 def _evaluate_tasks(
     arms: Mapping[str, str | Path], tasks: Sequence[str], out: Path, result_path: Path, settings: Settings
 ) -> dict[str, Any]:
+    from lavender.evaluation.harness.models import check_student
+
     index = TaskIndex(settings.include)
     names = index.leaves(tasks)
-    identities = {arm: checkpoint_digest(path, settings.trust_remote_code) for arm, path in arms.items()}
-    for name in names:  # before hours of work: is all there?
+    for path in arms.values():  # before hours of work: is all there?
+        check_student(path, settings.trust_remote_code)
+    for name in names:
         index.build(name)
+    identities = {arm: checkpoint_digest(path, settings.trust_remote_code) for arm, path in arms.items()}
     scored: dict[str, dict[str, Scored]] = {name: {} for name in names}
     for arm, path in arms.items():
         for name, found in _run_arm(path, identities[arm], index, names, out / file_name(arm), settings):
@@ -107,7 +114,7 @@ def _evaluate_tasks(
         "limit": settings.limit,
         "arms": {arm: {"model": str(path), "checkpoint": identities[arm]} for arm, path in arms.items()},
         "tasks": {name: _summary(name, by_arm) for name, by_arm in scored.items()},
-        "notes": [*_notes(tasks, settings), *_refusals(scored)],
+        "notes": [*_notes(tasks, settings), *_notes_of_scores(scored)],
     }
     write_whole(result_path, json.dumps(result, indent=1))
     return result
@@ -122,7 +129,7 @@ def checkpoint_digest(path: str | Path, trust_remote_code: bool = False) -> str:
     folder = Path(path) / "checkpoint" if (Path(path) / "checkpoint").is_dir() else Path(path)
     if not folder.is_dir():
         with loading("model", path):
-            return f"commit {load_config(path, trust_remote_code)._commit_hash}"
+            return f"{path} at commit {load_config(path, trust_remote_code)._commit_hash}"
     found = digest_of_folder(folder)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
@@ -138,7 +145,7 @@ def _run_arm(
     from lavender.evaluation.harness.models import ChatModel, RankingModel, default_device, load_student
 
     device = torch.device(settings.device or default_device())
-    settle = {"checkpoint": identity, "dtype": settings.dtype}
+    settle = {"checkpoint": identity, "dtype": settings.dtype, "lavender": __version__}
     settle |= {package: version(package) for package in ("lmms_eval", "transformers")}
     load = _once(partial(load_student, path, device, settings.dtype, settings.trust_remote_code))
     with AnswerLog(out, settle) as log:
@@ -181,12 +188,22 @@ def _evaluate(lm: Any, task: Any, name: str, index: TaskIndex, out: Path, settin
             raise cause from error
         log = out / f"{file_name(name)}.error.log"
         write_whole(log, "".join(traceback.format_exception(error)))
-        raise DataError(
-            f"the task {name}, which fails: {one_line(cause)}",
-            "a task that runs",
-            f"try another --limit, since it may split what belongs together; {log} has the traceback",
-        ) from error
-    return Scored.of(name, found)
+        raise failure(name, cause, log, settings.limit) from error
+    with contextlib.redirect_stdout(io.StringIO()):  # an aggregation that prints does so once per sample
+        return Scored.of(name, found, task.aggregation(), lm.pictures[name])
+
+
+def failure(task: str, cause: BaseException, log: Path, limit: int | None) -> DataError:
+    """The error of a task that fails, with what helps against its cause. `log` has the traceback."""
+    if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+        do = "lower --batch-size"
+    else:
+        do = "leave the task out" if limit is None else "leave the task out, or --limit if it needs all its samples"
+    return DataError(
+        f"the task {task}, which fails: {one_line(cause)}",
+        "a task that runs",
+        f"{do}; {log} has the traceback. The answers so far are kept",
+    )
 
 
 def _summary(name: str, by_arm: Mapping[str, Scored]) -> dict[str, Any]:
@@ -218,15 +235,18 @@ def _notes(tasks: Sequence[str], settings: Settings) -> list[str]:
     return notes
 
 
-def _refusals(scored: Mapping[str, Mapping[str, Scored]]) -> list[str]:
-    """A note per task and model that refuses: such answers count as wrong."""
-    rates = {(name, arm): refusal_rate(found) for name, by_arm in scored.items() for arm, found in by_arm.items()}
-    return [f"{arm} refuses to answer {rate:.1%} of {name}" for (name, arm), rate in rates.items() if rate]
-
-
-def file_name(name: str) -> str:
-    """A name of an arm or a task as the name of a file."""
-    return "".join(letter if letter.isalnum() or letter in "-_. " else "_" for letter in name)
+def _notes_of_scores(scored: Mapping[str, Mapping[str, Scored]]) -> list[str]:
+    """Notes on sums that lack a part, tasks without a difference, and models that refuse, which counts as wrong."""
+    notes = []
+    for name, by_arm in scored.items():
+        first = next(iter(by_arm.values()))
+        if first.missing:
+            notes.append(f"{name} is without {' and '.join(first.missing)}: no sample is of this kind")
+        if len(by_arm) > 1 and not all(found.scores for found in by_arm.values()):
+            notes.append(f"no difference of {name}: {first.keys[0]} gives samples no scores")
+        rates = {arm: refusal_rate(found) for arm, found in by_arm.items()}
+        notes += [f"{arm} refuses to answer {rate:.1%} of {name}" for arm, rate in rates.items() if rate]
+    return notes
 
 
 def _once(load: Any) -> Any:

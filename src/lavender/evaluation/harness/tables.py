@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lavender.students.registry import VLMEVALKIT
 
 WIDTH = 80
 _TASK, _COUNT = 23, 8
+_PAIR = 26
 _ARMS_PER_TABLE = 4
 _SHORT = ("base", "LoRA", "Lav. LoRA", "full", "Lav. full")
 
@@ -21,24 +21,29 @@ _SHORT = ("base", "LoRA", "Lav. LoRA", "full", "Lav. full")
 def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
     """The result of `evaluate_tasks` as lines of at most 80 columns: scores, differences, and the paper's numbers."""
     arms, tasks = list(result["arms"]), result["tasks"]
+    labels = _labels(arms)
+    for arm, label in labels.items():
+        if label != arm:
+            yield f"{label} {arm}"
     for start in range(0, len(arms), _ARMS_PER_TABLE):
         shown = arms[start : start + _ARMS_PER_TABLE]
-        cell = min(max(12, *(len(arm) + 2 for arm in shown)), (WIDTH - _TASK - _COUNT) // len(shown))
-        yield _row("task", "samples", *shown, cell=cell)
+        heads = [labels[arm] for arm in shown]
+        cell = min(max(12, *(len(head) + 2 for head in heads)), _widest(len(shown)))
+        yield _row("task", "samples", *heads, cell=cell)
         for name, task in tasks.items():
             scores = (_score(task["scores"][arm], task["scorer"] != "") for arm in shown)
             yield _row(name, str(task["samples"]), *scores, cell=cell)
         yield ""
     yield "What is scored"
     for name, task in tasks.items():
-        yield _cut(f"{_cut(name, _TASK):<{_TASK}}  {task['metric']}; {task['split']}", WIDTH)
+        yield _cut(f"{name:<{_TASK}}  {task['metric']}; {task['split']}", WIDTH)
     yield ""
     if any(task["differences"] for task in tasks.values()):
         yield "Mean score per sample, times 100: difference, 95 % interval (paired bootstrap)"
         for name, task in tasks.items():
             for other, found in task["differences"].items():
-                pair = _cut(f"{arms[-1]} − {other}", 26)
-                yield f"{_cut(name, _TASK):<{_TASK}}  {pair:<26}  {_interval(found)}"
+                pair = _pair(labels[arms[-1]], labels[other])
+                yield f"{_cut(name, _TASK):<{_TASK}}  {pair:<{_PAIR}}  {_interval(found)}"
         yield ""
     known = {name: task for name, task in tasks.items() if task["paper"]}
     if known:
@@ -53,20 +58,23 @@ def vlmevalkit_settings(groups: Sequence[str], models: Mapping[str, str | Path],
     """VLMEvalKit's file for `run.py --config`, as JSON: the benchmarks of the paper's groups that it has.
 
     Args:
-        groups: names of the paper's groups; other tasks are lmms-eval's and have no place there.
+        groups: names of the paper's groups.
         models: name → folder or Hub id. VLMEvalKit loads whole models: export a run with LoRA first.
         family: `model_type` of the models' config.json; None if it is not known.
 
     Raises:
-        ConfigError: none of the names is a group whose benchmarks VLMEvalKit has.
+        ConfigError: one of the names is no group whose benchmarks VLMEvalKit has.
     """
-    chosen = [one for name in groups for one in GROUPS.get(name, ()) if one.vlmevalkit]
-    if not chosen:
-        raise ConfigError(
-            f"--print-vlmevalkit with --tasks {','.join(groups)}",
-            "a group whose benchmarks VLMEvalKit has, such as paper",
-            "pass --tasks paper",
-        )
+    chosen = []
+    for name in groups:
+        found = [one for one in GROUPS.get(name, ()) if one.vlmevalkit]
+        if not found:
+            raise ConfigError(
+                f"--print-vlmevalkit with --tasks {name}",
+                "groups whose benchmarks VLMEvalKit has, such as paper",
+                f"leave {name} out, and run it without --print-vlmevalkit",
+            )
+        chosen += found
     kind = VLMEVALKIT.get(family or "", "NAME_OF_THE_CLASS_IN_vlmeval.vlm")
     settings = {
         "model": {name: {"class": kind, "model_path": str(path)} for name, path in models.items()},
@@ -99,6 +107,22 @@ def _test(one: Benchmark) -> str:
     return f"[{Path(one.test).name}](../{one.test})" if one.test else "–"
 
 
+def _labels(arms: Sequence[str]) -> dict[str, str]:
+    """Arm → its name in the tables: as it is where all of them fit, else a number: names that are cut may be equal."""
+    widest = _widest(min(len(arms), _ARMS_PER_TABLE)) - 1
+    fit = all(len(arm) <= widest for arm in arms) and all(len(_pair(arms[-1], one)) <= _PAIR for one in arms[:-1])
+    return {arm: arm if fit else f"[{number}]" for number, arm in enumerate(arms, 1)}
+
+
+def _pair(last: str, other: str) -> str:
+    return f"{last} − {other}"
+
+
+def _widest(num_arms: int) -> int:
+    """Columns per arm in a table of so many."""
+    return (WIDTH - _TASK - _COUNT) // num_arms
+
+
 def _row(task: str, count: str, *cells: str, cell: int) -> str:
     """Name, number of samples, and cells to the right. A line is at most 80 columns wide."""
     row = f"{_cut(task, _TASK):<{_TASK}}{count:>{_COUNT}}" + "".join(f"{_cut(one, cell - 1):>{cell}}" for one in cells)
@@ -113,8 +137,8 @@ def _score(value: float, on_papers_scale: bool) -> str:
     return f"{value:.1f}" if on_papers_scale else f"{value:.4f}"
 
 
-def _interval(found: Mapping[str, float]) -> str:
+def _interval(found: Mapping[str, Any]) -> str:
+    if found["low"] is None:
+        return f"{100 * found['difference']:+.1f} (one picture: no interval)"
     difference, low, high = (100 * found[name] for name in ("difference", "low", "high"))
-    if math.isnan(low):
-        return f"{difference:+.1f} (one sample: no interval)"
     return f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -8,20 +8,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from yaml import YAMLError
+
 from lavender.errors import ConfigError, DataError
 from lavender.evaluation.harness import TASKS_PATH
 from lavender.evaluation.harness.benchmarks import GROUPS
 from lavender.model_files import one_line
 
+_IMPORTED = ("aiohttp", "dotenv", "evaluate", "loguru", "pytz", "rapidfuzz", "sacrebleu", "tenacity")
+# the packages of the extra `eval`, by the names that are imported
 RANKING = ("multiple_choice", "loglikelihood")
 """Types of output that need the loss of options. The others need answers."""
 
 
 def require_harness() -> None:
-    """Raise ConfigError unless lmms-eval is installed."""
-    if importlib.util.find_spec("lmms_eval") is None:
+    """Raise ConfigError unless lmms-eval and what its evaluator imports are installed."""
+    missing = [name for name in ("lmms_eval", *_IMPORTED) if importlib.util.find_spec(name) is None]
+    if missing:
         raise ConfigError(
-            "no package lmms_eval",
+            f"no package {missing[0]}",
             "lmms-eval and the packages of the extra `eval`",
             "pip install 'lavender-vlm[eval]', then pip install --no-deps lmms_eval==0.7.3; see docs/benchmarks.md",
         )
@@ -37,13 +42,15 @@ class TaskIndex:
 
     Raises:
         ConfigError: lmms-eval is not installed, or a folder is missing.
+        DataError: a task's file is no YAML.
     """
 
     def __init__(self, include: Sequence[Path] = ()):
         require_harness()
         for folder in include:
             if not folder.is_dir():
-                raise ConfigError(f"the folder {folder}, which is missing", "a folder of tasks", "check the path")
+                got = f"--include-path {folder}, which is no folder"
+                raise ConfigError(got, "a folder of tasks", "check the path")
         self._folders = [str(TASKS_PATH), *map(str, include)]
         self.manager = self._manager(include_defaults=False)
         self._complete = False
@@ -52,12 +59,15 @@ class TaskIndex:
         """The tasks that the names mean, each once: tasks, groups and tags of lmms-eval, and the paper's groups.
 
         Raises:
-            ConfigError: a name that is none of these.
+            ConfigError: a name that is none of these, or no task in all of them.
         """
         wanted: list[str] = []
         for name in names:
             wanted += [one.task for one in GROUPS[name] if one.task] if name in GROUPS else [name]
-        return list(dict.fromkeys(leaf for name in wanted for leaf in self._leaves(name)))
+        found = list(dict.fromkeys(leaf for name in wanted for leaf in self._leaves(name)))
+        if not found:
+            raise ConfigError(f"--tasks {','.join(wanted)}, which has no task", "at least one task", "name a task")
+        return found
 
     def build(self, task: str) -> Any:
         """The task with its data set, with state of its own: some tasks of lmms-eval add up over calls.
@@ -109,7 +119,11 @@ class TaskIndex:
     def _manager(self, include_defaults: bool) -> Any:
         from lmms_eval.tasks import TaskManager
 
-        return TaskManager("ERROR", self._folders, include_defaults, model_name="lavender")
+        try:
+            return TaskManager("ERROR", self._folders, include_defaults, model_name="lavender")
+        except YAMLError as error:
+            got = f"a file of --include-path that is no YAML: {' '.join(str(error).split())}"
+            raise DataError(got, "tasks in YAML", "repair the file") from error
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -19,6 +19,7 @@ from lavender.students.image_keys import KeyLayout, to_grid, word_attention
 from lavender.students.locate import WordLocator
 from lavender.students.registry import adapter_for
 from lavender.students.word_maps import AnsweredPicture, evaluating, processor_inputs
+from lavender.words import words_of
 
 QUESTION, ANSWER = 0, 1  # the turns of a reading
 
@@ -146,10 +147,26 @@ def _located(
     rows = [rows for located in found for _, rows in located]
     left_out = tuple(Dropped(f"{count} word{'s' * (count > 1)}", reason) for reason, count in dropped.items() if count)
     if not words:
-        reasons = "; ".join(f"{drop.what}: {drop.reason}" for drop in left_out) or "it has no such word"
-        raise DataError(
-            f"{reading.answer!r}, of which no word has a map ({reasons})",
-            "a text with a noun, an adjective or a verb that the model's tokenizer knows",
-            "give another text, or choose the parts of speech with --words",
-        )
+        reasons = "; ".join(f"{drop.what}: {drop.reason}" for drop in left_out)
+        raise no_word(f"the answer {reading.answer!r}", reading.answer, reasons)
     return words, rows, left_out
+
+
+def no_word(named: str, text: str, reasons: str = "") -> DataError:
+    """The error for a text of which no word has a map.
+
+    Args:
+        named: what the message calls the text.
+        text: the text.
+        reasons: why its words have none; "" if it has no such words.
+    """
+    if not words_of(text):
+        do = "give another text: the tagger of words knows English"
+        return DataError(
+            f"{named}, of which no word has a map (it has no word in Latin letters)", "an English text", do
+        )
+    return DataError(
+        f"{named}, of which no word has a map ({reasons or 'it has no word of these parts of speech'})",
+        "a noun, an adjective or a verb" + (" that the model's tokenizer knows" if reasons else ""),
+        "give another text, or choose the parts of speech with --words",
+    )

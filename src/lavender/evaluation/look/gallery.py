@@ -26,6 +26,7 @@ from lavender.data.images import image_id
 from lavender.data.samples import Sample, read_samples
 from lavender.data.store import MapStore
 from lavender.errors import ConfigError, DataError
+from lavender.evaluation.data_checks.scan import evenly
 from lavender.evaluation.look.tiles import MAX_BYTES, coloured, photo_uri, place_of
 from lavender.files import printable
 from lavender.maps import Word, WordMaps, correlation, entropy
@@ -138,12 +139,14 @@ class Gallery:
         total: number of records in the store, or of those with the wanted word.
         by: what they are judged by.
         without_picture: number of chosen records whose picture is not in the data.
+        not_compared: number of words, of all `total` records, that the other store does not have.
     """
 
     records: list[Record]
     total: int
     by: Judge
     without_picture: int
+    not_compared: int = 0
 
 
 def read_gallery(
@@ -170,17 +173,15 @@ def read_gallery(
 
     Raises:
         ConfigError: `limit` below 1 or above `MAX_TEXTS`.
-        DataError: no record has the word, or the data have no picture of any chosen record.
+        DataError: no record has the word, the other store has none of the words, or the data have no picture of any
+            chosen record.
         StoreError: a record is damaged.
     """
     if not 1 <= limit <= MAX_TEXTS:
         raise ConfigError(f"--limit {limit}", f"from 1 to {MAX_TEXTS}", "give the number of texts to show")
-    by, ranked = judge_of(against), _ranked(store, word, against)
+    by, (ranked, not_compared) = judge_of(against), _ranked(store, word, against)
     total = len(ranked)
-    if worst:
-        ranked = sorted(ranked, key=lambda entry: (-entry[0], entry[1]))[:limit]
-    else:
-        ranked = ranked[:: max(1, total // limit)][:limit]
+    ranked = sorted(ranked, key=lambda entry: (-entry[0], entry[1]))[:limit] if worst else evenly(ranked, limit)
     keys = {(identity, text): (badness, place) for badness, place, identity, text in ranked}
     found = dict(_pictures(read_samples(data, columns=columns), set(keys)))
     if not found:
@@ -196,12 +197,15 @@ def read_gallery(
         assert maps is not None
         other = against.get(*key) if against is not None else None
         records.append(Record(maps, judge(maps, other, by), keys[key][1], *found[key]))
-    return Gallery(records, total, by, len(keys) - len(found))
+    return Gallery(records, total, by, len(keys) - len(found), not_compared)
 
 
-def _ranked(store: MapStore, word: str | None, against: MapStore | None) -> list[tuple[float, int, str, str]]:
-    """(badness, place in the store, image id, text) of every record with the word. Raises DataError if none has."""
-    by, ranked = judge_of(against), []
+def _ranked(
+    store: MapStore, word: str | None, against: MapStore | None
+) -> tuple[list[tuple[float, int, str, str]], int]:
+    """(badness, place in the store, image id, text) of every record with the word, and the number of words without a
+    score. Raises DataError if no record has the word, or the other store has no word of these records."""
+    by, ranked, num_words, not_compared = judge_of(against), [], 0, 0
     for place, maps in enumerate(store):
         words = [is_word(own, word) for own in maps.words] if word else [True] * len(maps.words)
         if word and not any(words):
@@ -209,11 +213,16 @@ def _ranked(store: MapStore, word: str | None, against: MapStore | None) -> list
         other = against.get(maps.image_id, maps.text) if against is not None else None
         judged = judge(maps, other, by)
         counted = [one for one, counts in zip(judged, words, strict=True) if counts]
+        num_words += len(counted)
+        not_compared += sum(one.badness is None for one in counted)
         ranked.append((_badness(counted), place, maps.image_id, maps.text))
     if not ranked:
         got = f"{store.path}, in which no text has the word {word!r}" if word else f"{store.path}, which is empty"
         raise DataError(got, "at least one text", "look for another word" if word else "extract maps into it")
-    return ranked
+    if against is not None and not_compared == num_words:
+        got = f"{against.path}, which has none of the {num_words} words to compare in {store.path}"
+        raise DataError(got, "another store of the same pictures and texts", "name another store with --against")
+    return ranked, not_compared
 
 
 def _pictures(

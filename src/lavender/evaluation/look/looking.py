@@ -19,7 +19,7 @@ from lavender.data.store import MapStore
 from lavender.errors import DataError
 from lavender.evaluation.answers import generate_answers
 from lavender.evaluation.faithfulness import BLUR, faithfulness
-from lavender.evaluation.look.attention import ANSWER, WordAttention, read_attention, require_template
+from lavender.evaluation.look.attention import ANSWER, WordAttention, no_word, read_attention, require_template
 from lavender.evaluation.look.curves import faithfulness_view
 from lavender.evaluation.look.gallery import SCORE_NAMES, gallery_page, read_gallery
 from lavender.evaluation.look.page import attention_page, detail_note, render, teacher_page
@@ -33,6 +33,8 @@ from lavender.words import content_words
 
 PROMPT = "Describe the image."
 """The question that a caption answers."""
+MAX_NEW_TOKENS = 64
+"""Where a generated answer is cut off."""
 MAX_WORDS = 40
 """The most words of a text that a page shows, the first."""
 MAX_FAITHFUL = 12
@@ -40,7 +42,7 @@ MAX_FAITHFUL = 12
 PANELS = 6
 """Texts of a gallery that `--png` draws."""
 _COMMON_NOTES = (
-    f"The brightest region of a map are the cells with at least {100 * REGION:.0f} % of its maximum.",
+    f"The brightest region of a map is all cells with at least {100 * REGION:.0f} % of its maximum.",
     "“What exceeds the mean of the words” takes the mean of all words’ maps from each: models often look at the same "
     "few places whatever the word is.",
 )
@@ -199,14 +201,17 @@ def look_at_maps(
     shown = gallery.records[:number]
     teacher = str(store.identity.get("teacher", "an unknown teacher"))
     chosen = "the worst of all" if worst else "spread evenly over the store"
-    only = f" with the word “{word}”" if word else ""
+    only, judged_by = (f" with the word “{word}”", "this word") if word else ("", "its worst word")
     notes = [
         f"{number} of {gallery.total} texts{only} are shown: {chosen}. Worst first by {SCORE_NAMES[gallery.by]}; a "
-        "text has the place of its worst word.",
+        f"text has the place of {judged_by}.",
         *_judge_notes(gallery.by, against, store.grid),
     ]
     if gallery.without_picture:
-        notes.append(f"{gallery.without_picture} more were chosen, and their picture and text are not in the data.")
+        missing = "their picture and text are not in the data, or the picture cannot be read"
+        notes.append(f"{gallery.without_picture} more were chosen, but {missing}.")
+    if gallery.not_compared:
+        notes.append(f"{gallery.not_compared} words of the texts searched are not in {against}: they have no score.")
     if number < len(gallery.records):
         notes.append(f"{len(gallery.records) - number} more did not fit into a page of 10 MB.")
     notes += [teacher_notes[teacher]] if teacher in teacher_notes else []
@@ -219,11 +224,11 @@ def look_at_maps(
                 WordRow(f"{own.text}\n{judged.text}", {"map": heat})
                 for own, heat, judged in zip(record.maps.words, record.maps.maps, record.judged, strict=True)
             ],
-            truth=record.maps.text,
+            {"text": record.maps.text},
         )
         for record in shown[:PANELS]
     ]
-    heats = torch.cat([record.maps.maps for record in shown])
+    heats = torch.cat([record.maps.maps for record in shown]) if shown else torch.empty(0)
     mean = [f"mean entropy of the maps shown: {float(entropy(heats).mean()):.2f} nats"] if len(heats) else []
     return Looked(render("gallery", page), panels, [*notes, *mean])
 
@@ -242,7 +247,7 @@ def _loaded(model_path: str | Path, device: str, dtype: str, trust_remote_code: 
 
 def _answer_of(model: Any, processor: Any, image: Image.Image, prompt: str, name: str) -> str:
     """The model's greedy answer. Raises DataError if it is empty."""
-    (answer,) = generate_answers(model, processor, [image], [prompt])
+    (answer,) = generate_answers(model, processor, [image], [prompt], MAX_NEW_TOKENS)
     if not answer.strip():
         got = f"no answer of {name} to {prompt!r}"
         raise DataError(got, "an answer with words to map", "ask something else, or give --answer")
@@ -252,11 +257,8 @@ def _answer_of(model: Any, processor: Any, image: Image.Image, prompt: str, name
 def _first_maps(maps: WordMaps) -> tuple[WordMaps, list[str]]:
     """The maps that a page has room for, and a note about the others. Raises DataError if there is no map."""
     if not maps.words:
-        raise DataError(
-            f"{maps.text!r}, of which no word has a map",
-            "a caption with a noun, an adjective or a verb",
-            "give another caption, or choose the parts of speech with --words",
-        )
+        reasons = "; ".join(f"{drop.what}: {drop.reason}" for drop in maps.dropped)
+        raise no_word(f"the caption {maps.text!r}", maps.text, reasons)
     kept, beyond = _first(maps.words)
     number = len(kept)
     first = WordMaps(maps.image_id, maps.text, kept, maps.maps[:number], maps.dropped, maps.confidence[:number])
@@ -264,9 +266,11 @@ def _first_maps(maps: WordMaps) -> tuple[WordMaps, list[str]]:
 
 
 def _model_notes(seen: WordAttention, is_question: bool, is_generated: bool) -> list[str]:
-    read = "The model answered greedily." if is_generated else "The answer is the one that was given."
+    read = "The answer is the one that was given."
+    if is_generated:
+        read = f"The model answered greedily. Its answer is cut off after {MAX_NEW_TOKENS} tokens."
     if not is_question:
-        read = f"The text was read as a caption: as the answer to “{PROMPT}”. A text that ends in “?” is a question."
+        read = f"The text was read as a caption: as the answer to “{PROMPT}” A text that ends in “?” is a question."
     level = (
         "These layers attend to the picture alone, so their share of attention on it is always 100 %."
         if seen.sees_picture_alone

@@ -92,16 +92,17 @@ def attention_page(seen: WordAttention, image: Image.Image, texts: Sequence[str]
     words, data = [], []
     for index, entry in enumerate(seen.words):
         views, on_picture = with_means(seen.maps_WLH[index]), with_means(seen.on_picture_WLH[index])
-        levels = levels_of(views)
-        if detail is not None:  # the scale of what the page holds: the maximum of the coarser map
-            singles = levels_of(_coarser(views[1:, 1:], detail)).top
-            levels.top[1:, 1:] = singles
-        summaries = [*views[:, 0], *views[0, 1:]]
-        shares = _whole(on_picture.numpy(), levels)
+        if detail is None:  # the numbers of maps that are left out are left out too: there may be 100,000 of them
+            levels, shown_on_picture = levels_of(_summaries(views)), _summaries(on_picture)
+        else:
+            levels, shown_on_picture = levels_of(views), on_picture
+            # the scale of what the page holds: the maximum of the coarser map
+            levels.top[1:, 1:] = levels_of(_coarser(views[1:, 1:], detail)).top
+        shares = _whole(shown_on_picture.numpy(), levels)
         data.append(
             {
                 "word": entry.word.text,
-                "summary": atlas(torch.stack(summaries), seen.grid),
+                "summary": atlas(_summaries(views), seen.grid),
                 "detail": None if detail is None else atlas(views[1:, 1:].flatten(0, 1), detail),
                 "top": [float(f"{value:.3g}") for value in levels.top.flatten()],
                 "peak": levels.peak.flatten().tolist(),
@@ -109,7 +110,7 @@ def attention_page(seen: WordAttention, image: Image.Image, texts: Sequence[str]
             }
         )
         first = {name: int(share.flat[0]) for name, share in shares.items()}
-        words.append(_attention_word(entry, views[0, 0], first, int(levels.peak[0, 0]), seen.grid, image))
+        words.append(_attention_word(entry, views[0, 0], first, int(levels.peak.flat[0]), seen.grid, image))
     return {
         **_picture(image),
         "words": words,
@@ -254,6 +255,11 @@ def _turns(texts: Sequence[str], words: Sequence[ReadWord]) -> list[dict[str, An
 def _shares(maps: Tensor) -> Tensor:
     """Each map (…, rows, cols) divided by its sum; a map of zeros stays zero."""
     return maps / maps.sum(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+
+
+def _summaries(views: Tensor) -> Tensor:
+    """Of views (1 + layer, 1 + head, …), see `with_means`: the mean, then each layer's, then each head's."""
+    return torch.cat([views[:, 0], views[0, 1:]])
 
 
 def _coarser(maps: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavender.drawing import desaturated, downscaled
 from lavender.errors import DataError
 from lavender.evaluation.report.panels import Panel, WordRow, cell_of, sources_of
+from lavender.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,12 +24,14 @@ _TEXT: dict[str, Any] = {"size": 9, "parse_math": False}  # a dollar sign in a c
 
 
 def draw_figure(panels: list[Panel], path: Path) -> None:
-    """Draw the panels as one PNG, see `figure_of`.
+    """Draw the panels as one PNG, whatever the name of the file ends in. See `figure_of`.
 
     Raises:
         DataError: there is no panel.
     """
-    figure_of(panels).savefig(path)
+    buffer = BytesIO()
+    figure_of(panels).savefig(buffer, format="png")
+    write_whole(path, buffer.getvalue())
 
 
 def figure_of(panels: list[Panel]) -> Figure:
@@ -129,9 +133,8 @@ def _draw_row(axes: list[Axes], panel: Panel, row: WordRow, columns: list[str], 
         if with_titles:
             cell_axes.set_title(drawable(column), weight="bold", **_TEXT)
         _draw_cell(cell_axes, panel, row, column)
-    axes[0].set_ylabel(
-        textwrap.fill(drawable(row.word), 14), rotation=0, ha="right", va="center", weight="bold", **_TEXT
-    )
+    label = "\n".join(textwrap.fill(line, 14) for line in drawable(row.word).split("\n"))
+    axes[0].set_ylabel(label, rotation=0, ha="right", va="center", weight="bold", **_TEXT)
 
 
 def _draw_cell(axes: Axes, panel: Panel, row: WordRow, column: str) -> None:

@@ -30,7 +30,7 @@ def auroc(predictions: Sequence[float], references: Sequence[int]) -> Scores:
         got = f"{len(references)} references for {len(predictions)} predictions"
         raise DataError(got, "one reference per prediction", "pass lists of the same length")
     for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        if isinstance(prediction, str) or not math.isfinite(prediction):
+        if prediction is None or isinstance(prediction, str) or not math.isfinite(prediction):
             raise DataError(f"{prediction!r} as prediction {index}", "a finite number", "check the model's scores")
         if reference not in (0, 1):
             raise DataError(f"{reference!r} as reference {index}", "0 or 1", "give the class as a number")

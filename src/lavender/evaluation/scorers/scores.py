@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 
 from lavender.errors import DataError
@@ -60,7 +60,7 @@ def gold_answers(references: Sequence[str | Sequence[str]], at_least: int = 1) -
     Raises:
         DataError: a sample has fewer answers, or one that is not a text.
     """
-    golds = [[gold] if isinstance(gold, str) else list(gold) for gold in references]
+    golds = [[gold] if isinstance(gold, str) or not isinstance(gold, Iterable) else list(gold) for gold in references]
     for index, gold in enumerate(golds):
         if len(gold) < at_least or not all(isinstance(answer, str) for answer in gold):
             raise DataError(

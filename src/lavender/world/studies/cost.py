@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lavender.world.studies.cells import Arm, Cell
+from lavender.world.studies.examples import WarmUp
 from lavender.world.studies.registry import Scale, cells_of
 from lavender.world.studies.study import Study
 from lavender.world.studies.tasks import TASKS, TaskName
@@ -47,7 +48,11 @@ def cost_of(study: Study, quick: bool) -> Cost:
         if cell.arm.tuning != "none"
     }
     extracted = sum(arm.num_scenes + TASKS[arm.task].num_replayed for arm in data_sets.values())
+    bases = {(cell.arm.base, TASKS[cell.arm.task].warm_up) for cell in cells}
+    warm_ups = [warm_up for _, warm_up in bases if isinstance(warm_up, WarmUp)]
+    extracted += sum(warm_up.num_scenes for warm_up in warm_ups)
     seconds = sum(map(_seconds, cells)) + EXTRACTION_SECONDS * extracted
+    seconds += STEP_SECONDS["full"] * sum(warm_up.steps for warm_up in warm_ups)
     return Cost(len(cells), seconds / 60)
 
 
@@ -61,13 +66,12 @@ def _seconds(cell: Cell) -> float:
 
 
 def listed(studies: dict[str, Study]) -> str:
-    """A table of at most 100 columns: each study with its question and its cost, full and quick."""
-    lines = [f"{'study':<23}{'full':>18}{'--quick':>18}  question"]
+    """A table of at most 80 columns: each study with its cost, full and quick, and its question in the next line."""
+    lines = [f"{'study':<23}{'full':>18}{'--quick':>18}"]
     for name, study in studies.items():
-        lines.append(f"{name:<23}{_text(cost_of(study, False)):>18}{_text(cost_of(study, True)):>18}  {study.title}")
-    return "\n".join(
-        [*lines, "", "Runs, and about how long they take on one free core. Finished runs are not run again."]
-    )
+        lines.append(f"{name:<23}{_text(cost_of(study, False)):>18}{_text(cost_of(study, True)):>18}")
+        lines.append(f"    {study.title}")
+    return "\n".join([*lines, "", "Runs, and about how long they take on one free core. Finished ones are kept."])
 
 
 def _text(cost: Cost) -> str:

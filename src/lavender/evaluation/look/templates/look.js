@@ -36,7 +36,8 @@ async function mapOf(word) {
 }
 
 function viewOf() {
-  return state.layer * (data.heads + 1) + state.head;
+  if (data.has_detail) return state.layer * (data.heads + 1) + state.head;
+  return state.head > 0 ? data.layers + state.head : state.layer; // numbers of the means alone, as the tiles of a summary
 }
 
 /* Bilinear, with the centres of cells, as the still pictures of this page. */
