@@ -14,6 +14,7 @@ import torch
 from lavender.data.images import image_id
 from lavender.data.samples import read_samples
 from lavender.data.store import MapStore
+from lavender.errors import FileError
 from lavender.world.hands import cutouts_folder
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "real"
@@ -49,7 +50,7 @@ def test_twenty_of_sixty_names_are_new_and_each_is_one_word(real):
 def cutouts():
     try:
         return cutouts_folder()
-    except FileNotFoundError as error:
+    except FileError as error:
         pytest.skip(str(error))
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from scipy.ndimage import binary_dilation
 
-from lavender.world.language import Question
+from lavender.world.language import Question, article
 from lavender.world.scenes import Scene, Thing, place_things, random_background, split_of
 from lavender.world.sprites import NAMES
 
@@ -137,8 +137,7 @@ def bind_colours(scene: EdgedScene, variant: int = 0) -> tuple[str, list[dict[st
     parts, about = [], []
     for index in order:
         name, colour = scene.names[index], scene.colours[index]
-        article = "an" if name[0] in "aeiou" else "a"
-        parts.append(f"{article} {name} on {colour}")
+        parts.append(f"{article(name)} {name} on {colour}")
         about.append({"word": colour, "about": name})
     return " and ".join(parts) + ".", about
 

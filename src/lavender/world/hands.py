@@ -22,6 +22,8 @@ from typing import Any
 
 from PIL import Image
 
+from lavender.errors import FileError
+
 HANDS = ("twemoji", "noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji", "streamline-emojis")
 """The hands of training. `twemoji` comes from a Python package, the others from npm packages. `fxemoji` and
 `streamline-emojis` lack some names. OpenMoji is held out."""
@@ -81,15 +83,16 @@ def hands_folder() -> Path:
     """The folder of rendered drawings, `HAND/NAME.png`.
 
     Raises:
-        FileNotFoundError: `$LAVENDER_HANDS` is not set, or is no folder.
+        FileError: `$LAVENDER_HANDS` is not set, or is no folder.
     """
     named = os.environ.get(HANDS_VARIABLE)
     if not named or not Path(named).is_dir():
-        raise FileNotFoundError(
-            f"Got {HANDS_VARIABLE}={named!r}. Expected the folder of the drawings that the weights are trained on. "
-            f"Do this: `npm pack` and unpack {', '.join(f'@iconify-json/{hand}' for hand in HANDS[1:])}, "
+        raise FileError(
+            f"{HANDS_VARIABLE}={named!r}",
+            "the folder of the drawings that the weights are trained on",
+            f"`npm pack` and unpack {', '.join(f'@iconify-json/{hand}' for hand in HANDS[1:])}, "
             "`pip install resvg-py`, run `python -m lavender.world.hands --packages FOLDER --out DRAWINGS`, "
-            f"and set {HANDS_VARIABLE}=DRAWINGS."
+            f"and set {HANDS_VARIABLE}=DRAWINGS",
         )
     return Path(named)
 
@@ -98,14 +101,15 @@ def cutouts_folder() -> Path:
     """The folder of photographic cut-outs: `$LAVENDER_CUTOUTS`, or where Debian installs them.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileError: there is no such folder.
     """
     folder = Path(os.environ.get(CUTOUTS_VARIABLE) or INSTALLED_CUTOUTS)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"Got no folder {folder}. Expected photographic cut-outs for scenes of the style 'cutout'. "
-            "Do this: install Debian's package tuxpaint-stamps-default, or unpack it and set "
-            f"{CUTOUTS_VARIABLE} to its folder usr/share/tuxpaint/stamps."
+        raise FileError(
+            f"no folder {folder}",
+            "photographic cut-outs for scenes of the style 'cutout'",
+            "install Debian's package tuxpaint-stamps-default, or unpack it and set "
+            f"{CUTOUTS_VARIABLE} to its folder usr/share/tuxpaint/stamps",
         )
     return folder
 
@@ -113,9 +117,10 @@ def cutouts_folder() -> Path:
 @cache
 def _names_in(folder: Path) -> frozenset[str]:
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"Got no folder {folder}. Expected the drawings of the hand {folder.name!r} there. "
-            "Do this: run `python -m lavender.world.hands` again with the package of every hand."
+        raise FileError(
+            f"no folder {folder}",
+            f"the drawings of the hand {folder.name!r} there",
+            "run `python -m lavender.world.hands` again with the package of every hand",
         )
     return frozenset(path.stem for path in folder.glob("*.png"))
 

@@ -131,7 +131,7 @@ def draw_scene(seed: int, style: Style = "plain", hands: Sequence[str] = HANDS) 
 
     Raises:
         ValueError: the seed is in no split.
-        FileNotFoundError: the style needs drawings or cut-outs that are not there.
+        FileError: the style needs drawings or cut-outs that are not there.
     """
     split_of(seed)
     rng = np.random.default_rng([seed, get_args(Style).index(style)])

@@ -96,7 +96,7 @@ def sprite(name: str, sprite_set: SpriteSet) -> Image.Image:
 
     Raises:
         ModuleNotFoundError: the package of the sprite set is not installed.
-        FileNotFoundError: the drawings of a hand, or the cut-outs, are not there.
+        FileError: the drawings of a hand, or the cut-outs, are not there.
     """
     if sprite_set.startswith(CUTOUT_PREFIX):
         return _crop(cutout(sprite_set.removeprefix(CUTOUT_PREFIX)))

@@ -94,7 +94,7 @@ def suite_items(task: str, split: Split = "development", count: int | None = Non
 
     Raises:
         ConfigError: no such task, another split, or a count below 0.
-        FileNotFoundError: the pictures need cut-outs that are not there (`ood_cutouts`).
+        FileError: the pictures need cut-outs that are not there (`ood_cutouts`).
 
     Example:
         >>> first = suite_items("counting", count=1)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import re
@@ -574,6 +575,28 @@ def test_a_missing_package_of_the_extra_is_told(monkeypatch):
     monkeypatch.setattr(task_index, "_IMPORTED", ("loguru", "no_such_package"))
     with pytest.raises(ConfigError, match=r"no package no_such_package.*the extra `eval`"):
         task_index.require_harness()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("generate_until_multi_round", {}, "the task t, of the output type generate_until_multi_round"),
+        ("generate_until", {"max_steps": 3}, "the task t: generation_kwargs with 'max_steps'"),
+        ("generate_until", {"temperature": 0, "until": ["x"]}, None),
+        ("multiple_choice", None, None),
+    ],
+)
+def test_a_task_that_is_not_supported_is_told_before_any_is_run(kind, settings, message):
+    task = SimpleNamespace(OUTPUT_TYPE=kind, config=SimpleNamespace(generation_kwargs=settings))
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        models.check_task("t", task)
+
+
+def test_an_error_of_our_own_keeps_its_advice(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAVENDER_CUTOUTS", str(tmp_path / "none"))
+    with pytest.raises(LavenderError, match=r"Got the task world_ood_cutouts: .*tuxpaint") as raised:
+        TaskIndex().build("world_ood_cutouts")
+    assert "hf auth login" not in str(raised.value)
 
 
 def test_tags_and_groups_are_their_tasks_each_once(tmp_path):

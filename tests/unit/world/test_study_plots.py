@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lavender.errors import DataError
 from lavender.world.studies.page import draw_differences, draw_panel, plain_of
-from lavender.world.studies.redraw import redraw
+from lavender.world.studies.redraw import main, redraw
 from lavender.world.studies.registry import STUDIES
 from lavender.world.studies.study import METRICS
 
@@ -87,3 +87,10 @@ def test_finished_studies_are_drawn_again_from_their_results(tmp_path):
         redraw(tmp_path)
     with pytest.raises(DataError, match="no results of a study"):
         redraw(tmp_path / "none")
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    assert main([]) == 2
+    assert "usage: " in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"Got no results of a study in {tmp_path}. Expected ")

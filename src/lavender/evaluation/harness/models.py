@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lavender.errors import ConfigError, ModelError
 from lavender.evaluation.answers import answer_batch, answering, continuation_loss
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
+from lavender.evaluation.harness.task_index import RANKING, of_task
 from lavender.students.loading import load_run, load_run_processor
 
 MAX_NEW_TOKENS = 1024
@@ -253,6 +254,24 @@ def check_student(path: str | Path, trust_remote_code: bool = False) -> None:
             "a processor that knows how its model is asked",
             "put the template of its model card into chat_template.jinja in the model's folder",
         )
+
+
+def check_task(name: str, task: Any) -> None:
+    """What can be known of a task before it is run.
+
+    Raises:
+        ConfigError: it asks for what is not supported, or sets a generation setting that is not known.
+    """
+    if task.OUTPUT_TYPE not in ("generate_until", *RANKING):
+        raise ConfigError(
+            f"the task {name}, of the output type {task.OUTPUT_TYPE}",
+            f"one of generate_until, {', '.join(RANKING)}",
+            "leave the task out",
+        )
+    try:
+        sampling(task.config.generation_kwargs or {})
+    except ConfigError as error:
+        raise of_task(name, error) from error
 
 
 def as_conversation(messages: Sequence[dict]) -> list[dict]:

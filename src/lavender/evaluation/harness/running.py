@@ -24,7 +24,7 @@ from lavender.evaluation.harness import file_name
 from lavender.evaluation.harness.answer_log import AnswerLog
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, benchmark_of
 from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported, sample_lines
-from lavender.evaluation.harness.task_index import TaskIndex, cause_of, require_harness
+from lavender.evaluation.harness.task_index import TaskIndex, cause_of, of_task, require_harness
 from lavender.files import write_whole
 from lavender.model_files import loading, one_line
 from lavender.students.loading import load_config
@@ -96,14 +96,14 @@ def evaluate_tasks(
 def _evaluate_tasks(
     arms: Mapping[str, str | Path], tasks: Sequence[str], out: Path, result_path: Path, settings: Settings
 ) -> dict[str, Any]:
-    from lavender.evaluation.harness.models import check_student
+    from lavender.evaluation.harness.models import check_student, check_task
 
     index = TaskIndex(settings.include)
     names = index.leaves(tasks)
     for path in arms.values():  # before hours of work: is all there?
         check_student(path, settings.trust_remote_code)
     for name in names:
-        index.build(name)
+        check_task(name, index.build(name))
     identities = {arm: checkpoint_digest(path, settings.trust_remote_code) for arm, path in arms.items()}
     scored: dict[str, dict[str, Scored]] = {name: {} for name in names}
     for arm, path in arms.items():
@@ -180,11 +180,11 @@ def _evaluate(lm: Any, task: Any, name: str, index: TaskIndex, out: Path, settin
                 cli_args=options,
                 process_docs_parallel=1,
             )
-    except LavenderError:
-        raise
     except Exception as error:
         cause = cause_of(error)
-        if isinstance(cause, LavenderError):
+        if isinstance(cause, ConfigError | DataError):
+            raise of_task(name, cause) from error
+        if isinstance(cause, LavenderError):  # of the checkpoint, not of the task
             raise cause from error
         log = out / f"{file_name(name)}.error.log"
         write_whole(log, "".join(traceback.format_exception(error)))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from yaml import YAMLError
 
-from lavender.errors import ConfigError, DataError
+from lavender.errors import ConfigError, DataError, LavenderError
 from lavender.evaluation.harness import TASKS_PATH
 from lavender.evaluation.harness.benchmarks import GROUPS
 from lavender.model_files import one_line
@@ -79,6 +79,8 @@ class TaskIndex:
             return self.manager.load_task_or_group([task], self._kind(task))[task]
         except Exception as error:
             cause = cause_of(error)
+            if isinstance(cause, LavenderError):
+                raise of_task(task, cause) from error
             raise DataError(
                 f"the task {task}, which cannot be loaded: {one_line(cause)}",
                 "its data set and the packages that it imports",
@@ -124,6 +126,11 @@ class TaskIndex:
         except YAMLError as error:
             got = f"a file of --include-path that is no YAML: {' '.join(str(error).split())}"
             raise DataError(got, "tasks in YAML", "repair the file") from error
+
+
+def of_task(task: str, error: LavenderError) -> LavenderError:
+    """The same error, which names the task."""
+    return type(error)(f"the task {task}: {error.got}", error.expected, error.do)
 
 
 def cause_of(error: BaseException) -> BaseException:

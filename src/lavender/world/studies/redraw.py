@@ -12,7 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from lavender.errors import DataError
+from lavender.errors import DataError, LavenderError
 from lavender.world.studies.page import draw_differences
 from lavender.world.studies.registry import STUDIES
 
@@ -46,6 +46,19 @@ def _has(results: dict, metric: str) -> bool:
     return all(metric in scores for scores in results["arms"].values())
 
 
+def main(folders: list[str]) -> int:
+    """Redraw each folder; 0, or 1 after an error, or 2 without a folder."""
+    if not folders:
+        print("usage: python -m lavender.world.studies.redraw FOLDER …", file=sys.stderr)
+        return 2
+    try:
+        for name in folders:
+            print(redraw(Path(name)))
+    except LavenderError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(redraw(Path(name)))
+    sys.exit(main(sys.argv[1:]))

@@ -31,7 +31,7 @@ from lavender.world.judging import (
     score_new_words,
     score_student,
 )
-from lavender.world.language import CAPTION_PROMPT, Mention, caption_scene
+from lavender.world.language import CAPTION_PROMPT, Mention, article, caption_scene
 from lavender.world.scenes import SPLITS, Scene, Style, scenes
 from lavender.world.sprites import NAMES, NEW_NAMES
 from lavender.world.studies.examples import (
@@ -137,9 +137,8 @@ def _one_named(start: int, count: int) -> list[Example]:
     examples = []
     for scene in several(start, count):
         name = scene.names[scene.seed % len(scene.names)]
-        article = "an" if name[0] in "aeiou" else "a"
-        text = f"{article} {name}."
-        first = len(article) + 1
+        text = f"{article(name)} {name}."
+        first = len(text) - len(name) - 1
         mention = Mention(name, first, first + len(name), 0)
         examples.append(Example(scene, CAPTION_PROMPT, text, text, (mention,)))
     return examples

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lavender.config import ExtractionConfig
+from lavender.errors import FileError
 from lavender.teachers.diffusion.teacher import Teacher
 from lavender.world import WEIGHTS_PATH
 from lavender.world.hands import HANDS
@@ -149,7 +150,7 @@ def scored_scenes() -> dict[str, list[Scene]]:
         drawn[f"hand_{hand}"] = list(scenes("development", NUM_SCORED_OF_HAND, "mixed", hands=(hand,)))
     try:
         drawn["cutouts"] = list(scenes("development", NUM_SCORED, "cutout"))
-    except FileNotFoundError as error:
+    except FileError as error:
         log.warning("No scores on cut-outs. %s", error)
     return drawn
 
