@@ -78,8 +78,6 @@ def evaluate_runs(
     data = data_path(config["data"]) if data is None else data
     stores = open_stores(config["maps"] if maps is None and on_training_data else maps)
     columns = config.get("columns") if columns is None and on_training_data else columns
-    for path in arm_paths.values():
-        load_run_processor(path, trust_remote_code)  # a wrong path is found before the other models are scored
     read = read_samples(data, prompt, columns)
     samples = readable(Samples(spread(read.samples, limit)))
     judged = _observe_arms(arm_paths, samples.samples, joined(stores), trust_remote_code)
@@ -227,6 +225,8 @@ def _observe_arms(
     arms: Mapping[str, str | Path], samples: Sequence[Sample], store: SeveralStores | None, trust_remote_code: bool
 ) -> dict[str, list[Judged]]:
     """What each model does on the samples. One model is in memory at a time."""
+    for path in arms.values():
+        load_run_processor(path, trust_remote_code)  # a wrong path is found before the other models are scored
     judged: dict[str, list[Judged]] = {}
     for name, path in arms.items():
         model, processor = load_run(path, trust_remote_code=trust_remote_code)
