@@ -168,6 +168,7 @@ def test_a_gallery_of_a_map_store(store_path, some_scenes, captions, tmp_path):
         (("MODEL", "PHOTO", "一只猫"), FAILED, "it has no word in Latin letters). Expected an English text"),
         (("world", "PHOTO", "一只猫"), FAILED, "it has no word in Latin letters). Expected an English text"),
         (("world", "PHOTO", "a dog", "--png", "."), FAILED, "Got .: Is a directory"),
+        (("world", "PHOTO", "a dog", "--png", "OUT"), WRONG_USAGE, "look.html for --out and for --png"),
         (("mapz", "--data", "x"), WRONG_USAGE, "--data with mapz, which is no folder here, so it is taken as the hub"),
         (("world", "PHOTO", "a dog", "--faithfulness"), WRONG_USAGE, "with world, which is a diffusion teacher"),
         (("world", "PHOTO", "a dog", "--trust-remote-code"), WRONG_USAGE, "--trust-remote-code with world"),
@@ -178,7 +179,7 @@ def test_a_gallery_of_a_map_store(store_path, some_scenes, captions, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_an_error(arguments, code, named, photo, store_path, tmp_path):
-    meant = {"MODEL": LLAVA, "PHOTO": photo, "STORE": store_path}
+    meant = {"MODEL": LLAVA, "PHOTO": photo, "STORE": store_path, "OUT": tmp_path / "look.html"}
     ran = lavender("look", *(meant.get(one, one) for one in arguments), "--out", tmp_path / "look.html")
     assert named in complaint(ran, code)
     assert not (tmp_path / "look.html").exists()

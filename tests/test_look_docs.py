@@ -11,7 +11,7 @@ from PIL import Image
 
 from command_line import lavender, write_scenes
 from lavender.cli.main import DONE
-from lavender.evaluation.look.looking import MAX_FAITHFUL, MAX_WORDS
+from lavender.evaluation.look.looking import MAX_FAITHFUL, MAX_NEW_TOKENS, MAX_WORDS
 from lavender.evaluation.look.tiles import MAX_BYTES
 from lavender.world import STUDENT_PATH, TEACHER_PATH
 from test_documented_commands import commands, shells
@@ -64,4 +64,5 @@ def test_a_command_of_the_page_runs(command, folder, monkeypatch):
 def test_the_page_names_the_real_limits():
     assert f"at most {MAX_BYTES // 10**6} MB" in PAGE
     assert f"at most {MAX_WORDS} words" in PAGE
+    assert f"in at most {MAX_NEW_TOKENS} tokens" in PAGE
     assert f"the first {MAX_FAITHFUL} words of the answer" in PAGE

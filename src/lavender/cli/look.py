@@ -167,6 +167,8 @@ def _check_options(options: argparse.Namespace, kind: Kind) -> None:
     elif options.photo is None or options.text is None:
         missing = "a photo" if options.photo is None else "a text"
         raise ConfigError(f"{what}, without {missing}", "TARGET PHOTO TEXT", "name a picture and its caption")
+    if options.png == options.out:
+        raise ConfigError(f"{options.out} for --out and for --png", "two files", "give one of them another name")
     if options.generate and options.answer is not None:
         raise ConfigError("--generate with --answer", "one of the two", "leave one out")
     if options.steps is not None and not options.faithfulness:

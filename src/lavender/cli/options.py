@@ -33,7 +33,8 @@ def add_maps(parser: argparse.ArgumentParser, text: str, required: bool = False)
         default=None,
         required=required,
         metavar="STORE",
-        help=f"{text}; of several, the first that has a picture and a text answers, as in a run",
+        help=f"{text}; of several, the first that has a picture and a text answers, as in a run; "
+        "put it after the arguments without dashes",
     )
 
 

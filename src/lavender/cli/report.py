@@ -7,6 +7,7 @@ import argparse
 from lavender.cli.options import add_columns, add_maps, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
+from lavender.errors import ConfigError
 from lavender.files import data_path, expanded, prepare_place, writing
 
 HELP = "write an HTML page about a run"
@@ -60,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
         num_pictures=options.pictures,
         by=options.by,
     )
+    if options.pdf is not None and options.pdf == options.out:
+        raise ConfigError(f"{options.out} for --out and for --pdf", "two files", "give one of them another name")
     for place in filter(None, (options.out, options.pdf)):
         prepare_place(place)
     with writing(options.out or options.run):

@@ -111,9 +111,9 @@ def test_all_training_samples_of_an_overlap_are_named(drawn, tmp_path):
     """A picture is in three training samples, near in one of these; its text in two, one of which has the picture."""
     train = [
         (CHANGED["half as large"](drawn[0]), "one of quite different words here"),
-        (drawn[0], CAPTION + " today"),
-        (drawn[1], CAPTION),
         (drawn[0], "and again quite other words than that"),
+        (drawn[1], CAPTION),
+        (drawn[0], CAPTION + " today"),  # has both, so it comes before sample 1, whose picture is as near
     ]
     train += [(drawn[2], f"the same picture in sample {index} of many") for index in range(7)]
     bench = [(drawn[2], "nothing of it is known at all"), (drawn[0], CAPTION)]
@@ -123,19 +123,19 @@ def test_all_training_samples_of_an_overlap_are_named(drawn, tmp_path):
     assert [one["sample"] for one in first["pictures_in"]] == line[5:12]
     assert (first["texts_in"], first["both_in"], first["picture_and_text_in"]) == ([], [], None)
     assert [(one["sample"], one["picture"]) for one in second["pictures_in"]] == [
-        (line[2], "same"),
         (line[4], "same"),
+        (line[2], "same"),
         (line[1], "near"),
     ]
     assert second["pictures_in"][0]["distance"] == 0
     assert second["texts_in"] == [
         {"sample": line[3], "text": "same", "similarity": 1.0},
-        {"sample": line[2], "text": "near", "similarity": round(10 / 11, 3)},
+        {"sample": line[4], "text": "near", "similarity": round(10 / 11, 3)},
     ]
-    assert second["both_in"] == [line[2]]
+    assert second["both_in"] == [line[4]]
     table = next(table for table in overlap_page(overlap).tables if table.caption == "What the training set has")
     assert [row[1:] for row in table.rows] == [
-        ["same", f"{line[2]}, {line[4]}, {line[1]}", "same", f"{line[3]}, {line[2]}", line[2]],
+        ["same", f"{line[4]}, {line[2]}, {line[1]}", "same", f"{line[3]}, {line[4]}", line[4]],
         ["same", f"{', '.join(line[5:10])} and 2 more", None, None, None],
     ]
 
