@@ -213,9 +213,9 @@ def test_the_most_words_of_the_largest_models_fit_into_a_page():
         words, one.layers, one.maps_WLH.expand(40, -1, -1, -1, -1), one.on_picture_WLH.expand(40, -1, -1), False, ()
     )
     image = Image.effect_noise((800, 600), 60).convert("RGB")
-    page = SHELL | attention_page(seen, image, ("", "dog " * MAX_WORDS)) | {"picture_name": "p"}
+    page = attention_page(seen, image, ("", "dog " * MAX_WORDS))
     assert not page["data"]["has_detail"]
-    assert len(render("look", page)) < 9_000_000
+    assert len(render("look", SHELL | page | {"picture_name": "p"})) < 9_000_000
 
 
 def test_a_page_cannot_be_broken_by_a_text_nor_load_anything():
