@@ -135,7 +135,7 @@ def training(folder: Path, steps: int, workers: int, waiting_ms: float) -> dict[
 
     from lavender import read_samples, to_dataset
 
-    write_world(folder, 2 * BATCH * LEFT_OUT)
+    write_world(folder, BATCH * (steps + LEFT_OUT))  # one epoch: each one starts its workers anew
     dataset = to_dataset(read_samples(folder / "data"))
     share, step_ms, _ = timed_run(folder, dataset, steps, workers)
     waiting_share, waiting_step_ms, trainer = timed_run(folder, dataset, steps, workers, waiting_ms)
