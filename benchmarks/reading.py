@@ -18,6 +18,7 @@ it says little about training on a GPU.
 
 `waiting_step_share` is measured in the same way with steps that only wait, `waiting_step_ms` long (`--step-ms`, 100):
 the cores are free for the workers, as they are while a GPU computes. No model runs in these steps.
+`plain_waiting_step_share` is of TRL's own `SFTTrainer` on the same data, so the difference is what maps cost.
 
 `collate_ms` is the time that one process needs for a batch, and `collate_cpu_ms` the CPU time. `map_cpu_ms` is what the
 maps add to it, per sample: the CPU time of the batch above that of TRL's own collator for the same samples.
@@ -135,9 +136,10 @@ def training(folder: Path, steps: int, workers: int, waiting_ms: float) -> dict[
 
     from lavender import read_samples, to_dataset
 
-    write_world(folder, BATCH * (steps + LEFT_OUT))  # one epoch: each one starts its workers anew
+    write_world(folder, BATCH * (steps + LEFT_OUT))  # one epoch: the first batch of each is waited for
     dataset = to_dataset(read_samples(folder / "data"))
     share, step_ms, _ = timed_run(folder, dataset, steps, workers)
+    plain_share, _, _ = timed_run(folder, dataset, steps, workers, waiting_ms, with_maps=False)
     waiting_share, waiting_step_ms, trainer = timed_run(folder, dataset, steps, workers, waiting_ms)
     examples = [dataset[index] for index in range(BATCH)]
     plain: Any = DataCollatorForVisionLanguageModeling(trainer.processing_class)
@@ -147,6 +149,7 @@ def training(folder: Path, steps: int, workers: int, waiting_ms: float) -> dict[
         "step_share": share,
         "step_ms": step_ms,
         "waiting_step_share": waiting_share,
+        "plain_waiting_step_share": plain_share,
         "waiting_step_ms": waiting_step_ms,
         "collate_ms": collate_ms,
         "collate_cpu_ms": collate_cpu_ms,
@@ -167,20 +170,24 @@ def timed(collator: Any, examples: list[dict[str, Any]], times: int = 8) -> tupl
 
 
 def timed_run(
-    folder: Path, dataset: Any, steps: int, workers: int, waiting_ms: float | None = None
+    folder: Path, dataset: Any, steps: int, workers: int, waiting_ms: float | None = None, with_maps: bool = True
 ) -> tuple[float, float, Any]:
     """The share of the steps' time in which a trainer waits for batches, the milliseconds of a step, and the trainer.
 
     Args:
         waiting_ms: each step only waits so long; None: the model computes.
+        with_maps: False: TRL's own trainer, whose batches have no maps.
     """
     import torch
+    from trl import SFTConfig, SFTTrainer
 
     from lavender import LavenderConfig, LavenderTrainer
     from lavender.students.loading import load_run
     from lavender.world import STUDENT_PATH
 
-    class Timed(LavenderTrainer):
+    base: Any = LavenderTrainer if with_maps else SFTTrainer
+
+    class Timed(base):
         """Notes when it asks for batches, and when it has them."""
 
         asked: list[float]
@@ -198,9 +205,10 @@ def timed_run(
             time.sleep(waiting_ms / 1000)
             return torch.zeros((), device=self.args.device)
 
-    args = LavenderConfig(
+    ours: dict[str, Any] = {"maps": str(folder / "maps"), "probe_size": 0, "activation_checkpointing": False}
+    args = (LavenderConfig if with_maps else SFTConfig)(
+        **(ours if with_maps else {"gradient_checkpointing": False}),
         output_dir=str(folder / "run"),
-        maps=str(folder / "maps"),
         max_length=None,
         max_steps=LEFT_OUT + steps,
         per_device_train_batch_size=BATCH,
@@ -211,8 +219,6 @@ def timed_run(
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
-        probe_size=0,
-        activation_checkpointing=False,
     )
     model, processor = load_run(STUDENT_PATH)
     trainer = Timed(model, args, processing_class=processor, train_dataset=dataset)
