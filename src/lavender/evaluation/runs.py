@@ -71,7 +71,7 @@ def evaluate_runs(
     run, against = expanded(run), [expanded(path) for path in against]
     config = read_config(run)
     prompt = prompt_of(config, run)
-    arm_paths = arms_of(config, run, against)
+    arm_paths = _tried(arms_of(config, run, against), trust_remote_code)
     differing, notes = differing_settings(arm_paths)
     given = _given(run, against, data, None if maps is None else _paths(maps), limit, columns, trust_remote_code)
     on_training_data = data is None
@@ -221,12 +221,17 @@ def arms_of(config: dict[str, Any], run: Path, against: Sequence[Path]) -> dict[
     return arms
 
 
+def _tried(arms: dict[str, str | Path], trust_remote_code: bool) -> dict[str, str | Path]:
+    """The same, once each has a processor: a wrong path is found before the other models are scored."""
+    for path in arms.values():
+        load_run_processor(path, trust_remote_code)
+    return arms
+
+
 def _observe_arms(
     arms: Mapping[str, str | Path], samples: Sequence[Sample], store: SeveralStores | None, trust_remote_code: bool
 ) -> dict[str, list[Judged]]:
     """What each model does on the samples. One model is in memory at a time."""
-    for path in arms.values():
-        load_run_processor(path, trust_remote_code)  # a wrong path is found before the other models are scored
     judged: dict[str, list[Judged]] = {}
     for name, path in arms.items():
         model, processor = load_run(path, trust_remote_code=trust_remote_code)

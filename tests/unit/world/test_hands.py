@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lavender.errors import FileError
 from lavender.world import hands, scenes, sprites
 from lavender.world.hands import CUTOUTS, CUTOUTS_VARIABLE, HANDS, HANDS_VARIABLE, icon_of, render_hand
 from lavender.world.language import ask_about
@@ -81,13 +82,13 @@ def test_a_mixed_scene_without_drawings_says_how_to_get_them(monkeypatch, folder
     monkeypatch.delenv(HANDS_VARIABLE, raising=False)
     if folder:
         monkeypatch.setenv(HANDS_VARIABLE, folder)
-    with pytest.raises(FileNotFoundError, match=r"Got LAVENDER_HANDS=.*python -m lavender.world.hands"):
+    with pytest.raises(FileError, match=r"Got LAVENDER_HANDS=.*python -m lavender.world.hands"):
         draw_scene(0, "mixed")
 
 
 def test_a_hand_without_a_folder_is_named(drawings):
     (drawings / "noto").rename(drawings / "other")
-    with pytest.raises(FileNotFoundError, match="the hand 'noto'"):
+    with pytest.raises(FileError, match="the hand 'noto'"):
         draw_scene(0, "mixed")
 
 
@@ -105,7 +106,7 @@ def test_scenes_of_cutouts_show_only_the_names_that_have_one(tmp_path, monkeypat
 
 def test_scenes_of_cutouts_without_the_package_say_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv(CUTOUTS_VARIABLE, str(tmp_path / "nothing"))
-    with pytest.raises(FileNotFoundError, match="tuxpaint-stamps-default"):
+    with pytest.raises(FileError, match="tuxpaint-stamps-default"):
         draw_scene(0, "cutout")
 
 
