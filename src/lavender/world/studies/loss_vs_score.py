@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from lavender.world.studies.cells import Arm
 from lavender.world.studies.over_time import at_each_step, row_of, steps_of
@@ -35,7 +35,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rank correlation; 0 if one of the two is constant."""
     if len({*first}) == 1 or len({*second}) == 1:
         return 0.0
-    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
+    return float(spearmanr(first, second).statistic)
 
 
 def judge(scores: Scores) -> list[Finding]:
