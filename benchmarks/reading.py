@@ -205,9 +205,10 @@ def timed_run(
             time.sleep(waiting_ms / 1000)
             return torch.zeros((), device=self.args.device)
 
-    ours: dict[str, Any] = {"maps": str(folder / "maps"), "probe_size": 0, "activation_checkpointing": False}
+    ours = {"maps": str(folder / "maps"), "probe_size": 0} if with_maps else {}
     args = (LavenderConfig if with_maps else SFTConfig)(
-        **(ours if with_maps else {"gradient_checkpointing": False}),
+        **ours,
+        activation_checkpointing=False,
         output_dir=str(folder / "run"),
         max_length=None,
         max_steps=LEFT_OUT + steps,
