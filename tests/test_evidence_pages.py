@@ -23,6 +23,8 @@ RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
         ("new-words", "docs/evidence.md", "### New words", "### Attributes", 36 + 36 + 16),
         ("attributes", "README.md", "**Which thing has which colour", "**Captions of known words", 11),
         ("attributes", "docs/evidence.md", "### Attributes", "### Known words", 27 + 18 + 3),
+        ("main", "README.md", "**Captions of known words", "## Terms", 12),
+        ("main", "docs/evidence.md", "### Known words", "## 2. Where?", 48),
     ],
 )
 def test_numbers_are_those_of_the_study(study, file, first, last, count):
@@ -34,7 +36,7 @@ def test_numbers_are_those_of_the_study(study, file, first, last, count):
     assert [number for number in found if number not in measured] == []
 
 
-@pytest.mark.parametrize("study", ["new-words", "attributes"])
+@pytest.mark.parametrize("study", ["new-words", "attributes", "main"])
 def test_a_page_is_that_of_its_results(study):
     results = json.loads((EVIDENCE / study / "results.json").read_text())
     assert (EVIDENCE / study / "page.md").read_text() == page(STUDIES[study], results)
