@@ -16,14 +16,12 @@ from lavender.errors import DataError
 from lavender.evaluation.compare import (
     Judged,
     entropy_tally,
-    left_out,
     observe,
-    require_limit,
     scores_of,
-    spread,
 )
 from lavender.evaluation.eval_files import EvaluatedSample, write_evaluation
 from lavender.evaluation.intervals import ratio
+from lavender.evaluation.sampling import left_out, require_limit, spread
 from lavender.files import data_path, expanded
 from lavender.students.loading import load_run, load_run_processor
 from lavender.training.run_folder import CONFIG, NOT_RECORDED, defaults_before, flat, read_config

@@ -23,9 +23,9 @@ from lavender.evaluation.data_checks.overlap import (
     Side,
     kind_of,
 )
-from lavender.evaluation.data_checks.scan import evenly
 from lavender.evaluation.report.page import Cell, Curve, Report, Table, write_report
 from lavender.evaluation.report.panels import Panel
+from lavender.evaluation.sampling import evenly
 from lavender.files import write_whole
 
 _ROWS = 100  # of a table of rows; the JSON has all

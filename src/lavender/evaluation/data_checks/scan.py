@@ -84,12 +84,6 @@ def look_at_pictures(
     return looks, broken
 
 
-def evenly(values: Sequence[T], number: int) -> list[T]:
-    """At most `number` of the values, spread evenly over all of them, the first one included."""
-    number = min(number, len(values))
-    return [values[at * len(values) // number] for at in range(number)]
-
-
 def _key(source: Source, index: int, place: int) -> object:
     return source if isinstance(source, Path) else (index, place)
 
