@@ -33,8 +33,8 @@ from lavender.evaluation.answers import continuation_loss, generate_answers
 from lavender.evaluation.harness import TASKS_PATH, file_name, models, plugin, running, task_index
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS
-from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported
-from lavender.evaluation.harness.running import _notes_of_scores
+from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported, sample_lines
+from lavender.evaluation.harness.running import _notes_of_scores, _summary
 from lavender.evaluation.harness.tables import (
     benchmark_table,
     notes_of_benchmarks,
@@ -506,6 +506,33 @@ def test_what_a_number_lacks_is_told():
         "mme is without mme_cognition_score: no sample is of this kind",
         "no difference of hateful_memes: auroc gives samples no scores",
     ]
+
+
+def test_a_score_that_is_nan_is_null_and_the_reason_is_told():
+    nan = float("nan")
+
+    def arm(aggregate: float, *scores: float) -> Scored:
+        logged = [{"acc": score, "target": {"age": nan, "name": "Ann"}} for score in scores]
+        return Scored.of("t", found("t", {"acc": aggregate}, logged, ["acc"]))
+
+    by_arm = {"base": arm(0.5, 1.0, 0.0, 0.0), "plain": arm(nan, 1.0, nan, 0.0), "aligned": arm(float("inf"), 1, 1, 0)}
+    task = _summary("t", by_arm)
+    assert task["scores"] == {"base": 0.5, "plain": None, "aligned": None}
+    assert task["metrics"] == {"base": {"acc": 0.5}, "plain": {"acc": None}, "aligned": {"acc": None}}
+    assert json.loads(json.dumps(task, allow_nan=False)) == task
+    samples = [json.loads(line, parse_constant=pytest.fail) for line in sample_lines(by_arm["plain"])]
+    assert [sample["scores"]["acc"] for sample in samples] == [1.0, None, 0.0]
+    assert samples[0]["target"] == {"age": None, "name": "Ann"}
+    assert _notes_of_scores({"t": by_arm}) == [
+        "no score of plain on t: lmms-eval's acc is NaN or infinite, as it is for 1 of 3 samples",
+        "no score of aligned on t: lmms-eval's acc is NaN or infinite",
+        "no difference of t with plain: some samples score NaN",
+    ]
+    assert [(other, one["difference"]) for other, one in task["differences"].items()] == [
+        ("base", pytest.approx(1 / 3))
+    ]
+    lines = list(result_lines({"arms": by_arm, "tasks": {"t": task}}))
+    assert lines[1].split() == ["t", "3", "0.5000", "NaN", "NaN"]
 
 
 def printed(arms: list[str]) -> list[str]:

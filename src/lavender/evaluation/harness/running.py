@@ -82,7 +82,8 @@ def evaluate_tasks(
 
     Returns:
         `tasks` (name → `metric`, `samples`, `scores`, `metrics` and `refusal_rate` by arm, `differences`, `paper`),
-        `arms`, `limit`, `lmms_eval` (its version) and `notes` for the reader.
+        `arms`, `limit`, `lmms_eval` (its version) and `notes` for the reader. A score that is NaN or infinite is None,
+        and a note says so.
 
     Raises:
         ConfigError: lmms-eval is not installed, an unknown task, or a task that asks for what is not supported.
@@ -116,7 +117,7 @@ def _evaluate_tasks(
         "tasks": {name: _summary(name, by_arm) for name, by_arm in scored.items()},
         "notes": [*_notes(tasks, settings), *_notes_of_scores(scored)],
     }
-    write_whole(result_path, json.dumps(result, indent=1))
+    write_whole(result_path, json.dumps(result, indent=1, allow_nan=False))
     return result
 
 
@@ -236,17 +237,26 @@ def _notes(tasks: Sequence[str], settings: Settings) -> list[str]:
 
 
 def _notes_of_scores(scored: Mapping[str, Mapping[str, Scored]]) -> list[str]:
-    """Notes on sums that lack a part, tasks without a difference, and models that refuse, which counts as wrong."""
+    """Notes on sums that lack a part, scores that are NaN, tasks without a difference, and models that refuse."""
     notes = []
     for name, by_arm in scored.items():
         first = next(iter(by_arm.values()))
         if first.missing:
             notes.append(f"{name} is without {' and '.join(first.missing)}: no sample is of this kind")
+        notes += [_note_of_nan(name, arm, found) for arm, found in by_arm.items() if found.not_finite]
         if len(by_arm) > 1 and not all(found.scores for found in by_arm.values()):
             notes.append(f"no difference of {name}: {first.keys[0]} gives samples no scores")
+        if len(by_arm) > 1 and (arms := [arm for arm, found in by_arm.items() if found.num_not_finite]):
+            notes.append(f"no difference of {name} with {', '.join(arms)}: some samples score NaN")
         rates = {arm: refusal_rate(found) for arm, found in by_arm.items()}
         notes += [f"{arm} refuses to answer {rate:.1%} of {name}" for arm, rate in rates.items() if rate]
     return notes
+
+
+def _note_of_nan(name: str, arm: str, found: Scored) -> str:
+    number = found.num_not_finite
+    cause = f", as it is for {number} of {len(found.samples)} samples" if number else ""
+    return f"no score of {arm} on {name}: lmms-eval's {' and '.join(found.not_finite)} is NaN or infinite{cause}"
 
 
 def _once(load: Any) -> Any:
