@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lavender.errors import DataError
+from lavender.evaluation.legend import legend
 from lavender.evaluation.report.panels import Panel, WordRow, cell_of, sources_of
 from lavender.evaluation.report.pixels import (
     bytes_for_pictures,
@@ -113,6 +114,7 @@ def render_report(report: Report) -> str:
     addresses = picture_addresses([panel.image for panel in report.panels], bytes_for_pictures(layers))
     return template.render(
         report=report,
+        legend=legend(),
         sources=sources,
         panels=[view | {"picture": address} for view, address in zip(views, addresses, strict=True)],
         are_lazy=report.choose_words and number > _LAZY_ABOVE,
