@@ -161,6 +161,7 @@ def test_a_gallery_of_a_map_store(store_path, some_scenes, captions, tmp_path):
         (("MODEL", "PHOTO", "a dog", "--steps", "3"), WRONG_USAGE, "--steps without --faithfulness"),
         (("MODEL", "PHOTO", "a dog", "--generate", "--answer", "x"), WRONG_USAGE, "--generate with --answer"),
         (("MODEL", "PHOTO", "a dog", "--words", "nuon"), WRONG_USAGE, "Got --words 'nuon'"),
+        (("MODEL", "--words", "noun", "PHOTO", "a dog"), WRONG_USAGE, "put TARGET, PHOTO and TEXT before --words"),
         (("MODEL", "PHOTO", "a dog", "--device", "warp"), WRONG_USAGE, "'warp'"),
         (("MODEL", "/no/photo.jpg", "a dog"), FAILED, "Got the picture /no/photo.jpg, which does not exist."),
         (("world", "/no/photo.jpg", "a dog"), FAILED, "Got the picture /no/photo.jpg, which does not exist."),
