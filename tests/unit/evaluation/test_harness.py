@@ -586,6 +586,32 @@ def test_a_run_comes_after_its_base_and_the_others(tmp_path):
     assert list(eval_tasks._arms(options).items()) == [("base", "org/base"), ("plain", other), ("aligned", run)]
 
 
+def test_models_that_are_compared_have_weights_of_one_type(make_student, processor, tmp_path):
+    arms: dict[str, str | Path] = {name: tmp_path / name for name in ("base", "plain", "aligned")}
+    for path, dtype in zip(arms.values(), (torch.bfloat16, torch.bfloat16, torch.float32), strict=True):
+        make_student().to(dtype).save_pretrained(path)
+        processor.save_pretrained(path)
+    settings, notes = running._in_one_dtype(arms, running.Settings())
+    loaded = [models.load_student(path, torch.device("cpu"), settings.dtype, False).model for path in arms.values()]
+    assert {model.dtype for model in loaded} == {torch.float32}
+    assert notes == [
+        "all models are loaded in float32, for their types on disk differ: base bfloat16, plain bfloat16, "
+        "aligned float32; --dtype names another"
+    ]
+
+    def dtype_of(*names: str, asked: str = "auto") -> tuple[str, int]:
+        settings, notes = running._in_one_dtype({name: arms[name] for name in names}, running.Settings(dtype=asked))
+        return settings.dtype, len(notes)
+
+    assert dtype_of("base", "plain") == ("bfloat16", 0)
+    assert dtype_of("aligned") == ("float32", 0)
+    assert dtype_of("base", "aligned", asked="bfloat16") == ("bfloat16", 0)
+    config = tmp_path / "plain" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": null'))
+    assert dtype_of("plain") == ("auto", 0)
+    assert dtype_of("base", "plain") == ("float32", 1)
+
+
 def test_an_adapter_is_another_checkpoint_on_another_base(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
