@@ -27,7 +27,7 @@ from lavender.evaluation.report.pixels import (
 from lavender.files import write_whole
 
 _PIXELATED_BELOW = 200  # pixels; of pictures whose longest side is shorter, the single pixels are shown
-_LAZY_ABOVE = 400  # maps; of pages with more, a browser decodes those alone that are seen
+_MANY = 400  # maps; on pages with more they are backgrounds, which browsers read faster, and decode only if seen
 
 Cell = str | float | int | None
 
@@ -117,7 +117,7 @@ def render_report(report: Report) -> str:
         legend=legend(),
         sources=sources,
         panels=[view | {"picture": address} for view, address in zip(views, addresses, strict=True)],
-        are_lazy=report.choose_words and number > _LAZY_ABOVE,
+        are_many=number > _MANY,
         most_words=max([len(view["rows"]) for view in views], default=0),
         curves=[_curve_view(curve, styles_of(report.curves)) for curve in report.curves],
         settings=_flat(report.settings),
