@@ -205,7 +205,7 @@ def timed_run(
             time.sleep(waiting_ms / 1000)
             return torch.zeros((), device=self.args.device)
 
-    ours = {"maps": str(folder / "maps"), "probe_size": 0} if with_maps else {}
+    ours: dict[str, Any] = {"maps": str(folder / "maps"), "probe_size": 0} if with_maps else {}
     args = (LavenderConfig if with_maps else SFTConfig)(
         **ours,
         activation_checkpointing=False,

@@ -323,7 +323,7 @@ def test_eval_looks_at_samples_of_one_picture_and_counts_the_others(evaluate, sc
 def test_eval_refuses_data_without_a_sample_of_one_picture(tmp_path, scenes_folder):
     from lavender.data.samples import read_samples
     from lavender.errors import DataError
-    from lavender.evaluation.compare import spread
+    from lavender.evaluation.sampling import spread
 
     image = next(str(one) for one in sorted(scenes_folder.iterdir()) if one.suffix == ".png")
     turns = [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "A dog."}]

@@ -5,6 +5,7 @@ Verbs run in this process, through `main`. No score is looked at: any weights wi
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import shutil
@@ -18,7 +19,8 @@ import yaml
 from command_line import complaint, lavender, write_run, write_scenes
 from families.published_configs import UNSUPPORTED
 from lavender.cli.eval import _table
-from lavender.cli.main import DONE, FAILED, VERBS, WRONG_USAGE
+from lavender.cli.main import DONE, FAILED, VERBS, WRONG_USAGE, build_parser
+from lavender.cli.options import Several
 from lavender.cli.terminal import show
 from lavender.data.store import MapStore
 
@@ -97,6 +99,53 @@ def test_usage_that_argparse_refuses(arguments):
     assert ran.code == WRONG_USAGE
     assert ran.err.startswith("usage: lavender")
     assert ran.err.endswith(" --help`.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "before"),
+    [
+        (("report", "--maps", "maps", "runs/aligned"), "--maps", "run"),
+        (("report", "--maps", "one", "--maps", "two", "runs/aligned"), "--maps", "run"),
+        (("check", "--data", "photos", "--maps", "maps", "model"), "--maps", "model"),
+        (("data", "inspect", "--maps", "one", "two", "photos"), "--maps", "DATA"),
+        (("look", "--words", "noun", "model", "photo.jpg", "a cat"), "--words", "TARGET photo text"),
+        (("study", "--seeds", "1", "2", "main"), "--seeds", "name"),
+    ],
+)
+def test_an_argument_behind_an_option_of_several_values_is_not_lost(arguments, option, before):
+    ran = lavender(*arguments)
+    assert ran.code == WRONG_USAGE
+    assert ran.err.endswith(f"Do this: {option} takes every word up to the next option: put {before} before it.\n")
+
+
+def test_a_run_behind_the_maps_is_not_lost():
+    line = complaint(lavender("eval", "--maps", "maps", "runs/aligned"), WRONG_USAGE)
+    assert "put it before --maps, which takes every word up to the next option" in line
+
+
+def test_options_of_several_values_may_be_repeated():
+    parse = build_parser().parse_args
+    together, repeated = (
+        parse(["report", "run", "--maps", "a", "b"]),
+        parse(["report", "run", "--maps", "a", "--maps", "b"]),
+    )
+    assert together.maps == repeated.maps == [Path("a"), Path("b")]
+
+
+def test_every_option_of_several_values_beside_arguments_without_dashes_says_so():
+    checked = 0
+    todo = [build_parser()]
+    while todo:
+        actions = todo.pop()._actions
+        todo += [
+            parser for one in actions if isinstance(one, argparse._SubParsersAction) for parser in one.choices.values()
+        ]
+        plain = [one for one in actions if not one.option_strings and not isinstance(one, argparse._SubParsersAction)]
+        for action in actions if plain else ():
+            if action.option_strings and action.nargs in ("+", "*"):
+                assert isinstance(action, Several), action.option_strings
+                checked += 1
+    assert checked == 6  # --maps of check, eval, report and data inspect; --words of look; --seeds of study
 
 
 # runs

@@ -161,8 +161,12 @@ def test_a_gallery_of_a_map_store(store_path, some_scenes, captions, tmp_path):
         (("MODEL", "PHOTO", "a dog", "--steps", "3"), WRONG_USAGE, "--steps without --faithfulness"),
         (("MODEL", "PHOTO", "a dog", "--generate", "--answer", "x"), WRONG_USAGE, "--generate with --answer"),
         (("MODEL", "PHOTO", "a dog", "--words", "nuon"), WRONG_USAGE, "Got --words 'nuon'"),
+        (("MODEL", "--words", "noun", "PHOTO", "a dog"), WRONG_USAGE, "put TARGET, PHOTO and TEXT before --words"),
         (("MODEL", "PHOTO", "a dog", "--device", "warp"), WRONG_USAGE, "'warp'"),
-        (("MODEL", "/no/photo.jpg", "a dog"), FAILED, "the picture, whose file /no/photo.jpg does not exist"),
+        (("MODEL", "/no/photo.jpg", "a dog"), FAILED, "Got the picture /no/photo.jpg, which does not exist."),
+        (("world", "/no/photo.jpg", "a dog"), FAILED, "Got the picture /no/photo.jpg, which does not exist."),
+        (("MODEL", "TORN", "a dog"), FAILED, "/torn.png, 5 bytes that are no picture of a known format"),
+        (("world", "TORN", "a dog"), FAILED, "/torn.png, 5 bytes that are no picture of a known format"),
         (("MODEL", "PHOTO", "of the"), FAILED, "of which no word has a map (it has no word of these parts"),
         (("world", "PHOTO", "of the"), FAILED, "the caption 'of the', of which no word has a map (it has no word of"),
         (("MODEL", "PHOTO", "一只猫"), FAILED, "it has no word in Latin letters). Expected an English text"),
@@ -179,7 +183,9 @@ def test_a_gallery_of_a_map_store(store_path, some_scenes, captions, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_an_error(arguments, code, named, photo, store_path, tmp_path):
-    meant = {"MODEL": LLAVA, "PHOTO": photo, "STORE": store_path, "OUT": tmp_path / "look.html"}
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(b"a cat")
+    meant = {"MODEL": LLAVA, "PHOTO": photo, "TORN": torn, "STORE": store_path, "OUT": tmp_path / "look.html"}
     ran = lavender("look", *(meant.get(one, one) for one in arguments), "--out", tmp_path / "look.html")
     assert named in complaint(ran, code)
     assert not (tmp_path / "look.html").exists()

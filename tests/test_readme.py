@@ -21,7 +21,9 @@ from lavender.world.language import caption_scene
 from lavender.world.scenes import scenes
 from lavender.world.student_models import build_mllama, build_mllama_processor
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), flags=re.DOTALL)
+DOCS = Path(__file__).parents[1] / "docs"
+README = (DOCS.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 GESTURE, STOCK, *CHANGED = BLOCKS
 
 
@@ -49,6 +51,12 @@ def folder(tmp_path, monkeypatch):
             writer.add(WordMaps(image_id(sample.load()[0]), sample.answers[0], words, maps))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_every_page_is_in_the_table_of_the_documentation():
+    table = README.partition("\n## Documentation\n")[2]
+    linked = re.findall(r"^\| \[docs/([\w-]+\.md)\]\(docs/\1\) \| \S", table, flags=re.MULTILINE)
+    assert sorted(linked) == sorted(path.name for path in DOCS.glob("*.md"))
 
 
 def _words(text: str):

@@ -40,9 +40,16 @@ def reading_has_all_its_numbers(numbers: dict) -> None:
     assert numbers["waiting_step_ms"] > 100  # the step itself
 
 
+def evaluation_keeps_the_pictures_of_a_batch(numbers: dict) -> None:
+    assert numbers["samples"] == [16, 32, 64]
+    assert numbers["kept_pictures"] < 0.5  # 1 if all stayed in memory; the allocator keeps some of what was freed
+    assert 0.5 < numbers["time_exponent"] < 1.5  # 1 but for noise of the processor's clock; quadratic would be 2
+
+
 CHECKS: dict[str, Callable[[dict], None]] = {
     "store": no_flipped_bit_is_silent,
     "reading": reading_has_all_its_numbers,
+    "eval_growth": evaluation_keeps_the_pictures_of_a_batch,
     "crash": a_killed_writer_loses_and_doubles_nothing,
 }
 """What else must hold of a benchmark's numbers."""

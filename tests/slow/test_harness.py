@@ -66,6 +66,10 @@ def results(doc, results):
 
 def mean(items):
     return sum(item["score"] for item in items) / len(items)
+
+
+def no_number(items):
+    return float("nan")
 """
 
 LOADED = """
@@ -89,7 +93,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory, some_scenes, captions) -> Path:
-    """A folder with six scenes, a task of their names, one of their captions against others, and a group of both."""
+    """A folder with six scenes, a task of their names, the same with a mean
+    that is NaN, one of their captions against others, and a group of the first and the last."""
     folder = tmp_path_factory.mktemp("tasks")
     others = [*captions[1:], captions[0]]
     rows = [
@@ -98,6 +103,9 @@ def tasks(tmp_path_factory, some_scenes, captions) -> Path:
     ]
     Dataset.from_list(rows).cast_column("image", ImageFeature()).to_parquet(folder / "scenes.parquet")
     (folder / "names.yaml").write_text(ANSWERED)
+    (folder / "nan.yaml").write_text(
+        ANSWERED.replace("local_names", "local_nan").replace("local.mean", "local.no_number")
+    )
     (folder / "ranked.yaml").write_text(RANKED)
     (folder / "both.yaml").write_text("group: local\ntask:\n  - local_names\n  - local_ranked\n")
     (folder / "local.py").write_text(CODE)
@@ -177,11 +185,14 @@ def test_a_run_its_base_and_another_run(runs, tasks):
 
 
 def test_a_model_without_a_run(tasks, tmp_path):
-    model = STUDENT_PATHS["llava"]
-    command = ("--model", model, "--tasks", "local_names", "--include-path", tasks, "--limit", 2, "--out", tmp_path)
+    """On a task, and on the same with a mean that is NaN."""
+    model, names = STUDENT_PATHS["llava"], "local_names,local_nan"
+    command = ("--model", model, "--tasks", names, "--include-path", tasks, "--limit", 2, "--out", tmp_path)
     ran = evaluated(*command)
     assert ran.returncode == DONE, ran.stderr
-    result = json.loads((tmp_path / "eval-tasks.json").read_text())
+    result = json.loads((tmp_path / "eval-tasks.json").read_text(), parse_constant=pytest.fail)
+    assert result["tasks"]["local_nan"]["scores"] == {"student_llava": None}
+    assert "no score of student_llava on local_nan: lmms-eval's said is NaN or infinite" in ran.stdout
     assert result["tasks"]["local_names"]["samples"] == 2
     assert result["tasks"]["local_names"]["differences"] == {}
     assert "only the first 2 samples of each task: not comparable with published numbers" in ran.stdout

@@ -49,9 +49,9 @@ def run(options: argparse.Namespace) -> int:
         return eval_tasks.run(options)
     eval_tasks.refuse_without_tasks(options)
     if options.run is None:
-        raise ConfigError(
-            "no run folder", "one, or --model with --tasks", "name the folder that `lavender train` wrote"
-        )
+        do = "name the folder that `lavender train` wrote"
+        do += ", and put it before --maps, which takes every word up to the next option" if options.maps else ""
+        raise ConfigError("no run folder", "one, or --model with --tasks", do)
     from lavender.evaluation.runs import evaluate_runs
     from lavender.evaluation.score_help import explained
 

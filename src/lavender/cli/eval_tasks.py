@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "float16", "bfloat16"),
-        help="type of the weights (default: auto, theirs on disk)",
+        help="type of the weights (default: auto, theirs on disk, and float32 if those of the models differ)",
     )
     group.add_argument(
         "--include-path",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from lavender.cli.options import add_columns, add_trust_remote_code, columns_of
+from lavender.cli.options import Several, add_columns, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
 from lavender.errors import ConfigError
@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", type=expanded, default=None, metavar="FILE", help="also draw the maps to this file")
     parser.add_argument(
         "--words",
-        nargs="+",
+        action=Several,
         default=None,
         metavar="PART",
         help="parts of speech to map, of noun, adjective, verb and other (default: all but other)",
@@ -159,6 +159,8 @@ def _check_options(options: argparse.Namespace, kind: Kind) -> None:
             option = f"--{name.replace('_', '-')}"
             do = f"leave {option} out" if is_here else f"check the path, or leave {option} out"
             raise ConfigError(f"{option} with {what}", f"{option} with {_any_of(kinds)}", do)
+    if kind != "maps":
+        _parts(options)  # first: it may have taken PHOTO and TEXT
     if kind == "maps":
         if options.photo is not None:
             raise ConfigError(f"a photo with {what}", "its data", "leave the photo out, and name the data with --data")
@@ -200,7 +202,8 @@ def _parts(options: argparse.Namespace) -> tuple:
     known = get_args(PartOfSpeech)
     if unknown := [part for part in options.words if part not in known]:
         got = f"--words {' '.join(map(repr, unknown))}"
-        raise ConfigError(got, f"some of {', '.join(known)}", "name parts of speech, and nothing after them")
+        do = "name parts of speech, and put TARGET, PHOTO and TEXT before --words, which takes every word after it"
+        raise ConfigError(got, f"some of {', '.join(known)}", do)
     return tuple(options.words)
 
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from lavender import __version__
 from lavender.cli import check, data, demo, env, eval, export, extract, inspect, look, report, store, study, train
+from lavender.cli.options import put_before
 from lavender.cli.quiet import debugging, silent_libraries
 from lavender.cli.stopping import DONE, FAILED, WRONG_USAGE, Stopped, signals_stop, unexpected
 from lavender.cli.terminal import show
@@ -44,7 +45,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        show(f"{self.prog}: error: {message}. Do this: see `{self.prog} --help`.", sys.stderr)
+        do = put_before(self, message) or f"see `{self.prog} --help`"
+        show(f"{self.prog}: error: {message}. Do this: {do}.", sys.stderr)
         self.exit(WRONG_USAGE)
 
 

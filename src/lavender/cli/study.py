@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from lavender.cli.options import Several
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import show
 from lavender.errors import ConfigError
@@ -33,7 +34,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="try the study in minutes: fewer arms, seeds and steps, development scenes; its scores are no result",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: those of the study, three or five")
+    parser.add_argument(
+        "--seeds", type=int, action=Several, default=None, help="default: those of the study, three or five"
+    )
     parser.add_argument(
         "--split",
         choices=("development", "sealed"),

@@ -31,7 +31,7 @@ MAX_BYTES = 2**30
 """The most bytes of an image file."""
 
 _MAX_JPEG_WORK = 20 * MAX_PIXELS  # pixels × scans: a small progressive file may ask for hours of decoding
-_FIX_FILE = "repair or replace the file, or remove its row from the data set"
+_FIX_FILE = "repair or replace the file; of a data set, you can also remove its row"
 _BEGINNINGS = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF|GIF8|BM|II\*\0|MM\0\*|P[1-6]\s")
 _MIN_BASE64 = 64  # characters of the smallest image
 _TURNS = {
@@ -75,6 +75,17 @@ def load_image(source: Image.Image | Path | str | bytes | Mapping, name: str) ->
         rgb = _to_rgb(_upright(image), name)
         rgb.info.clear()  # the orientation too, which must not be applied again
         return rgb
+
+
+def named(source: Image.Image | Path | str | bytes | Mapping, name: str) -> str:
+    """What an error calls an image: a name, and its file if it has one.
+
+    Example:
+        >>> named("photo.jpg", "the picture"), named(b"", "the picture")
+        ('the picture photo.jpg', 'the picture')
+    """
+    path = source.get("path") if isinstance(source, Mapping) and source.get("bytes") is None else source
+    return f"{name} {printable(path)}" if isinstance(path, (str, Path)) else name
 
 
 @contextmanager
@@ -219,7 +230,8 @@ def _open(source: Image.Image | Path | str | bytes | Mapping, name: str) -> Imag
 def _content(path: Path, name: str) -> bytes:
     if fault := fault_of(path):
         is_missing = fault.startswith(MISSING)
-        got = f"{name}, whose file {printable(path)} does not exist" if is_missing else f"{name}: {fault}"
+        file = "which" if printable(path) in name else f"whose file {printable(path)}"
+        got = f"{name}, {file} does not exist" if is_missing else f"{name}: {fault}"
         raise DataError(got, "a picture file", "check the path")
     try:
         return read_plain(path, MAX_BYTES)
@@ -237,7 +249,9 @@ def _check_header(image: Image.Image, name: str) -> None:
         raise _too_large(name, _size(image))
     if min(image.size) < MIN_SIDE:
         raise DataError(
-            f"{name} with {_size(image)}", f"at least {MIN_SIDE} pixels on each side", "remove it from the data set"
+            f"{name} with {_size(image)}",
+            f"at least {MIN_SIDE} pixels on each side",
+            "take a larger picture; of a data set, remove it",
         )
     # The other frames of an MPO, which many phones write, are depth or a preview; the first is the image.
     # The frames are not counted, because that would read a whole GIF.

@@ -6,6 +6,8 @@ completely or not at all, and every read compares the checksum of its record.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import struct
 from bisect import bisect_right
@@ -123,6 +125,15 @@ class MapStore:
         """The roles whose turns were mapped, "user" or "assistant"; None if the store's identity does not tell."""
         texts = self.identity.get("texts", UNRECORDED["texts"] if "teacher" in self.identity else None)
         return frozenset(ROLES[texts]) if texts in ROLES else None
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the settings and records. It reads no map, and changes when the store grows or is made again."""
+        digest = hashlib.blake2b(json.dumps([self.identity, self.grid], sort_keys=True).encode(), digest_size=16)
+        for shard in self.shards:
+            digest.update(shard.keys.tobytes())
+            digest.update(shard.checksums.tobytes())
+        return digest.hexdigest()
 
     @property
     def num_words(self) -> int:

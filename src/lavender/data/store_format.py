@@ -250,6 +250,7 @@ class Shard:
 
     Attributes:
         keys: `key_of` each record as two numbers, uint64 (record, 2).
+        checksums: of each record, uint32.
         num_words: the number of maps.
     """
 
@@ -323,7 +324,7 @@ class Shard:
             maps = read_at(file, number * cells, self._maps_at + first * cells)
         except OSError as error:
             raise unreadable(Path(self._path), error) from error
-        if zlib.crc32(maps, zlib.crc32(scale, zlib.crc32(line, self._seed))) != self._crc32[row]:
+        if zlib.crc32(maps, zlib.crc32(scale, zlib.crc32(line, self._seed))) != self.checksums[row]:
             raise self._damaged(
                 f"the checksum of record {row} of {Path(self._path).name} is not that of what was written"
             )
@@ -380,7 +381,7 @@ class Shard:
             raise ValueError("the checksum of its index is not that of what was written")
         self._ends, self._first_row = array("q", bytes(8) + columns[0]), array("q", columns[1])
         self._first_row.append(rows)
-        self._crc32, self.keys = array("I", columns[2]), np.frombuffer(columns[3], "<u8").reshape(-1, 2)
+        self.checksums, self.keys = array("I", columns[2]), np.frombuffer(columns[3], "<u8").reshape(-1, 2)
         self._records_at, self._scale_at, self._maps_at = places["records"], places["scale"], places["maps"]
         self._cells, self.num_words = math.prod(self._manifest.grid), rows
 

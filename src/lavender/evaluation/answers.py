@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lavender.data.images import load_image
+from lavender.data.images import load_image, named
 from lavender.errors import DataError
 from lavender.students.word_maps import evaluating
 
@@ -95,7 +95,7 @@ def generate_answers(
     answers: list[str] = []
     with answering(model, processor):
         for start in range(0, len(images), batch_size):
-            pictures = [load_image(image, "a picture to ask about") for image in images[start : start + batch_size]]
+            pictures = [load_image(image, named(image, "the picture")) for image in images[start : start + batch_size]]
             conversations = [
                 [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
                 for image, prompt in zip(pictures, prompts[start : start + batch_size], strict=True)

@@ -49,11 +49,11 @@ from lavender.data.images import image_id
 from lavender.data.samples import Sample, Samples, read_samples, readable
 from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import DataError, NotFiniteError
-from lavender.evaluation.compare import left_out, readings_of, require_limit, spread
-from lavender.evaluation.data_checks.scan import evenly
+from lavender.evaluation.compare import readings_of
 from lavender.evaluation.leave_out import Case, Measured, measure
 from lavender.evaluation.place_probe import read_words
 from lavender.evaluation.promise import SURPRISE, is_local, promise
+from lavender.evaluation.sampling import evenly, left_out, require_limit, spread
 from lavender.maps import Word
 from lavender.students.loading import load_run
 

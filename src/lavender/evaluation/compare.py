@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +15,8 @@ from lavender.data.conversations import text_of
 from lavender.data.images import image_id
 from lavender.data.samples import Sample
 from lavender.data.store import MapStore, SeveralStores
-from lavender.errors import ConfigError, DataError, NotFiniteError
+from lavender.errors import DataError, NotFiniteError
 from lavender.evaluation.answers import generate_answers, micro_f1
-from lavender.evaluation.data_checks.scan import evenly
 from lavender.evaluation.intervals import ratio
 from lavender.evaluation.report.panels import Panel, WordRow
 from lavender.maps import WordMaps, correlation, entropy
@@ -66,46 +64,6 @@ def scores_of(judged: Sequence[Judged]) -> dict[str, float | None]:
     names = judged[0].tallies if judged else ()
     found = {name: ratio([one.tallies[name] for one in judged]) for name in names}
     return {name: EMPTY.get(name) if score is None else score for name, score in found.items()}
-
-
-def require_limit(limit: int) -> None:
-    """Raise ConfigError unless `limit` is a number of samples, at least 1."""
-    if limit < 1:
-        raise ConfigError(f"--limit {limit}", "at least 1", "give the number of samples to look at")
-
-
-def spread(samples: Sequence[Sample], limit: int) -> tuple[Sample, ...]:
-    """At most `limit` of the samples that can be compared on, spread evenly. `left_out` counts the others.
-
-    Raises:
-        DataError: no sample can be compared on.
-    """
-    usable = [index for index, sample in enumerate(samples) if not _reason_to_leave_out(sample)]
-    if not usable:
-        raise DataError(
-            f"{len(samples)} samples: {'; '.join(left_out(samples))}",
-            "at least one sample with one picture, which its first question shows",
-            "name other data",
-        )
-    return tuple(samples[index] for index in evenly(usable, limit))
-
-
-def left_out(samples: Sequence[Sample]) -> list[str]:
-    """A line per reason for which samples cannot be compared on: a reading is one picture, question and answer."""
-    reasons = Counter(_reason_to_leave_out(sample) for sample in samples)
-    return [
-        f"left out {count} sample{'' if count == 1 else 's'} {reason}" for reason, count in reasons.items() if reason
-    ]
-
-
-def _reason_to_leave_out(sample: Sample) -> str:
-    if len(sample.sources) != 1:
-        return "with several pictures" if sample.sources else "without a picture"
-    turns = [message for message in sample.messages if message["role"] != "system"]
-    if [turn["role"] for turn in turns[:2]] != ["user", "assistant"]:
-        return "not beginning with a question and its answer"
-    has_picture = any(part["type"] == "image" for part in turns[0]["content"])
-    return "" if has_picture else "whose picture is not in the first question"
 
 
 def readings_of(

@@ -94,8 +94,12 @@ def _is_whole(scored: Any) -> bool:
     teacher, arguments = scored.get("teacher") or {}, scored.get("arguments", {})
     if not isinstance(teacher, dict) or not isinstance(arguments, dict):
         return False
-    arms, lists = scored["arms"], (scored["against"], scored["notes"], scored["maps"] or [])
+    maps = scored["maps"] or []
+    fingerprints = scored.get("fingerprints_of_maps", maps)  # an earlier version wrote none
+    arms, lists = scored["arms"], (scored["against"], scored["notes"], maps, fingerprints)
     if not all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in lists):
+        return False
+    if len(fingerprints) != len(maps):
         return False
     if not isinstance(arms, dict) or not arms or not all(isinstance(scores, dict) for scores in arms.values()):
         return False

@@ -198,11 +198,21 @@ def _reason_to_score(found: Evaluation, run: Path, config: Mapping[str, Any], op
     arms = arms_of(dict(config), run, [Path(path) for path in scored["against"]])
     if list(arms) != list(scored["arms"]):
         return f"those in {SCORES} are of other models"
+    for path, fingerprint in zip(scored["maps"] or (), _fingerprints(scored), strict=True):
+        if not fingerprint:
+            return f"those in {SCORES} do not say of which maps they are, being of an earlier version"
+        if fingerprint != MapStore.open(path).fingerprint:
+            return f"the map store {path} has changed since {SCORES} was written"
     made = (run / SCORES).stat().st_mtime
     trained = [Path(path) / COVERAGE for path in arms.values()]
     if any(path.is_file() and path.stat().st_mtime > made for path in trained):
         return f"a run was trained after {SCORES} was written"
     return ""
+
+
+def _fingerprints(scored: Mapping[str, Any]) -> list[str]:
+    """Of each map store of some scores, what it was when they were made; "" if they do not say."""
+    return scored.get("fingerprints_of_maps", [""] * len(scored["maps"] or ()))
 
 
 def _samples_of(

@@ -16,14 +16,12 @@ from lavender.errors import DataError
 from lavender.evaluation.compare import (
     Judged,
     entropy_tally,
-    left_out,
     observe,
-    require_limit,
     scores_of,
-    spread,
 )
 from lavender.evaluation.eval_files import EvaluatedSample, write_evaluation
 from lavender.evaluation.intervals import ratio
+from lavender.evaluation.sampling import left_out, require_limit, spread
 from lavender.files import data_path, expanded
 from lavender.students.loading import load_run, load_run_processor
 from lavender.training.run_folder import CONFIG, NOT_RECORDED, defaults_before, flat, read_config
@@ -43,7 +41,7 @@ def evaluate_runs(
 ) -> dict[str, Any]:
     """Score a run, its base model and other models on the same samples. Also writes RUN/eval.json and RUN/eval.jsonl.
 
-    One model is in memory at a time, with the pictures and maps of one batch.
+    One model is in memory at a time, in float32, with the pictures and maps of one batch.
 
     Args:
         run: run folder, as `lavender train` writes it.
@@ -58,7 +56,8 @@ def evaluate_runs(
     Returns:
         `arms` (model name → score name → value; see `lavender.evaluation.score_help`), `teacher` (the same of the
         teacher's maps, or None), `samples` (their number), `limit`, `notes` for the reader, `differing_settings`
-        (setting → model name → value), `data`, `maps`, `against`, `columns`, the `arguments` given, and `command`.
+        (setting → model name → value), `data`, `maps`, `fingerprints_of_maps`, `against`, `columns`, the `arguments`
+        given, and `command`.
 
     Raises:
         ConfigError: `limit` is below 1.
@@ -86,11 +85,16 @@ def evaluate_runs(
     teacher, unmapped = _teacher_scores(samples, joined(stores))
     notes += [f"{unmapped} of {len(samples)} samples have no map in the store"] if unmapped else []
     scores = {name: scores_of(found) for name, found in judged.items()}
-    place = {"data": str(data), "columns": columns, "maps": [str(store.path) for store in stores] or None}
+    place = {"data": str(data), "columns": columns, **_identities(stores)}
     result = {**place, "samples": len(samples), "arms": scores, "teacher": teacher, **given, "notes": notes}
-    result |= {"differing_settings": differing}
+    result["differing_settings"] = differing
     write_evaluation(run, result, _lines(samples, judged))
     return result
+
+
+def _identities(stores: Sequence[MapStore]) -> dict[str, list[str] | None]:
+    paths, fingerprints = [str(store.path) for store in stores], [store.fingerprint for store in stores]
+    return {"maps": paths or None, "fingerprints_of_maps": fingerprints}
 
 
 def _lines(samples: Samples, judged: Mapping[str, Sequence[Judged]]) -> list[EvaluatedSample]:

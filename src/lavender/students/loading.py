@@ -20,7 +20,16 @@ from lavender.students.base import VlmAdapter
 from lavender.students.chat_processor import check_offsets
 from lavender.type_checks import check_type
 
-__all__ = ["load_config", "load_model", "load_processor", "load_run", "load_run_processor", "loading", "read_config"]
+__all__ = [
+    "dtype_on_disk",
+    "load_config",
+    "load_model",
+    "load_processor",
+    "load_run",
+    "load_run_processor",
+    "loading",
+    "read_config",
+]
 
 _TURNS = (
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
@@ -152,6 +161,15 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
 def load_run_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
     """The processor that `load_run` returns, without reading weights. Raises what `load_run` raises before that."""
     return _without_weights(path, trust_remote_code)[-1]
+
+
+def dtype_on_disk(path: str | Path, trust_remote_code: bool = False) -> str | None:
+    """The type in which `dtype="auto"` loads a run or model, as its config names it; None if it names none.
+
+    Of a LoRA adapter it is that of its base. Raises what `load_run` raises before it reads weights.
+    """
+    config = _without_weights(path, trust_remote_code)[4].config
+    return None if config.dtype is None else str(config.dtype).removeprefix("torch.")
 
 
 def _without_weights(path: str | Path, trust_remote_code: bool) -> tuple[str, Path, Any, str | Path, VlmAdapter, Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from lavender.data.images import image_id, load_image
+from lavender.data.images import image_id, load_image, named
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.students.base import VlmAdapter
 from lavender.students.capture import AttentionRequest, capturing, row_tensors
@@ -51,7 +51,7 @@ class AnsweredPicture:
     words: tuple[Word, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image", load_image(self.image, "a picture to read"))
+        object.__setattr__(self, "image", load_image(self.image, named(self.image, "the picture")))
 
     @property
     def size(self) -> tuple[int, int]:

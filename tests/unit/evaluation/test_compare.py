@@ -16,7 +16,8 @@ from lavender.data.samples import read_samples
 from lavender.data.store import MapStore
 from lavender.errors import DataError
 from lavender.evaluation import compare
-from lavender.evaluation.compare import answer_nll, answer_tallies, observe, scores_of, spread
+from lavender.evaluation.compare import answer_nll, answer_tallies, observe, scores_of
+from lavender.evaluation.sampling import spread
 from lavender.maps import entropy, map_agreement
 from lavender.students.word_maps import AnsweredPicture, processor_inputs, student_maps
 from lavender.world.student_models import build_llava, build_llava_processor

@@ -24,8 +24,9 @@ from lavender.errors import ModelError
 from lavender.evaluation.data_checks.inspect import inspect_data
 from lavender.evaluation.data_checks.lengths import StudentCounter, fewest_clip_tokens, num_words, teacher_counter
 from lavender.evaluation.data_checks.pages import inspection_page
-from lavender.evaluation.data_checks.scan import evenly, look_at_pictures
+from lavender.evaluation.data_checks.scan import look_at_pictures
 from lavender.evaluation.report.page import render_report
+from lavender.evaluation.sampling import evenly
 from lavender.maps import Word, WordMaps
 from lavender.students.loading import load_config, load_processor
 from lavender.students.registry import adapter_for

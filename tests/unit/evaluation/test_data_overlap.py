@@ -107,6 +107,28 @@ def test_what_is_shared_is_found_and_nothing_else(overlap):
     assert facts["matches"][4]["similarity"] == round(10 / 11, 3)
 
 
+def test_a_picture_that_is_stored_many_times_is_counted_and_named_a_few_times(drawn, tmp_path):
+    """A blank picture with the same text in 60 training samples, asked for by two samples of a benchmark."""
+    blank = Image.new("RGB", (40, 30), "white")
+    train = [(drawn[0], "some quite different words are here"), *[(blank, CAPTION)] * 60]
+    bench = [(blank, CAPTION), (blank, "nothing of it is known at all"), (drawn[1], "and here are other words again")]
+    overlap = find_overlap(folder_of(tmp_path / "train", train), [folder_of(tmp_path / "bench", bench)])
+    copies = [f"metadata.jsonl line {number}" for number in range(2, 62)]
+    facts = overlap.facts(examples=None)
+    assert facts["named_per_match"] == 20
+    (found,) = facts["benchmarks"]
+    first, second = found["matches"]
+    assert [one["sample"] for one in first["pictures_in"]] == copies[:20]
+    assert [one["sample"] for one in first["texts_in"]] == copies[:20]
+    assert first["both_in"] == copies[:20]
+    counts = ("num_pictures_in", "num_texts_in", "num_both_in")
+    assert [[match[name] for name in counts] for match in (first, second)] == [[60, 60, 60], [60, 0, 0]]
+    assert (found["num_train_samples"], found["train_samples"]) == (60, copies)
+    assert "train_samples" not in overlap.facts()["benchmarks"][0]
+    table = next(table for table in overlap_page(overlap).tables if table.caption == "What the training set has")
+    assert str(table.rows[0][2]).endswith(f"{copies[4]} and 55 more")
+
+
 def test_all_training_samples_of_an_overlap_are_named(drawn, tmp_path):
     """A picture is in three training samples, near in one of these; its text in two, one of which has the picture."""
     train = [

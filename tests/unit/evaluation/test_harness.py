@@ -33,8 +33,8 @@ from lavender.evaluation.answers import continuation_loss, generate_answers
 from lavender.evaluation.harness import TASKS_PATH, file_name, models, plugin, running, task_index
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS
-from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported
-from lavender.evaluation.harness.running import _notes_of_scores
+from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported, sample_lines
+from lavender.evaluation.harness.running import _notes_of_scores, _summary
 from lavender.evaluation.harness.tables import (
     benchmark_table,
     notes_of_benchmarks,
@@ -508,6 +508,33 @@ def test_what_a_number_lacks_is_told():
     ]
 
 
+def test_a_score_that_is_nan_is_null_and_the_reason_is_told():
+    nan = float("nan")
+
+    def arm(aggregate: float, *scores: float) -> Scored:
+        logged = [{"acc": score, "target": {"age": nan, "name": "Ann"}} for score in scores]
+        return Scored.of("t", found("t", {"acc": aggregate}, logged, ["acc"]))
+
+    by_arm = {"base": arm(0.5, 1.0, 0.0, 0.0), "plain": arm(nan, 1.0, nan, 0.0), "aligned": arm(float("inf"), 1, 1, 0)}
+    task = _summary("t", by_arm)
+    assert task["scores"] == {"base": 0.5, "plain": None, "aligned": None}
+    assert task["metrics"] == {"base": {"acc": 0.5}, "plain": {"acc": None}, "aligned": {"acc": None}}
+    assert json.loads(json.dumps(task, allow_nan=False)) == task
+    samples = [json.loads(line, parse_constant=pytest.fail) for line in sample_lines(by_arm["plain"])]
+    assert [sample["scores"]["acc"] for sample in samples] == [1.0, None, 0.0]
+    assert samples[0]["target"] == {"age": None, "name": "Ann"}
+    assert _notes_of_scores({"t": by_arm}) == [
+        "no score of plain on t: lmms-eval's acc is NaN or infinite, as it is for 1 of 3 samples",
+        "no score of aligned on t: lmms-eval's acc is NaN or infinite",
+        "no difference of t with plain: some samples score NaN",
+    ]
+    assert [(other, one["difference"]) for other, one in task["differences"].items()] == [
+        ("base", pytest.approx(1 / 3))
+    ]
+    lines = list(result_lines({"arms": by_arm, "tasks": {"t": task}}))
+    assert lines[1].split() == ["t", "3", "0.5000", "NaN", "NaN"]
+
+
 def printed(arms: list[str]) -> list[str]:
     numbers = {"difference": 0.1, "low": None, "high": None, "num_units": 1}
     task: dict[str, Any] = {"metric": "accuracy", "split": "test", "samples": 1, "scorer": "", "paper": None}
@@ -557,6 +584,32 @@ def test_a_run_comes_after_its_base_and_the_others(tmp_path):
     (run / "config.yaml").write_text("model: org/base\ndata: data\nmaps: maps\n")
     options = argparse.Namespace(run=run, model=[], against=[other])
     assert list(eval_tasks._arms(options).items()) == [("base", "org/base"), ("plain", other), ("aligned", run)]
+
+
+def test_models_that_are_compared_have_weights_of_one_type(make_student, processor, tmp_path):
+    arms: dict[str, str | Path] = {name: tmp_path / name for name in ("base", "plain", "aligned")}
+    for path, dtype in zip(arms.values(), (torch.bfloat16, torch.bfloat16, torch.float32), strict=True):
+        make_student().to(dtype).save_pretrained(path)
+        processor.save_pretrained(path)
+    settings, notes = running._in_one_dtype(arms, running.Settings())
+    loaded = [models.load_student(path, torch.device("cpu"), settings.dtype, False).model for path in arms.values()]
+    assert {model.dtype for model in loaded} == {torch.float32}
+    assert notes == [
+        "all models are loaded in float32, for their types on disk differ: base bfloat16, plain bfloat16, "
+        "aligned float32; --dtype names another"
+    ]
+
+    def dtype_of(*names: str, asked: str = "auto") -> tuple[str, int]:
+        settings, notes = running._in_one_dtype({name: arms[name] for name in names}, running.Settings(dtype=asked))
+        return settings.dtype, len(notes)
+
+    assert dtype_of("base", "plain") == ("bfloat16", 0)
+    assert dtype_of("aligned") == ("float32", 0)
+    assert dtype_of("base", "aligned", asked="bfloat16") == ("bfloat16", 0)
+    config = tmp_path / "plain" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": null'))
+    assert dtype_of("plain") == ("auto", 0)
+    assert dtype_of("base", "plain") == ("float32", 1)
 
 
 def test_an_adapter_is_another_checkpoint_on_another_base(tmp_path):

@@ -33,6 +33,7 @@ from lavender.evaluation.look.tiles import (
     place_of,
     with_means,
 )
+from lavender.evaluation.report.page import Panel, Report, WordRow, render_report
 from lavender.maps import Word, WordMaps
 from lavender.words import content_words
 
@@ -189,6 +190,25 @@ def test_the_page_holds_each_layer_and_head():
     ]
     assert "60 %; 10 % without a place" in html
     assert "a &lt;note&gt;" in html
+
+
+def test_every_page_has_the_same_legend(four):
+    folder, records = four
+    image, scale = Image.new("RGB", (70, 50)), 'low<span class="ramp" aria-hidden="true"></span>high'
+    gallery, _ = gallery_page(read_gallery(store_of(folder / "maps", records, {"teacher": "t"}), folder))
+    report = Report("A run", "", [], [Panel(image, "p", [WordRow("dog", {"teacher": torch.rand(5, 7)})])], [], {})
+    pages = {
+        "look": render("look", SHELL | attention_page(attention_of(), image, ("", "a dog")) | {"picture_name": "p"}),
+        "report": render_report(report),
+        "gallery": render("gallery", SHELL | gallery),
+    }
+    first, last = (bytes(palette()[place : place + 4]).hex() for place in (0, 4 * 255))
+    for name, html in pages.items():
+        legend = html.partition('class="legend"')[2].partition("</p>")[0]
+        assert scale in legend, name
+        assert ("the map’s maximum" in legend) == ('class="peak"' in html), name
+        assert len(re.findall(r"\.ramp {[^}]*}", html)) == 1, name
+        assert re.search(rf"\.ramp {{[^}}]*#{first}, [^}}]*#{last}\)", html), name
 
 
 def test_maps_of_single_heads_are_left_out_by_name_where_they_do_not_fit(monkeypatch):

@@ -160,7 +160,7 @@ def test_alternative_texts_say_where_the_maximum_is():
         "Map of “dog” by teacher: highest 81 % from left, 32 % from top, inside the true mask, "
         "which holds 19 % of the map"
     ) in alts
-    assert "left:80.77%;top:31.82%" in page
+    assert "--x:80.77%;--y:31.82%" in page
     assert "Map of “cat” by after: zero everywhere" in alts
     outside = "outside the true mask, which holds 0 % of the map"
     assert any(alt and alt.startswith("Map of “cat” by before") and alt.endswith(outside) for alt in alts)
@@ -298,6 +298,20 @@ def test_maps_are_smaller_on_pages_of_many():
     pixels = np.asarray(image.convert("RGBA"))
     assert np.unravel_index(pixels[..., 3].argmax(), (30, 40)) == (8, 31)  # the middle of cell (1, 5): 9 and 31.4
     assert pixels[0, 0, 3] == 0
+
+
+def test_maps_of_pages_of_many_are_backgrounds_with_the_same_texts():
+    def cells(number: int) -> list[dict[str, str | None]]:
+        maps: dict[str, torch.Tensor | None] = {f"source {index}": spot(index % 5, 3) for index in range(number)}
+        elements = Elements(render_report(report_of(Panel(picture(), "p", [WordRow("dog", maps)]))))
+        return [one for _, one in elements.found if "alt" in one or (one.get("aria-label") or "").startswith("Map of")]
+
+    few, many = cells(400), cells(401)
+    assert [one["alt"] for one in few] == [one["aria-label"] for one in many[:400]]
+    assert all(one["role"] == "img" for one in many)
+    assert len(few) == len(many) - 1 == 400
+    address = map_address(spot(2, 3), (11, 13), map_detail(401))
+    assert (many[2]["style"] or "").endswith(f";--map:url({address})")
 
 
 def test_the_figures_are_a_pdf_that_repeats(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from command_line import complaint, lavender, write_scenes
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
 from lavender.data.store import MapStore
+from lavender.errors import DataError
 from lavender.evaluation import runs
 from lavender.evaluation.eval_files import SCORES, read_evaluation
 from lavender.evaluation.intervals import ratio
@@ -147,6 +149,40 @@ def test_a_page_of_other_models_scores_them(folder, evaluated, observations, tmp
     assert len(observations) == 3
     assert "those of an earlier version have no scores per sample" in page
     assert json.loads((run / "eval.json").read_text())["samples"] == 2
+
+
+def test_scores_of_a_store_that_has_grown_are_made_again(folder, observations, store_path, tmp_path):
+    run, maps = folder / "plain", tmp_path / "maps"
+    known = list(MapStore.open(store_path))
+    with MapStore.writer(maps, {"teacher": "t"}, {}, (5, 7)) as writer:
+        writer.add(replace(known[0], maps=known[0].maps[:, :5, :7]))
+    before = MapStore.open(maps).fingerprint
+    report_run(run, tmp_path / "page.html", Options(maps=[maps], limit=6, num_pictures=1))
+    scored = json.loads((run / "eval.json").read_text())
+    assert scored["fingerprints_of_maps"] == [before]
+    page = report_run(run, tmp_path / "page.html", Options(num_pictures=1)).read_text()
+    assert len(observations) == 1
+    assert "5 of 6 samples have no map in the store" in page
+
+    with MapStore.writer(maps, {"teacher": "t"}, {}, (5, 7)) as writer:
+        for one in known[1:]:
+            writer.add(replace(one, maps=one.maps[:, :5, :7]))
+    page = report_run(run, tmp_path / "page.html", Options(num_pictures=1)).read_text()
+    assert len(observations) == 2
+    assert f"this command made the scores: the map store {maps} has changed since eval.json was written" in page
+    assert "1 of 6 samples have no map in the store" in page
+    again = json.loads((run / "eval.json").read_text())
+    assert again["fingerprints_of_maps"] == [MapStore.open(maps).fingerprint] != [before]
+
+    (run / "eval.json").write_text(json.dumps(again | {"fingerprints_of_maps": []}))
+    with pytest.raises(DataError, match="which is damaged"):
+        read_evaluation(run)
+    del again["fingerprints_of_maps"]
+    (run / "eval.json").write_text(json.dumps(again))
+    found = read_evaluation(run)
+    assert found is not None
+    reason = _reason_to_score(found, run, read_config(run), Options())
+    assert reason == "those in eval.json do not say of which maps they are, being of an earlier version"
 
 
 def test_a_page_without_maps_says_so(folder, evaluated, some_scenes, captions, tmp_path):

@@ -75,7 +75,7 @@ def test_a_text_without_content_words_has_no_maps(pipeline, some_scenes):
 
 
 def test_a_picture_that_is_missing_is_refused(pipeline, tmp_path):
-    with pytest.raises(DataError, match="Got the image, whose file .* does not exist"):
+    with pytest.raises(DataError, match=r"Got the image .*/no\.png, which does not exist"):
         Teacher(pipeline, CONFIG).maps(tmp_path / "no.png", "a dog")
 
 

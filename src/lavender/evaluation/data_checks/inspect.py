@@ -25,7 +25,8 @@ from lavender.evaluation.data_checks.lengths import (
     student_lengths,
     teacher_counter,
 )
-from lavender.evaluation.data_checks.scan import evenly, extra, look_at_pictures
+from lavender.evaluation.data_checks.scan import extra, look_at_pictures
+from lavender.evaluation.sampling import evenly
 from lavender.maps import Dropped
 
 FEWEST = "fewest possible"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ COMMON_SHARE = 0.01
 CAPTION_PROMPTS = ("Describe the image.", CAPTION_PROMPT)
 """Questions that captions get from this library. They are not compared."""
 FIGURES = ("same_picture", "near_picture", "same_text", "near_text", "picture_and_text", "any")
+NAMED = 20
+"""The most training samples that a match names per kind, the nearest; it counts all."""
 _EXAMPLES = 20
 
 
@@ -82,15 +85,21 @@ class Match:
 
     Attributes:
         sample: index of the benchmark's sample.
-        pictures: each training sample with a same or near picture, by its nearest one; the nearest sample first.
+        pictures: training samples with a same or near picture, by its nearest one: the nearest sample first, at most
+            `NAMED`.
         texts: the same of texts.
-        both: indices of the training samples with a same or near picture and a same or near text, the nearest first.
+        both: indices of the training samples with a same or near picture and a same or near text: the nearest first,
+            at most `NAMED`.
+        num_pictures, num_texts, num_both: how many there are of each.
     """
 
     sample: int
     pictures: tuple[Near, ...]
     texts: tuple[Near, ...]
     both: tuple[int, ...]
+    num_pictures: int
+    num_texts: int
+    num_both: int
 
     @property
     def picture(self) -> Near | None:
@@ -103,7 +112,7 @@ class Match:
         return next(iter(self.texts), None)
 
     def facts(self, benchmark: Side, train: Side) -> dict[str, Any]:
-        """As JSON keeps it, with names of samples: the nearest, then all in `pictures_in`, `texts_in` and `both_in`."""
+        """As JSON keeps it, with names of samples: the nearest, then up to `NAMED` of each kind and their number."""
         names = train.names
         pictures = [
             {"sample": names[near.sample], "picture": kind_of(near), "distance": near.distance}
@@ -127,6 +136,9 @@ class Match:
             "pictures_in": pictures,
             "texts_in": texts,
             "both_in": [names[sample] for sample in self.both],
+            "num_pictures_in": self.num_pictures,
+            "num_texts_in": self.num_texts,
+            "num_both_in": self.num_both,
         }
 
 
@@ -137,11 +149,15 @@ def kind_of(near: Near | None) -> str | None:
 
 @dataclass(frozen=True)
 class BenchmarkOverlap:
-    """The overlap of one benchmark: its samples, the numbers, and what the training set has of its samples."""
+    """The overlap of one benchmark: its samples, the numbers, and what the training set has of its samples.
+
+    `train_samples` are the indices of all training samples with a picture or a text of the benchmark, each once.
+    """
 
     side: Side
     numbers: dict[str, Any]
     matches: list[Match]
+    train_samples: list[int]
 
 
 @dataclass(frozen=True)
@@ -153,19 +169,29 @@ class Overlap:
     benchmarks: list[BenchmarkOverlap] = field(default_factory=list)
 
     def facts(self, examples: int | None = _EXAMPLES) -> dict[str, Any]:
-        """As JSON keeps it, with this many matches per benchmark; None for all. A match names all training samples."""
+        """As JSON keeps it.
+
+        Args:
+            examples: the number of matches per benchmark; None for all, and for the names of all `train_samples`.
+        """
         return {
             "train": {"data": self.train.path, **self.train.numbers},
             "thresholds": {"distance": self.thresholds.distance, "similarity": self.thresholds.similarity},
+            "named_per_match": NAMED,
             "benchmarks": [
                 {
                     "data": one.side.path,
                     **one.numbers,
+                    "num_train_samples": len(one.train_samples),
                     "matches": [match.facts(one.side, self.train) for match in one.matches[:examples]],
+                    **({"train_samples": self._names(one)} if examples is None else {}),
                 }
                 for one in self.benchmarks
             ],
         }
+
+    def _names(self, one: BenchmarkOverlap) -> list[str]:
+        return [self.train.names[sample] for sample in one.train_samples]
 
     def table(self) -> list[str]:
         """Lines for a terminal: of each benchmark the share of its samples that the training set has, in per cent."""
@@ -294,7 +320,7 @@ def find_overlap(
 def _compare(bench: Side, train: Side, thresholds: Thresholds) -> BenchmarkOverlap:
     pictures = near_pictures(list(bench.pictures.values()), list(train.pictures.values()), thresholds.distance)
     texts = near_texts(bench.sketches, train.sketches, thresholds.similarity)
-    matches = []
+    matches, train_samples = [], set[int]()
     for index in range(len(bench.samples)):
         by_picture: dict[int, Near] = {}
         for place, identity in enumerate(bench.pictures_of[index]):
@@ -308,9 +334,10 @@ def _compare(bench: Side, train: Side, thresholds: Thresholds) -> BenchmarkOverl
                     _keep_nearest(by_text, Near(sample, found == words, 1 - similarity))
         if by_picture or by_text:
             matches.append(_match(index, by_picture, by_text))
+            train_samples |= by_picture.keys() | by_text.keys()
     numbers = _found(matches)
     shares = {name: round(number / len(bench.samples), 4) for name, number in numbers.items()}
-    return BenchmarkOverlap(bench, bench.numbers | {"found": numbers, "shares": shares}, matches)
+    return BenchmarkOverlap(bench, bench.numbers | {"found": numbers, "shares": shares}, matches, sorted(train_samples))
 
 
 def _keep_nearest(nearest: dict[int, Near], near: Near) -> None:
@@ -328,10 +355,11 @@ def _match(index: int, by_picture: dict[int, Near], by_text: dict[int, Near]) ->
     both = by_picture.keys() & by_text.keys()
 
     def nearest_first(of: dict[int, Near]) -> tuple[Near, ...]:
-        return tuple(sorted(of.values(), key=lambda near: (*_order(near), near.sample not in both, near.sample)))
+        return tuple(nsmallest(NAMED, of.values(), lambda near: (*_order(near), near.sample not in both, near.sample)))
 
-    have_both = sorted(both, key=lambda sample: (_order(by_picture[sample]), _order(by_text[sample]), sample))
-    return Match(index, nearest_first(by_picture), nearest_first(by_text), tuple(have_both))
+    have_both = nsmallest(NAMED, both, lambda sample: (_order(by_picture[sample]), _order(by_text[sample]), sample))
+    numbers = len(by_picture), len(by_text), len(both)
+    return Match(index, nearest_first(by_picture), nearest_first(by_text), tuple(have_both), *numbers)
 
 
 def _found(matches: Sequence[Match]) -> dict[str, int]:

@@ -17,15 +17,16 @@ from lavender.evaluation.data_checks.inspect import FEWEST, Inspection
 from lavender.evaluation.data_checks.overlap import (
     FEWEST_WORDS,
     FIGURES,
+    NAMED,
     BenchmarkOverlap,
     Match,
     Overlap,
     Side,
     kind_of,
 )
-from lavender.evaluation.data_checks.scan import evenly
 from lavender.evaluation.report.page import Cell, Curve, Report, Table, write_report
 from lavender.evaluation.report.panels import Panel
+from lavender.evaluation.sampling import evenly
 from lavender.files import write_whole
 
 _ROWS = 100  # of a table of rows; the JSON has all
@@ -241,21 +242,24 @@ def _matches(overlap: Overlap) -> Table:
         [
             f"{_label(one.side.path)}: {one.side.names[match.sample]}",
             kind_of(match.picture),
-            _listed([names[near.sample] for near in match.pictures]),
+            _listed([names[near.sample] for near in match.pictures], match.num_pictures),
             kind_of(match.text),
-            _listed([names[near.sample] for near in match.texts]),
-            _listed([names[sample] for sample in match.both]),
+            _listed([names[near.sample] for near in match.texts], match.num_texts),
+            _listed([names[sample] for sample in match.both], match.num_both),
         ]
         for one, match in found[:_ROWS]
     ]
     more = f"The first {_ROWS} of {len(found):,}. " if len(found) > _ROWS else ""
     columns = ["benchmark’s sample", "picture", "in training samples", "text", "in training samples", "both in"]
-    note = "Same or near by the nearest, which comes first. overlap.json names all training samples."
+    note = (
+        "Same or near by the nearest, which comes first. overlap.json names the training samples of all matches, and "
+        f"the first {NAMED} of each."
+    )
     return Table("What the training set has", columns, rows, more + note)
 
 
-def _listed(names: Sequence[str]) -> str | None:
-    more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
+def _listed(names: Sequence[str], number: int) -> str | None:
+    more = f" and {number - _NAMES:,} more" if number > _NAMES else ""
     return ", ".join(names[:_NAMES]) + more if names else None
 
 

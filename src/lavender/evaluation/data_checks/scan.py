@@ -15,10 +15,9 @@ from typing import TypeVar
 from PIL import Image
 from tqdm import tqdm
 
-from lavender.data.images import load_image
+from lavender.data.images import load_image, named
 from lavender.data.samples import Sample, Source
 from lavender.errors import ConfigError, DataError
-from lavender.files import printable
 from lavender.maps import Dropped
 
 T = TypeVar("T")
@@ -84,12 +83,6 @@ def look_at_pictures(
     return looks, broken
 
 
-def evenly(values: Sequence[T], number: int) -> list[T]:
-    """At most `number` of the values, spread evenly over all of them, the first one included."""
-    number = min(number, len(values))
-    return [values[at * len(values) // number] for at in range(number)]
-
-
 def _key(source: Source, index: int, place: int) -> object:
     return source if isinstance(source, Path) else (index, place)
 
@@ -97,6 +90,5 @@ def _key(source: Source, index: int, place: int) -> object:
 def _name(sample: Sample, place: int) -> str:
     """What a reason calls a picture: by its file if it has one."""
     source = sample.sources[place]
-    if isinstance(source, Path):
-        return f"the picture {printable(source)}"
-    return f"picture {place + 1}" if len(sample.sources) > 1 else "the picture"
+    is_one_of_several = len(sample.sources) > 1 and not isinstance(source, Path)
+    return f"picture {place + 1}" if is_one_of_several else named(source, "the picture")

@@ -25,8 +25,9 @@ class Scored:
         task: its name.
         split: the split that was read.
         keys: the metrics whose sum is reported: those of the paper's table, else the task's first.
-        metrics: name of a metric → the harness's number over all samples.
-        samples: one per document: `doc_id`, `prompt`, `answer`, `target`, and `scores` by metric, with numbers only.
+        metrics: name of a metric → the harness's number over all samples; None for NaN and infinite ones.
+        samples: one per document: `doc_id`, `prompt`, `answer`, `target`, and `scores` by metric, with numbers only;
+            None for NaN and infinite ones.
         scores: document → its score in the reported metric; empty if that gives samples no scores, such as AUROC.
         pictures: document → digest of its pictures. A document that is missing here shares them with no other.
     """
@@ -34,7 +35,7 @@ class Scored:
     task: str
     split: str
     keys: tuple[str, ...]
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     samples: list[dict[str, Any]]
     scores: dict[int, float]
     pictures: Mapping[int, str] = field(default_factory=dict)
@@ -62,7 +63,7 @@ class Scored:
         # a task with several filters has each document once per filter; of metrics and documents the last filter counts
         logged = list({one["doc_id"]: one for one in found["samples"][task]}.values())
         metrics = {
-            key.partition(",")[0]: float(value)
+            key.partition(",")[0]: _finite(float(value))
             for key, value in found["results"][task].items()
             if "," in key and "_stderr" not in key and isinstance(value, Real)
         }
@@ -80,7 +81,7 @@ class Scored:
                 "prompt": one["arguments"][0],
                 "answer": one["filtered_resps"][0] if len(one["filtered_resps"]) == 1 else one["filtered_resps"],
                 "target": one["target"],
-                "scores": {key: score for key in metrics if (score := _number(one.get(key))) is not None},
+                "scores": {key: _finite(score) for key in metrics if (score := _number(one.get(key))) is not None},
             }
             for one in logged
         ]
@@ -97,12 +98,28 @@ class Scored:
         """The metrics of the reported sum of which there was no sample."""
         return [key for key in self.keys if key not in self.metrics]
 
+    @property
+    def not_finite(self) -> list[str]:
+        """The metrics of the reported sum that are NaN or infinite."""
+        return [key for key in self.keys if self.metrics.get(key, 0.0) is None]
 
-def reported(scored: Scored) -> float:
-    """The number that is reported: the sum of the metrics, on the paper's scale for the paper's benchmarks."""
+    @property
+    def num_not_finite(self) -> int:
+        """How many samples have a score in the reported metric that is NaN or infinite."""
+        return sum(not math.isfinite(score) for score in self.scores.values())
+
+
+def reported(scored: Scored) -> float | None:
+    """The number that is reported: the sum of the metrics, on the paper's scale for the paper's benchmarks.
+
+    None if one of them is NaN or infinite.
+    """
+    values = [scored.metrics.get(key, 0.0) for key in scored.keys]
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        return None
     known = benchmark_of(scored.task)
-    total = sum(scored.metrics.get(key, 0.0) for key in scored.keys)
-    return total * known.scale if known is not None else total
+    return sum(numbers) * known.scale if known is not None else sum(numbers)
 
 
 def refusal_rate(scored: Scored) -> float | None:
@@ -119,8 +136,8 @@ def differences(by_arm: Mapping[str, Scored]) -> dict[str, dict[str, float | Non
 
     Returns:
         Name of the other arm → `difference`, `low`, `high` and `num_units`, the number of samples with different
-        pictures; `low` and `high` are None if there is one. Scores per sample are 0 to 1 in most tasks. Empty where
-        the metric gives samples no scores.
+        pictures; `low` and `high` are None if there is one. Scores per sample are 0 to 1 in most tasks. Without
+        the pairs of which an arm has a sample without a score, or with NaN.
 
     Raises:
         DataError: the arms were scored on other samples.
@@ -134,19 +151,18 @@ def differences(by_arm: Mapping[str, Scored]) -> dict[str, dict[str, float | Non
                 "the same samples for all models",
                 "delete the task's logs, and run it again",
             )
-        if other.scores:
+        if other.scores and not last[1].num_not_finite and not other.num_not_finite:
             docs, pictures = sorted(other.scores), {**other.pictures, **last[1].pictures}
             pairs = [[(arm.scores[doc], 1.0) for doc in docs] for arm in (last[1], other)]
             interval = paired_difference(*pairs, units=[pictures.get(doc, doc) for doc in docs])
             assert interval is not None
-            numbers = asdict(interval).items()
-            found[name] = {key: None if math.isnan(number) else number for key, number in numbers}  # NaN is no JSON
+            found[name] = {key: _finite(number) for key, number in asdict(interval).items()}
     return found
 
 
 def sample_lines(scored: Scored) -> Iterator[str]:
-    """A line of JSON per sample."""
-    return (json.dumps(sample, default=str) + "\n" for sample in scored.samples)
+    """A line of JSON per sample. NaN, such as that of a missing target, is null."""
+    return (json.dumps(_jsonable(sample), default=str, allow_nan=False) + "\n" for sample in scored.samples)
 
 
 def _scores(logged: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[int, float]:
@@ -167,3 +183,16 @@ def _number(value: Any) -> float | None:
     """A score as a number: lmms-eval's tasks give it as it is, or under the key "score"."""
     value = value.get("score") if isinstance(value, Mapping) else value
     return float(value) if isinstance(value, Real) else None
+
+
+def _finite(value: float) -> float | None:
+    """The number, or None for NaN and infinity, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(one) for one in value]
+    return _finite(value) if isinstance(value, float) else value

@@ -10,7 +10,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from lavender.evaluation.harness.comparing import Scored, differences, refusal_r
 from lavender.evaluation.harness.task_index import TaskIndex, cause_of, of_task, require_harness
 from lavender.files import write_whole
 from lavender.model_files import loading, one_line
-from lavender.students.loading import load_config
+from lavender.students.loading import dtype_on_disk, load_config
 from lavender.training.fingerprints import digest_of_folder
 
 RESULT = "eval-tasks.json"
@@ -42,7 +42,7 @@ class Settings:
         limit: the first so many samples of each task; None for all.
         batch_size: requests per pass.
         device: such as "cuda:0"; None for a GPU if there is one.
-        dtype: type of the weights; "auto" is theirs on disk.
+        dtype: type of the weights; "auto" is theirs on disk, and float32 for models that differ in it.
         include: folders with tasks of the user's.
         trust_remote_code: run the Python code that comes with a model.
 
@@ -82,7 +82,8 @@ def evaluate_tasks(
 
     Returns:
         `tasks` (name → `metric`, `samples`, `scores`, `metrics` and `refusal_rate` by arm, `differences`, `paper`),
-        `arms`, `limit`, `lmms_eval` (its version) and `notes` for the reader.
+        `arms`, `limit`, `dtype` (of all models), `lmms_eval` (its version) and `notes` for the reader. A score that is
+        NaN or infinite is None, and a note says so.
 
     Raises:
         ConfigError: lmms-eval is not installed, an unknown task, or a task that asks for what is not supported.
@@ -104,6 +105,7 @@ def _evaluate_tasks(
         check_student(path, settings.trust_remote_code)
     for name in names:
         check_task(name, index.build(name))
+    settings, notes_of_dtype = _in_one_dtype(arms, settings)
     identities = {arm: checkpoint_digest(path, settings.trust_remote_code) for arm, path in arms.items()}
     scored: dict[str, dict[str, Scored]] = {name: {} for name in names}
     for arm, path in arms.items():
@@ -112,12 +114,30 @@ def _evaluate_tasks(
     result = {
         "lmms_eval": version("lmms_eval"),
         "limit": settings.limit,
+        "dtype": settings.dtype,
         "arms": {arm: {"model": str(path), "checkpoint": identities[arm]} for arm, path in arms.items()},
         "tasks": {name: _summary(name, by_arm) for name, by_arm in scored.items()},
-        "notes": [*_notes(tasks, settings), *_notes_of_scores(scored)],
+        "notes": [*_notes(tasks, settings), *notes_of_dtype, *_notes_of_scores(scored)],
     }
-    write_whole(result_path, json.dumps(result, indent=1))
+    write_whole(result_path, json.dumps(result, indent=1, allow_nan=False))
     return result
+
+
+def _in_one_dtype(arms: Mapping[str, str | Path], settings: Settings) -> tuple[Settings, list[str]]:
+    """The settings with one type of weights for all models, and a note if their own differ.
+
+    Rounding differs by type, so models that are compared are loaded in one: for "auto" theirs on disk, and if they
+    differ, or do not name one, float32, which holds the weights of each exactly.
+    """
+    if settings.dtype != "auto":
+        return settings, []
+    found = {arm: dtype_on_disk(path, settings.trust_remote_code) for arm, path in arms.items()}
+    first, *others = set(found.values())
+    if not others and (first is not None or len(arms) == 1):
+        return replace(settings, dtype=first or "auto"), []
+    named = ", ".join(f"{arm} {dtype or 'not named'}" for arm, dtype in found.items())
+    note = f"all models are loaded in float32, for their types on disk differ: {named}; --dtype names another"
+    return replace(settings, dtype="float32"), [note]
 
 
 def checkpoint_digest(path: str | Path, trust_remote_code: bool = False) -> str:
@@ -236,17 +256,26 @@ def _notes(tasks: Sequence[str], settings: Settings) -> list[str]:
 
 
 def _notes_of_scores(scored: Mapping[str, Mapping[str, Scored]]) -> list[str]:
-    """Notes on sums that lack a part, tasks without a difference, and models that refuse, which counts as wrong."""
+    """Notes on sums that lack a part, scores that are NaN, tasks without a difference, and models that refuse."""
     notes = []
     for name, by_arm in scored.items():
         first = next(iter(by_arm.values()))
         if first.missing:
             notes.append(f"{name} is without {' and '.join(first.missing)}: no sample is of this kind")
+        notes += [_note_of_nan(name, arm, found) for arm, found in by_arm.items() if found.not_finite]
         if len(by_arm) > 1 and not all(found.scores for found in by_arm.values()):
             notes.append(f"no difference of {name}: {first.keys[0]} gives samples no scores")
+        if len(by_arm) > 1 and (arms := [arm for arm, found in by_arm.items() if found.num_not_finite]):
+            notes.append(f"no difference of {name} with {', '.join(arms)}: some samples score NaN")
         rates = {arm: refusal_rate(found) for arm, found in by_arm.items()}
         notes += [f"{arm} refuses to answer {rate:.1%} of {name}" for arm, rate in rates.items() if rate]
     return notes
+
+
+def _note_of_nan(name: str, arm: str, found: Scored) -> str:
+    number = found.num_not_finite
+    cause = f", as it is for {number} of {len(found.samples)} samples" if number else ""
+    return f"no score of {arm} on {name}: lmms-eval's {' and '.join(found.not_finite)} is NaN or infinite{cause}"
 
 
 def _once(load: Any) -> Any:

@@ -133,7 +133,9 @@ def _cut(text: str, width: int) -> str:
     return f"{text[: width - 1]}…" if len(text) > width else text
 
 
-def _score(value: float, on_papers_scale: bool) -> str:
+def _score(value: float | None, on_papers_scale: bool) -> str:
+    if value is None:
+        return "NaN"
     return f"{value:.1f}" if on_papers_scale else f"{value:.4f}"
 
 

@@ -26,8 +26,8 @@ from lavender.data.images import image_id
 from lavender.data.samples import Sample, read_samples
 from lavender.data.store import MapStore
 from lavender.errors import ConfigError, DataError
-from lavender.evaluation.data_checks.scan import evenly
 from lavender.evaluation.look.tiles import MAX_BYTES, coloured, photo_uri, place_of
+from lavender.evaluation.sampling import evenly
 from lavender.files import printable
 from lavender.maps import Word, WordMaps, correlation, entropy
 

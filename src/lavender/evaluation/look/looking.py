@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavender.config import CONTENT_WORDS, ExtractionConfig, PartOfSpeech
-from lavender.data.images import image_id, load_image
+from lavender.data.images import image_id, load_image, named
 from lavender.data.store import MapStore
 from lavender.errors import DataError
 from lavender.evaluation.answers import generate_answers
@@ -100,7 +100,7 @@ def look_at_model(
         ModelError: the model is missing or damaged, or has no chat template.
         UnsupportedModelError: no adapter for this model.
     """
-    image = load_image(picture, "the picture")
+    image = load_image(picture, named(picture, "the picture"))
     model, processor = _loaded(model_path, device, dtype, trust_remote_code)
     is_question = generate or answer is not None or text.rstrip().endswith("?")
     prompt, is_generated = (text if is_question else PROMPT), is_question and answer is None
@@ -156,7 +156,7 @@ def look_at_teacher(
     """
     from lavender.teachers.diffusion.teacher import Teacher
 
-    image = load_image(picture, "the picture")
+    image = load_image(picture, named(picture, "the picture"))
     name, file = name or str(teacher_path), _file_of(picture)
     config = ExtractionConfig(parts_of_speech=tuple(parts_of_speech))
     teacher = Teacher.from_pretrained(teacher_path, config, device=device, dtype=dtype, name=name)

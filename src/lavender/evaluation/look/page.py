@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavender.errors import DataError
+from lavender.evaluation.legend import legend
 from lavender.evaluation.look.attention import ANSWER, QUESTION, ReadWord, WordAttention
 from lavender.evaluation.look.tiles import (
     MAX_BYTES,
@@ -65,6 +66,7 @@ def render(template: str, page: Mapping[str, Any]) -> str:
         page=page,
         style=Markup(_template("style.css")),
         script=Markup(script),
+        legend=legend(),
         script_hash=f"sha256-{digest}",
         version=version("lavender-vlm"),
     )

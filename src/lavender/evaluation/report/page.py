@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lavender.errors import DataError
+from lavender.evaluation.legend import legend
 from lavender.evaluation.report.panels import Panel, WordRow, cell_of, sources_of
 from lavender.evaluation.report.pixels import (
     bytes_for_pictures,
@@ -26,7 +27,7 @@ from lavender.evaluation.report.pixels import (
 from lavender.files import write_whole
 
 _PIXELATED_BELOW = 200  # pixels; of pictures whose longest side is shorter, the single pixels are shown
-_LAZY_ABOVE = 400  # maps; of pages with more, a browser decodes those alone that are seen
+_MANY = 400  # maps; on pages with more they are backgrounds, which browsers read faster, and decode only if seen
 
 Cell = str | float | int | None
 
@@ -113,9 +114,10 @@ def render_report(report: Report) -> str:
     addresses = picture_addresses([panel.image for panel in report.panels], bytes_for_pictures(layers))
     return template.render(
         report=report,
+        legend=legend(),
         sources=sources,
         panels=[view | {"picture": address} for view, address in zip(views, addresses, strict=True)],
-        are_lazy=report.choose_words and number > _LAZY_ABOVE,
+        are_many=number > _MANY,
         most_words=max([len(view["rows"]) for view in views], default=0),
         curves=[_curve_view(curve, styles_of(report.curves)) for curve in report.curves],
         settings=_flat(report.settings),

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavender.config import ExtractionConfig
-from lavender.data.images import image_id, load_image
+from lavender.data.images import image_id, load_image, named
 from lavender.errors import CaptureError
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.model_files import loading
@@ -191,7 +191,7 @@ class Teacher:
             DataError: the picture cannot be decoded.
             CaptureError, ConfigError: as calling the teacher with jobs.
         """
-        picture = load_image(image, "the image")
+        picture = load_image(image, named(image, "the image"))
         words = content_words(text, self.config.parts_of_speech)
         (maps,) = self([Job(picture, image_id(picture), text, words)])
         return dataclasses.replace(maps, image=picture)
