@@ -275,8 +275,9 @@ def row_tensors(
     for sample, (sample_words, sample_positions) in enumerate(zip(words, positions, strict=True)):
         tensors["rows"][sample, : len(sample_positions)] = torch.tensor(sample_positions, dtype=torch.long)
         tensors["present"][sample, : len(sample_words)] = True
+        column = {row: index for index, row in enumerate(sample_positions)}
         for word, rows in enumerate(sample_words):
-            tensors["shares"][sample, word, [sample_positions.index(row) for row in rows]] = 1 / len(rows)
+            tensors["shares"][sample, word, [column[row] for row in rows]] = 1 / len(rows)
             if pictures is not None:
                 tensors["word_pictures"][sample, word] = pictures[sample][word]
     return tensors | {"weights": tensors["present"].float()}
