@@ -17,7 +17,7 @@ from lavender.students.capture import row_tensors
 from lavender.students.image_keys import grid_boxes, key_layout
 from lavender.students.rows import MOST_SCORES
 
-WORDS, TOKENS, PICTURES, SIDE, GRID = 64 * 8, 8192, 16, 20, (11, 13)
+WORDS, TOKENS, PICTURES, SIDE, GRID = 64 * 8, 8192, 16, 20, (5, 7)
 HEADS, GROUPS, WIDTH = 8, 2, 4
 MODULE: Any = SimpleNamespace(layer_idx=0, named_children=tuple)
 

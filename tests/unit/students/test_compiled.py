@@ -33,6 +33,7 @@ def step(model: Any, kernel: str, kind: str) -> tuple[Tensor, AttentionRequest, 
 @pytest.mark.parametrize(("kernel", "kind"), [("sdpa", "left"), ("eager", "left"), ("sdpa", "positions")])
 def test_compiled_layers_answer_as_others(kernel, kind, checkpointed):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(3)
     model = MODELS["grouped"]().train()
     compiled = copy.deepcopy(model)
@@ -48,4 +49,5 @@ def test_compiled_layers_answer_as_others(kernel, kind, checkpointed):
     assert theirs.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
-    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
+    # capture cuts the graph, and within a checkpoint the compiler gives a layer up that it would have to cut
+    assert (torch._dynamo.utils.counters["stats"]["calls_captured"] > 0) != checkpointed
