@@ -89,7 +89,7 @@ def use_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_flex_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's own flex attention without a compiler, which takes a minute for each shape."""
+    """PyTorch's own flex attention without a compiler, which takes about a minute on a CPU."""
 
     def uncompiled(query: Tensor, key: Tensor, value: Tensor, training: bool = False, **kwargs) -> Tensor:
         with warnings.catch_warnings():

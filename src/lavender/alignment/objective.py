@@ -251,11 +251,8 @@ class AlignmentHead(nn.Module):
         rows = self._rows(request)
         if POOLINGS[self.config.pooling].flow:
             if request.is_packed:  # it weighs a row by its place among those of its sample
-                raise ConfigError(
-                    f"pooling={self.config.pooling!r} of samples packed in one row",
-                    "a sample per row",
-                    "choose a pooling without flow, or do not pack",
-                )
+                got = f"pooling={self.config.pooling!r} of samples packed in one row"
+                raise ConfigError(got, "a sample per row", "choose a pooling without flow, or do not pack")
             rows = flow(rows, request.text_positions(), self.config.pooling)
         words = word_attention(rows, request.shares.to(rows))
         return to_grid(words, request.layout, request.word_pictures, grid, request.mixing)

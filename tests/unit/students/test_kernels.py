@@ -145,6 +145,19 @@ def test_logits_are_the_same_bits_and_rows_those_of_eager_attention(model, kerne
     assert (expected == 0).any()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@torch.no_grad()
+def test_compiled_flex_attention(grouped):
+    """As transformers runs it: the code generator compiles kernel and mask for this machine."""
+    batch, request = batch_of("left"), request_of(batch_of("left"))
+    name_kernel(grouped, "flex_attention")
+    plain = grouped(**batch, use_cache=False).logits
+    install(grouped)
+    assert torch.equal(grouped(**batch, use_cache=False, attention_request=request).logits, plain)
+    torch.testing.assert_close(request.stacked(), eager_rows(grouped, batch, request), rtol=1e-5, atol=1e-6)
+
+
 @torch.no_grad()
 def test_a_flash_window_counts_no_padding(monkeypatch):
     """The kernel gets the tokens without padding: those amid the tokens take no place in it."""
