@@ -35,8 +35,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lavender.alignment.objective import AlignmentHead, AlignmentRequest
 from lavender.config import AlignmentConfig
-from lavender.students.capture import AttentionRequest, install, row_tensors, set_kernel
+from lavender.students.capture import AttentionRequest, row_tensors
 from lavender.students.image_keys import grid_boxes
+from lavender.students.kernels import install, set_kernel
 
 LAYERS, HEADS, FIRST_KEY, SIDE, GRID = 8, 16, 11, 24, (32, 32)
 TOKENS, WORDS = (1024, 2048, 4096, 8192), (8, 32, 128)

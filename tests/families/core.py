@@ -17,6 +17,7 @@ from families.geometry import Geometry, batch_of, reading
 from lavender.alignment.objective import attach
 from lavender.config import AlignmentConfig
 from lavender.students.capture import AttentionRequest
+from lavender.students.kernels import set_kernel
 from lavender.students.registry import adapter_for
 from lavender.students.word_maps import AnsweredPicture, capturing
 
@@ -48,8 +49,10 @@ class Core(EagerRows, Geometry):
     def batch(cls, family, readings) -> dict[str, Tensor]:
         return batch_of(family, readings)
 
+    @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
     @torch.no_grad()
-    def test_logits_are_the_same_bits_with_capture(self, model, batch):
+    def test_logits_are_the_same_bits_with_capture(self, model, batch, kernel):
+        set_kernel(model, kernel)
         adapter, plain, rows = (
             adapter_for(model.config),
             model(**batch).logits,
@@ -62,7 +65,9 @@ class Core(EagerRows, Geometry):
         assert tuple(request.rows) == adapter.usable_layers()
         assert torch.equal(model(**batch).logits, plain)
 
-    def test_rows_are_those_of_eager_attention(self, model, batch):
+    @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+    def test_rows_are_those_of_eager_attention(self, model, batch, kernel):
+        set_kernel(model, kernel)
         request = captured(model, batch)
         assert request.stacked().dtype == torch.float32
         torch.testing.assert_close(request.stacked(), self.eager_rows(model, batch, request), rtol=0, atol=1e-6)

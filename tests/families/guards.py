@@ -11,7 +11,7 @@ from families.core import KINDS
 from lavender.alignment.objective import attach
 from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError, LavenderError
-from lavender.students.capture import install, kernel_name, set_kernel
+from lavender.students.kernels import install, kernel_name, set_kernel
 from lavender.students.registry import adapter_for
 
 

@@ -60,7 +60,8 @@ class AlignmentRequest(AttentionRequest):
             `targets` float (sample, word, rows, cols), the teacher's heat maps;
             `word_pictures` long (sample, word), index of the picture within the sample that a word's map is of;
             `present` bool (sample, word), False at padding;
-            `weights` float (sample, word), weight of a word in the loss, 0 at padding.
+            `weights` float (sample, word), weight of a word in the loss, 0 at padding;
+            `is_packed`, only of `lavender.alignment.packing.packed`, whose one sample holds several.
         same_word: needed for `match="root"`.
         forced: bool (sample, word), the words whose rows attend as their maps say; None for no word.
 
@@ -88,7 +89,7 @@ class AlignmentRequest(AttentionRequest):
         self.layout = KeyLayout(tensors["boxes"], tensors["pictures"], tensors.get("views"))
         self.targets, self.present, self.weights = tensors["targets"], tensors["present"], tensors["weights"]
         self.same_word, self.chosen_BR = same_word, cast(Tensor | None, None)
-        self.matched = self.present
+        self.matched, self.is_packed = self.present, "is_packed" in tensors
         self.losses, self.student_maps = self.targets.new_zeros(0), self.targets.new_zeros(0, *self.targets.shape[2:])
         self.map_shares, self.forced = self.targets.new_zeros(0), forced
 
@@ -249,6 +250,9 @@ class AlignmentHead(nn.Module):
             return request.targets.new_zeros(1, samples, self.num_channels, words, *grid)
         rows = self._rows(request)
         if POOLINGS[self.config.pooling].flow:
+            if request.is_packed:  # it weighs a row by its place among those of its sample
+                got = f"pooling={self.config.pooling!r} of samples packed in one row"
+                raise ConfigError(got, "a sample per row", "choose a pooling without flow, or do not pack")
             rows = flow(rows, request.text_positions(), self.config.pooling)
         words = word_attention(rows, request.shares.to(rows))
         return to_grid(words, request.layout, request.word_pictures, grid, request.mixing)

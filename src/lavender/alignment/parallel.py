@@ -88,10 +88,10 @@ def attach(
         head_norms: names of its children that normalise query and key heads; see `VlmAdapter.head_norms`.
 
     Returns:
-        The handle of the hook that captures. `detach` removes the projections themselves.
+        The handle of the hook that projects. `detach` removes the projections themselves.
     """
     attention.add_module(PARALLEL_NAME, ParallelProjections(attention, init))
-    return attention.register_forward_pre_hook(partial(_capture, head_norms), with_kwargs=True)
+    return attention.register_forward_pre_hook(partial(_project, head_norms), with_kwargs=True)
 
 
 def detach(model: nn.Module) -> None:
@@ -101,7 +101,7 @@ def detach(model: nn.Module) -> None:
             delattr(module, PARALLEL_NAME)
 
 
-def _capture(head_norms: tuple[str, str], attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _project(head_norms: tuple[str, str], attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     request: AttentionRequest | None = kwargs.get("attention_request")
     if request is None or attention.layer_idx not in request.layers or not request.answered_by_parallel(attention):
         return
@@ -117,7 +117,7 @@ def _capture(head_norms: tuple[str, str], attention: Any, args: tuple, kwargs: d
         cos, sin = (table.expand(len(states), -1, -1)[:, None] for table in kwargs["position_embeddings"])
         query = _rotated(query, *(select_rows(table, request.rows_BR) for table in (cos, sin)))
         key = _rotated(key, cos, sin)
-    request.capture_rows(attention, query, key, kwargs["attention_mask"], attention.scaling)
+    request.projected[attention.layer_idx] = query, key
 
 
 def _rotated(states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,22 +12,20 @@ W word.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
-from lavender.errors import CaptureError, UnsupportedModelError
+from lavender.errors import CaptureError
 from lavender.students.base import Removable, VlmAdapter
 from lavender.students.forcing import Forcing
+from lavender.students.kernels import Known, install, register, run, scoring_of, set_kernel
 from lavender.students.registry import adapter_for
-from lavender.students.rows import Heads, attention_rows, select_rows
+from lavender.students.rows import Heads, Scoring, attention_rows, select_rows
 
-BASE_KERNELS = ("sdpa",)
 PARALLEL_NAME = "alignment_parallel"
 """Name of the child of an attention module that holds its parallel projections; see `lavender.alignment.parallel`."""
 _SESSION_NAME = "_lavender_capture"
@@ -55,6 +53,7 @@ class AttentionRequest:
         mixing: attention of a resampler's latents on its patches, (view, latent, patch); None if there is no
             resampler. See `VlmAdapter.latent_attention`.
         learned: whether a layer's parallel projections, if it has them, replace its own queries and keys.
+        projected: queries of the rows and keys by a layer's parallel projections, until its kernel runs.
     """
 
     learned: ClassVar[bool] = False
@@ -66,29 +65,42 @@ class AttentionRequest:
         self.heads: Heads = "all"
         self.padded = False
         self.forcing: Forcing | None = None
+        self.projected: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known: Known = {}
 
     def answered_by_parallel(self, module: nn.Module) -> bool:
         """Whether the rows of an attention module come from its parallel projections (Eq. 15)."""
         return self.learned and PARALLEL_NAME in dict(module.named_children())
 
-    def capture(self, module: nn.Module, query_BHTD: Tensor, key_BGKD: Tensor, mask: Tensor | None, scaling: float):
-        """Store the requested rows of a layer, from its queries and keys. Called inside the layer's forward."""
-        self.capture_rows(module, select_rows(query_BHTD, self.rows_BR), key_BGKD, mask, scaling)
-
-    def capture_rows(
-        self, module: nn.Module, query_BHRD: Tensor, key_BGKD: Tensor, mask: Tensor | None, scaling: float
-    ):
-        """Store the rows of a layer, from the queries of these rows and all keys.
+    @torch.compiler.disable
+    def capture(
+        self,
+        base: str,
+        module: nn.Module,
+        query_BHTD: Tensor,
+        key_BGKD: Tensor,
+        mask: Any,
+        arguments: Mapping[str, Any],
+    ) -> Scoring:
+        """Store the requested rows of a layer. Called inside the layer's forward, with what its kernel gets.
 
         Checkpointing runs the layer again during backward. Then the rows are computed again, since the graph must be
         the same, but the first result is kept: the loss depends on that one.
+
+        Returns:
+            How the layer scores its keys.
         """
         layer = cast(int, module.layer_idx)
         self._check(layer, mask, key_BGKD.shape[2])
-        rows = attention_rows(query_BHRD, key_BGKD, self.rows_BR, self.keys_BK, mask, scaling, self.heads)
+        scoring = scoring_of(base, module, query_BHTD, key_BGKD, mask, self.rows_BR, arguments, self._known)
+        query_BHRD = select_rows(query_BHTD, self.rows_BR)
+        if self.answered_by_parallel(module):
+            query_BHRD, key_BGKD = self.projected.pop(layer)
+        rows = attention_rows(query_BHRD, key_BGKD, self.rows_BR, self.keys_BK, scoring, self.heads)
         self.rows.setdefault(layer, rows)
+        return scoring
 
-    def _check(self, layer: int, mask: Tensor | None, num_keys: int) -> None:
+    def _check(self, layer: int, mask: Any, num_keys: int) -> None:
         """Raise where the rows would be wrong without a word. No mask is right for self-attention without padding."""
         if mask is None and (self.keys_BK is None or self.padded):
             raise CaptureError(
@@ -134,7 +146,7 @@ class CaptureSession:
         handles: all changes that `close` undoes. Append to it what must go with the session.
 
     Raises:
-        UnsupportedModelError: the model uses another attention kernel than `BASE_KERNELS`.
+        UnsupportedModelError: the model uses another attention kernel than `lavender.students.kernels.BASE_KERNELS`.
         CaptureError: the model has a session already.
     """
 
@@ -203,7 +215,7 @@ def capturing(model: PreTrainedModel) -> Iterator[None]:
     """Inside the context the model answers attention requests. A model with a session keeps that one.
 
     Raises:
-        UnsupportedModelError: a model of an unknown family, or with another attention kernel than `BASE_KERNELS`.
+        UnsupportedModelError: a model of an unknown family, or with a kernel that is not in `BASE_KERNELS`.
     """
     session = CaptureSession(model, adapter_for(model.config)) if CaptureSession.of(model) is None else None
     try:
@@ -222,86 +234,20 @@ def _capturing_kernel(base: str):
     """The attention function that calls the base kernel and answers the request of the forward call."""
 
     def attention(module: nn.Module, query, key, value, attention_mask, attention_request=None, **kwargs):
-        output = ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
+        output = run(base, module, query, key, value, attention_mask, **kwargs)
         request = attention_request
-        if request is not None and module.layer_idx in request.layers and not request.answered_by_parallel(module):
-            causal = kwargs.get("is_causal")
-            causal = getattr(module, "is_causal", True) if causal is None else causal  # as the kernel decides it
-            if kwargs.get("position_bias") is not None or (attention_mask is None and not causal):
-                raise CaptureError(
-                    f"a position bias, or attention to later tokens without a mask, in layer {module.layer_idx}",
-                    "attention by scores and a mask alone",
-                    "report this model class",
-                )
-            request.capture(module, query, key, attention_mask, kwargs["scaling"])
-            if request.forcing is not None:
-                places = request.rows_BR, request.keys_BK, request.mixing
-                forced = request.forcing.output(
-                    output[0], query, key, value, attention_mask, kwargs["scaling"], *places
-                )
-                return forced, *output[1:]
-        return output
+        if request is None or module.layer_idx not in request.layers:
+            return output
+        scoring = request.capture(base, module, query, key, attention_mask, kwargs)
+        if request.forcing is None or request.answered_by_parallel(module):
+            return output
+        places = request.rows_BR, request.keys_BK, request.mixing
+        return request.forcing.output(output[0], query, key, value, scoring, *places), *output[1:]
 
     return attention
 
 
-def kernel_name(base: str) -> str:
-    """Name of the capturing version of a base kernel, as registered with transformers."""
-    return f"lavender_{base}"
-
-
-def install(model: PreTrainedModel) -> str:
-    """Switch the decoder to the capturing kernel. Part of `CaptureSession`.
-
-    Returns:
-        The name of the kernel before. Pass it to `set_kernel` to undo the switch.
-
-    Raises:
-        UnsupportedModelError: the model uses another kernel than `BASE_KERNELS`.
-        CaptureError: the registration with transformers is missing.
-    """
-    base = model.config.get_text_config()._attn_implementation
-    if base in {kernel_name(kernel) for kernel in BASE_KERNELS}:
-        return base
-    if base not in BASE_KERNELS:
-        raise UnsupportedModelError(
-            f"attn_implementation={base!r}",
-            f"one of {BASE_KERNELS}",
-            "load the model with attn_implementation='sdpa'",
-        )
-    if kernel_name(base) not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise CaptureError(
-            f"no form of mask for the kernel {kernel_name(base)!r}, which would then get none",
-            "the one lavender registers",
-            "let nothing remove it from transformers' AttentionMaskInterface",
-        )
-    set_kernel(model, kernel_name(base))
-    return base
-
-
-def set_kernel(model: PreTrainedModel, name: str) -> None:
-    """Set the attention kernel of the decoder alone, not of the vision tower.
-
-    Raises:
-        CaptureError: the model class ignores the setting.
-    """
-    # some models have one config for all parts; then the decoder alone is told
-    if model.config.get_text_config() is model.config:
-        model.get_decoder().set_attn_implementation({"": name})
-    else:
-        model.set_attn_implementation({"text_config": name})
-    if model.config.get_text_config()._attn_implementation != name:
-        raise CaptureError(
-            f"attn_implementation={model.config.get_text_config()._attn_implementation!r} after setting it",
-            repr(name),
-            "report this model class",
-        )
-
-
-# Register with both interfaces: the form of the mask follows the kernel's name, and an unknown name gets no mask.
-for _base in BASE_KERNELS:
-    AttentionInterface.register(kernel_name(_base), _capturing_kernel(_base))
-    AttentionMaskInterface.register(kernel_name(_base), ALL_MASK_ATTENTION_FUNCTIONS[_base])
+register(_capturing_kernel)
 
 
 def row_tensors(
@@ -329,8 +275,9 @@ def row_tensors(
     for sample, (sample_words, sample_positions) in enumerate(zip(words, positions, strict=True)):
         tensors["rows"][sample, : len(sample_positions)] = torch.tensor(sample_positions, dtype=torch.long)
         tensors["present"][sample, : len(sample_words)] = True
+        column = {row: index for index, row in enumerate(sample_positions)}
         for word, rows in enumerate(sample_words):
-            tensors["shares"][sample, word, [sample_positions.index(row) for row in rows]] = 1 / len(rows)
+            tensors["shares"][sample, word, [column[row] for row in rows]] = 1 / len(rows)
             if pictures is not None:
                 tensors["word_pictures"][sample, word] = pictures[sample][word]
     return tensors | {"weights": tensors["present"].float()}

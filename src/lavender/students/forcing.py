@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lavender.students.image_keys import KeyLayout, on_keys
-from lavender.students.rows import hidden_score, scores_of, select_rows
+from lavender.students.rows import Scoring, hidden_score, scores_of, select_rows
 
 LEAST = 1e-8
 
@@ -51,8 +51,7 @@ class Forcing:
         query_BHTD: Tensor,
         key_BGKD: Tensor,
         value_BGKD: Tensor,
-        mask: Tensor | None,
-        scaling: float,
+        scoring: Scoring,
         rows_BR: Tensor,
         keys_BI: Tensor | None,
         mixing_VNP: Tensor | None,
@@ -61,7 +60,7 @@ class Forcing:
 
         Args:
             output_BTHD: the layer's own output.
-            query_BHTD, key_BGKD, value_BGKD, mask, scaling: what the layer computes it from.
+            query_BHTD, key_BGKD, value_BGKD, scoring: what the layer computes it from.
             rows_BR, keys_BI: see `AttentionRequest`.
             mixing_VNP: attention of a resampler's latents on its patches; None without one.
         """
@@ -69,14 +68,12 @@ class Forcing:
         if not len(samples):
             return output_BTHD
         target_BRI = self._target(mixing_VNP).to(key_BGKD.device)
-        if mask is not None:
-            mask = mask.expand(len(query_BHTD), -1, -1, -1)
-        scores_BHRK = scores_of(select_rows(query_BHTD, rows_BR), key_BGKD, rows_BR, mask, scaling)
+        scores_BHRK = scores_of(select_rows(query_BHTD, rows_BR), key_BGKD, rows_BR, scoring)
         own_BHRK = scores_BHRK.softmax(dim=-1)
         is_image_BK = self._is_image(keys_BI, key_BGKD)
         share_BHR = (own_BHRK * is_image_BK[:, None, None]).sum(dim=-1, keepdim=True)
         target_BRK = target_BRI if keys_BI is None else _on_sequence(target_BRI, keys_BI, key_BGKD.shape[2])
-        target_BHRK = target_BRK[:, None] * (scores_BHRK > hidden_score(mask, scores_BHRK) / 2)
+        target_BHRK = target_BRK[:, None] * (scores_BHRK > hidden_score(scoring.mask, scores_BHRK) / 2)
         total_BHR = target_BHRK.sum(dim=-1, keepdim=True)
         spread_BHRK = share_BHR * target_BHRK / total_BHR.clamp_min(LEAST)
         forced_BHRK = own_BHRK.masked_fill(is_image_BK[:, None, None], 0) + spread_BHRK

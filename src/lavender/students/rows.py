@@ -8,13 +8,31 @@ Axis suffixes: B sample, H head, G key head, R row, T token, K key, I kept key, 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Heads = Literal["all", "mean", "max"]
+MOST_SCORES = 2**24
+"""Most scores that are in memory at once, 64 MiB in float32; more rows are computed in parts."""
+
+
+class Scoring(NamedTuple):
+    """How a layer turns the products of queries and keys into scores, and which keys it hides from a row.
+
+    Attributes:
+        scaling: factor of q·kᵀ.
+        mask: mask at the rows, (sample or 1, head or 1, row, key): bool, True where a row sees a key; or float, added
+            to the scores. None: a row sees the keys up to its own position.
+        softcap: if given, a score s becomes softcap · tanh(s / softcap) before the mask.
+    """
+
+    scaling: float
+    mask: Tensor | None = None
+    softcap: float | None = None
 
 
 def attention_rows(
@@ -22,11 +40,10 @@ def attention_rows(
     key_BGKD: Tensor,
     rows_BR: Tensor,
     keys_BI: Tensor | None,
-    mask: Tensor | None,
-    scaling: float,
+    scoring: Scoring,
     heads: Heads = "all",
 ) -> Tensor:
-    """softmax(q·kᵀ·scaling + mask) over all keys, kept at `keys_BI`: (sample, head, row, kept key).
+    """Softmax of the scores over all keys, kept at `keys_BI`: (sample, head, row, kept key).
 
     Computed in float32, or float64 for such queries. For grouped-query attention the queries are grouped; keys are
     never repeated.
@@ -36,70 +53,126 @@ def attention_rows(
         key_BGKD: all keys.
         rows_BR: long, positions of the rows in the sequence.
         keys_BI: long, positions of the keys to keep, padded with -1, where the result is 0. None keeps all keys.
-        mask: mask of the layer, (sample or 1, head or 1, token, key): bool, True where a row sees a key; or float,
-            added to the scores. None: a row sees the keys up to its own position.
-        scaling: factor of the scores.
+        scoring: how the layer scores its keys.
         heads: "mean" or "max" pools the heads into one; "all" keeps them.
     """
-    if mask is not None:
-        mask = mask.expand(query_BHRD.shape[0], -1, -1, -1)
-    return _AttentionRows.apply(query_BHRD, key_BGKD, rows_BR, keys_BI, mask, scaling, heads)
+    return _AttentionRows.apply(query_BHRD, key_BGKD, rows_BR, keys_BI, *scoring, heads)
 
 
 class _AttentionRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, rows: Tensor, keys: Tensor | None, mask, scaling, heads):
-        scores = scores_of(query, key, rows, mask, scaling)
-        largest = scores.amax(dim=-1, keepdim=True)
-        exponentials = scores.sub_(largest).exp_()
-        total = exponentials.sum(dim=-1, keepdim=True)
+    def forward(ctx: Any, query, key, rows, keys, scaling, mask, softcap, heads):
+        whole, parts = key.to(_wide(query)), []
+        for part in _parts(query, key):
+            scores = scores_of(query[:, :, part], whole, rows[:, part], _part(Scoring(scaling, mask, softcap), part))
+            largest = scores.amax(dim=-1, keepdim=True)
+            exponentials = scores.sub_(largest).exp_()
+            total = exponentials.sum(dim=-1, keepdim=True)
+            kept = _kept(exponentials, keys).div_(total)
+            if heads != "all":
+                kept = kept.mean(dim=1, keepdim=True) if heads == "mean" else kept.amax(dim=1, keepdim=True)
+            parts.append((kept, largest, total))
+        kept, largest, total = (torch.cat(pieces, dim=2) for pieces in zip(*parts, strict=True))
         # not their log-sum-exp: in a row that sees nothing, the largest score would swallow the logarithm of the total
         ctx.save_for_backward(query, key, rows, keys, mask, largest, total)
-        ctx.scaling, ctx.heads = scaling, heads
-        kept = _kept(exponentials, keys).div_(total) if keys is not None else exponentials.div_(total)
-        if heads == "all":
-            return kept
-        return kept.mean(dim=1, keepdim=True) if heads == "mean" else kept.amax(dim=1, keepdim=True)
+        ctx.scaling, ctx.softcap, ctx.heads = scaling, softcap, heads
+        return kept
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         query, key, rows, keys, mask, largest, total = ctx.saved_tensors
-        # 0 for a row that sees nothing: it has no gradient
-        normaliser = (largest > hidden_score(mask, largest) / 2) / total
-        exponentials = scores_of(query, key, rows, mask, ctx.scaling).sub_(largest).exp_()
-        kept = _kept(exponentials, keys) * normaliser
-        if ctx.heads == "mean":
-            grad = (grad / kept.shape[1]).expand_as(kept)
-        elif ctx.heads == "max":
-            grad = torch.zeros_like(kept).scatter_(1, kept.argmax(dim=1, keepdim=True), grad)
-        # softmax: ∂L/∂s = p · (∂L/∂p − Σ p ∂L/∂p), where ∂L/∂p is 0 for keys that are not kept
-        weighted = kept * grad if keys is None else (kept * grad).masked_fill_(_index(keys, grad) < 0, 0)
-        grad_scores = exponentials.mul_(-ctx.scaling * normaliser * weighted.sum(dim=-1, keepdim=True))
-        if keys is None:
-            grad_scores.add_(weighted, alpha=ctx.scaling)
-        else:
-            index = _index(keys, grad).clamp_min(0).expand_as(weighted)
-            grad_scores.scatter_add_(3, index, weighted.mul_(ctx.scaling))
-        return *_query_and_key_gradients(grad_scores, query, key), None, None, None, None, None
+        scoring, whole = Scoring(ctx.scaling, mask, ctx.softcap), key.to(_wide(query))
+        grad_query, grad_key = [], torch.zeros_like(whole)
+        for part in _parts(query, key):
+            own, places = query[:, :, part], rows[:, part]
+            grad_scores = _score_gradients(
+                (own, whole, places, _part(scoring, part)),
+                keys,
+                (largest[:, :, part], total[:, :, part]),
+                grad[:, :, part],
+                ctx.heads,
+            )
+            of_query, of_key = _query_and_key_gradients(grad_scores, own, whole)
+            grad_query.append(of_query)
+            grad_key += of_key
+        nothing = (None,) * 6
+        return torch.cat(grad_query, dim=2).to(query.dtype), grad_key.to(key.dtype), *nothing
 
 
-def scores_of(query_BHRD: Tensor, key_BGKD: Tensor, rows_BR: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def _score_gradients(
+    scored: tuple[Tensor, Tensor, Tensor, Scoring],
+    keys: Tensor | None,
+    saved: tuple[Tensor, Tensor],
+    grad: Tensor,
+    heads: Heads,
+) -> Tensor:
+    """Gradient of q·kᵀ, from that of the kept attention: (sample, head, row, key).
+
+    Args:
+        scored: arguments of `scores_of`.
+        keys: positions of the kept keys.
+        saved: the largest score of each row, and the sum of the exponentials of the scores less that one.
+        grad: gradient of the result, with its heads pooled by `heads`.
+    """
+    (largest, total), scoring = saved, scored[3]
+    # 0 for a row that sees nothing: it has no gradient
+    normaliser = (largest > hidden_score(scoring.mask, largest) / 2) / total
+    exponentials = scores_of(*scored).sub_(largest).exp_()
+    kept = _kept(exponentials, keys) * normaliser
+    if heads == "mean":
+        grad = (grad / kept.shape[1]).expand_as(kept)
+    elif heads == "max":
+        grad = torch.zeros_like(kept).scatter_(1, kept.argmax(dim=1, keepdim=True), grad)
+    # softmax: ∂L/∂s = p · (∂L/∂p − Σ p ∂L/∂p), where ∂L/∂p is 0 for keys that are not kept
+    weighted = kept * grad if keys is None else (kept * grad).masked_fill_(_index(keys, grad) < 0, 0)
+    grad_scores = exponentials.mul_(-scoring.scaling * normaliser * weighted.sum(dim=-1, keepdim=True))
+    if keys is None:
+        grad_scores.add_(weighted, alpha=scoring.scaling)
+    else:
+        index = _index(keys, grad).clamp_min(0).expand_as(weighted)
+        grad_scores.scatter_add_(3, index, weighted.mul_(scoring.scaling))
+    if scoring.softcap is not None:  # d/ds c·tanh(s/c) = 1 − tanh²(s/c)
+        grad_scores.mul_(1 - _products(*scored[:2], scoring.scaling).div_(scoring.softcap).tanh_().square_())
+    return grad_scores
+
+
+def scores_of(query_BHRD: Tensor, key_BGKD: Tensor, rows_BR: Tensor, scoring: Scoring) -> Tensor:
     """Masked scores of the rows and all keys: (sample, head, row, key), in float32 or float64."""
-    dtype = torch.promote_types(query_BHRD.dtype, torch.float32)
+    scores = _products(query_BHRD, key_BGKD, scoring.scaling)
+    if scoring.softcap is not None:
+        scores = (scores / scoring.softcap).tanh() * scoring.softcap
+    least = torch.finfo(scores.dtype).min  # not -inf: a padded row sees nothing, and would become NaN
+    if scoring.mask is None:
+        later = torch.arange(key_BGKD.shape[2], device=scores.device) > rows_BR.to(scores.device)[:, None, :, None]
+        return scores.masked_fill_(later, least)
+    if scoring.mask.dtype == torch.bool:
+        return scores.masked_fill_(~scoring.mask, least)
+    return scores.add_(scoring.mask).clamp_min_(least)
+
+
+def _products(query_BHRD: Tensor, key_BGKD: Tensor, scaling: float) -> Tensor:
+    """q·kᵀ·scaling: (sample, head, row, key), in float32 or float64."""
+    dtype = _wide(query_BHRD)
     samples, heads, num_rows, width = query_BHRD.shape
     with torch.autocast(query_BHRD.device.type, enabled=False):
         grouped = (query_BHRD.to(dtype) * scaling).reshape(samples, key_BGKD.shape[1], -1, width)
-        scores = (grouped @ key_BGKD.to(dtype).mT).reshape(samples, heads, num_rows, -1)
-    least = torch.finfo(dtype).min  # not -inf: a padded row sees nothing, and would become NaN
-    num_keys = key_BGKD.shape[2]
-    if mask is None:
-        later = torch.arange(num_keys, device=scores.device) > rows_BR.to(scores.device)[:, None, :, None]
-        return scores.masked_fill_(later, least)
-    row_mask = select_rows(mask, rows_BR)[..., :num_keys]
-    if row_mask.dtype == torch.bool:
-        return scores.masked_fill_(~row_mask, least)
-    return scores.add_(row_mask).clamp_min_(least)
+        return (grouped @ key_BGKD.to(dtype).mT).reshape(samples, heads, num_rows, -1)
+
+
+def _wide(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+def _parts(query_BHRD: Tensor, key_BGKD: Tensor) -> Iterator[slice]:
+    """The rows in parts whose scores fit in memory; one part if all do."""
+    samples, heads, num_rows, _ = query_BHRD.shape
+    step = max(1, MOST_SCORES // (samples * heads * key_BGKD.shape[2] or 1))
+    return (slice(first, first + step) for first in range(0, max(num_rows, 1), step))
+
+
+def _part(scoring: Scoring, part: slice) -> Scoring:
+    return scoring if scoring.mask is None else scoring._replace(mask=scoring.mask[:, :, part])
 
 
 def hidden_score(mask: Tensor | None, scores: Tensor) -> float:
@@ -128,7 +201,7 @@ def _query_and_key_gradients(grad_scores: Tensor, query_BHRD: Tensor, key_BGKD: 
     with torch.autocast(grad_scores.device.type, enabled=False):
         grad_query = (grouped @ key_BGKD.to(grad_scores.dtype)).reshape(query_BHRD.shape)
         grad_key = grouped.mT @ queries
-    return grad_query.to(query_BHRD.dtype), grad_key.to(key_BGKD.dtype)
+    return grad_query, grad_key
 
 
 def select_rows(tensor_BHTD: Tensor, rows_BR: Tensor) -> Tensor:

@@ -25,10 +25,9 @@ def refuse_settings(args: AlignmentArguments, with_peft: bool) -> None:
     zero_stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
     if args.torch_compile:
         raise ConfigError(
-            "torch_compile with alignment, whose number of attention rows changes from batch to batch; torch's "
-            "default backend fails on that",
-            "a model that is not compiled",
-            "set torch_compile: false",
+            "torch_compile with alignment, which compiles the whole model with its hooks",
+            "a model that is not compiled as a whole",
+            "set torch_compile: false; in a script of your own, call compile() of each decoder layer instead",
         )
     if args.aligner_pretraining and args.align_weight == 0:
         raise ConfigError("aligner_pretraining with align_weight=0", "alignment to pretrain", "set one of them")

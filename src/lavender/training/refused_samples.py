@@ -223,5 +223,6 @@ def refuse_in_plain_trainer(args: AlignmentArguments, collator: Any) -> None:
         raise ConfigError(
             "match='exact' with Liger's fused cross-entropy, which makes no logits while training",
             "the model's predictions",
-            "set match='label' or 'root', or liger_kernel_config={'fused_linear_cross_entropy': False}",
+            "set match='label' or 'root', or liger_kernel_config={'fused_linear_cross_entropy': False}; or use "
+            "LavenderTrainer, which needs no logits: TRL's own fused head says which tokens are the first choice",
         )

@@ -38,7 +38,11 @@ class LavenderConfig(AlignmentArguments, SFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.packing or self.padding_free:
-            raise ConfigError("packing or padding_free", "one sample per row", "switch both off")
+            raise ConfigError(
+                "packing or padding_free",
+                "one sample per row",
+                "switch both off; TRL has neither for samples with images",
+            )
 
 
 class LavenderTrainer(AlignmentMixin, SFTTrainer):

@@ -7,6 +7,7 @@ import torch
 
 from lavender.students.forcing import Forcing
 from lavender.students.image_keys import grid_boxes, key_layout, on_keys
+from lavender.students.rows import Scoring, select_rows
 
 SAMPLES, HEADS, GROUPS, TOKENS, WIDTH = 2, 4, 2, 9, 5
 
@@ -31,7 +32,9 @@ def test_a_forced_row_attends_as_its_map_says(cross, heads):
     forced = torch.tensor([[True, False], [False, True]])
     own = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
     forcing = Forcing(heat, shares, forced, layout, torch.zeros(SAMPLES, 2, dtype=torch.long), heads)
-    output = forcing.output(own.transpose(1, 2), query, key, value, mask, 0.3, rows, keys_BI, None)
+    output = forcing.output(
+        own.transpose(1, 2), query, key, value, Scoring(0.3, select_rows(mask, rows)), rows, keys_BI, None
+    )
     repeat = HEADS // GROUPS
     scores = (query @ key.repeat_interleave(repeat, 1).mT * 0.3).masked_fill(~mask, -torch.inf).softmax(-1)
     expected = own.transpose(1, 2).clone()
@@ -66,9 +69,9 @@ def forced_by(heat, mask, values):
     value = torch.tensor(values).view(1, 1, 6, 1)
     own = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
     rows, keys = torch.tensor([[5]]), torch.tensor([[0, 1, 2, 3]])
-    return own[0, 0, 5].item(), forcing.output(own.transpose(1, 2), query, key, value, mask, 1.0, rows, keys, None)[
-        0, 5
-    ]
+    return own[0, 0, 5].item(), forcing.output(
+        own.transpose(1, 2), query, key, value, Scoring(1.0, select_rows(mask, rows)), rows, keys, None
+    )[0, 5]
 
 
 @pytest.mark.parametrize("kind", ["bool", "float32", "bfloat16"])
@@ -98,5 +101,5 @@ def test_a_row_whose_map_no_key_shows_keeps_its_attention():
     )
     query, key, value = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 2, 1), torch.ones(1, 1, 2, 1)
     own = torch.ones(1, 1, 1, 1)
-    output = forcing.output(own, query, key, value, None, 1.0, torch.tensor([[1]]) * 0, None, None)
+    output = forcing.output(own, query, key, value, Scoring(1.0), torch.tensor([[1]]) * 0, None, None)
     torch.testing.assert_close(output, own)

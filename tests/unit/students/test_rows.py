@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lavender.students.rows import Heads, attention_rows
+from lavender.students import rows as rows_module
+from lavender.students.rows import Heads, Scoring, attention_rows, select_rows
 
 SAMPLES, GROUPS, SHARED, ROWS, TOKENS, WIDTH = 2, 3, 2, 5, 11, 7
 POSITIONS = torch.tensor([[2, 10, 7, 3, 0], [9, 4, 4, 0, 0]])
@@ -29,6 +30,11 @@ def mask_of(kind: str, dtype: torch.dtype) -> Tensor | None:
         seen[..., 3] = True
     additive = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     return {"none": None, "bool": seen, "additive": additive, "of each head": seen}[kind]
+
+
+def scoring_of(mask: Tensor | None, softcap: float | None = None) -> Scoring:
+    """The mask at the rows, as the layers' kernels are asked for it."""
+    return Scoring(SCALING, None if mask is None else select_rows(mask, POSITIONS), softcap)
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -65,8 +71,49 @@ def written_out(query: Tensor, key: Tensor, keys: Tensor | None, mask: Tensor | 
 def test_rows_and_gradients_are_those_of_softmax(kind, keys, heads):
     query, key = inputs()
     mask = mask_of(kind, torch.float64)
-    found = attention_rows(query, key, POSITIONS, keys, mask, SCALING, heads)
+    found = attention_rows(query, key, POSITIONS, keys, scoring_of(mask), heads)
     expected = written_out(query, key, keys, mask, heads)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    ours = torch.autograd.grad((found * weights).sum(), (query, key))
+    theirs = torch.autograd.grad((expected * weights).sum(), (query, key))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@HEADS
+@MASKS
+def test_rows_in_parts_are_those_of_one_part(kind, heads, monkeypatch):
+    """Two rows at a time, as for a batch whose scores would not fit in memory."""
+    (query, key), mask, results = inputs(), mask_of(kind, torch.float64), []
+    for most in (rows_module.MOST_SCORES, 2 * SAMPLES * GROUPS * SHARED * TOKENS):
+        monkeypatch.setattr(rows_module, "MOST_SCORES", most)
+        assert len(list(rows_module._parts(query, key))) == (3 if results else 1)
+        found = attention_rows(query, key, POSITIONS, KEPT, scoring_of(mask), heads)
+        results.append([found, *torch.autograd.grad(found.square().sum(), (query, key))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@HEADS
+@MASKS
+def test_a_softcap_bends_scores_before_the_mask(kind, heads):
+    query, key = inputs()
+    mask, cap = mask_of(kind, torch.float64), 0.7
+    repeated = key.repeat_interleave(SHARED, 1)
+    scores = cap * torch.tanh(query @ repeated.mT * SCALING / cap)
+    if mask is None:
+        seen = torch.arange(TOKENS) <= POSITIONS[:, None, :, None]
+    else:
+        seen = select_rows(mask, POSITIONS)
+        seen = seen if seen.dtype == torch.bool else seen == 0
+    shares = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+    expected = torch.where(
+        KEPT[:, None, None] < 0, 0, shares.gather(3, KEPT.clamp_min(0)[:, None, None].expand(-1, 6, 5, -1))
+    )
+    if heads != "all":
+        expected = expected.mean(1, keepdim=True) if heads == "mean" else expected.amax(1, keepdim=True)
+    found = attention_rows(query, key, POSITIONS, KEPT, scoring_of(mask, cap), heads)
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(found)
     ours = torch.autograd.grad((found * weights).sum(), (query, key))
@@ -81,7 +128,7 @@ def test_gradients_are_those_of_finite_differences(kind, heads):
     mask = mask_of(kind, torch.float64)
 
     def rows(query: Tensor, key: Tensor) -> Tensor:
-        return attention_rows(query, key, POSITIONS, KEPT, mask, SCALING, heads)
+        return attention_rows(query, key, POSITIONS, KEPT, scoring_of(mask), heads)
 
     assert torch.autograd.gradcheck(rows, inputs())
 
@@ -91,10 +138,10 @@ def test_half_precision_is_computed_in_float32(heads):
     query, key = inputs(torch.bfloat16)
     mask = mask_of("additive", torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        found = attention_rows(query, key, POSITIONS, KEPT, mask, SCALING, heads)
+        found = attention_rows(query, key, POSITIONS, KEPT, scoring_of(mask), heads)
     assert found.dtype == torch.float32
     wide = [one.detach().float().requires_grad_() for one in (query, key)]
-    expected = attention_rows(*wide, POSITIONS, KEPT, mask_of("additive", torch.float32), SCALING, heads)
+    expected = attention_rows(*wide, POSITIONS, KEPT, scoring_of(mask_of("additive", torch.float32)), heads)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     ours = torch.autograd.grad(found.square().sum(), (query, key))
     theirs = torch.autograd.grad(expected.square().sum(), wide)
@@ -109,7 +156,7 @@ def test_a_row_that_sees_nothing_is_finite_and_has_no_gradient():
     mask = mask_of("bool", torch.float32)
     assert mask is not None
     mask[1] = False
-    found = attention_rows(query, key, POSITIONS, KEPT, mask, SCALING)
+    found = attention_rows(query, key, POSITIONS, KEPT, scoring_of(mask))
     torch.testing.assert_close(found[1, ..., :2], torch.full((6, 5, 2), 1 / TOKENS))
     (grad_query, grad_key) = torch.autograd.grad(found.square().sum(), (query, key))
     assert grad_query[1].abs().sum() == grad_key[1].abs().sum() == 0
@@ -123,7 +170,7 @@ def test_autograd_keeps_no_row_of_all_keys(heads):
     key = torch.randn(1, 2, tokens, 7, requires_grad=True)
     positions, keys = torch.full((1, 5), 1000), torch.arange(3, 500)[None]
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
-        attention_rows(query, key, positions, keys, None, SCALING, heads)
+        attention_rows(query, key, positions, keys, Scoring(SCALING), heads)
     given = {one.untyped_storage().data_ptr() for one in (query, key, positions, keys)}
     others = [one for one in kept if one.untyped_storage().data_ptr() not in given]
     assert sum(one.nbytes for one in others) == 2 * 4 * 5 * 4  # the most and the total of a head's row
@@ -137,7 +184,7 @@ def test_checkpointing_changes_no_gradient(heads):
         return torch.autograd.grad(run(query * 2, key * 3).square().sum(), (query, key))
 
     def rows(query: Tensor, key: Tensor) -> Tensor:
-        return attention_rows(query, key, POSITIONS, KEPT, None, SCALING, heads)
+        return attention_rows(query, key, POSITIONS, KEPT, Scoring(SCALING), heads)
 
     plain = gradients(rows)
     again = gradients(lambda *args: checkpoint(rows, *args, use_reentrant=False))
@@ -147,7 +194,7 @@ def test_checkpointing_changes_no_gradient(heads):
 
 def test_no_keys_no_attention():
     query, key = inputs()
-    found = attention_rows(query, key, POSITIONS, torch.zeros(SAMPLES, 0, dtype=torch.long), None, SCALING)
+    found = attention_rows(query, key, POSITIONS, torch.zeros(SAMPLES, 0, dtype=torch.long), Scoring(SCALING))
     assert found.shape == (SAMPLES, 6, ROWS, 0)
     found.sum().backward()
     assert query.grad is not None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from lavender.errors import CaptureError, DataError
 from lavender.students.base import VlmAdapter, padded_keys
@@ -85,13 +85,8 @@ class Resampling(nn.Module):
     def __init__(self):
         super().__init__()
         self.resampler, self.times, self.fails = nn.Linear(3, 3), 1, False
-        self.config = SimpleNamespace(get_text_config=lambda: self.config, _attn_implementation="sdpa")
-
-    def get_decoder(self) -> Resampling:
-        return self
-
-    def set_attn_implementation(self, names: dict[str, str]) -> None:
-        self.config._attn_implementation = names[""]
+        self.config = PreTrainedConfig()
+        self.config._attn_implementation = "sdpa"
 
     def forward(self, states: Tensor, attention_mask: Tensor | None = None, attention_request: Any = None) -> Tensor:
         for _ in range(self.times):
