@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import (
     AutoencoderDC,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -16,6 +17,8 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     StableDiffusion3Pipeline,
@@ -25,6 +28,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -227,6 +232,47 @@ def flux_2_klein() -> Flux2KleinPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=autoencoder.eval(),
         text_encoder=Qwen3ForCausalLM(encoder).eval(),
+        tokenizer=qwen_tokenizer(),
+        transformer=transformer.eval(),
+    )
+
+
+def qwen_image() -> QwenImagePipeline:
+    """Qwen-Image: two joint blocks, and an autoencoder of videos with two levels."""
+    encoder = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(qwen_tokenizer()),
+            "hidden_size": 20,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 2]},
+        },
+        vision_config={"depth": 1, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 20},
+    )
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        axes_dims_rope=(4, 4, 4),
+    )
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.7, 0.1, 0.5, -0.3],
+        latents_std=[2.8, 1.4, 2.3, 1.1],
+    )
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=autoencoder.eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(encoder).eval(),
         tokenizer=qwen_tokenizer(),
         transformer=transformer.eval(),
     )

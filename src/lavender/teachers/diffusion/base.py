@@ -97,6 +97,8 @@ class TeacherFamily(ABC):
     """Arguments of `from_pretrained` that leave out parts which a teacher does not need. None leaves out a part."""
     t5_parts: ClassVar[tuple[str, ...]] = ()
     """The `optional_parts` that `ExtractionConfig.t5` keeps."""
+    takes_tiny_vae: ClassVar[bool] = True
+    """Whether an `AutoencoderTiny` can encode the pictures; False where `scaled_latents` needs the pipeline's own."""
     largest_layer: ClassVar[int | None] = None
     """The default of `ExtractionConfig.largest_layer`; None reads layers of any size."""
 

@@ -166,7 +166,7 @@ def capture_concepts(capture: ConceptCapture, stop: bool = False) -> Iterator[No
     """Inside the block, one forward of the backbone fills the capture; as `capture.capture_words`.
 
     Raises:
-        CaptureError: a block made no call of torch's attention, or ran twice.
+        CaptureError: a block made no call of torch's attention, ran twice or not at all.
     """
     watching = contextlib.ExitStack()
 
@@ -199,6 +199,13 @@ def capture_concepts(capture: ConceptCapture, stop: bool = False) -> Iterator[No
             handles.append(layer.module.register_forward_hook(leave(layer), with_kwargs=True))
         with watching, contextlib.suppress(StopForward):
             yield
+        missing = [layer.name for layer in capture.layers if layer.name not in capture.done]
+        if missing:
+            raise CaptureError(
+                f"{len(missing)} of {len(capture.layers)} blocks not run, the first {missing[0]!r}",
+                "one forward of the backbone",
+                "report this model: its blocks are not those of its family",
+            )
     finally:
         for handle in handles:
             handle.remove()

@@ -23,6 +23,7 @@ class Flux2Klein(Flux):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = Flux2KleinPipeline
+    takes_tiny_vae: ClassVar[bool] = False
 
     @property
     def tokenizer(self) -> Any:

@@ -18,6 +18,7 @@ from lavender.teachers.diffusion.base import TeacherFamily
 from lavender.teachers.diffusion.flux import Flux
 from lavender.teachers.diffusion.flux_2 import Flux2Klein
 from lavender.teachers.diffusion.pixart import PixArtSigma
+from lavender.teachers.diffusion.qwen_image import QwenImage
 from lavender.teachers.diffusion.sana import Sana
 from lavender.teachers.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lavender.teachers.diffusion.stable_diffusion_3 import StableDiffusion3
@@ -30,6 +31,7 @@ FAMILIES: tuple[type[TeacherFamily], ...] = (
     Flux2Klein,
     PixArtSigma,
     Sana,
+    QwenImage,
 )
 
 

@@ -26,6 +26,7 @@ class Sana(TeacherFamily):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
+    takes_tiny_vae: ClassVar[bool] = False
 
     @property
     def max_tokens(self) -> int:

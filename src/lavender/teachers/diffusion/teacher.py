@@ -142,6 +142,12 @@ class Teacher:
         with loading("teacher", path, consent=None):
             family = load_family(os.path.expanduser(path), t5=config.t5, dtype=dtype)
             if config.tiny_vae is not None:
+                if not family.takes_tiny_vae:
+                    raise ConfigError(
+                        f"tiny_vae with a {type(family.pipeline).__name__}",
+                        "a model whose latents an AutoencoderTiny makes",
+                        "leave tiny_vae out",
+                    )
                 with loading("tiny_vae", config.tiny_vae, consent=None):
                     family.pipeline.vae = load_tiny_vae(config.tiny_vae, dtype=dtype)
             family.check_parts()
