@@ -137,10 +137,9 @@ class Forward:
         self.timesteps = torch.full((self.rows,), self.config.timesteps[0], device=family.device)
         self.condition = random_condition(family, self.rows)
         words = content_words(TEXT, self.config.parts_of_speech)
-        tokenizer = family.pipeline.tokenizer
-        window, lost = window_of(tokenizer, 0, TEXT, 0, words, self.config.carrier, family.max_tokens)
+        window, lost = window_of(family.token_offsets, 0, TEXT, 0, words, self.config.carrier)
         assert not lost
-        values, self.counts = indicator([window] * self.rows, family.max_tokens)
+        values, self.counts = indicator([window] * self.rows, family.word_keys)
         self.values = values.to(family.device)
         self.layers = self.teacher.layers(self.image_size)
 

@@ -9,12 +9,20 @@ from typing import Any, Literal
 
 from lavender.errors import ConfigError
 from lavender.files import shown
-from lavender.type_checks import check_fields, check_path, check_ranges, without_repeats, write_paths_as_texts
+from lavender.type_checks import (
+    check_extraction,
+    check_fields,
+    check_path,
+    check_ranges,
+    without_repeats,
+    write_paths_as_texts,
+)
 
 Mode = Literal["noise", "ddim", "null-text"]
 Geometry = Literal["squash", "crop", "letterbox", "aspect"]
 Competition = Literal["none", "share", "contrast"]
 Carrier = Literal["own", "own+next"]
+Space = Literal["attention", "output"]
 Pooling = Literal[
     "layer-mean",
     "layer-max",
@@ -90,15 +98,19 @@ class ExtractionConfig:
             the teacher's square; "squash" stretches it to the square. Maps always cover the whole picture.
         largest_layer: layers of more than N × N cells are not read, where N is this number, counted on the square
             that the model was trained on. The backbone stops after the last layer read. None is the family's
-            default: 32 for UNets, no limit for SD3.
+            default: 32 for UNets, no limit for transformers.
         layer_weights: weights of layers, by a prefix of their name: one number, or one number per head. The longest
             matching prefix counts; layers without one weigh 1. None is the family's default.
+        expert_layer: read this layer alone, counted from 0 as layers run, in place of `layer_weights`.
+        space: "attention" reads attention weights. "output" compares attention outputs of image and words in models
+            with joint attention (`lavender.teachers.diffusion.concepts`); there "share" is a softmax over the words.
         competition: "contrast" subtracts the mean map of the text's other tokens from a word's map; "none" does not.
         carrier: the tokens that a word's map is read from: "own", or "own+next", which adds the token after the word
             (causal text encoders pass information on to it).
         flip: also extract from the mirrored picture and average. Doubles the cost.
         head_share: share of layers and heads to average, from 0 to 1: those with the most peaked maps of each word.
         word_share: share of a text's words that get a map, from 0 to 1: the most confident.
+        t5: load T5 with Stable Diffusion 3, whose words then have T5's tokens too. Other families need no choice.
         tiny_vae: folder or Hub id of an `AutoencoderTiny` that encodes the pictures instead of the teacher's VAE.
         grid: (rows, cols) of the stored maps; the paper uses 32 × 32.
         batch_size: number of (picture, text) pairs per batch. It changes no map.
@@ -127,12 +139,15 @@ class ExtractionConfig:
     geometry: Geometry = "aspect"
     largest_layer: int | None = None
     layer_weights: Mapping[str, float | Sequence[float]] | None = None
+    expert_layer: int | None = None
+    space: Space = "attention"
     competition: Competition = "none"
     carrier: Carrier = "own"
     refine: int = 0
     flip: bool = False
     head_share: float = 1.0
     word_share: float = 1.0
+    t5: bool = False
     tiny_vae: str | None = None
     grid: tuple[int, int] = (32, 32)
     batch_size: int = 8
@@ -157,36 +172,19 @@ class ExtractionConfig:
             ("refine", 0, 2),
             ("batch_size", 1, 4096),
             ("largest_layer", 1, 1024),
+            ("expert_layer", 0, 1023),
             ("guidance", 0, 100),
             ("head_share", 1e-9, 1),
             ("word_share", 1e-9, 1),
         )
         check_ranges(self, ("inversion_steps", 1, self.num_steps))
-        if self.inversion_steps is not None and self.num_steps % self.inversion_steps:
-            raise ConfigError(
-                f"inversion_steps={self.inversion_steps} with num_steps={self.num_steps}",
-                "a divisor of num_steps",
-                "change one of them, such as 5 and 10",
-            )
-        if not 2 <= min(self.grid) <= max(self.grid) <= 256:
-            raise ConfigError(f"grid={self.grid}", "(rows, cols), each from 2 to 256", "use the paper's (32, 32)")
         if self.tiny_vae is not None:
             object.__setattr__(self, "tiny_vae", check_path("tiny_vae", self.tiny_vae))
-        _check_layer_weights(self.layer_weights)
+        check_extraction(self)
 
     def identity(self) -> dict[str, Any]:
         """The settings that change a map. Stores whose settings have the same identity can be merged."""
         return {key: value for key, value in asdict(self).items() if key != "batch_size"}
-
-
-def _check_layer_weights(weights: Mapping[str, float | Sequence[float]] | None) -> None:
-    lists = [list(weight) if isinstance(weight, Sequence) else [weight] for weight in (weights or {}).values()]
-    if any(not numbers or not 0 <= min(numbers) <= max(numbers) < 1e9 for numbers in lists):
-        raise ConfigError(
-            f"layer_weights={shown(weights)}",
-            "numbers of 0 or more by prefixes of layer names: one number, or a list with one number per head",
-            "write them like {up_blocks.1: 1.0, down_blocks: 0.5}",
-        )
 
 
 @dataclass(frozen=True)

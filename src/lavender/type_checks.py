@@ -243,3 +243,48 @@ def check_ranges(settings: Any, *ranges: tuple[str, float, float]) -> None:
             if number is not None and not low <= number <= high:
                 kind = "a number" if fits(0.5, hint) else "a whole number"
                 raise ConfigError(f"{name}={shown(number)}", f"{kind} from {low} to {high}", f"change {name}")
+
+
+def check_extraction(settings: Any) -> None:
+    """Check what the settings of an `ExtractionConfig` say together, and its grid and layer weights.
+
+    Raises:
+        ConfigError: a value is out of range, or settings contradict each other.
+    """
+    if settings.inversion_steps is not None and settings.num_steps % settings.inversion_steps:
+        raise ConfigError(
+            f"inversion_steps={settings.inversion_steps} with num_steps={settings.num_steps}",
+            "a divisor of num_steps",
+            "change one of them, such as 5 and 10",
+        )
+    if not 2 <= min(settings.grid) <= max(settings.grid) <= 256:
+        raise ConfigError(f"grid={settings.grid}", "(rows, cols), each from 2 to 256", "use the paper's (32, 32)")
+    _check_layers(settings)
+
+
+def _check_layers(settings: Any) -> None:
+    weights = settings.layer_weights or {}
+    lists = [list(weight) if isinstance(weight, Sequence) else [weight] for weight in weights.values()]
+    if any(not numbers or not 0 <= min(numbers) <= max(numbers) < 1e9 for numbers in lists):
+        raise ConfigError(
+            f"layer_weights={shown(weights)}",
+            "numbers of 0 or more by prefixes of layer names: one number, or a list with one number per head",
+            "write them like {up_blocks.1: 1.0, down_blocks: 0.5}",
+        )
+    if settings.expert_layer is not None and settings.layer_weights is not None:
+        raise ConfigError(
+            f"expert_layer={settings.expert_layer} with layer_weights", "one of them", "leave out one of them"
+        )
+    if settings.space == "output":
+        per_head = any(isinstance(weight, Sequence) for weight in weights.values())
+        for name, wrong in (
+            ("refine", settings.refine),
+            ("head_share", settings.head_share < 1),
+            ("layer_weights per head", per_head),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"{name} with space='output'",
+                    "settings of whole layers: heads are joined there",
+                    f"leave out {name}",
+                )

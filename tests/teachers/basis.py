@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ from lavender.teachers.diffusion.base import Condition, Layer, TeacherFamily
 from lavender.teachers.diffusion.capture import WordCapture, capture_words
 from lavender.teachers.diffusion.registry import family_of
 from lavender.words import words_of
-from teachers.explicit import indicator_of
-from teachers.pipelines import TEXTS, TOKENS, fresh, shared
+from teachers.explicit import Reading, Rotate, indicator_of
+from teachers.pipelines import TEXTS, fresh, shared, tokenizer
 
 GRID = (11, 13)
 SIZES = pytest.mark.parametrize("size", [(16, 16), (12, 20), (24, 12)])
@@ -41,20 +41,24 @@ def plain(**settings: Any) -> ExtractionConfig:
 def given_of(family: TeacherFamily, size: tuple[int, int]) -> tuple[Tensor, Tensor, Condition, tuple[int, int]]:
     """What `denoise` takes, for two rows with latents of (height, width)."""
     factor = family.pipeline.vae_scale_factor
-    channels = family.pipeline.vae.config.latent_channels
-    latents = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(5))
+    latents = torch.randn(2, family.in_channels, *size, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         condition = family.encode_texts(TEXTS[:2])
     return latents, torch.tensor([100, 700]), condition, (size[0] * factor, size[1] * factor)
 
 
-def indicators(num_words: int | None = None) -> Tensor:
+def indicators(readings: Sequence[Reading] | None = None, num_words: int | None = None) -> Tensor:
     """E (row, token, word) of the words of two texts; or of each text's first word again and again."""
-    both = [indicator_of(text, words_of(text), TOKENS).float() for text in TEXTS[:2]]
+    both = [indicator_of(text, words_of(text), readings).float() for text in TEXTS[:2]]
     if num_words is not None:
         both = [one[:, :1].expand(-1, num_words) for one in both]
     width = max(one.shape[1] for one in both)
     return torch.stack([F.pad(one, (0, width - one.shape[1])) for one in both])
+
+
+def any_indicators(family: TeacherFamily) -> Tensor:
+    """E (row, token, word) of a few keys, whichever words they carry."""
+    return torch.eye(family.word_keys)[None, :, 1:8].expand(2, -1, -1)
 
 
 def captured(
@@ -68,7 +72,7 @@ def captured(
     given, maps, output = given_of(family, size), {}, None
     capture = WordCapture(
         family.layers(size) if layers is None else layers,
-        indicators() if words_BTW is None else words_BTW,
+        any_indicators(family) if words_BTW is None else words_BTW,
         given[2]["states"].shape[1],
         lambda layer, one: maps.__setitem__(layer.name, one),
     )
@@ -107,8 +111,9 @@ def same(one: WordMaps, other: WordMaps, atol: float) -> None:
 class Bypass:
     """An attention processor that computes nothing, and so never calls torch's attention."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        return hidden_states if attn.add_k_proj is None else (hidden_states, encoder_hidden_states)
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        joint = encoder_hidden_states is not None and getattr(attn, "add_k_proj", None) is not None
+        return (hidden_states, encoder_hidden_states) if joint else hidden_states
 
 
 class Largest(TorchDispatchMode):
@@ -125,7 +130,39 @@ class Largest(TorchDispatchMode):
 
 
 class Basis:
-    """A family's pipeline. Its test file gives `build`, a function of `pipelines`, and `latent_sizes`."""
+    """A family's pipeline. Its test file gives `build`, a function of `pipelines`, and `latent_sizes`.
+
+    Attributes:
+        refine: the `refine` of tests that spread maps; 0 for families that refuse it.
+        counts: keys of words of the first two texts.
+        settings: what every config of the family needs.
+        rounding: the largest difference of heat in bfloat16; more for a deep text encoder.
+    """
+
+    rounding: ClassVar[float] = 0.1
+    settings: ClassVar[dict[str, Any]] = {}
+    refine: ClassVar[int] = 1
+    counts: ClassVar[Sequence[dict[str, int]]] = ({"zebra": 5, "umbrellas": 3}, {"red": 1, "grasshopper": 6})
+
+    def config(self, **settings: Any) -> ExtractionConfig:
+        return ExtractionConfig(**self.settings | settings)
+
+    def plain(self, **settings: Any) -> ExtractionConfig:
+        return plain(**self.settings | settings)
+
+    @pytest.fixture
+    def readings(self, pipeline) -> list[Reading]:
+        """The text encoders whose states are keys."""
+        return [Reading(tokenizer())]
+
+    @pytest.fixture
+    def rotate(self) -> Rotate | None:
+        """Rotary positions, by hand."""
+        return None
+
+    def text_mask(self, condition: Condition) -> Tensor | None:
+        """1 where a key of the text counts, else 0: (row, key)."""
+        return None
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -23,16 +23,16 @@ from teachers.basis import (
     LEVERS,
     SIZES,
     Largest,
+    any_indicators,
     captured,
     given_of,
     indicators,
-    plain,
     same,
     traces,
 )
-from teachers.explicit import heat_of, indicator_of, projections, softmax_of
+from teachers.explicit import first_text_key, heat_of, indicator_of, projections, softmax_of
 from teachers.limits import Limits
-from teachers.pipelines import TEXTS, TOKENS, job, jobs, picture
+from teachers.pipelines import TEXTS, job, jobs, picture
 
 
 class Contract(Limits):
@@ -42,37 +42,37 @@ class Contract(Limits):
 
     @SIZES
     @pytest.mark.parametrize("num_words", [None, 31])  # more words than a head is wide need several calls
-    def test_maps_are_the_softmax_averaged_over_a_words_tokens(self, family, size, num_words):
-        layers, words_BTW = family.layers(size), indicators(num_words)
+    def test_maps_are_the_softmax_averaged_over_a_words_tokens(self, family, readings, rotate, size, num_words):
+        layers, words_BTW = family.layers(size), indicators(readings, num_words)
+        mask_BK = self.text_mask(given_of(family, size)[2])
         with projections(layers) as seen:
             maps, _ = captured(family, size, words_BTW=words_BTW)
         assert list(maps) == [layer.name for layer in layers]
         for layer in layers:
-            softmax_BHCK = softmax_of(layer, seen)
-            first = layer.grid[0] * layer.grid[1] if layer.joint else 0
-            expected = softmax_BHCK[..., first : first + TOKENS] @ words_BTW[:, None].double()
+            softmax_BHCK, first = softmax_of(layer, seen, rotate, mask_BK), first_text_key(layer)
+            expected = softmax_BHCK[..., first : first + words_BTW.shape[1]] @ words_BTW[:, None].double()
             assert maps[layer.name].dtype == torch.float32
             torch.testing.assert_close(maps[layer.name].double(), expected, rtol=0, atol=1e-6)
             assert expected.std(dim=2).max() > 0.1 * expected.mean()  # flat maps would be equal too easily
 
-    @pytest.mark.parametrize(
-        ("text", "several"), [(TEXTS[0], {"zebra": 5, "umbrellas": 3}), (TEXTS[1], {"red": 1, "grasshopper": 6})]
-    )
+    @pytest.mark.parametrize("index", [0, 1])
     @pytest.mark.parametrize("shape", ["square", "wide", "tall"])
-    def test_a_teachers_maps_are_the_mean_over_layers_and_heads(self, pipeline, latent_sizes, shape, text, several):
+    def test_a_teachers_maps_are_the_mean_over_layers_and_heads(
+        self, pipeline, readings, rotate, latent_sizes, shape, index
+    ):
         sides, latent_size = latent_sizes[shape]
-        teacher = Teacher(pipeline, plain(geometry="aspect"))
+        text = TEXTS[index]
+        teacher = Teacher(pipeline, self.plain(geometry="aspect"))
         layers, words = teacher.family.layers(latent_size), words_of(text)
         with projections(layers) as seen:
             (found,) = teacher([job(picture(*sides), text)])
-        indicator_TW = indicator_of(text, words, TOKENS)
-        for word, count in several.items():
+        indicator_TW = indicator_of(text, words, readings)
+        for word, count in self.counts[index].items():
             assert (indicator_TW[:, [one.text for one in words].index(word)] > 0).sum() == count
-        keys = teacher.family.encode_texts([text])["states"].shape[1]
+        mask_BK = self.text_mask(teacher.family.encode_texts([text]))
+        expected = heat_of(layers, seen, indicator_TW, GRID, rotate, mask_BK)
         assert found.words == words
-        torch.testing.assert_close(
-            found.maps.double(), heat_of(layers, seen, indicator_TW, keys, GRID), rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(found.maps.double(), expected, rtol=0, atol=1e-5)
 
     def test_the_softmax_is_never_written_out(self, family, monkeypatch):
         size, given = (16, 16), given_of(family, (16, 16))
@@ -113,7 +113,7 @@ class Contract(Limits):
             parameter.requires_grad_(False)
         parts = [one for one in own.pipeline.components.values() if isinstance(one, torch.nn.Module)]
         before, weights = traces(own), [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
-        Teacher(own.pipeline, plain(refine=1, flip=True))(jobs())
+        Teacher(own.pipeline, self.plain(refine=self.refine, flip=True))(jobs())
         assert traces(own) == before
         for part, old in zip(parts, weights, strict=True):
             assert all(torch.equal(one, old[name]) for name, one in part.state_dict().items())
@@ -122,7 +122,7 @@ class Contract(Limits):
     def test_the_backbone_is_restored_after_an_exception(self, family, stop):
         before, given = traces(family), given_of(family, (16, 16))
         layers = family.layers((16, 16))
-        capture = WordCapture(layers[:2], indicators(), given[2]["states"].shape[1], lambda layer, one: None)
+        capture = WordCapture(layers[:2], any_indicators(family), given[2]["states"].shape[1], lambda layer, one: None)
         with pytest.raises(KeyError, match="mine"), torch.no_grad(), capture_words(capture, stop):
             raise KeyError("mine")
         assert traces(family) == before
@@ -139,7 +139,7 @@ class Contract(Limits):
     def test_two_passes_in_one_capture_are_refused(self, family):
         before, given = traces(family), given_of(family, (16, 16))
         capture = WordCapture(
-            family.layers((16, 16)), indicators(), given[2]["states"].shape[1], lambda layer, one: None
+            family.layers((16, 16)), any_indicators(family), given[2]["states"].shape[1], lambda layer, one: None
         )
         twice = pytest.raises(CaptureError, match="Got two passes through layer")
         with twice, torch.no_grad(), capture_words(capture):
@@ -151,7 +151,7 @@ class Contract(Limits):
 
     @pytest.mark.parametrize("levers", LEVERS, ids=lambda one: "-".join(one) or "plain")
     def test_maps_do_not_depend_on_the_batch(self, pipeline, levers):
-        config = plain(**levers)
+        config = self.plain(**levers | {"refine": levers.get("refine", 0) * self.refine})
         together = Teacher(pipeline, config)(jobs())
         alone = [Teacher(pipeline, config)([one])[0] for one in jobs()]
         backwards = Teacher(pipeline, config)(jobs()[::-1])[::-1]
@@ -167,8 +167,11 @@ class Contract(Limits):
         encoded, read = [], []
         encode = pipeline.vae.encode
         monkeypatch.setattr(pipeline.vae, "encode", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
-        handle = pipeline.text_encoder.register_forward_hook(lambda module, args, output: read.append(len(args[0])))
-        teacher = Teacher(pipeline, plain())
+        teacher = Teacher(pipeline, self.plain())
+        handle = teacher.family.text_encoder.register_forward_hook(
+            lambda module, args, options, output: read.append(len(args[0] if args else options["input_ids"])),
+            with_kwargs=True,
+        )
         first, again = teacher(jobs()), teacher(jobs()[1:])
         handle.remove()
         assert sum(encoded) == 3  # of four jobs
@@ -178,13 +181,13 @@ class Contract(Limits):
 
     def test_a_teacher_from_a_folder_gives_the_same_maps(self, pipeline, tmp_path: Path):
         pipeline.save_pretrained(tmp_path / "teacher", safe_serialization=True)
-        loaded = Teacher.from_pretrained(tmp_path / "teacher", plain())
+        loaded = Teacher.from_pretrained(tmp_path / "teacher", self.plain())
         assert loaded.name == str(tmp_path / "teacher")
         assert type(loaded.pipeline) is type(pipeline)
-        for one, other in zip(loaded(jobs()), Teacher(pipeline, plain())(jobs()), strict=True):
+        for one, other in zip(loaded(jobs()), Teacher(pipeline, self.plain())(jobs()), strict=True):
             # another copy of the model, whose weights are where the file has them: not the same bits on every CPU
             same(one, other, atol=1e-5)
-        renamed = Teacher.from_pretrained(tmp_path / "teacher", plain(), name="mine")
+        renamed = Teacher.from_pretrained(tmp_path / "teacher", self.plain(), name="mine")
         assert renamed.name == "mine"
 
     # 4
@@ -211,7 +214,7 @@ class Contract(Limits):
         second, ran = family.layers((16, 16))[1], []
         handles = [one.module.register_forward_hook(lambda *args: ran.append(1)) for one in family.layers((16, 16))]
         weights = {name.split(".")[0]: 0.0 for name in (layer.name for layer in family.layers((16, 16)))}
-        Teacher(pipeline, plain(layer_weights={**weights, second.name: 1.0}))(jobs()[:1])
+        Teacher(pipeline, self.plain(layer_weights={**weights, second.name: 1.0}))(jobs()[:1])
         assert len(ran) == 2
         for handle in handles:
             handle.remove()

@@ -39,6 +39,7 @@ TEXTS = (
 )
 TOKENS = 77
 PADDING_TOKENS = 256  # that SD3's pipeline puts where T5 would be
+SHARPENED = ("to_q", "to_k", "add_q_proj", "add_k_proj", "to_qkv_mlp_proj")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -203,9 +204,11 @@ def shared(build: Callable[[], Any]) -> Any:
         torch.manual_seed(7)
         pipeline = build()
         for name, parameter in pipeline.components[_backbone(pipeline)].named_parameters():
-            if "norm_" in name and name.endswith("weight"):  # of queries and keys: else all ones, and no test of them
+            if not name.endswith("weight"):
+                continue
+            if "norm_" in name:  # of queries and keys: else all ones, and no test of them
                 torch.nn.init.uniform_(parameter, 0.5, 3)
-            elif name.split(".")[-2] in ("to_q", "to_k", "add_q_proj", "add_k_proj") and name.endswith("weight"):
+            elif name.split(".")[-2] in SHARPENED:
                 parameter.data *= 2
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

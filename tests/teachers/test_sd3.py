@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
 from lavender.config import ExtractionConfig
 from lavender.errors import ConfigError
 from lavender.teachers.diffusion.teacher import Teacher
-from teachers import pipelines
+from teachers import pipelines, transformer_pipelines
 from teachers.basis import GRID, given_of
 from teachers.contract import Contract
+from teachers.explicit import Reading
 
 EIGHTS = {"square": ((64, 64), (16, 16)), "wide": ((150, 70), (10, 24)), "tall": ((60, 110), (22, 12))}
 
@@ -73,3 +76,46 @@ class TestStableDiffusion35(Contract):
     @pytest.fixture
     def latent_sizes(self):
         return EIGHTS
+
+
+class TestStableDiffusion35WithT5(Contract):
+    """T5's tokens stand behind CLIP's, and a word has tokens of both."""
+
+    counts: ClassVar = ({"zebra": 5 + 2, "umbrellas": 3 + 2}, {"red": 1 + 1, "grasshopper": 6 + 2})
+    settings: ClassVar = {"t5": True}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def build(cls):
+        return transformer_pipelines.stable_diffusion_3_t5
+
+    @pytest.fixture
+    def latent_sizes(self):
+        return EIGHTS
+
+    @pytest.fixture
+    def readings(self, pipeline):
+        return [Reading(pipeline.tokenizer), Reading(pipeline.tokenizer_3, before=0, keys=pipelines.PADDING_TOKENS)]
+
+    @torch.no_grad()
+    def test_t5_is_read(self, pipeline, family):
+        """Its keys are its own states, not the zeros that stand in its place."""
+        states = family.encode_texts(["a zebra"])["states"]
+        tokens = pipeline.tokenizer_3(["a zebra"], padding="max_length", max_length=256, return_tensors="pt")
+        assert torch.equal(states[:, pipelines.TOKENS :], pipeline.text_encoder_3(tokens["input_ids"])[0])
+
+    def test_the_setting_must_say_what_the_pipeline_has(self, pipeline):
+        with pytest.raises(ConfigError, match="Got t5=False with a pipeline that has a T5.* Do this: set t5=True"):
+            Teacher(pipeline, ExtractionConfig())
+        other = pipelines.shared(pipelines.stable_diffusion_35)
+        with pytest.raises(ConfigError, match="Got t5=True with a pipeline that has no T5.* Do this: set t5=False"):
+            Teacher(other, ExtractionConfig(t5=True))
+        with pytest.raises(ConfigError, match="Got t5=True with a StableDiffusionPipeline"):
+            Teacher(pipelines.shared(pipelines.stable_diffusion), ExtractionConfig(t5=True))
+
+    def test_a_folder_is_loaded_with_and_without(self, pipeline, tmp_path):
+        pipeline.save_pretrained(tmp_path / "teacher", safe_serialization=True)
+        assert Teacher.from_pretrained(tmp_path / "teacher").pipeline.text_encoder_3 is None
+        with_t5 = Teacher.from_pretrained(tmp_path / "teacher", ExtractionConfig(t5=True))
+        assert with_t5.pipeline.text_encoder_3 is not None
+        assert with_t5.config.identity() != ExtractionConfig().identity()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
+from lavender.teachers.diffusion.base import tokenized
 from lavender.teachers.diffusion.text_windows import Window, indicator, window_of, windows
 from lavender.words import words_of
 from lavender.world import TEACHER_PATH
@@ -60,7 +61,7 @@ def test_sentences_stay_whole_where_they_fit(tokenizer):
 
 def window(tokenizer, text: str, carrier="own", start: int = 0, words=None):
     given = words_of(text) if words is None else words
-    return window_of(tokenizer, 3, text, start, given, carrier, LIMIT)
+    return window_of(lambda part: tokenized(tokenizer, part, LIMIT), 3, text, start, given, carrier)
 
 
 def test_tokens_of_words_by_hand(tokenizer):

@@ -95,6 +95,9 @@ class Aggregate:
 
     def maps(self) -> Tensor:
         """The words' maps, (row, word, rows, cols), not negative, of any scale; without the column of the text."""
+        if self.config.space == "output":
+            maps_BWrc = [self._on_picture(grid, self._of_concepts(dot_BCW)) for grid, dot_BCW in self._sums.items()]
+            return torch.stack(maps_BWrc).sum(dim=0)
         if self._heads:
             maps_ABWrc = torch.stack(list(self._heads.values()))
             words_BWrc, text_BWrc = _most_peaked(maps_ABWrc[:, :, :-1], maps_ABWrc[:, :, -1:], self.config.head_share)
@@ -110,6 +113,19 @@ class Aggregate:
         # a text of a single word has no other tokens: clamp the count to avoid a division by 0
         others_BWrc = (text_BWrc * num_B1 - words_BWrc * num_BW) / (num_B1 - num_BW).clamp_min(1)
         return (words_BWrc - others_BWrc).clamp_min(0)
+
+    def _of_concepts(self, dot_BCW: Tensor) -> Tensor:
+        """Dot products of any sign, summed over layers, as maps whose lowest cell of the view is 0: (row, cell, word).
+
+        They compete in the view, because outside of it a map is 0 and a dot product is nothing.
+        """
+        words_BCW, mean_BC1 = dot_BCW[..., :-1] / self._total, dot_BCW[..., -1:] / self._total
+        is_word_B1W, num_words_B11 = self.tokens_BW[:, None, :-1], self.tokens_BW[:, None, -1:]
+        if self.config.competition == "share":
+            return words_BCW.masked_fill(is_word_B1W == 0, float("-inf")).softmax(dim=-1)
+        if self.config.competition == "contrast":
+            words_BCW = words_BCW - (mean_BC1 * num_words_B11 - words_BCW) / (num_words_B11 - 1).clamp_min(1)
+        return words_BCW - words_BCW.amin(dim=1, keepdim=True)
 
 
 def _most_peaked(maps_ABWrc: Tensor, text_AB1rc: Tensor, share: float) -> tuple[Tensor, Tensor]:

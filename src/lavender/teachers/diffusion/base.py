@@ -29,14 +29,27 @@ class Layer:
         name: as in the backbone's `named_modules`.
         module: calls `torch.nn.functional.scaled_dot_product_attention`; its first call in a forward is read.
         grid: (rows, cols) of the image queries, which must be in row-major order. rows · cols must be their number.
-        joint: whether one attention call holds image and text (MM-DiT). The image's queries and keys must then come
-            before the text's.
+        joint: whether one attention call holds image and text (MM-DiT).
+        text_first: whether the text's queries and keys come before the image's in such a call.
     """
 
     name: str
     module: nn.Module
     grid: tuple[int, int]
     joint: bool = False
+    text_first: bool = False
+
+
+def tokenized(tokenizer: Any, text: str, max_tokens: int) -> list[tuple[int, int]]:
+    """The half-open span of characters of each token of a text, truncated to `max_tokens`; (0, 0) for special ones."""
+    encoded = tokenizer(text, truncation=True, max_length=max_tokens, return_offsets_mapping=True)
+    return [(first, last) for first, last in encoded["offset_mapping"]]
+
+
+def rectified_flow(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """x_t = (1 − σ)·x + σ·ε with σ = t / 1000, as `TeacherFamily.add_noise` of models that learn this flow."""
+    sigma = (timesteps.float() / 1000)[:, None, None, None]
+    return ((1 - sigma) * latents.float() + sigma * noise.float()).to(latents.dtype)
 
 
 class TeacherFamily(ABC):
@@ -55,13 +68,15 @@ class TeacherFamily(ABC):
 
     What goes wrong most easily:
 
-    - **Token positions.** The tokens of `pipeline.tokenizer` must be the first keys of "states", in the same order.
-      Keys of other text encoders may follow. Encoders that are concatenated along the width must share the tokenizer.
+    - **Token positions.** `token_offsets` says which key of "states" carries which characters. Override it where a
+      template surrounds the text, keys are dropped, or a second text encoder adds keys. Encoders that are concatenated
+      along the width must share the tokenizer.
     - **One row per text.** `encode_texts` must not add rows for classifier-free guidance.
     - **Order of layers.** A forward stops after the last layer that is read, so `layers` must be in the order in which
       they run. `named_modules` may differ: a UNet lists its middle block last.
     - **Grids of non-square pictures.** Compute them from `latent_size`, and round as the backbone rounds.
-    - **Joint layers with the text first.** The capture expects the image first; such a family needs a change there.
+    - **Joint layers.** Flux has the text's tokens first, Stable Diffusion 3 the image's; see `Layer.text_first`.
+    - **Padding of the text.** Pad to a length that no other text of the batch changes.
     - **Heights and widths.** Sizes are (height, width). Pillow's `Image.size` is (width, height).
     - **Random numbers.** Encoding must be deterministic, and a row's output must not depend on the other rows.
 
@@ -80,15 +95,19 @@ class TeacherFamily(ABC):
     """The pipeline class of diffusers, as `model_index.json` names it."""
     optional_parts: ClassVar[Mapping[str, Any]] = {}
     """Arguments of `from_pretrained` that leave out parts which a teacher does not need. None leaves out a part."""
+    t5_parts: ClassVar[tuple[str, ...]] = ()
+    """The `optional_parts` that `ExtractionConfig.t5` keeps."""
+    takes_tiny_vae: ClassVar[bool] = True
+    """Whether an `AutoencoderTiny` can encode the pictures; False where `scaled_latents` needs the pipeline's own."""
     largest_layer: ClassVar[int | None] = None
     """The default of `ExtractionConfig.largest_layer`; None reads layers of any size."""
 
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
         self.forwards = 0
-        if not pipeline.tokenizer.is_fast:
+        if not self.tokenizer.is_fast:
             raise UnsupportedModelError(
-                f"the slow tokenizer {type(pipeline.tokenizer).__name__}",
+                f"the slow tokenizer {type(self.tokenizer).__name__}",
                 "a fast tokenizer, which knows where in the text a token stands",
                 "convert it: CLIPTokenizerFast.from_pretrained(folder) and save it beside the pipeline",
             )
@@ -100,8 +119,8 @@ class TeacherFamily(ABC):
             ModelError: the tokenizer's texts are longer than the text encoder takes, or the latents or text states
                 have another width than the backbone takes.
         """
-        places = self.pipeline.text_encoder.config.max_position_embeddings
-        latents, wanted = self.pipeline.vae.config.latent_channels, self.in_channels
+        places = getattr(self.text_encoder.config, "max_position_embeddings", self.max_tokens)
+        latents, wanted = self.latent_channels, self.in_channels
         if not 2 < self.max_tokens <= places:
             wrong = f"the tokenizer's model_max_length {self.max_tokens} beside a text encoder of {places} tokens"
         elif latents != wanted:
@@ -112,9 +131,37 @@ class TeacherFamily(ABC):
             return
         raise ModelError(f"{wrong}, in {self.pipeline.name_or_path}", "parts that fit", "get all parts of one pipeline")
 
+    def check_t5(self, wanted: bool) -> None:
+        """Check that `ExtractionConfig.t5` fits the pipeline.
+
+        Raises:
+            ConfigError: it is set, and T5 is no choice in this family.
+        """
+        if wanted:
+            raise ConfigError(
+                f"t5=True with a {self.pipeline_class.__name__}",
+                "Stable Diffusion 3 or 3.5, where T5 can be left out",
+                "leave t5 out",
+            )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer by which texts are cut into windows."""
+        return self.pipeline.tokenizer
+
+    @property
+    def text_encoder(self) -> Any:
+        """The text encoder of `tokenizer`."""
+        return self.pipeline.text_encoder
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that the autoencoder makes."""
+        return self.pipeline.vae.config.latent_channels
+
     @property
     def in_channels(self) -> int:
-        """Channels of the latents that the backbone takes."""
+        """Channels of the latents that the backbone takes, before patches of cells are joined into channels."""
         config: Any = self.backbone.config
         return config.in_channels
 
@@ -156,8 +203,18 @@ class TeacherFamily(ABC):
 
         Returns:
             Tensors of one row per text, in the backbone's precision and on its device. "states" is
-            (row, key, `text_width`), and its first keys are the tokens of `pipeline.tokenizer`, padding included.
+            (row, key, `text_width`); `token_offsets` describes its first keys.
         """
+
+    def token_offsets(self, text: str) -> list[tuple[int, int]]:
+        """Which characters of a text each of the first keys of "states" carries.
+
+        By default the first keys are the tokens of `tokenizer`, truncated to `max_tokens`.
+
+        Returns:
+            Half-open spans of characters, at most `word_keys`; (0, 0) for special tokens, templates and padding.
+        """
+        return tokenized(self.tokenizer, text, self.max_tokens)
 
     def empty_condition(self) -> Condition:
         """The unconditional condition of classifier-free guidance, one row. `mode="null-text"` needs it."""
@@ -207,6 +264,26 @@ class TeacherFamily(ABC):
         A joint layer belongs to both `layers` and `self_attention`.
         """
 
+    def concept_layers(self, latent_size: tuple[int, int]) -> list[Layer]:
+        """The blocks of joint attention for `ExtractionConfig.space="output"`, in the order in which they run.
+
+        The `module` of each is the block, which takes its arguments by name and returns the text first; the `name` is
+        that of its attention. All text tokens must have the same position.
+
+        Raises:
+            ConfigError: the family has none.
+        """
+        raise ConfigError(
+            f"space='output' with a {self.pipeline_class.__name__}",
+            "a model with separate streams of image and text, such as Stable Diffusion 3 or Flux 1",
+            "use space='attention'",
+        )
+
+    def concept_weights(self) -> LayerWeights:
+        """The default of `ExtractionConfig.layer_weights` for `concept_layers`: the second half of them."""
+        layers = self.concept_layers(self.latent_size((self.side, self.side)))
+        return {layer.name: 0.0 for layer in layers[: len(layers) // 2]}
+
     @property
     def alphas_cumprod(self) -> Tensor:
         """ᾱ of each timestep for DDIM, (1000,), falling. Override it for models that DDIM can sample.
@@ -231,8 +308,13 @@ class TeacherFamily(ABC):
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that the text encoder takes, special tokens included. Longer texts are cut into windows."""
-        return self.pipeline.tokenizer.model_max_length
+        """Tokens of a text that the encoder takes, two of them special. Longer texts are cut into windows."""
+        return self.tokenizer.model_max_length
+
+    @property
+    def word_keys(self) -> int:
+        """How many of the first keys of "states" can carry words."""
+        return self.max_tokens
 
     @property
     def device(self) -> torch.device:
@@ -260,13 +342,7 @@ class TeacherFamily(ABC):
             ConfigError: the encoder overflowed (SDXL's does in float16).
         """
         vae = self.pipeline.vae
-        pixels = pixels.to(vae.device, vae.dtype)
-        if isinstance(vae, AutoencoderTiny):
-            latents = vae.encode(pixels).latents
-        else:
-            latents = vae.encode(pixels).latent_dist.mode()
-        shift = vae.config.get("shift_factor") or 0.0
-        latents = (latents.float() - shift) * vae.config.scaling_factor
+        latents = self.scaled_latents(pixels.to(vae.device, vae.dtype))
         if not latents.isfinite().all():
             raise ConfigError(
                 f"NaN or infinity in the latents, encoded in {str(vae.dtype).removeprefix('torch.')}",
@@ -274,3 +350,13 @@ class TeacherFamily(ABC):
                 "use --dtype bfloat16 or float32",
             )
         return latents.to(self.device, self.dtype)
+
+    def scaled_latents(self, pixels: Tensor) -> Tensor:
+        """What the autoencoder makes of pictures in its precision, scaled and shifted for the backbone; float32."""
+        vae = self.pipeline.vae
+        if isinstance(vae, AutoencoderTiny):
+            latents = vae.encode(pixels).latents
+        else:
+            latents = vae.encode(pixels).latent_dist.mode()
+        shift = vae.config.get("shift_factor") or 0.0
+        return (latents.float() - shift) * vae.config.scaling_factor

@@ -21,11 +21,11 @@ from torch.overrides import TorchFunctionMode
 from lavender.errors import CaptureError
 from lavender.teachers.diffusion.base import Layer
 
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-class _StopForward(Exception):
-    """Raised inside the backbone after the last layer that is read; never leaves `capture_words`."""
+class StopForward(Exception):
+    """Raised inside the backbone after the last layer that is read; never leaves the capture's context."""
 
 
 class _AttentionWatch(TorchFunctionMode):
@@ -41,7 +41,7 @@ class _AttentionWatch(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention and self.current is not None:
             layer, self.current = self.current, None
-            given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs  # processors pass them by position or by name
+            given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs  # processors pass them by position or by name
             self._on_attention(layer, given["query"], given["key"], given)
         return output
 
@@ -85,18 +85,21 @@ class WordCapture:
             CaptureError: the number of image queries is not that of the layer's grid.
         """
         cells = layer.grid[0] * layer.grid[1]
-        image_queries = query_BHKD.shape[2] - (self._num_text_keys if layer.joint else 0)
+        num_text = self._num_text_keys if layer.joint else 0
+        image_queries = query_BHKD.shape[2] - num_text
         if image_queries != cells:
             raise CaptureError(
                 f"{image_queries} image queries in layer {layer.name!r}",
                 f"{cells}, a grid of {layer.grid}",
                 "report this model: its resolutions are not those of its family",
             )
-        query_BHCD = query_BHKD[:, :, :cells]
+        first = num_text if layer.text_first else 0
+        image = slice(first, first + cells)
+        query_BHCD = query_BHKD[:, :, image]
         if layer.name in {image_layer.name for image_layer in self.image_layers}:
-            self.image_attention[layer.name] = query_BHCD, key_BHKD[:, :, :cells]
+            self.image_attention[layer.name] = query_BHCD, key_BHKD[:, :, image]
         if layer.name in {word_layer.name for word_layer in self.layers}:
-            before = cells if layer.joint else 0
+            before = cells if layer.joint and not layer.text_first else 0
             self._on_maps(layer, self._word_attention(query_BHCD, key_BHKD, before, options))
         self._missing.discard(layer.name)
 
@@ -158,7 +161,7 @@ def capture_words(capture: WordCapture, stop: bool = False) -> Iterator[None]:
             watching.close()
             waiting.discard(layer.name)
             if stop and not waiting:
-                raise _StopForward
+                raise StopForward
 
         return hook
 
@@ -167,13 +170,13 @@ def capture_words(capture: WordCapture, stop: bool = False) -> Iterator[None]:
         for layer in marked.values():
             handles.append(layer.module.register_forward_pre_hook(enter(layer)))
             handles.append(layer.module.register_forward_hook(leave(layer)))
-        with watching, contextlib.suppress(_StopForward):
+        with watching, contextlib.suppress(StopForward):
             yield
         if capture.missing:
             raise CaptureError(
                 f"{len(capture.missing)} of {len(marked)} attention layers not seen, the first {capture.missing[0]!r}",
                 "every layer to call torch's scaled_dot_product_attention",
-                "remove custom attention processors: set_default_attn_processor()",
+                "remove custom attention processors and attention backends: load the pipeline again",
             )
     finally:
         for handle in handles:

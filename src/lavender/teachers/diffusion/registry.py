@@ -15,10 +15,24 @@ from torch import nn
 from lavender.errors import ModelError, UnsupportedModelError
 from lavender.model_files import check_files, load_weights, quiet
 from lavender.teachers.diffusion.base import TeacherFamily
+from lavender.teachers.diffusion.flux import Flux
+from lavender.teachers.diffusion.flux_2 import Flux2Klein
+from lavender.teachers.diffusion.pixart import PixArtSigma
+from lavender.teachers.diffusion.qwen_image import QwenImage
+from lavender.teachers.diffusion.sana import Sana
 from lavender.teachers.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lavender.teachers.diffusion.stable_diffusion_3 import StableDiffusion3
 
-FAMILIES: tuple[type[TeacherFamily], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+FAMILIES: tuple[type[TeacherFamily], ...] = (
+    StableDiffusion,
+    StableDiffusionXL,
+    StableDiffusion3,
+    Flux,
+    Flux2Klein,
+    PixArtSigma,
+    Sana,
+    QwenImage,
+)
 
 
 def family_of(pipeline_class: type[DiffusionPipeline]) -> type[TeacherFamily]:
@@ -29,13 +43,14 @@ def family_of(pipeline_class: type[DiffusionPipeline]) -> type[TeacherFamily]:
     return family
 
 
-def load_family(path: str, **options: Any) -> TeacherFamily:
+def load_family(path: str, t5: bool = False, **options: Any) -> TeacherFamily:
     """Load a pipeline of any family, its weights from safetensors only.
 
     The class is read from the pipeline's `model_index.json` before any weight is loaded.
 
     Args:
         path: a folder or hub id.
+        t5: see `ExtractionConfig`.
         options: arguments of `from_pretrained`, such as `dtype`.
 
     Raises:
@@ -49,18 +64,19 @@ def load_family(path: str, **options: Any) -> TeacherFamily:
     index = DiffusionPipeline.load_config(path)
     name = index.get("_class_name")
     family = _family_named(str(name), f"{path}, a {name}")
-    left_out = {part: value for part, value in family.optional_parts.items() if value is None}
+    optional = {part: value for part, value in family.optional_parts.items() if not (t5 and part in family.t5_parts)}
+    left_out = {part: value for part, value in optional.items() if value is None}
     folder = path
     if not Path(path).is_dir():
         folder = str(DiffusionPipeline.download(path, use_safetensors=True, **left_out))
     parts = {
         part: _load_part(Path(folder) / part, index[part], **options)
         for part, value in index.items()
-        if part not in family.optional_parts and isinstance(value, list | tuple) and value[0] is not None
+        if part not in optional and isinstance(value, list | tuple) and value[0] is not None
     }
     models = {part: one for part, one in parts.items() if one is not None}
     with quiet(logging):
-        return family(family.pipeline_class.from_pretrained(folder, **models, **family.optional_parts, **options))
+        return family(family.pipeline_class.from_pretrained(folder, **models, **optional, **options))
 
 
 def load_tiny_vae(path: str, **options: Any) -> AutoencoderTiny:

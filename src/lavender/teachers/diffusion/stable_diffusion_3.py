@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from lavender.teachers.diffusion.base import Condition, Layer, LayerWeights, TeacherFamily
+from lavender.errors import ConfigError, UnsupportedModelError
+from lavender.teachers.diffusion import t5
+from lavender.teachers.diffusion.base import Condition, Layer, LayerWeights, TeacherFamily, rectified_flow
+
+T5_TOKENS = 256
+"""Keys of T5, or of the zeros in its place."""
 
 
 class StableDiffusion3(TeacherFamily):
-    """Stable Diffusion 3 and 3.5 without T5, which the model allows: the CLIP encoders' tokens are the words' keys."""
+    """Stable Diffusion 3 and 3.5.
+
+    The tokens of the two CLIP encoders are the words' keys, and behind them those of T5 with `ExtractionConfig.t5`. A
+    word is then the mean over its tokens of both kinds. The model allows to leave T5 out; its keys are then zeros.
+    """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
     optional_parts: ClassVar[Mapping[str, Any]] = {"text_encoder_3": None, "tokenizer_3": None}
+    t5_parts: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
+
+    def check_t5(self, wanted: bool) -> None:
+        found = self.pipeline.text_encoder_3 is not None
+        if wanted != found:
+            raise ConfigError(
+                f"t5={wanted} with a pipeline that has {'a' if found else 'no'} T5",
+                "the setting that says what the pipeline has",
+                f"set t5={found}, or {'leave out' if found else 'load'} text_encoder_3 and tokenizer_3",
+            )
+        if found and not self.pipeline.tokenizer_3.is_fast:
+            raise UnsupportedModelError(
+                f"the slow tokenizer {type(self.pipeline.tokenizer_3).__name__}",
+                "a fast tokenizer, which knows where in the text a token stands",
+                "convert it, and save it beside the pipeline",
+            )
+
+    @property
+    def word_keys(self) -> int:
+        return self.max_tokens + (T5_TOKENS if self.pipeline.text_encoder_3 is not None else 0)
 
     @property
     def text_width(self) -> int:
@@ -41,9 +71,21 @@ class StableDiffusion3(TeacherFamily):
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         # in the place of T5 the pipeline appends zeros to the CLIP tokens; they are keys too
         encoded = self.pipeline.encode_prompt(
-            list(texts), None, None, device=self.device, do_classifier_free_guidance=False
+            list(texts),
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=T5_TOKENS,
         )
         return {"states": encoded[0].to(self.dtype), "pooled": encoded[2].to(self.dtype)}
+
+    def token_offsets(self, text: str) -> list[tuple[int, int]]:
+        clip = super().token_offsets(text)
+        if self.pipeline.text_encoder_3 is None:
+            return clip
+        padding = [(0, 0)] * (self.max_tokens - len(clip))
+        return clip + padding + t5.padded_offsets(self.pipeline.tokenizer_3, text, T5_TOKENS)
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition, image_size: tuple[int, int]) -> Tensor:
         return self.pipeline.transformer(
@@ -51,9 +93,7 @@ class StableDiffusion3(TeacherFamily):
         ).sample
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Rectified flow: x_t = (1 − σ)·x + σ·ε, σ = t / 1000."""
-        sigma = (timesteps.float() / 1000)[:, None, None, None]
-        return ((1 - sigma) * latents.float() + sigma * noise.float()).to(latents.dtype)
+        return rectified_flow(latents, noise, timesteps)
 
     def layers(self, latent_size: tuple[int, int]) -> list[Layer]:
         patch = self.pipeline.transformer.config.patch_size
@@ -66,6 +106,10 @@ class StableDiffusion3(TeacherFamily):
 
     def self_attention(self, latent_size: tuple[int, int]) -> list[Layer]:
         return self.layers(latent_size)
+
+    def concept_layers(self, latent_size: tuple[int, int]) -> list[Layer]:
+        blocks = self.pipeline.transformer.transformer_blocks
+        return [replace(layer, module=block) for layer, block in zip(self.layers(latent_size), blocks, strict=True)]
 
     def default_weights(self) -> LayerWeights:
         """Only the block whose attention segments best: block 9 of SD3-medium's 24 (Seg4Diff), scaled to the depth."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lavender.config import ExtractionConfig
 from lavender.data.images import image_id, load_image, named
-from lavender.errors import CaptureError
+from lavender.errors import CaptureError, ConfigError
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.model_files import loading
 from lavender.teachers.diffusion.base import Condition, Layer, LayerWeights
@@ -82,8 +82,7 @@ class Teacher:
         (['red', 'dog'], (2, 32, 32))
 
     Args:
-        pipeline: a pipeline of diffusers of a supported family: Stable Diffusion 1.x, 2.x, XL, 3 or 3.5. It is used as
-            it is.
+        pipeline: a pipeline of diffusers, used as it is. `lavender.teachers.diffusion.registry.FAMILIES` are supported.
         config: how maps are made; by default `ExtractionConfig()`.
         name: recorded in map stores; `from_pretrained` takes the path or hub id.
 
@@ -102,12 +101,14 @@ class Teacher:
     def __init__(self, pipeline: Any, config: ExtractionConfig | None = None, name: str = "unnamed"):
         self.family = family_of(type(pipeline))(pipeline)
         self.config, self.name = config or ExtractionConfig(), name
-        weights = self.config.layer_weights
-        self.weights: LayerWeights = self.family.default_weights() if weights is None else weights
         # refuse settings that do not fit this model before any work
+        self.family.check_t5(self.config.t5)
+        self.weights: LayerWeights = self._layer_weights()
         self.layers((self.family.side, self.family.side))
         if self.config.mode != "noise":
             _ = self.family.alphas_cumprod
+        if self.config.refine:
+            self.family.self_attention(self.family.latent_size((self.family.side, self.family.side)))
         self._pictures: OrderedDict[Hashable, _EncodedView] = OrderedDict()
         self._texts: OrderedDict[Hashable, Condition] = OrderedDict()
         self.reconstruction: list[float] = []
@@ -139,8 +140,14 @@ class Teacher:
         """
         config = config or ExtractionConfig()
         with loading("teacher", path, consent=None):
-            family = load_family(os.path.expanduser(path), dtype=dtype)
+            family = load_family(os.path.expanduser(path), t5=config.t5, dtype=dtype)
             if config.tiny_vae is not None:
+                if not family.takes_tiny_vae:
+                    raise ConfigError(
+                        f"tiny_vae with a {type(family.pipeline).__name__}",
+                        "a model whose latents an AutoencoderTiny makes",
+                        "leave tiny_vae out",
+                    )
                 with loading("tiny_vae", config.tiny_vae, consent=None):
                     family.pipeline.vae = load_tiny_vae(config.tiny_vae, dtype=dtype)
             family.check_parts()
@@ -155,10 +162,29 @@ class Teacher:
     def layers(self, image_size: tuple[int, int]) -> list[Layer]:
         """The layers that are read for a view of (height, width) pixels, in the order in which they run."""
         # chosen on the square, because a non-square view can have a few cells more or less in a layer
-        square = self.family.layers(self.family.latent_size((self.family.side, self.family.side)))
+        square = self.candidates((self.family.side, self.family.side))
         largest = self.config.largest_layer or self.family.largest_layer
         chosen = {layer.name for layer in choose_layers(square, self.weights, largest)}
-        return [layer for layer in self.family.layers(self.family.latent_size(image_size)) if layer.name in chosen]
+        return [layer for layer in self.candidates(image_size) if layer.name in chosen]
+
+    def _layer_weights(self) -> LayerWeights:
+        """The config's `layer_weights` or `expert_layer`, else the family's default."""
+        if self.config.layer_weights is not None:
+            return self.config.layer_weights
+        expert = self.config.expert_layer
+        if expert is None:
+            return self.family.concept_weights() if self.config.space == "output" else self.family.default_weights()
+        names = [layer.name for layer in self.candidates((self.family.side, self.family.side))]
+        if expert >= len(names):
+            raise ConfigError(
+                f"expert_layer={expert}", f"a layer from 0 to {len(names) - 1}", "count the layers as they run"
+            )
+        return {name: float(index == expert) for index, name in enumerate(names)}
+
+    def candidates(self, image_size: tuple[int, int]) -> list[Layer]:
+        """All layers that could be read for a view of (height, width) pixels, in the order in which they run."""
+        size = self.family.latent_size(image_size)
+        return self.family.concept_layers(size) if self.config.space == "output" else self.family.layers(size)
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -167,7 +193,7 @@ class Teacher:
 
     def windows(self, text: str) -> list[tuple[int, int]]:
         """Spans of characters that each fit the text encoder; see `lavender.teachers.diffusion.text_windows`."""
-        return windows(self.family.pipeline.tokenizer, text, self.family.max_tokens)
+        return windows(self.family.tokenizer, text, self.family.max_tokens)
 
     def view(self, image: Image.Image) -> View:
         """What the teacher sees of a picture. It is small, so a batch can be prepared without holding its pictures."""
@@ -230,13 +256,12 @@ class Teacher:
             starts = [word.start for word in words]
             for start, end in self.windows(job.text):
                 window, lost = window_of(
-                    self.family.pipeline.tokenizer,
+                    self.family.token_offsets,
                     index,
                     job.text[start:end],
                     start,
                     words[bisect_left(starts, start) : bisect_left(starts, end)],
                     self.config.carrier,
-                    self.family.max_tokens,
                 )
                 rows.append(window)
                 without_token[-1] += lost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,30 +74,28 @@ class Window:
 
 
 def window_of(
-    tokenizer: PreTrainedTokenizerBase,
+    token_offsets: Callable[[str], Sequence[tuple[int, int]]],
     job: int,
     text: str,
     start: int,
     words: Sequence[Word],
     carrier: Carrier,
-    max_tokens: int,
 ) -> tuple[Window, list[Word]]:
     """Find the tokens of a window's words.
 
     Args:
+        token_offsets: see `TeacherFamily.token_offsets`. A word can have tokens of several text encoders.
         job: the job's index.
         text: the window's characters.
         start: where the window begins in the job's text.
         words: the words that begin in the window.
         carrier: see `ExtractionConfig`.
-        max_tokens: tokens that the encoder takes, special tokens included; the text is truncated to it.
 
     Returns:
         The window, and the words without a token.
     """
     text = encodable(text)
-    encoded = tokenizer(text, truncation=True, max_length=max_tokens, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
+    offsets = token_offsets(text)
     content = tuple(index for index, (first, last) in enumerate(offsets) if last > first)
     kept, without_token, spans = [], [], []
     for word in words:
@@ -105,24 +103,27 @@ def window_of(
         if not span:
             without_token.append(word)
             continue
-        if carrier == "own+next" and span[-1] + 1 in content:
-            span = [*span, span[-1] + 1]
+        if carrier == "own+next":
+            span = sorted({*span, *(index + 1 for index in span if index + 1 in content)})
         kept.append(word)
         spans.append(tuple(span))
     return Window(job, text, tuple(kept), tuple(spans), content), without_token
 
 
-def indicator(rows: Sequence[Window], max_tokens: int) -> tuple[Tensor, Tensor]:
+def indicator(rows: Sequence[Window], word_keys: int) -> tuple[Tensor, Tensor]:
     """The values with which attention on words is read, see `lavender.teachers.diffusion.capture`.
 
     Columns are the words of each row, so a long text in many windows stays cheap. The last column is the mean of all
     tokens of the text. A column without a word is 0, with n = 1.
 
+    Args:
+        word_keys: see `TeacherFamily.word_keys`.
+
     Returns:
         E (row, token, column), 1/n at the n tokens of a word; and n (row, column).
     """
     width = max(len(row.words) for row in rows) + 1
-    values, counts = torch.zeros(len(rows), max_tokens, width), torch.ones(len(rows), width)
+    values, counts = torch.zeros(len(rows), word_keys, width), torch.ones(len(rows), width)
     for index, row in enumerate(rows):
         for column, tokens in [*enumerate(row.tokens), (width - 1, row.content)]:
             if tokens:
