@@ -17,7 +17,14 @@ from lavender.students.families.llava import LlavaAdapter
 from lavender.students.families.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
 from lavender.students.families.minicpm_v import MiniCpmVAdapter
 from lavender.students.families.mllama import MllamaAdapter
-from lavender.students.families.qwen_vl import Qwen2VlAdapter, Qwen3VlAdapter, Qwen25VlAdapter
+from lavender.students.families.qwen_vl import (
+    Qwen2VlAdapter,
+    Qwen3VlAdapter,
+    Qwen3VlMoeAdapter,
+    Qwen25VlAdapter,
+    Qwen35Adapter,
+    Qwen35MoeAdapter,
+)
 
 FAMILIES: dict[str, type[VlmAdapter]] = {
     family.model_type: family
@@ -35,6 +42,9 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
         Qwen2VlAdapter,
         Qwen25VlAdapter,
         Qwen3VlAdapter,
+        Qwen3VlMoeAdapter,
+        Qwen35Adapter,
+        Qwen35MoeAdapter,
         SmolVlmAdapter,
     )
 }
