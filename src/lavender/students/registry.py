@@ -10,6 +10,7 @@ from lavender.errors import UnsupportedModelError
 from lavender.students.base import VlmAdapter
 from lavender.students.families.flamingo import FlamingoAdapter
 from lavender.students.families.gemma3 import Gemma3Adapter
+from lavender.students.families.glm4v import Glm4vAdapter, Glm46vAdapter
 from lavender.students.families.idefics import IdeficsAdapter
 from lavender.students.families.idefics3 import Idefics3Adapter, SmolVlmAdapter
 from lavender.students.families.internvl import InternVlAdapter
@@ -31,6 +32,8 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
     for family in (
         FlamingoAdapter,
         Gemma3Adapter,
+        Glm4vAdapter,
+        Glm46vAdapter,
         Idefics3Adapter,
         IdeficsAdapter,
         InternVlAdapter,
