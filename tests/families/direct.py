@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from families.asking import cast, request_of
 from lavender.alignment.objective import attach
@@ -15,6 +16,17 @@ from lavender.students.registry import adapter_for
 
 STEP = 1e-3
 """Of the finite differences. Some models normalise in float32 even in float64, so a smaller step would be noise."""
+
+
+def use_all_experts(model: PreTrainedModel) -> None:
+    """Make mixtures of experts smooth, and able to compute in float64.
+
+    Which experts a token gets jumps with its states, and the grouped product of torch knows no float64.
+    """
+    model.set_experts_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "top_k"):
+            module.top_k = module.num_experts
 
 
 class DirectLosses:
@@ -28,6 +40,7 @@ class DirectLosses:
         Towers are left out: some of them round, resample or compute positions without gradient.
         """
         model, inputs = model.double(), cast(batch, torch.float64)
+        use_all_experts(model)
         head = attach(model, AlignmentConfig(attention_loss=kind, sharpen=2))
         assert not list(head.parameters())
 

@@ -1,8 +1,10 @@
-"""Qwen3-VL under the contract, beside Qwen2-VL: patches of 4 pixels, DeepStack from both layers of the tower."""
+"""Qwen3-VL and its mixture of experts under the contract: patches of 4 pixels, DeepStack from both tower layers."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,16 +14,21 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
 )
 
+from families.asking import request_of
 from families.by_hand import Keys
 from families.contract import Contract
 from families.geometry import Family, parameters_zeroed, reading
 from families.test_qwen_vl import MERGE, PATCH, SPECIAL_TOKENS, TEMPLATE, local_states
+from lavender.alignment.objective import attach
+from lavender.config import AlignmentConfig
 from lavender.errors import DataError
 from lavender.evaluation.leave_out import logits_keeping
-from lavender.students.families.qwen_vl import Qwen3VlAdapter
+from lavender.students.families.qwen_vl import Qwen3VlAdapter, Qwen3VlMoeAdapter
 from lavender.students.registry import adapter_for
 from lavender.world.student_models import _tokenizer
 
@@ -62,8 +69,13 @@ def build_processor(texts: list[str]) -> PicturesProcessor:
     return PicturesProcessor(images, tokenizer, TEMPLATE)
 
 
-def config_of(tokenizer) -> Qwen3VLConfig:
-    """Two layers that see, both of whose states reach the text's; three that read. Heads wider than hidden / heads."""
+def config_of(tokenizer, **text: Any) -> dict[str, Any]:
+    """Two layers that see, both of whose states reach the text's; three that read. Heads wider than hidden / heads.
+
+    Args:
+        tokenizer: of the processor.
+        text: further settings of the text model.
+    """
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 96,
@@ -77,6 +89,7 @@ def config_of(tokenizer) -> Qwen3VLConfig:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]},
+        **text,
     }
     vision = {
         "depth": 2,
@@ -98,7 +111,26 @@ def config_of(tokenizer) -> Qwen3VLConfig:
             ("vision_end", "vision_end"),
         )
     }
-    return Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+    return {"text_config": text, "vision_config": vision, **tokens}
+
+
+def family_of(
+    processor: PicturesProcessor, make_model: Callable[[], PreTrainedModel], norms: tuple[float, float] = (0.5, 1.5)
+) -> Family:
+    """The model with the processor's tokens, and norms of heads between `norms`: new ones are all the same."""
+
+    def make() -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            model = make_model().eval()
+            for name, parameter in model.named_parameters():
+                if name.endswith(("q_norm.weight", "k_norm.weight")):
+                    torch.nn.init.uniform_(parameter, *norms)
+        model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+        model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+        return model
+
+    return Family(make, processor, tuple(SIZES), local_states, patches, lambda size: (0.0, 0.0), clear=0.4)
 
 
 def patches(inputs) -> torch.Tensor:
@@ -117,20 +149,8 @@ class TestQwen3Vl(Contract):
     @classmethod
     def family(cls, captions) -> Family:
         processor = build_processor(captions)
-        config = config_of(processor.tokenizer)
-
-        def make() -> PreTrainedModel:
-            with torch.random.fork_rng():
-                torch.manual_seed(5)
-                model = Qwen3VLForConditionalGeneration(copy.deepcopy(config)).eval()
-                for name, parameter in model.named_parameters():
-                    if name.endswith(("q_norm.weight", "k_norm.weight")):
-                        torch.nn.init.uniform_(parameter, 0.5, 1.5)  # new ones are all 1
-            model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-            model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-            return model
-
-        return Family(make, processor, tuple(SIZES), local_states, patches, lambda size: (0.0, 0.0), clear=0.4)
+        config = Qwen3VLConfig(**config_of(processor.tokenizer))
+        return family_of(processor, lambda: Qwen3VLForConditionalGeneration(copy.deepcopy(config)))
 
     def test_the_sizes_give_their_grids(self, family, model):
         for size, (rows, cols) in SIZES.items():
@@ -195,3 +215,31 @@ class TestQwen3Vl(Contract):
         inputs = {"input_ids": torch.full((2, 40), 5), "video_grid_thw": torch.tensor([[2, 6, 8]] * 2)}
         with pytest.raises(DataError, match="Got a batch with videos. Expected pictures: a map is of one picture"):
             adapter_for(model.config).image_keys(inputs)
+
+
+class TestQwen3VlMoe(TestQwen3Vl):
+    """Four experts, two of them per token; the second layer has none."""
+
+    adapter = Qwen3VlMoeAdapter
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def family(cls, captions) -> Family:
+        processor = build_processor(captions)
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [1]}
+        config = Qwen3VLMoeConfig(**config_of(processor.tokenizer, **experts))
+        return family_of(processor, lambda: Qwen3VLMoeForConditionalGeneration(copy.deepcopy(config)))
+
+    def test_experts_get_the_gradient(self, family, model, batch, readings):
+        """Of the alignment loss, through the queries and keys of the layers above them."""
+        head = attach(model, AlignmentConfig())
+        model.train()
+        model(
+            **batch, attention_request=request_of(family, model, batch, readings, head.layers)
+        ).attention_loss.backward()
+        experts, router = (
+            model.model.language_model.layers[0].mlp.experts,
+            model.model.language_model.layers[0].mlp.gate,
+        )
+        assert experts.gate_up_proj.grad.flatten(1).norm(dim=1).min() > 0
+        assert router.weight.grad.norm() > 0

@@ -307,8 +307,7 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
     ]
     if POOLINGS[config.pooling].learned:
         session.handles += [
-            parallel.attach(adapter.attention_module(model, layer), config.parallel_init, adapter.head_norms)
-            for layer in layers
+            parallel.attach(adapter.attention_module(model, layer), adapter, config.parallel_init) for layer in layers
         ]
     if config.match == "root" and model.base_model is not model:
         choose = partial(_choose_tokens, model)

@@ -15,9 +15,9 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.llama.modeling_llama import rotate_half
 
 from lavender.config import ParallelInit
+from lavender.students.base import VlmAdapter
 from lavender.students.capture import PARALLEL_NAME, AttentionRequest, select_rows
 
 CROSS_STATES = ("cross_attention_states", "key_value_states")
@@ -50,7 +50,7 @@ class ParallelProjections(nn.Module):
                 if linear.bias is not None:
                     copy.bias.copy_(linear.bias)
 
-    def forward(self, hidden: Tensor, context: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, context: Tensor, head_dim: int, is_gated: bool) -> tuple[Tensor, Tensor]:
         """Project the rows and all keys.
 
         Args:
@@ -58,6 +58,7 @@ class ParallelProjections(nn.Module):
             context: states that the keys are made of, (…, hidden size). The leading axes are those of the sample and
                 the key, in any split, such as (sample · tile, token).
             head_dim: width of a head.
+            is_gated: see `VlmAdapter.gated_queries`. The gates are left out.
 
         Returns:
             Queries (sample, head, row, head_dim) and keys (sample, key head, key, head_dim).
@@ -65,7 +66,8 @@ class ParallelProjections(nn.Module):
         dtype = self.query.weight.dtype
         query, key = self.query(hidden.to(dtype)), self.key(context.to(dtype))
         key = key.reshape(hidden.shape[0], -1, self.key.out_features // head_dim, head_dim)
-        return query.unflatten(-1, (-1, head_dim)).transpose(1, 2), key.transpose(1, 2)
+        query = query.unflatten(-1, (-1, (1 + is_gated) * head_dim))[..., :head_dim]
+        return query.transpose(1, 2), key.transpose(1, 2)
 
 
 def _gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
@@ -78,20 +80,20 @@ def _gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
 
 
 def attach(
-    attention: nn.Module, init: ParallelInit = "pretrained", head_norms: tuple[str, str] = ("q_norm", "k_norm")
+    attention: nn.Module, adapter: VlmAdapter, init: ParallelInit = "pretrained"
 ) -> torch.utils.hooks.RemovableHandle:
     """Add parallel projections to an attention module. They answer every request whose `learned` is True.
 
     Args:
         attention: attention module of a usable layer.
+        adapter: the adapter of the model's family.
         init: see `ParallelProjections`.
-        head_norms: names of its children that normalise query and key heads; see `VlmAdapter.head_norms`.
 
     Returns:
         The handle of the hook that projects. `detach` removes the projections themselves.
     """
     attention.add_module(PARALLEL_NAME, ParallelProjections(attention, init))
-    return attention.register_forward_pre_hook(partial(_project, head_norms), with_kwargs=True)
+    return attention.register_forward_pre_hook(partial(_project, adapter), with_kwargs=True)
 
 
 def detach(model: nn.Module) -> None:
@@ -101,7 +103,7 @@ def detach(model: nn.Module) -> None:
             delattr(module, PARALLEL_NAME)
 
 
-def _project(head_norms: tuple[str, str], attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _project(adapter: VlmAdapter, attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     request: AttentionRequest | None = kwargs.get("attention_request")
     if request is None or attention.layer_idx not in request.layers or not request.answered_by_parallel(attention):
         return
@@ -109,17 +111,13 @@ def _project(head_norms: tuple[str, str], attention: Any, args: tuple, kwargs: d
     hidden = select_rows(states[:, None], request.rows_BR)[:, 0]
     project = attention.get_submodule(PARALLEL_NAME)
     cross_states = [kwargs[name] for name in CROSS_STATES if kwargs.get(name) is not None]
-    query, key = project(hidden, cross_states[0] if cross_states else states, attention.head_dim)
-    norms = dict(attention.named_children())
-    if head_norms[0] in norms:  # the layer's own, of each head, before rotation
-        query, key = norms[head_norms[0]](query), norms[head_norms[1]](key)
+    context = cross_states[0] if cross_states else states
+    query, key = project(hidden, context, attention.head_dim, adapter.gated_queries)
+    norms, (query_norm, key_norm) = dict(attention.named_children()), adapter.head_norms
+    if query_norm in norms:  # the layer's own, of each head, before rotation
+        query, key = norms[query_norm](query), norms[key_norm](key)
     if not cross_states:
         cos, sin = (table.expand(len(states), -1, -1)[:, None] for table in kwargs["position_embeddings"])
-        query = _rotated(query, *(select_rows(table, request.rows_BR) for table in (cos, sin)))
-        key = _rotated(key, cos, sin)
+        query = adapter.rotate(attention, query, *(select_rows(table, request.rows_BR) for table in (cos, sin)))
+        key = adapter.rotate(attention, key, cos, sin)
     request.projected[attention.layer_idx] = query, key
-
-
-def _rotated(states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding. The tables are (sample, 1, token, head width)."""
-    return states_BHTD * cos + rotate_half(states_BHTD) * sin

@@ -141,8 +141,15 @@ def _parallel_parameters(model: Any, adapter: VlmAdapter) -> int:
 def _activations(text: Any, tokens: int, stored: int) -> int:
     """Bytes of activations: the input of each layer, the tensors of one layer (recomputed), and one tile of logits."""
     inputs = stored * tokens * text.hidden_size * text.num_hidden_layers
-    one_layer = HALF * tokens * (8 * text.hidden_size + 4 * text.intermediate_size)
+    one_layer = HALF * tokens * (8 * text.hidden_size + 4 * _feed_forward_width(text))
     return inputs + one_layer + HALF * min(tokens, TILE_TOKENS) * min(text.vocab_size, TILE_VOCABULARY)
+
+
+def _feed_forward_width(text: Any) -> int:
+    """Width of a layer's feed-forward network for one token; of experts, the sum over those that the token uses."""
+    names = ("intermediate_size", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+    dense, experts, width, shared = (getattr(text, name, None) or 0 for name in names)
+    return max(dense, experts * width + shared)
 
 
 def _rows(adapter: VlmAdapter, keys: int) -> int:

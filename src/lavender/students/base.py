@@ -15,6 +15,7 @@ from lavender.config import LayerChoice
 from lavender.errors import ConfigError, DataError
 from lavender.model_files import load_weights
 from lavender.students.image_keys import KeyLayout
+from lavender.students.rotary import by_halves
 
 PARTS = ("vision_tower", "connector", "language_model")
 """Parts of a model that can be frozen or tuned separately. The connector lies between the other two."""
@@ -56,6 +57,8 @@ class VlmAdapter(ABC):
     """Whether the usable layers attend to pictures alone. If False, the image keys are tokens of the sequence."""
     head_norms: ClassVar[tuple[str, str]] = ("q_norm", "k_norm")
     """Names of the attention module's children that normalise each query head and key head. They need not exist."""
+    gated_queries: ClassVar[bool] = False
+    """Whether `q_proj` makes two vectors per head: its query, and a gate of its output."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -147,6 +150,10 @@ class VlmAdapter(ABC):
     def token_ids(self, inputs: Mapping[str, Any]) -> Tensor:
         """The token ids among the keyword arguments of the model's forward: long (sample, token)."""
         return inputs["input_ids"]
+
+    def rotate(self, attention: Any, states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Apply rotary position embedding to queries or keys of an attention module; see `lavender.students.rotary`."""
+        return by_halves(states_BHTD, cos, sin)
 
     def hooks(self, model: PreTrainedModel) -> list[Removable]:
         """Change what a model needs in addition so that its forward works with attention requests.

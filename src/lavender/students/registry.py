@@ -10,6 +10,7 @@ from lavender.errors import UnsupportedModelError
 from lavender.students.base import VlmAdapter
 from lavender.students.families.flamingo import FlamingoAdapter
 from lavender.students.families.gemma3 import Gemma3Adapter
+from lavender.students.families.glm4v import Glm4vAdapter, Glm46vAdapter
 from lavender.students.families.idefics import IdeficsAdapter
 from lavender.students.families.idefics3 import Idefics3Adapter, SmolVlmAdapter
 from lavender.students.families.internvl import InternVlAdapter
@@ -17,13 +18,22 @@ from lavender.students.families.llava import LlavaAdapter
 from lavender.students.families.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
 from lavender.students.families.minicpm_v import MiniCpmVAdapter
 from lavender.students.families.mllama import MllamaAdapter
-from lavender.students.families.qwen_vl import Qwen2VlAdapter, Qwen3VlAdapter, Qwen25VlAdapter
+from lavender.students.families.qwen_vl import (
+    Qwen2VlAdapter,
+    Qwen3VlAdapter,
+    Qwen3VlMoeAdapter,
+    Qwen25VlAdapter,
+    Qwen35Adapter,
+    Qwen35MoeAdapter,
+)
 
 FAMILIES: dict[str, type[VlmAdapter]] = {
     family.model_type: family
     for family in (
         FlamingoAdapter,
         Gemma3Adapter,
+        Glm4vAdapter,
+        Glm46vAdapter,
         Idefics3Adapter,
         IdeficsAdapter,
         InternVlAdapter,
@@ -35,6 +45,9 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
         Qwen2VlAdapter,
         Qwen25VlAdapter,
         Qwen3VlAdapter,
+        Qwen3VlMoeAdapter,
+        Qwen35Adapter,
+        Qwen35MoeAdapter,
         SmolVlmAdapter,
     )
 }

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (`Qwen/Qwen2.5-VL-7B-Instruct` …): one grid of cells of the picture's own shape."""
+"""Qwen2-VL to Qwen3.5 (`Qwen/Qwen2.5-VL-7B-Instruct` …): one grid of cells of the picture's own shape."""
 
 from __future__ import annotations
 
@@ -93,3 +93,29 @@ class Qwen3VlAdapter(Qwen2VlAdapter):
                 replace(states) for states in decoder_inputs["deepstack_visual_embeds"]
             ]
         return replaced
+
+
+class Qwen3VlMoeAdapter(Qwen3VlAdapter):
+    """As Qwen3-VL, with experts in place of one feed-forward network per layer."""
+
+    model_type = "qwen3_vl_moe"
+
+
+class Qwen35Adapter(Qwen2VlAdapter):
+    """As Qwen3-VL without DeepStack. Most decoder layers have linear attention, which has no rows: they are left out.
+
+    The layers with softmax attention multiply their output by a gate, which `q_proj` makes beside the queries.
+    """
+
+    model_type = "qwen3_5"
+    gated_queries = True
+
+    def usable_layers(self) -> tuple[int, ...]:
+        kinds = self.config.text_config.layer_types
+        return tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+
+
+class Qwen35MoeAdapter(Qwen35Adapter):
+    """As Qwen3.5, with experts in place of one feed-forward network per layer."""
+
+    model_type = "qwen3_5_moe"
