@@ -303,8 +303,8 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
     ]
     if POOLINGS[config.pooling].learned:
         session.handles += [
-            parallel.attach(adapter.attention_module(model, layer), config.parallel_init, adapter.head_norms)
-            for layer in layers
+            parallel.attach(attention, config.parallel_init, adapter.head_norms, adapter.rotates(attention))
+            for attention in (adapter.attention_module(model, layer) for layer in layers)
         ]
     if config.match == "root" and model.base_model is not model:
         choose = partial(_choose_tokens, model)

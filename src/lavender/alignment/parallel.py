@@ -6,6 +6,7 @@ sharded training keeps them with their layer. Exports leave them out.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,7 +16,6 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.llama.modeling_llama import rotate_half
 
 from lavender.config import ParallelInit
 from lavender.students.capture import PARALLEL_NAME, AttentionRequest, select_rows
@@ -78,7 +78,10 @@ def _gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
 
 
 def attach(
-    attention: nn.Module, init: ParallelInit = "pretrained", head_norms: tuple[str, str] = ("q_norm", "k_norm")
+    attention: nn.Module,
+    init: ParallelInit = "pretrained",
+    head_norms: tuple[str, str] = ("q_norm", "k_norm"),
+    rotates: bool = True,
 ) -> torch.utils.hooks.RemovableHandle:
     """Add parallel projections to an attention module. They answer every request whose `learned` is True.
 
@@ -86,12 +89,13 @@ def attach(
         attention: attention module of a usable layer.
         init: see `ParallelProjections`.
         head_norms: names of its children that normalise query and key heads; see `VlmAdapter.head_norms`.
+        rotates: whether it rotates queries and keys by their positions; see `VlmAdapter.rotates`.
 
     Returns:
         The handle of the hook that captures. `detach` removes the projections themselves.
     """
     attention.add_module(PARALLEL_NAME, ParallelProjections(attention, init))
-    return attention.register_forward_pre_hook(partial(_capture, head_norms), with_kwargs=True)
+    return attention.register_forward_pre_hook(partial(_capture, head_norms, rotates), with_kwargs=True)
 
 
 def detach(model: nn.Module) -> None:
@@ -101,7 +105,7 @@ def detach(model: nn.Module) -> None:
             delattr(module, PARALLEL_NAME)
 
 
-def _capture(head_norms: tuple[str, str], attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _capture(head_norms: tuple[str, str], rotates: bool, attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     request: AttentionRequest | None = kwargs.get("attention_request")
     if request is None or attention.layer_idx not in request.layers or not request.answered_by_parallel(attention):
         return
@@ -113,13 +117,17 @@ def _capture(head_norms: tuple[str, str], attention: Any, args: tuple, kwargs: d
     norms = dict(attention.named_children())
     if head_norms[0] in norms:  # the layer's own, of each head, before rotation
         query, key = norms[head_norms[0]](query), norms[head_norms[1]](key)
-    if not cross_states:
+    if rotates and not cross_states:
         cos, sin = (table.expand(len(states), -1, -1)[:, None] for table in kwargs["position_embeddings"])
-        query = _rotated(query, *(select_rows(table, request.rows_BR) for table in (cos, sin)))
-        key = _rotated(key, cos, sin)
+        query = _rotated(attention, query, *(select_rows(table, request.rows_BR) for table in (cos, sin)))
+        key = _rotated(attention, key, cos, sin)
     request.capture_rows(attention, query, key, kwargs["attention_mask"], attention.scaling)
 
 
-def _rotated(states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding. The tables are (sample, 1, token, head width)."""
-    return states_BHTD * cos + rotate_half(states_BHTD) * sin
+def _rotated(attention: nn.Module, states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary position embedding. The tables are (sample, 1, token, head width).
+
+    The halves are those of the attention's own model: Cohere's alternate.
+    """
+    own = sys.modules[type(attention).__module__]
+    return states_BHTD * cos + own.rotate_half(states_BHTD) * sin

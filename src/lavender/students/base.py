@@ -144,6 +144,10 @@ class VlmAdapter(ABC):
         """Number of image keys per picture, or the most, if the config fixes it. None if it depends on the picture."""
         return None
 
+    def rotates(self, attention: Any) -> bool:
+        """Whether the attention module of a usable layer rotates queries and keys by their positions (RoPE)."""
+        return True
+
     def token_ids(self, inputs: Mapping[str, Any]) -> Tensor:
         """The token ids among the keyword arguments of the model's forward: long (sample, token)."""
         return inputs["input_ids"]

@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 from lavender.errors import UnsupportedModelError
 from lavender.students.base import VlmAdapter
+from lavender.students.families.aya_vision import AyaVisionAdapter
 from lavender.students.families.flamingo import FlamingoAdapter
 from lavender.students.families.gemma3 import Gemma3Adapter
 from lavender.students.families.idefics import IdeficsAdapter
@@ -22,6 +23,7 @@ from lavender.students.families.qwen_vl import Qwen2VlAdapter, Qwen3VlAdapter, Q
 FAMILIES: dict[str, type[VlmAdapter]] = {
     family.model_type: family
     for family in (
+        AyaVisionAdapter,
         FlamingoAdapter,
         Gemma3Adapter,
         Idefics3Adapter,
