@@ -166,7 +166,8 @@ class SquareAdapter(PatchGridAdapter):
 
 def image_settings(processor: ProcessorMixin, *names: str) -> list[Any]:
     """Settings of the image processor. `images_kwargs` of the processor take precedence over its attributes."""
-    return [processor.images_kwargs.get(name, getattr(processor.image_processor, name)) for name in names]
+    kwargs: dict[str, Any] = getattr(processor, "images_kwargs", {})  # not every processor has them
+    return [kwargs.get(name, getattr(processor.image_processor, name)) for name in names]
 
 
 def check_feature_selection(strategy: str, needed: str) -> None:
