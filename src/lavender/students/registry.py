@@ -8,8 +8,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 from lavender.errors import UnsupportedModelError
 from lavender.students.base import VlmAdapter
+from lavender.students.families.aya_vision import AyaVisionAdapter
+from lavender.students.families.deepseek_vl import DeepseekVlAdapter, JanusAdapter
 from lavender.students.families.flamingo import FlamingoAdapter
 from lavender.students.families.gemma3 import Gemma3Adapter
+from lavender.students.families.gemma4 import Gemma4Adapter
 from lavender.students.families.glm4v import Glm4vAdapter, Glm46vAdapter
 from lavender.students.families.idefics import IdeficsAdapter
 from lavender.students.families.idefics3 import Idefics3Adapter, SmolVlmAdapter
@@ -18,6 +21,8 @@ from lavender.students.families.llava import LlavaAdapter
 from lavender.students.families.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
 from lavender.students.families.minicpm_v import MiniCpmVAdapter
 from lavender.students.families.mllama import MllamaAdapter
+from lavender.students.families.ovis2 import Ovis2Adapter
+from lavender.students.families.pixtral import LightOnOcrAdapter, Mistral3Adapter
 from lavender.students.families.qwen_vl import (
     Qwen2VlAdapter,
     Qwen3VlAdapter,
@@ -30,18 +35,25 @@ from lavender.students.families.qwen_vl import (
 FAMILIES: dict[str, type[VlmAdapter]] = {
     family.model_type: family
     for family in (
+        AyaVisionAdapter,
+        DeepseekVlAdapter,
         FlamingoAdapter,
         Gemma3Adapter,
+        Gemma4Adapter,
         Glm4vAdapter,
         Glm46vAdapter,
         Idefics3Adapter,
         IdeficsAdapter,
         InternVlAdapter,
+        JanusAdapter,
+        LightOnOcrAdapter,
         LlavaAdapter,
         LlavaNextAdapter,
         LlavaOnevisionAdapter,
         MiniCpmVAdapter,
+        Mistral3Adapter,
         MllamaAdapter,
+        Ovis2Adapter,
         Qwen2VlAdapter,
         Qwen25VlAdapter,
         Qwen3VlAdapter,

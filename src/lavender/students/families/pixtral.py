@@ -1,0 +1,41 @@
+"""Families with Pixtral's vision tower: Mistral Small 3.1 and later, and LightOnOCR."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lavender.students.families.patch_grid import PatchGridAdapter, Shape
+
+
+class Mistral3Adapter(PatchGridAdapter):
+    """Image keys: a grid over the whole image, row by row; a key per cell of merge × merge patches.
+
+    The image processor resizes an image to whole cells and crops nothing, so the boxes are an exact grid. After each
+    row stands a break token, which is another token and no image key. The images of a batch have different grids:
+    `image_sizes`, long (image, 2), in pixels without the padding of the batch.
+    """
+
+    model_type = "mistral3"
+
+    def describe_keys(self) -> str:
+        return f"a grid of the image's own shape, cells of {self._cell()} px among the text's tokens"
+
+    def view_shapes(self, inputs: Mapping[str, Tensor]) -> list[Shape]:
+        sizes = inputs.get("image_sizes")
+        return [] if sizes is None else [(rows, cols) for rows, cols in (sizes // self._cell()).tolist()]
+
+    def _cell(self) -> int:
+        return self.config.vision_config.patch_size * self.config.spatial_merge_size
+
+
+class LightOnOcrAdapter(Mistral3Adapter):
+    """As Mistral Small 3.1, without break tokens."""
+
+    model_type = "lighton_ocr"
+    parts = {  # noqa: RUF012
+        "vision_tower": ("model.vision_encoder",),
+        "connector": ("model.vision_projection",),
+        "language_model": ("model.language_model", "lm_head"),
+    }
