@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
@@ -92,6 +93,8 @@ def _logged(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _pool(jobs: int, **settings: Any) -> Iterator[ProcessPoolExecutor]:
     """A pool that ends at once when it is stopped; otherwise it would first run all that waits."""
+    # a worker imports libraries before it has a log, and they would warn on the terminal, each worker anew
+    settings |= {"initializer": logging.disable, "initargs": (logging.WARNING,)}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), **settings) as pool:
         try:
             yield pool
