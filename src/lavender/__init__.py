@@ -10,14 +10,14 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from importlib.abc import Loader
+
     from lavender.config import ExtractionConfig
     from lavender.data.samples import read_samples, to_dataset
     from lavender.data.store import MapStore
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lavender.training.exporting import export
     from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
-__version__ = version("lavender-vlm")
+    __version__: str
 
 __all__ = [
     "AnsweredPicture",
@@ -97,7 +97,20 @@ def lazy_attributes(
     return get_attribute, list_attributes
 
 
-__getattr__, __dir__ = lazy_attributes(__name__, _HOMES, _OLD_NAMES)
+_get_public, _list_public = lazy_attributes(__name__, _HOMES, _OLD_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # reading it takes longer than all the rest of `lavender --help`
+        from importlib.metadata import version
+
+        return version("lavender-vlm")
+    return _get_public(name)
+
+
+def __dir__() -> list[str]:
+    return [*_list_public(), "__version__"]
+
 
 _MOVED = {
     "aligner": "alignment.aligner",
@@ -171,12 +184,17 @@ class _OldModule(ModuleType):
             super().__setattr__(name, value)
 
 
-class _OldImports(MetaPathFinder, Loader):
-    """Makes `import lavender.run` and other old paths work, with a DeprecationWarning."""
+class _OldImports:
+    """Makes `import lavender.run` and other old paths work, with a DeprecationWarning.
+
+    A finder and loader by its methods: the base classes of `importlib.abc` take long to import.
+    """
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         homes = self._homes(fullname.removeprefix("lavender."))
-        return ModuleSpec(fullname, self, loader_state=homes, is_package=True) if homes else None
+        if not homes:
+            return None
+        return ModuleSpec(fullname, cast("Loader", self), loader_state=homes, is_package=True)
 
     def _homes(self, old: str) -> list[str]:
         if old in _MOVED:
@@ -195,4 +213,4 @@ class _OldImports(MetaPathFinder, Loader):
         warnings.warn(f"{module.__name__} is deprecated: use {' or '.join(homes)}", DeprecationWarning, stacklevel=2)
 
 
-sys.meta_path.append(_OldImports())
+sys.meta_path.append(cast("Any", _OldImports()))

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _PARTS = re.compile(r".*\bGot (.*?)\. Expected (.*)\. Do this: (.*)\.\s*", re.DOTALL)
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The most similar of the words, for a message about a misspelt one; None if none is similar."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word[:100], list(words), n=1)), None)
 
 
 class LavenderError(Exception):

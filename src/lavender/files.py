@@ -10,7 +10,6 @@ import json
 import os
 import re
 import reprlib
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,7 +162,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
         OSError: no space or no right to write. `path` is unchanged.
     """
     encoded = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(8)}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.urandom(8).hex()}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK | BINARY, 0o666)
         with os.fdopen(descriptor, "wb") as file:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, nearest
 from lavender.files import expanded, shown
 
 T = TypeVar("T")
@@ -163,9 +163,23 @@ def _advice(name: str, value: object, expected: Any, default: object) -> str:
         return f"leave {name} out" + (f" for its default, {shown(default)}" if known else "")
     if isinstance(value, str) and (number := _quoted(value, expected)):
         return f"write {number} without quotes"
+    if isinstance(value, str) and (near := _near_choice(value, expected)):
+        return f"write {near!r} instead"
     if fits([value], expected) and len(shown(value)) < 80:
         return f"write {name}: [{value}]"
     return f"change {name}"
+
+
+def _near_choice(text: str, expected: Any) -> str | None:
+    """The most similar of the texts that the setting may be, if one is similar."""
+    members = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
+    choices: list[str] = []
+    for member in members:
+        if get_origin(member) is Literal:
+            choices += [choice for choice in get_args(member) if isinstance(choice, str)]
+        elif isinstance(member, type) and issubclass(member, enum.Enum):
+            choices += [str(choice.value) for choice in member]
+    return nearest(text, choices)
 
 
 def _quoted(text: str, expected: Any) -> str:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 
 from lavender.cli.options import add_columns, add_limit, add_maps, add_trust_remote_code, columns_of
+from lavender.cli.output import fact_lines, note, report
 from lavender.cli.stopping import DONE
-from lavender.cli.terminal import show
 from lavender.files import data_path
 
 HELP = "tell, before training, whether alignment will pay for a model"
 DESCRIPTION = """Tell before training whether alignment will pay for a model, data and maps. Known words are predicted
 from the whole picture and from parts of it. For new words, a linear reader learns them from the model's image features.
-Prints JSON, and the verdict on stderr."""
+Prints the figures, as JSON with --json or in a pipe, and the verdict on stderr."""
 SAID = {
     "pays": "Alignment will pay.",
     "no gain": "Alignment will gain nothing.",
@@ -50,8 +48,9 @@ def run(options: argparse.Namespace) -> int:
         options.trust_remote_code,
         columns_of(options),
     )
-    print(json.dumps(result, indent=1))
-    show(SAID[result["verdict"]], sys.stderr)
+    figures = {name: value for name, value in result.items() if name not in ("verdict", "reasons")}
+    report(options, result, fact_lines(figures), piped=True)
     for group, reason in result["reasons"].items():
-        show(f"{group.capitalize()} words: {reason}", sys.stderr)
+        note(options, f"{group.capitalize()} words: {reason}")
+    note(options, SAID[result["verdict"]])
     return DONE

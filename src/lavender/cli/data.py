@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from lavender.cli.options import add_columns, add_maps, add_trust_remote_code, columns_of
+from lavender.cli.output import as_json, fact_lines, note, progress, report
 from lavender.cli.stopping import DONE, FAILED
-from lavender.cli.terminal import show
+from lavender.cli.terminal import table, width_of
 from lavender.files import data_path, expanded, writing
 
 HELP = "prepare the paper's data sets, inspect data, find overlap with benchmarks"
@@ -115,20 +116,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from lavender.data.recipes import Settings, prepare
 
     settings = Settings(options.captions, options.test_share, options.seed, options.prompt)
-    with writing(options.out), tqdm(unit="row", desc="rows") as bar:
-        report = prepare(options.set, options.source, options.out, settings, options.strict, bar.update)
-    for name, found in report["sets"].items():
-        show(_found_line(name, found))
-        _show_first("dropped", found["dropped"], "prepared.json")
-    show(
-        f"{report['train']:,} samples in {options.out / 'train.jsonl'}, {report['test']:,} in test.jsonl; "
+    with writing(options.out), progress(options, unit="row", desc="rows") as bar:
+        prepared = prepare(options.set, options.source, options.out, settings, options.strict, bar.update)
+    lines = []
+    for name, found in prepared["sets"].items():
+        lines += [_found_line(name, found), *_first("dropped", found["dropped"], "prepared.json")]
+    lines.append(
+        f"{prepared['train']:,} samples in {options.out / 'train.jsonl'}, {prepared['test']:,} in test.jsonl; "
         "prepared.json has the counts"
     )
+    report(options, prepared, end=lines)
     return DONE
 
 
@@ -142,11 +142,11 @@ def _found_line(name: str, found: dict[str, Any]) -> str:
     return line
 
 
-def _show_first(what: str, rows: list[dict[str, str]], where: str, file: Any = None) -> None:
+def _first(what: str, rows: list[dict[str, str]], where: str) -> Iterator[str]:
     for row in rows[:SHOWN]:
-        show(f"  {what} {row['what']}: {row['reason']}", file)
+        yield f"  {what} {row['what']}: {row['reason']}"
     if len(rows) > SHOWN:
-        show(f"  … and {len(rows) - SHOWN:,} more; {where} lists all", file)
+        yield f"  … and {len(rows) - SHOWN:,} more; {where} lists all"
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -165,14 +165,15 @@ def _inspect(options: argparse.Namespace) -> int:
         columns=columns_of(options),
     )
     facts = inspection.facts
-    _print_json(facts)
+    report(options, facts, fact_lines(facts), piped=True)  # before a full disk could cost it
     if options.html is not None:
         with writing(options.html):
             options.html.parent.mkdir(parents=True, exist_ok=True)
             write_report(inspection_page(inspection), options.html)
     broken = facts["broken"]
-    show(f"{facts['samples']:,} samples; {len(broken):,} rows or pictures are broken", sys.stderr)
-    _show_first("broken", broken, "`broken` in the JSON", sys.stderr)
+    for line in _first("broken", broken, "--json"):
+        note(options, line)
+    note(options, f"{facts['samples']:,} samples; {len(broken):,} rows or pictures are broken")
     return FAILED if broken else DONE
 
 
@@ -188,17 +189,14 @@ def _overlap(options: argparse.Namespace) -> int:
         columns_of(options),
         columns_of(options, "--benchmark-columns"),
     )
-    _print_json(overlap.facts())
+    report(options, overlap.facts(), table(overlap.rows(), width_of()), piped=True)  # before a full disk could cost it
     if options.out is not None:
         with writing(options.out):
             write_overlap(overlap, options.out)
     for side in (overlap.train, *(one.side for one in overlap.benchmarks)):
-        _show_first(f"{side.path}: dropped", side.numbers["dropped"], "the JSON", sys.stderr)
-    for line in overlap.table():
-        show(line, sys.stderr)
+        for line in _first(f"{side.path}: dropped", side.numbers["dropped"], "--json"):
+            note(options, line)
+    if as_json(options, piped=True):
+        for line in table(overlap.rows(), width_of(sys.stderr)):
+            note(options, line)
     return DONE
-
-
-def _print_json(facts: dict[str, Any]) -> None:
-    """Print before anything is written, so that a full disk does not cost what took long to find."""
-    print(json.dumps(facts, indent=1, ensure_ascii=False), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lavender.cli.output import own_lines, report
 from lavender.cli.stopping import DONE
 from lavender.files import expanded, writing
 
@@ -27,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from lavender.world.demo import run_demo
 
-    with writing(options.out):
-        run_demo(options.out)
+    with writing(options.out), own_lines(options):
+        results = run_demo(options.out)
+    report(options, results)
     return DONE

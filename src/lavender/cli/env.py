@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from lavender.cli.output import report
 from lavender.cli.stopping import DONE
-from lavender.cli.terminal import show
 
 HELP = "print versions, devices and threads, for a bug report"
 DESCRIPTION = """Print what a bug report needs: versions, the build of PyTorch, devices, threads and the variables that
@@ -31,18 +29,17 @@ _FOLDERS = re.compile(r"(https?://\S+)|(?<![\w.])(?:~|[A-Za-z]:)?(?:[/\\][^/\\:'
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    """It has no options but those of every verb."""
 
 
 def run(options: argparse.Namespace) -> int:
     facts = environment()
-    if options.json:
-        print(json.dumps(facts, indent=1))
-        return DONE
+    lines = []
     for part, values in facts.items():
-        show(f"{part}:")
+        lines.append(f"{part}:")
         for name, value in values.items():
-            show(f"  {name}: {'not installed' if value is None and part == 'packages' else value}")
+            lines.append(f"  {name}: {'not installed' if value is None and part == 'packages' else value}")
+    report(options, facts, lines)
     return DONE
 
 
@@ -58,6 +55,8 @@ def environment() -> dict[str, dict[str, Any]]:
 
 
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -7,8 +7,9 @@ from typing import Any
 
 from lavender.cli import eval_tasks
 from lavender.cli.options import add_columns, add_maps, add_trust_remote_code, columns_of
+from lavender.cli.output import report
 from lavender.cli.stopping import DONE
-from lavender.cli.terminal import show
+from lavender.cli.terminal import table, width_of
 from lavender.errors import ConfigError
 from lavender.files import data_path, expanded, writing
 
@@ -65,23 +66,21 @@ def run(options: argparse.Namespace) -> int:
             options.trust_remote_code,
             columns_of(options),
         )
-    show(f"{result['samples']} sample{'s' * (result['samples'] != 1)} of {result['data']}")
-    print("\n".join(_table(result["arms"], result["teacher"])))
-    for line in explained(next(iter(result["arms"].values()))):
-        show(line)
-    for note in result["notes"]:
-        show(f"note: {note}")
+    head = f"{result['samples']} sample{'s' * (result['samples'] != 1)} of {result['data']}"
+    ends = [*explained(next(iter(result["arms"].values()))), *(f"note: {note}" for note in result["notes"])]
+    ends.append(f"written: {options.run / 'eval.json'}, eval.jsonl")
+    report(options, result, [head, *_table(result["arms"], result["teacher"], width_of())], ends)
     return DONE
 
 
-def _table(arms: dict[str, dict[str, Any]], teacher: dict[str, Any] | None = None) -> list[str]:
+def _table(
+    arms: dict[str, dict[str, Any]], teacher: dict[str, Any] | None = None, width: int | None = None
+) -> list[str]:
     """A line with the names of the scores, then a line per model, and one for the teacher's maps if there are any."""
     names = list(next(iter(arms.values())))
     if teacher is not None:
         arms = arms | {"teacher's maps": {name: teacher.get(name) for name in names}}
-    widths = [max(len(arm) for arm in (*arms, "model")), *(max(len(name), 10) for name in names)]
     rows = [["model", *names]]
     for arm, scores in arms.items():
         rows.append([arm, *("–" if scores[name] is None else f"{scores[name]:.4f}" for name in names)])
-    row_format = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
-    return [row_format.format(*row) for row in rows]
+    return table(rows, width)

@@ -6,8 +6,9 @@ import argparse
 from itertools import count
 from pathlib import Path
 
+from lavender.cli.output import own_lines, report
 from lavender.cli.stopping import DONE
-from lavender.cli.terminal import show
+from lavender.cli.terminal import width_of
 from lavender.errors import ConfigError
 from lavender.evaluation.harness import file_name
 from lavender.files import expanded, writing
@@ -93,13 +94,11 @@ def run(options: argparse.Namespace) -> int:
     )
     out = options.out or (options.run or Path()) / FOLDER
     path = (options.run if options.run is not None else out) / RESULT
-    with writing(out):
+    with writing(out), own_lines(options):
         out.mkdir(parents=True, exist_ok=True)
         result = evaluate_tasks(arms, tasks, out, path, settings)
-    print("\n".join(result_lines(result)))
-    for note in result["notes"]:
-        show(f"note: {note}")
-    show(f"result: {path}; a line per sample: {out}")
+    ends = [*(f"note: {note}" for note in result["notes"]), f"result: {path}; a line per sample: {out}"]
+    report(options, result, result_lines(result, width_of()), ends)
     return DONE
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavender.cli.options import add_columns, columns_of
+from lavender.cli.output import progress, report
 from lavender.cli.stopping import DONE
-from lavender.cli.terminal import show
 from lavender.errors import ConfigError
 from lavender.files import data_path, expanded, writing
 
@@ -167,8 +167,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _extract_annotations(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from lavender.data.samples import read_samples
     from lavender.teachers.annotations.extract import extract_annotations, open_annotations
     from lavender.teachers.launch import Launch
@@ -188,7 +186,7 @@ def _extract_annotations(options: argparse.Namespace) -> int:
     samples = annotations.samples() if options.data is None else read_samples(options.data, columns=columns_of(options))
     data_file = options.out / f"{annotations.label}.jsonl" if options.data is None else None
     total = sum(len(sample.pairs_of(options.texts)) for sample in samples)
-    with writing(options.out), tqdm(total=total, unit="text", desc="maps") as bar:
+    with writing(options.out), progress(options, total=total, unit="text", desc="maps") as bar:
         summary = extract_annotations(
             samples,
             annotations,
@@ -199,15 +197,11 @@ def _extract_annotations(options: argparse.Namespace) -> int:
             strict=options.strict,
             on_progress=bar.update,
         )
-    _print_summary(summary, options.out)
-    if data_file is not None:
-        show(f"data set: {data_file}")
+    _report(options, summary, data_file)
     return DONE
 
 
 def _extract_teacher(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from lavender.data.samples import read_samples
     from lavender.teachers.launch import Launch
 
@@ -221,19 +215,19 @@ def _extract_teacher(options: argparse.Namespace) -> int:
     samples = read_samples(options.data, columns=columns_of(options))
     total = sum(len(sample.pairs_of(config.texts)) for sample in samples) // (launch.num_processes if launch else 1)
     shows = launch is None or launch.rank == 0
-    with writing(options.out), tqdm(total=total, unit="text", desc="maps", disable=not shows) as bar:
+    with writing(options.out), progress(options, total=total, unit="text", desc="maps", disable=not shows) as bar:
         if options.engine == "ray":
             summary = _on_ray(options, samples, config, device, bar)
         else:
             summary = _here(options, samples, config, device, launch, bar)
     if shows:
-        _print_summary(summary, options.out)
+        _report(options, summary)
     return DONE
 
 
 def _config(options: argparse.Namespace) -> ExtractionConfig:
     from lavender.config import ExtractionConfig
-    from lavender.training.run import read_overrides
+    from lavender.training.run import overridden
     from lavender.type_checks import from_mapping
 
     settings = {
@@ -247,7 +241,7 @@ def _config(options: argparse.Namespace) -> ExtractionConfig:
         "texts": options.texts,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
-    return from_mapping(ExtractionConfig, settings | read_overrides(options.overrides), "--set")
+    return from_mapping(ExtractionConfig, overridden(settings, options.overrides), "--set")
 
 
 def _here(
@@ -348,19 +342,24 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _print_summary(summary: Summary, out: Path) -> None:
-    show(
-        f"{summary.records} texts with {summary.words} word maps written to {out} in {_duration(summary.seconds)}; "
-        f"{summary.already_there} were already there; {len(summary.dropped)} dropped"
-    )
+def _report(options: argparse.Namespace, summary: Summary, data_file: Path | None = None) -> None:
+    from dataclasses import asdict
+
+    out, lines = options.out, []
     if summary.reconstruction is not None:
-        show(
+        lines.append(
             f"  mean squared error of the latents after null-text inversion: {summary.reconstruction:.3f}; "
             "raise null_text_iterations or num_steps to reduce it"
         )
     if summary.without_picture:
-        show(f"  samples without a picture, which need no maps: {summary.without_picture}")
-    for drop in summary.dropped[:SHOWN_DROPS]:
-        show(f"  dropped {drop.what}: {drop.reason}")
+        lines.append(f"  samples without a picture, which need no maps: {summary.without_picture}")
+    lines += [f"  dropped {drop.what}: {drop.reason}" for drop in summary.dropped[:SHOWN_DROPS]]
     if len(summary.dropped) > SHOWN_DROPS:
-        show(f"  … and {len(summary.dropped) - SHOWN_DROPS} more; {out / 'extraction.json'} lists all")
+        lines.append(f"  … and {len(summary.dropped) - SHOWN_DROPS} more; {out / 'extraction.json'} lists all")
+    lines += [] if data_file is None else [f"data set: {data_file}"]
+    lines.append(
+        f"{summary.records} texts with {summary.words} word maps written to {out} in {_duration(summary.seconds)}; "
+        f"{summary.already_there} were already there; {len(summary.dropped)} dropped"
+    )
+    facts = asdict(summary) | {"out": str(out), "data": None if data_file is None else str(data_file)}
+    report(options, facts, end=lines)

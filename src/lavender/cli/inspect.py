@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from typing import Any
 
 from lavender.cli.options import add_trust_remote_code
+from lavender.cli.output import report
 from lavender.cli.stopping import DONE
-from lavender.cli.terminal import wrapped
+from lavender.cli.terminal import table, width_of, wrapped
 from lavender.files import expanded, writing
 
 HELP = "show what Lavender sees in a model or a map store"
 DESCRIPTION = """Of a model: its layers, image keys, words of a sample and memory for training. Its config.json is
-enough. Of a map store: its size, settings and first texts."""
+enough. Of a map store: its size, settings and first texts. A pipe gets JSON."""
 WIDTH = 80
 
 
@@ -30,7 +29,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PNG",
         help="load the weights, and draw the model's word maps on a photograph to this file",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, also on a terminal")
     add_trust_remote_code(parser)
 
 
@@ -39,15 +37,14 @@ def run(options: argparse.Namespace) -> int:
 
     with writing(options.picture or options.target):
         facts = inspect_target(options.target, options.picture, options.trust_remote_code)
-    as_page = sys.stdout.isatty() and not options.json
-    print(as_text(facts) if as_page else json.dumps(facts, indent=1, ensure_ascii=False))
+    report(options, facts, as_text(facts, min(width_of() or WIDTH, WIDTH)).splitlines(), piped=True)
     return DONE
 
 
-def as_text(facts: dict[str, Any]) -> str:
-    """The facts of `inspect_target` as a page of at most 80 columns; only paths may be longer."""
-    lines = _store_lines(facts) if facts["kind"] == "map store" else _model_lines(facts)
-    return "\n".join(wrapped(line, WIDTH, _indent_of(line)) for line in lines)
+def as_text(facts: dict[str, Any], width: int = WIDTH) -> str:
+    """The facts of `inspect_target` as a page of at most `width` columns; only paths and the table may be wider."""
+    lines = _store_lines(facts) if facts["kind"] == "map store" else _model_lines(facts, width)
+    return "\n".join(wrapped(line, width, _indent_of(line)) for line in lines)
 
 
 def _indent_of(line: str) -> str:
@@ -65,13 +62,13 @@ def _store_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _model_lines(facts: dict[str, Any]) -> list[str]:
+def _model_lines(facts: dict[str, Any], width: int) -> list[str]:
     unknown = facts["sample"].get("missing")  # where the model's own code may not run, the reason for all that follows
     layers = f"{len(facts['usable_layers'])} of {facts['layers']}: {_ranges(facts['usable_layers'])}"
     parameters = f"unknown: {unknown}"
     if facts["parameters"] is not None:
         parameters = f"{facts['parameters']:,} ({_size(facts['bytes_in_bfloat16'])} in bfloat16)"
-    memory = _memory_lines(facts["memory"]) if facts["memory"] else [f"No estimate of memory: {unknown}"]
+    memory = _memory_lines(facts["memory"], width) if facts["memory"] else [f"No estimate of memory: {unknown}"]
     return [
         f"{facts['class']}, family {facts['family']}",
         f"  parameters     {parameters}",
@@ -103,7 +100,7 @@ def _sample_lines(sample: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _memory_lines(memory: dict[str, Any]) -> list[str]:
+def _memory_lines(memory: dict[str, Any], width: int) -> list[str]:
     setups = {
         "full fp32": memory["full"],
         "full bf16": memory["full_16_bit"],
@@ -111,15 +108,12 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
         "QLoRA": memory["qlora"],
     }
 
-    def line(label: str, cells: list[str]) -> str:
-        return f"  {label:<28}" + "".join(f"{cell:>12}" for cell in cells)
-
-    lines = ["Memory for training on one GPU, a rough estimate:", line("", list(setups))]
-    for part in memory["full"]:
-        lines.append(line(part, [_size(setup[part]) for setup in setups.values()]))
-    lines.append(line("total", [_size(sum(setup.values())) for setup in setups.values()]))
-    lines.append(line("published loss, in addition", [_size(memory["published"])] * len(setups)))
-    lines.append(line("and with pooling: learn", [_size(memory["learn"])] * len(setups)))
+    rows = [["", *setups]]
+    rows += [[part, *(_size(setup[part]) for setup in setups.values())] for part in memory["full"]]
+    rows.append(["total", *(_size(sum(setup.values())) for setup in setups.values())])
+    rows.append(["published loss, in addition", *[_size(memory["published"])] * len(setups)])
+    rows.append(["and with pooling: learn", *[_size(memory["learn"])] * len(setups)])
+    lines = ["Memory for training on one GPU, a rough estimate:", *(f"  {line}" for line in table(rows, width - 2))]
     return [*lines, "  Assumptions:", *(f"  - {assumption}" for assumption in memory["assumptions"])]
 
 

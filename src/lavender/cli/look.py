@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from lavender.cli.options import Several, add_columns, add_trust_remote_code, columns_of
+from lavender.cli.output import progress, report
 from lavender.cli.stopping import DONE
-from lavender.cli.terminal import show
 from lavender.errors import ConfigError
 from lavender.files import data_path, expanded, prepare_place, writing
 
@@ -121,9 +121,10 @@ def run(options: argparse.Namespace) -> int:
 
         with writing(options.png):
             draw_figure(looked.panels, options.png)
-    for line in looked.lines:
-        show(line)
-    show(f"page: {options.out}" + (f", picture: {options.png}" if options.png is not None else ""))
+    facts = {"kind": kind, "lines": list(looked.lines), "page": str(options.out)}
+    facts["picture"] = None if options.png is None else str(options.png)
+    end = f"page: {options.out}" + (f", picture: {options.png}" if options.png is not None else "")
+    report(options, facts, looked.lines, [end])
     return DONE
 
 
@@ -208,12 +209,10 @@ def _parts(options: argparse.Namespace) -> tuple:
 
 
 def _look_at_model(options: argparse.Namespace) -> Looked:
-    from tqdm import tqdm
-
     from lavender.evaluation.look.looking import look_at_model
 
     device = _device(options)
-    with tqdm(unit="order", desc="faithfulness", disable=not options.faithfulness) as bar:
+    with progress(options, unit="order", desc="faithfulness", disable=not options.faithfulness) as bar:
         return look_at_model(
             options.target,
             options.photo,

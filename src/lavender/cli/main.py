@@ -8,12 +8,11 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NoReturn
 
-from lavender import __version__
 from lavender.cli import check, data, demo, env, eval, export, extract, inspect, look, report, store, study, train
-from lavender.cli.options import put_before
-from lavender.cli.quiet import debugging, silent_libraries
+from lavender.cli.output import add_output_options
+from lavender.cli.parser import Parser, Version, complete
+from lavender.cli.quiet import bars, debugging, libraries_logged
 from lavender.cli.stopping import DONE, FAILED, WRONG_USAGE, Stopped, signals_stop, unexpected
 from lavender.cli.terminal import show
 from lavender.errors import ConfigError, LavenderError
@@ -40,28 +39,20 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {verb: module.run for ve
 """The call of each verb: parsed options → exit code."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors of usage, wrapped to the terminal, with the command that helps."""
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        do = put_before(self, message) or f"see `{self.prog} --help`"
-        show(f"{self.prog}: error: {message}. Do this: {do}.", sys.stderr)
-        self.exit(WRONG_USAGE)
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of all verbs. Each module of a verb has its options and its texts."""
-    parser = _Parser(
+    parser = Parser(
         prog="lavender",
         description="Fine-tune a vision-language model whose attention learns from the word maps of a diffusion "
         "model (Diffusion Instruction Tuning).",
         epilog="`lavender VERB --help` lists the options of a verb.",
     )
-    parser.add_argument("--version", action="version", version=f"lavender-vlm {__version__}")
+    parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
     for verb, module in _MODULES.items():
         module.add_options(verbs.add_parser(verb, help=module.HELP, description=module.DESCRIPTION))
+    for leaf in parser.leaves():
+        add_output_options(leaf)
     return parser
 
 
@@ -74,10 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 wrong usage or settings, 130 or 143 stopped by a signal.
     """
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
+        complete(parser)
+    options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        with signals_stop(), silent_libraries():
+        with signals_stop(), libraries_logged(options.verbose), bars(not options.quiet):
             return _run(options)
     except Stopped as stop:
         print("\nstopped; what is complete is kept", file=sys.stderr)
@@ -99,5 +93,5 @@ def _run(options: argparse.Namespace) -> int:
         if debugging():
             raise
         failure = unexpected(error)
-    show(f"lavender {options.verb}: {failure}", sys.stderr)
+    show(f"lavender {options.verb}: {failure}", sys.stderr, f"lavender {options.verb}:")
     return WRONG_USAGE if isinstance(failure, ConfigError) else FAILED

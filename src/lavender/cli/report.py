@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from lavender.cli import output
 from lavender.cli.options import add_columns, add_maps, add_trust_remote_code, columns_of
 from lavender.cli.stopping import DONE
-from lavender.cli.terminal import show
 from lavender.errors import ConfigError
 from lavender.files import data_path, expanded, prepare_place, writing
 
@@ -67,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
         prepare_place(place)
     with writing(options.out or options.run):
         page = report_run(options.run, options.out, asked, options.trust_remote_code, TEACHER_NOTES, options.pdf)
-    show(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
-    if options.pdf is not None:
-        show(f"figures: {options.pdf}")
+    lines = [f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)"]
+    lines += [] if options.pdf is None else [f"figures: {options.pdf}"]
+    facts = {"report": str(page), "figures": None if options.pdf is None else str(options.pdf)}
+    output.report(options, facts, end=lines)
     return DONE

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -56,6 +54,9 @@ def signals_stop() -> Iterator[None]:
 
 def unexpected(error: Exception) -> LavenderError:
     """The message about a bug in the library. The traceback goes to a file that the message names."""
+    import tempfile
+    import traceback
+
     with tempfile.NamedTemporaryFile(
         "w", prefix="lavender-", suffix=".log", delete=False, errors="backslashreplace"
     ) as log:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavender.cli.options import add_columns, columns_of
+from lavender.cli.output import report
 from lavender.cli.stopping import DONE
-from lavender.cli.terminal import show
 from lavender.errors import ConfigError, StoreError
 from lavender.files import data_path, expanded, writing
 
@@ -31,7 +30,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("stores", type=expanded, nargs="+", metavar="STORE", help="folder of a map store")
     stats = action("stats", _stats, "Count the records, images and words of a store. Reads no map.")
     stats.add_argument("store", type=expanded, metavar="STORE", help="folder of a map store")
-    stats.add_argument("--json", action="store_true", help="print JSON")
     merge = action("merge", _merge, "Write the records of several stores of the same settings to one.")
     merge.add_argument("stores", type=expanded, nargs="+", metavar="STORE", help="folder of a map store")
     merge.add_argument(
@@ -72,22 +70,23 @@ def run(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> None:
     from lavender.data.store_tools import verify
 
-    faults: list[str] = []
+    facts: list[dict[str, Any]] = []
+    lines: list[str] = []
     unread: list[StoreError] = []
     for path in options.stores:
         try:
             found = verify(path)
         except StoreError as error:
-            show(error.got)
+            lines.append(error.got)
+            facts.append({"store": str(path), "unreadable": error.got})
             unread.append(error)
             continue
         state = _number(found.faults) if found.faults else "whole"
-        show(f"{path}: {found.records} records with {found.words} word maps, {state}")
-        for fault in found.faults[:SHOWN_FAULTS]:
-            show(f"  {fault}")
-        if len(found.faults) > SHOWN_FAULTS:
-            show(f"  … and {len(found.faults) - SHOWN_FAULTS} more")
-        faults += found.faults
+        lines.append(f"{path}: {found.records} records with {found.words} word maps, {state}")
+        lines += _first(list(map(str, found.faults)), "")
+        facts.append({"store": str(path), "records": found.records, "words": found.words, "faults": found.faults})
+    report(options, facts, lines)
+    faults = [fault for one in facts for fault in one.get("faults", ())]
     if faults:
         again = "repeat the command that wrote the store: it redoes only their records"
         do = f"restore the files from a copy, or delete both files of each shard that is named and {again}"
@@ -100,15 +99,18 @@ def _number(faults: Sequence[object]) -> str:
     return f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
 
 
+def _first(lines: Sequence[str], where: str) -> Iterator[str]:
+    for line in lines[:SHOWN_FAULTS]:
+        yield f"  {line}"
+    if len(lines) > SHOWN_FAULTS:
+        yield f"  … and {len(lines) - SHOWN_FAULTS} more{where}"
+
+
 def _stats(options: argparse.Namespace) -> None:
     from lavender.data.store_tools import stats
 
     found = stats(options.store)
-    if options.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
-        return
-    for name, value in found.items():
-        show(f"{name.replace('_', ' ')}: {_listed(value)}")
+    report(options, found, (f"{name.replace('_', ' ')}: {_listed(value)}" for name, value in found.items()))
 
 
 def _listed(value: Any) -> str:
@@ -121,13 +123,22 @@ def _merge(options: argparse.Namespace) -> None:
     from lavender.data.store_tools import merge
 
     merged = merge(options.stores, options.out)
-    show(f"{merged.records} records in {options.out}: {merged.added} added, {merged.repeated} were in an earlier store")
+    line = (
+        f"{merged.records} records in {options.out}: {merged.added} added, {merged.repeated} were in an earlier store"
+    )
+    facts = {"out": str(options.out), "records": merged.records, "added": merged.added, "repeated": merged.repeated}
+    report(options, facts, end=[line])
 
 
 def _export(options: argparse.Namespace) -> None:
     from lavender.data.store_table import export_table
 
-    show(f"{export_table(options.store, options.out)} records written to {options.out}")
+    _report_records(options, export_table(options.store, options.out))
+
+
+def _report_records(options: argparse.Namespace, records: int) -> None:
+    facts = {"out": str(options.out), "records": records}
+    report(options, facts, end=[f"{records} records written to {options.out}"])
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -137,8 +148,10 @@ def _import(options: argparse.Namespace) -> None:
         for name in ("data", "columns", "geometry", "strict"):
             if getattr(options, name):
                 raise ConfigError(f"--{name} with an exported table", "--out alone", f"leave --{name} out")
-        show(f"{import_table(options.source, options.out)} records written to {options.out}")
+        _report_records(options, import_table(options.source, options.out))
         return
+    from dataclasses import asdict
+
     from lavender.data.samples import read_samples
     from lavender.teachers.jpeg_maps import import_jpeg_maps
 
@@ -150,14 +163,13 @@ def _import(options: argparse.Namespace) -> None:
         )
     samples = read_samples(options.data, columns=columns_of(options))
     summary = import_jpeg_maps(samples, options.source, options.out, options.geometry or "crop", options.strict)
-    show(
+    dropped = [f"dropped {drop.what}: {drop.reason}" for drop in summary.dropped]
+    lines = list(_first(dropped, f"; {options.out / 'extraction.json'} lists all"))
+    lines.append(
         f"{summary.records} texts with {summary.words} word maps written to {options.out}; "
         f"{summary.already_there} were already there; {len(summary.dropped)} dropped"
     )
-    for drop in summary.dropped[:SHOWN_FAULTS]:
-        show(f"  dropped {drop.what}: {drop.reason}")
-    if len(summary.dropped) > SHOWN_FAULTS:
-        show(f"  … and {len(summary.dropped) - SHOWN_FAULTS} more; {options.out / 'extraction.json'} lists all")
+    report(options, asdict(summary) | {"out": str(options.out)}, end=lines)
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -165,8 +177,10 @@ def _push(options: argparse.Namespace) -> None:
 
     if options.dry_run is not None:
         export_table(options.store, options.dry_run, options.repository)
-        for path in sorted(options.dry_run.rglob("*")):
-            if path.is_file():
-                show(f"would upload {path.relative_to(options.dry_run)} ({path.stat().st_size:,} bytes)")
+        files = sorted(path for path in options.dry_run.rglob("*") if path.is_file())
+        sizes = {str(path.relative_to(options.dry_run)): path.stat().st_size for path in files}
+        lines = (f"would upload {name} ({size:,} bytes)" for name, size in sizes.items())
+        report(options, {"repository": options.repository, "would_upload": sizes}, lines)
         return
-    show(f"uploaded to {push(options.store, options.repository, private=not options.public)}")
+    address = push(options.store, options.repository, private=not options.public)
+    report(options, {"repository": options.repository, "commit": address}, end=[f"uploaded to {address}"])

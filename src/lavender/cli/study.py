@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from pathlib import Path
 
 from lavender.cli.options import Several
+from lavender.cli.output import note, report
 from lavender.cli.stopping import DONE
-from lavender.cli.terminal import show
 from lavender.errors import ConfigError
 from lavender.files import expanded, writing
 
 HELP = "run a controlled experiment on the built-in world, over seeds"
 DESCRIPTION = """Train and score students on the built-in world, and judge the result over seeds.
-Writes DIR/NAME/page.md, results.json and plot.png. A study that was stopped continues."""
+Writes DIR/NAME/page.md, results.json and plot.png. A study that was stopped continues.
+Prints page.md, or results.json with --json."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,15 +45,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, default=None, metavar="N", help="run N trainings in parallel (default: one per core)"
     )
-    parser.add_argument("--json", action="store_true", help="print results.json instead of page.md")
 
 
 def run(options: argparse.Namespace) -> int:
-    from lavender.world.studies.cost import listed
+    from lavender.world.studies.cost import facts_of, listed
     from lavender.world.studies.registry import STUDIES, Scale, run_study
 
     if options.list:
-        print(listed(STUDIES))
+        report(options, facts_of(STUDIES), listed(STUDIES).splitlines())
         return DONE
     if options.name is None:
         raise ConfigError("no study", f"one of {', '.join(STUDIES)}", "see what each costs: lavender study --list")
@@ -64,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
     with writing(options.out):
         results = run_study(options.name, options.out, scale, jobs, _command(options))
     folder = options.out / options.name
-    print(json.dumps(results, indent=1) if options.json else (folder / "page.md").read_text())
-    show(f"written: {folder / 'page.md'}, results.json, plot.png", sys.stderr)
+    report(options, results, [] if options.json else (folder / "page.md").read_text().splitlines())
+    note(options, f"written: {folder / 'page.md'}, results.json, plot.png")
     return DONE
 
 

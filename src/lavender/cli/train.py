@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+from pathlib import Path
+from typing import Any
 
+from lavender.cli.output import own_lines, report
 from lavender.cli.stopping import DONE
-from lavender.cli.terminal import show
-from lavender.files import expanded, writing
+from lavender.files import expanded, read_whole, writing
 
 HELP = "fine-tune a model with the alignment loss"
 DESCRIPTION = """Fine-tune as a YAML file says. A run that was stopped continues from its last checkpoint.
@@ -24,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override a setting of the file; may be repeated",
+        help="override a setting of the file, such as learning_rate=1e-4 or lora.r=16; may be repeated",
     )
     parser.add_argument(
         "--restart", action="store_true", help="delete the run in the output folder and start from the beginning"
@@ -41,19 +44,38 @@ def run(options: argparse.Namespace) -> int:
 
     from lavender.training.run import read_run, train
 
-    config = read_run(options.run, options.overrides)
+    hushed = ["disable_tqdm=true"] if options.quiet else []
+    config = read_run(options.run, [*options.overrides, *hushed])
     if options.dry_run:
         from lavender.evaluation.dry_run import dry_run
 
-        for line in dry_run(config, options.restart):
-            if PartialState().is_main_process:
-                show(line)
+        lines = list(dry_run(config, options.restart))
+        if PartialState().is_main_process:
+            report(options, {"lines": lines}, lines)
     else:
-        with writing(config.out):
+        with writing(config.out), own_lines(options):
             folder = train(config, options.restart)
         if PartialState().is_main_process:
-            print(f"run folder: {folder}")
+            facts = _facts(folder)
+            report(options, facts, end=[_summary(facts), f"run folder: {folder}"])
     # A process group's threads must end before Python does; models in reference cycles would keep them alive.
     gc.collect()
     PartialState().destroy_process_group()
     return DONE
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """The run folder, the last of each number that training logged, and the coverage."""
+    from lavender.training.run_folder import COVERAGE, METRICS
+
+    last: dict[str, Any] = {}
+    for line in (folder / METRICS).read_text().splitlines():
+        last |= json.loads(line)
+    return {"run": str(folder), "metrics": last, "coverage": json.loads(read_whole(folder / COVERAGE))}
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    metrics = facts["metrics"]
+    names = ("loss", "vlm_loss", "attention_loss", "attention_mass", "eval_loss")
+    numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if metrics.get(name) is not None)
+    return f"trained {metrics['step']} steps: {numbers}"

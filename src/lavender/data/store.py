@@ -215,6 +215,11 @@ class SeveralStores:
         return cls(*[MapStore.open(path) for path in dict.fromkeys(listed)])
 
     @property
+    def stores(self) -> tuple[MapStore, ...]:
+        """The stores, in their order."""
+        return self._stores
+
+    @property
     def paths(self) -> list[Path]:
         """The folders of the stores."""
         return [store.path for store in self._stores]

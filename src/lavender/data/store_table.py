@@ -23,11 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from lavender.data.hub import make_repository, upload
 from lavender.data.made_from import without_sources
 from lavender.data.store import MapStore
 from lavender.data.store_tools import stats, store_folder, whole_folder
 from lavender.data.store_writer import quantised
-from lavender.errors import FileError, StoreError
+from lavender.errors import StoreError
 from lavender.files import expanded, read_whole, write_whole
 from lavender.maps import Dropped, Word, WordMaps
 
@@ -286,35 +287,10 @@ def push(store: str | Path, repository: str, private: bool = True) -> str:
     """
     from tempfile import TemporaryDirectory
 
-    from huggingface_hub import HfApi
-
     MapStore.open(store)
-    api = HfApi(library_name="lavender-vlm")
+    make_repository(repository, "dataset", private)  # before the export, which takes time
     with TemporaryDirectory() as folder:
         table = Path(folder) / "table"
-        with _asking(repository):  # before the export, which takes time
-            api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
         export_table(store, table, repository)
-        with _asking(repository):
-            commit = api.upload_folder(
-                repo_id=repository,
-                folder_path=table,
-                repo_type="dataset",
-                commit_message="Word maps",
-                delete_patterns="data/train-*.parquet",  # an earlier table may have more files
-            )
-    return str(commit)
-
-
-@contextmanager
-def _asking(repository: str) -> Iterator[None]:
-    """Turn errors of the hub, of the connection, and of a name that the hub does not take into a FileError."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        raise FileError(
-            f"{repository}, to which nothing was uploaded: {reason}",
-            "a repository of yours, a token that may write, and a connection",
-            "check the name, run `hf auth login`, or write the folder alone with --dry-run",
-        ) from error
+        # an earlier table may have more files
+        return upload(table, repository, "dataset", "Word maps", private, replaced="data/train-*.parquet")

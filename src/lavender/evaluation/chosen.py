@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, nearest
 from lavender.evaluation.eval_files import EvaluatedSample
 from lavender.evaluation.score_help import SCORES
 
@@ -49,7 +49,8 @@ def choose(
         ConfigError: `number` is below 1, or `by` is no such score.
     """
     if by not in BY:
-        raise ConfigError(f"--by {by}", f"one of {', '.join(BY)}", "name one of them")
+        near = nearest(by, BY)
+        raise ConfigError(f"--by {by}", f"one of {', '.join(BY)}", f"write {near}" if near else "name one of them")
     if number < 1:
         raise ConfigError(f"--pictures {number}", "at least 1", "give the number of pictures to show")
     sign = 1.0 if SCORES[by].better == "higher" else -1.0

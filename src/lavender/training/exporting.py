@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from lavender.alignment.objective import TRAINED_PARTS, is_alignment_part
+from lavender.data.hub import upload
 from lavender.errors import ConfigError, FileError
 from lavender.files import TEMPORARY, expanded
 from lavender.students.loading import load_run
 from lavender.students.word_maps import random_state_kept
 from lavender.training.distributed import whole_models
 from lavender.training.mixin import AlignmentMixin
+from lavender.training.model_card import CARD, run_card, trainer_card
 
 
 def export(
@@ -28,7 +30,7 @@ def export(
 
     By default every export is a whole model for `from_pretrained`, as `lavender export` writes it. With `merge=False`,
     LoRA and other PEFT methods write an adapter for `PeftModel.from_pretrained`, as `Trainer.save_model` does. Neither
-    weights nor config contain anything of alignment.
+    weights nor config contain anything of alignment. The folder's README.md is a model card.
 
     Example:
         >>> from datasets import Dataset
@@ -68,9 +70,15 @@ def export(
     return _export_trainer(trained, expanded(path), merge, trust_remote_code)
 
 
-def export_run(run: str | Path, out: str | Path, trust_remote_code: bool = False) -> Path:
-    """`export` of a run folder, with LoRA merged: what `lavender export` calls."""
-    return export(run, out, trust_remote_code=trust_remote_code)
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    trust_remote_code: bool = False,
+    merge: bool = True,
+    repository: str | None = None,
+) -> Path:
+    """`export` of a run folder: what `lavender export` calls. The card's example loads `repository`."""
+    return _export_run(expanded(run), expanded(out), merge, trust_remote_code, repository)
 
 
 def save_head(trainer: AlignmentMixin, path: str | Path) -> None:
@@ -106,11 +114,29 @@ def _export_trainer(trainer: AlignmentMixin, path: Path, merge: bool, trust_remo
         _write(trainer, model, state, Path(adapter))
         with whole_models(), random_state_kept(trainer.args.device):
             _write_loaded(Path(adapter), path, trust_remote_code)
+    trainer_card(trainer, path.name, is_adapter=False).save(path / CARD)
     return path
 
 
+def push(folder: str | Path, repository: str, private: bool = True) -> str:
+    """Upload an exported checkpoint, with its card, to a model repository, which is made if it is not there.
+
+    Args:
+        folder: what `export` wrote.
+        repository: its hub id.
+        private: whether a new repository is private.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        FileError: the hub refuses, or cannot be reached.
+    """
+    return upload(expanded(folder), repository, "model", "A model tuned with lavender-vlm", private)
+
+
 def _write(trainer: AlignmentMixin, model: Any, state: dict[str, Tensor], path: Path) -> None:
-    """Write the model as it was trained, an adapter apart, and the processor."""
+    """Write the model as it was trained, an adapter apart, the processor, and the card."""
     # weights are written under the names they were read with; ZeRO-3's reader notes renamings that it did not use
     if renamings := vars(model).get("_weight_conversions"):
         model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
@@ -121,6 +147,7 @@ def _write(trainer: AlignmentMixin, model: Any, state: dict[str, Tensor], path: 
             path, state_dict={name: value for name, value in state.items() if not is_alignment_part(name)}
         )
     cast(ProcessorMixin, trainer.processing_class).save_pretrained(path)
+    trainer_card(trainer, path.name, isinstance(model, PeftModel)).save(path / CARD)
 
 
 def _write_adapter(model: PeftModel, state: dict[str, Tensor], path: Path) -> None:
@@ -144,7 +171,7 @@ def _write_loaded(folder: Path, out: Path, trust_remote_code: bool) -> None:
     processor.save_pretrained(out)
 
 
-def _export_run(run: Path, out: Path, merge: bool, trust_remote_code: bool) -> Path:
+def _export_run(run: Path, out: Path, merge: bool, trust_remote_code: bool, repository: str | None = None) -> Path:
     checkpoint = run / "checkpoint"
     if not checkpoint.is_dir():
         raise FileError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
@@ -159,5 +186,6 @@ def _export_run(run: Path, out: Path, merge: bool, trust_remote_code: bool) -> P
             shutil.copytree(checkpoint, model)
         else:
             _write_loaded(run, model, trust_remote_code)
+        run_card(run, is_adapter and not merge, repository).save(model / CARD)
         model.replace(out)
     return out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from trl import SFTTrainer
 
 from lavender.alignment.examples import images_of
@@ -168,19 +169,35 @@ class Probe(TrainerCallback):
         return Drawn(alignment["words"][0][0], downscaled(picture, _DRAWN_SIDE), int(alignment["present"].sum()))
 
     def _draw(self, seen: Seen) -> None:
-        """Write picture, teacher and student side by side to TensorBoard."""
-        callbacks = self._trainer.callback_handler.callbacks
-        boards = [callback for callback in callbacks if isinstance(callback, TensorBoardCallback)]
-        writers = [board.tb_writer for board in boards if board.tb_writer]
-        place = 0
+        """Write picture, teacher and student side by side to the trackers that take pictures."""
+        writers = list(picture_writers(self._trainer))
+        place, pictures = 0, {}
         for index, (word, picture, num_words) in enumerate(self._drawn if writers else ()):
             maps = seen.teacher[place], seen.student[place]
             pixels = [np.asarray(image) for image in (picture, *(overlay_heat(picture, heat) for heat in maps))]
-            for writer in writers:
-                writer.add_image(
-                    f"probe/{index} {word}: picture, teacher, student",
-                    np.concatenate(pixels, axis=1),
-                    self._trainer.state.global_step,
-                    dataformats="HWC",
-                )
+            pictures[f"probe/{index} {word}: picture, teacher, student"] = np.concatenate(pixels, axis=1)
             place += num_words
+        for write in writers:
+            write(pictures, self._trainer.state.global_step)
+
+
+def picture_writers(trainer: Trainer) -> Iterator[Callable[[dict[str, np.ndarray], int], None]]:
+    """Functions that write pictures, uint8 (row, column, channel) by name, at a step: one per tracker that takes them.
+
+    These are TensorBoard, W&B and Trackio, where `report_to` names them and this process reports.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
+            yield partial(_to_tensorboard, callback.tb_writer)
+        elif isinstance(callback, WandbCallback | TrackioCallback) and trainer.is_world_process_zero():
+            yield partial(_to_run, callback._wandb if isinstance(callback, WandbCallback) else callback._trackio)
+
+
+def _to_tensorboard(writer: Any, pictures: dict[str, np.ndarray], step: int) -> None:
+    for name, pixels in pictures.items():
+        writer.add_image(name, pixels, step, dataformats="HWC")
+
+
+def _to_run(library: Any, pictures: dict[str, np.ndarray], step: int) -> None:
+    """W&B and Trackio have the same calls; transformers logs the numbers with the same step."""
+    library.log({name: library.Image(pixels) for name, pixels in pictures.items()} | {"train/global_step": step})

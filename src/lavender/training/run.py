@@ -20,7 +20,8 @@ from lavender.files import TEMPORARY, write_whole
 from lavender.model_files import IN_RUN_FILE
 from lavender.students.loading import load_config, load_model, load_processor, load_run, loading
 from lavender.training.exporting import export_run
-from lavender.training.run_config import LoraSettings, RunConfig, check_out, read_overrides, read_run
+from lavender.training.model_card import CARD, run_card, teachers_of
+from lavender.training.run_config import LoraSettings, RunConfig, check_out, overridden, read_run
 from lavender.training.run_folder import (
     CHECKPOINT,
     COVERAGE,
@@ -59,7 +60,7 @@ __all__ = [
     "export_run",
     "load_run",
     "loading",
-    "read_overrides",
+    "overridden",
     "read_run",
     "train",
 ]
@@ -254,16 +255,19 @@ def _finish(trainer: LavenderTrainer, out: Path, sets: dict[str, Samples], is_ma
     save_head(trainer, partial[HEAD])
     if is_main:
         shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
-        for name, path in partial.items():
-            path.replace(out / name)
         trained_on = [samples for name, samples in sets.items() if name != "eval_data"]
         refused = [sample._asdict() for sample in trainer.refused]
         coverage = _counted(trainer.coverage, trained_on) | {"refused": refused}
+        coverage["teachers"] = teachers_of(trainer.maps)
         print(_coverage_line(coverage, "training"))
         if trainer.eval_dataset is not None:
             refused = [sample._asdict() for sample in trainer.eval_refused]
             coverage["evaluation"] = _counted(trainer.eval_coverage, [sets["eval_data"]]) | {"refused": refused}
             print(_coverage_line(coverage["evaluation"], "evaluation"))
+        is_adapter = (partial[CHECKPOINT] / "adapter_config.json").is_file()
+        run_card(out, is_adapter, coverage=coverage).save(partial[CHECKPOINT] / CARD)
+        for name, path in partial.items():
+            path.replace(out / name)
         write_whole(out / COVERAGE, json.dumps(coverage, indent=1))
     trainer.accelerator.wait_for_everyone()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -155,18 +156,37 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: a missing key, an unknown key (with the most similar known one), a value of another type.
     """
     path = expanded(path)
-    settings = _flat(read_settings(path), str(path)) | _flat(read_overrides(overrides), "--set")
-    return _run_config(settings, str(path))
+    settings = _flat(read_settings(path), str(path))
+    return _run_config(_flat(overridden(settings, overrides), "--set"), str(path))
 
 
-def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE` settings, with values in YAML."""
-    settings = {}
+def overridden(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings with those of `KEY=VALUE` texts, whose values are YAML, in their place.
+
+    `lora.r=8` sets one setting of a mapping, which is made if there is none. `training.` before a key changes nothing.
+
+    Raises:
+        ConfigError: a text of another form; a part of a setting that is no mapping.
+    """
+    settings = copy.deepcopy(dict(settings))
     for override in overrides:
-        key, sign, value = override.partition("=")
-        if not sign or not key:
+        key, sign, text = override.partition("=")
+        *above, last = key.removeprefix("training.").split(".")
+        if not sign or not all((*above, last)):
             raise ConfigError(f"--set {shown(override)}", "KEY=VALUE", "write for example --set align_weight=0.5")
-        settings[key] = parse_yaml(value, f"--set {shown(override)}")
+        value = parse_yaml(text, f"--set {shown(override)}")
+        if key == "training" and isinstance(value, dict):
+            settings |= value
+            continue
+        inside = settings
+        for name in above:
+            if inside.get(name) is None or isinstance(inside[name], bool):
+                inside[name] = {}
+            if not isinstance(inside[name], dict):
+                got = f"--set {shown(override)}, but {name} is {shown(inside[name])}"
+                raise ConfigError(got, "a mapping to set a part of", f"set {name} itself")
+            inside = inside[name]
+        inside[last] = value
     return settings
 
 

@@ -6,13 +6,14 @@ import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from traceback import walk_tb
 from types import FunctionType, NoneType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lavender.errors import ConfigError, LavenderError
+from lavender.errors import ConfigError, LavenderError, nearest
 from lavender.files import shown
 from lavender.type_checks import check_keys, check_path, check_type, hints_of
 
@@ -101,15 +102,24 @@ def checked_training(settings: Mapping[str, Any]) -> dict[str, Any]:
     known, checked = {setting.name: setting for setting in fields(LavenderConfig)}, {}
     for name, value in settings.items():
         value = "no" if name in STRATEGIES and value is False else value
-        check_type(name, value, _OTHER_TYPES.get(name, hints_of(LavenderConfig)[name]), known[name].default)
-        choices = known[name].metadata.get("choices")
+        hint = hints_of(LavenderConfig)[name]
+        check_type(name, value, _OTHER_TYPES.get(name, hint), known[name].default)
+        choices = known[name].metadata.get("choices") or _names_of(hint)
         if choices and value is not None and value not in choices:
-            raise ConfigError(f"{name}={shown(value)}", f"one of {tuple(choices)}", f"set {name} to one of them")
+            near = nearest(str(value), map(str, choices))
+            do = f"write {near!r} instead" if near else f"set {name} to one of them"
+            raise ConfigError(f"{name}={shown(value)}", f"one of {tuple(choices)}", do)
         low, high = _RANGES.get(name, (None, None))
         if low is not None and isinstance(value, int | float) and not low <= value <= high:
             raise ConfigError(f"{name}={shown(value)}", f"a number from {low} to {high}", f"change {name}")
         checked[name] = check_path(name, value) if name in PATHS and isinstance(value, str) else value
     return checked
+
+
+def _names_of(hint: Any) -> list[str]:
+    """What a setting that is a member of an enumeration may be, also where its type is any text besides."""
+    enums = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
+    return [member.value for kind in enums for member in kind]
 
 
 def trainer_arguments(settings: Mapping[str, Any], processor: ProcessorMixin, output_dir: Path) -> LavenderConfig:

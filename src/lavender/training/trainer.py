@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
-from transformers import PreTrainedModel
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import BitsAndBytesConfig, EvalPrediction, PreTrainedModel, ProcessorMixin, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
+from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import ConfigError
 from lavender.training.arguments import AlignmentArguments, as_dict
 from lavender.training.mixin import AlignmentMixin
+from lavender.training.model_card import CARD, trainer_card
 
 
 @dataclass
@@ -71,15 +80,76 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
     Args:
         model: a loaded VLM of a supported family, or its folder or Hub id.
         args: a LavenderConfig.
-        kwargs: `processing_class`, `maps`, `peft_config`, data sets and all other arguments of SFTTrainer, see
-            `lavender.training.mixin.AlignmentMixin`, which also lists attributes and errors.
+        processing_class: the model's processor.
+        maps: the open map store, or several as `SeveralStores`, if `args.maps` does not name it.
+        peft_config: settings of LoRA or another PEFT method that tunes modules; None trains the model itself.
+        train_dataset, eval_dataset: data sets or streams with the columns `messages` and `images`.
+        others: as in SFTTrainer.
+
+    `lavender.training.mixin.AlignmentMixin` lists attributes and errors.
     """
 
-    def __init__(self, model: str | PreTrainedModel, args: LavenderConfig, **kwargs: Any):
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: LavenderConfig,
+        *,
+        processing_class: ProcessorMixin,
+        maps: MapStore | SeveralStores | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        peft_config: PeftConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+    ):
         if isinstance(model, str):
-            model = create_model_from_path(model, **as_dict(args.model_init_kwargs))
-            args.model_init_kwargs = None
-        super().__init__(model, args, **kwargs)
+            settings = as_dict(args.model_init_kwargs)
+            if quantization_config is not None:
+                settings["quantization_config"] = quantization_config
+            model = create_model_from_path(model, **settings)
+            args.model_init_kwargs = quantization_config = None
+        super().__init__(
+            model,
+            args,
+            processing_class=processing_class,
+            maps=maps,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            data_collator=data_collator,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            formatting_func=formatting_func,
+        )
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the model card to README.md in `args.output_dir`: base, data, teacher, loss, λ and what to cite.
+
+        Args:
+            model_name: the model's name; None for that of the folder.
+            dataset_name: hub id or name of the training data, which the trainer does not know.
+            tags: tags beside our own.
+        """
+        if not self.is_world_process_zero():
+            return
+        out = Path(cast(str, self.args.output_dir))
+        is_adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        more = [tags] if isinstance(tags, str) else tags or ()
+        trainer_card(self, model_name or out.name, is_adapter, dataset_name, more).save(out / CARD)
 
     def _run_epoch(self, *args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> None:
         """The trainer's epoch, which would train one step too many when resumed from the last step's checkpoint."""

@@ -193,21 +193,15 @@ class Overlap:
     def _names(self, one: BenchmarkOverlap) -> list[str]:
         return [self.train.names[sample] for sample in one.train_samples]
 
-    def table(self) -> list[str]:
-        """Lines for a terminal: of each benchmark the share of its samples that the training set has, in per cent."""
-        head = ["samples", "same", "near", "same", "near", "both", "any"]
-        rows = [
-            [f"{one.numbers['samples']:,}", *(f"{100 * one.numbers['shares'][name]:.1f} %" for name in FIGURES)]
+    def rows(self) -> list[list[str]]:
+        """Rows of a table: per benchmark the share of its samples that the training set has, in per cent."""
+        head = ["benchmark", "samples", *(name.replace("_", " ") for name in FIGURES)]
+        shares = [
+            [one.side.path, f"{one.numbers['samples']:,}"]
+            + [f"{100 * one.numbers['shares'][name]:.1f} %" for name in FIGURES]
             for one in self.benchmarks
         ]
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in (head, *rows)
-        ]
-        pair = sum(widths[1:3]) + 2
-        over = " " * (widths[0] + 2) + "picture".center(pair) + "  " + "text".center(sum(widths[3:5]) + 2)
-        names = ["benchmark", *(one.side.path for one in self.benchmarks)]
-        return [over.rstrip(), *(f"{line}  {name}" for line, name in zip(lines, names, strict=True))]
+        return [head, *shares]
 
 
 class Side:

@@ -12,23 +12,30 @@ from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, Benchma
 from lavender.students.registry import VLMEVALKIT
 
 WIDTH = 80
+"""The most columns of a line."""
 _TASK, _COUNT = 23, 8
-_PAIR = 26
-_ARMS_PER_TABLE = 4
+_PAIR, _INTERVAL = 26, 24
+_ARM, _ARMS_PER_TABLE = 12, 4
 _SHORT = ("base", "LoRA", "Lav. LoRA", "full", "Lav. full")
 
 
-def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """The result of `evaluate_tasks` as lines of at most 80 columns: scores, differences, and the paper's numbers."""
+def result_lines(result: Mapping[str, Any], width: int | None = None) -> Iterator[str]:
+    """The result of `evaluate_tasks` as lines: scores, differences, and the paper's numbers.
+
+    Args:
+        width: the most columns of a line, at least 45; None for 80.
+    """
+    width = min(width or WIDTH, WIDTH)
     arms, tasks = list(result["arms"]), result["tasks"]
-    labels = _labels(arms)
+    per_table = max(1, min(_ARMS_PER_TABLE, (width - _TASK - _COUNT) // _ARM))
+    labels = _labels(arms, min(len(arms), per_table), width)
     for arm, label in labels.items():
         if label != arm:
             yield f"{label} {arm}"
-    for start in range(0, len(arms), _ARMS_PER_TABLE):
-        shown = arms[start : start + _ARMS_PER_TABLE]
+    for start in range(0, len(arms), per_table):
+        shown = arms[start : start + per_table]
         heads = [labels[arm] for arm in shown]
-        cell = min(max(12, *(len(head) + 2 for head in heads)), _widest(len(shown)))
+        cell = min(max(_ARM, *(len(head) + 2 for head in heads)), _widest(len(shown), width))
         yield _row("task", "samples", *heads, cell=cell)
         for name, task in tasks.items():
             scores = (_score(task["scores"][arm], task["scorer"] != "") for arm in shown)
@@ -36,22 +43,30 @@ def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield ""
     yield "What is scored"
     for name, task in tasks.items():
-        yield _cut(f"{name:<{_TASK}}  {task['metric']}; {task['split']}", WIDTH)
+        yield _cut(f"{name:<{_TASK}}  {task['metric']}; {task['split']}", width)
     yield ""
     if any(task["differences"] for task in tasks.values()):
         yield "Mean score per sample, times 100: difference, 95 % interval (paired bootstrap)"
         for name, task in tasks.items():
             for other, found in task["differences"].items():
                 pair = _pair(labels[arms[-1]], labels[other])
-                yield f"{_cut(name, _TASK):<{_TASK}}  {pair:<{_PAIR}}  {_interval(found)}"
+                pair = f"{_cut(name, _TASK):<{_TASK}}  {pair:<{_PAIR}}"
+                if width < _TASK + _PAIR + _INTERVAL + 4:
+                    yield pair.rstrip()
+                    pair = ""
+                yield f"{pair}  {_interval(found)}"
         yield ""
     known = {name: task for name, task in tasks.items() if task["paper"]}
     if known:
         yield "The paper, Table 1: Llama-3.2-11B with VLMEvalKit"
-        yield _row("", "", *_SHORT, cell=9)
-        for name, task in known.items():
-            yield _row(name, "", *(_score(task["paper"][model], True) for model in PAPER_MODELS), cell=9)
-        yield ""
+        papers = list(zip(_SHORT, PAPER_MODELS, strict=True))
+        together = max(1, (width - _TASK - _COUNT) // 9)
+        for start in range(0, len(papers), together):
+            shown = papers[start : start + together]
+            yield _row("", "", *(head for head, _ in shown), cell=9)
+            for name, task in known.items():
+                yield _row(name, "", *(_score(task["paper"][model], True) for _, model in shown), cell=9)
+            yield ""
 
 
 def vlmevalkit_settings(groups: Sequence[str], models: Mapping[str, str | Path], family: str | None) -> str:
@@ -107,9 +122,9 @@ def _test(one: Benchmark) -> str:
     return f"[{Path(one.test).name}](../{one.test})" if one.test else "–"
 
 
-def _labels(arms: Sequence[str]) -> dict[str, str]:
+def _labels(arms: Sequence[str], per_table: int, width: int) -> dict[str, str]:
     """Arm → its name in the tables: as it is where all of them fit, else a number: names that are cut may be equal."""
-    widest = _widest(min(len(arms), _ARMS_PER_TABLE)) - 1
+    widest = _widest(per_table, width) - 1
     fit = all(len(arm) <= widest for arm in arms) and all(len(_pair(arms[-1], one)) <= _PAIR for one in arms[:-1])
     return {arm: arm if fit else f"[{number}]" for number, arm in enumerate(arms, 1)}
 
@@ -118,9 +133,9 @@ def _pair(last: str, other: str) -> str:
     return f"{last} − {other}"
 
 
-def _widest(num_arms: int) -> int:
+def _widest(num_arms: int, width: int) -> int:
     """Columns per arm in a table of so many."""
-    return (WIDTH - _TASK - _COUNT) // num_arms
+    return (width - _TASK - _COUNT) // num_arms
 
 
 def _row(task: str, count: str, *cells: str, cell: int) -> str:

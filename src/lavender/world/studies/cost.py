@@ -6,7 +6,7 @@ runs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lavender.world.studies.cells import Arm, Cell
 from lavender.world.studies.examples import WarmUp
@@ -63,6 +63,15 @@ def _seconds(cell: Cell) -> float:
         0.0 if arm.tuning == "none" else arm.steps * STEP_SECONDS["frozen" if "vision_tower" in arm.freeze else "full"]
     )
     return trained + ANSWER_SECONDS * answered + LOADING_SECONDS
+
+
+def facts_of(studies: dict[str, Study]) -> list[dict[str, Any]]:
+    """What `listed` says, as JSON values."""
+    return [
+        {"name": name, "question": study.title}
+        | {"full": cost_of(study, False)._asdict(), "quick": cost_of(study, True)._asdict()}
+        for name, study in studies.items()
+    ]
 
 
 def listed(studies: dict[str, Study]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, nearest
 from lavender.world.scenes import SPLITS, Split
 from lavender.world.studies import (
     alignment_over_time,
@@ -111,8 +110,8 @@ def run_study(name: str, out: Path, scale: Scale, jobs: int, command: str) -> di
         LavenderError: some runs failed.
     """
     if name not in STUDIES:
-        similar = difflib.get_close_matches(name, STUDIES, n=1)
-        advice = f"write {similar[0]!r} instead" if similar else "name one of them"
+        similar = nearest(name, STUDIES)
+        advice = f"write {similar!r} instead" if similar else "name one of them"
         raise ConfigError(f"the study {name!r}", f"one of {', '.join(STUDIES)}", advice)
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}", "at least 1", "leave it out to use every core")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
@@ -19,14 +20,6 @@ from lavender.errors import LavenderError
 from lavender.world.studies.cells import Cell, data_path, prepare, prepare_base, result_path, run_cell
 from lavender.world.studies.targets import Target
 from lavender.world.tuning import ONE_THREAD, stop_processes
-
-PRELOADED = [
-    "lavender.training.trainer",
-    "lavender.training.run",
-    "lavender.world.judging",
-    "lavender.world.studies.cells",
-]
-"""What every cell imports. It takes about 10 seconds of CPU time, an eighth of a short cell."""
 
 
 def run_cells(folder: Path, cells: Iterable[Cell], jobs: int) -> dict[str, dict[str, Any]]:
@@ -101,6 +94,8 @@ def _logged(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _pool(jobs: int, **settings: Any) -> Iterator[ProcessPoolExecutor]:
     """A pool that ends at once when it is stopped; otherwise it would first run all that waits."""
+    # a worker imports libraries before it has a log, and they would warn on the terminal, each worker anew
+    settings |= {"initializer": logging.disable, "initargs": (logging.WARNING,)}
     with ProcessPoolExecutor(jobs, mp_context=_new_processes(), **settings) as pool:
         try:
             yield pool
@@ -115,5 +110,5 @@ def _new_processes() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["lavender.world.studies.preloaded"])
     return context
