@@ -6,8 +6,9 @@ An adapter answers three questions about a model, and holds no weights:
 2. Which of their keys belong to the image?       `image_keys`, `image_token_id`
 3. Which part of the image does each key show?    `image_boxes`
 
-VipLLaVA is the simplest kind of family: the image processor makes one square of each image, the vision tower turns the
-square into side × side patches, and each patch stands in the text as one token. To add a family to the library:
+Most families need not answer them one by one. Where an image is a grid of patches among the text's tokens, with or
+without tiles, a declaration is enough: `SquareAdapter` for squares, `PatchGridAdapter` for grids of any shape. To add a
+family to the library:
 
 - copy `VipLlavaAdapter` to `src/lavender/students/families/NAME.py` and change what differs;
 - add the class to the tuple in `src/lavender/students/registry.py`;
@@ -19,20 +20,13 @@ same for Python. `docs/add-a-vlm.md` describes every method, other kinds of fami
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from transformers import VipLlavaConfig
 
-from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin, VipLlavaConfig
-
-from lavender.errors import DataError
-from lavender.students.base import VlmAdapter, check_pixels, padded_keys
-from lavender.students.families.llava import seen_frame
-from lavender.students.image_keys import KeyLayout, grid_boxes, key_layout
+from lavender.students.families.patch_grid import Square, SquareAdapter
 from lavender.students.registry import FAMILIES, adapter_for
 
 
-class VipLlavaAdapter(VlmAdapter):
+class VipLlavaAdapter(SquareAdapter):
     """VipLLaVA: side × side patches per image, row by row, at the image tokens of the text; no class token."""
 
     # `config.model_type`. The registry finds the adapter by it.
@@ -41,66 +35,14 @@ class VipLlavaAdapter(VlmAdapter):
     # `parts` is inherited: the vision tower, the connector and the language model have the names that LLaVA gives them.
     # They decide what `freeze` freezes. `print(model)` shows the names; see the other families for other names.
 
-    def usable_layers(self) -> tuple[int, ...]:
-        # The image is part of the sequence, so every decoder layer attends to it. `SelfAttentionAdapter` of
-        # `families/self_attention.py` has this method, `attention_module` and `image_token_id` as they stand here.
-        return tuple(range(self.config.text_config.num_hidden_layers))
+    def square(self) -> Square:
+        # The square that the vision tower takes, and its patches, in pixels. A third number, `merge`, says how many
+        # patches a key has along a side. How the image becomes the square (cropped, squashed or padded) is read from
+        # the image processor's settings.
+        vision = self.config.vision_config
+        return Square(vision.image_size, vision.patch_size)
 
-    def attention_module(self, model: PreTrainedModel, layer: int) -> Any:
-        # The module that has `q_proj`, `k_proj` and `layer_idx`, and calls transformers' `AttentionInterface`.
-        return model.model.language_model.layers[layer].self_attn
-
-    def describe_keys(self) -> str:
-        # One line for `lavender inspect`.
-        side = self._side()
-        return (
-            f"one square of {self.config.vision_config.image_size} px, {side} × {side} patches among the text's tokens"
-        )
-
-    def keys_per_image(self) -> int:
-        # For the estimate of memory in `lavender inspect`. Leave it out if the number depends on the image.
-        return self._side() ** 2
-
-    def image_token_id(self) -> int:
-        # The token at each image key, in the finished sequence.
-        return self.config.image_token_id
-
-    def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        # Positions of all image keys of each sample: long (sample, key), ascending, padded with -1. `padded_keys` makes
-        # them from a mask. A sample may have no image, or several. A cut image would get wrong boxes: refuse it.
-        positions = inputs["input_ids"] == self.image_token_id()
-        per_image = self.keys_per_image()
-        cut = [count for count in positions.sum(dim=1).tolist() if count % per_image]
-        if cut:
-            raise DataError(
-                f"{cut[0]} image tokens in a sample",
-                f"{per_image} for each image",
-                "raise max_length (or set it to None) if it cuts images",
-            )
-        return padded_keys(positions)
-
-    def image_boxes(
-        self, inputs: Mapping[str, Tensor], image_sizes: list[list[tuple[int, int]]], processor: ProcessorMixin
-    ) -> KeyLayout:
-        # A box is (top, left, bottom, right) as shares of the image *before* the processor: (0, 0, 1, 1) is all of it.
-        # `image_sizes` holds (height, width) in pixels of each image of each sample.
-        vision, side = self.config.vision_config, self._side()
-        check_pixels(inputs, vision.image_size)  # another processor's square would have another grid
-        covered = side * vision.patch_size  # pixels of the square that whole patches cover
-        images: Any = processor.image_processor
-
-        def boxes(size: tuple[int, int]) -> Tensor:
-            # Ask the processor's settings, never assume them: LLaVA-1.5's cuts the longer side off, others squash the
-            # image or pad it. `seen_frame` follows these steps and says where in the image the square lies.
-            frame = seen_frame(size, images, (covered, covered))
-            return grid_boxes(side, side, frame)  # float (side², 4), row by row
-
-        # One entry per key of `image_keys`, in the same order; `key_layout` pads the samples.
-        return key_layout([[boxes(size) for size in sizes] for sizes in image_sizes])
-
-    def _side(self) -> int:
-        """Patches along a side of the square."""
-        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+    # A family that cuts images into tiles also sets `thumbnail` and implements `tiles`; see `families/aya_vision.py`.
 
 
 if __name__ == "__main__":

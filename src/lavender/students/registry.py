@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 from lavender.errors import UnsupportedModelError
 from lavender.students.base import VlmAdapter
-from lavender.students.families.aya_vision import AyaVisionAdapter
+from lavender.students.families.aya_vision import AyaVisionAdapter, Cohere2VisionAdapter
 from lavender.students.families.deepseek_vl import DeepseekVlAdapter, JanusAdapter
 from lavender.students.families.flamingo import FlamingoAdapter
 from lavender.students.families.gemma3 import Gemma3Adapter
@@ -17,6 +17,7 @@ from lavender.students.families.glm4v import Glm4vAdapter, Glm46vAdapter
 from lavender.students.families.idefics import IdeficsAdapter
 from lavender.students.families.idefics3 import Idefics3Adapter, SmolVlmAdapter
 from lavender.students.families.internvl import InternVlAdapter
+from lavender.students.families.lfm2_vl import Lfm2VlAdapter
 from lavender.students.families.llava import LlavaAdapter
 from lavender.students.families.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
 from lavender.students.families.minicpm_v import MiniCpmVAdapter
@@ -36,6 +37,7 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
     family.model_type: family
     for family in (
         AyaVisionAdapter,
+        Cohere2VisionAdapter,
         DeepseekVlAdapter,
         FlamingoAdapter,
         Gemma3Adapter,
@@ -46,6 +48,7 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
         IdeficsAdapter,
         InternVlAdapter,
         JanusAdapter,
+        Lfm2VlAdapter,
         LightOnOcrAdapter,
         LlavaAdapter,
         LlavaNextAdapter,

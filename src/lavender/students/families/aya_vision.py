@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor
 from transformers import ProcessorMixin
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.cohere2.modeling_cohere2 import Cohere2Attention
 
 from lavender.students.families.llava import STRATEGIES
 from lavender.students.families.patch_grid import (
@@ -19,7 +20,7 @@ from lavender.students.families.patch_grid import (
 from lavender.students.rotary import by_neighbours
 
 
-class AyaVisionAdapter(SquareAdapter):
+class Cohere2VisionAdapter(SquareAdapter):
     """Image keys: rows × cols tiles, row by row, and the whole image last; an image of one tile has no thumbnail.
 
     The image processor squashes an image to whole tiles, so the tiles are an exact grid. A cell is
@@ -27,24 +28,33 @@ class AyaVisionAdapter(SquareAdapter):
     their window.
     """
 
-    model_type = "aya_vision"
+    model_type = "cohere2_vision"
     thumbnail = "last"
 
     def square(self) -> Square:
         vision = self.config.vision_config
-        check_feature_selection(
-            self.config.vision_feature_select_strategy, STRATEGIES.get(vision.model_type, "default")
-        )
         return Square(vision.image_size, vision.patch_size, self.config.downsample_factor)
 
     def rotate(self, attention: Any, states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if getattr(attention, "sliding_window", self) is None:  # Cohere2's full layers know no positions
-            return states_BHTD
+        if isinstance(attention, Cohere2Attention) and attention.sliding_window is None:
+            return states_BHTD  # Cohere2's full layers know no positions
         return by_neighbours(states_BHTD, cos, sin)
 
     def tiles(self, image_size: tuple[int, int], processor: ProcessorMixin) -> Shape:
         size, crops, least, most = image_settings(processor, "size", "crop_to_patches", "min_patches", "max_patches")
         if not crops or most == 1:
             return 1, 1
-        cols, rows = get_optimal_tiled_canvas(image_size, (size["height"], size["width"]), least, most)
+        own: Any = sys.modules[type(processor.image_processor).__module__]  # image processors choose by other rules
+        cols, rows = own.get_optimal_tiled_canvas(image_size, (size["height"], size["width"]), least, most)
         return rows, cols
+
+
+class AyaVisionAdapter(Cohere2VisionAdapter):
+    """As Command A Vision."""
+
+    model_type = "aya_vision"
+
+    def square(self) -> Square:
+        tower = self.config.vision_config.model_type
+        check_feature_selection(self.config.vision_feature_select_strategy, STRATEGIES.get(tower, "default"))
+        return super().square()
