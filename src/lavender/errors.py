@@ -10,7 +10,7 @@ _PARTS = re.compile(r".*\bGot (.*?)\. Expected (.*)\. Do this: (.*)\.\s*", re.DO
 class LavenderError(Exception):
     """Base class of all errors that a user's input or setting can cause.
 
-    Example:
+    Examples:
         >>> from lavender.errors import ConfigError
         >>> print(ConfigError("refine=3", "a number from 0 to 2", "change refine"))
         Got refine=3. Expected a number from 0 to 2. Do this: change refine.
