@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "first_look.ipynb"
-SIZES, SMALL = "NUM_CAPTIONS, STEPS = 100, 100", "NUM_CAPTIONS, STEPS = 8, 2"
+SIZES, SMALL = "NUM_CAPTIONS, STEPS = 100, 60", "NUM_CAPTIONS, STEPS = 8, 2"
 
 
 @pytest.fixture(scope="module")
