@@ -2,7 +2,7 @@
 # after the installation no network.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence test test-cpu test-all audit weights lint clean
+.PHONY: help demo evidence test test-cpu test-all test-lowest test-newest site serve audit weights lint clean
 .DELETE_ON_ERROR:
 
 SHELL := bash
@@ -36,6 +36,18 @@ CPU_LEFT_OUT := \
   tests/unit/world/test_hands.py tests/unit/world/test_tokenizer.py
 # of these, with a second thread too
 THREADED_TESTS ?= tests/teachers
+# of each part of the library some, for `make test-lowest` and `make test-newest`
+VERSION_TESTS ?= tests/test_public_api.py tests/test_readme.py tests/unit/test_config.py tests/unit/data/test_store.py \
+  tests/families/test_mllama.py tests/families/test_llava.py tests/invariants/test_trainer.py tests/invariants/test_export.py
+# a virtual environment of its own; with UV_TORCH_BACKEND=cpu uv takes the CPU build of torch
+define test_versions
+$(PYTHON) -m venv .venv-$(1)
+.venv-$(1)/bin/python -m pip install --disable-pip-version-check --quiet uv
+.venv-$(1)/bin/uv pip install --python .venv-$(1)/bin/python --upgrade --resolution $(2) \
+  -e '.[demo]' 'packaging>=25' 'pytest>=9,<10' 'pytest-timeout>=2.4' 'pytest-xdist>=3.8' 'scipy>=1.14'
+.venv-$(1)/bin/pytest $(VERSION_TESTS)
+endef
+PYTHON ?= python3
 AVX2 := OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
 # what only the training of the weights takes: drawings, from npm packages
@@ -59,6 +71,20 @@ test-cpu: $(TESTS) ## the tests that compute, once more as on an older processor
 
 test-all: $(TESTS) ## the slow tests: several processes, a browser, the built wheel, the demo
 	$(BIN)/pytest $(SPREAD) -m slow --durations 40
+
+test-lowest: ## a few tests with the lowest versions that pyproject.toml allows, in .venv-lowest; needs the network
+	$(call test_versions,lowest,lowest-direct)
+
+test-newest: ## the same with the newest versions that it allows, in .venv-newest; needs the network
+	$(call test_versions,newest,highest)
+
+site: $(TESTS) ## the documentation as a site that opens from disk: build/site/index.html
+	$(BIN)/python docs/lay_out.py
+	$(BIN)/zensical build --strict --clean
+
+serve: $(TESTS) ## the same on http://localhost:8000; run it again after a change of a page
+	$(BIN)/python docs/lay_out.py
+	$(BIN)/zensical serve
 
 lint: $(TESTS) ## style, types and import rules only
 	$(BIN)/ruff check
@@ -96,7 +122,7 @@ clean: ## remove what the other targets made, except .venv and the weights
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): extras := demo
-$(TESTS): extras := demo,dev,data,deepspeed,eval,quantization,ray
+$(TESTS): extras := demo,dev,docs,data,deepspeed,eval,quantization,ray
 # asks for fifty packages, torchvision among them, that its evaluator does not import; the extra `eval` has those it does
 $(TESTS): without_dependencies := lmms_eval
 $(STAMP) $(TESTS): pyproject.toml constraints.txt

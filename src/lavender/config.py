@@ -78,7 +78,7 @@ BY_LOSS: Any = None
 class ExtractionConfig:
     """How a diffusion model makes word maps. docs/teachers.md reports the evidence for each default.
 
-    Example:
+    Examples:
         >>> from lavender import ExtractionConfig
         >>> ExtractionConfig(timesteps=(50, 100), flip=True).grid
         (32, 32)
@@ -191,7 +191,7 @@ class ExtractionConfig:
 class AlignmentConfig:
     """How the student's attention is trained to match the maps: L = L_VLM + align_weight · L_att.
 
-    Example:
+    Examples:
         >>> from lavender.config import AlignmentConfig
         >>> AlignmentConfig(attention_loss="kl").align_weight
         1.0

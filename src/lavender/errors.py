@@ -18,7 +18,7 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 class LavenderError(Exception):
     """Base class of all errors that a user's input or setting can cause.
 
-    Example:
+    Examples:
         >>> from lavender.errors import ConfigError
         >>> print(ConfigError("refine=3", "a number from 0 to 2", "change refine"))
         Got refine=3. Expected a number from 0 to 2. Do this: change refine.

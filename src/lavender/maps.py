@@ -68,7 +68,7 @@ class Dropped:
 class WordMaps:
     """Heat maps of some words of one text on one image. The maximum of a map is 1, or 0 if it is zero everywhere.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lavender.maps import Word, WordMaps
         >>> dog = Word("dog", start=2, end=5, lemma="dog", part_of_speech="noun")
@@ -127,7 +127,7 @@ class WordMaps:
 
         At most `MAX_PANELS` words are drawn, the first of the text.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from lavender.maps import Word, WordMaps
             >>> dog = Word("dog", 2, 5, "dog", "noun")

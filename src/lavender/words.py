@@ -82,7 +82,7 @@ def words_of(text: str) -> tuple[Word, ...]:
     A possessive is one word with the lemma of its noun: the lemma of "dog's" is "dog". A contraction such as "isn't" is
     one word with the part of speech "other". Words of more than `LONGEST` characters are left out, see `too_long`.
 
-    Example:
+    Examples:
         >>> from lavender.words import words_of
         >>> [(word.text, word.lemma, word.part_of_speech) for word in words_of("two red dogs")]
         [('two', 'two', 'other'), ('red', 'red', 'adjective'), ('dogs', 'dog', 'noun')]
@@ -108,7 +108,7 @@ def too_long(text: str) -> tuple[Dropped, ...]:
 def content_words(text: str, parts_of_speech: Sequence[str]) -> tuple[Word, ...]:
     """The words of a text that have one of the given parts of speech.
 
-    Example:
+    Examples:
         >>> from lavender.words import content_words
         >>> [word.text for word in content_words("two red dogs run", ("noun", "verb"))]
         ['dogs', 'run']

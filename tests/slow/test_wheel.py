@@ -1,4 +1,4 @@
-"""The built wheel, installed alone: it is complete, typed, and runs the whole demo without a network."""
+"""The sdist, and the wheel that is built from it, installed alone: complete, typed, running the demo offline."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
+from trove_classifiers import classifiers
 
 from lavender.world.scenes import SPLITS
 
@@ -23,14 +26,31 @@ GUARD = "from offline import no_network\n_guard = no_network()\n_guard.__enter__
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built with the installed hatchling, because an isolated build needs a network."""
+def dist(tmp_path_factory) -> Path:
+    """The folder of both, built with the installed hatchling, because an isolated build needs a network."""
     out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    (built,) = out.glob("*.whl")
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(dist) -> Path:
+    (built,) = dist.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def in_sdist(dist) -> dict[str, bytes]:
+    """The small files of the sdist, without its top folder."""
+    (built,) = dist.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        return {
+            member.name.partition("/")[2]: file.read() if member.size < 1_000_000 else b""
+            for member in archive
+            if (file := archive.extractfile(member)) is not None
+        }
 
 
 Python = Callable[..., subprocess.CompletedProcess[str]]
@@ -89,6 +109,34 @@ def test_it_holds_every_module_and_weight_and_nothing_else(wheel):
     assert {name for name in names if name.endswith(".py")} == modules
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lavender", "lavender_vlm"}
     assert not [name for name in names if "__pycache__" in name or ".tmp" in name]
+
+
+def test_the_sdist_holds_what_tests_pages_and_make_need(in_sdist):
+    for name in ("README.md", "LICENSE", "SECURITY.md", "Makefile", "constraints.txt", "zensical.toml", "PKG-INFO"):
+        assert name in in_sdist, name
+    for folder in ("src", "tests", "docs", "examples", "benchmarks"):
+        tracked = subprocess.run(
+            ["git", "ls-files", "-z", folder], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        missing = set(tracked.stdout.split("\0")) - {""} - set(in_sdist)
+        assert not missing, sorted(missing)[:5]
+    assert not [name for name in in_sdist if "__pycache__" in name or name.startswith((".venv", "build/"))]
+
+
+def test_the_metadata_are_valid(in_sdist, wheel):
+    """As an index checks them: fields and their forms, versions, classifiers; the README is the description."""
+    archive = zipfile.ZipFile(wheel)
+    (in_wheel,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    assert archive.read(in_wheel) == in_sdist["PKG-INFO"]
+    metadata = Metadata.from_email(in_sdist["PKG-INFO"], validate=True)
+    assert metadata.description == (ROOT / "README.md").read_text()
+    assert metadata.description_content_type == "text/markdown"
+    assert set(metadata.classifiers or ()) <= classifiers
+    assert metadata.requires_python is not None
+    supported = {one.rpartition(" ")[2] for one in metadata.classifiers or () if re.search(r"Python :: 3\.\d+$", one)}
+    assert {version for version in ("3.10", "3.11", "3.12", "3.13") if metadata.requires_python.contains(version)} == (
+        supported
+    )
 
 
 def test_its_metadata_names_the_command_and_the_licence(wheel):

@@ -36,7 +36,7 @@ class Aligner(nn.Sequential):
     is transformed by itself. Normalisations have no parameters. With 32 channels and width 32, the convolutional forms
     have 18,465, 27,681 and 46,113 parameters.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lavender.alignment.aligner import Aligner
         >>> Aligner(channels=8)(torch.rand(5, 8, 24, 24)).shape

@@ -24,7 +24,7 @@ def described_nouns(text: str) -> dict[Word, Word | None]:
       red").
     - In a question it describes the noun directly before it: in "is the dog red or brown?" the dog.
 
-    Example:
+    Examples:
         >>> from lavender.alignment.attributes import described_nouns
         >>> {a.text: noun and noun.text for a, noun in described_nouns("the big dog is red, on green").items()}
         {'big': 'dog', 'red': 'dog', 'green': None}

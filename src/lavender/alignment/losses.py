@@ -54,7 +54,7 @@ def direct_loss(attention_LNK: Tensor, heat_NK: Tensor, kind: AttentionLoss) -> 
     "mass" is −ln of the share of attention that lies on the map. It is 0 if all attention lies where the map is 1,
     wherever there. "kl" is KL(map ‖ attention), both as distributions over the keys, so attention must cover the map.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lavender.alignment.losses import direct_loss
         >>> attention = torch.tensor([[[0.2, 0.2, 0.6]]])  # one layer, one word, three keys
@@ -84,7 +84,7 @@ def direct_loss(attention_LNK: Tensor, heat_NK: Tensor, kind: AttentionLoss) -> 
 def per_word_loss(student: Tensor, teacher: Tensor, kind: AttentionLoss = "published") -> Tensor:
     """The paper's loss of each word, of maps that an Aligner made.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lavender.alignment.losses import per_word_loss
         >>> per_word_loss(torch.rand(2, 24, 24), torch.rand(2, 24, 24)).shape

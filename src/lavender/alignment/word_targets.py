@@ -40,7 +40,7 @@ class WordRows(NamedTuple):
 def rows_of_word(predicting: tuple[int, ...], rows: Rows, tokens: WordTokens) -> list[WordRows]:
     """The rows of a word to align: one entry, or with `rows="both"` two.
 
-    Example:
+    Examples:
         >>> from lavender.alignment.word_targets import rows_of_word
         >>> [tuple(entry) for entry in rows_of_word((7, 8), "both", "first")]
         [((7,), False), ((8,), True)]

@@ -46,7 +46,7 @@ class Link(NamedTuple):
 def entries_of(value: Any) -> tuple[About, ...]:
     """The entries of a cell of the column.
 
-    Example:
+    Examples:
         >>> from lavender.data.about import entries_of
         >>> entries_of({"red": "dog"}) == entries_of([{"word": "red", "about": "dog"}])
         True

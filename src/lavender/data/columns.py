@@ -59,7 +59,7 @@ _FORM = "image=NAME,question=NAME,answer=NAME"
 def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The values of a row under the usual names, without other columns. Answers without questions are captions.
 
-    Example:
+    Examples:
         >>> from lavender.data.columns import renamed
         >>> renamed({"pic": "cat.png", "q": "What?", "a": "A cat."}, {"image": "pic", "question": "q", "answer": "a"})
         {'image': 'cat.png', 'prompt': 'What?', 'completion': 'A cat.'}

@@ -50,7 +50,7 @@ def load_image(source: Image.Image | Path | str | bytes | Mapping, name: str) ->
 
     16-bit grey is scaled to 8 bits, not clipped. A TIFF of floats may be in [0, 1], [0, 255] or [0, 65535].
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> image = load_image(Image.new("RGBA", (40, 30)), "the example")
         >>> image.mode, image.size, image.getpixel((0, 0))
@@ -186,7 +186,7 @@ def image_id(image: Image.Image) -> str:
     Two files with the same pixels have the same id. The pixels of a JPEG depend on its decoder, so extract and train
     with the same version of Pillow.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> image_id(Image.new("RGB", (40, 30)))
         '66b99e25cf92c89fbc1f9e430a77ea2b'

@@ -35,7 +35,7 @@ def without_sources(info: Mapping[str, Any]) -> dict[str, Any]:
 def again(info: Mapping[str, Any]) -> str:
     """How missing records of a store are made again, for an error.
 
-    Example:
+    Examples:
         >>> from lavender.data.made_from import again, with_source
         >>> again({})
         'extract again'

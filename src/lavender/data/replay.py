@@ -13,7 +13,7 @@ def with_replay(dataset: datasets.Dataset, replayed: datasets.Dataset, share: fl
 
     The order is not mixed: trainers shuffle.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> from lavender.data.replay import with_replay
         >>> new, known = (Dataset.from_dict({"name": [name] * number}) for name, number in (("new", 2), ("known", 6)))

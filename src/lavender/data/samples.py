@@ -108,7 +108,7 @@ def read_samples(
     turn. A column `about` may say which words of the answers take the map of which other words, see
     `lavender.data.about`.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
         >>> from PIL import Image
@@ -210,7 +210,7 @@ def to_dataset(samples: Iterable[Sample]) -> datasets.Dataset:
     encoded images stay encoded. An image in memory is stored as PNG, which keeps its pixels and its `image_id`. The
     dataset lies in a temporary file, which is removed when the process ends.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from lavender.data import Sample
         >>> question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}

@@ -34,7 +34,7 @@ class MapStore:
     Iterating yields the records in the order in which they were added. A store can be pickled: the copy opens the same
     folder. A record takes rows × cols + 4 bytes per map, and its texts; maps have 8 bits per cell.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> import torch
         >>> from lavender import MapStore, WordMaps

@@ -286,7 +286,7 @@ def estimate(values: Tensor, pictures: Tensor) -> dict[str, float | None]:
 
     Words of one picture are not independent, so pictures are the units. The interval is Student's, approximately.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lavender.evaluation.check import estimate
         >>> estimate(torch.tensor([1.0, 3.0, 4.0]), torch.tensor([0, 0, 1]))["mean"]

@@ -92,7 +92,7 @@ def ranks_of(heat: Tensor, size: tuple[int, int], seed: int = 0) -> np.ndarray:
         size: (height, width) in pixels. Above 256 pixels, neighbours share a place.
         seed: of the order of equal pixels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ranks_of(torch.tensor([[0.2, 0.9], [0.5, 0.1]]), (2, 2)).tolist()
         [[0.5, 0.0], [0.25, 0.75]]
@@ -141,7 +141,7 @@ def occlusion_curves(
         ConfigError: `steps` below 1, or an unknown `fill`.
         NotFiniteError: a score is NaN or infinite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from PIL import Image
         >>> image = Image.new("RGB", (2, 1))

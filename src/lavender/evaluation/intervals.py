@@ -59,14 +59,15 @@ def paired_difference(
 
     As many units as there are, are drawn with replacement, the same ones for both models.
 
-    Example:
+    Examples:
         >>> one, other = [(1.0, 1), (0.0, 1), (1.0, 1)], [(0.0, 1), (0.0, 1), (1.0, 1)]
         >>> found = paired_difference(one, other)
         >>> round(found.difference, 3), found.low, round(found.high, 3), found.num_units
         (0.333, 0.0, 1.0, 3)
 
     Args:
-        first, second: per sample (sum, weight), in the same order.
+        first: of the first model, (sum, weight) per sample.
+        second: of the second model, in the same order.
         units: per sample, what it belongs to, such as its picture. Samples of one unit are drawn together, since they
             are not independent. None: each sample is a unit.
         level: share of the resampled differences that lies in the interval.

@@ -160,7 +160,7 @@ def centre_prior(grid: tuple[int, int] = (32, 32)) -> Tensor:
 
     A Gaussian at the picture's centre; its standard deviation is a quarter of the side in each direction.
 
-    Example:
+    Examples:
         >>> centre_prior((1, 3)).tolist()  # exp(−8/9) beside the centre: a third of the side is 4/3 deviations
         [[0.4111122786998749, 1.0, 0.4111122786998749]]
     """

@@ -18,7 +18,7 @@ def read_words(features: Tensor, words: Sequence[int], pictures: Sequence[int]) 
 
     Ridge regression to one-hot words, cross-validated over pictures: all cases of a picture are in one fold.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lavender.evaluation.place_probe import read_words
         >>> words, pictures = [0, 1] * 10, range(20)

@@ -36,7 +36,7 @@ class AnsweredPicture:
     Raises:
         DataError: `image` cannot be loaded.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from lavender import AnsweredPicture
         >>> from lavender.words import content_words
@@ -152,7 +152,7 @@ def student_maps(
         UnsupportedModelError: the model's family or attention kernel is not supported.
         DataError: the processor does not print an answer as it is.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from transformers import AutoModelForImageTextToText, AutoProcessor
         >>> from lavender import AnsweredPicture, student_maps

@@ -81,7 +81,7 @@ def extract(
     interruption the same call continues where it stopped and ends with the same records. Their maps may differ in the
     last of their 8 bits, because the batches differ.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> from PIL import Image
         >>> from lavender import Teacher, extract, read_samples

@@ -77,7 +77,7 @@ class AlignmentArguments(_ArgumentsLike):
     List this class before the trainer's own arguments, as `LavenderConfig` does with TRL's `SFTConfig`. `TrlParser`
     and `HfArgumentParser` read every field from the command line: `--layers 1 3`, `--align_weight 3`.
 
-    Example:
+    Examples:
         >>> from dataclasses import dataclass
         >>> from transformers import TrainingArguments
         >>> from lavender.training.arguments import AlignmentArguments

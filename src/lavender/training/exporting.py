@@ -32,7 +32,7 @@ def export(
     LoRA and other PEFT methods write an adapter for `PeftModel.from_pretrained`, as `Trainer.save_model` does. Neither
     weights nor config contain anything of alignment. The folder's README.md is a model card.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> from PIL import Image
         >>> from transformers import AutoModelForImageTextToText, AutoProcessor

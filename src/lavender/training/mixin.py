@@ -73,7 +73,7 @@ _TrainerLike = Trainer if TYPE_CHECKING else object
 class AlignmentMixin(_TrainerLike):
     """Adds the alignment loss to a trainer of the `transformers.Trainer` kind. List it before the trainer class.
 
-    Example:
+    Examples:
         >>> from transformers import Trainer
         >>> from lavender.training.mixin import AlignmentMixin
         >>> class AlignedTrainer(AlignmentMixin, Trainer):

@@ -27,7 +27,7 @@ from lavender.training.model_card import CARD, trainer_card
 class LavenderConfig(AlignmentArguments, SFTConfig):
     """TRL's SFTConfig with the settings of alignment. TRL's and transformers' settings and defaults are unchanged.
 
-    Example:
+    Examples:
         >>> from lavender import LavenderConfig
         >>> args = LavenderConfig(output_dir="out", maps="maps", attention_loss="kl", bf16=False, use_cpu=True)
         >>> args.align_weight
@@ -60,7 +60,7 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
     It logs `vlm_loss`, `attention_loss`, `matched_words` and the probe's numbers beside TRL's. With `align_weight=0`
     losses and weights are bit-identical to SFTTrainer's.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> from PIL import Image
         >>> from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -96,7 +96,7 @@ def suite_items(task: str, split: Split = "development", count: int | None = Non
         ConfigError: no such task, another split, or a count below 0.
         FileError: the pictures need cut-outs that are not there (`ood_cutouts`).
 
-    Example:
+    Examples:
         >>> first = suite_items("counting", count=1)[0]
         >>> first.question, first.answers
         ('how many things are there?', ('one',))

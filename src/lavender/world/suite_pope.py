@@ -35,7 +35,7 @@ def absent_names(
     Raises:
         DataError: a picture leaves fewer than `count` names to ask for.
 
-    Example:
+    Examples:
         >>> shown = [("dog", "cat"), ("dog", "bus"), ("cat", "bus"), ("cat", "bus"), ("tree",)]
         >>> names = ("tree", "dog", "cat", "bus")
         >>> absent_names(shown, names, "popular", 1, seed=0)

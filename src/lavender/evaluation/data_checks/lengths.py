@@ -32,7 +32,7 @@ def num_words(text: str) -> int:
 def fewest_clip_tokens(text: str) -> int:
     """The fewest tokens that CLIP's tokenizer can make of a text, its two special ones included.
 
-    Example:
+    Examples:
         >>> from lavender.evaluation.data_checks.lengths import fewest_clip_tokens
         >>> fewest_clip_tokens("the dog's ball")  # the | dog | 's | ball
         6

@@ -18,7 +18,7 @@ class AnswerLog:
     The file's name has a digest of what the answers depend on beside the request: the checkpoint's content and the
     settings of the model. So another checkpoint never gets these answers.
 
-    Example:
+    Examples:
         >>> key = request_key("pope", 3, 0, "Is there a cat?", {"max_new_tokens": 8}, "v1")
         >>> with AnswerLog(Path("answers"), {"checkpoint": "d41d8"}) as log:
         ...     log.add(key, "no")

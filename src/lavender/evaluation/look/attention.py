@@ -93,7 +93,7 @@ def read_attention(
         DataError: no word was found, or the processor does not print a text as it is.
         UnsupportedModelError: the model's family or attention kernel is not supported.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from transformers import AutoModelForImageTextToText, AutoProcessor
         >>> from lavender import AnsweredPicture

@@ -32,7 +32,7 @@ def kind_of(target: str) -> Kind:
         ConfigError: the folder has the files of several kinds.
         ModelError: a folder of none of them, or a file. A hub id without model_index.json counts as a model.
 
-    Example:
+    Examples:
         >>> from lavender.world import STUDENT_PATH, TEACHER_PATH
         >>> kind_of(str(TEACHER_PATH)), kind_of(str(STUDENT_PATH))
         ('teacher', 'model')

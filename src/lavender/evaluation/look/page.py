@@ -188,7 +188,7 @@ def teacher_page(maps: WordMaps, image: Image.Image) -> dict[str, Any]:
 def percent(share: int) -> str:
     """A share in ten thousandths, as the page writes it; its script rounds in the same way.
 
-    Example:
+    Examples:
         >>> percent(996), percent(3250), percent(4)
         ('10 %', '33 %', '0.0 %')
     """

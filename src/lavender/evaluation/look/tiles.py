@@ -59,7 +59,7 @@ class Levels:
 def levels_of(maps: Tensor) -> Levels:
     """The levels of maps (…, rows, cols), whose cells hold shares of the attention.
 
-    Example:
+    Examples:
         >>> import torch
         >>> levels = levels_of(torch.tensor([[0.4, 0.1], [0.3, 0.0]]))
         >>> [round(float(value), 2) for value in (levels.placed, levels.region, levels.area, levels.top)]
@@ -86,7 +86,7 @@ def with_means(maps_LH: Tensor) -> Tensor:
 def place_of(peak: int, grid: tuple[int, int]) -> str:
     """Where a cell of a grid (rows, cols) is, in words and in per cent of the picture.
 
-    Example:
+    Examples:
         >>> place_of(9, (4, 4))
         'centre, 38 % from left and 63 % from top'
         >>> place_of(0, (1, 1))

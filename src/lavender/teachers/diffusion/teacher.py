@@ -72,7 +72,7 @@ class Teacher:
     `maps` takes one picture and one text. Calling the teacher with a list of `Job` maps a batch, and
     `lavender.extract` maps a data set.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from lavender import Teacher
         >>> from lavender.world import TEACHER_PATH
