@@ -156,7 +156,7 @@ def build_trainer(way: str, model: Any, processor: Any, dataset: Dataset, folder
         "report_to": "none",
         "use_cpu": options.device == "cpu",
         "bf16": False,
-        "gradient_checkpointing": options.checkpointing,
+        "activation_checkpointing": options.checkpointing,
         "disable_tqdm": True,
     }
     model = copy.deepcopy(model)

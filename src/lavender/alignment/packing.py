@@ -33,10 +33,14 @@ def packed(batch: Mapping[str, Any], adapter: VlmAdapter) -> dict[str, Any]:
         flash kernels take; `alignment`, of one sample; all else as it was, such as pixels.
 
     Raises:
-        ConfigError: the image keys are no tokens of the sequence, or are a resampler's latents; or a position has
-            several axes. Such models need more than a row without padding.
+        ConfigError: the family does not pack, see `VlmAdapter.packs`.
     """
-    _check(adapter, batch.get("alignment", {}))
+    if not adapter.packs:
+        raise ConfigError(
+            f"a model of the type {adapter.model_type!r}, which may need more than a row without padding",
+            "a family that is known to pack",
+            "train with a row per sample",
+        )
     mask_BT = batch["attention_mask"].bool()
     rest = {name: value for name, value in batch.items() if name not in ("attention_mask", "alignment")}
     row: dict[str, Any] = {
@@ -54,17 +58,6 @@ def packed(batch: Mapping[str, Any], adapter: VlmAdapter) -> dict[str, Any]:
     if "alignment" in batch:
         row["alignment"] = _packed_alignment(batch["alignment"], mask_BT.cumsum(dim=1) - 1 + starts_B[:, None])
     return row
-
-
-def _check(adapter: VlmAdapter, alignment: Mapping[str, Any]) -> None:
-    text = adapter.config.get_text_config()
-    if adapter.cross_attends or "views" in alignment:
-        got = "a model whose image keys are no tokens of the sequence, or latents"
-    elif "mrope_section" in (getattr(text, "rope_parameters", None) or {}):
-        got = "a model whose positions have several axes"
-    else:
-        return
-    raise ConfigError(got, "one position per token, and pictures among the tokens", "train with a row per sample")
 
 
 def _packed_alignment(alignment: Mapping[str, Any], places_BT: Tensor) -> dict[str, Any]:

@@ -55,6 +55,9 @@ class VlmAdapter(ABC):
     """For each of `PARTS`, the prefixes of its modules' and parameters' names. The longest matching prefix counts."""
     cross_attends: ClassVar[bool] = False
     """Whether the usable layers attend to pictures alone. If False, the image keys are tokens of the sequence."""
+    packs: ClassVar[bool] = False
+    """Whether samples may be packed in one row: all that the model needs of a token is its id and one position, and
+    its pixels are one list over the batch. See `lavender.alignment.packing`."""
     head_norms: ClassVar[tuple[str, str]] = ("q_norm", "k_norm")
     """Names of the attention module's children that normalise each query head and key head. They need not exist."""
     gated_queries: ClassVar[bool] = False

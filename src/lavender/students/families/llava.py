@@ -28,6 +28,7 @@ class LlavaAdapter(SelfAttentionAdapter):
     """
 
     model_type = "llava"
+    packs = True
 
     def describe_keys(self) -> str:
         vision = self.config.vision_config
