@@ -2,7 +2,7 @@
 # after the installation no network.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence test test-cpu test-all test-lowest test-newest site serve audit weights lint clean
+.PHONY: help demo evidence test test-cpu test-all test-lowest test-newest site serve audit weights weights-joint lint clean
 .DELETE_ON_ERROR:
 
 SHELL := bash
@@ -105,6 +105,9 @@ evidence: $(STAMP) ## the studies behind the README's tables (hours on two cores
 
 weights: $(STAMP) $(DRAWINGS) ## train the weights of the built-in world anew (hours on a CPU; needs npm)
 	LAVENDER_HANDS=$(DRAWINGS) $(BIN)/python -m lavender.world.training.make all --out src/lavender/world/weights
+
+weights-joint: $(STAMP) $(DRAWINGS) ## train a teacher with joint attention for the world (hours on a CPU; not shipped)
+	LAVENDER_HANDS=$(DRAWINGS) $(BIN)/python -m lavender.world.training.make joint_teacher --out weights-work
 
 $(DRAWINGS): $(STAMP)
 	mkdir -p weights-work/packages

@@ -59,7 +59,7 @@ class PicturesProcessor(Gemma4Processor):
 
 def family_of(texts: list[str], **text: Any) -> Family:
     names = [name for name in TOKENS.values() if name != "<|image|>"]
-    roles = ROLES | {"extra_special_tokens": TOKENS}
+    roles: dict[str, Any] = ROLES | {"extra_special_tokens": TOKENS}
     tokenizer = _tokenizer(texts, 310, (*SPECIAL_TOKENS, *names), "<|image|>", **roles)
     processor: Any = PicturesProcessor(
         Gemma4ImageProcessorPil(patch_size=PATCH, max_soft_tokens=70, pooling_kernel_size=POOL),

@@ -66,7 +66,7 @@ def mistral_processor(*args: Any, **kwargs: Any) -> Any:
 
 
 def family_of(texts: list[str], kind: Any, config: Any, processor_class: Any, text: str, tower: str) -> Family:
-    roles = ROLES | {"extra_special_tokens": TOKENS}
+    roles: dict[str, Any] = ROLES | {"extra_special_tokens": TOKENS}
     tokenizer = _tokenizer(texts, 300, (*SPECIAL_TOKENS, "[IMG_BREAK]", "[IMG_END]"), "[IMG]", **roles)
     cell = PATCH * MERGE
     processor = processor_class(

@@ -161,7 +161,7 @@ class Limits(Basis):
     @torch.no_grad()
     def test_an_overflow_of_the_encoder_is_a_clear_error(self, own):
         own.pipeline.to(torch.float16)
-        own.pipeline.vae.encoder.conv_out.weight.mul_(6e4)
+        own.pipeline.vae.encoder.conv_out.weight.fill_(6e4)
         with pytest.raises(ConfigError) as caught:
             Teacher(own.pipeline, self.plain())(jobs()[:1])
         assert str(caught.value) == (

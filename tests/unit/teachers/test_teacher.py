@@ -247,8 +247,8 @@ def test_other_pipelines_are_refused(pipeline):
 
 
 def test_a_folder_of_another_pipeline_is_refused_before_its_weights_are_read(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "_diffusers_version": "1"}))
-    with pytest.raises(UnsupportedModelError, match=r"Got .*, a FluxPipeline\. Expected one of StableDiffusionPipe"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "MochiPipeline", "_diffusers_version": "1"}))
+    with pytest.raises(UnsupportedModelError, match=r"Got .*, a MochiPipeline\. Expected one of StableDiffusionPipe"):
         Teacher.from_pretrained(tmp_path, CONFIG)
 
 

@@ -13,12 +13,12 @@ import logging
 import shutil
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from lavender.config import ExtractionConfig
+from lavender.config import ExtractionConfig, Space
 from lavender.errors import FileError
 from lavender.teachers.diffusion.teacher import Teacher
 from lavender.world import WEIGHTS_PATH
@@ -26,11 +26,13 @@ from lavender.world.hands import HANDS
 from lavender.world.judging import held_out_scenes, score_student, score_teacher
 from lavender.world.scenes import Scene, scenes
 from lavender.world.sprites import NEW_NAMES
+from lavender.world.training.joint_teacher import train_joint_teacher
 from lavender.world.training.students import train_student
 from lavender.world.training.teacher import train_teacher
 from lavender.world.tuning import GRID
 
 TEACHER_SETTINGS: dict[str, Any] = {"steps": 7000, "vae_steps": 1200, "num_scenes": 24_000, "batch": 32, "seed": 0}
+JOINT_TEACHER_SETTINGS: dict[str, Any] = {**TEACHER_SETTINGS, "steps": 10_000}
 _MLLAMA: dict[str, Any] = {"family": "mllama", "vision_steps": 6000, "num_scenes": 30_000, "batch": 32, "seed": 0}
 _LLAVA: dict[str, Any] = {"family": "llava", "steps": 600, "batch": 32, "seed": 0}
 STUDENT_SETTINGS: dict[str, dict[str, Any]] = {
@@ -55,6 +57,12 @@ squashed to 64 × 64. It is a fixture for tests, the demo and the studies, not a
 
 Two choices differ from a plain recipe: captions vary around their nouns, and tokens outside names are often hidden from
 the UNet in training. `lavender/world/training/teacher.py` explains why.
+
+"""
+JOINT_TEACHER_CARD = """# The built-in world's teacher with joint attention
+
+A Stable Diffusion 3 folder without T5: `StableDiffusion3Pipeline.from_pretrained` loads it. Drawings, captions and the
+hiding of tokens are those of the other teacher; see `lavender/world/training/joint_teacher.py`.
 
 """
 STUDENT_CARDS = {
@@ -99,7 +107,10 @@ after its surroundings were pasted into another picture (`lavender.world.trainin
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lavender.world.training.make", description=__doc__)
     parser.add_argument(
-        "parts", nargs="+", choices=["all", "teacher", *STUDENT_SETTINGS], help="which weights to train"
+        "parts",
+        nargs="+",
+        choices=["all", "teacher", "joint_teacher", *STUDENT_SETTINGS],
+        help="which weights to train; joint_teacher is not shipped, and not in all",
     )
     parser.add_argument("--out", type=Path, default=WEIGHTS_PATH, help="folder of the weights (default: the package)")
     parser.add_argument("--work", type=Path, default=Path("weights-work"), help="folder of checkpoints and loss curves")
@@ -112,6 +123,8 @@ def main() -> None:
     for part in parts:
         if part == "teacher":
             make_teacher(arguments.work, arguments.out / "teacher")
+        elif part == "joint_teacher":
+            make_joint_teacher(arguments.work, arguments.out / "joint_teacher")
         else:
             make_student(part, arguments.work / SHARED_WORK.get(part, part), arguments.out / f"student_{part}")
 
@@ -131,6 +144,20 @@ def make_teacher(work: Path, out: Path) -> None:
         [work / "vae.jsonl", work / "teacher.jsonl"],
         {"pointing": with_mean_of_hands(pointing), "in_domain": scores["in_domain"]},
     )
+
+
+def make_joint_teacher(work: Path, out: Path) -> None:
+    """Train, convert to float16, score on development scenes in both spaces, write the model card."""
+    trained = train_joint_teacher(work, work / "joint_teacher_float32", **JOINT_TEACHER_SETTINGS)
+    shutil.copytree(trained, out, dirs_exist_ok=True)
+    to_half(out)
+    spaces: tuple[Space, ...] = get_args(Space)
+    scores: dict[str, Any] = {}
+    for space in spaces:
+        teacher = Teacher.from_pretrained(out, ExtractionConfig(space=space, grid=GRID, batch_size=16))
+        scores[space] = score_teacher(teacher, held_out_scenes("development", NUM_SCORED)["in_domain"]).to_dict()
+    curves = [work / "vae.jsonl", work / "joint_teacher.jsonl"]
+    write_card(out, JOINT_TEACHER_CARD, JOINT_TEACHER_SETTINGS, curves, scores, target="weights-joint")
 
 
 def make_student(name: str, work: Path, out: Path) -> None:
@@ -168,9 +195,16 @@ def to_half(folder: Path) -> None:
         save_file(halved, path, metadata={"format": "pt"})
 
 
-def write_card(out: Path, lead: str, settings: dict[str, Any], curves: list[Path], scores: dict[str, Any]) -> None:
-    """Write README.md beside the weights: settings, loss curves, training time, scores."""
-    parts = [lead, f"Settings and seed: `{json.dumps(settings)}`. One seed. Rebuilt by `make weights`.\n"]
+def write_card(
+    out: Path,
+    lead: str,
+    settings: dict[str, Any],
+    curves: list[Path],
+    scores: dict[str, Any],
+    target: str = "weights",
+) -> None:
+    """Write README.md beside the weights: settings, the target of make, loss curves, training time, scores."""
+    parts = [lead, f"Settings and seed: `{json.dumps(settings)}`. One seed. Rebuilt by `make {target}`.\n"]
     for curve in curves:
         logged = [json.loads(line) for line in curve.read_text().splitlines()]
         lines = list({line["step"]: line for line in logged}.values())  # a continued training logs some steps twice
