@@ -24,9 +24,7 @@ PLACES = {
 }
 """Files outside docs/ that have a place on the site, and sections of the README whose subject has a page."""
 RECIPES = "recipe-files.md"
-_CODE_OR_LINK = re.compile(
-    r"```.*?^```$|`[^`]*`|\[(?P<text>(?:`[^`]*`|[^\]`])*)\]\((?P<target>[^)\s]+)\)", re.M | re.S
-)
+_CODE_OR_LINK = re.compile(r"```.*?^```$|`[^`]*`|\[(?P<text>(?:`[^`]*`|[^\]`])*)\]\((?P<target>[^)\s]+)\)", re.M | re.S)
 
 _NAMED_BLOCK = re.compile(r"^```(\w+) (\S+)$", re.M)  # "```jsonl train.jsonl": a block with the name of its file
 
