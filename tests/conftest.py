@@ -11,12 +11,15 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import tempfile
 
 # Read once, when the libraries are imported; child processes inherit both.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # An error that the library did not foresee shows its traceback, and warnings of other libraries fail a test.
 os.environ["LAVENDER_DEBUG"] = "1"
+# Where a test switches that off, these warnings go here, not to the user's log.
+os.environ["LAVENDER_LOG"] = os.path.join(tempfile.gettempdir(), "lavender-tests.log")
 
 import random
 import sys

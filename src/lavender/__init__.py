@@ -69,7 +69,10 @@ _OLD_NAMES = {
 
 
 def lazy_attributes(
-    package: str, homes: Mapping[str, str], old_names: Mapping[str, tuple[str, str]] | None = None
+    package: str,
+    homes: Mapping[str, str],
+    old_names: Mapping[str, tuple[str, str]] | None = None,
+    computed: Mapping[str, Callable[[], Any]] | None = None,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make the module-level `__getattr__` and `__dir__` (PEP 562) of a package that imports its names when first used.
 
@@ -77,12 +80,15 @@ def lazy_attributes(
         package: the package's `__name__`.
         homes: per public name, the module that defines it. No submodule of the package may have a public name:
             importing it would put the module in the place of the name.
+        computed: per other name, the function that makes its value.
         old_names: per former name, the package and name to use instead. Using one gives a DeprecationWarning.
     """
 
     def get_attribute(name: str) -> Any:
         if name in homes:
             return getattr(import_module(homes[name]), name)
+        if computed and name in computed:
+            return computed[name]()
         if old_names and name in old_names:
             home, new_name = old_names[name]
             warnings.warn(
@@ -92,24 +98,19 @@ def lazy_attributes(
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def list_attributes() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *homes})
+        return sorted({*vars(sys.modules[package]), *homes, *(computed or ())})
 
     return get_attribute, list_attributes
 
 
-_get_public, _list_public = lazy_attributes(__name__, _HOMES, _OLD_NAMES)
+def _version() -> str:
+    """The version; reading it takes longer than all the rest of `lavender --help`."""
+    from importlib.metadata import version
+
+    return version("lavender-vlm")
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":  # reading it takes longer than all the rest of `lavender --help`
-        from importlib.metadata import version
-
-        return version("lavender-vlm")
-    return _get_public(name)
-
-
-def __dir__() -> list[str]:
-    return [*_list_public(), "__version__"]
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES, _OLD_NAMES, {"__version__": _version})
 
 
 _MOVED = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +93,7 @@ def observe(
     store: MapStore | SeveralStores | None,
     max_new_tokens: int = 64,
     batch_size: int = BATCH_SIZE,
+    on_progress: Callable[[int], object] = lambda number: None,
 ) -> list[Judged]:
     """What one model does on each sample. The pictures and maps of one batch are in memory at a time.
 
@@ -103,6 +104,7 @@ def observe(
         store: the teacher's maps; the model's maps get its grid, else 32 × 32.
         max_new_tokens: where an answer is cut off.
         batch_size: samples per forward.
+        on_progress: called with the number of samples of each finished batch.
 
     Raises:
         NotFiniteError: the model's loss is NaN or infinite.
@@ -124,6 +126,7 @@ def observe(
                 "map_agreement": _agreement(own, teacher),
             }
             found.append(Judged(answer, tallies))
+        on_progress(len(pairs))
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from lavender.alignment.losses import LEAST, prepared, share_on_map
@@ -104,7 +105,7 @@ def measure(
     locator = WordLocator(processor, adapter)
     batches = []
     with evaluating(model), capturing(model):
-        for start in range(0, len(cases), batch_size):
+        for start in tqdm(range(0, len(cases), batch_size), desc="words", unit="batch", leave=False, disable=None):
             batch = list(cases[start : start + batch_size])
             measured = _measure_batch(model, processor, adapter, locator, batch, dropped, views)
             batches += [measured] if measured is not None else []

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from lavender.config import AlignmentConfig
 from lavender.data.samples import Sample, Samples, read_samples, readable
 from lavender.data.store import MapStore, SeveralStores
@@ -237,8 +239,10 @@ def _observe_arms(
 ) -> dict[str, list[Judged]]:
     """What each model does on the samples. One model is in memory at a time."""
     judged: dict[str, list[Judged]] = {}
-    for name, path in arms.items():
-        model, processor = load_run(path, trust_remote_code=trust_remote_code)
-        judged[name] = observe(model, processor, samples, store)
-        del model
+    with tqdm(total=len(arms) * len(samples), unit="sample", leave=False, disable=None) as bar:
+        for name, path in arms.items():
+            bar.set_description(name)
+            model, processor = load_run(path, trust_remote_code=trust_remote_code)
+            judged[name] = observe(model, processor, samples, store, on_progress=bar.update)
+            del model
     return judged
