@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 from lavender.errors import UnsupportedModelError
 from lavender.students.base import VlmAdapter
+from lavender.students.families.ernie4_5_vl import Ernie45VlMoeAdapter
 from lavender.students.families.flamingo import FlamingoAdapter
 from lavender.students.families.gemma3 import Gemma3Adapter
 from lavender.students.families.glm4v import Glm4vAdapter, Glm46vAdapter
@@ -18,6 +19,7 @@ from lavender.students.families.llava import LlavaAdapter
 from lavender.students.families.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
 from lavender.students.families.minicpm_v import MiniCpmVAdapter
 from lavender.students.families.mllama import MllamaAdapter
+from lavender.students.families.paddleocr_vl import PaddleOcrVlAdapter
 from lavender.students.families.qwen_vl import (
     Qwen2VlAdapter,
     Qwen3VlAdapter,
@@ -26,10 +28,12 @@ from lavender.students.families.qwen_vl import (
     Qwen35Adapter,
     Qwen35MoeAdapter,
 )
+from lavender.students.families.video_llama_3 import VideoLlama3Adapter
 
 FAMILIES: dict[str, type[VlmAdapter]] = {
     family.model_type: family
     for family in (
+        Ernie45VlMoeAdapter,
         FlamingoAdapter,
         Gemma3Adapter,
         Glm4vAdapter,
@@ -42,6 +46,7 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
         LlavaOnevisionAdapter,
         MiniCpmVAdapter,
         MllamaAdapter,
+        PaddleOcrVlAdapter,
         Qwen2VlAdapter,
         Qwen25VlAdapter,
         Qwen3VlAdapter,
@@ -49,6 +54,7 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
         Qwen35Adapter,
         Qwen35MoeAdapter,
         SmolVlmAdapter,
+        VideoLlama3Adapter,
     )
 }
 
