@@ -120,9 +120,14 @@ def config_of(kind: str, tokenizer) -> Qwen2VLConfig | Qwen2_5_VLConfig:
 def local_states(model, inputs) -> torch.Tensor:
     """What the first text layer attends to, when patches do not exchange: the tower's attention silenced."""
     model = copy.deepcopy(model)
-    del model.model.language_model.layers[1:]
     for block in model.model.visual.blocks:
         parameters_zeroed(block.attn.proj)
+    return key_states(model, inputs)
+
+
+def key_states(model, inputs) -> torch.Tensor:
+    """What the first text layer attends to at the picture tokens. The model loses its other layers."""
+    del model.model.language_model.layers[1:]
     seen = []
     attention = model.model.language_model.layers[0].self_attn
     handle = attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))

@@ -149,6 +149,7 @@ def _feed_forward_width(text: Any) -> int:
     """Width of a layer's feed-forward network for one token; of experts, the sum over those that the token uses."""
     names = ("intermediate_size", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
     dense, experts, width, shared = (getattr(text, name, None) or 0 for name in names)
+    width = max(width) if isinstance(width, list) else width  # some have other experts for pictures
     return max(dense, experts * width + shared)
 
 

@@ -10,6 +10,7 @@ from lavender.errors import UnsupportedModelError
 from lavender.students.base import VlmAdapter
 from lavender.students.families.aya_vision import AyaVisionAdapter, Cohere2VisionAdapter
 from lavender.students.families.deepseek_vl import DeepseekVlAdapter, JanusAdapter
+from lavender.students.families.ernie4_5_vl import Ernie45VlMoeAdapter
 from lavender.students.families.flamingo import FlamingoAdapter
 from lavender.students.families.gemma3 import Gemma3Adapter
 from lavender.students.families.gemma4 import Gemma4Adapter
@@ -23,6 +24,7 @@ from lavender.students.families.llava_next import LlavaNextAdapter, LlavaOnevisi
 from lavender.students.families.minicpm_v import MiniCpmVAdapter
 from lavender.students.families.mllama import MllamaAdapter
 from lavender.students.families.ovis2 import Ovis2Adapter
+from lavender.students.families.paddleocr_vl import PaddleOcrVlAdapter
 from lavender.students.families.pixtral import LightOnOcrAdapter, Mistral3Adapter
 from lavender.students.families.qwen_vl import (
     Qwen2VlAdapter,
@@ -32,6 +34,7 @@ from lavender.students.families.qwen_vl import (
     Qwen35Adapter,
     Qwen35MoeAdapter,
 )
+from lavender.students.families.video_llama_3 import VideoLlama3Adapter
 
 FAMILIES: dict[str, type[VlmAdapter]] = {
     family.model_type: family
@@ -39,6 +42,7 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
         AyaVisionAdapter,
         Cohere2VisionAdapter,
         DeepseekVlAdapter,
+        Ernie45VlMoeAdapter,
         FlamingoAdapter,
         Gemma3Adapter,
         Gemma4Adapter,
@@ -57,6 +61,7 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
         Mistral3Adapter,
         MllamaAdapter,
         Ovis2Adapter,
+        PaddleOcrVlAdapter,
         Qwen2VlAdapter,
         Qwen25VlAdapter,
         Qwen3VlAdapter,
@@ -64,6 +69,7 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
         Qwen35Adapter,
         Qwen35MoeAdapter,
         SmolVlmAdapter,
+        VideoLlama3Adapter,
     )
 }
 

@@ -65,8 +65,12 @@ class Qwen2VlAdapter(SelfAttentionAdapter):
                 "drop the samples with videos",
             )
         grids = inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))
-        cells = grids[:, 1:] // self.config.vision_config.spatial_merge_size
+        cells = grids[:, 1:] // self._merge_sizes(inputs)
         return [(rows, cols) for rows, cols in cells.tolist()]
+
+    def _merge_sizes(self, inputs: Mapping[str, Tensor]) -> int | Tensor:
+        """Number of patches along a side of a key's cell: of all pictures, or long (picture, 1)."""
+        return self.config.vision_config.spatial_merge_size
 
 
 class Qwen25VlAdapter(Qwen2VlAdapter):
@@ -111,11 +115,15 @@ class Qwen35Adapter(Qwen2VlAdapter):
     gated_queries = True
 
     def usable_layers(self) -> tuple[int, ...]:
-        kinds = self.config.text_config.layer_types
-        return tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+        return full_attention_layers(self.config.text_config)
 
 
 class Qwen35MoeAdapter(Qwen35Adapter):
     """As Qwen3.5, with experts in place of one feed-forward network per layer."""
 
     model_type = "qwen3_5_moe"
+
+
+def full_attention_layers(text_config: Any) -> tuple[int, ...]:
+    """Indices of the layers with softmax attention on all tokens before, of a text model that has other layers too."""
+    return tuple(layer for layer, kind in enumerate(text_config.layer_types) if kind == "full_attention")
