@@ -171,7 +171,9 @@ class TestVision(Core):
     def test_rows_see_what_their_layer_lets_them(self, family, model):
         """In an image both ways in sliding layers alone, and there nothing that is a window or more back."""
         batch, adapter = several(family.processor, "<|image|>", [[(300, 500)]]), adapter_for(model.config)
-        keys = adapter.image_keys(batch)[0]
+        found = adapter.image_keys(batch)
+        assert found is not None
+        keys = found[0]
         places = torch.stack([keys[30], keys[59] + 5])
         inside, after = captured(model, batch, rows=places[None]).stacked()[:, 0].unbind(2)
         assert adapter.usable_layers() == (0, 1, 2, 3)
