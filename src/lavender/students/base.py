@@ -145,7 +145,13 @@ class VlmAdapter(ABC):
         return None
 
     def rotates(self, attention: Any) -> bool:
-        """Whether the attention module of a usable layer rotates queries and keys by their positions (RoPE)."""
+        """Whether the attention module of a usable layer rotates queries and keys by their positions (RoPE).
+
+        Asked for the pooling "learn" alone, whose projections stand in for the module's own.
+
+        Raises:
+            UnsupportedModelError: positions change queries and keys in another way too.
+        """
         return True
 
     def token_ids(self, inputs: Mapping[str, Any]) -> Tensor:
