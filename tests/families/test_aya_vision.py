@@ -171,7 +171,7 @@ class TestCommandAVision(Contract):
             "eoi_token": "<|END_OF_IMG|>",
             "img_line_break_token": "<|IMG_LINE_BREAK|>",
         }
-        roles: dict[str, Any] = ROLES | {"extra_special_tokens": tokens}
+        roles: Any = ROLES | {"extra_special_tokens": tokens}
         special = (*SPECIAL_TOKENS, *list(tokens.values())[1:])
         tokenizer: Any = _tokenizer(captions, 300, special, PATCH_TOKEN, **roles)
         images: Any = Cohere2VisionImageProcessor(**SETTINGS)

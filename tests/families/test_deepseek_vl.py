@@ -44,7 +44,7 @@ VISION = {"image_size": SQUARE, "patch_size": PATCH}
 
 
 def family_of(texts: list[str], kind: Any, processor_kind: Any, image_kind: Any, make_config: Any, out: str) -> Family:
-    roles: dict[str, Any] = ROLES | {"extra_special_tokens": TOKENS}
+    roles: Any = ROLES | {"extra_special_tokens": TOKENS}
     special = (*SPECIAL_TOKENS, TOKENS["boi_token"], TOKENS["eoi_token"])
     tokenizer = _tokenizer(texts, 300, special, TOKENS["image_token"], **roles)
     images = image_kind(size={"height": SQUARE, "width": SQUARE}, min_size=PATCH, image_mean=[0.5] * 3)

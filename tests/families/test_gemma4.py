@@ -59,7 +59,7 @@ class PicturesProcessor(Gemma4Processor):
 
 def family_of(texts: list[str], **text: Any) -> Family:
     names = [name for name in TOKENS.values() if name != "<|image|>"]
-    roles: dict[str, Any] = ROLES | {"extra_special_tokens": TOKENS}
+    roles: Any = ROLES | {"extra_special_tokens": TOKENS}
     tokenizer = _tokenizer(texts, 310, (*SPECIAL_TOKENS, *names), "<|image|>", **roles)
     processor: Any = PicturesProcessor(
         Gemma4ImageProcessorPil(patch_size=PATCH, max_soft_tokens=70, pooling_kernel_size=POOL),
@@ -170,10 +170,8 @@ class TestVision(Core):
 
     def test_rows_see_what_their_layer_lets_them(self, family, model):
         """In an image both ways in sliding layers alone, and there nothing that is a window or more back."""
-        batch, adapter = several(family.processor, "<|image|>", [[(300, 500)]]), adapter_for(model.config)
-        found = adapter.image_keys(batch)
-        assert found is not None
-        keys = found[0]
+        batch, adapter = several(family.processor, "<|image|>", [[(300, 500)]]), Gemma4Adapter(model.config)
+        keys = adapter.image_keys(batch)[0]
         places = torch.stack([keys[30], keys[59] + 5])
         inside, after = captured(model, batch, rows=places[None]).stacked()[:, 0].unbind(2)
         assert adapter.usable_layers() == (0, 1, 2, 3)

@@ -47,7 +47,7 @@ def family_of(texts: list[str]) -> Family:
     pytest.importorskip("torchvision", reason="LFM2-VL's image processor needs torchvision")
     from transformers.models.lfm2_vl.image_processing_lfm2_vl import Lfm2VlImageProcessor
 
-    roles: dict[str, Any] = ROLES | {"extra_special_tokens": TOKENS}
+    roles: Any = ROLES | {"extra_special_tokens": TOKENS}
     special = (*SPECIAL_TOKENS, "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", *LABELS)
     tokenizer = _tokenizer(texts, 340, special, "<image>", **roles)
     images = Lfm2VlImageProcessor(

@@ -20,9 +20,10 @@ from transformers import (
 from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
+from families.asking import traces
 from families.by_hand import Keys
 from families.contract import Contract
-from families.core import Core
+from families.core import LEARN, Core
 from families.geometry import Family
 from families.grids import (
     ROLES,
@@ -35,7 +36,9 @@ from families.grids import (
     text_settings,
     vision_settings,
 )
-from lavender.errors import DataError
+from lavender.alignment.objective import attach
+from lavender.config import AlignmentConfig
+from lavender.errors import DataError, UnsupportedModelError
 from lavender.students.families.pixtral import LightOnOcrAdapter, Mistral3Adapter
 from lavender.students.registry import adapter_for
 from lavender.world.student_models import _tokenizer
@@ -45,12 +48,8 @@ PATCH, MERGE, LONGEST = 4, 2, 160
 SIZES = {(300, 500): (12, 20), (500, 300): (20, 12), (120, 900): (3, 20), (97, 133): (13, 17), (44, 61): (6, 8)}
 TOKENS = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
 
-ROPE = {  # Ministral 3 scales queries from position 64 on
-    "rope_type": "default",
-    "rope_theta": 10_000.0,
-    "llama_4_scaling_beta": 0.1,
-    "original_max_position_embeddings": 64,
-}
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+SCALED = ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}  # from position 64 on
 
 
 def mistral_processor(*args: Any, **kwargs: Any) -> Any:
@@ -66,7 +65,7 @@ def mistral_processor(*args: Any, **kwargs: Any) -> Any:
 
 
 def family_of(texts: list[str], kind: Any, config: Any, processor_class: Any, text: str, tower: str) -> Family:
-    roles: dict[str, Any] = ROLES | {"extra_special_tokens": TOKENS}
+    roles: Any = ROLES | {"extra_special_tokens": TOKENS}
     tokenizer = _tokenizer(texts, 300, (*SPECIAL_TOKENS, "[IMG_BREAK]", "[IMG_END]"), "[IMG]", **roles)
     cell = PATCH * MERGE
     processor = processor_class(
@@ -77,7 +76,7 @@ def family_of(texts: list[str], kind: Any, config: Any, processor_class: Any, te
         chat_template=template("[IMG]"),
     )
     made = config(
-        text_config=text_settings(tokenizer, model_type=text, rope_parameters=ROPE),
+        text_config=text_settings(tokenizer, model_type=text, rope_parameters=SCALED if text == "ministral3" else ROPE),
         vision_config=vision_settings(model_type="pixtral", patch_size=PATCH, image_size=LONGEST, head_dim=8),
         spatial_merge_size=MERGE,
         image_token_id=processor.image_token_id,
@@ -161,6 +160,21 @@ class TestMinistral3(Core):
     def family(cls, captions) -> Family:
         parts = Mistral3ForConditionalGeneration, Mistral3Config, mistral_processor
         return family_of(captions, *parts, "ministral3", "vision_tower")
+
+    @pytest.mark.parametrize("alignment", [{}], ids=["default"])
+    def test_checkpointing_without_reentry_gives_equal_gradients(self, family, batch, readings, alignment):
+        super().test_checkpointing_without_reentry_gives_equal_gradients(family, batch, readings, alignment)
+
+    def test_learned_projections_are_refused(self, model):
+        """They would miss the scale. Nothing is changed."""
+        before = traces(model)
+        with pytest.raises(UnsupportedModelError) as caught:
+            attach(model, AlignmentConfig(**LEARN))
+        assert traces(model) == before
+        assert str(caught.value) == (
+            "Got pooling 'learn' with llama_4_scaling_beta=0.1, which scales queries by their positions. Expected "
+            "queries that positions rotate alone. Do this: choose another pooling or loss."
+        )
 
 
 class TestLightOnOcr(OwnGrids):

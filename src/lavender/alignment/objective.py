@@ -298,17 +298,17 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
     layers = _layers(adapter, config)
     if config.heads is not None and not all(0 <= head < adapter.num_heads() for head in config.heads):
         raise ConfigError(f"heads={config.heads}", f"numbers from 0 to {adapter.num_heads() - 1}", "change heads")
+    learned = [adapter.attention_module(model, layer) for layer in layers] if POOLINGS[config.pooling].learned else []
+    if learned:
+        adapter.check_projections()
     session = CaptureSession(model, adapter)
     head = AlignmentHead(adapter.num_heads(), layers, config)
     model.add_module(HEAD_NAME, head.to(model.device))
     session.handles += [
         model.register_forward_pre_hook(_pool_heads, with_kwargs=True),
         model.register_forward_hook(_add_attention_loss, with_kwargs=True),
+        *(parallel.attach(attention, adapter, config.parallel_init) for attention in learned),
     ]
-    if POOLINGS[config.pooling].learned:
-        session.handles += [
-            parallel.attach(adapter.attention_module(model, layer), adapter, config.parallel_init) for layer in layers
-        ]
     if config.match == "root" and model.base_model is not model:
         choose = partial(_choose_tokens, model)
         session.handles.append(model.base_model.register_forward_hook(choose, with_kwargs=True))

@@ -154,6 +154,14 @@ class VlmAdapter(ABC):
         """The token ids among the keyword arguments of the model's forward: long (sample, token)."""
         return inputs["input_ids"]
 
+    def check_projections(self) -> None:
+        """Check that new query and key projections can stand in for a layer's own, for the pooling "learn".
+
+        Raises:
+            UnsupportedModelError: positions change queries and keys in another way than `rotate` does.
+        """
+        return
+
     def rotate(self, attention: Any, states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Apply rotary position embedding to queries or keys of an attention module; see `lavender.students.rotary`."""
         return by_halves(states_BHTD, cos, sin)

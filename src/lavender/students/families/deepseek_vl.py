@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import ProcessorMixin
 
 from lavender.errors import ConfigError
@@ -52,6 +50,3 @@ class JanusAdapter(DeepseekVlAdapter):
             *("model.generation_aligner", "model.generation_head"),
         ),
     }
-
-    def num_embeddings(self, model: Any) -> int:
-        return model.model.language_model.get_input_embeddings().num_embeddings

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lavender.errors import UnsupportedModelError
 from lavender.students.families.patch_grid import PatchGridAdapter, Shape
 
 
@@ -21,6 +22,15 @@ class Mistral3Adapter(PatchGridAdapter):
 
     def describe_keys(self) -> str:
         return f"a grid of the image's own shape, cells of {self._cell()} px among the text's tokens"
+
+    def check_projections(self) -> None:
+        scale = self.config.text_config.rope_parameters.get("llama_4_scaling_beta")
+        if scale:
+            raise UnsupportedModelError(
+                f"pooling 'learn' with llama_4_scaling_beta={scale}, which scales queries by their positions",
+                "queries that positions rotate alone",
+                "choose another pooling or loss",
+            )
 
     def view_shapes(self, inputs: Mapping[str, Tensor]) -> list[Shape]:
         sizes = inputs.get("image_sizes")
