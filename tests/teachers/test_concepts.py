@@ -177,6 +177,8 @@ def test_custom_processors_are_refused(build):
     pipeline = fresh(build)
     pipeline.transformer.set_attn_processor(Bypass())
     teacher = Teacher(pipeline, plain(space="output", layer_weights=None))
+    with torch.no_grad():  # transformers installs hooks of its own in a text encoder at its first call
+        teacher.family.encode_texts([""])
     before = traces(teacher.family)
     with pytest.raises(CaptureError, match="Got no attention in layer 'transformer_blocks.0.attn'"):
         teacher(jobs()[:1])
