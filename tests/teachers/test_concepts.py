@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lavender.config import ExtractionConfig
 from lavender.errors import CaptureError, ConfigError
 from lavender.teachers.diffusion.base import TeacherFamily
 from lavender.teachers.diffusion.concepts import ConceptCapture, capture_concepts
@@ -176,6 +177,8 @@ def test_custom_processors_are_refused(build):
     pipeline = fresh(build)
     pipeline.transformer.set_attn_processor(Bypass())
     teacher = Teacher(pipeline, plain(space="output", layer_weights=None))
+    with torch.no_grad():  # transformers installs hooks of its own in a text encoder at its first call
+        teacher.family.encode_texts([""])
     before = traces(teacher.family)
     with pytest.raises(CaptureError, match="Got no attention in layer 'transformer_blocks.0.attn'"):
         teacher(jobs()[:1])
@@ -190,6 +193,24 @@ def test_two_passes_are_refused(family):
     with pytest.raises(CaptureError, match="Got two passes through layer"), torch.no_grad(), capture_concepts(capture):
         family.denoise(*given)
         family.denoise(*given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"refine": 1}, "refine"),
+        ({"head_share": 0.5}, "head_share"),
+        ({"layer_weights": {"transformer_blocks": [1, 0]}}, "layer_weights per head"),
+    ],
+)
+def test_settings_of_heads_are_refused_in_output_space(settings, wrong):
+    with pytest.raises(ConfigError, match=f"Got {wrong} with space='output'"):
+        ExtractionConfig(space="output", **settings)
+
+
+def test_an_expert_layer_beside_weights_is_refused():
+    with pytest.raises(ConfigError, match="Got expert_layer=1 with layer_weights"):
+        ExtractionConfig(expert_layer=1, layer_weights={})
 
 
 def test_other_families_refuse_output_space():

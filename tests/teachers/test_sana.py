@@ -61,6 +61,12 @@ class TestSana(Contract):
         assert len(offsets) == KEYS
         assert [span for span in offsets if span != (0, 0)] == [(2, 3), (3, 5), (5, 6), (6, 7)]
 
+    def test_a_tiny_autoencoder_is_refused(self, pipeline, tmp_path):
+        """Its latents are those of another autoencoder."""
+        pipeline.save_pretrained(tmp_path / "teacher", safe_serialization=True)
+        with pytest.raises(ConfigError, match="Got tiny_vae with a SanaPipeline"):
+            Teacher.from_pretrained(tmp_path / "teacher", ExtractionConfig(tiny_vae=str(tmp_path)))
+
     def test_refinement_is_refused(self, pipeline):
         with pytest.raises(ConfigError, match="Got refine with a SanaPipeline"):
             Teacher(pipeline, plain(refine=1))
