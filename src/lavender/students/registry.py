@@ -18,6 +18,7 @@ from lavender.students.families.internvl import InternVlAdapter
 from lavender.students.families.llava import LlavaAdapter
 from lavender.students.families.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
 from lavender.students.families.minicpm_v import MiniCpmVAdapter
+from lavender.students.families.minicpm_v4_6 import MiniCpmV46Adapter
 from lavender.students.families.mllama import MllamaAdapter
 from lavender.students.families.paddleocr_vl import PaddleOcrVlAdapter
 from lavender.students.families.qwen_vl import (
@@ -45,6 +46,7 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
         LlavaNextAdapter,
         LlavaOnevisionAdapter,
         MiniCpmVAdapter,
+        MiniCpmV46Adapter,
         MllamaAdapter,
         PaddleOcrVlAdapter,
         Qwen2VlAdapter,
@@ -71,7 +73,7 @@ VLMEVALKIT: dict[str, str] = {
     "gemma3": "Gemma3",
     "internvl": "InternVLChat",
 }
-"""`model_type` → class of the same models in VLMEvalKit's `vlmeval/vlm`. Families that are not here have none."""
+"""`model_type` → class of the same models in VLMEvalKit's `vlmeval/vlm`. Families that are not here have none that we know of."""
 
 
 def adapter_for(config: Any) -> VlmAdapter:
