@@ -73,7 +73,7 @@ VLMEVALKIT: dict[str, str] = {
     "gemma3": "Gemma3",
     "internvl": "InternVLChat",
 }
-"""`model_type` → class of the same models in VLMEvalKit's `vlmeval/vlm`. Families that are not here have none that we know of."""
+"""`model_type` → class of the same models in VLMEvalKit's `vlmeval/vlm`. We know of none for the other families."""
 
 
 def adapter_for(config: Any) -> VlmAdapter:
