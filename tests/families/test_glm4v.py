@@ -26,6 +26,7 @@ from families.contract import Contract
 from families.core import Core
 from families.geometry import Family
 from families.test_qwen_vl import MERGE, PATCH, SIZES, blur, local_states, patches
+from families.training import train_two_steps
 from lavender.alignment.objective import attach
 from lavender.config import AlignmentConfig
 from lavender.errors import DataError, UnsupportedModelError
@@ -220,3 +221,9 @@ class TestGlm46vMoe(Glm, Core):
         model(**batch, attention_request=request).attention_loss.backward()
         experts = model.model.language_model.layers[1].mlp.experts
         assert (experts.gate_up_proj.grad.flatten(1).norm(dim=1) > 0).sum() >= 2  # a token uses two
+
+    def test_training_without_the_loss_of_the_router(self, family, model, dataset, store_path, tmp_path):
+        """TRL asks the config for `num_experts`, which it does not have, unless that loss is off."""
+        with pytest.raises(AttributeError, match="'Glm4vMoeTextConfig' object has no attribute 'num_experts'"):
+            train_two_steps(copy.deepcopy(model), family.processor, dataset, store_path, tmp_path)
+        train_two_steps(model, family.processor, dataset, store_path, tmp_path, router_aux_loss_coef=0.0)

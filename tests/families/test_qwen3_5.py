@@ -70,6 +70,12 @@ def local_states(model, inputs) -> torch.Tensor:
     )
 
 
+def eager_rows_of_attention_layers(model, batch, request: AttentionRequest) -> torch.Tensor:
+    """Transformers returns the attention of the layers that have it, and leaves the others out."""
+    layers = [adapter_for(model.config).usable_layers().index(layer) for layer in request.layers]
+    return eager_rows(model, batch, AttentionRequest(request.rows_BR, layers, request.keys_BK))
+
+
 class TestQwen35(Contract):
     adapter = Qwen35Adapter
     describes = "a grid of the picture's own shape, cells of 8 px among the text's tokens"
@@ -83,11 +89,7 @@ class TestQwen35(Contract):
         family = family_of(processor, lambda: Qwen3_5ForConditionalGeneration(copy.deepcopy(config)), NORMS)
         return replace(family, local_states=local_states)
 
-    @staticmethod
-    def eager_rows(model, batch, request: AttentionRequest) -> torch.Tensor:
-        """Transformers returns the attention of the layers that have it, and leaves the others out."""
-        layers = [adapter_for(model.config).usable_layers().index(layer) for layer in request.layers]
-        return eager_rows(model, batch, AttentionRequest(request.rows_BR, layers, request.keys_BK))
+    eager_rows = staticmethod(eager_rows_of_attention_layers)
 
     def test_the_sizes_give_their_grids(self, family, model):
         for size, (rows, cols) in SIZES.items():

@@ -22,6 +22,7 @@ from lavender.students.families.lfm2_vl import Lfm2VlAdapter
 from lavender.students.families.llava import LlavaAdapter
 from lavender.students.families.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
 from lavender.students.families.minicpm_v import MiniCpmVAdapter
+from lavender.students.families.minicpm_v4_6 import MiniCpmV46Adapter
 from lavender.students.families.mllama import MllamaAdapter
 from lavender.students.families.ovis2 import Ovis2Adapter
 from lavender.students.families.paddleocr_vl import PaddleOcrVlAdapter
@@ -58,6 +59,7 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
         LlavaNextAdapter,
         LlavaOnevisionAdapter,
         MiniCpmVAdapter,
+        MiniCpmV46Adapter,
         Mistral3Adapter,
         MllamaAdapter,
         Ovis2Adapter,
@@ -86,7 +88,7 @@ VLMEVALKIT: dict[str, str] = {
     "gemma3": "Gemma3",
     "internvl": "InternVLChat",
 }
-"""`model_type` → class of the same models in VLMEvalKit's `vlmeval/vlm`. Families that are not here have none."""
+"""`model_type` → class of the same models in VLMEvalKit's `vlmeval/vlm`. We know of none for the other families."""
 
 
 def adapter_for(config: Any) -> VlmAdapter:
