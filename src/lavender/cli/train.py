@@ -76,6 +76,6 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 def _summary(facts: dict[str, Any]) -> str:
     metrics = facts["metrics"]
-    names = ("loss", "vlm_loss", "attention_loss", "attention_mass", "eval_loss")
-    numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if metrics.get(name) is not None)
-    return f"trained {metrics['step']} steps: {numbers}"
+    names = ("train_loss", "vlm_loss", "attention_loss", "attention_mass", "probe_attention_mass", "eval_loss")
+    numbers = (f", {name} {metrics[name]:.4g}" for name in names if metrics.get(name) is not None)
+    return f"trained {metrics.get('step', 0)} steps{''.join(numbers)}"
