@@ -44,7 +44,7 @@ define test_versions
 $(PYTHON) -m venv .venv-$(1)
 .venv-$(1)/bin/python -m pip install --disable-pip-version-check --quiet uv
 .venv-$(1)/bin/uv pip install --python .venv-$(1)/bin/python --upgrade --resolution $(2) \
-  -e '.[demo]' 'packaging>=25' 'pytest>=9,<10' 'pytest-timeout>=2.4' 'pytest-xdist>=3.8' 'scipy>=1.14'
+  -e '.[demo]' 'packaging>=25' 'pytest>=9,<10' 'pytest-timeout>=2.4' 'pytest-xdist>=3.8'
 .venv-$(1)/bin/pytest $(VERSION_TESTS)
 endef
 PYTHON ?= python3
@@ -56,7 +56,7 @@ HANDS := noto@1.2.9 noto-v1@1.2.5 fluent-emoji@1.2.7 fluent-emoji-flat@1.2.6 emo
   streamline-emojis@1.2.4
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
 
 demo: $(STAMP) ## the first run: lavender-demo/report.html and results.json
 	$(BIN)/lavender demo
