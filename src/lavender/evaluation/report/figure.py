@@ -131,7 +131,7 @@ def _draw_row(axes: list[Axes], panel: Panel, row: WordRow, columns: list[str], 
     for cell_axes, column in zip(axes, columns, strict=True):
         _hide_frame(cell_axes)
         if with_titles:
-            cell_axes.set_title(drawable(column), weight="bold", **_TEXT)
+            cell_axes.set_title(textwrap.fill(drawable(column), 12), weight="bold", **_TEXT)
         _draw_cell(cell_axes, panel, row, column)
     label = "\n".join(textwrap.fill(line, 14) for line in drawable(row.word).split("\n"))
     axes[0].set_ylabel(label, rotation=0, ha="right", va="center", weight="bold", **_TEXT)

@@ -72,7 +72,7 @@ def interval_figure(rows: Sequence[IntervalRow]) -> Figure:
         axes.set_yticks(range(len(pairs)), [drawable(pair) for pair in pairs], fontsize=8, parse_math=False)
         axes.set_ylim(len(pairs) - 0.5, -0.5)
         axes.tick_params(axis="x", labelsize=7)
-        axes.locator_params(axis="x", nbins=4)
+        axes.locator_params(axis="x", nbins=3)
         axes.spines[["top", "right", "left"]].set_visible(False)
     return figure
 
