@@ -54,9 +54,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_every_page_is_in_the_table_of_the_documentation():
-    table = README.partition("\n## Documentation\n")[2]
-    linked = re.findall(r"^\| \[docs/([\w-]+\.md)\]\(docs/\1\) \| \S", table, flags=re.MULTILINE)
-    assert sorted(linked) == sorted(path.name for path in DOCS.glob("*.md"))
+    section = README.partition("\n## Documentation\n")[2]
+    linked = re.findall(r"\]\(docs/([\w-]+\.md)", section)
+    assert set(linked) == {path.name for path in DOCS.glob("*.md")}
 
 
 def _words(text: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_run_with_its_adapter_apart(finished, tmp_path):
     assert "adapter_model.safetensors" in os.listdir(folder)
 
 
-def test_a_trainer_merges_as_its_run_does(run, base, tmp_path):  # noqa: F811
+def test_a_trainer_merges_as_its_run_does(run, base, finished, tmp_path):  # noqa: F811
     """The model in training, and the random numbers that it draws next, stay as they are."""
     trainer = trained(run, base, "lora")
     before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
@@ -68,6 +69,7 @@ def test_a_trainer_merges_as_its_run_does(run, base, tmp_path):  # noqa: F811
     assert torch.equal(torch.get_rng_state(), drawn)
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
     export(trainer, tmp_path / "run" / "checkpoint", merge=False)
+    shutil.copy(finished / "config.yaml", tmp_path / "run")  # for the card
     assert same(merged, export(tmp_path / "run", tmp_path / "of the run"))
     assert os.listdir(tmp_path / "new") == ["merged"]
     loaded = MllamaForConditionalGeneration.from_pretrained(merged)
