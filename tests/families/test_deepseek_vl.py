@@ -106,6 +106,7 @@ class TestDeepseekVl(PaddedSquares):
         return family_of(captions, *parts, config, "out_proj")
 
 
+@pytest.mark.slow  # the place of its keys is that of the class above
 class TestJanus(PaddedSquares):
     adapter = JanusAdapter
     keys = Keys((CELLS, CELLS, CELLS), "<image_placeholder>", "<begin_of_image>", "<end_of_image>")

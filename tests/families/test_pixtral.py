@@ -177,6 +177,7 @@ class TestMinistral3(Core):
         )
 
 
+@pytest.mark.slow  # the place of its keys is that of the class above
 class TestLightOnOcr(OwnGrids):
     adapter = LightOnOcrAdapter
     keys = Keys((12 * 20, 20 * 12, 3 * 20), "[IMG]", "<|im_start|>user\n", "what is it?")

@@ -118,6 +118,7 @@ class TestQwen35(Contract):
             adapter_for(model.config).image_keys(inputs)
 
 
+@pytest.mark.slow  # the place of its keys is that of the class above
 class TestQwen35Moe(TestQwen35):
     """Four experts, two of them per token, and one that all tokens share."""
 

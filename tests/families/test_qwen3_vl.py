@@ -217,6 +217,7 @@ class TestQwen3Vl(Contract):
             adapter_for(model.config).image_keys(inputs)
 
 
+@pytest.mark.slow  # the place of its keys is that of the class above
 class TestQwen3VlMoe(TestQwen3Vl):
     """Four experts, two of them per token; the second layer has none."""
 
