@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from invariants.test_export import finished  # noqa: F401
 from invariants.test_trainer import base, run, trained  # noqa: F401
 from lavender import export
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
+from lavender.errors import DataError
 from lavender.training.model_card import hub_id, model_card
 
 CONFIG = {
@@ -87,6 +89,28 @@ def test_cards_of_a_run_and_its_exports(finished, places, tmp_path):  # noqa: F8
     assert merged.data.library_name == "transformers"
     assert "## Scores" not in merged.content
     assert str(finished.parent) not in merged.content + adapter.content
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("coverage.json", '{"samples": 3,'),
+        ("coverage.json", "[3]"),
+        ("coverage.json", '{"samples": 3}'),
+        ("eval.json", "{}"),
+        ("metrics.jsonl", "3"),
+        ("metrics.jsonl", "\u00fc".encode("latin-1")),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_an_error(name, content, finished, tmp_path):  # noqa: F811
+    damaged = tmp_path / "run"
+    shutil.copytree(finished, damaged)
+    (damaged / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=r"damaged: .*run .* Do this: delete the damaged file"):
+        export(damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (damaged / name).unlink()
+    assert (export(damaged, tmp_path / "out") / "README.md").is_file()
 
 
 def test_the_card_of_a_trainer(run, base, tmp_path):  # noqa: F811

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 
 from lavender.data.store import MapStore, SeveralStores
+from lavender.errors import DataError
 from lavender.files import printable, read_whole
 from lavender.training.run_folder import COVERAGE, METRICS, read_config, versions
 
@@ -76,17 +77,30 @@ def run_card(
         is_adapter: whether the weights are an adapter apart from its base.
         repository: hub id that the example loads; None for a placeholder.
         coverage: what coverage.json will have, if it is not written yet.
+
+    Raises:
+        DataError: a file is damaged.
     """
     config = read_config(run)
-    logged: dict[str, Any] = {}
-    if (run / METRICS).is_file():
-        for line in (run / METRICS).read_text().splitlines():
-            logged |= json.loads(line)
-    if coverage is None and (run / COVERAGE).is_file():
-        coverage = json.loads(read_whole(run / COVERAGE))
-    scores = json.loads(read_whole(run / "eval.json")) if (run / "eval.json").is_file() else None
     name = repository.rpartition("/")[2] if repository else run.resolve().name
-    return model_card(config, name, is_adapter, logged, coverage, scores, repository)
+    try:
+        logged: dict[str, Any] = {}
+        for line in _text_of(run / METRICS).splitlines():
+            logged |= json.loads(line)
+        if coverage is None:
+            coverage = json.loads(_text_of(run / COVERAGE) or "null")
+        scores = json.loads(_text_of(run / "eval.json") or "null")
+        return model_card(config, name, is_adapter, logged, coverage, scores, repository)
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise DataError(
+            f"a run whose {METRICS}, {COVERAGE} or eval.json is damaged: {run} ({error})",
+            "what `lavender train` and `lavender eval` wrote",
+            "delete the damaged file; the model card then goes without it",
+        ) from error
+
+
+def _text_of(path: Path) -> str:
+    return read_whole(path).decode() if path.is_file() else ""
 
 
 def model_card(
@@ -125,7 +139,7 @@ def model_card(
     )
     parts = [_head(config, name, is_adapter), _facts_table(config, logged, coverage)]
     parts.append(_use(config, is_adapter, repository))
-    parts += [_score_table(scores)] if scores else []
+    parts += [_score_table(scores)] if scores is not None else []
     packages = ", ".join(f"{package} {number}" for package, number in _versions(config).items())
     parts += [f"## Versions\n\n{packages}", f"## Citation\n\n{_CITATIONS}"]
     return ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n" + "\n\n".join(parts))

@@ -83,8 +83,10 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
         processing_class: the model's processor.
         maps: the open map store, or several as `SeveralStores`, if `args.maps` does not name it.
         peft_config: settings of LoRA or another PEFT method that tunes modules; None trains the model itself.
-        train_dataset, eval_dataset: data sets or streams with the columns `messages` and `images`.
-        others: as in SFTTrainer.
+        train_dataset: a data set or stream with the columns `messages` and `images`.
+        eval_dataset: the same for evaluation, or several by name.
+
+    The other arguments are those of SFTTrainer.
 
     `lavender.training.mixin.AlignmentMixin` lists attributes and errors.
     """
