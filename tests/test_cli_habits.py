@@ -28,14 +28,19 @@ LEAVES = [leaf.prog.split()[1:] for leaf in build_parser().leaves()]
 
 
 def test_help_is_quick():
-    """User and system time of the process; the least of three, because a busy machine only adds to it."""
+    """In CPU time of an interpreter that does nothing: it took 8 times that; importing torch alone takes over 100 times."""
+    assert _cpu_seconds("-m", "lavender.cli", "--help") < 16 * _cpu_seconds("-c", "")
+
+
+def _cpu_seconds(*arguments: str) -> float:
+    """User and system time of the process; the least of five, because a busy machine only adds to it."""
     seconds = []
-    for _ in range(3):
+    for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "lavender.cli", "--help"], stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.15, seconds
+    return min(seconds)
 
 
 # what is misspelt
