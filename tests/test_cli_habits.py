@@ -28,7 +28,7 @@ LEAVES = [leaf.prog.split()[1:] for leaf in build_parser().leaves()]
 
 
 def test_help_is_quick():
-    """In CPU time of an interpreter that does nothing: it took 8 times that; importing torch alone takes over 100 times."""
+    """Beside an interpreter that does nothing: it took 8 times that CPU time, and importing torch over 100 times."""
     assert _cpu_seconds("-m", "lavender.cli", "--help") < 16 * _cpu_seconds("-c", "")
 
 
