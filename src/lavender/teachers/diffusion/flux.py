@@ -8,16 +8,17 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavender.teachers.diffusion import t5
-from lavender.teachers.diffusion.base import Condition, Layer, LayerWeights, TeacherFamily, rectified_flow
+from lavender.teachers.diffusion.base import Condition, Layer, LayerWeights, rectified_flow
+from lavender.teachers.diffusion.transformer import PackedFamily
 
 GUIDANCE = 1.0
 """The guidance that a distilled model is told: 1 asks for the prediction without guidance."""
 
 
-class Flux(TeacherFamily):
+class Flux(PackedFamily):
     """Flux 1, both kinds: with guidance distilled into it ("dev", 512 text tokens) and without ("schnell", 256).
 
     T5's tokens are the text's keys. CLIP gives one vector for the whole text, of its first 77 tokens.
@@ -41,22 +42,6 @@ class Flux(TeacherFamily):
     @property
     def text_width(self) -> int:
         return self.pipeline.transformer.config.joint_attention_dim
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.pipeline.transformer
-
-    @property
-    def in_channels(self) -> int:
-        return self.pipeline.transformer.config.in_channels // 4
-
-    @property
-    def side(self) -> int:
-        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-
-    @property
-    def unit(self) -> int:
-        return 2 * self.pipeline.vae_scale_factor
 
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         states, _ = t5.encode(self.tokenizer, self.text_encoder, texts, self.max_tokens, masked=False)

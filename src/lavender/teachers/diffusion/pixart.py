@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from diffusers import DDIMScheduler, DiffusionPipeline, PixArtSigmaPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavender.teachers.diffusion import t5
-from lavender.teachers.diffusion.base import Condition, Layer, TeacherFamily
+from lavender.teachers.diffusion.base import Condition, Layer
 from lavender.teachers.diffusion.text_templates import lowered, stripped_offsets
+from lavender.teachers.diffusion.transformer import TransformerFamily
 
 
-class PixArtSigma(TeacherFamily):
+class PixArtSigma(TransformerFamily):
     """PixArt-Σ. Its texts are in lower case, of at most 300 tokens; padding is masked. It predicts ε."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtSigmaPipeline
@@ -32,18 +33,6 @@ class PixArtSigma(TeacherFamily):
     @property
     def text_width(self) -> int:
         return self.pipeline.transformer.config.caption_channels
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.pipeline.transformer
-
-    @property
-    def side(self) -> int:
-        return self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
-
-    @property
-    def unit(self) -> int:
-        return self.pipeline.transformer.config.patch_size * self.pipeline.vae_scale_factor
 
     @property
     def alphas_cumprod(self) -> Tensor:

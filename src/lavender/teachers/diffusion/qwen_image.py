@@ -8,16 +8,17 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, QwenImagePipeline
-from torch import Tensor, nn
+from torch import Tensor
 
-from lavender.teachers.diffusion.base import Condition, Layer, TeacherFamily, rectified_flow
+from lavender.teachers.diffusion.base import Condition, Layer, rectified_flow
 from lavender.teachers.diffusion.text_templates import offsets_in_template
+from lavender.teachers.diffusion.transformer import PackedFamily
 
 KEYS = 512
 """Text keys, the end of the template included."""
 
 
-class QwenImage(TeacherFamily):
+class QwenImage(PackedFamily):
     """Qwen-Image. The text stands in the pipeline's template, whose first tokens are dropped; padding is masked.
 
     Qwen2.5-VL is causal: a word's token knows the template and the words before it.
@@ -51,24 +52,8 @@ class QwenImage(TeacherFamily):
         return self.pipeline.transformer.config.joint_attention_dim
 
     @property
-    def backbone(self) -> nn.Module:
-        return self.pipeline.transformer
-
-    @property
     def latent_channels(self) -> int:
         return self.pipeline.vae.config.z_dim
-
-    @property
-    def in_channels(self) -> int:
-        return self.pipeline.transformer.config.in_channels // 4
-
-    @property
-    def side(self) -> int:
-        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-
-    @property
-    def unit(self) -> int:
-        return 2 * self.pipeline.vae_scale_factor
 
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         before, after = self._template

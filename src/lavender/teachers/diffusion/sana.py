@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from diffusers import DiffusionPipeline, SanaPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavender.errors import ConfigError
-from lavender.teachers.diffusion.base import Condition, Layer, TeacherFamily, rectified_flow
+from lavender.teachers.diffusion.base import Condition, Layer, rectified_flow
 from lavender.teachers.diffusion.text_templates import lowered, stripped_offsets
+from lavender.teachers.diffusion.transformer import TransformerFamily
 
 INSTRUCTION = "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
 """What the pipeline puts before each text by default."""
@@ -19,7 +20,7 @@ KEYS = 300
 """Text keys: the start token, the last token of the instruction, and 298 of the text."""
 
 
-class Sana(TeacherFamily):
+class Sana(TransformerFamily):
     """Sana. The text is in lower case behind the pipeline's instruction, whose tokens are dropped again.
 
     Gemma is causal: a word's token knows the instruction and the words before it. Padding is masked.
@@ -35,18 +36,6 @@ class Sana(TeacherFamily):
     @property
     def text_width(self) -> int:
         return self.pipeline.transformer.config.caption_channels
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.pipeline.transformer
-
-    @property
-    def side(self) -> int:
-        return self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
-
-    @property
-    def unit(self) -> int:
-        return self.pipeline.transformer.config.patch_size * self.pipeline.vae_scale_factor
 
     @property
     def _length(self) -> int:

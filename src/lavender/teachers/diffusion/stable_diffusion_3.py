@@ -7,17 +7,18 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavender.errors import ConfigError, UnsupportedModelError
 from lavender.teachers.diffusion import t5
-from lavender.teachers.diffusion.base import Condition, Layer, LayerWeights, TeacherFamily, rectified_flow
+from lavender.teachers.diffusion.base import Condition, Layer, LayerWeights, rectified_flow
+from lavender.teachers.diffusion.transformer import TransformerFamily
 
 T5_TOKENS = 256
 """Keys of T5, or of the zeros in its place."""
 
 
-class StableDiffusion3(TeacherFamily):
+class StableDiffusion3(TransformerFamily):
     """Stable Diffusion 3 and 3.5.
 
     The tokens of the two CLIP encoders are the words' keys, and behind them those of T5 with `ExtractionConfig.t5`. A
@@ -50,18 +51,6 @@ class StableDiffusion3(TeacherFamily):
     @property
     def text_width(self) -> int:
         return self.pipeline.transformer.config.joint_attention_dim
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.pipeline.transformer
-
-    @property
-    def side(self) -> int:
-        return self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
-
-    @property
-    def unit(self) -> int:
-        return self.pipeline.transformer.config.patch_size * self.pipeline.vae_scale_factor
 
     @property
     def longest(self) -> int:
