@@ -21,6 +21,7 @@ from lavender.teachers.diffusion.teacher import Teacher
 from lavender.words import words_of
 from teachers.basis import (
     GRID,
+    ROUNDING,
     Basis,
     Bypass,
     captured,
@@ -156,7 +157,7 @@ class Limits(Basis):
         assert found.dropped == ()
         start, end = teacher.windows(text)[1]  # a window's maps are those of its text alone
         (last,) = Teacher(pipeline, self.plain())([job(picture(64, 64), text[start:end])])
-        torch.testing.assert_close(found.maps[-len(last.words) :], last.maps, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.maps[-len(last.words) :], last.maps, rtol=0, atol=ROUNDING)
 
     @torch.no_grad()
     def test_an_overflow_of_the_encoder_is_a_clear_error(self, own):
