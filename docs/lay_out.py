@@ -15,8 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "docs"
 PLACES = {
     "README.md": "index.md",
-    "README.md#terms": "glossary.md",
-    "README.md#the-built-in-world": "glossary.md#the-built-in-world",
     "README.md#does-it-work": "evidence.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",

@@ -1,4 +1,4 @@
-"""The commands of README, docs and examples: each is one that the programs take, and README's are run as they stand."""
+"""The commands of README, docs and examples: each is one that the programs take, and those of docs/method.md run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lavender.cli.main import build_parser
-from lavender.world import STUDENT_PATH, TEACHER_PATH
+from lavender.world import TEACHER_PATH
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -65,33 +65,32 @@ def test_a_documented_benchmark_has_its_options(command):
         assert not option.startswith("--") or re.search(rf'add_argument\(\s*"{option}"', text), option
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)  # eight processes, one after the other
-def test_the_commands_of_the_readme_run(some_scenes, captions, tmp_path):
-    """As they stand, in a folder with what they name: the built-in world's models are in the places of the published.
+def test_the_commands_of_the_readme_are_those_of_the_first_page():
+    """tests/slow/test_start_page.py runs them as they stand."""
+    readme, start = (
+        [one for block in shells(PAGES[ROOT / page]) for one in commands(block)]
+        for page in ("README.md", "docs/index.md")
+    )
+    assert [one[0] for one in readme].count("train") == 2
+    assert [one for one in readme if one not in start] == []
 
-    The last of docs/method.md run there too; all trainings are cut short.
-    """
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # four processes, one after the other
+def test_the_commands_of_the_settings_page_run(some_scenes, captions, tmp_path):
+    """As they stand, with maps of some scenes; the trainings are cut short."""
     from command_line import write_scenes
 
     (tmp_path / "my_photos").mkdir()
     write_scenes(tmp_path / "my_photos", some_scenes, captions)
     for name in ("examples", "src"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name, model in (("stable-diffusion-v1-5", TEACHER_PATH), ("meta-llama", STUDENT_PATH)):
-        (tmp_path / name).mkdir()
-        end = "Llama-3.2-11B-Vision-Instruct" if name == "meta-llama" else name
-        (tmp_path / name / end).symlink_to(model)
     short = ["--set", "max_steps=1", "--set", "per_device_train_batch_size=2", "--set", "data=my_photos"]
     short += ["--set", "maps=maps", "--set", "match=label"]
-    run = EXAMPLES[ROOT / "examples" / "world.yaml"]
-    (tmp_path / "run.yaml").write_text(run)
-    page = next(block for block in shells(PAGES[ROOT / "README.md"]) if "lavender extract" in block)
-    readme = commands("\n".join(line for line in page.splitlines() if ON_SEVERAL_GPUS not in line))
-    assert [one[0] for one in readme] == ["extract", "check", "train", "eval", "report"]
-    (plain,) = commands(re.findall(r"lavender train .*align_weight=0.*", run)[0])
-    more = [one for block in shells(PAGES[ROOT / "docs" / "method.md"]) for one in commands(block)]
-    for command in (*readme[:3], plain, *readme[3:], *more):
+    extract = ["extract", "--data", "my_photos", "--teacher", str(TEACHER_PATH), "--out", "maps"]
+    page = [one for block in shells(PAGES[ROOT / "docs" / "method.md"]) for one in commands(block)]
+    assert "train" in [one[0] for one in page]
+    for command in (extract, *page):
         ran = subprocess.run(
             [sys.executable, "-m", "lavender.cli", *command, *(short if command[0] == "train" else [])],
             capture_output=True,
@@ -102,4 +101,3 @@ def test_the_commands_of_the_readme_run(some_scenes, captions, tmp_path):
         )
         assert ran.returncode == 0, f"{command}\n{ran.stderr[-3000:]}"
         assert "Traceback" not in ran.stderr
-    assert (tmp_path / "runs" / "aligned" / "report.html").is_file()

@@ -19,11 +19,11 @@ RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
 @pytest.mark.parametrize(
     ("study", "file", "first", "last", "count"),
     [
-        ("new-words", "README.md", "**New words from few captions", "`lavender demo` trains", 28),
+        ("new-words", "README.md", "**New words from few captions", "![F1 of new", 28),
         ("new-words", "docs/evidence.md", "### New words", "### Attributes", 36 + 36 + 16),
-        ("attributes", "README.md", "**Which thing has which colour", "**Captions of known words", 11),
+        ("attributes", "README.md", "**Which thing has which colour", "## Where it does not pay", 3),
         ("attributes", "docs/evidence.md", "### Attributes", "### Known words", 27 + 18 + 3),
-        ("main", "README.md", "**Captions of known words", "## Terms", 12),
+        ("main", "README.md", "**Captions of words that", "**Where something stands", 3),
         ("main", "docs/evidence.md", "### Known words", "## 2. Where?", 48),
     ],
 )

@@ -52,7 +52,7 @@ def relinked(text: str, page: str = "docs/page.md", place: str = "page.md") -> s
 @pytest.mark.parametrize(
     ("link", "expected"),
     [
-        ("[terms](../README.md#terms)", "[terms](glossary.md)"),
+        ("[results](../README.md#does-it-work)", "[results](evidence.md)"),
         ("[front](../README.md#in-your-own-trl-script)", "[front](index.md)"),
         ("[stores](stores.md#merge)", "[stores](stores.md#merge)"),
         ("[here](#merge)", "[here](#merge)"),

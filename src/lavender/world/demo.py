@@ -16,6 +16,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ CHOICE = (
     "rightly, and the other does not"
 )
 """The rule by which the page's pictures are chosen. It does not say which of the two students is right."""
+NEW_MARK = " (new)"
+"""After a new name, on the page and in the figure."""
 
 
 def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str, Any]:
@@ -94,7 +97,7 @@ def run_demo(out: Path, split: Split = "sealed", start: int = 1000) -> dict[str,
     with stages("report", "writing the report"):
         results = _results(teacher_scores, students, stages.seconds)
         panels = _panels(held_out, teacher, observed)
-        draw_figure(panels[:NUM_IN_FIGURE], out / "figure.png")
+        draw_figure([_of_new_names(panel) for panel in panels[:NUM_IN_FIGURE]], out / "figure.png")
         write_report(_report(results, panels, out), out / "report.html")
     results["seconds"] = stages.seconds
     write_whole(out / "results.json", json.dumps(results, indent=1))
@@ -225,7 +228,7 @@ def _panels(held_out: list[Scene], teacher: Teacher, observed: dict[str, Observe
     phrases = [
         [
             Phrase(
-                f"{mention.name} (new)" if mention.name in NEW_NAMES else mention.name,
+                mention.name + (NEW_MARK if mention.name in NEW_NAMES else ""),
                 mention.start,
                 mention.end,
                 scene.mask_of(mention.name),
@@ -236,6 +239,16 @@ def _panels(held_out: list[Scene], teacher: Teacher, observed: dict[str, Observe
     ]
     titles = [f"scene {scene.seed}" for scene in shown]
     return panels_of([captioned_picture(scene) for scene in shown], phrases, teacher_maps, shown_by_arm, titles)
+
+
+def _of_new_names(panel: Panel) -> Panel:
+    """The panel with its new names alone, and without the base."""
+    rows = [
+        replace(row, maps={source: heat for source, heat in row.maps.items() if source != "base"})
+        for row in panel.rows
+        if row.word.endswith(NEW_MARK)
+    ]
+    return replace(panel, rows=rows, answers={arm: panel.answers[arm] for arm in ARMS})
 
 
 def _report(results: dict[str, Any], panels: list[Panel], out: Path) -> Report:
