@@ -170,8 +170,8 @@ def look_at_teacher(
         *([teacher_notes[name]] if name in teacher_notes else []),
         *beyond,
     ]
-    lead = f"{file}: the word maps of the diffusion teacher {name}."
-    page |= _shell(f"What {_short(name)} maps", lead, notes, command) | {"picture_name": file}
+    lead = f"{file}: a map for each content word."
+    page |= _shell(f"Word maps of the teacher {_short(name)}", lead, notes, command) | {"picture_name": file}
     rows = [WordRow(word.text, {"teacher": heat}) for word, heat in zip(maps.words, maps.maps, strict=True)]
     panel = Panel(image, file, rows, {"caption": caption}, note=f"Word maps of {name}")
     return Looked(render("look", page), [panel], [f"caption: {caption}", *_word_lines(page)])
@@ -215,7 +215,9 @@ def look_at_maps(
     if number < len(gallery.records):
         notes.append(f"{len(gallery.records) - number} more did not fit into a page of 10 MB.")
     notes += [teacher_notes[teacher]] if teacher in teacher_notes else []
-    page |= _shell(f"Word maps in {_short(str(maps))}", f"Maps of {teacher} on {printable(data)}.", notes, command)
+    page |= _shell(
+        f"The map store {_short(str(maps))}", f"Maps of the teacher {teacher} for {printable(data)}.", notes, command
+    )
     panels = [
         Panel(
             record.image,
