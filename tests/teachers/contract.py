@@ -54,7 +54,8 @@ class Contract(Limits):
             softmax_BHCK, first = softmax_of(layer, seen, rotate, mask_BK), first_text_key(layer)
             expected = softmax_BHCK[..., first : first + words_BTW.shape[1]] @ words_BTW[:, None].double()
             assert maps[layer.name].dtype == torch.float32
-            torch.testing.assert_close(maps[layer.name].double(), expected, rtol=0, atol=1e-6)
+            # shares of about 1/256; a logit of some tens, rounded to float32, moves one by 1e-6 on some CPUs
+            torch.testing.assert_close(maps[layer.name].double(), expected, rtol=0, atol=1e-5)
             assert expected.std(dim=2).max() > 0.1 * expected.mean()  # flat maps would be equal too easily
 
     @pytest.mark.parametrize("index", [0, 1])
