@@ -9,19 +9,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from transformers import MllamaForConditionalGeneration
 from trl import chat_template_utils
 
 from command_line import complaint, lavender, write_run
 from lavender.cli.main import DONE, WRONG_USAGE
+from lavender.data.samples import read_samples, to_dataset
 from lavender.errors import ConfigError
 from lavender.students.base import PARTS
 from lavender.students.families.mllama import MllamaAdapter
 from lavender.training.run import LoraSettings, RunConfig, load_run, read_run, train
 from lavender.training.settings import marks_answers
 from lavender.training.trainable import check_trained, freeze, peft_config_of, weights_dtype
+from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
 STEPS: dict[str, Any] = {
     "max_steps": 2,
@@ -236,6 +238,18 @@ def test_the_type_of_a_run_s_weights(make_student):
         weights_dtype("bf17", config, with_peft=True)
     with pytest.raises(ConfigError, match="trained weights of float16, such as "):
         check_trained(model, [])
+
+
+def test_a_script_with_float16_weights_is_refused(places, tmp_path):
+    """As `from_pretrained` loads them from a folder of 16 bits. Under PEFT the adapters are float32."""
+    model, processor = load_run(places["model"], dtype="float16")
+    args = LavenderConfig(output_dir=str(tmp_path / "out"), maps=places["maps"], **STEPS)
+    rows = to_dataset(read_samples(places["data"]))
+    with pytest.raises(ConfigError, match="trained weights of float16, such as .*dtype=torch.float32"):
+        LavenderTrainer(model, args, processing_class=processor, train_dataset=rows)
+    model, processor = load_run(places["model"], dtype="float16")
+    peft_config = LoraConfig(target_modules=["q_proj", "v_proj"])
+    LavenderTrainer(model, args, processing_class=processor, train_dataset=rows, peft_config=peft_config)
 
 
 def test_learned_projections_of_a_16_bit_model_are_of_32(places, tmp_path):

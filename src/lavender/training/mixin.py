@@ -64,7 +64,7 @@ from lavender.training.refused_samples import (
     refuse_in_plain_trainer,
 )
 from lavender.training.schedule import AlignerPretraining, AlignWeight, forced_words
-from lavender.training.trainable import name_all_linear, set_alignment_type, train_alignment
+from lavender.training.trainable import name_all_linear, refuse_float16, set_alignment_type, train_alignment
 
 # AlignmentMixin uses attributes of Trainer; at run time it is combined with a class that has them
 _TrainerLike = Trainer if TYPE_CHECKING else object
@@ -143,6 +143,8 @@ class AlignmentMixin(_TrainerLike):
             set_seed(args.seed)  # as SFTTrainer does before it initialises adapters
             wrapped = get_peft_model(model, peft_config)
         super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
+        if not self.is_deepspeed_enabled:  # which keeps its own copy of 32 bits
+            refuse_float16(cast(nn.Module, self.model))
         set_alignment_type(model)
         refuse_accelerator(self.accelerator, model)
         if self.is_fsdp_enabled:

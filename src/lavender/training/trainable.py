@@ -70,8 +70,20 @@ def _float16(got: str) -> ConfigError:
     return ConfigError(
         f"{got}, in which AdamW's squared gradients become 0 and training diverges",
         "trained weights of float32",
-        "set dtype: float32, and bf16: true to compute in bfloat16 where the device can; or dtype: bfloat16",
+        "set dtype: float32, in a script from_pretrained(…, dtype=torch.float32), and bf16: true to compute in "
+        "bfloat16 where the device can; or load the weights in bfloat16",
     )
+
+
+def refuse_float16(model: nn.Module) -> None:
+    """Refuse weights that would train in float16.
+
+    Raises:
+        ConfigError: a trained weight is float16.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise _float16(f"trained weights of float16, such as {name}")
 
 
 def freeze(model: PreTrainedModel, parts: Sequence[str]) -> None:
@@ -290,9 +302,7 @@ def check_trained(model: nn.Module, frozen: Sequence[str]) -> Trained:
     Raises:
         ConfigError: a weight in a frozen part trains; nothing of the model trains; a trained weight is float16.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if halves := [name for name, parameter in trained.items() if parameter.dtype == torch.float16]:
-        raise _float16(f"trained weights of float16, such as {halves[0]}")
+    refuse_float16(model)
     counts = trained_parameters(model)
     moved = [part for part in frozen if counts.get(part, (0, 0))[0]]
     if moved:
@@ -302,7 +312,7 @@ def check_trained(model: nn.Module, frozen: Sequence[str]) -> Trained:
     if not any(number for part, (number, _) in counts.items() if part != ALIGNMENT):
         raise ConfigError(f"freeze: {list(frozen)}, which leaves nothing to train", "a part that trains", "freeze less")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    has_bfloat16 = any(parameter.dtype == torch.bfloat16 for parameter in trained.values())
+    has_bfloat16 = any(one.dtype == torch.bfloat16 for one in model.parameters() if one.requires_grad)
     return Trained(counts, has_bfloat16, is_quantized=bool(vars(base).get("is_quantized")))
 
 
