@@ -39,6 +39,7 @@ from lavender.world.tuning import TRAINING, load_teacher, run_paths, training_se
 SCENES_PER_SEED = 20_000  # distance between the first fine-tuning scenes of two seeds
 FROZEN: tuple[Part, ...] = ("vision_tower", "connector")
 """What the studies of new words and attributes freeze: the tower shows the things and colours already."""
+_ALL_LINEAR = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 STUDENT_NAMES: tuple[Literal["mllama", "llava"], ...] = ("mllama", "llava")
 
 
@@ -48,7 +49,8 @@ class Arm:
 
     Attributes:
         student: family of the base; "teacher" scores the teacher's own maps.
-        tuning: "none" leaves the base as it is.
+        tuning: "none" leaves the base as it is; "lora" has the paper's rank 8 on queries and values, "lora-all" rank 16
+            on all linear layers of the language model's blocks.
         target: the maps that attention is aligned to; None is plain fine-tuning.
         num_scenes: fine-tuning scenes.
         steps: optimizer steps, of 16 samples each.
@@ -60,7 +62,7 @@ class Arm:
     """
 
     student: Literal["mllama", "llava", "teacher"]
-    tuning: Literal["none", "full", "lora"]
+    tuning: Literal["none", "full", "lora", "lora-all"]
     target: Target | None = None
     num_scenes: int = 800
     steps: int = 200
@@ -241,6 +243,7 @@ def _train_and_score(folder: Path, cell: Cell) -> dict[str, Any]:
 def _train(folder: Path, cell: Cell, run: Path) -> None:
     from lavender.training.run import LoraSettings, RunConfig, train
 
+    lora = {"lora": LoraSettings(), "lora-all": LoraSettings(r=16, target_modules=_ALL_LINEAR)}
     shutil.rmtree(run, ignore_errors=True)
     data = data_path(folder, cell)
     model: dict[str, Any] = {"model": str(base_path(folder, cell.arm))}
@@ -248,7 +251,7 @@ def _train(folder: Path, cell: Cell, run: Path) -> None:
         RunConfig(
             **(run_paths(cell.arm.base, data / "pictures", data / _target(cell), run) | model),
             replay_data=str(data / "replayed") if TASKS[cell.arm.task].num_replayed else None,
-            lora=LoraSettings() if cell.arm.tuning == "lora" else None,
+            lora=lora.get(cell.arm.tuning),
             freeze=cell.arm.freeze,
             training=cell.arm.training(cell.seed) | {"probe_size": 0},
         )
