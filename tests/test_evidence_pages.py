@@ -24,7 +24,8 @@ RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
         ("attributes", "README.md", "**Which thing has which colour", "## Where it does not pay", 3),
         ("attributes", "docs/evidence.md", "### Attributes", "### Known words", 27 + 18 + 3),
         ("main", "README.md", "**Captions of words that", "**Where something stands", 3),
-        ("main", "docs/evidence.md", "### Known words", "## 2. Where?", 48),
+        ("main", "docs/evidence.md", "### Known words", "`lavender study teacher-controls`", 48),
+        ("teacher-controls", "docs/evidence.md", "`lavender study teacher-controls`", "## 2. Where?", 32),
     ],
 )
 def test_numbers_are_those_of_the_study(study, file, first, last, count):
@@ -36,7 +37,7 @@ def test_numbers_are_those_of_the_study(study, file, first, last, count):
     assert [number for number in found if number not in measured] == []
 
 
-@pytest.mark.parametrize("study", ["new-words", "attributes", "main"])
+@pytest.mark.parametrize("study", ["new-words", "attributes", "main", "teacher-controls"])
 def test_a_page_is_that_of_its_results(study):
     results = json.loads((EVIDENCE / study / "results.json").read_text())
     assert (EVIDENCE / study / "page.md").read_text() == page(STUDIES[study], results)

@@ -38,7 +38,7 @@ TARGETS: dict[Target, str] = {
     "teacher": "the teacher's map of the word",
     "wrong-word": "the teacher's map of another thing in the picture; if there is none, of a thing in another picture",
     "wrong-image": "the teacher's map of a thing in another picture",
-    "uniform": "a constant map, which min–max normalisation turns into zeros",
+    "uniform": "a constant map",
     "centre": "a round blob in the picture's centre, the same for every word",
     "things": "the true masks of all things together, so that the map does not say which one is meant",
     "masks": "the thing's true mask",
