@@ -45,7 +45,7 @@ $(PYTHON) -m venv .venv-$(1)
 .venv-$(1)/bin/python -m pip install --disable-pip-version-check --quiet uv
 .venv-$(1)/bin/uv pip install --python .venv-$(1)/bin/python --upgrade --resolution $(2) \
   -e '.[demo]' 'packaging>=25' 'pytest>=9,<10' 'pytest-timeout>=2.4' 'pytest-xdist>=3.8'
-.venv-$(1)/bin/pytest $(VERSION_TESTS)
+.venv-$(1)/bin/pytest -W ignore::DeprecationWarning $(VERSION_TESTS)
 endef
 PYTHON ?= python3
 AVX2 := OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2

@@ -74,7 +74,10 @@ def _place(name: str, section: str) -> str | None:
 
 def recipe_files(root: Path = ROOT) -> str:
     """The page with every file of examples/ that a command is given."""
-    parts = ["# Recipe files\n\nEach file of `examples/`, to copy. [Recipes](recipes.md) says which to start from.\n"]
+    parts = [
+        "# Recipe files\n\nEach YAML file of `examples/`, to copy. The repository has the rest: scripts, a notebook, a "
+        "chat template. [Recipes](recipes.md) says which to start from.\n"
+    ]
     for path in sorted((root / "examples").rglob("*.yaml"), key=lambda path: (len(path.parts), path)):
         name = path.relative_to(root / "examples").as_posix()
         parts.append(f"## {name}\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```\n")

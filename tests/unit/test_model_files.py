@@ -340,5 +340,5 @@ def test_what_a_run_reports_to_must_be_installed(monkeypatch):
 
 def test_bf16_without_such_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
-    with pytest.raises(ConfigError, match="set bf16: false, and use_cpu: true to train on the CPU"):
+    with pytest.raises(ConfigError, match="set bf16: false and use_cpu: true, in a script bf16=False"):
         LavenderConfig(output_dir=str(tmp_path), maps="maps", bf16=True)

@@ -43,7 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--teacher",
         type=os.path.expanduser,
         metavar="MODEL",
-        help="folder or hub id of a Stable Diffusion 1, 2, XL or 3 pipeline; `world` is the built-in teacher",
+        help="folder or hub id of a pipeline: Stable Diffusion, Flux, PixArt-Σ, Sana or Qwen-Image; `world` is the "
+        "built-in teacher",
     )
     source.add_argument(
         "--annotations",

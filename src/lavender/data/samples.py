@@ -21,6 +21,7 @@ from urllib.parse import unquote
 from lavender.data.about import entries_of, links_of
 from lavender.data.columns import (
     CAPTION_COLUMNS,
+    COLUMNS,
     PICTURE_COLUMNS,
     TEXT_COLUMNS,
     check_columns_found,
@@ -33,7 +34,7 @@ from lavender.data.images import embedded, image_id
 from lavender.data.sample import Sample, Source
 from lavender.data.sample_table import SampleTable
 from lavender.data.tables import Row, unknown_format
-from lavender.errors import DataError
+from lavender.errors import DataError, nearest
 from lavender.files import expanded, fault_of, half_character, printable, shown
 from lavender.maps import Dropped
 
@@ -182,6 +183,24 @@ class _Reading:
         return [Sample(f"{row.name} caption {index}", sources, turns) for index, turns in enumerate(conversations)]
 
 
+def _other_columns(label: str, names: list[str], has_pictures: bool) -> DataError:
+    """The error of a data set whose column of pictures or of texts has another name, if one looks like it."""
+    missing = TEXT_COLUMNS if has_pictures else PICTURE_COLUMNS
+    others = [name for name in names if name not in COLUMNS]
+    found = next(((name, own) for name in others if (own := nearest(name, missing))), None)
+    if found is None:
+        return unknown_format(f"{label} with the columns {shown(names)}")
+    other, own = found
+    known = next((name for name in names if name in (PICTURE_COLUMNS if has_pictures else TEXT_COLUMNS)), "NAME")
+    picture, (text, kind) = (known, (other, own)) if has_pictures else (other, (known, known))
+    kind = "messages" if kind == "messages" else "caption"
+    return DataError(
+        f"{label} with the columns {shown(names)}",
+        f"one of {', '.join(missing)}",
+        f"rename the column {other} to {own}, or give --columns image={picture},{kind}={text}",
+    )
+
+
 def _without_pictures(label: str, number: int, dropped: list[Dropped], columns: Mapping[str, None]) -> DataError:
     """The error of a data set without an image."""
     if not columns and not dropped:
@@ -196,7 +215,7 @@ def _without_pictures(label: str, number: int, dropped: list[Dropped], columns: 
     if columns and not (has_pictures and columns.keys() & set(TEXT_COLUMNS)):
         # What does not look like a column name may be the content of a file that is not a table.
         names = [name if _COLUMN.fullmatch(name) else "…" for name in columns]
-        return unknown_format(f"{label} with the columns {shown(names)}")
+        return _other_columns(label, names, has_pictures)
     if number:
         got = f"{label} with {number} samples, none with a picture, and {len(dropped)} rows dropped{first}"
         return DataError(got, "a sample with a picture", f"name pictures in a column {' or '.join(PICTURE_COLUMNS)}")

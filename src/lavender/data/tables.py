@@ -64,7 +64,11 @@ class Wanted(NamedTuple):
 
 def unknown_format(got: str) -> DataError:
     formats = "; ".join(f"({number}) {name}" for number, name in enumerate(DATA_FORMATS, 1))
-    return DataError(got, f"one of these formats: {formats}", "rename the columns or files to fit one of them")
+    return DataError(
+        got,
+        f"one of these formats: {formats}",
+        "rename the files or columns to fit one of them, or name the columns with --columns",
+    )
 
 
 def unreadable(path: Path, why: object) -> DataError:

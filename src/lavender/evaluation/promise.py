@@ -201,7 +201,7 @@ def _unread(new: Mapping[str, Any], samples: int) -> Part | None:
             f"same part of speech. Train a short run with alignment and a plain run of equal steps, and compare them "
             f"with `lavender eval`; or check again with pictures of at least one other such word.",
         )
-    which = " that occur in two pictures or more, as another new word of their part of speech does,"
+    which = " that recur, beside another new word of their part of speech that recurs,"
     return _too_few(new["read_pictures"], new["read_words"], samples, which)
 
 
@@ -211,8 +211,8 @@ def _too_few(pictures: int, words: int, samples: int, which: str = "") -> Part |
     wanted = math.ceil(samples * LEAST_PICTURES / max(1, pictures))
     return Part(
         "cannot say",
-        f"{words} words{which} in {pictures} pictures are too few; {LEAST_PICTURES} pictures are the least. Check "
-        f"about {wanted} samples (--limit {wanted}).",
+        f"{words} words{which} in {pictures} of {samples} pictures are too few; {LEAST_PICTURES} pictures are the "
+        f"least. Check about {wanted} samples (--limit {wanted}), or add pictures if the data has fewer.",
     )
 
 

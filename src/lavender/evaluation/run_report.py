@@ -149,7 +149,7 @@ def _evaluated(
 ) -> tuple[dict[str, Any], list[EvaluatedSample], list[str]]:
     """The scores of RUN/eval.json with their samples, if they are those asked for; else new ones. And notes."""
     found = read_evaluation(run)
-    reason = "there were none" if found is None else _reason_to_score(found, run, config, options)
+    reason = "the run had none" if found is None else _reason_to_score(found, run, config, options)
     if found is not None and found.samples is not None and not reason:
         return found.scored, found.samples, []
     old = found.scored if found is not None else None
@@ -161,7 +161,7 @@ def _evaluated(
     new = read_evaluation(run)
     assert new is not None
     assert new.samples is not None
-    return new.scored, new.samples, [f"this command made the scores: {reason}"]
+    return new.scored, new.samples, [f"these scores were computed by this command: {reason}"]
 
 
 def _arguments(scored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -267,7 +267,7 @@ class AlignmentArguments(_ArgumentsLike):
             raise ConfigError(
                 "bf16, which is the default, without a GPU that computes in it",
                 "such a GPU, or float32",
-                "set bf16: false, and use_cpu: true to train on the CPU",
+                "set bf16: false and use_cpu: true, in a script bf16=False and use_cpu=True, to train on the CPU",
             ) from error
         check_reports(cast("list[str]", self.report_to))
         accelerator = cast(AcceleratorConfig, self.accelerator_config)

@@ -61,6 +61,7 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
     losses and weights are bit-identical to SFTTrainer's.
 
     Examples:
+        >>> import torch
         >>> from datasets import Dataset
         >>> from PIL import Image
         >>> from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -69,7 +70,7 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
         >>> rows = [{"image": Image.new("RGB", (96, 64), "red"), "text": "a red dog"}]
         >>> samples = read_samples(Dataset.from_list(rows))
         >>> _ = extract(samples, Teacher.from_pretrained(TEACHER_PATH), "maps")
-        >>> model = AutoModelForImageTextToText.from_pretrained(STUDENT_PATH)
+        >>> model = AutoModelForImageTextToText.from_pretrained(STUDENT_PATH, dtype=torch.float32)
         >>> processor = AutoProcessor.from_pretrained(STUDENT_PATH)
         >>> args = LavenderConfig("run", maps="maps", max_steps=1, max_length=None, use_cpu=True, bf16=False)
         >>> trainer = LavenderTrainer(model, args, train_dataset=to_dataset(samples), processing_class=processor)

@@ -297,11 +297,24 @@ def test_a_sample_made_by_hand_needs_a_place_for_each_picture(folder):
         Sample("mine", (folder / "a.png",), TWO)
 
 
+def test_a_column_of_a_similar_name_is_named(folder):
+    """The advice is true: with it the data are read."""
+    rows = {"file_name": "a.png", "captions": "A cat."}
+    message = failure(folder / "a.jsonl", rows)
+    assert (
+        "Do this: rename the column captions to caption, or give --columns image=file_name,caption=captions" in message
+    )
+    columns = {"image": "file_name", "caption": "captions"}
+    assert next(iter(read_samples(folder / "a.jsonl", columns=columns))).answers == ("A cat.",)
+    message = failure(folder / "a.jsonl", {"imag": "a.png", "messages": [USER, ANSWER]})
+    assert "rename the column imag to image, or give --columns image=imag,messages=messages" in message
+
+
 def test_data_without_any_picture_are_refused(folder):
     """A column of another name would otherwise be text alone, silently."""
     row = {"messages": [USER, ANSWER]}
-    assert "with the columns ['picture', 'messages']. Expected one of these" in failure(
-        folder / "a.jsonl", {"picture": "a.png", **row}
+    assert "with the columns ['photo', 'messages']. Expected one of these" in failure(
+        folder / "a.jsonl", {"photo": "a.png", **row}
     )
     message = failure(folder / "a.jsonl", {"images": [], **row}, {"images": [7], **row})
     assert (

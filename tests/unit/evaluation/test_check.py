@@ -147,7 +147,7 @@ def test_few_samples_cannot_say(tmp_path, capsys):
     assert '"samples": 3' in said.out
     assert said.err.startswith("Known words: ")  # and no line of what loads it
     assert said.err.endswith("\nThis check cannot say whether alignment will pay.\n")
-    assert "in 3 pictures are too few" in said.err
+    assert "in 3 of 3 pictures are too few" in said.err
     assert "(--limit 8)" in said.err
 
 

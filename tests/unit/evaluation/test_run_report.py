@@ -136,7 +136,7 @@ def test_a_page_of_other_models_scores_them(folder, evaluated, observations, tmp
     assert "MB)" in ran.out
     page = (run / "report.html").read_text()
     assert observations == [["base", "plain"]]
-    assert "this command made the scores: there were none" in page
+    assert "these scores were computed by this command: the run had none" in page
     assert "drawings over textures" in page
     assert "plain is" in page
     report_run(run, tmp_path / "same.html", Options(num_pictures=1))
@@ -169,7 +169,10 @@ def test_scores_of_a_store_that_has_grown_are_made_again(folder, observations, s
             writer.add(replace(one, maps=one.maps[:, :5, :7]))
     page = report_run(run, tmp_path / "page.html", Options(num_pictures=1)).read_text()
     assert len(observations) == 2
-    assert f"this command made the scores: the map store {maps} has changed since eval.json was written" in page
+    assert (
+        f"these scores were computed by this command: the map store {maps} has changed since eval.json was written"
+        in page
+    )
     assert "1 of 6 samples have no map in the store" in page
     again = json.loads((run / "eval.json").read_text())
     assert again["fingerprints_of_maps"] == [MapStore.open(maps).fingerprint] != [before]
