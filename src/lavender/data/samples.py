@@ -215,7 +215,7 @@ def _without_pictures(label: str, number: int, dropped: list[Dropped], columns: 
     if columns and not (has_pictures and columns.keys() & set(TEXT_COLUMNS)):
         # What does not look like a column name may be the content of a file that is not a table.
         names = [name if _COLUMN.fullmatch(name) else "…" for name in columns]
-        return _other_columns(label, names, has_pictures)
+        return _other_columns(label, names, bool(has_pictures))
     if number:
         got = f"{label} with {number} samples, none with a picture, and {len(dropped)} rows dropped{first}"
         return DataError(got, "a sample with a picture", f"name pictures in a column {' or '.join(PICTURE_COLUMNS)}")

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavender.errors import DataError
+from lavender.evaluation.inline_code import with_code
 from lavender.evaluation.legend import legend
 from lavender.evaluation.look.attention import ANSWER, QUESTION, ReadWord, WordAttention
 from lavender.evaluation.look.tiles import (
@@ -60,6 +61,7 @@ def render(template: str, page: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         loader=FunctionLoader(_template),
     )
+    environment.filters["code"] = with_code
     script = _template(f"{template}.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = environment.get_template(f"{template}.html").render(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lavender.errors import DataError
+from lavender.evaluation.inline_code import with_code
 from lavender.evaluation.legend import legend
 from lavender.evaluation.report.panels import Panel, WordRow, cell_of, sources_of
 from lavender.evaluation.report.pixels import (
@@ -103,7 +104,7 @@ def render_report(report: Report) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["show"] = show_number
+    environment.filters |= {"show": show_number, "code": with_code}
     template = environment.from_string(
         files("lavender.evaluation.report").joinpath("templates/report.html").read_text(encoding="utf-8")
     )
