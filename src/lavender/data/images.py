@@ -80,7 +80,7 @@ def load_image(source: Image.Image | Path | str | bytes | Mapping, name: str) ->
 def named(source: Image.Image | Path | str | bytes | Mapping, name: str) -> str:
     """What an error calls an image: a name, and its file if it has one.
 
-    Example:
+    Examples:
         >>> named("photo.jpg", "the picture"), named(b"", "the picture")
         ('the picture photo.jpg', 'the picture')
     """

@@ -41,7 +41,7 @@ def write_panoptic(
 ) -> Path:
     """Write segments of pictures, and texts on them, for `lavender extract --annotations coco-panoptic`.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from tempfile import mkdtemp
         >>> from PIL import Image
