@@ -191,13 +191,15 @@ def _other_columns(label: str, names: list[str], has_pictures: bool) -> DataErro
     if found is None:
         return unknown_format(f"{label} with the columns {shown(names)}")
     other, own = found
-    known = next((name for name in names if name in (PICTURE_COLUMNS if has_pictures else TEXT_COLUMNS)), "NAME")
+    known = next((name for name in names if name in (PICTURE_COLUMNS if has_pictures else TEXT_COLUMNS)), "")
     picture, (text, kind) = (known, (other, own)) if has_pictures else (other, (known, known))
-    kind = "messages" if kind == "messages" else "caption"
+    option = ""
+    if kind in ("messages", *CAPTION_COLUMNS):
+        option = f", or give --columns image={picture},{'messages' if kind == 'messages' else 'caption'}={text}"
     return DataError(
         f"{label} with the columns {shown(names)}",
         f"one of {', '.join(missing)}",
-        f"rename the column {other} to {own}, or give --columns image={picture},{kind}={text}",
+        f"rename the column {other} to {own}{option}",
     )
 
 
