@@ -25,7 +25,7 @@ RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
         ("attributes", "docs/evidence.md", "### Attributes", "### Known words", 27 + 18 + 3),
         ("main", "README.md", "**Captions of words that", "**Where something stands", 3),
         ("main", "docs/evidence.md", "### Known words", "`lavender study teacher-controls`", 48),
-        ("teacher-controls", "docs/evidence.md", "`lavender study teacher-controls`", "## 2. Where?", 32),
+        ("teacher-controls", "docs/evidence.md", "`lavender study teacher-controls`", "### Real weights", 32),
     ],
 )
 def test_numbers_are_those_of_the_study(study, file, first, last, count):
@@ -42,3 +42,19 @@ def test_a_page_is_that_of_its_results(study):
     results = json.loads((EVIDENCE / study / "results.json").read_text())
     assert (EVIDENCE / study / "page.md").read_text() == page(STUDIES[study], results)
     assert results["settings"]["scoring"]["split"] == "sealed"
+
+
+@pytest.mark.parametrize(
+    ("file", "first", "last", "count"),
+    [
+        ("docs/evidence.md", "### Real weights", "## 2. Where?", 15),
+        ("README.md", "**The same with real weights", "**Which thing has which colour", 5),
+    ],
+)
+def test_numbers_of_real_weights_are_those_of_the_benchmark(file, first, last, count):
+    text = (ROOT / file).read_text()
+    found = RANGE.findall(text[text.index(first) : text.index(last)].replace("\n", " "))
+    arms = json.loads((EVIDENCE / "real.json").read_text())["arms"]
+    measured = {show([one[key] for one in arm]) for arm in arms.values() for key in arm[0] if key != "answers"}
+    assert len(found) == count
+    assert [number for number in found if number not in measured] == []
