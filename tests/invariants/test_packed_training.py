@@ -36,7 +36,7 @@ def run(dataset, store_path, tmp_path):
             bf16=False,
             **settings,
         )
-        model = AutoModelForImageTextToText.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(path)
         trainer = trainer_type(model, args, train_dataset=dataset, processing_class=processor, **kwargs)
         if packs:

@@ -33,6 +33,7 @@ def export(
     weights nor config contain anything of alignment. The folder's README.md is a model card.
 
     Examples:
+        >>> import torch
         >>> from datasets import Dataset
         >>> from PIL import Image
         >>> from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -41,7 +42,7 @@ def export(
         >>> rows = [{"image": Image.new("RGB", (96, 64), "red"), "text": "a red dog"}]
         >>> samples = read_samples(Dataset.from_list(rows))
         >>> _ = extract(samples, Teacher.from_pretrained(TEACHER_PATH), "maps")
-        >>> model = AutoModelForImageTextToText.from_pretrained(STUDENT_PATH)
+        >>> model = AutoModelForImageTextToText.from_pretrained(STUDENT_PATH, dtype=torch.float32)
         >>> processor = AutoProcessor.from_pretrained(STUDENT_PATH)
         >>> args = LavenderConfig("run", maps="maps", max_steps=1, max_length=None, use_cpu=True, bf16=False)
         >>> trainer = LavenderTrainer(model, args, train_dataset=to_dataset(samples), processing_class=processor)

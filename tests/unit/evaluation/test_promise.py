@@ -74,7 +74,7 @@ LITTLE: dict[str, Any] = {"gain_of_reading": figure(LEAST_READ - 0.02)}
         (LITTLE, group(over_control=figure(0.0)), LOCAL, "cannot say", "do not show these words"),
         (LITTLE | {"read_forms": 90}, group(), None, "cannot say", "too few samples per word (100 of 90 words)"),
         ({"gain_of_reading": figure(0.2, 0.2)}, group(), None, "cannot say", "check about 126 samples"),
-        (UNREAD, group(), None, "cannot say", "that occur in two pictures or more"),
+        (UNREAD, group(), None, "cannot say", "that recur, beside another new word"),
         (UNREAD, group(over_control=figure(0.0)), NOT_LOCAL, "no gain", "no reading of new words"),
     ],
 )
