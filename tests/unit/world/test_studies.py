@@ -456,7 +456,8 @@ def test_arms_of_attributes():
         *(f"questions {form} 1600" for form in ("published", "recipe, masks", "recipe, wrong-word", "recipe, uniform")),
         *(f"binding {form} 1600" for form in ("plain", "recipe", "recipe, masks", "recipe, wrong-word")),
         *(f"places {form} 1600" for form in ("plain", "recipe", "recipe, masks", "recipe, wrong-word")),
-        *(f"binding-connecting {form} 3200" for form in ("plain", "recipe")),
+        *(f"binding-connecting {form} 3200" for form in ("plain", "recipe", "recipe, masks", "recipe, wrong-word")),
+        "binding-connecting recipe, uniform 3200",
     ]
     assert list(quick) == [
         f"{task} {form} 800" for task in ("questions", "binding") for form in ("plain", "recipe", "recipe, wrong-word")

@@ -20,7 +20,7 @@ from lavender.world.studies.targets import Target
 from lavender.world.studies.tasks import TaskName
 
 CONTROLLED = 1600
-"""The number of samples at which controls and forms of the loss are compared."""
+"""The number of samples at which the controls and the published loss are compared, where the model is connected."""
 PLAIN_SIZES: dict[TaskName, tuple[int, ...]] = {
     "questions": (400, 800, CONTROLLED, 3200),
     "binding": (CONTROLLED,),
@@ -45,8 +45,9 @@ CONTROLS: dict[TaskName, tuple[Target, ...]] = {
     "questions": ("masks", "wrong-word", "uniform"),
     "binding": ("masks", "wrong-word"),
     "places": ("masks", "wrong-word"),
-    "binding-connecting": (),
+    "binding-connecting": ("masks", "wrong-word", "uniform"),
 }
+"""Task → what else the recipe is aligned to, at the largest number of samples of `RECIPE_SIZES`."""
 KINDS = ("questions plain", "questions recipe")
 ANSWERS: tuple[str, ...] = ("answers",)
 PAIRS: tuple[str, ...] = ("pairs", "right_colours", "all_names")
@@ -68,9 +69,9 @@ def _arm(task: TaskName, size: int, form: str = "plain", target: Target = "teach
 def arms(quick: bool) -> dict[str, Arm]:
     """Of each task plain and the recipe at each size, controls at one size; of questions the published loss too."""
     arms: dict[str, Arm] = {}
-    controlled = QUICK_SIZE if quick else CONTROLLED
     for task in QUICK if quick else PLAIN_SIZES:
-        plain_sizes, recipe_sizes = ((controlled,),) * 2 if quick else (PLAIN_SIZES[task], RECIPE_SIZES[task])
+        plain_sizes, recipe_sizes = ((QUICK_SIZE,),) * 2 if quick else (PLAIN_SIZES[task], RECIPE_SIZES[task])
+        controlled = recipe_sizes[-1]
         arms |= {f"{task} plain {size}": _arm(task, size) for size in plain_sizes}
         arms |= {f"{task} recipe {size}": _arm(task, size, "recipe") for size in recipe_sizes}
         if task == "questions" and not quick:
@@ -128,8 +129,7 @@ STUDY = Study(
     "random weights in all other parts. *places*: “the dog is left of”, “the cat”, about scenes of three or four "
     "things; the cat is the next one from left to right, and each name takes its own map. *recipe*: KL of the "
     "attention from the teacher's squared map, λ = 1. *published*: the authors' loss, λ = 5, of the same words. The "
-    "controls get other maps of the same words. The published loss is an arm of questions alone, and "
-    "binding-connecting has no controls.",
+    "controls get other maps of the same words. The published loss is an arm of questions alone.",
     paper="does not study it.",
     arms=arms,
     judge=judge,
