@@ -335,3 +335,5 @@ def test_inspect_a_damaged_map_store(store_path, tmp_path):
 def test_inspect_draws_a_picture_only_of_a_model(store_path, tmp_path):
     assert "--picture" in complaint(lavender("inspect", store_path, "--picture", tmp_path / "x.png"), WRONG_USAGE)
     assert not (tmp_path / "x.png").exists()
+    refused = lavender("inspect", store_path, "--dtype", "bfloat16")
+    assert "--dtype without --picture" in complaint(refused, WRONG_USAGE)

@@ -37,7 +37,7 @@ def test_numbers_are_those_of_the_study(study, file, first, last, count):
     assert [number for number in found if number not in measured] == []
 
 
-@pytest.mark.parametrize("study", ["new-words", "attributes", "main", "teacher-controls"])
+@pytest.mark.parametrize("study", ["new-words", "attributes", "main", "teacher-controls", "scaling"])
 def test_a_page_is_that_of_its_results(study):
     results = json.loads((EVIDENCE / study / "results.json").read_text())
     assert (EVIDENCE / study / "page.md").read_text() == page(STUDIES[study], results)

@@ -63,7 +63,7 @@ def test_the_best_weights_are_back(run_plain, dataset, tmp_path, kind, trainer_k
     last = run_plain(**settings | of_kind(kind) | {"save_strategy": "no"})
     assert any(not torch.equal(found[name], one) for name, one in last.model.state_dict().items())
     export(trainer, tmp_path / "export", merge=False)
-    save_head(trainer, tmp_path / "head.safetensors")
+    assert save_head(trainer, tmp_path / "head.safetensors") == ("attention_loss" in KINDS[kind])
 
 
 def test_the_best_is_the_lowest_language_loss(run, dataset, make_student, processor, store_path, tmp_path):  # noqa: F811

@@ -154,7 +154,9 @@ def alone_in_bf16(workspace, tmp_path_factory) -> dict[str, Path]:
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    tensors = {f"head: {name}": one for name, one in load_file(run / "alignment_head.safetensors").items()}
+    tensors = {}
+    for file in run.glob("alignment_head.safetensors"):
+        tensors |= {f"head: {name}": one for name, one in load_file(file).items()}
     for file in (run / "checkpoint").glob("*.safetensors"):
         tensors |= load_file(file)
     return tensors

@@ -76,7 +76,7 @@ def kill_at_random(process: Forked, out: Path, chance: random.Random) -> None:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    files = [out / "alignment_head.safetensors", *(out / "checkpoint").glob("*.safetensors")]
+    files = [*out.glob("alignment_head.safetensors"), *(out / "checkpoint").glob("*.safetensors")]
     return {f"{file.name}: {name}": one for file in files for name, one in load_file(file).items()}
 
 

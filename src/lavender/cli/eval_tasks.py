@@ -14,7 +14,7 @@ from lavender.evaluation.harness import file_name
 from lavender.files import expanded, writing
 
 FOLDER = "eval-tasks"
-_ALONE = ("model", "out", "batch_size", "device", "dtype", "include_path", "print_vlmevalkit")
+_ALONE = ("model", "out", "batch_size", "include_path", "print_vlmevalkit")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +36,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=expanded, default=None, help=f"folder for logs (default: RUN/{FOLDER}, or {FOLDER} without a run)"
     )
     group.add_argument("--batch-size", type=int, default=1, metavar="N", help="questions per pass (default: 1)")
-    group.add_argument("--device", default=None, help='such as "cuda:0" (default: a GPU if there is one)')
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "float16", "bfloat16"),
-        help="type of the weights (default: auto, theirs on disk, and float32 if those of the models differ)",
-    )
     group.add_argument(
         "--include-path",
         type=expanded,
@@ -59,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_without_tasks(options: argparse.Namespace) -> None:
-    """Raise ConfigError for an option that only --tasks reads."""
+    """Raise ConfigError for an option, or a value, that only --tasks takes."""
     parser = argparse.ArgumentParser()
     add_options(parser)
     for name in _ALONE:
@@ -68,6 +61,8 @@ def refuse_without_tasks(options: argparse.Namespace) -> None:
             raise ConfigError(
                 f"{option} without --tasks", "both, or neither", f"name the tasks to run, or leave out {option}"
             )
+    if options.dtype == "auto":
+        raise ConfigError("--dtype auto without --tasks", "float32, float16 or bfloat16", "name one, or leave it out")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,15 +75,15 @@ def run(options: argparse.Namespace) -> int:
     arms = _arms(options)
     if options.print_vlmevalkit:
         return _print_vlmevalkit(tasks, arms)
-    from lavender.cli.extract import _usable_device
+    from lavender.cli.placement import usable_device
     from lavender.evaluation.harness.running import RESULT, Settings, evaluate_tasks
     from lavender.evaluation.harness.tables import result_lines
 
     settings = Settings(
         limit=options.limit,
         batch_size=options.batch_size,
-        device=None if options.device is None else _usable_device(options.device, "local", None),
-        dtype=options.dtype,
+        device=None if options.device is None else usable_device(options.device),
+        dtype=options.dtype or "auto",
         include=tuple(options.include_path),
         trust_remote_code=options.trust_remote_code,
     )

@@ -306,6 +306,8 @@ def _usable_device(name: str | None, engine: str, launch: Launch | None) -> str:
     """
     import torch
 
+    from lavender.cli.placement import usable_device
+
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if engine == "ray" and name == "cpu" and os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
@@ -326,15 +328,7 @@ def _usable_device(name: str | None, engine: str, launch: Launch | None) -> str:
             got = f"{launch.num_processes} processes, and {torch.cuda.device_count()} GPUs"
             raise ConfigError(got, "a GPU for each process", "lower --num_processes of accelerate launch")
         name = f"cuda:{launch.rank}"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"--device {name!r}, which PyTorch cannot use here",
-            "cpu, or the name of a device of this machine such as cuda or cuda:1",
-            "choose another device, or leave --device out",
-        ) from error
-    return name
+    return usable_device(name)
 
 
 def _duration(seconds: float) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 
 from lavender.cli.options import add_trust_remote_code
 from lavender.cli.output import report
+from lavender.cli.placement import add_placement, placement_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import table, width_of, wrapped
+from lavender.errors import ConfigError
 from lavender.files import expanded, writing
 
 HELP = "show what Lavender sees in a model or a map store"
@@ -29,14 +31,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PNG",
         help="load the weights, and draw the model's word maps on a photograph to this file",
     )
+    add_placement(parser, "of --picture (default: bfloat16 on cuda, else float32)")
     add_trust_remote_code(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from lavender.evaluation.inspect import inspect_target
 
+    device, dtype = "cpu", "float32"
+    if options.picture is not None:
+        device, dtype = placement_of(options)
+    elif options.device or options.dtype:
+        got = f"--{'device' if options.device else 'dtype'} without --picture"
+        raise ConfigError(got, "both, or neither: nothing runs without a picture", "add --picture, or leave it out")
     with writing(options.picture or options.target):
-        facts = inspect_target(options.target, options.picture, options.trust_remote_code)
+        facts = inspect_target(options.target, options.picture, options.trust_remote_code, device, dtype)
     report(options, facts, as_text(facts, min(width_of() or WIDTH, WIDTH)).splitlines(), piped=True)
     return DONE
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from lavender.cli.options import Several, add_columns, add_trust_remote_code, columns_of
 from lavender.cli.output import progress, report
+from lavender.cli.placement import add_placement, placement_of
 from lavender.cli.stopping import DONE
 from lavender.errors import ConfigError
 from lavender.files import data_path, expanded, prepare_place, writing
@@ -50,13 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PART",
         help="parts of speech to map, of noun, adjective, verb and other (default: all but other)",
     )
-    parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
-    parser.add_argument(
-        "--dtype",
-        default=None,
-        choices=("float32", "float16", "bfloat16"),
-        help="default: float32 on cpu; on cuda bfloat16 for a model, float16 for a teacher",
-    )
+    add_placement(parser, "default: float32 on cpu; on cuda bfloat16 for a model, float16 for a teacher")
     _add_model_options(parser.add_argument_group("with a model"))
     _add_store_options(parser.add_argument_group("with a map store"))
 
@@ -189,12 +184,6 @@ def _command() -> str:
     return shlex.join(["lavender", *sys.argv[1:]]) if "look" in sys.argv[1:2] else "lavender look"
 
 
-def _device(options: argparse.Namespace) -> str:
-    from lavender.cli.extract import _usable_device
-
-    return _usable_device(options.device, "local", None)
-
-
 def _parts(options: argparse.Namespace) -> tuple:
     from lavender.config import CONTENT_WORDS, PartOfSpeech
 
@@ -211,7 +200,7 @@ def _parts(options: argparse.Namespace) -> tuple:
 def _look_at_model(options: argparse.Namespace) -> Looked:
     from lavender.evaluation.look.looking import look_at_model
 
-    device = _device(options)
+    device, dtype = placement_of(options)
     with progress(options, unit="order", desc="faithfulness", disable=not options.faithfulness) as bar:
         return look_at_model(
             options.target,
@@ -224,7 +213,7 @@ def _look_at_model(options: argparse.Namespace) -> Looked:
             with_faithfulness=options.faithfulness,
             steps=_DEFAULT_STEPS if options.steps is None else options.steps,
             device=device,
-            dtype=options.dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
+            dtype=dtype,
             trust_remote_code=options.trust_remote_code,
             progress=lambda: _advance(bar),
         )
@@ -240,7 +229,7 @@ def _look_at_teacher(options: argparse.Namespace) -> Looked:
     from lavender.evaluation.look.looking import look_at_teacher
     from lavender.world import TEACHER_NAME, TEACHER_NOTES, TEACHER_PATH
 
-    device = _device(options)
+    device, dtype = placement_of(options, on_gpu="float16")
     return look_at_teacher(
         TEACHER_PATH if options.target == TEACHER_NAME else options.target,
         options.photo,
@@ -249,7 +238,7 @@ def _look_at_teacher(options: argparse.Namespace) -> Looked:
         name=options.target,
         parts_of_speech=_parts(options),
         device=device,
-        dtype=getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32")),
+        dtype=getattr(torch, dtype),
         teacher_notes=TEACHER_NOTES,
     )
 

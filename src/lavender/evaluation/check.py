@@ -73,6 +73,8 @@ def check_model(
     attributes: Attributes = "own",
     trust_remote_code: bool = False,
     columns: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Whether alignment will pay, and the figures behind it.
 
@@ -85,6 +87,7 @@ def check_model(
             the map that it names.
         trust_remote_code: whether code that comes with the model may run.
         columns: the data's own names of columns, as in `read_samples`.
+        device, dtype: where and with which numbers the model runs.
 
     Returns:
         Among others `verdict` and `reasons`, see `lavender.evaluation.promise.Promise`, and `groups`: the figures of
@@ -101,7 +104,7 @@ def check_model(
     store = SeveralStores.open(maps)
     read = read_samples(data, columns=columns).samples
     samples = readable(Samples(spread(read, limit))).samples
-    model, processor = load_run(model_path, trust_remote_code=trust_remote_code)
+    model, processor = load_run(model_path, dtype, trust_remote_code, device)
     dropped: Counter[str] = Counter()
     measured = measure(model, processor, cases_of(samples, store, attributes, dropped), dropped)
     if measured is None:
@@ -113,6 +116,8 @@ def check_model(
     check_finite(str(model_path), measured)
     result = {
         "model": str(model_path),
+        "device": device,
+        "dtype": dtype,
         "samples": len(samples),
         "left_out": left_out(read),
         "dropped": {reason: count for reason, count in dropped.items() if count},

@@ -189,7 +189,7 @@ def answer_tallies(
         locator.rows_to_end(reading.messages(), 1, ids, mask)
         for reading, ids, mask in zip(readings, inputs["input_ids"], inputs["attention_mask"], strict=True)
     ]
-    inputs = inputs.to(model.device)
+    inputs = inputs.to(model.device, model.dtype)
     logits = model(**inputs).logits
     tallies = []
     for index, rows in enumerate(rows_by_reading):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
     from lavender.students.base import VlmAdapter
 
+Draw = Callable[[], dict[str, Any]]
+"""Loads the weights, draws the maps of a sample, and returns the facts about them."""
 QUESTION, ANSWER = "Describe the image.", "A cat with green eyes and long whiskers."
 SAMPLE_SIZE = (480, 640)  # (height, width) in pixels of the sample's picture
 NEEDS = "an adapter for it: a file in lavender/students/families and a line in its registry; see docs/add-a-vlm.md"
@@ -28,13 +32,20 @@ OWN_CODE = "the model comes with its own code; read the code, then add --trust-r
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
-def inspect_target(target: str, picture: Path | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect_target(
+    target: str,
+    picture: Path | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> dict[str, Any]:
     """Facts about a model or a map store, as JSON keeps them. `kind` says which it is: "model" or "map store".
 
     Args:
         target: a map store, a model folder (its config.json is enough), a run folder, or a hub id.
         picture: path of a PNG to draw the model's word maps on a photograph to; this loads the weights.
         trust_remote_code: run the code that comes with the model.
+        device, dtype: where and with which numbers the model of `picture` runs.
 
     Returns:
         Of a store: its numbers of records and words, grid (rows, cols), identity, info and first texts. Of a model: its
@@ -54,7 +65,8 @@ def inspect_target(target: str, picture: Path | None = None, trust_remote_code: 
         if picture is not None:
             raise ConfigError(f"--picture with the map store {target}", "--picture with a model", "leave --picture out")
         return _inspect_store(Path(target))
-    return _inspect_model(target, picture, trust_remote_code)
+    draw = None if picture is None else partial(_draw_sample, target, picture, trust_remote_code, device, dtype)
+    return _inspect_model(target, draw, trust_remote_code)
 
 
 def _inspect_store(path: Path) -> dict[str, Any]:
@@ -75,16 +87,16 @@ def _inspect_store(path: Path) -> dict[str, Any]:
     }
 
 
-def _inspect_model(target: str, picture: Path | None, trust_remote_code: bool) -> dict[str, Any]:
-    """Facts from the config alone, without weights; with `picture`, loads the model and draws its maps."""
+def _inspect_model(target: str, draw: Draw | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Facts from the config alone, without weights; `draw` loads the model and draws its maps."""
     from lavender.students.loading import loading
 
     folder, trust_remote_code = _model_folder(target), trust_remote_code is True
     with loading("model", folder):
-        return _model_facts(target, folder, picture, trust_remote_code)
+        return _model_facts(folder, draw, trust_remote_code)
 
 
-def _model_facts(target: str, folder: str, picture: Path | None, trust_remote_code: bool) -> dict[str, Any]:
+def _model_facts(folder: str, draw: Draw | None, trust_remote_code: bool) -> dict[str, Any]:
     config, is_whole = _config_of(folder, trust_remote_code)
     adapter = _adapter_of(config)
     try:
@@ -102,14 +114,14 @@ def _model_facts(target: str, folder: str, picture: Path | None, trust_remote_co
             raise
         raise _needs_remote_code(folder, f", whose config leaves {error.name!r} to that code") from error
     if is_whole:
-        return facts | _facts_of_modules(target, folder, config, adapter, picture, trust_remote_code)
-    if picture is not None:
+        return facts | _facts_of_modules(folder, config, adapter, draw, trust_remote_code)
+    if draw is not None:
         raise _needs_remote_code(folder, " and must run to draw maps")
     return facts | {"parameters": None, "bytes_in_bfloat16": None, "memory": None, "sample": {"missing": OWN_CODE}}
 
 
 def _facts_of_modules(
-    target: str, folder: str, config: Any, adapter: VlmAdapter, picture: Path | None, trust_remote_code: bool
+    folder: str, config: Any, adapter: VlmAdapter, draw: Draw | None, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Facts that need the model's classes (not its weights) and its processor."""
     from lavender.evaluation.memory import footprint
@@ -117,8 +129,8 @@ def _facts_of_modules(
     model = empty_model(config, trust_remote_code)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sample = _sample(folder, adapter, trust_remote_code)
-    if picture is not None:
-        sample |= _draw_sample(target, picture, trust_remote_code)
+    if draw is not None:
+        sample |= draw()
     return {
         "class": type(model).__name__,
         "parameters": parameters,
@@ -236,13 +248,13 @@ def _located(adapter: VlmAdapter, processor: Any) -> dict[str, Any]:
     }
 
 
-def _draw_sample(target: str, picture: Path, trust_remote_code: bool) -> dict[str, Any]:
+def _draw_sample(target: str, picture: Path, trust_remote_code: bool, device: str, dtype: str) -> dict[str, Any]:
     from lavender.students.loading import load_run
     from lavender.students.word_maps import AnsweredPicture, student_maps
     from lavender.words import content_words
 
     image = _photograph()
-    model, processor = load_run(target, trust_remote_code=trust_remote_code)
+    model, processor = load_run(target, dtype, trust_remote_code, device)
     reading = AnsweredPicture(image, QUESTION, ANSWER, content_words(ANSWER, CONTENT_WORDS))
     maps = student_maps(model, processor, [reading])[0]
     rows = [WordRow(word.text, {"attention": heat}) for word, heat in zip(maps.words, maps.maps, strict=True)]

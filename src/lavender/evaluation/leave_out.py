@@ -122,7 +122,7 @@ def _measure_batch(
     views: Mapping[str, tuple[int, bool]],
 ) -> Measured | None:
     pictures = [replace(case.picture, words=(case.word,)) for case in cases]
-    inputs = processor_inputs(processor, pictures).to(model.device)
+    inputs = processor_inputs(processor, pictures).to(model.device, model.dtype)
     located = word_rows(locator, pictures, inputs, [dropped] * len(pictures))
     if any(not words for words in located):
         kept = [case for case, words in zip(cases, located, strict=True) if words]

@@ -134,7 +134,7 @@ def _without_places(known: Mapping[str, Any], hidden: Mapping[str, float] | None
     return Part(
         "cannot say",
         f"the maps say nothing about this model's words: {against}, though {costs} {hidden['all']:.2f}. Look at the "
-        f"maps with `lavender report`, and take another teacher.",
+        f"maps with `lavender look MAPS --data DATA --worst`, and take another teacher.",
     )
 
 
@@ -179,7 +179,8 @@ def _of_new(new: Mapping[str, Any], holds: bool, is_spread: bool, samples: int) 
     return Part(
         "cannot say",
         f"{told}: there are too few samples per word ({new['read_words']} of {new['read_forms']} words), or the maps "
-        f"do not show these words. Check more samples with --limit, and look at the maps with `lavender report`.",
+        "do not show these words. Check more samples with --limit, and look at the maps with "
+        "`lavender look MAPS --data DATA --worst`.",
     )
 
 

@@ -7,6 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,11 +25,13 @@ from lavender.evaluation.report.panels import Panel
 from lavender.evaluation.report.pdf import write_figures
 from lavender.evaluation.run_tables import curves_of, differences_of, interval_rows, tables_of
 from lavender.evaluation.runs import (
+    Load,
     arms_of,
     differing_settings,
     evaluate_runs,
     joined,
     open_stores,
+    placement_words,
     prompt_of,
 )
 from lavender.files import expanded
@@ -51,6 +54,7 @@ class Options:
         against, data, maps, limit, columns: as in `lavender.evaluation.runs.evaluate_runs`.
         num_pictures: how many pictures to show.
         by: the score by which they are chosen, one of `lavender.evaluation.chosen.BY`.
+        device, dtype: where and with which numbers the models run. Scores that are there already are kept.
     """
 
     against: tuple[Path, ...] | None = None
@@ -60,6 +64,8 @@ class Options:
     columns: Mapping[str, str] | None = None
     num_pictures: int = NUM_PICTURES
     by: str = "answer_nll"
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 def report_run(
@@ -100,7 +106,8 @@ def report_run(
     first, second = _compared(arms)
     chosen, choice = choose(samples, first, second, options.by, options.num_pictures)
     shown = _samples_of(scored, samples, prompt_of(config, run), chosen)
-    seen, dropped = _seen(arms, shown, [samples[one.index] for one in chosen], joined(stores), trust_remote_code)
+    load = partial(load_run, dtype=options.dtype, trust_remote_code=trust_remote_code, device=options.device)
+    seen, dropped = _seen(arms, shown, [samples[one.index] for one in chosen], joined(stores), load)
     curves, without = curves_of(arms)
     notes += [*scored["notes"], *without, *dropped, *_notes_on(stores, teacher_notes)]
     differences = differences_of(samples, arms)
@@ -157,7 +164,8 @@ def _evaluated(
     given = {"data": options.data, "maps": options.maps, "limit": options.limit, "columns": options.columns}
     arguments |= {name: value for name, value in given.items() if value is not None}
     against = options.against if options.against is not None else (old or {}).get("against", ())
-    evaluate_runs(run, [Path(path) for path in against], trust_remote_code=trust_remote_code, **arguments)
+    arguments |= {"trust_remote_code": trust_remote_code, "device": options.device, "dtype": options.dtype}
+    evaluate_runs(run, [Path(path) for path in against], **arguments)
     new = read_evaluation(run)
     assert new is not None
     assert new.samples is not None
@@ -244,7 +252,7 @@ def _seen(
     shown: Sequence[Sample],
     lines: Sequence[EvaluatedSample],
     store: SeveralStores | None,
-    trust_remote_code: bool,
+    load: Load,
 ) -> tuple[list[Panel], list[str]]:
     """A panel per sample with the maps of all models and of the teacher, and notes on words without a map.
 
@@ -254,7 +262,7 @@ def _seen(
         return [], []
     observed, notes = {}, []
     for name, path in arms.items():
-        maps = list(_maps_of(path, shown, store, trust_remote_code))
+        maps = list(_maps_of(load(path), shown, store))
         observed[name] = Observed([line.judged[name].answer for line in lines], maps)
         dropped = Counter(drop.reason for one in maps for drop in one.dropped)
         notes += [f"{name}: {count} pictures shown have a {reason}" for reason, count in dropped.items()]
@@ -280,11 +288,9 @@ def _with_reasons(panels: Sequence[Panel], chosen: Sequence[Chosen], models: tup
     return found
 
 
-def _maps_of(
-    path: str | Path, shown: Sequence[Sample], store: SeveralStores | None, trust_remote_code: bool
-) -> Iterator[WordMaps]:
-    """Where a model looks in each of the samples, batch by batch."""
-    model, processor = load_run(path, trust_remote_code=trust_remote_code)
+def _maps_of(loaded: tuple[Any, Any], shown: Sequence[Sample], store: SeveralStores | None) -> Iterator[WordMaps]:
+    """Where a model looks in each of the samples, batch by batch. `loaded` is what `load_run` returns."""
+    model, processor = loaded
     grid = store.grid if store is not None else (32, 32)
     for start in range(0, len(shown), BATCH_SIZE):
         readings = [reading for reading, _ in readings_of(shown[start : start + BATCH_SIZE], store)]
@@ -298,4 +304,5 @@ def _commands(
     trained = [Path(path) for path in arms.values() if (Path(path) / CONFIG).is_file()]
     commands = [shlex.join(["lavender", "train", str(path / CONFIG), "--set", f"out={path}-again"]) for path in trained]
     shown = ["--by", options.by, "--pictures", str(options.num_pictures)] + ["--trust-remote-code"] * trust_remote_code
-    return [*commands, scored["command"], shlex.join(["lavender", "report", str(run), *shown])]
+    page = shlex.join(["lavender", "report", str(run), *shown]) + placement_words(options.device, options.dtype)
+    return [*commands, scored["command"], page]

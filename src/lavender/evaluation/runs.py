@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from lavender.files import data_path, expanded
 from lavender.students.loading import load_run, load_run_processor
 from lavender.training.run_folder import CONFIG, NOT_RECORDED, defaults_before, flat, read_config
 
+Load = Callable[[str | Path], tuple[Any, Any]]
+"""Path of a model → the model and its processor."""
 LIMIT = 64
 """Samples that are looked at, unless the caller says another number."""
 
@@ -40,10 +43,12 @@ def evaluate_runs(
     limit: int = LIMIT,
     trust_remote_code: bool = False,
     columns: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Score a run, its base model and other models on the same samples. Also writes RUN/eval.json and RUN/eval.jsonl.
 
-    One model is in memory at a time, in float32, with the pictures and maps of one batch.
+    One model is in memory at a time, with the pictures and maps of one batch.
 
     Args:
         run: run folder, as `lavender train` writes it.
@@ -54,12 +59,13 @@ def evaluate_runs(
         trust_remote_code: run the code that comes with a model.
         columns: names of columns of `data`, as in `read_samples`; None for the run's if `data` is None, else for the
             usual names.
+        device, dtype: where and with which numbers the models run.
 
     Returns:
         `arms` (model name → score name → value; see `lavender.evaluation.score_help`), `teacher` (the same of the
         teacher's maps, or None), `samples` (their number), `limit`, `notes` for the reader, `differing_settings`
         (setting → model name → value), `data`, `maps`, `fingerprints_of_maps`, `against`, `columns`, the `arguments`
-        given, and `command`.
+        given, `device`, `dtype` and `command`.
 
     Raises:
         ConfigError: `limit` is below 1.
@@ -75,13 +81,16 @@ def evaluate_runs(
     arm_paths = _tried(arms_of(config, run, against), trust_remote_code)
     differing, notes = differing_settings(arm_paths)
     given = _given(run, against, data, None if maps is None else _paths(maps), limit, columns, trust_remote_code)
+    given |= {"device": device, "dtype": dtype}
+    given["command"] += placement_words(device, dtype)
     on_training_data = data is None
     data = data_path(config["data"]) if data is None else data
     stores = open_stores(config["maps"] if maps is None and on_training_data else maps)
     columns = config.get("columns") if columns is None and on_training_data else columns
     read = read_samples(data, prompt, columns)
     samples = readable(Samples(spread(read.samples, limit)))
-    judged = _observe_arms(arm_paths, samples.samples, joined(stores), trust_remote_code)
+    load = partial(load_run, dtype=dtype, trust_remote_code=trust_remote_code, device=device)
+    judged = _observe_arms(arm_paths, samples.samples, joined(stores), load)
     notes += ["these samples were trained on; pass --data for held-out ones"] if on_training_data else []
     notes += [*left_out(read.samples), *_uncounted(samples, judged)]
     teacher, unmapped = _teacher_scores(samples, joined(stores))
@@ -149,6 +158,11 @@ def _given(
     arguments = {"data": data and str(data), "maps": maps, "limit": limit, "columns": columns}
     paths = [str(path) for path in against]
     return {"against": paths, "limit": limit, "arguments": arguments, "command": shlex.join(words)}
+
+
+def placement_words(device: str, dtype: str) -> str:
+    """The options of a command that place its models, with a blank before; "" for float32 on the CPU."""
+    return "" if (device, dtype) == ("cpu", "float32") else f" --device {device} --dtype {dtype}"
 
 
 def open_stores(maps: str | Path | Sequence[str | Path] | None) -> list[MapStore]:
@@ -235,14 +249,17 @@ def _tried(arms: dict[str, str | Path], trust_remote_code: bool) -> dict[str, st
 
 
 def _observe_arms(
-    arms: Mapping[str, str | Path], samples: Sequence[Sample], store: SeveralStores | None, trust_remote_code: bool
+    arms: Mapping[str, str | Path],
+    samples: Sequence[Sample],
+    store: SeveralStores | None,
+    load: Load,
 ) -> dict[str, list[Judged]]:
     """What each model does on the samples. One model is in memory at a time."""
     judged: dict[str, list[Judged]] = {}
     with tqdm(total=len(arms) * len(samples), unit="sample", leave=False, disable=None) as bar:
         for name, path in arms.items():
             bar.set_description(name)
-            model, processor = load_run(path, trust_remote_code=trust_remote_code)
+            model, processor = load(path)
             judged[name] = observe(model, processor, samples, store, on_progress=bar.update)
             del model
     return judged

@@ -135,7 +135,7 @@ def load_model(
     return model
 
 
-def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool = False):
+def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool = False, device: str = "cpu"):
     """Load a model for evaluation: (model in evaluation mode, processor). LoRA is merged.
 
     Args:
@@ -143,6 +143,7 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
         dtype: such as "float32" or "bfloat16".
         trust_remote_code: whether code that comes with the model may run. A run that was trained with it needs it here
             again, since a run folder may come from somebody else.
+        device: where the model is moved to once it is loaded.
 
     Raises:
         ModelError: the model is missing, damaged or out of reach.
@@ -155,7 +156,7 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
             model = load_model(adapter, base, processor, dtype=dtype, trust_remote_code=trust_remote_code)
         if lora is not None:
             model = _with_adapter(model, folder, lora)
-        return model.eval(), processor
+        return model.eval().to(device), processor
 
 
 def load_run_processor(path: str | Path, trust_remote_code: bool = False) -> Any:

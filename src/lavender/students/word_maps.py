@@ -182,7 +182,7 @@ def _map_batch(
     pictures: Sequence[AnsweredPicture],
     grid: tuple[int, int],
 ) -> list[WordMaps]:
-    inputs = processor_inputs(processor, pictures).to(model.device)
+    inputs = processor_inputs(processor, pictures).to(model.device, model.dtype)
     dropped: list[Counter[str]] = [Counter() for _ in pictures]
     located = word_rows(locator, pictures, inputs, dropped)
     tensors = row_tensors([[rows for _, rows in words] for words in located])

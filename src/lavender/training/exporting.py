@@ -82,17 +82,24 @@ def export_run(
     return _export_run(expanded(run), expanded(out), merge, trust_remote_code, repository)
 
 
-def save_head(trainer: AlignmentMixin, path: str | Path) -> None:
+def save_head(trainer: AlignmentMixin, path: str | Path) -> bool:
     """Write the weights that alignment added, which every export leaves out: Aligner and parallel projections.
 
     With several processes every process must call this; the main process writes the safetensors file.
+
+    Returns:
+        Whether alignment added weights. The direct losses add none; then there is no file.
     """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not any(is_alignment_part(name) for name, _ in model.named_parameters()):
+        return False
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.accelerator.is_main_process:
-        return
+        return True
     head = {name: value for name, value in state.items() if is_alignment_part(name) and "original_module" not in name}
     saved = {name.replace(".modules_to_save.default", ""): value.contiguous() for name, value in head.items()}
     save_file(saved, str(expanded(path)), metadata={"format": "pt"})
+    return True
 
 
 def _export_trainer(trainer: AlignmentMixin, path: Path, merge: bool, trust_remote_code: bool) -> Path:

@@ -252,7 +252,8 @@ def _finish(trainer: LavenderTrainer, out: Path, sets: dict[str, Samples], is_ma
     if is_main:
         shutil.rmtree(partial[CHECKPOINT], ignore_errors=True)
     export(trainer, partial[CHECKPOINT], merge=False)
-    save_head(trainer, partial[HEAD])
+    if not save_head(trainer, partial[HEAD]):
+        del partial[HEAD]
     if is_main:
         shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
         trained_on = [samples for name, samples in sets.items() if name != "eval_data"]

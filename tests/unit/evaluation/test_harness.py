@@ -749,6 +749,7 @@ def test_vlmevalkit_gets_no_run_folder(tmp_path):
         ((), "no run folder"),
         (("--model", "m"), "--model without --tasks"),
         (("run", "--batch-size", "4"), "--batch-size without --tasks"),
+        (("run", "--dtype", "auto"), "--dtype auto without --tasks"),
         (("run", "--include-path", "tasks"), "--include-path without --tasks"),
         (("run", "--print-vlmevalkit"), "--print-vlmevalkit without --tasks"),
         (("--tasks", "pope"), "--tasks without a model"),

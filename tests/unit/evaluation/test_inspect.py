@@ -120,7 +120,7 @@ def test_a_checkpoint_draws_its_maps(make_student, mllama, processor, tmp_path):
     pytest.importorskip("skimage")
     make_student().save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    ran = lavender("inspect", tmp_path / "model", "--picture", tmp_path / "maps.png")
+    ran = lavender("inspect", tmp_path / "model", "--picture", tmp_path / "maps.png", "--dtype", "bfloat16")
     assert ran.code == DONE, ran.err
     sample = json.loads(ran.out)["sample"]
     assert sample["words"] == WORDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,25 @@ def test_a_page_of_other_models_scores_them(folder, evaluated, observations, tmp
     assert len(observations) == 3
     assert "those of an earlier version have no scores per sample" in page
     assert json.loads((run / "eval.json").read_text())["samples"] == 2
+
+
+def test_scores_with_numbers_of_16_bits(folder, evaluated, tmp_path):
+    """As on a GPU by default; the files and the page's commands say so."""
+    run = shutil.copytree(folder / "aligned", tmp_path / "aligned")
+    ran = lavender("eval", run, "--dtype", "bfloat16", "--device", "cpu")
+    assert ran.code == DONE, ran.err
+    assert "6 samples of" in ran.out
+    assert "; bfloat16 on cpu" in ran.out
+    result = json.loads((run / "eval.json").read_text())
+    assert (result["device"], result["dtype"]) == ("cpu", "bfloat16")
+    assert result["command"].endswith("--device cpu --dtype bfloat16")
+    for arm in ("base", "aligned"):
+        exact, rounded = (scored["arms"][arm]["answer_nll"] for scored in (evaluated["result"], result))
+        assert exact != rounded
+        assert rounded == pytest.approx(exact, rel=0.02)  # logits of bfloat16 are rounded by up to 0.4 %
+    assert lavender("report", run, "--pictures", "1", "--dtype", "bfloat16", "--device", "cpu").code == DONE
+    page = (run / "report.html").read_text()
+    assert page.count("--device cpu --dtype bfloat16</code>") == 2
 
 
 def test_scores_of_a_store_that_has_grown_are_made_again(folder, observations, store_path, tmp_path):

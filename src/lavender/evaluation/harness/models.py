@@ -238,8 +238,8 @@ class RankingModel(_LavenderModel):
 def load_student(path: str | Path, device: torch.device, dtype: str, trust_remote_code: bool) -> Student:
     """A checkpoint, ready to answer. Raises as `load_run` and `check_student` do."""
     check_student(path, trust_remote_code is True)
-    model, processor = load_run(path, dtype=dtype, trust_remote_code=trust_remote_code is True)
-    return Student(model.to(device), processor)
+    model, processor = load_run(path, dtype, trust_remote_code is True, str(device))
+    return Student(model, processor)
 
 
 def check_student(path: str | Path, trust_remote_code: bool = False) -> None:

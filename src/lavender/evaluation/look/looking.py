@@ -242,9 +242,9 @@ def _shell(title: str, lead: str, notes: list[str], command: str) -> dict[str, A
 
 def _loaded(model_path: str | Path, device: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """The model on its device, and its processor, which has a chat template."""
-    model, processor = load_run(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, processor = load_run(model_path, dtype, trust_remote_code, device)
     require_template(processor, model_path)
-    return model.to(device), processor
+    return model, processor
 
 
 def _answer_of(model: Any, processor: Any, image: Image.Image, prompt: str, name: str) -> str:

@@ -51,8 +51,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 STUDY = Study(
     title="How many samples?",
-    question="Plain and aligned fine-tuning on 200 to 1,600 scenes, with the same number of steps. Fewer scenes are "
-    "repeated more often, so overfitting shows at the left of each curve.",
+    question="Fine-tuning on 200 to 1,600 scenes with the same number of steps: plain, and aligned with the published "
+    "loss, λ = 5. Fewer scenes are repeated more often, so overfitting shows at the left of each curve.",
     paper="with larger fine-tuning sets the aligned model keeps improving while the autoregressive one overfits (§7.4, "
     "Fig. 27).",
     arms=arms,
