@@ -47,7 +47,7 @@ def test_a_page_is_that_of_its_results(study):
 @pytest.mark.parametrize(
     ("file", "first", "last", "count"),
     [
-        ("docs/evidence.md", "### Real weights", "## 2. Where?", 15),
+        ("docs/evidence.md", "### Real weights", "## 2. Where?", 20),
         ("README.md", "**The same with real weights", "**Which thing has which colour", 5),
     ],
 )

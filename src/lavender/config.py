@@ -14,6 +14,7 @@ from lavender.type_checks import (
     check_fields,
     check_path,
     check_ranges,
+    check_used,
     without_repeats,
     write_paths_as_texts,
 )
@@ -317,6 +318,7 @@ class AlignmentConfig:
         self._check_forcing()
         self._check_match()
         self._check_attributes()
+        check_used(self)
 
     @property
     def is_direct(self) -> bool:
@@ -369,11 +371,8 @@ class AlignmentConfig:
             )
 
     def _check_forcing(self) -> None:
-        """Refuse settings that would do nothing, or with which attention forcing would decide what is aligned."""
+        """Refuse settings with which attention forcing would decide what is aligned."""
         if not self.attention_forcing:
-            if self.forcing_share != type(self).forcing_share:
-                got = f"forcing_share={self.forcing_share} without attention_forcing"
-                raise ConfigError(got, "attention forcing", "set attention_forcing, or leave forcing_share out")
             return
         for name, is_wrong, expected in (
             ("match", self.match != "label", "match: label, since forced attention changes what the model predicts"),

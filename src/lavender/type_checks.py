@@ -302,3 +302,21 @@ def _check_layers(settings: Any) -> None:
                     "settings of whole layers: heads are joined there",
                     f"leave out {name}",
                 )
+
+
+def check_used(settings: Any) -> None:
+    """Check an `AlignmentConfig` for settings that do nothing without another one.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    chosen = settings.layers in ("first", "middle", "last")
+    for name, is_used, needed in (
+        ("layer_share", chosen, "layers: first, middle or last"),
+        ("parallel_init", settings.pooling == "learn", "pooling: learn"),
+        ("forcing_share", bool(settings.attention_forcing), "attention_forcing"),
+    ):
+        value = getattr(settings, name)
+        if not is_used and value != getattr(type(settings), name):
+            do = f"set {needed}, or leave {name} out"
+            raise ConfigError(f"{name}={shown(value)} without {needed}", "a setting that does something", do)

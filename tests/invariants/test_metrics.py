@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from lavender.alignment.coverage import NO_MAPS, Coverage
 from lavender.alignment.objective import AlignmentRequest
 from lavender.data.store import MapStore
 from lavender.maps import WordMaps
-from lavender.training.metrics import Metrics
+from lavender.training.metrics import Metrics, num_real_samples
 from lavender.words import content_words
 
 NUMBERS = ("vlm_loss", "attention_loss", "matched_words", "student_entropy", "attention_mass")
@@ -54,6 +55,11 @@ def request_of(*maps: torch.Tensor, matched: int | None = None) -> AlignmentRequ
     return request
 
 
+def with_losses(request: AlignmentRequest, *losses: float) -> AlignmentRequest:
+    request.losses = torch.tensor(losses)
+    return request
+
+
 UNIFORM, TWO, ONE = torch.ones(2, 2), torch.tensor([[3.0, 3.0], [0.0, 0.0]]), torch.tensor([[0.0, 7.0], [0.0, 0.0]])
 
 
@@ -85,16 +91,19 @@ def test_golden_values_of_evaluation():
     """Batches of 2, 1 and 1 samples, which match 2 words of 3, 1 of 1 and 0 of 1; the losses sum to 1, 0.2 and 0."""
     metrics, accelerator = Metrics(), Processes(2)
     first = request_of(UNIFORM, TWO, ONE, matched=2)
-    first.present = torch.cat([first.present, torch.zeros(1, 3, dtype=torch.bool)])
-    metrics.add_batch(torch.tensor(1.0), torch.tensor(1.0), first)
-    metrics.add_batch(torch.tensor(4.0), torch.tensor(0.2), request_of(TWO))
-    metrics.add_batch(torch.tensor(6.0), torch.tensor(0.0), request_of(ONE, matched=0))
+    for name in ("present", "matched", "weights"):  # the second sample has no word
+        own = getattr(first, name)
+        setattr(first, name, torch.cat([own, torch.zeros_like(own)]))
+    first.losses = torch.tensor([0.25, 0.75, 9.0])  # the last one does not match
+    metrics.add_batch(torch.tensor(1.0), first, 2)
+    metrics.add_batch(torch.tensor(4.0), with_losses(request_of(TWO), 0.2), 1)
+    metrics.add_batch(torch.tensor(6.0), with_losses(request_of(ONE, matched=0), 9.0), 1)
     found = metrics.take_batches(accelerator)  # ty: ignore[invalid-argument-type]
     entropy = (torch.tensor(4.0).log() + 2 * torch.tensor(2.0).log()).item() / 5
     expected = {"vlm_loss": 3.0, "attention_loss": 0.4, "matched_words": 6, "matched_share": 0.6}
     attention_mass = (0.1 + 0.2 + 0.3 + 0.1 + 0.1) / 5
     assert found == pytest.approx(expected | {"student_entropy": entropy, "attention_mass": attention_mass})
-    metrics.add_batch(torch.tensor(6.0), torch.tensor(0.0), request_of(ONE, matched=0))
+    metrics.add_batch(torch.tensor(6.0), with_losses(request_of(ONE, matched=0), 9.0), 1)
     none = metrics.take_batches(accelerator)  # ty: ignore[invalid-argument-type]
     assert math.isnan(none["attention_loss"])
     assert none["matched_share"] == none["matched_words"] == 0
@@ -104,9 +113,34 @@ def test_words_weigh_what_they_weigh_in_an_evaluation():
     metrics = Metrics()
     request = request_of(UNIFORM, TWO, ONE, matched=2)
     request.weights = torch.tensor([[0.25, 0.5, 0.125]])
-    metrics.add_batch(torch.tensor(1.0), torch.tensor(0.3), request)
+    metrics.add_batch(torch.tensor(1.0), with_losses(request, 0.2, 0.5, 9.0), 1)
     found = metrics.take_batches(Processes(1))  # ty: ignore[invalid-argument-type]
     assert found["attention_loss"] == pytest.approx(0.4)
+
+
+def test_samples_that_fill_up_the_last_batch_do_not_count():
+    """Two samples with two words and one; the second sample is there a second time."""
+    metrics = Metrics()
+    request = with_losses(request_of(UNIFORM, TWO, ONE), 0.5, 1.0, 9.0)
+    request.present = request.matched = torch.tensor([[True, True], [False, True]])
+    request.weights = request.present.float()
+    metrics.add_batch(torch.tensor(3.0), request, 1)
+    metrics.add_batch(torch.tensor(6.0), request, 0)
+    found = metrics.take_batches(Processes(1))  # ty: ignore[invalid-argument-type]
+    entropy = (torch.tensor(4.0).log() + torch.tensor(2.0).log()).item() / 2
+    expected = {"vlm_loss": 3.0, "attention_loss": 0.75, "matched_words": 2, "matched_share": 1}
+    assert found == pytest.approx(expected | {"student_entropy": entropy, "attention_mass": 0.15})
+
+
+@pytest.mark.parametrize(
+    ("end", "remainder", "process", "expected"),
+    [(False, 3, 1, 4), (True, -1, 1, 4), (True, 0, 1, 4), (True, 6, 0, 4), (True, 6, 1, 2), (True, 6, 2, 0)],
+)
+def test_how_many_samples_are_real(end, remainder, process, expected):
+    """Six samples in the last round of three processes with batches of four: 4, 2 and 0."""
+    state = SimpleNamespace(end_of_dataloader=end, remainder=remainder)
+    accelerator: Any = SimpleNamespace(gradient_state=state, process_index=process)
+    assert num_real_samples(accelerator, 4) == expected
 
 
 def test_entropy_and_mass_are_not_logged_without_a_word():

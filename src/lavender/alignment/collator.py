@@ -154,10 +154,9 @@ class AlignmentCollator:
         self._base, self._processor, self._adapter, self._grid = base, processor, adapter, store.grid
         self._config = config or AlignmentConfig()
         self._targets = WordTargets(store, self._config)
-        self._locator = WordLocator(processor, adapter)
-        self.screen = Screen(
-            processor, adapter, getattr(base, "chat_template", None), getattr(base, "max_length", None)
-        )
+        template = getattr(base, "chat_template", None)  # TRL's own of some families, which marks the answers
+        self._locator = WordLocator(processor, adapter, template)
+        self.screen = Screen(processor, adapter, template, getattr(base, "max_length", None))
         self.drops = False
         self.augment: Augment | None = None
         self._stand_in: Mapping[str, Any] | None = None
@@ -166,12 +165,10 @@ class AlignmentCollator:
         samples, (batch, keys, sights), refused = self._accepted(examples)
         coverage = Coverage(len(refused), dropped=Counter(error.reason for error in refused))
         faults = [error.got for error in refused]
-        words_of = [
-            self._mapped_words(
-                sample, batch["input_ids"][index], batch["attention_mask"][index], sights[index], coverage, faults
-            )
-            for index, sample in enumerate(samples)
-        ]
+        words_of, counts = [], [coverage.counts()]
+        for sample, ids, mask, sight in zip(samples, batch["input_ids"], batch["attention_mask"], sights, strict=True):
+            words_of.append(self._mapped_words(sample, ids, mask, sight, coverage, faults))
+            counts.append(coverage.counts())
         rows = row_tensors(
             [[word.rows for word in words] for words in words_of],
             [[word.picture for word in words] for words in words_of],
@@ -182,7 +179,8 @@ class AlignmentCollator:
         reads[rows["present"]] = torch.tensor([word.reads for words in words_of for word in words], dtype=torch.bool)
         described = {
             "words": [[word.text for word in words] for words in words_of],
-            "counts": coverage.counts(),
+            "counts": counts[-1],
+            "sample_counts": torch.stack(counts).diff(dim=0),  # (sample, …)
             "names": [sample.name for sample in samples],
             "faults": faults,
         }

@@ -394,5 +394,7 @@ def _add_attention_loss(
         request.match_predicted(output, _adapter(model).token_ids(kwargs))
     if not request.layers:
         return None
-    loss = head(request)
+    # PEFT's wrapper opens autocast around the model, in which the loss would be computed in 16 bits
+    with torch.autocast(request.targets.device.type, enabled=False):
+        loss = head(request)
     return _with_attention_loss(type(output))(**output, attention_loss=loss)

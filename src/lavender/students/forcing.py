@@ -94,10 +94,11 @@ class Forcing:
         """
         if self._target_BRI is None:
             mixing = None if mixing_VNP is None else mixing_VNP.detach()
-            heat_BWI = on_keys(self._heat, self._layout, self._word_pictures, mixing)
-            shares_BWI = heat_BWI / heat_BWI.sum(dim=-1, keepdim=True).clamp_min(LEAST)
-            total_BRI = torch.einsum("bwr,bwi->bri", self._weight_BWR.to(shares_BWI), shares_BWI)
-            self._target_BRI = total_BRI / total_BRI.sum(dim=-1, keepdim=True).clamp_min(LEAST)
+            with torch.autocast(self._heat.device.type, enabled=False):
+                heat_BWI = on_keys(self._heat, self._layout, self._word_pictures, mixing)
+                shares_BWI = heat_BWI / heat_BWI.sum(dim=-1, keepdim=True).clamp_min(LEAST)
+                total_BRI = torch.einsum("bwr,bwi->bri", self._weight_BWR.to(shares_BWI), shares_BWI)
+                self._target_BRI = total_BRI / total_BRI.sum(dim=-1, keepdim=True).clamp_min(LEAST)
         return self._target_BRI
 
     def _is_image(self, keys_BI: Tensor | None, key_BGKD: Tensor) -> Tensor:

@@ -37,8 +37,12 @@ _TURNS = (
 )
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, revision: str | None = None) -> dict[str, Any]:
     """A model's config.json as a dict. Call it inside `loading`, which turns other errors into ModelError.
+
+    Args:
+        path: folder or hub id.
+        revision: branch, tag or commit on the hub; None for the main branch.
 
     Raises:
         ModelError: config.json is missing or damaged.
@@ -48,21 +52,23 @@ def read_config(path: str | Path) -> dict[str, Any]:
     check_files(path, ["config.json"])
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"the folder {path}, without config.json", "a model folder or a hub id", "check the path")
-    raw, _ = PreTrainedConfig.get_config_dict(path)
+    raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     check_sizes(raw, path)
     return raw
 
 
-def load_config(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """A model's config, as an object of its class. Raises as `read_config` does."""
+def load_config(path: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """A model's config, as an object of its class. See `read_config`."""
     from transformers import AutoConfig
 
-    read_config(path)
-    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code is True)
+    read_config(path, revision)
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code is True, revision=revision)
 
 
-def load_processor(adapter: VlmAdapter, path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The processor to train with. If it has a chat template, the template is tried.
+def load_processor(
+    adapter: VlmAdapter, path: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """The processor to train with. If it has a chat template, the template is tried. `revision` as in `read_config`.
 
     Raises:
         ModelError: the folder has no image processor or no tokenizer, the template fails, or the processor does not
@@ -71,7 +77,7 @@ def load_processor(adapter: VlmAdapter, path: str | Path, trust_remote_code: boo
     from transformers import AutoProcessor, PreTrainedTokenizerBase
 
     check_files(path)
-    published = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code is True)
+    published = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code is True, revision=revision)
     parts = [getattr(published, name, None) for name in ("image_processor", "tokenizer")]
     if parts[0] is None or not isinstance(parts[1], PreTrainedTokenizerBase):
         raise ModelError(
@@ -153,7 +159,8 @@ def load_run(path: str | Path, dtype: str = "float32", trust_remote_code: bool =
     path, folder, lora, base, adapter, processor = _without_weights(path, trust_remote_code)
     with loading("model", path):
         with loading("base model" if lora else "model", base):
-            model = load_model(adapter, base, processor, dtype=dtype, trust_remote_code=trust_remote_code)
+            settings = {} if lora is None else {"revision": lora.revision}
+            model = load_model(adapter, base, processor, dtype=dtype, trust_remote_code=trust_remote_code, **settings)
         if lora is not None:
             model = _with_adapter(model, folder, lora)
         return model.eval().to(device), processor
@@ -195,7 +202,7 @@ def _without_weights(path: str | Path, trust_remote_code: bool) -> tuple[str, Pa
         lora = _adapter_config(folder) if (folder / "adapter_config.json").is_file() else None
         base = folder if lora is None else lora.base_model_name_or_path
         with loading("base model" if lora else "model", base):
-            adapter = adapter_for(load_config(base, trust_remote_code))
+            adapter = adapter_for(load_config(base, trust_remote_code, None if lora is None else lora.revision))
         return path, folder, lora, base, adapter, load_processor(adapter, folder, trust_remote_code)
 
 

@@ -43,19 +43,20 @@ class WordLocator:
     Args:
         processor: the model's processor, with a fast tokenizer and a chat template.
         adapter: the adapter of the model's family.
+        chat_template: the template that the sequences were rendered with; None for the processor's own.
 
     Raises:
         DataError: the tokenizer is a slow one, which does not return the characters of its tokens.
     """
 
-    def __init__(self, processor: ProcessorMixin, adapter: VlmAdapter):
+    def __init__(self, processor: ProcessorMixin, adapter: VlmAdapter, chat_template: str | None = None):
         if not processor.tokenizer.is_fast:
             raise DataError(
                 f"the slow tokenizer {type(processor.tokenizer).__name__}",
                 "a fast tokenizer, which knows where in the text a token stands",
                 "load the processor with use_fast=True",
             )
-        self._processor, self._tokenizer = processor, processor.tokenizer
+        self._processor, self._tokenizer, self._template = processor, processor.tokenizer, chat_template
         self._known: OrderedDict[bytes, _Located] = OrderedDict()  # a sample has the same tokens in every epoch
         self._num_known = 0  # words
         self._vocabulary = Vocabulary(processor.tokenizer, adapter.image_token_id())
@@ -222,7 +223,9 @@ class WordLocator:
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         conversation: list[Any] = list(messages)
-        return self._processor.apply_chat_template(conversation, add_generation_prompt=False, tokenize=False)
+        settings: dict[str, Any] = {} if self._template is None else {"chat_template": self._template}
+        settings |= {"add_generation_prompt": False, "tokenize": False}
+        return self._processor.apply_chat_template(conversation, **settings)
 
     def _starts(self, rendered: str, messages: Sequence[Mapping[str, Any]], turn: int) -> list[tuple[int, int, int]]:
         """The place of a turn's text in the rendered conversation: (shift, first, last) for each of its text parts.

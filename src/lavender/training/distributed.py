@@ -22,6 +22,12 @@ from lavender.training.arguments import AlignmentArguments
 
 def refuse_settings(args: AlignmentArguments, with_peft: bool) -> None:
     """Raise ConfigError for settings that cannot work together, before anything is built."""
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs in one process, among which transformers' Trainer would split each batch",
+            "a process per GPU",
+            "start with accelerate launch and examples/accelerate/ddp.yaml, or set CUDA_VISIBLE_DEVICES=0 for one GPU",
+        )
     zero_stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
     if args.torch_compile:
         raise ConfigError(

@@ -54,8 +54,8 @@ def export(
         trained: a trainer after `train()`, or the run folder that `lavender train` wrote. With several processes every
             process must call this with its trainer, because each holds part of the weights; the main process writes.
         path: folder to write to. For a run folder it must be new or empty, and appears only when it is complete.
-        merge: merge an adapter into the weights. The base model is read again from its folder or the Hub and keeps the
-            type it has there; the model in training does not change.
+        merge: merge an adapter into the weights. The base model is read again from its folder or the Hub, at the
+            `revision` of the PEFT config, and keeps the type it has there; the model in training does not change.
         trust_remote_code: run the Python code that comes with the model, for a run folder or a merge.
 
     Returns:

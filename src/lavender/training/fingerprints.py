@@ -13,7 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.hub import cached_file, extract_commit_hash
+
 from lavender.data.samples import Samples
+from lavender.errors import ModelError
+from lavender.model_files import loading
 from lavender.training.settings import PATHS
 
 _UNREAD_BY_TRAINING = ("extraction.json", "writer.lock")
@@ -42,9 +46,26 @@ def digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def digest_of_model(model: str, commit: str | None) -> str:
+def digest_of_model(model: str) -> str:
     """Digest of a model folder's content; for a Hub id its commit, which identifies the content."""
-    return digest_of_folder(Path(model)) if Path(model).is_dir() else f"commit {commit}"
+    return digest_of_folder(Path(model)) if Path(model).is_dir() else f"commit {commit_of(model)}"
+
+
+def commit_of(hub_id: str) -> str:
+    """The commit of a model's main branch on the Hub, or offline of what the Hub's cache has of it.
+
+    Raises:
+        ModelError: the model's config is out of reach, or its place in the cache names no commit.
+    """
+    with loading("model", hub_id):
+        found = extract_commit_hash(cached_file(hub_id, "config.json"), None)
+    if found is None:
+        raise ModelError(
+            f"{hub_id}, whose files in the Hub's cache are in no commit's folder",
+            "the cache as huggingface_hub writes it",
+            "remove what is there of this model, or download it to a folder and name that",
+        )
+    return found
 
 
 def digest_of_data(samples: Samples) -> str:

@@ -13,9 +13,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from lavender.alignment.objective import AlignmentRequest, matched_weight
+from lavender.alignment.objective import AlignmentRequest
 from lavender.errors import NotFiniteError
 from lavender.maps import entropy
+
+
+def num_real_samples(accelerator: Accelerator, num_samples: int) -> int:
+    """How many samples of this process's evaluation batch count; the others fill up the last batch of the processes.
+
+    accelerate fills it with the first samples of the data set, and drops what they give when it gathers.
+    """
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return num_samples
+    return min(max(state.remainder - accelerator.process_index * num_samples, 0), num_samples)
 
 
 class Metrics:
@@ -47,17 +58,25 @@ class Metrics:
         vlm, attention = vlm_loss.detach().float(), attention_loss.detach().float()
         self._add([vlm.new_full((), share), vlm, vlm.new_zeros(()), attention], request)
 
-    def add_batch(self, vlm_loss: Tensor, total: Tensor, request: AlignmentRequest) -> None:
-        """Add an evaluation batch: the mean L_VLM of the batch, and the weighted sum of its matched words' losses."""
-        vlm = vlm_loss.detach().float()
-        samples, words = vlm.new_full((), len(request.present)), matched_weight(request).to(vlm)
-        self._add([samples, samples * vlm, words, total.detach().float()], request)
+    def add_batch(self, vlm_loss: Tensor, request: AlignmentRequest, num_real: int) -> None:
+        """Add an evaluation batch: the mean L_VLM of the batch, and the losses of the words of its first samples.
 
-    def _add(self, sums: list[Tensor], request: AlignmentRequest) -> None:
+        Args:
+            num_real: see `num_real_samples`.
+        """
+        vlm, present = vlm_loss.detach().float(), request.present
+        is_real = (torch.arange(len(present), device=present.device) < num_real)[:, None].expand_as(present)[present]
+        weights = ((request.weights * request.matched)[present] * is_real).to(vlm)
+        samples, attention = vlm.new_full((), num_real), (request.losses.to(vlm) * weights).sum()
+        self._add([samples, samples * vlm, weights.sum(), attention], request, is_real)
+
+    def _add(self, sums: list[Tensor], request: AlignmentRequest, counted: Tensor | None = None) -> None:
         """Add to the sums: steps or samples, L_VLM, weight of words, L_att; then the sums over words."""
-        maps, like = request.student_maps, sums[0]
-        of_words = request.matched.sum(), entropy(maps).sum(), request.map_shares.sum()
-        sums = [*sums, *(total.to(like) for total in of_words), like.new_full((), len(maps))]
+        like, matched = sums[0], request.matched[request.present]
+        of_words = [matched, entropy(request.student_maps), request.map_shares, torch.ones_like(request.map_shares)]
+        if counted is not None:
+            of_words = [values * counted.to(values.device) for values in of_words]
+        sums = [*sums, *(values.sum().to(like) for values in of_words)]
         added = torch.stack(sums)
         self._sums = added if self._sums is None else self._sums + added
 

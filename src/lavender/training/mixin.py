@@ -51,7 +51,7 @@ from lavender.training.distributed import (
     refuse_settings,
 )
 from lavender.training.matched_words import LEAST_WEIGHT, Divisor
-from lavender.training.metrics import Metrics, check_choice
+from lavender.training.metrics import Metrics, check_choice, num_real_samples
 from lavender.training.not_finite import Health, answers_finite, not_finite_error
 from lavender.training.probe import OwnAttention, add_probe, choose
 from lavender.training.refused_samples import (
@@ -65,6 +65,7 @@ from lavender.training.refused_samples import (
 )
 from lavender.training.schedule import AlignerPretraining, AlignWeight, forced_words
 from lavender.training.trainable import name_all_linear, refuse_float16, set_alignment_type, train_alignment
+from lavender.training.undoing import undone_on_failure
 
 # AlignmentMixin uses attributes of Trainer; at run time it is combined with a class that has them
 _TrainerLike = Trainer if TYPE_CHECKING else object
@@ -126,36 +127,37 @@ class AlignmentMixin(_TrainerLike):
         self.maps = MapStore.open(str(args.maps)) if maps is None else maps
         config, adapter = args.alignment(), adapter_for(model.config)
         set_seed(args.seed)  # for the Aligner's initial weights; the trainer sets the seed again
-        self._alignment_layers, self._alignment = attach(model, config).layers, config
-        self._train_metrics, self._eval_metrics = Metrics(), Metrics()
-        self._counts = self._eval_counts = torch.zeros_like(Coverage().counts())
-        self._printed_faults: set[str] = set()
-        self._align_weight = AlignWeight(config)
-        if self._align_weight.estimate is not None:
-            kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._align_weight.estimate]
-        self._root_matcher = root_matcher(processing_class) if config.match == "root" else None
-        self._divisor = Divisor(cast(Trainer, self), config.match == "label", self._root_matcher)
-        train_alignment(model, config, peft_config)
-        wrapped: nn.Module = model
-        if isinstance(self, SFTTrainer):
-            kwargs["peft_config"] = peft_config
-        elif peft_config is not None:
-            set_seed(args.seed)  # as SFTTrainer does before it initialises adapters
-            wrapped = get_peft_model(model, peft_config)
-        super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
-        if not self.is_deepspeed_enabled:  # which keeps its own copy of 32 bits
-            refuse_float16(cast(nn.Module, self.model))
-        set_alignment_type(model)
-        refuse_accelerator(self.accelerator, model)
-        if self.is_fsdp_enabled:
-            prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))
-        self._pretraining = AlignerPretraining(config.aligner_pretraining)
-        if config.aligner_pretraining:
-            self.add_callback(self._pretraining)
-        self.data_collator = AlignmentCollator(self.data_collator, processing_class, adapter, self.maps, config)
-        self._augment = args.augment()
-        with random_state_kept(args.device):
-            self._check_data(self.data_collator, args)
+        with undone_on_failure(model):
+            self._alignment_layers, self._alignment = attach(model, config).layers, config
+            self._train_metrics, self._eval_metrics = Metrics(), Metrics()
+            self._counts = self._eval_counts = torch.zeros_like(Coverage().counts())
+            self._printed_faults: set[str] = set()
+            self._align_weight = AlignWeight(config)
+            if self._align_weight.estimate is not None:
+                kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._align_weight.estimate]
+            self._root_matcher = root_matcher(processing_class) if config.match == "root" else None
+            self._divisor = Divisor(cast(Trainer, self), config.match == "label", self._root_matcher)
+            train_alignment(model, config, peft_config)
+            wrapped: nn.Module = model
+            if isinstance(self, SFTTrainer):
+                kwargs["peft_config"] = peft_config
+            elif peft_config is not None:
+                set_seed(args.seed)  # as SFTTrainer does before it initialises adapters
+                wrapped = get_peft_model(model, peft_config)
+            super().__init__(model=wrapped, args=args, processing_class=processing_class, **kwargs)
+            if not self.is_deepspeed_enabled:  # which keeps its own copy of 32 bits
+                refuse_float16(cast(nn.Module, self.model))
+            set_alignment_type(model)
+            refuse_accelerator(self.accelerator, model)
+            if self.is_fsdp_enabled:
+                prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))
+            self._pretraining = AlignerPretraining(config.aligner_pretraining)
+            if config.aligner_pretraining:
+                self.add_callback(self._pretraining)
+            self.data_collator = AlignmentCollator(self.data_collator, processing_class, adapter, self.maps, config)
+            self._augment = args.augment()
+            with random_state_kept(args.device):
+                self._check_data(self.data_collator, args)
 
     @property
     def coverage(self) -> Coverage:
@@ -279,8 +281,10 @@ class AlignmentMixin(_TrainerLike):
             self._health = Health(answers_finite(outputs_seen[0], labels), request.present, request.losses)
         else:
             weight = self._align_weight.of_evaluation()
-            self._eval_metrics.add_batch(plain_loss, total, request)
-            self._eval_counts = self._eval_counts.to(alignment["counts"].device) + alignment["counts"]
+            num_real = num_real_samples(self.accelerator, len(alignment["sample_counts"]))
+            counts = alignment["counts"] - alignment["sample_counts"][num_real:].sum(dim=0)
+            self._eval_metrics.add_batch(plain_loss, request, num_real)
+            self._eval_counts = self._eval_counts.to(counts.device) + counts
         # with align_weight=0 nothing is added, not even 0 · L_att, which would reorder sums of gradients
         loss = plain_loss + weight * attention_loss if self._alignment.align_weight else plain_loss
         return (loss, without_attention_loss(outputs)) if return_outputs else loss

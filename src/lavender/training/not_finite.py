@@ -94,8 +94,10 @@ def not_finite_error(
 def _described(
     sample: int, answer: bool, places: list[list[int]], processor: ProcessorMixin, inputs: Mapping[str, Any]
 ) -> str:
-    ids, mask, alignment = inputs["input_ids"][sample], inputs["attention_mask"][sample], inputs["alignment"]
-    text = " ".join(str(processor.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)).split())
+    ids, alignment = inputs["input_ids"][sample], inputs["alignment"]
+    if "attention_mask" in inputs:  # packed rows have none
+        ids = ids[inputs["attention_mask"][sample].bool()]
+    text = " ".join(str(processor.tokenizer.decode(ids, skip_special_tokens=True)).split())
     texts = [alignment["words"][sample][word] for index, word in places if index == sample]
     words = list(dict.fromkeys(texts))  # a word that is predicted and read is there twice
     faults = ["L_VLM"] if answer else []

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from lavender.alignment.collator import AlignmentCollator
 from lavender.alignment.coverage import Coverage
-from lavender.alignment.examples import UNREADABLE, SampleError
+from lavender.alignment.examples import CUT, UNREADABLE, SampleError
 from lavender.errors import ConfigError, DataError
 from lavender.training.arguments import AlignmentArguments
 
@@ -99,7 +99,9 @@ def refused_of(
         raise DataError(
             f"{len(refused)} samples, of which the model takes none; the first, {refused[0].index}: {refused[0].found}",
             "samples that the model takes",
-            "repair what is named, or choose a model whose template and processor fit the data",
+            "set max_length=None, or raise it"
+            if refused[0].reason == CUT
+            else "repair what is named, or choose a model whose template and processor fit the data",
         )
     return refused
 

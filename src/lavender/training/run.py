@@ -86,7 +86,7 @@ def train(run: RunConfig, restart: bool = False) -> Path:
 
     plan = plan_of(run, restart)
     run, out, args, notes = plan.run, plan.out, plan.args, plan.notes
-    wanted = resolved_settings(run, args, _content(run, plan.config, plan.sets))
+    wanted = resolved_settings(run, args, _content(run, plan.sets))
     is_main = args.process_index == 0
     if plan.holds_run and not restart:
         found = check_same(out, wanted)
@@ -291,12 +291,12 @@ def _coverage_line(counted: dict[str, Any], what: str) -> str:
     return line + (f" ({left_out})" if left_out else "")
 
 
-def _content(run: RunConfig, config: PreTrainedConfig, sets: dict[str, Samples]) -> dict[str, str]:
+def _content(run: RunConfig, sets: dict[str, Samples]) -> dict[str, str]:
     """Digests of what the run is made from."""
     from lavender.training.fingerprints import digest_of_data, digest_of_folder, digest_of_model, digests_of_settings
 
     content = {
-        "model": digest_of_model(run.model, vars(config).get("_commit_hash")),
+        "model": digest_of_model(run.model),
         **{name: digest_of_data(samples) for name, samples in sets.items()},
         "maps": "+".join(digest_of_folder(Path(path)) for path in run.training_stores()),
     }

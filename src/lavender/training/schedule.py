@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from lavender.alignment.objective import AlignmentHead, AlignmentRequest, is_alignment_part, matched_weight
 from lavender.config import AlignmentConfig
+from lavender.errors import ConfigError
 
 FIRST_VARIANCE = 0.05  # λ is 10 then, the authors' constant
 DECAY = 0.95
@@ -138,7 +139,14 @@ class EstimatedWeight(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         states = cast(dict[str, Any], state.stateful_callbacks)  # annotated as the list that the constructor takes
-        self.variance = states[type(self).__name__]["attributes"]["variance"]
+        name = type(self).__name__
+        if name not in states:
+            raise ConfigError(
+                "align_weight='estimated', and a checkpoint of a run whose align_weight was a number",
+                "the run's own align_weight",
+                "set that number again, or begin anew with another output_dir",
+            )
+        self.variance = states[name]["attributes"]["variance"]
 
     def state(self) -> dict[str, dict[str, Any]]:
         return {"args": {}, "attributes": {"variance": self.variance}}

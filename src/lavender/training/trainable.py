@@ -132,11 +132,7 @@ def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
         )
     allowed = [setting.name for setting in dataclasses.fields(known[kind]) if setting.init]
     if not {"target_modules", "modules_to_save"} <= set(allowed):
-        raise ConfigError(
-            f"peft_type: {kind}, which does not tune chosen modules",
-            "a method that does, such as LORA or IA3",
-            "choose another; added tokens would shift the text's positions",
-        )
+        raise _tunes_no_modules(kind)
     check_keys(given, allowed, "peft")
     for name, value in given.items():
         hint = bool | str if name == "init_lora_weights" else hints_of(known[kind])[name]  # such as pissa_niter_16
@@ -146,6 +142,14 @@ def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
     except Exception as error:  # PEFT's checks raise many types
         got = f"settings of {kind} that PEFT refuses: {error}"
         raise ConfigError(got, "values that it accepts", "change the setting") from error
+
+
+def _tunes_no_modules(kind: str) -> ConfigError:
+    return ConfigError(
+        f"peft_type: {kind}, which does not tune chosen modules",
+        "a method that does, such as LORA or IA3",
+        "choose another; added tokens would shift the text's positions",
+    )
 
 
 def check_quantization(settings: Mapping[str, Any]) -> None:
@@ -207,7 +211,12 @@ def name_all_linear(config: PeftConfig, model: PreTrainedModel) -> None:
     """Replace PEFT's "all-linear" by the names of the linear layers, before alignment adds further ones.
 
     The output layer is left out, as in PEFT, and so are the linear layers inside it, which PEFT includes for IDEFICS.
+
+    Raises:
+        ConfigError: a method that adds tokens to the text.
     """
+    if config.is_prompt_learning:
+        raise _tunes_no_modules(str(getattr(config.peft_type, "value", config.peft_type)))
     tuned: Any = config  # PeftConfig itself lacks target_modules
     chosen = vars(tuned).get("target_modules")
     if not isinstance(chosen, str) or chosen.lower() != ALL_LINEAR:

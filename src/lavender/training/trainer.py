@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
@@ -18,6 +19,8 @@ from trl.trainer.utils import create_model_from_path
 
 from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import ConfigError
+from lavender.students.loading import load_processor
+from lavender.students.registry import adapter_for
 from lavender.training.arguments import AlignmentArguments, as_dict
 from lavender.training.mixin import AlignmentMixin
 from lavender.training.model_card import CARD, trainer_card
@@ -54,6 +57,17 @@ class LavenderConfig(AlignmentArguments, SFTConfig):
             )
 
 
+def _loading_settings(args: LavenderConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
+    """The arguments with which SFTTrainer loads a model by its name."""
+    settings = {"trust_remote_code": args.trust_remote_code} | as_dict(args.model_init_kwargs)
+    if quantization_config is not None:
+        settings["quantization_config"] = quantization_config
+    state = args.distributed_state
+    if state is not None and state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.DEEPSPEED):
+        settings["device_map"] = None  # each process has a whole model; create_model_from_path would spread it
+    return settings
+
+
 class LavenderTrainer(AlignmentMixin, SFTTrainer):
     """TRL's SFTTrainer with the alignment loss: L = L_VLM + align_weight · L_att.
 
@@ -81,7 +95,7 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
     Args:
         model: a loaded VLM of a supported family, or its folder or Hub id.
         args: a LavenderConfig.
-        processing_class: the model's processor.
+        processing_class: the model's processor; None loads that of the model's folder or Hub id.
         maps: the open map store, or several as `SeveralStores`, if `args.maps` does not name it.
         peft_config: settings of LoRA or another PEFT method that tunes modules; None trains the model itself.
         train_dataset: a data set or stream with the columns `messages` and `images`.
@@ -97,7 +111,7 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
         model: str | PreTrainedModel,
         args: LavenderConfig,
         *,
-        processing_class: ProcessorMixin,
+        processing_class: ProcessorMixin | None = None,
         maps: MapStore | SeveralStores | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
@@ -112,12 +126,16 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
+        given, revision = args.model_init_kwargs, None
         if isinstance(model, str):
-            settings = as_dict(args.model_init_kwargs)
-            if quantization_config is not None:
-                settings["quantization_config"] = quantization_config
-            model = create_model_from_path(model, **settings)
-            args.model_init_kwargs = quantization_config = None
+            settings = _loading_settings(args, quantization_config)
+            model, revision = create_model_from_path(model, **settings), settings.get("revision")
+            args.model_init_kwargs = quantization_config = None  # TRL would warn that it ignores them
+            if revision is not None and peft_config is not None:
+                peft_config.revision = peft_config.revision or revision  # the export merges into these weights
+        if processing_class is None:
+            name = str(model.config.name_or_path)
+            processing_class = load_processor(adapter_for(model.config), name, args.trust_remote_code, revision)
         super().__init__(
             model,
             args,
@@ -136,6 +154,7 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
             quantization_config=quantization_config,
             formatting_func=formatting_func,
         )
+        args.model_init_kwargs = given
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

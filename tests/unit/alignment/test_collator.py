@@ -70,6 +70,22 @@ def collator_of(student, store: MapStore, config: AlignmentConfig | None = None)
     return AlignmentCollator(base, processor, adapter_for(model.config), store, config)
 
 
+def test_words_are_found_in_the_template_of_the_batch(student, store):
+    """TRL has templates of its own, which mark the answers. That of Qwen3.5 writes more before them."""
+    model, processor = student
+    template = processor.chat_template.replace("{%- generation %}", "{{- 'one red apple ' }}{%- generation %}")
+    base = DataCollatorForVisionLanguageModeling(processor, chat_template=template)
+    example = {"images": [FIRST], "messages": messages(DOG, "one red apple near the sun")}
+    batch = AlignmentCollator(base, processor, adapter_for(model.config), store)([example])
+    plain = collator_of(student, store)([example])
+    assert batch["input_ids"].shape[1] > plain["input_ids"].shape[1]
+    for found in (batch, plain):
+        alignment = found["alignment"]
+        assert Coverage.of(alignment["counts"]).mapped_samples == 1
+        dog = alignment["rows"][0][alignment["shares"][0, 0] > 0] + 1
+        assert "dog" in processor.tokenizer.decode(found["input_ids"][0, dog])
+
+
 def test_a_batch_of_several_none_and_one(student, store):
     """The dog on the first picture; the cat on both, by the same rows; the apple; and a sample of text alone."""
     collator = collator_of(student, store)

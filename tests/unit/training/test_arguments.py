@@ -75,8 +75,10 @@ def basics(tmp_path_factory) -> list[str]:
 PUBLISHED = {"attention_loss": "published"}
 NEEDS: dict[str, dict[str, Any]] = {
     "forcing_share": {"attention_forcing": 1},
+    "layer_share": {"layers": "middle"},
     **{name: PUBLISHED for name in AlignmentConfig.__dataclass_fields__ if name.startswith("aligner")},
-    **dict.fromkeys(("pooling", "parallel_init", "align_weight"), PUBLISHED),
+    **dict.fromkeys(("pooling", "align_weight"), PUBLISHED),
+    "parallel_init": PUBLISHED | {"pooling": "learn"},
 }
 """Settings that are refused alone, and what they need."""
 

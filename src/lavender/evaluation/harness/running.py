@@ -26,9 +26,9 @@ from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, benchma
 from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported, sample_lines
 from lavender.evaluation.harness.task_index import TaskIndex, cause_of, of_task, require_harness
 from lavender.files import write_whole
-from lavender.model_files import loading, one_line
-from lavender.students.loading import dtype_on_disk, load_config
-from lavender.training.fingerprints import digest_of_folder
+from lavender.model_files import one_line
+from lavender.students.loading import dtype_on_disk
+from lavender.training.fingerprints import commit_of, digest_of_folder
 
 RESULT = "eval-tasks.json"
 """Name of the file with the result."""
@@ -106,7 +106,7 @@ def _evaluate_tasks(
     for name in names:
         check_task(name, index.build(name))
     settings, notes_of_dtype = _in_one_dtype(arms, settings)
-    identities = {arm: checkpoint_digest(path, settings.trust_remote_code) for arm, path in arms.items()}
+    identities = {arm: checkpoint_digest(path) for arm, path in arms.items()}
     scored: dict[str, dict[str, Scored]] = {name: {} for name in names}
     for arm, path in arms.items():
         for name, found in _run_arm(path, identities[arm], index, names, out / file_name(arm), settings):
@@ -140,7 +140,7 @@ def _in_one_dtype(arms: Mapping[str, str | Path], settings: Settings) -> tuple[S
     return replace(settings, dtype="float32"), [note]
 
 
-def checkpoint_digest(path: str | Path, trust_remote_code: bool = False) -> str:
+def checkpoint_digest(path: str | Path) -> str:
     """What identifies a checkpoint's content: a digest of its files, with those of an adapter's base, or a Hub commit.
 
     Raises:
@@ -148,13 +148,12 @@ def checkpoint_digest(path: str | Path, trust_remote_code: bool = False) -> str:
     """
     folder = Path(path) / "checkpoint" if (Path(path) / "checkpoint").is_dir() else Path(path)
     if not folder.is_dir():
-        with loading("model", path):
-            return f"{path} at commit {load_config(path, trust_remote_code)._commit_hash}"
+        return f"{path} at commit {commit_of(str(path))}"
     found = digest_of_folder(folder)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-        found += f" on {checkpoint_digest(base, trust_remote_code)}" if base else ""
+        found += f" on {checkpoint_digest(base)}" if base else ""
     return found
 
 
