@@ -265,11 +265,12 @@ def evaluate(tmp_path, monkeypatch) -> Callable[..., dict]:
     from lavender.evaluation import runs as judgement
     from lavender.evaluation.compare import Judged
 
-    def observe(arms, samples, store, trust_remote_code):
+    def observe(arms, samples, store, place, trust_remote_code):
         return {name: [Judged("", {"num_samples": (float(len(samples)), 1)})] * len(samples) for name in arms}
 
     monkeypatch.setattr(judgement, "_observe_arms", observe)
-    monkeypatch.setattr(judgement, "load_run_processor", lambda *_: None)  # the models are not there
+    monkeypatch.setattr(judgement, "load_reader", lambda *_: None)  # the models are not there
+    monkeypatch.setattr(judgement, "taken", lambda samples, readers: samples)
 
     def run(data: Path, *against: str) -> dict:
         (tmp_path / "a" / "run").mkdir(parents=True)

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from command_line import complaint, lavender, write_run
 from lavender.cli import output
@@ -20,6 +22,7 @@ from lavender.cli.eval import _table
 from lavender.cli.inspect import as_text
 from lavender.cli.main import DONE, VERBS, WRONG_USAGE, build_parser
 from lavender.cli.quiet import LARGEST_LOG, libraries_logged, log_path
+from lavender.cli.stopping import unexpected
 from lavender.cli.terminal import show, table
 from lavender.errors import nearest
 from lavender.world import STUDENT_PATH
@@ -137,14 +140,24 @@ def test_lines_of_the_work_itself_go_aside(capsys):
 
 
 def test_facts_as_lines():
-    facts = {"samples": 1200, "loss": {"mean": 0.5, "margin": 0.125}, "broken": [{}, {}], "of": {"a_b": None}}
+    facts: dict[str, Any] = {"samples": 1200, "loss": {"mean": 0.5, "margin": 0.125}, "broken": [{}, {}]}
+    facts |= {"of": {"a_b": None}, "alone": {"mean": 0.25, "margin": None}}
     assert list(output.fact_lines(facts)) == [
         "samples: 1,200",
         "loss: 0.500 ± 0.125",
         "broken: 2",
         "of:",
         "  a b: none",
+        "alone: 0.250 (one picture)",
     ]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()])
+def test_memory_that_is_too_small_is_no_bug(error):
+    found = str(unexpected(error))
+    assert found.startswith(f"Got memory that is too small: {'CUDA out of memory' if str(error) else 'MemoryError'}.")
+    assert "lower --batch-size" in found
+    assert "bug" not in found
 
 
 # other libraries

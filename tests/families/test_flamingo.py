@@ -31,6 +31,7 @@ from families.training import train_two_steps
 from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.config import AlignmentConfig
 from lavender.errors import DataError, UnsupportedModelError
+from lavender.evaluation.answers import end_ids, generate_answers
 from lavender.students.capture import row_tensors
 from lavender.students.families.flamingo import (
     FlamingoAdapter,
@@ -415,3 +416,25 @@ class TestProcessor:
     def test_another_number_of_pictures_is_refused(self, captions):
         with pytest.raises(DataError, match=r"Got \[1\] <image> in texts of \[2\] pictures\. Expected one for each"):
             build_processor(captions)(images=[[picture((50, 50))] * 2], text=["<image>a"])
+
+
+def test_an_answer_ends_at_its_end_token(captions):
+    """The config of a converted model names no end of the text. A prompt ends before the answer's blank."""
+    processor = build_processor(captions)
+    family = family_of(captions)
+    model, end = family.make(), processor.tokenizer.convert_tokens_to_ids("<|endofchunk|>")
+    prompt = processor.apply_chat_template([{"role": "user", "content": "what?"}], tokenize=False)
+    whole = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a dog"}]
+    assert processor.apply_chat_template(whole, tokenize=False) == f"{prompt} a dog<|endofchunk|>"
+    assert prompt == "what?"
+    assert end in end_ids(model, processor)
+    steps = []
+
+    def always_end(module, args, logits):
+        steps.append(logits.shape[1])
+        return torch.full_like(logits, -1e4).index_fill_(-1, torch.tensor([end]), 1e4)
+
+    model.lm_head.register_forward_hook(always_end)
+    image = Image.new("RGB", (60, 40))
+    assert generate_answers(model, processor, [image], ["what?"], max_new_tokens=9) == [""]
+    assert len(steps) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from families.contract import Contract
 from families.geometry import GRID, Family, parameters_zeroed, picture
 from lavender.alignment.objective import AlignmentRequest, attach
 from lavender.config import AlignmentConfig
+from lavender.evaluation.answers import end_ids
 from lavender.students.capture import AttentionRequest, row_tensors
 from lavender.students.families.idefics import IdeficsAdapter, IdeficsChatProcessor
 from lavender.students.word_maps import AnsweredPicture, capturing, student_maps
@@ -368,3 +370,18 @@ def test_a_planted_patch_comes_back_through_the_latents(captions, seed):
         for one in maps.flatten(1):
             assert one.argmax().item() == row * 6 + col
             assert one.sort().values[-2] < 0.1
+
+
+def test_the_template_as_the_model_was_tuned(captions):
+    """A system prompt is nobody's turn, and a prompt ends before the answer's blank."""
+    processor = build_processor(captions)
+    asked = [{"role": "system", "content": "be short."}, {"role": "user", "content": "what?"}]
+    whole = [*asked, {"role": "assistant", "content": "a dog"}]
+    prompt = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    rendered = processor.apply_chat_template(whole, tokenize=False)
+    start = processor.tokenizer.bos_token
+    assert prompt == f"{start}be short.\nUser: what?<end_of_utterance>\nAssistant:"
+    assert rendered == f"{prompt} a dog<end_of_utterance>"
+    assert processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>") in end_ids(
+        SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 2])), processor
+    )

@@ -7,7 +7,7 @@ import os
 
 from lavender.cli.options import add_columns, add_limit, add_maps, add_trust_remote_code, columns_of
 from lavender.cli.output import fact_lines, note, report
-from lavender.cli.placement import add_placement, placement_of
+from lavender.cli.placement import add_batch_size, add_placement, placement_of
 from lavender.cli.stopping import DONE
 from lavender.files import data_path
 
@@ -35,13 +35,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_columns(parser)
     add_limit(parser)
     add_placement(parser)
+    add_batch_size(parser)
     add_trust_remote_code(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from lavender.evaluation.check import check_model
 
-    device, dtype = placement_of(options)
     result = check_model(
         options.model,
         options.data,
@@ -50,8 +50,7 @@ def run(options: argparse.Namespace) -> int:
         options.attributes,
         options.trust_remote_code,
         columns_of(options),
-        device,
-        dtype,
+        placement_of(options),
     )
     figures = {name: value for name, value in result.items() if name not in ("verdict", "reasons")}
     report(options, result, fact_lines(figures), piped=True)

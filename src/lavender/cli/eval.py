@@ -8,7 +8,7 @@ from typing import Any
 from lavender.cli import eval_tasks
 from lavender.cli.options import add_columns, add_maps, add_trust_remote_code, columns_of
 from lavender.cli.output import report
-from lavender.cli.placement import DTYPES, add_placement, placement_of
+from lavender.cli.placement import COMPARED, DTYPES, add_batch_size, add_placement, placement_of
 from lavender.cli.stopping import DONE
 from lavender.cli.terminal import table, width_of
 from lavender.errors import ConfigError
@@ -42,12 +42,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"look at N samples, spread evenly over the data (default: {LIMIT}); of --tasks the first N of each "
         "(default: all)",
     )
-    add_placement(
-        parser,
-        "type of the weights (default: bfloat16 on cuda, else float32; with --tasks auto: theirs on disk, and float32 "
-        "if those of the models differ)",
-        ("auto", *DTYPES),
-    )
+    add_placement(parser, f"type of the weights ({COMPARED}; with --tasks auto)", ("auto", *DTYPES))
+    add_batch_size(parser, "samples per forward pass (default: 16; with --tasks 1)")
     add_trust_remote_code(parser)
     eval_tasks.add_options(parser)
 
@@ -63,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     from lavender.evaluation.runs import evaluate_runs
     from lavender.evaluation.score_help import explained
 
-    device, dtype = placement_of(options)
+    place = placement_of(options, on_gpu="auto")
     with writing(options.run):
         result = evaluate_runs(
             options.run,
@@ -73,10 +69,10 @@ def run(options: argparse.Namespace) -> int:
             LIMIT if options.limit is None else options.limit,
             options.trust_remote_code,
             columns_of(options),
-            device,
-            dtype,
+            place,
         )
-    head = f"{result['samples']} sample{'s' * (result['samples'] != 1)} of {result['data']}; {dtype} on {device}"
+    samples = f"{result['samples']} sample{'s' * (result['samples'] != 1)}"
+    head = f"{samples} of {result['data']}; {result['dtype']} on {result['device']}"
     ends = [*explained(next(iter(result["arms"].values()))), *(f"note: {note}" for note in result["notes"])]
     ends.append(f"written: {options.run / 'eval.json'}, eval.jsonl")
     report(options, result, [head, *_table(result["arms"], result["teacher"], width_of())], ends)

@@ -14,7 +14,7 @@ from lavender.evaluation.harness import file_name
 from lavender.files import expanded, writing
 
 FOLDER = "eval-tasks"
-_ALONE = ("model", "out", "batch_size", "include_path", "print_vlmevalkit")
+_ALONE = ("model", "out", "include_path", "print_vlmevalkit")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--out", type=expanded, default=None, help=f"folder for logs (default: RUN/{FOLDER}, or {FOLDER} without a run)"
     )
-    group.add_argument("--batch-size", type=int, default=1, metavar="N", help="questions per pass (default: 1)")
     group.add_argument(
         "--include-path",
         type=expanded,
@@ -52,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_without_tasks(options: argparse.Namespace) -> None:
-    """Raise ConfigError for an option, or a value, that only --tasks takes."""
+    """Raise ConfigError for an option that only --tasks reads."""
     parser = argparse.ArgumentParser()
     add_options(parser)
     for name in _ALONE:
@@ -61,8 +60,6 @@ def refuse_without_tasks(options: argparse.Namespace) -> None:
             raise ConfigError(
                 f"{option} without --tasks", "both, or neither", f"name the tasks to run, or leave out {option}"
             )
-    if options.dtype == "auto":
-        raise ConfigError("--dtype auto without --tasks", "float32, float16 or bfloat16", "name one, or leave it out")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -81,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
     settings = Settings(
         limit=options.limit,
-        batch_size=options.batch_size,
+        batch_size=1 if options.batch_size is None else options.batch_size,
         device=None if options.device is None else usable_device(options.device),
         dtype=options.dtype or "auto",
         include=tuple(options.include_path),

@@ -38,14 +38,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from lavender.evaluation.inspect import inspect_target
 
-    device, dtype = "cpu", "float32"
-    if options.picture is not None:
-        device, dtype = placement_of(options)
-    elif options.device or options.dtype:
+    if options.picture is None and (options.device or options.dtype):
         got = f"--{'device' if options.device else 'dtype'} without --picture"
         raise ConfigError(got, "both, or neither: nothing runs without a picture", "add --picture, or leave it out")
+    place = None if options.picture is None else placement_of(options)
     with writing(options.picture or options.target):
-        facts = inspect_target(options.target, options.picture, options.trust_remote_code, device, dtype)
+        facts = inspect_target(options.target, options.picture, options.trust_remote_code, place)
     report(options, facts, as_text(facts, min(width_of() or WIDTH, WIDTH)).splitlines(), piped=True)
     return DONE
 

@@ -200,7 +200,7 @@ def _parts(options: argparse.Namespace) -> tuple:
 def _look_at_model(options: argparse.Namespace) -> Looked:
     from lavender.evaluation.look.looking import look_at_model
 
-    device, dtype = placement_of(options)
+    place = placement_of(options)
     with progress(options, unit="order", desc="faithfulness", disable=not options.faithfulness) as bar:
         return look_at_model(
             options.target,
@@ -212,8 +212,8 @@ def _look_at_model(options: argparse.Namespace) -> Looked:
             parts_of_speech=_parts(options),
             with_faithfulness=options.faithfulness,
             steps=_DEFAULT_STEPS if options.steps is None else options.steps,
-            device=device,
-            dtype=dtype,
+            device=place.device,
+            dtype=place.dtype,
             trust_remote_code=options.trust_remote_code,
             progress=lambda: _advance(bar),
         )
@@ -229,7 +229,7 @@ def _look_at_teacher(options: argparse.Namespace) -> Looked:
     from lavender.evaluation.look.looking import look_at_teacher
     from lavender.world import TEACHER_NAME, TEACHER_NOTES, TEACHER_PATH
 
-    device, dtype = placement_of(options, on_gpu="float16")
+    place = placement_of(options, on_gpu="float16")
     return look_at_teacher(
         TEACHER_PATH if options.target == TEACHER_NAME else options.target,
         options.photo,
@@ -237,8 +237,8 @@ def _look_at_teacher(options: argparse.Namespace) -> Looked:
         command=_command(),
         name=options.target,
         parts_of_speech=_parts(options),
-        device=device,
-        dtype=getattr(torch, dtype),
+        device=place.device,
+        dtype=getattr(torch, place.dtype),
         teacher_notes=TEACHER_NOTES,
     )
 

@@ -64,7 +64,8 @@ def fact_lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     for name, value in facts.items():
         label = f"{indent}{str(name).replace('_', ' ')}:"
         if isinstance(value, Mapping) and value.keys() == {"mean", "margin"}:
-            yield f"{label} {value['mean']:.3f} ± {value['margin']:.3f}"
+            margin = "(one picture)" if value["margin"] is None else f"± {value['margin']:.3f}"
+            yield f"{label} {value['mean']:.3f} {margin}"
         elif isinstance(value, Mapping) and value:
             yield label
             yield from fact_lines(value, f"{indent}  ")

@@ -6,7 +6,7 @@ import argparse
 
 from lavender.cli import output
 from lavender.cli.options import add_columns, add_maps, add_trust_remote_code, columns_of
-from lavender.cli.placement import add_placement, placement_of
+from lavender.cli.placement import COMPARED, DTYPES, add_batch_size, add_placement, placement_of
 from lavender.cli.stopping import DONE
 from lavender.errors import ConfigError
 from lavender.files import data_path, expanded, prepare_place, writing
@@ -46,7 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=expanded, default=None, metavar="FILE", help="the page (default: RUN/report.html)"
     )
     parser.add_argument("--pdf", type=expanded, default=None, metavar="FILE", help="also write the figures as a PDF")
-    add_placement(parser)
+    add_placement(parser, COMPARED, ("auto", *DTYPES))
+    add_batch_size(parser)
     add_trust_remote_code(parser)
 
 
@@ -54,7 +55,6 @@ def run(options: argparse.Namespace) -> int:
     from lavender.evaluation.run_report import Options, report_run
     from lavender.world import TEACHER_NOTES
 
-    device, dtype = placement_of(options)
     asked = Options(
         against=None if options.against is None else tuple(options.against),
         data=options.data,
@@ -63,8 +63,7 @@ def run(options: argparse.Namespace) -> int:
         columns=columns_of(options),
         num_pictures=options.pictures,
         by=options.by,
-        device=device,
-        dtype=dtype,
+        place=placement_of(options, on_gpu="auto"),
     )
     if options.pdf is not None and options.pdf == options.out:
         raise ConfigError(f"{options.out} for --out and for --pdf", "two files", "give one of them another name")

@@ -53,7 +53,17 @@ def signals_stop() -> Iterator[None]:
 
 
 def unexpected(error: Exception) -> LavenderError:
-    """The message about a bug in the library. The traceback goes to a file that the message names."""
+    """The message about a bug in the library. The traceback goes to a file that the message names.
+
+    Memory that is too small is none.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return LavenderError(
+            f"memory that is too small: {' '.join(str(error).split('. ')[0].split()) or type(error).__name__}",
+            "a model and a batch that fit",
+            "lower --batch-size or per_device_train_batch_size, take smaller images (image_processor: {size: …}), "
+            "16 bits, or a device with more memory",
+        )
     import tempfile
     import traceback
 

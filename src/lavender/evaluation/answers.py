@@ -138,12 +138,22 @@ def answer_batch(
     ).to(model.device, model.dtype)
     # Greedy decoding uses no sampling settings; those of a checkpoint would only cause warnings.
     settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None} | sampling
-    tokens = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, pad_token_id=processor.tokenizer.pad_token_id, **settings
-    )
+    settings |= {"pad_token_id": processor.tokenizer.pad_token_id, "eos_token_id": end_ids(model, processor) or None}
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
     if not model.config.is_encoder_decoder:  # a decoder repeats its prompt
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
     return [answer.strip() for answer in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def end_ids(model: Any, processor: Any) -> list[int]:
+    """The tokens that end an answer: those of the model's generation config, of the tokenizer and of the processor.
+
+    The config of a model that was converted or trained on captions may name none.
+    """
+    named, tokenizer = model.generation_config.eos_token_id, processor.tokenizer
+    found = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
+    found |= {tokenizer.convert_tokens_to_ids(token) for token in getattr(processor, "end_tokens", ())}
+    return sorted(found - {None})
 
 
 @torch.inference_mode()

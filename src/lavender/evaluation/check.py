@@ -52,10 +52,12 @@ from lavender.errors import DataError, NotFiniteError
 from lavender.evaluation.compare import readings_of
 from lavender.evaluation.leave_out import Case, Measured, measure
 from lavender.evaluation.place_probe import read_words
+from lavender.evaluation.placement import ON_CPU, Placement
 from lavender.evaluation.promise import SURPRISE, is_local, promise
 from lavender.evaluation.sampling import evenly, left_out, require_limit, spread
+from lavender.evaluation.taken import taken
 from lavender.maps import Word
-from lavender.students.loading import load_run
+from lavender.students.loading import load_reader
 
 Kind = tuple[str, bool]
 """Words that a reader tells from each other: (part of speech, whether they are new)."""
@@ -73,8 +75,7 @@ def check_model(
     attributes: Attributes = "own",
     trust_remote_code: bool = False,
     columns: Mapping[str, str] | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
+    place: Placement = ON_CPU,
 ) -> dict[str, Any]:
     """Whether alignment will pay, and the figures behind it.
 
@@ -87,7 +88,7 @@ def check_model(
             the map that it names.
         trust_remote_code: whether code that comes with the model may run.
         columns: the data's own names of columns, as in `read_samples`.
-        device, dtype: where and with which numbers the model runs.
+        place: how the model runs.
 
     Returns:
         Among others `verdict` and `reasons`, see `lavender.evaluation.promise.Promise`, and `groups`: the figures of
@@ -103,29 +104,24 @@ def check_model(
     require_limit(limit)
     store = SeveralStores.open(maps)
     read = read_samples(data, columns=columns).samples
-    samples = readable(Samples(spread(read, limit))).samples
-    model, processor = load_run(model_path, dtype, trust_remote_code, device)
+    usable = taken(readable(Samples(spread(read, limit))), [load_reader(model_path, trust_remote_code)])
     dropped: Counter[str] = Counter()
-    measured = measure(model, processor, cases_of(samples, store, attributes, dropped), dropped)
-    if measured is None:
-        raise DataError(
-            f"no mapped word that {model_path} could be asked for, {dict(dropped)} left out",
-            "one at least",
-            "see why they are left out, and check other data",
-        )
-    check_finite(str(model_path), measured)
+    cases = cases_of(usable.samples, store, attributes, dropped)
+    model, processor = place.load(model_path, trust_remote_code)
+    measured = measure(model, processor, cases, dropped, batch_size=place.batch_size)
+    measured = _checked(str(model_path), measured, dropped, place.dtype)
     result = {
         "model": str(model_path),
-        "device": device,
-        "dtype": dtype,
-        "samples": len(samples),
-        "left_out": left_out(read),
+        "device": place.device,
+        "dtype": place.dtype,
+        "samples": len(usable),
+        "left_out": [*left_out(read), *(f"left out {drop.what}: {drop.reason}" for drop in usable.dropped)],
         "dropped": {reason: count for reason, count in dropped.items() if count},
         "groups": groups_of(measured),
         "hidden": None,
     }
     if not is_local(result):
-        result["hidden"] = _cost_of_hiding(model, processor, measured)
+        result["hidden"] = _cost_of_hiding(model, processor, measured, place.batch_size)
     return {**result, **promise(result)._asdict()}
 
 
@@ -181,15 +177,24 @@ def _control(cases: Sequence[Case], place: int) -> Tensor:
     return same[(place + len(same) // 2) % len(same)].maps[:1]
 
 
-def check_finite(model_path: str, measured: Measured) -> None:
-    """Raise NotFiniteError if a loss is NaN or infinite."""
+def _checked(model_path: str, measured: Measured | None, dropped: Counter[str], dtype: str) -> Measured:
+    """What was measured, if anything was, with finite losses. Raises as `check_model` does."""
+    if measured is None:
+        raise DataError(
+            f"no mapped word that {model_path} could be asked for, {dict(dropped)} left out",
+            "one at least",
+            "see why they are left out, and check other data",
+        )
     wrong = [view for view, values in measured.losses.items() if not values.isfinite().all()]
     if wrong:
         raise NotFiniteError(
             f"NaN or infinity in the loss of {model_path} from the patches: {', '.join(wrong)}",
             "finite losses",
-            "check the model's weights; one that was trained to NaN is of no use",
+            "add --dtype bfloat16 or float32: float16 overflows in some models"
+            if dtype == "float16"
+            else "check the model's weights; one that was trained to NaN is of no use",
         )
+    return measured
 
 
 def groups_of(measured: Measured) -> dict[str, dict[str, Any] | None]:
@@ -303,7 +308,9 @@ def estimate(values: Tensor, pictures: Tensor) -> dict[str, float | None]:
     return {"mean": means.mean().item(), "margin": margin}
 
 
-def _cost_of_hiding(model: PreTrainedModel, processor: ProcessorMixin, measured: Measured) -> dict[str, float]:
+def _cost_of_hiding(
+    model: PreTrainedModel, processor: ProcessorMixin, measured: Measured, batch_size: int
+) -> dict[str, float]:
     """By how much the loss of words rises if the worst part of the picture is hidden, and if all of it is."""
     labels = [case.label for case in measured.cases]
     surprise = _mean_of_equals(torch.minimum(measured.losses["whole"], measured.losses["there"]), labels)
@@ -314,7 +321,7 @@ def _cost_of_hiding(model: PreTrainedModel, processor: ProcessorMixin, measured:
     parts = torch.cat([torch.eye(count).view(count, BLOCKS, BLOCKS), torch.zeros(1, BLOCKS, BLOCKS)])
     views = {str(part): (part, False) for part in range(count)} | {"nothing": (count, True)}
     cases = [replace(case, maps=parts) for case in chosen]
-    hidden = measure(model, processor, cases, Counter(), views)
+    hidden = measure(model, processor, cases, Counter(), views, batch_size)
     assert hidden is not None, "these words were measured before"
     costs = {view: values - hidden.losses["whole"] for view, values in hidden.losses.items()}
     worst = torch.stack([costs[str(part)] for part in range(count)]).amax(dim=0)

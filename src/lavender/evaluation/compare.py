@@ -16,11 +16,12 @@ from lavender.data.images import image_id
 from lavender.data.samples import Sample
 from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import DataError, NotFiniteError
-from lavender.evaluation.answers import generate_answers, micro_f1
+from lavender.evaluation.answers import answer_batch, answering, micro_f1
 from lavender.evaluation.intervals import ratio
 from lavender.evaluation.report.panels import Panel, WordRow
 from lavender.maps import WordMaps, correlation, entropy
 from lavender.students.locate import WordLocator
+from lavender.students.logits import logits_at
 from lavender.students.registry import adapter_for
 from lavender.students.word_maps import AnsweredPicture, processor_inputs, student_maps
 from lavender.words import content_words
@@ -79,11 +80,12 @@ def readings_of(
     """
     for sample in samples:
         (image,) = sample.load()
-        turns = [text_of(message["content"]) for message in sample.messages if message["role"] in ("user", "assistant")]
-        prompt, answer = turns[0], turns[1]
+        place = next(place for place, message in enumerate(sample.messages) if message["role"] == "assistant")
+        asked, answer = sample.messages[:place], text_of(sample.messages[place]["content"])
+        prompt = next(text_of(message["content"]) for message in asked if message["role"] == "user")
         teacher = store.get(image_id(image), answer) if store is not None else None
         words = teacher.words if teacher is not None else content_words(answer, CONTENT_WORDS)
-        yield AnsweredPicture(image, prompt, answer, words), teacher
+        yield AnsweredPicture(image, prompt, answer, words, asked), teacher
 
 
 def observe(
@@ -114,8 +116,8 @@ def observe(
     for start in range(0, len(samples), batch_size):
         pairs = list(readings_of(samples[start : start + batch_size], store))
         readings = [reading for reading, _ in pairs]
-        images, prompts = [reading.image for reading in readings], [reading.prompt for reading in readings]
-        answers = generate_answers(model, processor, images, prompts, max_new_tokens, batch_size)
+        with answering(model, processor):
+            answers = answer_batch(model, processor, [reading.question() for reading in readings], max_new_tokens)
         maps = student_maps(model, processor, readings, grid, batch_size)
         likelihoods = answer_tallies(model, processor, readings)
         for (reading, teacher), answer, own, likelihood in zip(pairs, answers, maps, likelihoods, strict=True):
@@ -186,23 +188,26 @@ def answer_tallies(
     locator = WordLocator(processor, adapter_for(model.config))
     inputs = processor_inputs(processor, readings)
     rows_by_reading = [
-        locator.rows_to_end(reading.messages(), 1, ids, mask)
+        locator.rows_to_end(reading.messages(), reading.turn, ids, mask)
         for reading, ids, mask in zip(readings, inputs["input_ids"], inputs["attention_mask"], strict=True)
     ]
     inputs = inputs.to(model.device, model.dtype)
-    logits = model(**inputs).logits
+    needed = sorted({row for rows in rows_by_reading for row in rows})
+    place_of = {row: place for place, row in enumerate(needed)}
+    logits = logits_at(model, inputs, needed)
     tallies = []
     for index, rows in enumerate(rows_by_reading):
-        predicting = torch.tensor(rows, dtype=torch.long, device=model.device)
-        loss = torch.nn.functional.cross_entropy(
-            logits[index, predicting].float(), inputs["input_ids"][index, predicting + 1], reduction="sum"
-        )
+        predicted = inputs["input_ids"][index, [row + 1 for row in rows]]
+        own = logits[index, [place_of[row] for row in rows]]
+        loss = torch.nn.functional.cross_entropy(own, predicted, reduction="sum")
         tallies.append((loss.item(), len(rows)))
     if not math.isfinite(sum(loss for loss, _ in tallies)):
         raise NotFiniteError(
             f"NaN or infinity in the loss of {model.config.name_or_path or type(model).__name__}",
             "a finite loss",
-            "leave this model out; its weights are damaged, or its training diverged",
+            "use bfloat16 or float32 (--dtype): float16 overflows in some models"
+            if model.dtype == torch.float16
+            else "leave this model out; its weights are damaged, or its training diverged",
         )
     return tallies
 

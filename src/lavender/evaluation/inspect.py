@@ -21,6 +21,7 @@ from lavender.type_checks import check_type
 if TYPE_CHECKING:
     from PIL import Image
 
+    from lavender.evaluation.placement import Placement
     from lavender.students.base import VlmAdapter
 
 Draw = Callable[[], dict[str, Any]]
@@ -36,8 +37,7 @@ def inspect_target(
     target: str,
     picture: Path | None = None,
     trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str = "float32",
+    place: Placement | None = None,
 ) -> dict[str, Any]:
     """Facts about a model or a map store, as JSON keeps them. `kind` says which it is: "model" or "map store".
 
@@ -45,7 +45,7 @@ def inspect_target(
         target: a map store, a model folder (its config.json is enough), a run folder, or a hub id.
         picture: path of a PNG to draw the model's word maps on a photograph to; this loads the weights.
         trust_remote_code: run the code that comes with the model.
-        device, dtype: where and with which numbers the model of `picture` runs.
+        place: how the model of `picture` runs; None for float32 on the CPU.
 
     Returns:
         Of a store: its numbers of records and words, grid (rows, cols), identity, info and first texts. Of a model: its
@@ -65,7 +65,7 @@ def inspect_target(
         if picture is not None:
             raise ConfigError(f"--picture with the map store {target}", "--picture with a model", "leave --picture out")
         return _inspect_store(Path(target))
-    draw = None if picture is None else partial(_draw_sample, target, picture, trust_remote_code, device, dtype)
+    draw = None if picture is None else partial(_draw_sample, target, picture, trust_remote_code, place)
     return _inspect_model(target, draw, trust_remote_code)
 
 
@@ -89,15 +89,17 @@ def _inspect_store(path: Path) -> dict[str, Any]:
 
 def _inspect_model(target: str, draw: Draw | None, trust_remote_code: bool) -> dict[str, Any]:
     """Facts from the config alone, without weights; `draw` loads the model and draws its maps."""
-    from lavender.students.loading import loading
+    from lavender.students.loading import loading, places_of
 
-    folder, trust_remote_code = _model_folder(target), trust_remote_code is True
+    (folder, base, revision), trust_remote_code = places_of(target), trust_remote_code is True
     with loading("model", folder):
-        return _model_facts(folder, draw, trust_remote_code)
+        config, is_whole = _config_of(str(base), trust_remote_code, revision)
+        return _model_facts(str(folder), config, is_whole, draw, trust_remote_code)
 
 
-def _model_facts(folder: str, draw: Draw | None, trust_remote_code: bool) -> dict[str, Any]:
-    config, is_whole = _config_of(folder, trust_remote_code)
+def _model_facts(
+    folder: str, config: Any, is_whole: bool, draw: Draw | None, trust_remote_code: bool
+) -> dict[str, Any]:
     adapter = _adapter_of(config)
     try:
         facts: dict[str, Any] = {
@@ -140,23 +142,17 @@ def _facts_of_modules(
     }
 
 
-def _model_folder(target: str) -> str:
-    """The checkpoint of a run folder; any other target as it is."""
-    checkpoint = Path(target) / "checkpoint"
-    return str(checkpoint) if (checkpoint / "config.json").is_file() else target
-
-
-def _config_of(target: str, trust_remote_code: bool) -> tuple[Any, bool]:
+def _config_of(target: str, trust_remote_code: bool, revision: str | None) -> tuple[Any, bool]:
     """(config, whether it was loaded fully). Without consent to the model's own code, the raw JSON is used."""
     from transformers import CONFIG_MAPPING
 
     from lavender.students.loading import load_config, read_config
 
-    raw = read_config(target)
+    raw = read_config(target, revision)
     has_own_code = "AutoConfig" in (raw.get("auto_map") or {}) and raw.get("model_type") not in CONFIG_MAPPING
     if has_own_code and not trust_remote_code:
         return _as_written(raw), False
-    return load_config(target, trust_remote_code), True
+    return load_config(target, trust_remote_code, revision), True
 
 
 def _as_written(raw: dict[str, Any]) -> Any:
@@ -248,13 +244,13 @@ def _located(adapter: VlmAdapter, processor: Any) -> dict[str, Any]:
     }
 
 
-def _draw_sample(target: str, picture: Path, trust_remote_code: bool, device: str, dtype: str) -> dict[str, Any]:
-    from lavender.students.loading import load_run
+def _draw_sample(target: str, picture: Path, trust_remote_code: bool, place: Placement | None) -> dict[str, Any]:
+    from lavender.evaluation.placement import Placement
     from lavender.students.word_maps import AnsweredPicture, student_maps
     from lavender.words import content_words
 
     image = _photograph()
-    model, processor = load_run(target, dtype, trust_remote_code, device)
+    model, processor = (place or Placement()).load(target, trust_remote_code)
     reading = AnsweredPicture(image, QUESTION, ANSWER, content_words(ANSWER, CONTENT_WORDS))
     maps = student_maps(model, processor, [reading])[0]
     rows = [WordRow(word.text, {"attention": heat}) for word, heat in zip(maps.words, maps.maps, strict=True)]

@@ -23,6 +23,7 @@ from lavender.students.base import VlmAdapter
 from lavender.students.capture import AttentionRequest, capturing, row_tensors
 from lavender.students.image_keys import KeyLayout, on_keys, to_grid, word_attention
 from lavender.students.locate import WordLocator
+from lavender.students.logits import logits_at
 from lavender.students.registry import adapter_for
 from lavender.students.word_maps import AnsweredPicture, evaluating, processor_inputs, word_rows
 
@@ -128,19 +129,20 @@ def _measure_batch(
         kept = [case for case, words in zip(cases, located, strict=True) if words]
         return _measure_batch(model, processor, adapter, locator, kept, Counter(), views) if kept else None
     rows = [words[0][1] for words in located]
-    request = _request(adapter, inputs, rows, model.device)
+    request, needed = _request(adapter, inputs, rows, model.device), sorted({row for word in rows for row in word})
     states: list[Tensor] = []
     with replaced_states(model, adapter, inputs, lambda given: states.append(given) or given):
-        logits = model(**inputs, attention_request=request).logits.float()
+        logits = logits_at(model, inputs, needed, attention_request=request)
     tensors = adapter.key_tensors(inputs, [[picture.size] for picture in pictures], processor)
     layout = KeyLayout(tensors["boxes"], tensors["pictures"], tensors.get("views"))
     maps = torch.stack([case.maps for case in cases])
     shows = keys_that_show(maps, layout, request.mixing)
     is_key = (layout.pictures >= 0).to(shows.device)
-    losses = {"whole": _word_losses(logits, inputs, rows)}
+    losses = {"whole": _word_losses(logits, inputs, rows, needed)}
     for view, (index, keeps) in views.items():
         mask = shows[:, index] == keeps
-        losses[view] = _word_losses(logits_keeping(model, adapter, inputs, mask[is_key]), inputs, rows)
+        logits = logits_keeping(model, adapter, inputs, mask[is_key], needed)
+        losses[view] = _word_losses(logits, inputs, rows, needed)
     level, chance = _levels(request, rows, layout, maps)
     masks = {"there": shows[:, 0] & is_key, "control": shows[:, 2] & is_key, "whole": is_key}
     features = {name: _mean_states(states[0], mask, is_key) for name, mask in masks.items()}
@@ -191,12 +193,18 @@ def _mean_states(states: Tensor, mask: Tensor, is_key: Tensor) -> Tensor:
     return torch.stack([own[chosen].mean(dim=0) for own, chosen in parts]).cpu()
 
 
-def _word_losses(logits: Tensor, inputs: BatchFeature, rows: Sequence[tuple[int, ...]]) -> Tensor:
-    """−ln p of the tokens that each sample's rows predict, summed over them: (sample,), on the CPU."""
-    losses = []
+def _word_losses(
+    logits: Tensor, inputs: BatchFeature, rows: Sequence[tuple[int, ...]], computed: Sequence[int]
+) -> Tensor:
+    """−ln p of the tokens that each sample's rows predict, summed over them: (sample,), on the CPU.
+
+    `computed` are the rows of `logits`.
+    """
+    losses, place_of = [], {row: place for place, row in enumerate(computed)}
     for sample, positions in enumerate(rows):
         tokens = inputs["input_ids"][sample, [position + 1 for position in positions]]
-        losses.append(-logits[sample, list(positions)].log_softmax(dim=-1).gather(1, tokens[:, None]).sum())
+        own = logits[sample, [place_of[position] for position in positions]]
+        losses.append(-own.log_softmax(dim=-1).gather(1, tokens[:, None]).sum())
     return torch.stack(losses).cpu()
 
 
@@ -213,23 +221,29 @@ def _joined(batches: Sequence[Measured]) -> Measured:
 
 
 def logits_keeping(
-    model: PreTrainedModel, adapter: VlmAdapter, inputs: Mapping[str, Tensor], kept: Tensor | None
+    model: PreTrainedModel,
+    adapter: VlmAdapter,
+    inputs: Mapping[str, Tensor],
+    kept: Tensor | None,
+    rows: Sequence[int] | None = None,
 ) -> Tensor:
-    """Logits in float32, (sample, token, vocabulary), with some image keys replaced by the mean of all.
+    """Logits in float32, (sample, row, vocabulary), with some image keys replaced by the mean of all.
 
     Args:
         model, adapter, inputs: the model, its family, and the processor's output for samples of one picture each.
         kept: bool (key,), the image keys of all samples in a row; False replaces a key. None replaces nothing.
+        rows: the positions whose logits to return; None for all.
     """
+    rows = range(inputs["input_ids"].shape[1]) if rows is None else rows
     if kept is None:
-        return model(**inputs).logits.float()
+        return logits_at(model, inputs, rows)
 
     def keep(states: Tensor) -> Tensor:
         mask = kept.to(states.device).reshape(*states.shape[:-1], 1)
         return torch.where(mask, states, states.flatten(0, -2).mean(dim=0))
 
     with replaced_states(model, adapter, inputs, keep):
-        return model(**inputs).logits.float()
+        return logits_at(model, inputs, rows)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,25 +18,23 @@ from lavender.data.store import MapStore, SeveralStores
 from lavender.drawing import downscaled
 from lavender.errors import DataError
 from lavender.evaluation.chosen import Chosen, choose, rule
-from lavender.evaluation.compare import BATCH_SIZE, Observed, Phrase, panels_of, readings_of
+from lavender.evaluation.compare import Observed, Phrase, panels_of, readings_of
 from lavender.evaluation.eval_files import SCORES, EvaluatedSample, Evaluation, read_evaluation
+from lavender.evaluation.placement import ON_CPU, Placement
 from lavender.evaluation.report.page import Report, write_report
 from lavender.evaluation.report.panels import Panel
 from lavender.evaluation.report.pdf import write_figures
 from lavender.evaluation.run_tables import curves_of, differences_of, interval_rows, tables_of
 from lavender.evaluation.runs import (
-    Load,
     arms_of,
     differing_settings,
     evaluate_runs,
     joined,
     open_stores,
-    placement_words,
     prompt_of,
 )
 from lavender.files import expanded
 from lavender.maps import WordMaps
-from lavender.students.loading import load_run
 from lavender.students.word_maps import AnsweredPicture, student_maps
 from lavender.training.run_folder import CONFIG, COVERAGE, NOT_RECORDED, flat, read_config
 
@@ -54,7 +52,7 @@ class Options:
         against, data, maps, limit, columns: as in `lavender.evaluation.runs.evaluate_runs`.
         num_pictures: how many pictures to show.
         by: the score by which they are chosen, one of `lavender.evaluation.chosen.BY`.
-        device, dtype: where and with which numbers the models run. Scores that are there already are kept.
+        place: how the models run. Scores that are there already are kept.
     """
 
     against: tuple[Path, ...] | None = None
@@ -64,8 +62,7 @@ class Options:
     columns: Mapping[str, str] | None = None
     num_pictures: int = NUM_PICTURES
     by: str = "answer_nll"
-    device: str = "cpu"
-    dtype: str = "float32"
+    place: Placement = ON_CPU
 
 
 def report_run(
@@ -106,8 +103,8 @@ def report_run(
     first, second = _compared(arms)
     chosen, choice = choose(samples, first, second, options.by, options.num_pictures)
     shown = _samples_of(scored, samples, prompt_of(config, run), chosen)
-    load = partial(load_run, dtype=options.dtype, trust_remote_code=trust_remote_code, device=options.device)
-    seen, dropped = _seen(arms, shown, [samples[one.index] for one in chosen], joined(stores), load)
+    lines = [samples[one.index] for one in chosen]
+    seen, dropped = _seen(arms, shown, lines, joined(stores), options.place, trust_remote_code)
     curves, without = curves_of(arms)
     notes += [*scored["notes"], *without, *dropped, *_notes_on(stores, teacher_notes)]
     differences = differences_of(samples, arms)
@@ -164,7 +161,7 @@ def _evaluated(
     given = {"data": options.data, "maps": options.maps, "limit": options.limit, "columns": options.columns}
     arguments |= {name: value for name, value in given.items() if value is not None}
     against = options.against if options.against is not None else (old or {}).get("against", ())
-    arguments |= {"trust_remote_code": trust_remote_code, "device": options.device, "dtype": options.dtype}
+    arguments |= {"trust_remote_code": trust_remote_code, "place": options.place}
     evaluate_runs(run, [Path(path) for path in against], **arguments)
     new = read_evaluation(run)
     assert new is not None
@@ -252,7 +249,8 @@ def _seen(
     shown: Sequence[Sample],
     lines: Sequence[EvaluatedSample],
     store: SeveralStores | None,
-    load: Load,
+    place: Placement,
+    trust_remote_code: bool,
 ) -> tuple[list[Panel], list[str]]:
     """A panel per sample with the maps of all models and of the teacher, and notes on words without a map.
 
@@ -260,9 +258,10 @@ def _seen(
     """
     if not shown:
         return [], []
-    observed, notes = {}, []
+    observed, notes, place = {}, [], place.one_dtype(arms, trust_remote_code)[0]
     for name, path in arms.items():
-        maps = list(_maps_of(load(path), shown, store))
+        maps = list(_maps_of(place.load(path, trust_remote_code), shown, store, place.batch_size))
+        gc.collect()  # some models refer to themselves
         observed[name] = Observed([line.judged[name].answer for line in lines], maps)
         dropped = Counter(drop.reason for one in maps for drop in one.dropped)
         notes += [f"{name}: {count} pictures shown have a {reason}" for reason, count in dropped.items()]
@@ -288,13 +287,15 @@ def _with_reasons(panels: Sequence[Panel], chosen: Sequence[Chosen], models: tup
     return found
 
 
-def _maps_of(loaded: tuple[Any, Any], shown: Sequence[Sample], store: SeveralStores | None) -> Iterator[WordMaps]:
+def _maps_of(
+    loaded: tuple[Any, Any], shown: Sequence[Sample], store: SeveralStores | None, batch_size: int
+) -> Iterator[WordMaps]:
     """Where a model looks in each of the samples, batch by batch. `loaded` is what `load_run` returns."""
     model, processor = loaded
     grid = store.grid if store is not None else (32, 32)
-    for start in range(0, len(shown), BATCH_SIZE):
-        readings = [reading for reading, _ in readings_of(shown[start : start + BATCH_SIZE], store)]
-        yield from student_maps(model, processor, readings, grid, BATCH_SIZE)
+    for start in range(0, len(shown), batch_size):
+        readings = [reading for reading, _ in readings_of(shown[start : start + batch_size], store)]
+        yield from student_maps(model, processor, readings, grid, batch_size)
 
 
 def _commands(
@@ -304,5 +305,5 @@ def _commands(
     trained = [Path(path) for path in arms.values() if (Path(path) / CONFIG).is_file()]
     commands = [shlex.join(["lavender", "train", str(path / CONFIG), "--set", f"out={path}-again"]) for path in trained]
     shown = ["--by", options.by, "--pictures", str(options.num_pictures)] + ["--trust-remote-code"] * trust_remote_code
-    page = shlex.join(["lavender", "report", str(run), *shown]) + placement_words(options.device, options.dtype)
+    page = shlex.join(["lavender", "report", str(run), *shown]) + options.place.words()
     return [*commands, scored["command"], page]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from lavender.evaluation.compare import (
 )
 from lavender.evaluation.eval_files import EvaluatedSample, write_evaluation
 from lavender.evaluation.intervals import ratio
+from lavender.evaluation.placement import ON_CPU, Placement
 from lavender.evaluation.sampling import left_out, require_limit, spread
+from lavender.evaluation.taken import taken
 from lavender.files import data_path, expanded
-from lavender.students.loading import load_run, load_run_processor
+from lavender.students.loading import load_reader
 from lavender.training.run_folder import CONFIG, NOT_RECORDED, defaults_before, flat, read_config
 
-Load = Callable[[str | Path], tuple[Any, Any]]
-"""Path of a model → the model and its processor."""
 LIMIT = 64
 """Samples that are looked at, unless the caller says another number."""
 
@@ -43,8 +43,7 @@ def evaluate_runs(
     limit: int = LIMIT,
     trust_remote_code: bool = False,
     columns: Mapping[str, str] | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
+    place: Placement = ON_CPU,
 ) -> dict[str, Any]:
     """Score a run, its base model and other models on the same samples. Also writes RUN/eval.json and RUN/eval.jsonl.
 
@@ -59,7 +58,7 @@ def evaluate_runs(
         trust_remote_code: run the code that comes with a model.
         columns: names of columns of `data`, as in `read_samples`; None for the run's if `data` is None, else for the
             usual names.
-        device, dtype: where and with which numbers the models run.
+        place: how the models run.
 
     Returns:
         `arms` (model name → score name → value; see `lavender.evaluation.score_help`), `teacher` (the same of the
@@ -77,30 +76,37 @@ def evaluate_runs(
     require_limit(limit)
     run, against = expanded(run), [expanded(path) for path in against]
     config = read_config(run)
-    prompt = prompt_of(config, run)
-    arm_paths = _tried(arms_of(config, run, against), trust_remote_code)
-    differing, notes = differing_settings(arm_paths)
-    given = _given(run, against, data, None if maps is None else _paths(maps), limit, columns, trust_remote_code)
-    given |= {"device": device, "dtype": dtype}
-    given["command"] += placement_words(device, dtype)
-    on_training_data = data is None
-    data = data_path(config["data"]) if data is None else data
-    stores = open_stores(config["maps"] if maps is None and on_training_data else maps)
-    columns = config.get("columns") if columns is None and on_training_data else columns
-    read = read_samples(data, prompt, columns)
-    samples = readable(Samples(spread(read.samples, limit)))
-    load = partial(load_run, dtype=dtype, trust_remote_code=trust_remote_code, device=device)
-    judged = _observe_arms(arm_paths, samples.samples, joined(stores), load)
-    notes += ["these samples were trained on; pass --data for held-out ones"] if on_training_data else []
-    notes += [*left_out(read.samples), *_uncounted(samples, judged)]
+    arm_paths = arms_of(config, run, against)
+    readers = [load_reader(path, trust_remote_code) for path in arm_paths.values()]
+    place, notes = place.one_dtype(arm_paths, trust_remote_code)
+    differing, more = differing_settings(arm_paths)
+    paths, on_training_data = None if maps is None else _paths(maps), data is None
+    given = _given(run, against, data, paths, limit, columns, trust_remote_code, place)
+    data, stores, columns = _sources(config, data, maps, columns)
+    read = read_samples(data, prompt_of(config, run), columns)
+    samples = taken(readable(Samples(spread(read.samples, limit))), readers)
+    judged = _observe_arms(arm_paths, samples.samples, joined(stores), place, trust_remote_code)
+    notes += [*more, *_notes(read.samples, samples, judged, on_training_data)]
     teacher, unmapped = _teacher_scores(samples, joined(stores))
     notes += [f"{unmapped} of {len(samples)} samples have no map in the store"] if unmapped else []
-    scores = {name: scores_of(found) for name, found in judged.items()}
-    place = {"data": str(data), "columns": columns, **_identities(stores)}
-    result = {**place, "samples": len(samples), "arms": scores, "teacher": teacher, **given, "notes": notes}
-    result["differing_settings"] = differing
+    result = {"data": str(data), "columns": columns, **_identities(stores), "samples": len(samples), **given}
+    result |= {"arms": {name: scores_of(found) for name, found in judged.items()}, "teacher": teacher}
+    result |= {"notes": notes, "differing_settings": differing}
     write_evaluation(run, result, _lines(samples, judged))
     return result
+
+
+def _sources(
+    config: Mapping[str, Any],
+    data: Path | None,
+    maps: str | Path | Sequence[str | Path] | None,
+    columns: Mapping[str, str] | None,
+) -> tuple[Path, list[MapStore], Mapping[str, str] | None]:
+    """Data, map stores and columns: those that are given; without data those of the run."""
+    if data is not None:
+        return data, open_stores(maps), columns
+    stores = open_stores(config["maps"] if maps is None else maps)
+    return data_path(config["data"]), stores, config.get("columns") if columns is None else columns
 
 
 def _identities(stores: Sequence[MapStore]) -> dict[str, list[str] | None]:
@@ -117,9 +123,13 @@ def _lines(samples: Samples, judged: Mapping[str, Sequence[Judged]]) -> list[Eva
     ]
 
 
-def _uncounted(samples: Samples, judged: Mapping[str, Sequence[Judged]]) -> list[str]:
-    """Notes on pictures that cannot be read, and on samples whose reference answer counts no token."""
-    notes = [f"left out {drop.what}: {drop.reason}" for drop in samples.dropped]
+def _notes(
+    read: Sequence[Sample], samples: Samples, judged: Mapping[str, Sequence[Judged]], on_training_data: bool
+) -> list[str]:
+    """Notes on samples that were trained on, that are left out, and whose reference answer counts no token."""
+    notes = ["these samples were trained on; pass --data for held-out ones"] if on_training_data else []
+    notes += left_out(read)
+    notes += [f"left out {drop.what}: {drop.reason}" for drop in samples.dropped]
     for name, found in judged.items():
         if empty := sum(one.tallies.get("answer_nll", (0, 1))[1] == 0 for one in found):
             what = "samples with an empty answer, or one that no tokenizer takes"
@@ -148,8 +158,9 @@ def _given(
     limit: int,
     columns: Mapping[str, str] | None,
     trust_remote_code: bool,
+    place: Placement,
 ) -> dict[str, Any]:
-    """What eval.json has of the arguments: `against`, `limit`, all of `arguments`, and `command` as a user types it."""
+    """What eval.json has of the arguments, and `command` as a user types it."""
     words = ["lavender", "eval", str(run), *(word for path in against for word in ("--against", str(path)))]
     words += ["--data", str(data)] if data is not None else []
     words += ["--maps", *maps] if maps else []
@@ -157,12 +168,8 @@ def _given(
     words += ["--limit", str(limit)] + ["--trust-remote-code"] * trust_remote_code
     arguments = {"data": data and str(data), "maps": maps, "limit": limit, "columns": columns}
     paths = [str(path) for path in against]
-    return {"against": paths, "limit": limit, "arguments": arguments, "command": shlex.join(words)}
-
-
-def placement_words(device: str, dtype: str) -> str:
-    """The options of a command that place its models, with a blank before; "" for float32 on the CPU."""
-    return "" if (device, dtype) == ("cpu", "float32") else f" --device {device} --dtype {dtype}"
+    facts = {"against": paths, "limit": limit, "arguments": arguments, "device": place.device, "dtype": place.dtype}
+    return facts | {"command": shlex.join(words) + place.words()}
 
 
 def open_stores(maps: str | Path | Sequence[str | Path] | None) -> list[MapStore]:
@@ -241,25 +248,21 @@ def arms_of(config: dict[str, Any], run: Path, against: Sequence[Path]) -> dict[
     return arms
 
 
-def _tried(arms: dict[str, str | Path], trust_remote_code: bool) -> dict[str, str | Path]:
-    """The same, once each has a processor: a wrong path is found before the other models are scored."""
-    for path in arms.values():
-        load_run_processor(path, trust_remote_code)
-    return arms
-
-
 def _observe_arms(
     arms: Mapping[str, str | Path],
     samples: Sequence[Sample],
     store: SeveralStores | None,
-    load: Load,
+    place: Placement,
+    trust_remote_code: bool,
 ) -> dict[str, list[Judged]]:
     """What each model does on the samples. One model is in memory at a time."""
     judged: dict[str, list[Judged]] = {}
     with tqdm(total=len(arms) * len(samples), unit="sample", leave=False, disable=None) as bar:
         for name, path in arms.items():
             bar.set_description(name)
-            model, processor = load(path)
-            judged[name] = observe(model, processor, samples, store, on_progress=bar.update)
+            model, processor = place.load(path, trust_remote_code)
+            settings: dict[str, Any] = {"batch_size": place.batch_size, "on_progress": bar.update}
+            judged[name] = observe(model, processor, samples, store, **settings)
             del model
+            gc.collect()  # some models refer to themselves
     return judged

@@ -25,9 +25,11 @@ __all__ = [
     "load_config",
     "load_model",
     "load_processor",
+    "load_reader",
     "load_run",
     "load_run_processor",
     "loading",
+    "places_of",
     "read_config",
 ]
 
@@ -171,6 +173,11 @@ def load_run_processor(path: str | Path, trust_remote_code: bool = False) -> Any
     return _without_weights(path, trust_remote_code)[-1]
 
 
+def load_reader(path: str | Path, trust_remote_code: bool = False) -> tuple[VlmAdapter, Any]:
+    """The adapter of a run's or model's family, and its processor. Raises what `load_run` raises before weights."""
+    return _without_weights(path, trust_remote_code)[-2:]
+
+
 def dtype_on_disk(path: str | Path, trust_remote_code: bool = False) -> str | None:
     """The type in which `dtype="auto"` loads a run or model, as its config names it; None if it names none.
 
@@ -186,6 +193,33 @@ def _without_weights(path: str | Path, trust_remote_code: bool) -> tuple[str, Pa
 
     check_type("trust_remote_code", trust_remote_code, bool)
     path = os.path.expanduser(path)  # a hub id stays as it is
+    folder = _checkpoint_of(path)
+    with loading("model", path):
+        lora = _adapter_config(folder) if (folder / "adapter_config.json").is_file() else None
+        base = folder if lora is None else lora.base_model_name_or_path
+        with loading("base model" if lora else "model", base):
+            adapter = adapter_for(load_config(base, trust_remote_code, None if lora is None else lora.revision))
+        return path, folder, lora, base, adapter, load_processor(adapter, folder, trust_remote_code)
+
+
+def places_of(path: str | Path) -> tuple[str | Path, str | Path, str | None]:
+    """Of a run, a model or an adapter: where its processor is, where the whole model's config is, its revision.
+
+    Raises:
+        FileError: the run is not finished.
+        ModelError: an adapter that names no base.
+    """
+    path = os.path.expanduser(path)
+    folder = _checkpoint_of(path)
+    if (folder / "adapter_config.json").is_file():
+        lora = _adapter_config(folder)
+        return folder, lora.base_model_name_or_path, lora.revision
+    place = folder if folder.is_dir() else path
+    return place, place, None
+
+
+def _checkpoint_of(path: str | Path) -> Path:
+    """The checkpoint in a run folder; any other path as it is."""
     checkpoint = Path(path) / "checkpoint"
     if (
         not checkpoint.is_dir()
@@ -197,13 +231,7 @@ def _without_weights(path: str | Path, trust_remote_code: bool) -> tuple[str, Pa
             "a finished run",
             f"let it go on: lavender train {Path(path) / 'config.yaml'}",
         )
-    folder = checkpoint if checkpoint.is_dir() else Path(path)
-    with loading("model", path):
-        lora = _adapter_config(folder) if (folder / "adapter_config.json").is_file() else None
-        base = folder if lora is None else lora.base_model_name_or_path
-        with loading("base model" if lora else "model", base):
-            adapter = adapter_for(load_config(base, trust_remote_code, None if lora is None else lora.revision))
-        return path, folder, lora, base, adapter, load_processor(adapter, folder, trust_remote_code)
+    return checkpoint if checkpoint.is_dir() else Path(path)
 
 
 def _adapter_config(folder: Path) -> Any:

@@ -7,19 +7,22 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from lavender.data.images import image_id, load_image, named
+from lavender.errors import NotFiniteError
 from lavender.maps import Dropped, Word, WordMaps, to_heat
 from lavender.students.base import VlmAdapter
 from lavender.students.capture import AttentionRequest, capturing, row_tensors
 from lavender.students.image_keys import KeyLayout, to_grid, word_attention
 from lavender.students.locate import WordLocator
+from lavender.students.logits import last_row
 from lavender.students.registry import adapter_for
 
 
@@ -32,6 +35,8 @@ class AnsweredPicture:
         prompt: the question.
         answer: the answer.
         words: the words of the answer to map. Their positions count characters from the start of the answer.
+        asked: the messages before the answer as chat templates take them, with one picture, such as a system prompt and
+            a question that names the picture in its middle. None for the picture and then the prompt.
 
     Raises:
         DataError: `image` cannot be loaded.
@@ -49,6 +54,7 @@ class AnsweredPicture:
     prompt: str
     answer: str
     words: tuple[Word, ...]
+    asked: Sequence[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image", load_image(self.image, named(self.image, "the picture")))
@@ -58,12 +64,43 @@ class AnsweredPicture:
         """(height, width) of the picture in pixels."""
         return self.image.height, self.image.width
 
+    @property
+    def turn(self) -> int:
+        """The place of the answer among the messages."""
+        return 1 if self.asked is None else len(self.asked)
+
     def messages(self) -> list[dict]:
         """The conversation as chat templates take it."""
-        return [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]},
-            {"role": "assistant", "content": [{"type": "text", "text": self.answer}]},
-        ]
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": self.answer}]}
+        return [*([question] if self.asked is None else self.asked), answer]
+
+    def question(self) -> list[dict]:
+        """The messages before the answer, with the picture itself in its part."""
+        found = []
+        for message in self.messages()[: self.turn]:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = [part | {"image": self.image} if part["type"] == "image" else part for part in content]
+            found.append({"role": message["role"], "content": content})
+        return found
+
+
+def finite(attention: Tensor, model: PreTrainedModel) -> Tensor:
+    """The attention itself.
+
+    Raises:
+        NotFiniteError: it is NaN or infinite.
+    """
+    if not attention.isfinite().all():
+        raise NotFiniteError(
+            f"NaN or infinity in the attention of {model.config.name_or_path or type(model).__name__}",
+            "finite attention",
+            "use bfloat16 or float32 (--dtype): float16 overflows in some models"
+            if model.dtype == torch.float16
+            else "check the model's weights; one that was trained to NaN is of no use",
+        )
+    return attention
 
 
 def processor_inputs(processor: ProcessorMixin, pictures: Sequence[AnsweredPicture]) -> BatchFeature:
@@ -94,7 +131,7 @@ def word_rows(
         dropped: for each picture a counter of the reasons why words have no rows.
     """
     return [
-        locator.rows(picture.messages(), [(1, picture.answer, picture.words)], ids, mask, reasons)
+        locator.rows(picture.messages(), [(picture.turn, picture.answer, picture.words)], ids, mask, reasons)
         for picture, ids, mask, reasons in zip(
             pictures, inputs["input_ids"], inputs["attention_mask"], dropped, strict=True
         )
@@ -188,12 +225,12 @@ def _map_batch(
     tensors = row_tensors([[rows for _, rows in words] for words in located])
     keys = adapter.key_tensors(inputs, [[picture.size] for picture in pictures], processor)
     request = AttentionRequest(tensors["rows"].to(model.device), adapter.usable_layers(), keys.get("keys"))
-    model(**inputs, attention_request=request)
+    model(**inputs, attention_request=request, **last_row(model))
     rows = request.stacked()
     layout = KeyLayout(keys["boxes"], keys["pictures"], keys.get("views"))
     attention = word_attention(rows, tensors["shares"].to(rows))
     on_grid = to_grid(attention, layout, tensors["word_pictures"], grid, request.mixing)
-    maps = to_heat(on_grid.mean(dim=(0, 2)).float().cpu())
+    maps = to_heat(finite(on_grid.mean(dim=(0, 2)).float().cpu(), model))
     return [
         WordMaps(
             image_id(picture.image),

@@ -166,7 +166,7 @@ def test_few_samples_cannot_say(tmp_path, capsys):
 
 
 def test_a_model_that_sees_nothing_cannot_say(tmp_path, make_student, processor, monkeypatch):
-    monkeypatch.setattr("lavender.evaluation.check.load_run", lambda *args, **kwargs: (make_student(), processor))
+    monkeypatch.setattr("lavender.evaluation.placement.load_run", lambda *args, **kwargs: (make_student(), processor))
     write_data(tmp_path, list(scenes("development", 10)))
     result = check(tmp_path, "mllama")
     assert result["groups"]["known"] is None  # random weights predict no word

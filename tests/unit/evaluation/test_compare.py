@@ -129,14 +129,14 @@ def test_the_pictures_of_one_batch_are_in_memory(number, tmp_path, make_student,
         picture.save(tmp_path / f"{index}.png")
     (tmp_path / "metadata.jsonl").write_text("".join(rows))
     del pictures, picture
-    real = compare.generate_answers
+    real = compare.answer_batch
 
     def counting(*arguments, **settings):
         gc.collect()
         alive.append(sum(isinstance(one, Image.Image) and one.size == size for one in gc.get_objects()))
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(compare, "generate_answers", counting)
+    monkeypatch.setattr(compare, "answer_batch", counting)
     samples = spread(read_samples(tmp_path).samples, number)
     assert len(observe(make_student(), processor, samples, None, max_new_tokens=1, batch_size=2)) == number
     assert len(alive) == number // 2

@@ -42,6 +42,7 @@ from lavender.evaluation.harness.tables import (
     vlmevalkit_settings,
 )
 from lavender.evaluation.harness.task_index import TaskIndex, cause_of
+from lavender.evaluation.placement import Placement
 from lavender.world import STUDENT_PATH
 
 ROOT = Path(__file__).parents[3]
@@ -591,8 +592,8 @@ def test_models_that_are_compared_have_weights_of_one_type(make_student, process
     for path, dtype in zip(arms.values(), (torch.bfloat16, torch.bfloat16, torch.float32), strict=True):
         make_student().to(dtype).save_pretrained(path)
         processor.save_pretrained(path)
-    settings, notes = running._in_one_dtype(arms, running.Settings())
-    loaded = [models.load_student(path, torch.device("cpu"), settings.dtype, False).model for path in arms.values()]
+    place, notes = Placement(dtype="auto").one_dtype(arms)
+    loaded = [models.load_student(path, torch.device("cpu"), place.dtype, False).model for path in arms.values()]
     assert {model.dtype for model in loaded} == {torch.float32}
     assert notes == [
         "all models are loaded in float32, for their types on disk differ: base bfloat16, plain bfloat16, "
@@ -600,8 +601,8 @@ def test_models_that_are_compared_have_weights_of_one_type(make_student, process
     ]
 
     def dtype_of(*names: str, asked: str = "auto") -> tuple[str, int]:
-        settings, notes = running._in_one_dtype({name: arms[name] for name in names}, running.Settings(dtype=asked))
-        return settings.dtype, len(notes)
+        place, notes = Placement(dtype=asked).one_dtype({name: arms[name] for name in names})
+        return place.dtype, len(notes)
 
     assert dtype_of("base", "plain") == ("bfloat16", 0)
     assert dtype_of("aligned") == ("float32", 0)
@@ -748,8 +749,7 @@ def test_vlmevalkit_gets_no_run_folder(tmp_path):
     [
         ((), "no run folder"),
         (("--model", "m"), "--model without --tasks"),
-        (("run", "--batch-size", "4"), "--batch-size without --tasks"),
-        (("run", "--dtype", "auto"), "--dtype auto without --tasks"),
+        (("run", "--batch-size", "0"), "--batch-size 0"),
         (("run", "--include-path", "tasks"), "--include-path without --tasks"),
         (("run", "--print-vlmevalkit"), "--print-vlmevalkit without --tasks"),
         (("--tasks", "pope"), "--tasks without a model"),

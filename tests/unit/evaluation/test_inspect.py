@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import dynamic_module_utils
 
 from command_line import complaint, lavender
@@ -128,6 +129,21 @@ def test_a_checkpoint_draws_its_maps(make_student, mllama, processor, tmp_path):
     assert sample["picture"] == str(tmp_path / "maps.png")
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
     assert f"drawn in {tmp_path / 'maps.png'}" in " ".join(terminal.as_text(json.loads(ran.out)).split())
+
+
+def test_a_lora_run_is_that_of_its_base(make_student, mllama, processor, tmp_path):
+    """Its checkpoint holds the adapter alone. The same of the folder of an adapter."""
+    make_student().save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    lora = get_peft_model(make_student(), LoraConfig(target_modules=["q_proj"]))
+    lora.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    lora.save_pretrained(str(tmp_path / "run" / "checkpoint"))
+    processor.save_pretrained(tmp_path / "run" / "checkpoint")
+    expected = json.loads(lavender("inspect", tmp_path / "base").out)
+    for target in (tmp_path / "run", tmp_path / "run" / "checkpoint"):
+        ran = lavender("inspect", target)
+        assert ran.code == DONE, ran.err
+        assert json.loads(ran.out) == expected
 
 
 class Terminal(io.StringIO):

@@ -75,12 +75,13 @@ class StudentCounter:
     """
 
     def __init__(self, path: str, trust_remote_code: bool = False):
-        from lavender.students.loading import load_config, load_processor
+        from lavender.students.loading import load_config, load_processor, places_of
         from lavender.students.registry import adapter_for
 
         with loading("model", path):
-            config = load_config(path, trust_remote_code)
-            self._processor: Any = load_processor(adapter_for(config), path, trust_remote_code)
+            folder, base, revision = places_of(path)
+            config = load_config(base, trust_remote_code, revision)
+            self._processor: Any = load_processor(adapter_for(config), folder, trust_remote_code)
         if not self._processor.chat_template:
             do = "use a chat model, or add chat_template.jinja to its folder"
             raise ModelError(f"{path} without a chat template", "one, to count the tokens of conversations", do)

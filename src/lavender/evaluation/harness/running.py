@@ -25,9 +25,9 @@ from lavender.evaluation.harness.answer_log import AnswerLog
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, benchmark_of
 from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported, sample_lines
 from lavender.evaluation.harness.task_index import TaskIndex, cause_of, of_task, require_harness
+from lavender.evaluation.placement import Placement
 from lavender.files import write_whole
 from lavender.model_files import one_line
-from lavender.students.loading import dtype_on_disk
 from lavender.training.fingerprints import commit_of, digest_of_folder
 
 RESULT = "eval-tasks.json"
@@ -105,7 +105,8 @@ def _evaluate_tasks(
         check_student(path, settings.trust_remote_code)
     for name in names:
         check_task(name, index.build(name))
-    settings, notes_of_dtype = _in_one_dtype(arms, settings)
+    place, notes_of_dtype = Placement(dtype=settings.dtype).one_dtype(arms, settings.trust_remote_code)
+    settings = replace(settings, dtype=place.dtype)
     identities = {arm: checkpoint_digest(path) for arm, path in arms.items()}
     scored: dict[str, dict[str, Scored]] = {name: {} for name in names}
     for arm, path in arms.items():
@@ -121,23 +122,6 @@ def _evaluate_tasks(
     }
     write_whole(result_path, json.dumps(result, indent=1, allow_nan=False))
     return result
-
-
-def _in_one_dtype(arms: Mapping[str, str | Path], settings: Settings) -> tuple[Settings, list[str]]:
-    """The settings with one type of weights for all models, and a note if their own differ.
-
-    Rounding differs by type, so models that are compared are loaded in one: for "auto" theirs on disk, and if they
-    differ, or do not name one, float32, which holds the weights of each exactly.
-    """
-    if settings.dtype != "auto":
-        return settings, []
-    found = {arm: dtype_on_disk(path, settings.trust_remote_code) for arm, path in arms.items()}
-    first, *others = set(found.values())
-    if not others and (first is not None or len(arms) == 1):
-        return replace(settings, dtype=first or "auto"), []
-    named = ", ".join(f"{arm} {dtype or 'not named'}" for arm, dtype in found.items())
-    note = f"all models are loaded in float32, for their types on disk differ: {named}; --dtype names another"
-    return replace(settings, dtype="float32"), [note]
 
 
 def checkpoint_digest(path: str | Path) -> str:

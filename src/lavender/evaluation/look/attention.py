@@ -17,8 +17,9 @@ from lavender.maps import Dropped, Word
 from lavender.students.capture import AttentionRequest, capturing, row_tensors
 from lavender.students.image_keys import KeyLayout, to_grid, word_attention
 from lavender.students.locate import WordLocator
+from lavender.students.logits import last_row
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import AnsweredPicture, evaluating, processor_inputs
+from lavender.students.word_maps import AnsweredPicture, evaluating, finite, processor_inputs
 from lavender.words import words_of
 
 QUESTION, ANSWER = 0, 1  # the turns of a reading
@@ -113,7 +114,7 @@ def read_attention(
     keys = adapter.key_tensors(inputs, [[reading.size]], processor)
     request = AttentionRequest(tensors["rows"].to(model.device), adapter.usable_layers(), keys.get("keys"))
     with evaluating(model), capturing(model):
-        model(**inputs, attention_request=request)
+        model(**inputs, attention_request=request, **last_row(model))
     layout = KeyLayout(keys["boxes"], keys["pictures"], keys.get("views"))
     rows_LBHRK = request.stacked()
     attention_LBHWK = word_attention(rows_LBHRK, tensors["shares"].to(rows_LBHRK))
@@ -125,7 +126,7 @@ def read_attention(
     return WordAttention(
         words,
         request.layers,
-        torch.stack(maps).permute(2, 0, 1, 3, 4).contiguous(),
+        finite(torch.stack(maps), model).permute(2, 0, 1, 3, 4).contiguous(),
         attention_LBHWK.sum(dim=-1)[:, 0].permute(2, 0, 1).float().cpu(),
         "keys" not in keys,
         left_out,

@@ -40,18 +40,28 @@ from lavender.students.latents import latent_layout, over_patches
 IMAGE_TOKEN, END_TOKEN = "<image>", "<|endofchunk|>"
 FLAMINGO_TEMPLATE = (
     "{%- for message in messages %}"
+    "{{- ' ' if message['role'] == 'assistant' }}"
     "{%- if message['content'] is string %}{{- message['content'] }}"
     "{%- else %}{%- for part in message['content'] %}"
     "{{- '<image>' if part['type'] == 'image' else part['text'] }}"
     "{%- endfor %}{%- endif %}"
-    "{{- '<|endofchunk|>' if message['role'] == 'assistant' else ' ' }}"
+    "{{- '<|endofchunk|>' if message['role'] == 'assistant' else ' ' if message['role'] == 'system' }}"
     "{%- endfor %}"
 )
-"""Renders `<image>question answer<|endofchunk|>`: OpenFlamingo has no roles."""
+"""Renders `<image>question answer<|endofchunk|>`: OpenFlamingo has no roles.
+
+A prompt ends before the blank, which tokenizers put into the answer's first token.
+"""
 
 
 class FlamingoProcessor(ProcessorMixin):
-    """CLIP's image processor and the language model's tokenizer, with the tokens `<image>` and `<|endofchunk|>`."""
+    """CLIP's image processor and the language model's tokenizer, with the tokens `<image>` and `<|endofchunk|>`.
+
+    Attributes:
+        end_tokens: what ends an answer; the model's config does not name it.
+    """
+
+    end_tokens = (END_TOKEN,)
 
     def __init__(self, image_processor, tokenizer, chat_template: str | None = FLAMINGO_TEMPLATE):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)

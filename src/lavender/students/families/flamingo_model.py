@@ -330,13 +330,14 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         image_latents: Tensor | None = None,
         picture_of_token: Tensor | None = None,
         labels: Tensor | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> FlamingoOutput:
         """As `FlamingoModel`, with logits and, if labels are given, the loss."""
         counted = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
         output = self.model(input_ids, attention_mask, pixel_values, image_latents, picture_of_token, **kwargs)
-        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **counted)

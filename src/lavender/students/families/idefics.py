@@ -29,7 +29,7 @@ from lavender.students.latents import latent_layout, over_patches
 IDEFICS_TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
-    "{{- '\nUser:' if message['role'] == 'user' else '\nAssistant: ' }}"
+    "{{- '\nUser:' if message['role'] == 'user' else '\nAssistant: ' if message['role'] == 'assistant' }}"
     "{%- set place = namespace(after_image=false) %}"
     "{%- if message['content'] is string %}"
     "{{- ' ' + message['content'] if message['role'] == 'user' else message['content'] }}"
@@ -41,11 +41,14 @@ IDEFICS_TEMPLATE = (
     "{{- ' ' if message['role'] == 'user' and not place.after_image }}{{- part['text'] }}"
     "{%- set place.after_image = false %}"
     "{%- endif %}{%- endfor %}{%- endif %}"
-    "{{- '<end_of_utterance>' }}"
+    "{{- '<end_of_utterance>' if message['role'] != 'system' }}"
     "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '\nAssistant: ' }}{%- endif %}"
+    "{%- if add_generation_prompt %}{{- '\nAssistant:' }}{%- endif %}"
 )
-"""The format of conversations that idefics-9b-instruct was tuned on; its published processor has no chat template."""
+"""The format of conversations that idefics-9b-instruct was tuned on; its published processor has no chat template.
+
+A prompt ends before the blank, which the tokenizer puts into the answer's first token.
+"""
 
 
 class IdeficsChatProcessor(IdeficsProcessor):
@@ -53,7 +56,12 @@ class IdeficsChatProcessor(IdeficsProcessor):
 
     Trainers pass images and texts apart. The published processor then puts every picture behind its text, where no word
     can see it. Make this one from it: `IdeficsChatProcessor(published.image_processor, published.tokenizer)`.
+
+    Attributes:
+        end_tokens: what ends an answer, beside the end of the text.
     """
+
+    end_tokens = ("<end_of_utterance>",)
 
     def __init__(self, image_processor, tokenizer=None, chat_template: str | None = IDEFICS_TEMPLATE, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
