@@ -95,7 +95,8 @@ def run_arm(settings: dict[str, Any], split: Split, start: int, count: int, seed
     from lavender.world import TEACHER_PATH
     from lavender.world.scenes import scenes
 
-    config = ExtractionConfig(seed=seed, batch_size=10, **settings)
+    seeded = {"seed": seed} if settings.get("mode", "noise") == "noise" else {}  # other modes draw no noise
+    config = ExtractionConfig(batch_size=10, **settings, **seeded)
     teacher = decoding_teacher().from_pretrained(TEACHER_PATH, config)
     drawn = list(scenes(split, count, start=start))
     judged, confidence = judged_maps(teacher, drawn)

@@ -234,8 +234,11 @@ def check_weight_files(folder: str | Path) -> int:
     files = [path for stem in _STEMS for path in _weight_files(folder, stem)]
     if not files:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        got = f"the folder {folder}, without safetensors" + (f" beside {pickled[0]}" if pickled else "")
+        variants = sorted(path.name for stem in _STEMS for path in folder.glob(f"{stem}.*.safetensors"))
+        beside = [*variants, *pickled][:1]
+        got = f"the folder {folder}, without safetensors" + (f" beside {beside[0]}" if beside else "")
         do = "convert its weights: a pickle can run code, and is never loaded" if pickled else "download the weights"
+        do = "load it with its variant and save it without one" if variants else do
         raise ModelError(got, "weights in a file such as model.safetensors", do)
     return sum(_count_numbers(path) for path in files)
 

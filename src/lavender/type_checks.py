@@ -274,6 +274,22 @@ def check_extraction(settings: Any) -> None:
     if not 2 <= min(settings.grid) <= max(settings.grid) <= 256:
         raise ConfigError(f"grid={settings.grid}", "(rows, cols), each from 2 to 256", "use the paper's (32, 32)")
     _check_layers(settings)
+    _check_mode(settings)
+
+
+def _check_mode(settings: Any) -> None:
+    """Refuse settings that the mode does not read."""
+    read = {
+        "noise": ("timesteps", "num_noises", "seed"),
+        "ddim": ("num_steps",),
+        "null-text": ("num_steps", "inversion_steps", "null_text_iterations", "guidance"),
+    }
+    for name in dict.fromkeys(name for names in read.values() for name in names):
+        value = getattr(settings, name)
+        if name not in read[settings.mode] and value != getattr(type(settings), name):
+            modes = " or ".join(mode for mode, names in read.items() if name in names)
+            do = f"leave {name} out, or set another mode"
+            raise ConfigError(f"{name}={shown(value)} with mode={settings.mode!r}", f"it with mode {modes}", do)
 
 
 def _check_layers(settings: Any) -> None:

@@ -214,8 +214,8 @@ def test_extraction_ranges(settings, message):
         ),
         (
             {"forcing_share": 0.5},
-            "Got forcing_share=0.5 without attention_forcing. Expected attention forcing. Do this: set "
-            "attention_forcing, or leave forcing_share out.",
+            "Got forcing_share=0.5 without attention_forcing. Expected a setting that does something. "
+            "Do this: set attention_forcing, or leave forcing_share out.",
         ),
         (
             {"tokens": "first", "match": "exact"},
@@ -292,9 +292,10 @@ def refusal(kind, name: str, value: object) -> str | None:
 
 
 def test_the_edges_are_allowed():
-    ExtractionConfig(timesteps=(0,), num_steps=1, batch_size=1, grid=(2, 256), inversion_steps=1)
-    ExtractionConfig(timesteps=(999, 0), num_steps=999, inversion_steps=333, guidance=100, refine=2)
-    ExtractionConfig(guidance=0, null_text_iterations=0, head_share=1e-9, word_share=1, largest_layer=1)
+    ExtractionConfig(timesteps=(0,), batch_size=1, grid=(2, 256))
+    ExtractionConfig(timesteps=(999, 0), refine=2, head_share=1e-9, word_share=1, largest_layer=1)
+    ExtractionConfig(mode="null-text", num_steps=1, inversion_steps=1, guidance=0, null_text_iterations=0)
+    ExtractionConfig(mode="null-text", num_steps=999, inversion_steps=333, guidance=100)
     ExtractionConfig(layer_weights={"up": [0, 1.5], "down": 0}, largest_layer=None)
     AlignmentConfig(align_weight=0, min_coverage=0)
     AlignmentConfig(align_weight=1e9, min_coverage=1)
@@ -314,10 +315,10 @@ def test_a_config_cannot_be_changed():
         {"timesteps": [7]},
         {"timesteps": [50, 7]},
         {"num_noises": 2},
-        {"num_steps": 7},
-        {"inversion_steps": 5},
-        {"null_text_iterations": 1},
-        {"guidance": 2.0},
+        {"num_steps": 7, "mode": "ddim"},
+        {"inversion_steps": 5, "mode": "null-text"},
+        {"null_text_iterations": 1, "mode": "null-text"},
+        {"guidance": 2.0, "mode": "null-text"},
         {"seed": 1},
         {"geometry": "crop"},
         {"largest_layer": 16},
@@ -335,7 +336,8 @@ def test_a_config_cannot_be_changed():
     ids=lambda one: next(iter(one)),
 )
 def test_every_setting_that_changes_a_map_is_in_the_identity(settings):
-    assert from_mapping(ExtractionConfig, settings, "here").identity() != ExtractionConfig().identity()
+    plain = ExtractionConfig(mode=settings.get("mode", "noise") if len(settings) > 1 else "noise")
+    assert from_mapping(ExtractionConfig, settings, "here").identity() != plain.identity()
 
 
 def test_identity_leaves_out_what_changes_no_map():

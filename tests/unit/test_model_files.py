@@ -324,9 +324,9 @@ def test_a_verdict_of_nan_is_an_error(some_scenes, captions, tmp_path, store_pat
     """Weights may be finite and yet give no finite loss."""
     loaded, processor = load_run(STUDENT_PATHS["mllama"])
     loaded.lm_head.weight.data.mul_(1e38)
-    monkeypatch.setattr("lavender.evaluation.check.load_run", lambda *args, **kwargs: (loaded, processor))
-    with pytest.raises(NotFiniteError, match="NaN or infinity in the loss of here from the patches: whole"):
-        check_model("here", write_scenes(tmp_path, some_scenes, captions), store_path)
+    monkeypatch.setattr("lavender.evaluation.placement.load_run", lambda *args, **kwargs: (loaded, processor))
+    with pytest.raises(NotFiniteError, match="NaN or infinity in the loss of .* from the patches: whole"):
+        check_model(STUDENT_PATHS["mllama"], write_scenes(tmp_path, some_scenes, captions), store_path)
 
 
 def test_what_a_run_reports_to_must_be_installed(monkeypatch):

@@ -95,8 +95,10 @@ def extract_on_ray(
     size = plan.config.batch_size * TASK_BATCHES if samples_per_task is None else samples_per_task
     if size < 1:
         raise ConfigError(f"samples_per_task={size}", "a number from 1", "change it, or leave it out")
-    here = expanded(plan.path)
-    plan = replace(plan, path=str(here.absolute()) if here.exists() else plan.path, name=plan.name or plan.path)
+    plan = replace(plan, name=plan.name or plan.path)
+    identity = {"teacher": plan.name, **plan.config.identity()}
+    tiny_vae = plan.config.tiny_vae and _place(plan.config.tiny_vae)  # a worker has another working folder
+    plan = replace(plan, path=_place(plan.path), config=replace(plan.config, tiny_vae=tiny_vae))
     return write_maps(
         samples,
         out,
@@ -106,7 +108,7 @@ def extract_on_ray(
             workers=workers,
             gpu=plan.device.startswith("cuda"),
         ),
-        identity={"teacher": plan.name, **plan.config.identity()},
+        identity=identity,
         info=store_info(plan.dtype),
         grid=plan.config.grid,
         strict=strict,
@@ -170,6 +172,12 @@ class _Tasks(Sequence[list[Sample]]):
 
     def __getitem__(self, number: Any) -> Any:
         return [_absolute(self._samples[place]) for place in self._places[number]]
+
+
+def _place(path: str) -> str:
+    """The absolute path of what is on this host; a hub id as it is."""
+    here = expanded(path)
+    return str(here.absolute()) if here.exists() else path
 
 
 def _absolute(sample: Sample) -> Sample:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from lavender.errors import ConfigError, ModelError, UnsupportedModelError
@@ -322,7 +322,7 @@ class TeacherFamily(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.backbone.parameters()).dtype
+        return cast(ModelMixin, self.backbone).dtype  # of 4-bit weights it is that of the computation
 
     def latent_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the latents of a picture of (height, width) pixels."""
@@ -358,5 +358,9 @@ class TeacherFamily(ABC):
             latents = vae.encode(pixels).latents
         else:
             latents = vae.encode(pixels).latent_dist.mode()
+        mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
+        if mean is not None and std is not None:
+            mean, std = (latents.new_tensor(one).float().view(1, -1, 1, 1) for one in (mean, std))
+            return (latents.float() - mean) * vae.config.scaling_factor / std
         shift = vae.config.get("shift_factor") or 0.0
         return (latents.float() - shift) * vae.config.scaling_factor

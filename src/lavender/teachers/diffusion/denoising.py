@@ -178,7 +178,10 @@ def _optimize_empty(step: _GuidedStep, empty: Tensor, target: Tensor, iterations
         for _ in range(iterations):
             losses = (step(states) - target).square().flatten(1).mean(dim=1)
             step.family.forwards += 2 * len(states)
-            (states.grad,) = torch.autograd.grad(losses.sum(), [states])
+            # the gradient of a mean over all numbers would vanish in float16
+            scale = target[0].numel()
+            (gradient,) = torch.autograd.grad(losses.sum() * scale, [states])
+            states.grad = gradient / scale
             before = states.detach().clone()
             optimizer.step()
             with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lavender.teachers.diffusion import t5
 from lavender.teachers.diffusion.base import Condition, Layer
+from lavender.teachers.diffusion.stable_diffusion import check_scheduler
 from lavender.teachers.diffusion.text_templates import lowered, stripped_offsets
 from lavender.teachers.diffusion.transformer import TransformerFamily
 
@@ -25,6 +26,10 @@ class PixArtSigma(TransformerFamily):
         self._scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False
         )
+
+    def check_parts(self) -> None:
+        super().check_parts()
+        check_scheduler(self.pipeline, ("epsilon",))
 
     @property
     def max_tokens(self) -> int:

@@ -12,7 +12,8 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.utils import logging
 from torch import nn
 
-from lavender.errors import ModelError, UnsupportedModelError
+from lavender.config import ExtractionConfig
+from lavender.errors import ConfigError, ModelError, UnsupportedModelError
 from lavender.model_files import check_files, load_weights, quiet
 from lavender.teachers.diffusion.base import TeacherFamily
 from lavender.teachers.diffusion.flux import Flux
@@ -119,3 +120,23 @@ def _unsupported_error(what: str) -> UnsupportedModelError:
         f"one of {', '.join(family.pipeline_class.__name__ for family in FAMILIES)}",
         "use one of these, or add a family: see TeacherFamily in lavender/teachers/diffusion/base.py",
     )
+
+
+def check_pipeline(pipeline: Any, config: ExtractionConfig) -> None:
+    """Check that a loaded pipeline stays on one device, and has the autoencoder that the config names.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if getattr(pipeline, "_offload_device", None) is not None:
+        raise ConfigError(
+            "a pipeline with offloading, whose parts move between devices",
+            "a pipeline on one device",
+            "leave enable_model_cpu_offload and enable_sequential_cpu_offload out, and call pipeline.to('cuda')",
+        )
+    if config.tiny_vae is not None and not isinstance(pipeline.vae, AutoencoderTiny):
+        raise ConfigError(
+            f"tiny_vae={config.tiny_vae!r} with a pipeline whose vae is a {type(pipeline.vae).__name__}",
+            "a pipeline with that autoencoder",
+            "set pipeline.vae to the AutoencoderTiny, or load the teacher with Teacher.from_pretrained",
+        )

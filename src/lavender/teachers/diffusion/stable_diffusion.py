@@ -17,11 +17,32 @@ from lavender.teachers.diffusion.base import Condition, Layer, TeacherFamily
 _BLOCK = re.compile(r"(down_blocks|mid_block|up_blocks)\.?(\d*)")
 
 
+def check_scheduler(pipeline: Any, prediction_types: Sequence[str]) -> None:
+    """Check that a pipeline was trained as DDPM, on a schedule of betas, and predicts one of these.
+
+    Raises:
+        ModelError: it was trained on another kind of noise, or predicts something else.
+    """
+    name, scheduler = type(pipeline.scheduler).__name__, pipeline.scheduler
+    if not hasattr(scheduler, "alphas_cumprod"):
+        got, expected = f"the scheduler {name}", "a scheduler on betas, such as DDIM's or Euler's"
+    elif (kind := scheduler.config.get("prediction_type", "epsilon")) not in prediction_types:
+        got, expected = f"prediction_type {kind!r}", " or ".join(map(repr, prediction_types))
+    else:
+        return
+    raise ModelError(f"{got} in {pipeline.name_or_path}", expected, "use a teacher that was trained on such noise")
+
+
 class StableDiffusion(TeacherFamily):
     """Stable Diffusion 1.x (the paper uses 1.4) and 2.x, with ε- or v-prediction."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
-    optional_parts: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+    optional_parts: ClassVar[Mapping[str, Any]] = {
+        "safety_checker": None,
+        "requires_safety_checker": False,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
     largest_layer: ClassVar[int | None] = 32
 
     def __init__(self, pipeline):
@@ -33,8 +54,10 @@ class StableDiffusion(TeacherFamily):
 
     def check_parts(self) -> None:
         super().check_parts()
+        check_scheduler(self.pipeline, ("epsilon", "v_prediction"))
         steps = self.alphas_cumprod
-        if len(steps) != 1000 or not ((steps > 0) & (steps <= 1)).all():  # a NaN fails both comparisons
+        in_order = (steps[:-1] > 0).all() and (steps >= 0).all() and (steps <= 1).all()  # a NaN fails a comparison
+        if len(steps) != 1000 or not in_order:  # the last ᾱ may be 0: zero terminal SNR
             raise ModelError(
                 f"a noise schedule of {len(steps)} steps, ᾱ from {steps.max():.3g} to {steps.min():.3g}, in "
                 f"{self.pipeline.name_or_path}",

@@ -30,7 +30,7 @@ from lavender.teachers.diffusion.base import Condition, Layer, LayerWeights
 from lavender.teachers.diffusion.batch_reader import BatchReader
 from lavender.teachers.diffusion.denoising import Batch, read_maps
 from lavender.teachers.diffusion.layer_weights import choose_layers
-from lavender.teachers.diffusion.registry import family_of, load_family, load_tiny_vae
+from lavender.teachers.diffusion.registry import check_pipeline, family_of, load_family, load_tiny_vae
 from lavender.teachers.diffusion.text_windows import Window, window_of, windows
 from lavender.teachers.diffusion.views import Box, View, view_of
 from lavender.words import content_words, too_long
@@ -101,6 +101,7 @@ class Teacher:
     def __init__(self, pipeline: Any, config: ExtractionConfig | None = None, name: str = "unnamed"):
         self.family = family_of(type(pipeline))(pipeline)
         self.config, self.name = config or ExtractionConfig(), name
+        check_pipeline(pipeline, self.config)
         # refuse settings that do not fit this model before any work
         self.family.check_t5(self.config.t5)
         self.weights: LayerWeights = self._layer_weights()
@@ -150,8 +151,9 @@ class Teacher:
                     )
                 with loading("tiny_vae", config.tiny_vae, consent=None):
                     family.pipeline.vae = load_tiny_vae(config.tiny_vae, dtype=dtype)
+        family.pipeline.to(device)  # first: the check encodes a text
+        with loading("teacher", path, consent=None):
             family.check_parts()
-        family.pipeline.to(device)
         if dtype == torch.float16 and family.pipeline.vae.config.get("force_upcast"):
             family.pipeline.vae.to(torch.float32)
         if channels_last:
@@ -224,7 +226,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, jobs: Sequence[Job]) -> list[WordMaps]:
-        """Map the words of a list of jobs, in one batch per shape of view; `config.batch_size` is for the caller.
+        """Map the words of a list of jobs, in batches of one shape of view and at most `config.batch_size` texts.
 
         The maps of a job do not depend on the other jobs.
 
@@ -242,7 +244,9 @@ class Teacher:
         for row in rows:  # views of one shape go through the backbone together
             if row.words:
                 shapes.setdefault(tuple(views[row.job].latents.shape), []).append(row)
-        for group in shapes.values():
+        size = self.config.batch_size
+        groups = [group[start : start + size] for group in shapes.values() for start in range(0, len(group), size)]
+        for group in groups:
             for row, maps, confidence in zip(group, *self._map_rows(jobs, group, views), strict=True):
                 mapped[row.job] += zip(row.words, maps, confidence.tolist())  # noqa: B905  # columns beyond the words
         return [self._word_maps(job, mapped[index], without_token[index]) for index, job in enumerate(jobs)]

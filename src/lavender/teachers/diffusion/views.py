@@ -117,9 +117,8 @@ def _sample_boxes(maps_BWrc: Tensor, boxes: Sequence[Box], grid: tuple[int, int]
         down = top + (torch.arange(grid[0], dtype=torch.float64) + 0.5) / grid[0] * (bottom - top)
         across = left + (torch.arange(grid[1], dtype=torch.float64) + 0.5) / grid[1] * (right - left)
         places.append(torch.stack([across.expand(grid), down[:, None].expand(grid)], dim=-1))
-    places_BrcX = torch.stack(places).to(maps_BWrc.device)
-    sampled = F.grid_sample(
-        maps_BWrc, (2 * places_BrcX - 1).to(maps_BWrc.dtype), padding_mode="border", align_corners=False
-    )
-    inside = ((places_BrcX > 0) & (places_BrcX < 1)).all(dim=-1)
+    places_BrcX = torch.stack(places)  # of 64 bits, which MPS does not have
+    points_BrcX = (2 * places_BrcX - 1).to(maps_BWrc.dtype).to(maps_BWrc.device)
+    sampled = F.grid_sample(maps_BWrc, points_BrcX, padding_mode="border", align_corners=False)
+    inside = ((places_BrcX > 0) & (places_BrcX < 1)).all(dim=-1).to(maps_BWrc.device)
     return sampled * inside[:, None]
