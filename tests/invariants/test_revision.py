@@ -17,7 +17,7 @@ from datasets import load_dataset
 from peft import LoraConfig
 from lavender import LavenderConfig, LavenderTrainer, export
 from lavender.evaluation.harness.running import checkpoint_digest
-from lavender.training.fingerprints import digest_of_model
+from lavender.data.fingerprints import digest_of_model
 
 torch.set_num_threads(1)
 data, store, out = sys.argv[1:]

@@ -43,6 +43,8 @@ _LOCK = "writer.lock"
 _OF_LAUNCH = " of a launch"
 _PREFIXES = (_LOCK, MANIFEST, "extraction.json", "shard-", TEMPORARY)
 """How the names of files begin that a writer writes or removes."""
+VERSION = "teacher_version"
+"""Key of what identifies the content of a teacher, where that is known."""
 UNRECORDED = {"texts": "answers"}
 """Settings that stores of earlier releases do not name in their identity, and the value that they had."""
 
@@ -294,7 +296,8 @@ def differing(stored: Manifest, wanted: Manifest) -> dict[str, tuple[Any, Any]]:
     new = {**UNRECORDED, **wanted.identity, "grid": list(wanted.grid)}
     missing = "(not set)"
     pairs = {key: (old.get(key, missing), new.get(key, missing)) for key in sorted(old.keys() | new.keys())}
-    return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
+    unknown = {VERSION} if missing in pairs.get(VERSION, ()) else set()  # of an earlier release, or of a pipeline
+    return {key: (before, after) for key, (before, after) in pairs.items() if before != after and key not in unknown}
 
 
 def check_same(folder: Path, stored: Manifest, wanted: Manifest) -> None:

@@ -20,6 +20,7 @@ from lavender.data.images import image_id
 from lavender.data.left_out import LeftOut
 from lavender.data.samples import Sample, Samples
 from lavender.data.store_format import key_of
+from lavender.data.store_writer import VERSION
 from lavender.errors import DataError
 from lavender.maps import Dropped, WordMaps
 from lavender.teachers.diffusion.teacher import Job, Teacher
@@ -115,13 +116,19 @@ def extract(
         samples,
         out,
         lambda writer: steps_of(samples, teacher, writer, strict, on_estimate),
-        identity={"teacher": teacher.name, **teacher.config.identity()},
+        identity=identity_of(teacher.name, teacher.version, teacher.config),
         info=store_info(teacher.family.dtype),
         grid=teacher.config.grid,
         strict=strict,
         on_progress=on_progress,
         launch=launch,
     )
+
+
+def identity_of(name: str, teacher_version: str | None, config: ExtractionConfig) -> dict[str, Any]:
+    """What a store's maps are made by: the teacher's name, what identifies its content, and the settings."""
+    known = {} if teacher_version is None else {VERSION: teacher_version}
+    return {"teacher": name} | known | config.identity()
 
 
 def store_info(dtype: torch.dtype) -> dict[str, str]:

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from lavender.config import ExtractionConfig
+from lavender.data.fingerprints import digest_of_model
 from lavender.data.left_out import LeftOut
 from lavender.data.samples import Sample, Samples
 from lavender.data.store_format import key_of
 from lavender.errors import ConfigError, DataError
 from lavender.files import expanded
 from lavender.teachers.diffusion.teacher import Teacher
-from lavender.teachers.extract import steps_of, store_info
+from lavender.teachers.extract import identity_of, steps_of, store_info
 from lavender.teachers.extraction_loop import Step, write_maps
 from lavender.teachers.launch import image_numbers
 from lavender.teachers.ray_pool import run_on_ray
@@ -96,7 +97,7 @@ def extract_on_ray(
     if size < 1:
         raise ConfigError(f"samples_per_task={size}", "a number from 1", "change it, or leave it out")
     plan = replace(plan, name=plan.name or plan.path)
-    identity = {"teacher": plan.name, **plan.config.identity()}
+    identity = identity_of(str(plan.name), digest_of_model(plan.path, "model_index.json"), plan.config)
     tiny_vae = plan.config.tiny_vae and _place(plan.config.tiny_vae)  # a worker has another working folder
     plan = replace(plan, path=_place(plan.path), config=replace(plan.config, tiny_vae=tiny_vae))
     return write_maps(

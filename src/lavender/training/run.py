@@ -293,7 +293,8 @@ def _coverage_line(counted: dict[str, Any], what: str) -> str:
 
 def _content(run: RunConfig, sets: dict[str, Samples]) -> dict[str, str]:
     """Digests of what the run is made from."""
-    from lavender.training.fingerprints import digest_of_data, digest_of_folder, digest_of_model, digests_of_settings
+    from lavender.data.fingerprints import digest_of_folder, digest_of_model
+    from lavender.training.fingerprints import digest_of_data, digests_of_settings
 
     content = {
         "model": digest_of_model(run.model),

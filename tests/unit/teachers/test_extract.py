@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lavender.config import ExtractionConfig
 from lavender.data.images import image_id
@@ -442,3 +443,22 @@ def test_a_store_of_before_texts_is_one_of_answers(teacher, pipeline, samples, t
     assert extract(samples, teacher, tmp_path / "maps").records == 9
     with pytest.raises(StoreError, match=r"texts is 'answers' there and 'all' here"):
         extract(samples, with_texts(pipeline, "all"), tmp_path / "maps")
+
+
+def test_another_teacher_of_the_same_name_is_refused(pipeline, samples, tmp_path):
+    """Its folder was trained on between two runs. A store of an earlier release does not say which one it was."""
+    folder = tmp_path / "teacher"
+    pipeline.save_pretrained(folder)
+    first = Teacher.from_pretrained(folder, CONFIG)
+    extract(Samples(tuple(samples)[:1]), first, tmp_path / "maps")
+    assert MapStore.open(tmp_path / "maps").identity["teacher_version"] == first.version
+    extract(Samples(tuple(samples)[:2]), Teacher.from_pretrained(folder, CONFIG), tmp_path / "maps")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    changed = {name: 2 * one for name, one in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    other = Teacher.from_pretrained(folder, CONFIG)
+    with pytest.raises(StoreError, match="teacher_version is .* there and .* here"):
+        extract(samples, other, tmp_path / "maps")
+    with MapStore.writer(tmp_path / "old", {"teacher": other.name, **CONFIG.identity()}, {}, CONFIG.grid):
+        pass
+    assert extract(Samples(tuple(samples)[:1]), other, tmp_path / "old").records == 1

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lavender import __version__
+from lavender.data.fingerprints import commit_of, digest_of_folder
 from lavender.errors import ConfigError, DataError, LavenderError
 from lavender.evaluation.harness import file_name
 from lavender.evaluation.harness.answer_log import AnswerLog
@@ -28,7 +29,6 @@ from lavender.evaluation.harness.task_index import TaskIndex, cause_of, of_task,
 from lavender.evaluation.placement import Placement
 from lavender.files import write_whole
 from lavender.model_files import one_line
-from lavender.training.fingerprints import commit_of, digest_of_folder
 
 RESULT = "eval-tasks.json"
 """Name of the file with the result."""

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavender.config import ExtractionConfig
+from lavender.data.fingerprints import digest_of_model
 from lavender.data.images import image_id, load_image, named
 from lavender.errors import CaptureError, ConfigError
 from lavender.maps import Dropped, Word, WordMaps, to_heat
@@ -91,6 +92,7 @@ class Teacher:
         weights: the layer weights in use: the config's, else the family's default.
         reconstruction: with `mode="null-text"`, per window of text so far, the mean squared error of the latents that
             the denoising ended with. A picture's latents have a variance of about 1.
+        version: digest of the folder that it was loaded from, or its commit; None for a pipeline.
 
     Raises:
         UnsupportedModelError: no supported family has this pipeline class, or the tokenizer is slow.
@@ -113,6 +115,7 @@ class Teacher:
         self._pictures: OrderedDict[Hashable, _EncodedView] = OrderedDict()
         self._texts: OrderedDict[Hashable, Condition] = OrderedDict()
         self.reconstruction: list[float] = []
+        self.version: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -159,7 +162,9 @@ class Teacher:
         if channels_last:
             family.backbone.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
             family.pipeline.vae.to(memory_format=torch.channels_last)
-        return cls(family.pipeline, config, name=name or str(path))
+        teacher = cls(family.pipeline, config, name=name or str(path))
+        teacher.version = digest_of_model(path, "model_index.json")
+        return teacher
 
     def layers(self, image_size: tuple[int, int]) -> list[Layer]:
         """The layers that are read for a view of (height, width) pixels, in the order in which they run."""

@@ -1,0 +1,87 @@
+"""What identifies the content of a folder or a model: a digest, or its commit on the Hub.
+
+Folders are read in full. BLAKE2b needs about one second per gigabyte and core, little compared with training or
+extraction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from lavender.errors import ModelError
+from lavender.files import expanded
+
+_UNREAD_BY_TRAINING = ("extraction.json", "writer.lock")
+_UNREAD_ENDINGS = (".md", ".jsonl")
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Digest of names and contents of all files that loading may read: no hidden files, READMEs or logs of a store."""
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.name not in _UNREAD_BY_TRAINING
+        and path.suffix not in _UNREAD_ENDINGS
+    ]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(digest_of_file, files)
+        names = [str(path.relative_to(folder)) for path in files]
+        return digest_of(zip(names, digests, strict=True))
+
+
+def digest_of_file(path: Path) -> str:
+    """BLAKE2b of the content, 32 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def digest_of(parts: Iterable[Any]) -> str:
+    """Digest of JSON values in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def digest_of_model(model: str | Path, file: str = "config.json") -> str:
+    """Digest of a model folder's content; for a Hub id its commit, which identifies the content.
+
+    Args:
+        model: folder or Hub id.
+        file: a file that models of this kind have.
+    """
+    folder = expanded(model)
+    return digest_of_folder(folder) if folder.is_dir() else f"commit {commit_of(str(model), file)}"
+
+
+def commit_of(hub_id: str, file: str = "config.json") -> str:
+    """The commit of a model's main branch on the Hub, or offline of what the Hub's cache has of it.
+
+    Raises:
+        ModelError: the file is out of reach, or its place in the cache names no commit.
+    """
+    try:
+        found = extract_commit_hash(cached_file(hub_id, file), None)
+    except OSError as error:
+        raise ModelError(
+            f"{hub_id}, whose {file} is out of reach: {str(error).splitlines()[0]}",
+            "a model folder, or a model on the Hub or in its cache",
+            "check the path or the id, and the network",
+        ) from error
+    if found is None:
+        raise ModelError(
+            f"{hub_id}, whose files in the Hub's cache are in no commit's folder",
+            "the cache as huggingface_hub writes it",
+            "remove what is there of this model, or download it to a folder and name that",
+        )
+    return found
