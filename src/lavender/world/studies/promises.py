@@ -12,7 +12,7 @@ from typing import Any
 from lavender.evaluation.check import check_model
 from lavender.evaluation.promise import hits
 from lavender.files import write_whole
-from lavender.world.studies.cells import Cell, base_path, data_path, prepare
+from lavender.world.studies.cells import Cell, base_path, data_path, prepare, prepare_base
 from lavender.world.studies.study import Promised, Scores, compare
 
 LIMIT = 128
@@ -43,7 +43,8 @@ def promises(
 
 
 def _checked(folder: Path, cell: Cell) -> dict[str, Any]:
-    """The result of `check_model` on the cell's base, data and maps."""
+    """The result of `check_model` on the cell's base, data and maps. They may be missing where results were kept."""
+    prepare_base(folder, cell.arm)
     base, data, target = base_path(folder, cell.arm), data_path(folder, cell), cell.arm.target or "teacher"
     weights = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
     key = hashlib.sha256(json.dumps([weights, data.name, target, LIMIT]).encode()).hexdigest()[:16]
