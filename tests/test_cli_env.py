@@ -60,10 +60,14 @@ def test_a_fault_names_no_folder(message, printed):
     assert "\n" not in fault
 
 
-def test_a_gpu_that_cannot_be_asked_is_a_fact(monkeypatch):
+@pytest.mark.parametrize("by_nvml", ["0", "1"])
+def test_a_gpu_that_cannot_be_asked_is_a_fact(by_nvml, monkeypatch):
+    """By NVML, as accelerate has torch ask, the first question fails already."""
+
     def refuse() -> int:
         raise RuntimeError("CUDA driver initialization failed")
 
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", by_nvml)
     monkeypatch.setattr(torch.cuda, "device_count", refuse)
     ran = lavender("env")
     assert ran.code == 0

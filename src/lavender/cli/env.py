@@ -75,9 +75,9 @@ def _torch() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "threads between operations": torch.get_num_interop_threads(),
         "MPS": torch.backends.mps.is_available(),
-        "CUDA": torch.cuda.is_available(),
     }
     try:
+        facts["CUDA"] = torch.cuda.is_available()  # raises too where PYTORCH_NVML_BASED_CUDA_CHECK is set
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
             capability = f"compute capability {device.major}.{device.minor}"

@@ -150,10 +150,11 @@ def end_ids(model: Any, processor: Any) -> list[int]:
 
     The config of a model that was converted or trained on captions may name none.
     """
-    named, tokenizer = model.generation_config.eos_token_id, processor.tokenizer
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # remote code may have none
+    tokenizer = processor.tokenizer
     found = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
     found |= {tokenizer.convert_tokens_to_ids(token) for token in getattr(processor, "end_tokens", ())}
-    return sorted(found - {None})
+    return sorted(token for token in found if token is not None)
 
 
 @torch.inference_mode()
