@@ -148,6 +148,21 @@ def test_a_finished_run_stays_as_it_is(run, settings):
     assert content(run[1]) == before
 
 
+def test_a_finished_run_whose_coverage_is_damaged_says_what_to_delete(run, finished):
+    """The advice holds: without the file the run is made complete again, and its weights are the same."""
+    file, out = run
+    coverage = (out / "coverage.json").read_text()
+    (out / "coverage.json").write_text(coverage[:35])
+    line = complaint(lavender("train", file), FAILED)
+    assert f"{out / 'coverage.json'}, which is damaged" in line
+    assert "delete coverage.json, and give the command again" in line
+    (out / "coverage.json").unlink()
+    ran = lavender("train", file)
+    assert ran.code == DONE, ran.err
+    assert json.loads((out / "coverage.json").read_text()) == json.loads(coverage)
+    assert_same_weights(out, finished[1])
+
+
 def test_a_run_stopped_before_its_export_trains_no_further_step(run, finished):
     unfinish(run[1])
     ran = lavender("train", run[0])

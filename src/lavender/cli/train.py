@@ -10,6 +10,7 @@ from typing import Any
 
 from lavender.cli.output import own_lines, report
 from lavender.cli.stopping import DONE
+from lavender.errors import DataError
 from lavender.files import expanded, read_whole, writing
 
 HELP = "fine-tune a model with the alignment loss"
@@ -65,13 +66,26 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """The run folder, the last of each number that training logged, and the coverage."""
+    """The run folder, the last of each number that training logged, and the coverage.
+
+    Raises:
+        DataError: a file of a run that was finished before is damaged.
+    """
     from lavender.training.run_folder import COVERAGE, METRICS
 
     last: dict[str, Any] = {}
-    for line in (folder / METRICS).read_text().splitlines():
-        last |= json.loads(line)
-    return {"run": str(folder), "metrics": last, "coverage": json.loads(read_whole(folder / COVERAGE))}
+    name = METRICS
+    try:
+        for line in (folder / METRICS).read_text().splitlines():
+            last |= json.loads(line)
+        name = COVERAGE
+        return {"run": str(folder), "metrics": last, "coverage": dict(json.loads(read_whole(folder / COVERAGE)))}
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{folder / name}, which is damaged ({error})",
+            "what `lavender train` wrote",
+            f"delete {COVERAGE}, and give the command again: the run goes on from its last checkpoint",
+        ) from error
 
 
 def _summary(facts: dict[str, Any]) -> str:
