@@ -131,10 +131,17 @@ def test_a_batch_bounds_the_texts_of_a_forward(monkeypatch):
     torch.testing.assert_close(found.maps, expected.maps, rtol=0, atol=1e-4)  # products of other shapes
 
 
-def test_places_outside_a_view_are_zero_in_any_type():
-    """Their places are of 64 bits, the maps are not."""
-    maps = torch.ones(1, 1, 4, 4, dtype=torch.float16)
-    found = _sample_boxes(maps.float(), [(-0.5, 0.0, 1.0, 1.0)], (4, 4))
+def test_places_of_64_bits_stay_on_the_cpu(monkeypatch):
+    """MPS has no such numbers, so a tensor of them cannot be moved there. Places outside the view are 0."""
+    real = torch.Tensor.to
+
+    def to(self: torch.Tensor, *to_what: Any, **settings: Any) -> torch.Tensor:
+        if self.dtype == torch.float64 and any(isinstance(one, torch.device) for one in to_what):
+            raise TypeError("no float64 on this device")
+        return real(self, *to_what, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    found = _sample_boxes(torch.ones(1, 1, 4, 4), [(-0.5, 0.0, 1.0, 1.0)], (4, 4))
     assert found[0, 0, 0].tolist() == [0.0] * 4
     assert found[0, 0, -1].tolist() == [1.0] * 4
 
