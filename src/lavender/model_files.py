@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -98,20 +99,32 @@ def _load_error(what: str, path: str, consent: str | None, error: Exception) -> 
         got = f"the {what} {path}, whose config is wrong: {_joined(error)}"
         return ModelError(got, "a config that fits", "repair its config.json")
     got = f"the {what} {path}, which cannot be loaded: "
+    chain = _chain(error)
+    if any("iktoken" in str(link) for link in chain) and find_spec("sentencepiece") is None:
+        # transformers takes any .model file for tiktoken's then, and asks for that
+        got += "its tokenizer is a file of SentencePiece, and the package sentencepiece is not installed"
+        return ModelError(got, "that package", "pip install 'lavender-vlm[sentencepiece]'")
+    lacking = next((link for link in chain if isinstance(link, ImportError)), None)
+    if lacking is not None:
+        return ModelError(got + _joined(lacking)[:300], "the packages that it needs", "install what is named")
     if Path(path).exists():
         return ModelError(got + one_line(error), f"a whole {what}", "repair the folder, or download it again")
     if not _HUB_ID.fullmatch(path):
         return ModelError(got + "there is no such folder", "a model folder or a hub id", "check the path")
-    return _hub_error(got, path, error)
+    return _hub_error(got, path, chain)
 
 
-def _hub_error(got: str, path: str, error: Exception) -> ModelError:
-    """Why a hub id cannot be loaded, from the whole chain of errors."""
-    from huggingface_hub import constants, errors
-
-    chain: list[BaseException] = [error]
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and those that caused it, the first one last."""
+    chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
+    return chain
+
+
+def _hub_error(got: str, path: str, chain: list[BaseException]) -> ModelError:
+    """Why a hub id cannot be loaded, from the whole chain of errors."""
+    from huggingface_hub import constants, errors
 
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)
@@ -136,7 +149,7 @@ def _hub_error(got: str, path: str, error: Exception) -> ModelError:
     if has(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, client_error, ConnectionError):
         got += no_folder + f"the hub at {constants.ENDPOINT} is out of reach: {one_line(chain[-1])}"
         return ModelError(got, "a model folder, or a network", "check the path; for a hub id check network and proxy")
-    return ModelError(got + one_line(error), "a whole model", "check the path or id")
+    return ModelError(got + one_line(chain[0]), "a whole model", "check the path or id")
 
 
 def _joined(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from scale.worker import Case
 
 TESTS = Path(__file__).parents[1]
 FILES = TESTS.parent / "examples" / "accelerate"
+LINES = 80
+"""Lines of each process that a failed launch shows."""
 BF16 = ("--mixed_precision", "bf16")
 KINDS = ("ddp", "fsdp2", "zero2", "zero3")
 # ZeRO knows the CPU as an accelerator of its own; the trainer's use_cpu would make DDP of it, and of FSDP2
@@ -62,8 +65,20 @@ def launch(kind: str, *command: object, processes: int = 2, code: int = 0, optio
         env=environment,
     )
     said = f"{ran.stdout}\n{ran.stderr}"
-    assert ran.returncode == code, said[-6000:]
+    assert ran.returncode == code, _ends(said)
     return said
+
+
+def _ends(said: str) -> str:
+    """The last lines of every process: the process that failed first is not the last one to write."""
+    lines = said.splitlines()
+    of_rank = [re.match(r"\[rank\d+\]", line) for line in lines]
+    ranks = {match[0] if match else "": None for match in of_rank}
+    ends = [
+        [line for line, match in zip(lines, of_rank, strict=True) if (match[0] if match else "") == rank]
+        for rank in ranks
+    ]
+    return "\n".join(line for end in ends for line in end[-LINES:])
 
 
 def train(kind: str, *runs: Sequence[object], code: int = 0, options: Sequence[str] = ()) -> str:

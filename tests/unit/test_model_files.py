@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaForConditionalGeneration
 
 from command_line import complaint, lavender, write_run, write_scenes
 from lavender.cli.main import FAILED
@@ -304,6 +304,20 @@ def test_whatever_loading_raises_is_one_sentence(tmp_path, kind):
     expected = pytest.raises(ModelError, match=f"the model {tmp_path}, which cannot be loaded: {kind.__name__}")
     with expected, loading("model", tmp_path):
         raise kind("a\nb")
+
+
+def test_a_missing_package_is_named_and_no_folder_is_to_be_repaired(tmp_path, monkeypatch):
+    with pytest.raises(ModelError) as caught, loading("model", tmp_path):
+        raise ImportError("Package `num2words` is required to run SmolVLM processor. Install it")
+    assert "num2words" in caught.value.got
+    assert caught.value.do == "install what is named"
+    (tmp_path / "spiece.model").write_bytes(bytes(range(256)))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    monkeypatch.setattr("lavender.model_files.find_spec", lambda name: None)  # also where somebody has it
+    with pytest.raises(ModelError) as caught, loading("teacher", tmp_path):
+        AutoTokenizer.from_pretrained(tmp_path)
+    assert "a file of SentencePiece" in caught.value.got
+    assert caught.value.do == "pip install 'lavender-vlm[sentencepiece]'"
 
 
 @pytest.mark.parametrize("consent", ["false", "no", 1, [0], None])
