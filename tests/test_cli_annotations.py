@@ -75,6 +75,22 @@ def test_arguments_that_do_not_go_together(arguments, code, got, tmp_path):
     assert not (tmp_path / "maps").exists()
 
 
+@pytest.mark.parametrize(
+    "option", ["--mode=ddim", "--timesteps=9", "--steps=5", "--seed=1", "--batch-size=2", "--device=cpu"]
+)
+def test_options_of_a_teacher_are_refused_with_annotations(panoptic, option, tmp_path):
+    ran = lavender("extract", "--annotations", "coco-panoptic", "--from", panoptic, option, "--out", tmp_path / "maps")
+    assert f"Got {option.split('=')[0]} with --annotations." in complaint(ran, WRONG_USAGE)
+
+
+@pytest.mark.parametrize(
+    ("option", "got"), [("--set=flip=true", "Got --set with --ann"), ("--columns=image=a,caption=b", "without --data")]
+)
+def test_settings_that_annotations_do_not_read_are_refused(panoptic, option, got, tmp_path):
+    ran = lavender("extract", "--annotations", "coco-panoptic", "--from", panoptic, option, "--out", tmp_path / "maps")
+    assert got in complaint(ran, WRONG_USAGE)
+
+
 def test_one_maker_of_maps_is_named(tmp_path):
     both = lavender("extract", "--teacher", "world", "--annotations", "coco-panoptic", "--out", tmp_path)
     assert both.code == lavender("extract", "--out", tmp_path).code == WRONG_USAGE

@@ -179,12 +179,15 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make new names survive a power cut too. Windows cannot open folders and has no such call."""
+    """Make new names survive a power cut too. Windows and some file systems have no such call for folders."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # as network file systems answer
+            raise
     finally:
         os.close(descriptor)
 

@@ -27,7 +27,7 @@ GAP = "\ufffc"
 
 _CACHED = 500  # characters: longer texts are not cached, so that the cache stays small
 _SENTENCE = 64  # words that are tagged together: the tagger's cost grows with their number
-_WORD = re.compile(r"[^\W\d_]+(?:['\-][^\W\d_]+)*")
+_WORD = re.compile(r"(?<![^\W_])[^\W\d_]+(?:['\-][^\W\d_]+)*")  # "20th" and "50mm" have none
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]")
 _CLAUSE_END = re.compile(r"[.;:!?]")
 _PARTS = {"NN": "noun", "NP": "noun", "UN": "noun", "AJ": "adjective", "VV": "verb"}  # the tagger's BNC C5 tags
@@ -325,14 +325,14 @@ def _spelling(character: str) -> str | None:
         return None
     if category == "Cf":  # a soft hyphen, a zero-width space or joiner, a direction mark
         return ""
-    if category == "Lo":
+    apart = unicodedata.normalize("NFKC", character)
+    if category == "Lo" or (category == "Lm" and not _LATIN.search(apart)):  # the second in "スーパー"
         return GAP
     if category[0] == "N":
         return "0"
     if category[0] != "L":
         return character
     composed = unicodedata.normalize("NFC", character)
-    apart = unicodedata.normalize("NFKC", character)
     is_letters = unicodedata.decomposition(character).startswith(_SPELLED_OUT) and apart.isalpha()
     return apart if is_letters else composed
 

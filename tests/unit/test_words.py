@@ -52,7 +52,20 @@ def test_hyphens_and_apostrophes_stay_inside_a_word(word):
 
 
 def test_numbers_and_signs_are_no_words_and_cut_words():
-    assert [word.text for word in words_of("3 x2 v2.0 a_b ... 'dog' - 7th")] == ["x", "v", "a", "b", "dog", "th"]
+    assert [word.text for word in words_of("3 x2 v2.0 a_b ... 'dog' - MP3")] == ["x", "v", "a", "b", "dog", "MP"]
+
+
+@pytest.mark.parametrize("text", ["7th", "1980s", "10am", "50mm", "3D", "747s", "2½x", "4 x 5k", "9ft"])
+def test_letters_after_a_digit_are_no_word(text):
+    assert [word.text for word in words_of(text)] in ([], ["x"])  # "4 x 5k" has an x of its own
+    assert [word.text for word in words_of(f"a {text}-high tower of the {text} century")] == [
+        *["a", *(["x"] if " x " in text else []), "high", "tower", "of", "the"],
+        *[*(["x"] if " x " in text else []), "century"],
+    ]
+
+
+def test_marks_of_scripts_without_spaces_join_no_word():
+    assert [word.text for word in words_of("スーパーmarket, 佐々dog and すゝcat")] == ["market", "dog", "and", "cat"]
 
 
 VERBS = ("is", "are", "do", "does", "ca", "wo", "ai", "has")

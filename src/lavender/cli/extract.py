@@ -75,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_annotation_options(parser.add_argument_group("with --annotations"))
 
 
-def _add_teacher_options(group: argparse._ArgumentGroup) -> None:
+def _add_teacher_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--mode",
         choices=("noise", "ddim", "null-text"),
@@ -167,6 +167,20 @@ def run(options: argparse.Namespace) -> int:
     return _extract_teacher(options)
 
 
+def _refuse_teacher_options(options: argparse.Namespace) -> None:
+    """Raise ConfigError for an option with --annotations that only a teacher reads."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_teacher_options(parser)
+    unread = {name: value for name, value in vars(parser.parse_args([])).items() if name != "engine"}
+    given = [name for name, default in unread.items() if getattr(options, name) != default]
+    if given:
+        flag = "--" + given[0].replace("overrides", "set").replace("_", "-")
+        raise ConfigError(f"{flag} with --annotations", f"{flag} only with --teacher", f"leave {flag} out")
+    if options.data is None and columns_of(options):
+        got = "--columns with --annotations, without --data"
+        raise ConfigError(got, "the data set that has these columns", "leave --columns out, or add --data")
+
+
 def _extract_annotations(options: argparse.Namespace) -> int:
     from lavender.data.samples import read_samples
     from lavender.teachers.annotations.extract import extract_annotations, open_annotations
@@ -175,6 +189,7 @@ def _extract_annotations(options: argparse.Namespace) -> int:
     if options.engine == "ray" or Launch.of_environment() is not None:
         got = "--annotations with --engine ray" if options.engine == "ray" else "--annotations in several processes"
         raise ConfigError(got, "one process, which is fast enough", "run `lavender extract` without a launcher")
+    _refuse_teacher_options(options)
 
     annotations = open_annotations(
         options.annotations,

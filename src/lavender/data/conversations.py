@@ -48,7 +48,8 @@ def read_row(values: dict[str, Any], prompt: str) -> tuple[list[Any], list[list[
 
 def _pictures_of(values: dict[str, Any]) -> list[Any]:
     """The images of a row as written there: names, structs or encoded files."""
-    column = next((column for column in PICTURE_COLUMNS if values.get(column) is not None), "")
+    filled = (column for column in PICTURE_COLUMNS if values.get(column) not in (None, "", [], "[]"))
+    column = next(filled, "")
     value = values.get(column)
     if isinstance(value, str) and value.startswith("["):  # a list in a CSV file
         value = _maybe_json(value) if column != "images" else _parsed(value)
@@ -112,13 +113,14 @@ def text_of(content: str | Iterable[Mapping[str, Any]] | None) -> str:
 def _turns_of_row(values: dict[str, Any], prompt: str, has_pictures: bool) -> list[list[Any]]:
     """The conversations of a row, each as the list of turns written there."""
     for column in ("messages", "conversations"):
-        if values.get(column) is not None:
+        if values.get(column) not in (None, ""):  # a CSV file has no other null
             return [_list(_parsed(values[column]), column)]
     if values.get("prompt") is not None and values.get("completion") is not None:
         return [_side(values, "prompt", "user") + _side(values, "completion", "assistant")]
     if values.get("instruction") is not None and values.get("output") is not None:
         return [_alpaca(values)]
-    caption = next((values[column] for column in CAPTION_COLUMNS if values.get(column) is not None), None)
+    captions_there = [values[column] for column in CAPTION_COLUMNS if values.get(column) is not None]
+    caption = next(filter(None, captions_there), captions_there[0] if captions_there else None)
     if caption is None:
         raise UnusableError(f"no text in any of the columns {', '.join(TEXT_COLUMNS)}")
     if not has_pictures:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,31 @@ _UNREAD_ENDINGS = (".md", ".jsonl")
 
 
 def digest_of_folder(folder: Path) -> str:
-    """Digest of names and contents of all files that loading may read: no hidden files, READMEs or logs of a store."""
+    """Digest of names and contents of all files that loading may read: no hidden files, READMEs or logs of a store.
+
+    Links to folders are followed, as loading follows them.
+    """
     files = [
         path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.name not in _UNREAD_BY_TRAINING
-        and path.suffix not in _UNREAD_ENDINGS
+        for path in sorted(_files_in(folder, ()))
+        if path.name not in _UNREAD_BY_TRAINING and path.suffix not in _UNREAD_ENDINGS
     ]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(digest_of_file, files)
         names = [str(path.relative_to(folder)) for path in files]
         return digest_of(zip(names, digests, strict=True))
+
+
+def _files_in(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """The files in a folder and in those below it, without hidden ones. `above` are real paths of folders around it."""
+    real = os.path.realpath(folder)
+    for path in folder.iterdir() if real not in above else ():  # else a circle of links
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files_in(path, (*above, real))
+        elif path.is_file():
+            yield path
 
 
 def digest_of_file(path: Path) -> str:

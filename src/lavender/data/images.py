@@ -9,16 +9,18 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
 from lavender.errors import DataError
 from lavender.files import IMAGE_FORMATS, MISSING, expanded, fault_of, printable, read_plain
@@ -90,16 +92,8 @@ def named(source: Image.Image | Path | str | bytes | Mapping, name: str) -> str:
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Turn any error of a decoder into a DataError, and silence its warnings.
-
-    With `LOAD_TRUNCATED_IMAGES` Pillow decodes a truncated file, grey below the break. The flag is of the whole
-    process, and some libraries set it when they are imported (lmms-eval does). Here it is off.
-    """
-    of_the_process = ImageFile.LOAD_TRUNCATED_IMAGES
-    with warnings.catch_warnings():
-        # Pillow warns of large images, which are refused below, and of damaged EXIF, which harms no pixel.
-        warnings.simplefilter("ignore")
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    """Turn any error of a decoder into a DataError, and silence its warnings. Threads may decode at the same time."""
+    with _settings_of_pillow:
         try:
             yield
         except DataError:
@@ -111,8 +105,41 @@ def decoding(name: str) -> Iterator[None]:
             why = "it is truncated" if "truncated" in str(error) else why
             why = "it does not fit into the memory" if isinstance(error, MemoryError) else why
             raise DataError(f"{name}, which cannot be decoded: {why}", "a whole picture file", _FIX_FILE) from error
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = of_the_process
+
+
+class _SettingsOfPillow:
+    """Settings of the whole process while any thread decodes: the first one sets them, the last one restores them.
+
+    With `LOAD_TRUNCATED_IMAGES` Pillow decodes a truncated file, grey below the break. Some libraries set it when they
+    are imported (lmms-eval does). Here it is off. Pillow warns of large images, which are refused, and of damaged EXIF,
+    which harms no pixel.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+        if hasattr(os, "register_at_fork"):  # a child has no other thread that would restore them
+            os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
+                self._before.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._before.close()
+
+
+_settings_of_pillow = _SettingsOfPillow()
 
 
 def open_encoded(encoded: bytes, name: str, formats: tuple[str, ...] = IMAGE_FORMATS) -> Image.Image:
@@ -139,7 +166,7 @@ def stored_orientation(path: Path, name: str) -> tuple[int, tuple[int, int]]:
     """The EXIF orientation of an image file (1 if it has none) and its size (height, width) as stored."""
     with decoding(name):
         image = open_encoded(read_plain(path, MAX_BYTES), name)
-        return _orientation(image), (image.height, image.width)
+        return _orientation(image), _stored_size(image)
 
 
 def embedded(text: str) -> bytes | None:
@@ -176,8 +203,9 @@ def picture_size(source: Image.Image | Path | str | bytes | Mapping, name: str) 
     with decoding(name):
         image = _open(source, name)
         _check_header(image, name)
+        height, width = _stored_size(image)
         is_turned = _orientation(image) in (5, 6, 7, 8)
-    return (image.width, image.height) if is_turned else (image.height, image.width)
+    return (width, height) if is_turned else (height, width)
 
 
 def image_id(image: Image.Image) -> str:
@@ -266,6 +294,13 @@ def _too_large(name: str, size: str) -> DataError:
 
 def _orientation(image: Image.Image) -> int:
     return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) as stored. Pillow gives the upright size of a TIFF before it decodes it and drops the tag."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and _orientation(image) in (5, 6, 7, 8):
+        return image.tag_v2[TiffImagePlugin.IMAGELENGTH], image.tag_v2[TiffImagePlugin.IMAGEWIDTH]
+    return image.height, image.width
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavender.data.columns import TEXT_COLUMNS
 from lavender.data.tables import Row, Wanted, jsonl_rows, object_row, parquet_rows, unknown_format, unreadable
 from lavender.data.webdataset import PICTURE_ENDINGS, webdataset_rows
 from lavender.errors import DataError
@@ -29,7 +30,11 @@ def json_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
     try:
         is_list, are_lines = re.match(r"\s*\[", text), _are_lines(text)
         if not is_list and not are_lines:
-            yield from _karpathy_rows(path, parse_json(text), wanted.split)
+            content = parse_json(text)
+            if isinstance(content, dict) and not content.keys().isdisjoint(TEXT_COLUMNS):
+                yield object_row(f"{label} row 0", content)
+            else:
+                yield from _karpathy_rows(path, content, wanted.split)
             return
         if wanted.split:
             raise no_split(path, wanted.split)
@@ -85,7 +90,7 @@ def _karpathy_rows(path: Path, content: Any, split: str) -> Iterator[Row]:
     chosen = split.split("+") if split else splits
     if missing := [one for one in chosen if one not in splits]:
         raise no_split(path, missing[0], splits)
-    folders = [path.parent, *(one for one in sorted(path.parent.iterdir()) if one.is_dir())]
+    folders = [one for one in sorted(path.parent.iterdir()) if one.is_dir()]
     for index, image in enumerate(images):
         name = f"{printable(path.name)} image {index}"
         try:
@@ -96,11 +101,21 @@ def _karpathy_rows(path: Path, content: Any, split: str) -> Iterator[Row]:
         except (KeyError, TypeError, AttributeError) as error:
             yield Row(name, {}, f"not of Karpathy's form: {type(error).__name__} {error}")
             continue
-        places = [folder / part for folder in folders for part in (inside, inside.name)]
-        at = next((number for number, place in enumerate(places) if os.path.isfile(place)), 0)
-        if at > 1:  # the next picture is looked for there first
-            folders.insert(0, folders.pop(at // 2))
-        yield Row(name, {"image": str(places[at].absolute()), "caption": captions})
+        picture, fault = _place_of(inside, path.parent, folders)
+        yield Row(name, {} if fault else {"image": str(picture.absolute()), "caption": captions}, fault)
+
+
+def _place_of(inside: Path, here: Path, folders: Sequence[Path]) -> tuple[Path, str]:
+    """(file of a picture, why it cannot be told): `here`, or in one of the folders, or there by its name alone."""
+    for part in (inside, inside.name):
+        if os.path.isfile(here / part):
+            return here / part, ""
+        found = [folder / part for folder in folders if os.path.isfile(folder / part)]
+        if len(found) > 1:
+            return found[0], f"the picture {printable(part)} is in {found[0].parent.name} and {found[1].parent.name}"
+        if found:
+            return found[0], ""
+    return here / inside, ""
 
 
 def is_img2dataset(folder: Path, names: Sequence[str]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lavender.data.store_format import Shard, key_of, read_manifest, shard_numbers
 from lavender.data.store_writer import StoreWriter, check_same, take_lock
+from lavender.errors import StoreError
 
 
 class SharedStoreWriter(StoreWriter):
@@ -51,10 +53,15 @@ class SharedStoreWriter(StoreWriter):
         """As `StoreWriter.flush`, once no other process is writing."""
         if not self._buffer:
             return
-        self._lock = take_lock(self.path, of_launch=True, refuses=False)  # what is buffered is not given up
-        try:
+        with self.locked():
             self.refresh()
             super().flush()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        self._lock = take_lock(self.path, of_launch=True, refuses=False)  # what is buffered is not given up
+        try:
+            yield
         finally:
             self.close()
 
@@ -66,7 +73,10 @@ class SharedStoreWriter(StoreWriter):
         """
         found = read_manifest(self.path)
         check_same(self.path, found, self._manifest)
-        self._manifest = self._manifest._replace(info=found.info)  # a merge may have noted its stores
+        if found.store != self._manifest.store and self._numbers:
+            got = f"the store {self.path}, which was replaced while this command wrote to it"
+            raise StoreError(got, "one store until the end", "repeat the command")
+        self._manifest = found  # a merge may have noted its stores
         new = sorted(set(shard_numbers(self.path)) - self._numbers)
         shards = [Shard(self.path, number, self._manifest) for number in new]
         written = {key.tobytes() for shard in shards for key in shard.keys}

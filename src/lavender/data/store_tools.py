@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from lavender.data.made_from import without_sources
 from lavender.data.store import MapStore, SeveralStores
 from lavender.data.store_format import MANIFEST, Shard, index_path, maps_path, read_manifest, shard_numbers
-from lavender.data.store_writer import differing
+from lavender.data.store_writer import VERSION, differing
 from lavender.errors import ConfigError, StoreError
 from lavender.files import TEMPORARY, expanded, file_error, read_whole, shown
 from lavender.maps import WordMaps
@@ -223,10 +223,11 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> Merged:
     folders = list(dict.fromkeys(Path(os.path.realpath(expanded(path))) for path in paths))
     stores = [MapStore.open(folder, verify=True) for folder in folders]
     before = [_with_gaps(out), *stores] if os.path.lexists(out / MANIFEST) else stores
-    for store in before[1:]:
-        _check_fits(before[0].path, store.path)
+    first = next((store for store in before if VERSION in store.identity), before[0])
+    for store in before:
+        _check_fits(first.path, store.path)
     repeated = _repeated(before)
-    identity, info, grid = before[0].identity, _common([store.info for store in stores]), before[0].grid
+    identity, info, grid = first.identity, _common([store.info for store in stores]), before[0].grid
     with store_folder(out) as folder, MapStore.writer(folder, identity, info, grid) as writer:
         writer.note_source("merge", [str(path) for path in folders])
         added = sum(writer.add(record) for store in stores for record in store)
@@ -267,6 +268,10 @@ def whole_folder(out: Path, last: str) -> Iterator[Path]:
     """
     is_new = not os.path.lexists(out)
     if not is_new and not (out.is_dir() and not any(out.iterdir())):
+        left = [path.name for path in out.iterdir() if path.name.startswith(TEMPORARY)] if out.is_dir() else []
+        if left and len(left) == len(list(out.iterdir())):
+            got = f"{out}, which holds {left[0]}, as a command leaves it that was killed or is running still"
+            raise StoreError(got, "a new or empty folder", "remove what is in it once no command writes there")
         raise StoreError(f"{out}, which is there already", "a new or empty folder", "choose another folder")
     folder = (out.parent if is_new else out) / f"{TEMPORARY}{out.name}-{secrets.token_hex(8)}"
     folder.mkdir(parents=True)

@@ -7,7 +7,8 @@ import os
 import re
 import stat
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -231,6 +232,11 @@ class StoreWriter:
         self._num_written = self.num_words
         self._buffer.clear()
         self._numbers.add(number)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the store's lock, which this writer does until it is closed."""
+        yield
 
     def close(self) -> None:
         """Release the lock. Buffered records are lost."""

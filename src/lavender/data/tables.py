@@ -302,7 +302,10 @@ def _flickr_rows(path: Path) -> Iterator[Row]:
         if line.fault:
             yield Row(name, {}, line.fault)
         elif len(fields) == 3:
-            folder = next((folder for folder, names in contents.items() if fields[0] in names), path.parent)
-            yield Row(name, {"image": str((folder / fields[0]).absolute()), "caption": fields[2]})
+            folders = [folder for folder, names in contents.items() if fields[0] in names] or [path.parent]
+            if len(folders) > 1 and folders[0] != path.parent:
+                yield Row(name, {}, f"the picture {shown(fields[0])} is in {folders[0].name} and {folders[1].name}")
+                continue
+            yield Row(name, {"image": str((folders[0] / fields[0]).absolute()), "caption": fields[2]})
         else:
             yield Row(name, {}, f"{len(fields)} fields separated by bars, not 3: {shown(line.text.strip())}")

@@ -95,7 +95,7 @@ def write_maps(
     drops: list[Drops] = [(None, samples.dropped)]
     open_writer = MapStore.writer if launch is None else launch.writer
     with open_writer(out, identity, info, grid) as writer:
-        history = History(out)
+        History(out)  # a damaged one is reported before the work
         flushed = time.monotonic()
         with closing(steps(writer)) as running:
             for step in running:
@@ -108,13 +108,15 @@ def write_maps(
                 if time.monotonic() - flushed > FLUSH_SECONDS:
                     writer.flush()
                     flushed = time.monotonic()
-    summary.seconds = time.monotonic() - began
-    if isinstance(writer, SharedStoreWriter) and launch is not None:
-        summary, errors, drops = _of_all(launch, writer, summary, errors, drops)
-    summary.dropped = _named_once(drops)
-    summary.reconstruction = fmean(errors) if errors else None
-    if launch is None or launch.rank == 0:
-        history.add(summary, len(writer), writer.num_words)
+        writer.flush()
+        summary.seconds = time.monotonic() - began
+        if isinstance(writer, SharedStoreWriter) and launch is not None:
+            summary, errors, drops = _of_all(launch, writer, summary, errors, drops)
+        summary.dropped = _named_once(drops)
+        summary.reconstruction = fmean(errors) if errors else None
+        if launch is None or launch.rank == 0:
+            with writer.locked():
+                History(out).add(summary, len(writer), writer.num_words)  # another launch may have written it since
     return summary
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from lavender.data import images
-from lavender.data.images import image_id, load_image
+from lavender.data.images import image_id, load_image, picture_size, stored_orientation
 from lavender.errors import DataError
 from lavender.files import IMAGE_FORMATS
 
@@ -131,6 +134,39 @@ def test_truncated(form, tolerant, monkeypatch):
     message = refusal(content[: len(content) // 2])
     assert "cannot be decoded" in message or "only its beginning" in message
     assert ImageFile.LOAD_TRUNCATED_IMAGES is tolerant
+
+
+def test_threads_decode_under_settings_that_are_restored(monkeypatch):
+    """48 threads at once: every truncated file is refused, and the process has its settings again."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    filters = warnings.filters[:]
+    whole = encoded(noise(67, 61), "JPEG")
+    start = threading.Barrier(48)
+
+    def is_refused(index: int) -> bool:
+        start.wait()
+        try:
+            load_image(whole if index % 2 else whole[: len(whole) // 2], "a")
+        except DataError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(48) as pool:
+        assert list(pool.map(is_refused, range(48))) == [True, False] * 24
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+    assert warnings.filters == filters
+
+
+@pytest.mark.parametrize("form", ["TIFF", "JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_sizes_of_turned_files(form, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a"
+    path.write_bytes(encoded(noise(40, 30), form, exif=exif))
+    upright = load_image(path, "a")
+    assert picture_size(path, "a") == (upright.height, upright.width) == ((40, 30) if orientation > 4 else (30, 40))
+    assert stored_orientation(path, "a") == (orientation, (30, 40))
 
 
 def test_several_frames():

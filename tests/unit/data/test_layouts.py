@@ -282,6 +282,32 @@ def test_karpathys_json(folder, more):
     assert "with the splits restval, test, train. Expected one split" in failure(path)
 
 
+def test_a_picture_in_several_folders_of_published_captions(folder):
+    """The file with the path of the row counts; by its name alone no folder is chosen."""
+    path = karpathy(folder, "dataset_coco.json", filepath="val2014")
+    for place in ("a_small", "b_small"):
+        (folder / place).mkdir()
+        for index in (0, 2, 4):
+            (folder / place / f"{index}.png").write_bytes(png(200))
+    assert [shade(one.load()[0]) for one in read_samples(f"{path}:train+restval")] == [0, 0, 2, 2]
+    path = karpathy(folder, "without.json")
+    assert "the picture 0.png is in a_small and b_small" in failure(f"{path}:train+restval")
+    (folder / "results.csv").write_text("image_name| comment_number| comment\n0.png| 0| A cat .\n")
+    assert "is in a_small and b_small" in failure(folder / "results.csv")
+    (folder / "0.png").write_bytes(png(7))
+    assert [shade(one.load()[0]) for one in read_samples(folder / "results.csv")] == [7]
+
+
+def test_an_empty_cell_hides_no_column(folder):
+    (folder / "x.csv").write_text("images,image,messages,text,caption\n,0.png,,,A cat.\n")
+    (folder / "0.png").write_bytes(png(5))
+    (sample,) = read_samples(folder / "x.csv")
+    assert [shade(picture) for picture in sample.load()] == [5]
+    assert answers([sample]) == ["A cat."]
+    (sample,) = read_samples(jsonl(folder / "x.jsonl", {"images": [], "image": "0.png", "text": "A cat."}))
+    assert len(sample.sources) == 1
+
+
 def tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
     with tarfile.open(path, "w") as archive:
         for key, files in samples.items():
@@ -476,7 +502,8 @@ def test_json_lines_in_a_json_file(folder):
     assert answers(samples) == ["A cat.", "A dog."]
     assert list(drops(samples)) == ["x.json line 3"]
     assert "which has no such split" in failure(f"{path}:train")
-    assert "a JSON dict where a list of rows should be" in failure(jsonl(folder / "one.json", ROWS[0]))
+    assert answers(read_samples(jsonl(folder / "one.json", ROWS[0]))) == ["A cat."]
+    assert "a JSON dict where a list of rows should be" in failure(jsonl(folder / "coco.json", {"annotations": []}))
 
 
 def test_a_parquet_file_of_one_row_group_is_not_held_in_memory(tmp_path):

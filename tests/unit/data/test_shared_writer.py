@@ -71,6 +71,21 @@ def test_writers_of_other_settings_do_not_mix_their_records(tmp_path):
     assert texts(tmp_path) == ["dog 0"]
 
 
+def test_a_store_that_was_replaced_gets_no_shard_of_the_earlier_one(tmp_path):
+    with writer(tmp_path, 0) as first:
+        for seed in (1, 0):  # nothing is written yet, so each takes the store for its own settings
+            MapStore.writer(tmp_path, {"seed": seed}, {}, GRID).close()
+        for index in range(3):
+            assert first.add(record(index))
+    assert texts(tmp_path) == ["dog 0", "dog 1", "dog 2"]
+    with pytest.raises(StoreError, match="replaced while this command wrote"), writer(tmp_path, 0) as first:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        MapStore.writer(tmp_path, {"seed": 0}, {}, GRID).close()
+        for index in range(3, 6):
+            first.add(record(index))
+
+
 def test_another_writer_may_die_between_its_two_files(tmp_path):
     """Its maps file without a table does not count; the next writer takes its number."""
     with writer(tmp_path, 0) as first:

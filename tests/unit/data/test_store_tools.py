@@ -233,6 +233,31 @@ def test_stores_of_other_settings_are_not_merged(tmp_path):
     assert len(MapStore.open(second)) == 2
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 2), (1, 0, 2), (2, 1, 0), (0, 2, 1)])
+def test_a_version_that_some_stores_lack(tmp_path, order):
+    """Of an earlier release, or of a pipeline in memory: its store fits to any version, and two versions do not fit."""
+    versions = ({}, {"teacher_version": "1"}, {"teacher_version": "2"})
+    stores = [
+        fill(tmp_path / str(index), RECORDS[index : index + 1], identity=IDENTITY | version)
+        for index, version in enumerate(versions)
+    ]
+    paths = [stores[index] for index in order]
+    if len(order) == 2:
+        merge(paths, tmp_path / "all")
+        assert MapStore.open(tmp_path / "all").identity["teacher_version"] == "1"
+    else:
+        with pytest.raises(StoreError, match="teacher_version"):
+            merge(paths, tmp_path / "all")
+
+
+def test_what_a_killed_merge_left_is_named(tmp_path):
+    store = fill(tmp_path / "first", RECORDS[:2])
+    (tmp_path / "all" / ".tmp-all-abcd").mkdir(parents=True)
+    with pytest.raises(StoreError, match="as a command leaves it that was killed") as caught:
+        merge([store], tmp_path / "all")
+    assert "remove what is in it" in caught.value.do
+
+
 def test_a_merged_store_appears_when_it_is_complete(tmp_path):
     first, second = fill(tmp_path / "first", RECORDS[:6]), fill(tmp_path / "second", RECORDS[6:])
     killed_at_rename(3, lambda: merge([first, second], tmp_path / "all"))  # after the manifest and a shard

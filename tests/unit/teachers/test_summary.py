@@ -55,6 +55,14 @@ def test_what_no_finished_run_wrote_is_counted_too(tmp_path):
     assert (said(tmp_path)["records"], said(tmp_path)["in_store"], len(said(tmp_path)["runs"])) == (9, 7, 4)
 
 
+def test_a_launch_that_saw_less_than_one_that_ended_before_it(tmp_path):
+    History(tmp_path).add(Summary(4, 9, dropped=[BROKEN]), 10, 20)
+    History(tmp_path).add(Summary(5, 9), 9, 18)
+    told = said(tmp_path)
+    assert (told["in_store"], told["words_in_store"], len(told["runs"])) == (10, 20, 3)
+    assert told["dropped_before"] == [vars(BROKEN)]
+
+
 def test_a_file_of_an_earlier_release_does_not_count_the_maps_in_the_store(tmp_path):
     History(tmp_path).add(Summary(5, 11), 5, 11)
     told = said(tmp_path)

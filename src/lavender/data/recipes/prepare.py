@@ -120,11 +120,11 @@ def prepare(
     report: dict[str, Any] = {"recipe": name, "settings": asdict(settings), "sets": sets, **numbers}
     # first the report, by which the next call knows that the other files are ours
     write_whole(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    for split in lines:  # both, so that never one is of this call and the other of an earlier one
+        (out / f"{split}.jsonl").unlink(missing_ok=True)
     for split in lines:
         if lines[split]:
             write_whole(out / f"{split}.jsonl", "".join(lines[split]))
-        else:
-            (out / f"{split}.jsonl").unlink(missing_ok=True)  # of an earlier call
     return report
 
 
