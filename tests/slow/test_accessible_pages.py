@@ -162,6 +162,25 @@ def test_the_script_writes_and_draws_what_the_page_came_with(pages, browser):  #
     assert (torch.tensor(page.evaluate(pixels)).double() - drawn_before).abs().mean() > 6, (
         "another view looks otherwise"
     )
+    ring_is_on_the_maximum = """async () => {
+      const off = [];
+      for (const card of document.querySelectorAll('[data-card]')) {
+        const image = card.querySelector('img'), ring = card.querySelector('.peak');
+        await image.decode();
+        const canvas = document.createElement('canvas');
+        [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+        const context = canvas.getContext('2d');
+        context.drawImage(image, 0, 0);
+        const drawn = context.getImageData(0, 0, canvas.width, canvas.height).data;
+        const levels = Array.from({ length: drawn.length / 4 }, (_, at) => drawn[4 * at + 3]);  // the opacity rises
+        const top = Math.max(...levels);
+        const col = Math.floor((parseFloat(ring.style.left) / 100) * canvas.width);
+        const row = Math.floor((parseFloat(ring.style.top) / 100) * canvas.height);
+        if (top > 0 ? levels[row * canvas.width + col] < top : !ring.hidden) off.push(card.dataset.card);
+      }
+      return off;
+    }"""
+    assert page.evaluate(ring_is_on_the_maximum) == []
     page.close()
 
 

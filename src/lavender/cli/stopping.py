@@ -61,8 +61,8 @@ def unexpected(error: Exception) -> LavenderError:
         return LavenderError(
             f"memory that is too small: {' '.join(str(error).split('. ')[0].split()) or type(error).__name__}",
             "a model and a batch that fit",
-            "lower --batch-size or per_device_train_batch_size, take smaller images (image_processor: {size: …}), "
-            "16 bits, or a device with more memory",
+            "lower --batch-size or per_device_train_batch_size where the command reads one, take smaller images "
+            "(image_processor: {size: …}), 16 bits, or a device with more memory",
         )
     import tempfile
     import traceback

@@ -14,6 +14,7 @@ from PIL import Image
 
 from lavender.data.images import load_image, named
 from lavender.errors import DataError
+from lavender.students.logits import logits_at
 from lavender.students.word_maps import evaluating
 
 _GAP = re.compile(r"[\s\-]+")
@@ -180,7 +181,7 @@ def continuation_loss(model: Any, processor: Any, question: list[dict], continua
     shared = min(len(asked), len(tokens))
     same = asked[:shared].to(tokens.device) == tokens[:shared]
     start = shared if bool(same.all()) else int(same.int().argmin())
-    rows = model(**inputs).logits[0, start - 1 : len(tokens) - 1].float().log_softmax(dim=-1)
+    rows = logits_at(model, inputs, range(start - 1, len(tokens) - 1))[0].log_softmax(dim=-1)
     target = tokens[start:]
     loss = -rows.gather(1, target[:, None]).mean().item()
     return loss, bool((rows.argmax(dim=-1) == target).all())

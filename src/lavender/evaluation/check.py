@@ -103,8 +103,8 @@ def check_model(
     """
     require_limit(limit)
     store = SeveralStores.open(maps)
-    read = read_samples(data, columns=columns).samples
-    usable = taken(readable(Samples(spread(read, limit))), [load_reader(model_path, trust_remote_code)])
+    read = read_samples(data, columns=columns)
+    usable = taken(readable(Samples(spread(read.samples, limit))), [load_reader(model_path, trust_remote_code)])
     dropped: Counter[str] = Counter()
     cases = cases_of(usable.samples, store, attributes, dropped)
     model, processor = place.load(model_path, trust_remote_code)
@@ -135,11 +135,14 @@ def cases_of(
     """
     word_targets = WordTargets(store, AlignmentConfig(attributes=attributes))
     cases: list[Case] = []
-    for index, (sample, (picture, _)) in enumerate(zip(samples, readings_of(samples, store), strict=True)):
+    numbers: dict[str, int] = {}  # of pictures: several samples may have the same one
+    for sample, (picture, _) in zip(samples, readings_of(samples, store), strict=True):
+        identity = image_id(picture.image)
+        index = numbers.setdefault(identity, len(numbers))
         links = links_of(sample.about, sample.messages)
         turn = next(place for place, message in enumerate(sample.messages) if message["role"] == "assistant")
         example = {"messages": sample.messages, "images": list(sample.sources)}
-        chosen = word_targets.of(example, sample.messages, [image_id(picture.image)], links, dropped) or []
+        chosen = word_targets.of(example, sample.messages, [identity], links, dropped) or []
         targets = [target for of_turn in chosen if of_turn.turn == turn for target in of_turn.targets]
         links = [link for link in links if link.word.turn == turn]
         nouns = described_nouns(picture.answer) if attributes == "noun" else {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -26,8 +26,9 @@ from lavender.errors import ConfigError, DataError, NotFiniteError
 from lavender.evaluation.map_scores import resize_map
 from lavender.maps import Word, WordMaps
 from lavender.students.locate import WordLocator
+from lavender.students.logits import logits_at
 from lavender.students.registry import adapter_for
-from lavender.students.word_maps import AnsweredPicture, evaluating, processor_inputs
+from lavender.students.word_maps import AnsweredPicture, evaluating, finite, processor_inputs
 
 Fill = Literal["blur", "mean"]
 """What hides a part of a picture: the picture strongly blurred, or its mean colour."""
@@ -190,7 +191,7 @@ def answer_score(model: Any, processor: Any, reading: AnsweredPicture, batch_siz
     inputs = processor_inputs(processor, [reading])
     found = locator.rows(
         reading.messages(),
-        [(1, reading.answer, (answer, *reading.words))],
+        [(reading.turn, reading.answer, (answer, *reading.words))],
         inputs["input_ids"][0],
         inputs["attention_mask"][0],
         dropped,
@@ -206,11 +207,11 @@ def answer_score(model: Any, processor: Any, reading: AnsweredPicture, batch_siz
     @torch.inference_mode()
     def score(pictures: Iterable[Image.Image]) -> Tensor:
         scores: list[list[float]] = []
-        readings = (AnsweredPicture(picture, reading.prompt, reading.answer, ()) for picture in pictures)
+        readings = (replace(reading, image=picture, words=()) for picture in pictures)
         with evaluating(model):
             while batch := list(islice(readings, batch_size)):
                 scores += _log_probabilities(model, processor, batch, targets)
-        return torch.tensor(scores, dtype=torch.float64)
+        return finite(torch.tensor(scores, dtype=torch.float64), model, "a log-probability")
 
     return score, [word for word, _ in found[1:]]
 
@@ -220,12 +221,12 @@ def _log_probabilities(
 ) -> list[list[float]]:
     """Per picture and target the mean log-probability of the tokens that the target's rows predict."""
     inputs = processor_inputs(processor, batch).to(model.device, model.dtype)
-    logits = model(**inputs).logits
+    rows = sorted({row for target in targets for row in target})
+    logits = logits_at(model, inputs, rows)
     values = []
     for sample in range(len(batch)):
-        rows = sorted({row for target in targets for row in target})
         tokens = inputs["input_ids"][sample, [row + 1 for row in rows]]
-        all_tokens = logits[sample, rows].float().log_softmax(dim=-1)
+        all_tokens = logits[sample].log_softmax(dim=-1)
         own = all_tokens.gather(1, tokens[:, None].to(all_tokens.device))[:, 0]
         of_row = dict(zip(rows, own.tolist(), strict=True))
         values.append([sum(of_row[row] for row in target) / len(target) for target in targets])
@@ -268,7 +269,7 @@ def faithfulness(
         raise ConfigError(f"num_random={num_random}", "at least 1 random order", "raise it: a curve needs its control")
     known = {(word.start, word.end): heat for word, heat in zip(maps.words, maps.maps, strict=True)}
     words = tuple(word for word in reading.words if (word.start, word.end) in known)
-    mapped = AnsweredPicture(reading.image, reading.prompt, reading.answer, words)
+    mapped = replace(reading, words=words)
     score, found = answer_score(model, processor, mapped, batch_size)
     if not found:
         raise DataError(

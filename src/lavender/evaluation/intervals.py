@@ -26,8 +26,7 @@ class Interval:
     Attributes:
         difference: score of the first model minus score of the second.
         low, high: percentile interval of the difference over resampled data.
-        num_units: the number of units that were resampled. Of one unit, or of several of which one alone has a weight,
-            nothing is known: low and high are NaN.
+        num_units: the number of units with a weight for both models. Of one, nothing is known: low and high are NaN.
     """
 
     difference: float
@@ -95,12 +94,13 @@ def paired_difference(
     sums = np.zeros((int(places.max()) + 1, 4))
     np.add.at(sums, places, np.hstack([np.asarray(first, dtype=float), np.asarray(second, dtype=float)]))
     low = high = float("nan")
-    if min((sums[:, [1, 3]] > 0).sum(axis=0)) > 1:
+    num_counted = int((sums[:, [1, 3]] > 0).all(axis=1).sum())
+    if num_counted > 1:
         drawn = _resampled(sums, num_resamples, np.random.default_rng(seed))
         counted = drawn[(drawn[:, 1] > 0) & (drawn[:, 3] > 0)]  # a draw may leave out all that has a weight
         differences = counted[:, 0] / counted[:, 1] - counted[:, 2] / counted[:, 3]
         low, high = (float(end) for end in np.quantile(differences, [(1 - level) / 2, (1 + level) / 2]))
-    return Interval(scores[0] - scores[1], low, high, len(sums))
+    return Interval(scores[0] - scores[1], low, high, num_counted)
 
 
 def _resampled(sums: np.ndarray, num_resamples: int, draws: np.random.Generator) -> np.ndarray:

@@ -212,8 +212,8 @@ def _too_few(pictures: int, words: int, samples: int, which: str = "") -> Part |
     wanted = math.ceil(samples * LEAST_PICTURES / max(1, pictures))
     return Part(
         "cannot say",
-        f"{words} words{which} in {pictures} of {samples} pictures are too few; {LEAST_PICTURES} pictures are the "
-        f"least. Check about {wanted} samples (--limit {wanted}), or add pictures if the data has fewer.",
+        f"{words} words{which} in {pictures} pictures of {samples} samples are too few; {LEAST_PICTURES} pictures are "
+        f"the least. Check about {wanted} samples (--limit {wanted}), or add pictures if the data has fewer.",
     )
 
 

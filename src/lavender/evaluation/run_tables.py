@@ -71,19 +71,20 @@ def tables_of(
     names = list(next(iter(scored["arms"].values())))
     shown = [name for name in names if any(one.score == name and one.interval for one in differences)]
     pairs = list(dict.fromkeys((one.first, one.second) for one in differences))
+    pictures = len({sample.picture for sample in samples})
     by_place = {(one.score, one.first, one.second): one for one in differences}
     rows: list[list[Cell]] = [
-        [_with_arrow(name), *(_difference_text(by_place[name, *pair]) for pair in pairs)] for name in shown
+        [_with_arrow(name), *(_difference_text(by_place[name, *pair], pictures) for pair in pairs)] for name in shown
     ]
     columns = ["score", *(f"{first} − {second}" for first, second in pairs)]
-    pictures = len({sample.picture for sample in samples})
     note = (
         f"In brackets: {LEVEL:.0%} interval of the paired bootstrap; the {pictures} pictures were drawn again "
         f"{NUM_RESAMPLES:,} times (seed {SEED}), with all of their samples. “Better” and “worse”: the interval does "
         "not contain 0. It covers the choice of the samples. It does not cover the seeds of training: train several."
     )
-    if pictures < FEW_PICTURES:
-        note += f" With fewer than {FEW_PICTURES} pictures the intervals are too narrow: score more."
+    counted = [one.interval.num_units for one in differences if one.interval]
+    if min(counted, default=pictures) < FEW_PICTURES:
+        note += f" With fewer than {FEW_PICTURES} pictures an interval is too narrow: score more."
     tables = [Table(f"Differences, on {of}", columns, rows, note)]
     scores: list[list[Cell]] = [[arm, *(values[name] for name in names)] for arm, values in scored["arms"].items()]
     if teacher := scored.get("teacher"):
@@ -117,13 +118,17 @@ def _with_arrow(name: str) -> str:
     return f"{name}{arrow}"
 
 
-def _difference_text(one: Difference) -> str:
-    """ "+0.120 (+0.010 to +0.230), better"; the last word only if the interval does not contain 0."""
+def _difference_text(one: Difference, pictures: int) -> str:
+    """ "+0.120 (+0.010 to +0.230), better"; the last word only if the interval does not contain 0.
+
+    If the score is counted on some of the pictures alone, their number follows.
+    """
     if one.interval is None:
         return "–"
     if math.isnan(one.interval.low):
         return f"{_signed(one.interval.difference)} (one picture: no interval)"
     text = f"{_signed(one.interval.difference)} ({_signed(one.interval.low)} to {_signed(one.interval.high)})"
+    text += f", on {one.interval.num_units} pictures" if one.interval.num_units < pictures else ""
     return f"{text}, {judged(one.score, one.interval.difference)}" if one.interval.excludes_zero else text
 
 

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def evaluate_runs(
     read = read_samples(data, prompt_of(config, run), columns)
     samples = taken(readable(Samples(spread(read.samples, limit))), readers)
     judged = _observe_arms(arm_paths, samples.samples, joined(stores), place, trust_remote_code)
-    notes += [*more, *_notes(read.samples, samples, judged, on_training_data)]
+    notes += [*more, *_notes(read, samples, judged, on_training_data)]
     teacher, unmapped = _teacher_scores(samples, joined(stores))
     notes += [f"{unmapped} of {len(samples)} samples have no map in the store"] if unmapped else []
     result = {"data": str(data), "columns": columns, **_identities(stores), "samples": len(samples), **given}
@@ -124,7 +125,7 @@ def _lines(samples: Samples, judged: Mapping[str, Sequence[Judged]]) -> list[Eva
 
 
 def _notes(
-    read: Sequence[Sample], samples: Samples, judged: Mapping[str, Sequence[Judged]], on_training_data: bool
+    read: Samples, samples: Samples, judged: Mapping[str, Sequence[Judged]], on_training_data: bool
 ) -> list[str]:
     """Notes on samples that were trained on, that are left out, and whose reference answer counts no token."""
     notes = ["these samples were trained on; pass --data for held-out ones"] if on_training_data else []
@@ -244,7 +245,8 @@ def arms_of(config: dict[str, Any], run: Path, against: Sequence[Path]) -> dict[
     arms: dict[str, str | Path] = {"base": config["model"]}
     for path in (*against, run):
         name = path.resolve().name
-        arms[name if name not in arms else f"{name} ({len(arms)})"] = path
+        free = (name if number == 1 else f"{name} ({number})" for number in count(1))
+        arms[next(one for one in free if one not in arms)] = path
     return arms
 
 

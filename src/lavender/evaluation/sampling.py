@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
-from lavender.data.samples import Sample
+from lavender.data.samples import Sample, Samples
 from lavender.errors import ConfigError, DataError
 
 T = TypeVar("T")
@@ -33,19 +33,26 @@ def spread(samples: Sequence[Sample], limit: int) -> tuple[Sample, ...]:
     usable = [index for index, sample in enumerate(samples) if not _reason_to_leave_out(sample)]
     if not usable:
         raise DataError(
-            f"{len(samples)} samples: {'; '.join(left_out(samples))}",
+            f"{len(samples)} samples: {'; '.join(left_out(Samples(tuple(samples))))}",
             "at least one sample with one picture, which its first question shows",
             "name other data",
         )
     return tuple(samples[index] for index in evenly(usable, limit))
 
 
-def left_out(samples: Sequence[Sample]) -> list[str]:
-    """A line per reason for which samples cannot be compared on: a reading is one picture, question and answer."""
-    reasons = Counter(_reason_to_leave_out(sample) for sample in samples)
-    return [
+def left_out(read: Samples) -> list[str]:
+    """A line per reason for which samples cannot be compared on, and one on rows that are none.
+
+    A reading is one picture, question and answer.
+    """
+    reasons = Counter(_reason_to_leave_out(sample) for sample in read.samples)
+    lines = [
         f"left out {count} sample{'' if count == 1 else 's'} {reason}" for reason, count in reasons.items() if reason
     ]
+    if read.dropped:
+        number, first = len(read.dropped), read.dropped[0]
+        lines.append(f"left out {number} row{'' if number == 1 else 's'}; the first, {first.what}: {first.reason}")
+    return lines
 
 
 def _reason_to_leave_out(sample: Sample) -> str:

@@ -86,21 +86,21 @@ class AnsweredPicture:
         return found
 
 
-def finite(attention: Tensor, model: PreTrainedModel) -> Tensor:
-    """The attention itself.
+def finite(values: Tensor, model: PreTrainedModel, what: str = "the attention") -> Tensor:
+    """The values themselves.
 
     Raises:
-        NotFiniteError: it is NaN or infinite.
+        NotFiniteError: one is NaN or infinite.
     """
-    if not attention.isfinite().all():
+    if not values.isfinite().all():
         raise NotFiniteError(
-            f"NaN or infinity in the attention of {model.config.name_or_path or type(model).__name__}",
-            "finite attention",
+            f"NaN or infinity in {what} of {model.config.name_or_path or type(model).__name__}",
+            "finite numbers",
             "use bfloat16 or float32 (--dtype): float16 overflows in some models"
             if model.dtype == torch.float16
             else "check the model's weights; one that was trained to NaN is of no use",
         )
-    return attention
+    return values
 
 
 def processor_inputs(processor: ProcessorMixin, pictures: Sequence[AnsweredPicture]) -> BatchFeature:

@@ -161,7 +161,7 @@ def test_few_samples_cannot_say(tmp_path, capsys):
     assert '"samples": 3' in said.out
     assert said.err.startswith("Known words: ")  # and no line of what loads it
     assert said.err.endswith("\nThis check cannot say whether alignment will pay.\n")
-    assert "in 3 of 3 pictures are too few" in said.err
+    assert "in 3 pictures of 3 samples are too few" in said.err
     assert "(--limit 8)" in said.err
 
 
@@ -220,6 +220,19 @@ def test_cases_of_a_text_have_its_places_and_another_pictures(tmp_path):
     torch.testing.assert_close(cases[0].maps[1], torch.maximum(first, second), rtol=0, atol=half)
     others = [cases[2].maps[0], cases[3].maps[0]]
     assert any(torch.equal(cases[0].maps[2], other) for other in others)
+
+
+def test_texts_of_one_picture_are_one_picture(tmp_path):
+    """Else a reader is tested on pictures that it was fitted on, and a control is the picture's own map."""
+    drawn = [scene for scene in scenes("development", 20) if len(scene.things) == 2][:2]
+    write_data(tmp_path, drawn)
+    once = read_samples(tmp_path / "data").samples
+    cases = cases_of([sample for sample in once for _ in range(3)], MapStore.open(tmp_path / "maps"), "own", Counter())
+    assert [case.index for case in cases] == [0] * 6 + [1] * 6
+    own = [case.maps[0] for case in cases[:2]]
+    assert not any(torch.equal(case.maps[2], one) for case in cases[:6] for one in own)
+    with pytest.raises(DataError, match="in one picture alone"):
+        cases_of([once[0]] * 3, MapStore.open(tmp_path / "maps"), "own", Counter())
 
 
 def test_the_place_of_an_attribute_is_told_by_its_noun_before_it():

@@ -21,7 +21,7 @@ from lavender.evaluation.faithfulness import (
 )
 from lavender.evaluation.look.curves import faithfulness_view
 from lavender.maps import WordMaps
-from lavender.students.word_maps import AnsweredPicture
+from lavender.students.word_maps import AnsweredPicture, processor_inputs
 from lavender.words import content_words
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
@@ -150,6 +150,25 @@ def test_the_faithfulness_of_a_student_has_its_controls(make_student, processor,
     assert not torch.allclose(first.deletion[1], second.deletion[1], atol=1e-6), "two orders hide other places"
     with pytest.raises(ConfigError, match="num_random=0"):
         faithfulness(model, processor, reading, maps, num_random=0)
+
+
+def test_the_question_that_was_asked_is_the_one_that_is_scored(make_student, processor, some_scenes, captions):
+    model, scene = make_student(), some_scenes[0]
+    words = content_words(captions[0], ("noun",))
+    shows: dict = {"type": "image"}
+    asked = [{"role": "user", "content": [{"type": "text", "text": "look at"}, shows, {"type": "text", "text": "."}]}]
+    reading = AnsweredPicture(scene.image, "another prompt", captions[0], words, asked)
+    inputs = processor_inputs(processor, [reading])
+    tokens = inputs["input_ids"][0]
+    ends = tokens.tolist()
+    length = len(processor.tokenizer(captions[0], add_special_tokens=False)["input_ids"])
+    begin = next(at for at in range(len(ends)) if processor.decode(ends[at : at + length]).strip() == captions[0])
+    with torch.no_grad():
+        logits = model(**inputs).logits[0].log_softmax(dim=-1)
+    expected = logits[range(begin - 1, begin + length - 1), tokens[begin : begin + length]].mean()
+    score, found = answer_score(model, processor, reading)
+    assert found == list(words)
+    assert score([scene.image])[0, 0] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_a_difference_from_random_orders_is_named():

@@ -302,6 +302,8 @@ def test_an_option_that_the_model_would_write_is_greedy(student, split):
             known = torch.cat([input_ids[:, : -written.shape[1]], written], dim=1)
             return SimpleNamespace(logits=10.0 * torch.nn.functional.one_hot(known.roll(-1, dims=1), 500))
 
+        forward = __call__
+
     image = {"type": "image", "image": split[0]["image"]}
     question = [{"role": "user", "content": [image, {"type": "text", "text": "what is it?"}]}]
     right, wrong = (continuation_loss(Knows(), student.processor, question, f"a red {it}") for it in ("dog", "cat"))
@@ -452,8 +454,10 @@ def test_mme_is_the_sum_of_its_two_numbers():
 
 
 def test_the_last_model_is_compared_on_the_same_samples():
-    def arm(*scores: float) -> Scored:
-        return Scored("t", "test", ("acc",), {"acc": 0.0}, [], dict(enumerate(scores)))
+    def arm(*scores: float | None) -> Scored:
+        samples = [{"doc_id": doc, "answer": "a dog"} for doc in range(len(scores))]
+        known = {doc: score for doc, score in enumerate(scores) if score is not None}
+        return Scored("t", "test", ("acc",), {"acc": 0.0}, samples, known)
 
     result = differences({"base": arm(0, 0, 1, 0), "plain": arm(1, 0, 1, 0), "aligned": arm(1, 1, 1, 0)})
     assert [(name, one["difference"], one["num_units"]) for name, one in result.items()] == [
@@ -474,6 +478,10 @@ def test_the_last_model_is_compared_on_the_same_samples():
     }
     with pytest.raises(DataError, match="2 and 1 samples of t, not the same ones"):
         differences({"one": arm(1), "other": arm(1, 1)})
+    without = {"base": arm(0, 0), "plain": arm(1, None), "aligned": arm(1, 1)}
+    assert list(differences(without)) == ["base"]
+    (note,) = _notes_of_scores({"t": without})
+    assert note == "no difference of t between models that have scores of other samples"
 
 
 def test_samples_of_one_picture_are_drawn_together():
@@ -638,10 +646,14 @@ def test_a_missing_package_of_the_extra_is_told(monkeypatch):
         ("generate_until", {"max_steps": 3}, "the task t: generation_kwargs with 'max_steps'"),
         ("generate_until", {"temperature": 0, "until": ["x"]}, None),
         ("multiple_choice", None, None),
+        ("generate_until", {"metric": "submission"}, "the task t, whose answers a server scores"),
+        ("generate_until", {"metric": None}, "the task t without metric_list"),
     ],
 )
 def test_a_task_that_is_not_supported_is_told_before_any_is_run(kind, settings, message):
-    task = SimpleNamespace(OUTPUT_TYPE=kind, config=SimpleNamespace(generation_kwargs=settings))
+    metric = (settings or {}).pop("metric", "acc")
+    metrics = None if metric is None else [{"metric": metric}]
+    task = SimpleNamespace(OUTPUT_TYPE=kind, config=SimpleNamespace(generation_kwargs=settings, metric_list=metrics))
     with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
         models.check_task("t", task)
 

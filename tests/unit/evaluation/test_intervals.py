@@ -73,6 +73,9 @@ def test_samples_of_a_picture_are_drawn_together():
     assert apart is not None
     assert (together.low, together.high) == (pytest.approx(alone.low), pytest.approx(alone.high))
     assert together.num_units == 7
+    some = paired_difference([(1.0, 1), (0.0, 1), (0.0, 0)], [(0.0, 1), (0.0, 1), (0.0, 0)])
+    assert some is not None
+    assert some.num_units == 2  # the third has no weight
     assert apart.high - apart.low < 0.7 * (alone.high - alone.low)  # 1/√5 of it
 
 

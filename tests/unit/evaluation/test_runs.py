@@ -111,7 +111,7 @@ def test_differences_come_first_with_intervals_and_directions():
     assert str(against_other).endswith(", better")
     assert str(against_base).endswith(", worse")
     assert str(other_f1) == "+1.000 (+1.000 to +1.000), better"
-    assert differences.note.endswith("With fewer than 20 pictures the intervals are too narrow: score more.")
+    assert differences.note.endswith("With fewer than 20 pictures an interval is too narrow: score more.")
     assert scores.rows[-1] == ["the teacher’s maps", None, None]
     assert "lower is better" in scores.note
     same = [of(f"{index}", 1 + 0.1 * (-1) ** index, 1) for index in range(8)]

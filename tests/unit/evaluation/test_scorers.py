@@ -240,6 +240,8 @@ def test_auroc():
         "Cannot determine the answer",
         # other wordings
         "I cannot assist with that.",
+        "I can't do that.",
+        "I cannot help with this.",
         "I am unable to identify the person.",
         "I won't answer this.",
         "As an AI language model, I have no opinion.",
@@ -264,6 +266,7 @@ def test_refusals(text: str):
         "I'm sure it is a dog.",
         "I am able to identify a cat.",
         "yes, I can tell",
+        "I can't help but notice a dog.",
         "The sign says I CAN'T STOP",
     ],
 )

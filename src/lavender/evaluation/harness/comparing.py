@@ -73,7 +73,9 @@ class Scored:
             raise DataError(
                 f"the task {task} with the metrics {', '.join(metrics) or 'none'}",
                 " or ".join(keys),
-                "install the version of lmms-eval that docs/benchmarks.md names",
+                "install the version of lmms-eval that docs/benchmarks.md names"
+                if known is not None
+                else "see that the metric's aggregation returns a number",
             )
         samples = [
             {
@@ -102,6 +104,11 @@ class Scored:
     def not_finite(self) -> list[str]:
         """The metrics of the reported sum that are NaN or infinite."""
         return [key for key in self.keys if self.metrics.get(key, 0.0) is None]
+
+    @property
+    def documents(self) -> set[int]:
+        """The documents that were answered."""
+        return {sample["doc_id"] for sample in self.samples}
 
     @property
     def num_not_finite(self) -> int:
@@ -145,13 +152,14 @@ def differences(by_arm: Mapping[str, Scored]) -> dict[str, dict[str, float | Non
     *others, last = by_arm.items()
     found = {}
     for name, other in others:
-        if set(other.scores) != set(last[1].scores):
+        if other.documents != last[1].documents:
             raise DataError(
-                f"{len(last[1].scores)} and {len(other.scores)} samples of {other.task}, not the same ones",
+                f"{len(last[1].samples)} and {len(other.samples)} samples of {other.task}, not the same ones",
                 "the same samples for all models",
                 "delete the task's logs, and run it again",
             )
-        if other.scores and not last[1].num_not_finite and not other.num_not_finite:
+        same = other.scores.keys() == last[1].scores.keys()
+        if other.scores and same and not last[1].num_not_finite and not other.num_not_finite:
             docs, pictures = sorted(other.scores), {**other.pictures, **last[1].pictures}
             pairs = [[(arm.scores[doc], 1.0) for doc in docs] for arm in (last[1], other)]
             interval = paired_difference(*pairs, units=[pictures.get(doc, doc) for doc in docs])

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lavender.errors import ConfigError, ModelError
 from lavender.evaluation.answers import answer_batch, answering, continuation_loss
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
+from lavender.evaluation.harness.benchmarks import benchmark_of
 from lavender.evaluation.harness.task_index import RANKING, of_task
 from lavender.students.loading import load_run, load_run_processor
 
@@ -268,6 +269,15 @@ def check_task(name: str, task: Any) -> None:
             f"one of generate_until, {', '.join(RANKING)}",
             "leave the task out",
         )
+    metrics = [str(metric["metric"]) for metric in task.config.metric_list or ()]
+    if metrics[:1] == ["submission"]:
+        raise ConfigError(
+            f"the task {name}, whose answers a server scores (lmms-eval's metric `submission`)",
+            "a task with a score",
+            "name the task of the split that has answers, such as the _val one, and not the group",
+        )
+    if not metrics and benchmark_of(name) is None:
+        raise ConfigError(f"the task {name} without metric_list", "the metric to report", "name it in the task's file")
     try:
         sampling(task.config.generation_kwargs or {})
     except ConfigError as error:

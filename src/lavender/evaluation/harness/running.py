@@ -248,6 +248,8 @@ def _notes_of_scores(scored: Mapping[str, Mapping[str, Scored]]) -> list[str]:
         notes += [_note_of_nan(name, arm, found) for arm, found in by_arm.items() if found.not_finite]
         if len(by_arm) > 1 and not all(found.scores for found in by_arm.values()):
             notes.append(f"no difference of {name}: {first.keys[0]} gives samples no scores")
+        if len({frozenset(found.scores) for found in by_arm.values()}) > 1:
+            notes.append(f"no difference of {name} between models that have scores of other samples")
         if len(by_arm) > 1 and (arms := [arm for arm, found in by_arm.items() if found.num_not_finite]):
             notes.append(f"no difference of {name} with {', '.join(arms)}: some samples score NaN")
         rates = {arm: refusal_rate(found) for arm, found in by_arm.items()}

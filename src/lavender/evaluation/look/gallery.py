@@ -41,6 +41,8 @@ PHOTO_SIDE = 320
 """Longest side of a picture in a gallery, in pixels."""
 MAX_TEXTS = 1000
 """The most texts of a gallery; fewer fit into a page if they have many words."""
+UNSCORED = -1.0
+"""Badness of a text of which no word has a score: below every score."""
 _FRAME_BYTES = 60_000  # of a page without records: its style, script and notes
 _RECORD_BYTES = 1_500  # of a record's own text in the page
 _WORD_BYTES = 500
@@ -63,17 +65,14 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """A text of a gallery: its maps and their scores, its picture and the sample that it is of."""
+    """A text of a gallery: its maps and their scores, the score by which it is in order, its picture and its sample."""
 
     maps: WordMaps
     judged: tuple[Judged, ...]
+    badness: float
     place: int
     image: Image.Image
     name: str
-
-    @property
-    def badness(self) -> float:
-        return _badness(self.judged)
 
 
 def judge_of(against: MapStore | None) -> Judge:
@@ -121,8 +120,8 @@ def _spans(maps: WordMaps) -> list[tuple[int, int]]:
 
 
 def _badness(judged: Iterable[Judged]) -> float:
-    """Of the worst word; below every score if no word has one."""
-    return max((one.badness for one in judged if one.badness is not None), default=-1.0)
+    """Of the worst word."""
+    return max((one.badness for one in judged if one.badness is not None), default=UNSCORED)
 
 
 def is_word(word: Word, wanted: str) -> bool:
@@ -196,7 +195,7 @@ def read_gallery(
         maps = store.get(*key)
         assert maps is not None
         other = against.get(*key) if against is not None else None
-        records.append(Record(maps, judge(maps, other, by), keys[key][1], *found[key]))
+        records.append(Record(maps, judge(maps, other, by), *keys[key], *found[key]))
     return Gallery(records, total, by, len(keys) - len(found), not_compared)
 
 
@@ -265,7 +264,10 @@ def gallery_page(gallery: Gallery) -> tuple[dict[str, Any], int]:
         "records": views,
         "total": gallery.total,
         "score_name": SCORE_NAMES[gallery.by],
-        "data": {"store_order": [places.index(record.place) for record in shown]},
+        "data": {
+            "store_order": [places.index(record.place) for record in shown],
+            "num_scored": sum(record.badness != UNSCORED for record in shown),
+        },
     }
     return page, len(views)
 

@@ -72,6 +72,7 @@ def render(template: str, page: Mapping[str, Any]) -> str:
         script_hash=f"sha256-{digest}",
         version=version("lavender-vlm"),
     )
+    text = text.encode(errors="backslashreplace").decode()  # half characters, of names of files that are not UTF-8
     if len(text.encode()) > MAX_BYTES:
         raise DataError(
             f"a page of {len(text.encode()):,} bytes", f"at most {MAX_BYTES:,}", "give a shorter text, or fewer samples"

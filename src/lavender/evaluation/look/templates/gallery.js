@@ -27,7 +27,9 @@ function update() {
     words += found;
   });
   const place = (record) => Number(record.dataset.record); // the page comes worst first
-  const key = { worst: place, best: (record) => -place(record), store: (record) => data.store_order[place(record)] }[order];
+  const unscored = records.length - data.num_scored; // they come last in both orders
+  const best = (record) => (place(record) < data.num_scored ? -place(record) : place(record) + unscored);
+  const key = { worst: place, best, store: (record) => data.store_order[place(record)] }[order];
   [...records].sort((first, second) => key(first) - key(second)).forEach((record) => gallery.append(record));
   const found = wanted ? `${texts} of ${records.length} texts have “${wanted}”, ${words} words` : `${records.length} texts`;
   byId("status").textContent = `${found}, ${byId("order").selectedOptions[0].textContent}.`;

@@ -75,8 +75,7 @@ function percent(share) {
   return tenths < 100 ? `${Math.floor(tenths / 10)}.${tenths % 10} %` : `${Math.floor((share + 50) / 100)} %`;
 }
 
-function placeOf(peak) {
-  const [rows, cols] = data.grid;
+function placeOf(peak, [rows, cols] = data.grid) {
   const down = (Math.floor(peak / cols) + 0.5) / rows, across = ((peak % cols) + 0.5) / cols;
   const row = ["top", "middle", "bottom"][Math.floor(3 * down)], col = ["left", "centre", "right"][Math.floor(3 * across)];
   const whole = (share) => Math.floor(100 * share + 0.5);
@@ -85,7 +84,7 @@ function placeOf(peak) {
 }
 
 function factsOf(word) {
-  const view = viewOf(), place = placeOf(word.peak[view]).text;
+  const view = viewOf(), place = placeOf(word.peak[view]).text; // of the map itself, whatever is drawn
   const region = `${percent(word.region[view])}, on ${percent(word.area[view])} of the picture`;
   if (!data.layers) return [region, place, ...word.more];
   const placed = word.placed[view], on = word.on_picture[view];
@@ -100,10 +99,14 @@ function writeFacts(list, facts, level) {
   });
 }
 
-function put(view, word, source) {
-  const place = placeOf(word.peak[viewOf()]), image = view.querySelector("img"), peak = view.querySelector(".peak");
-  if (source) image.src = source;
-  image.alt = `Map of “${word.word}”: highest ${place.text}`;
+const places = []; // of the maximum of each drawn map; null if nothing is drawn
+
+function put(view, index, source) {
+  const word = data.words[index], place = places[index], image = view.querySelector("img"), peak = view.querySelector(".peak");
+  image.src = source;
+  image.alt = `Map of “${word.word}”: ${place ? `highest ${place.text}` : "nothing exceeds the mean of the words"}`;
+  peak.hidden = !place;
+  if (!place) return;
   peak.style.left = `${place.left}%`;
   peak.style.top = `${place.top}%`;
 }
@@ -125,7 +128,9 @@ async function render() {
   data.words.forEach((word, index) => {
     const source = drawn(values[index], height, width, state.show === "own" ? tops[index] : common);
     const card = document.querySelector(`[data-card="${index}"]`);
-    put(card.querySelector(".view"), word, source);
+    const isParticular = state.show === "particular";
+    places[index] = !isParticular ? placeOf(word.peak[viewOf()]) : tops[index] > 0 ? placeOf(values[index].indexOf(tops[index]), [height, width]) : null;
+    put(card.querySelector(".view"), index, source);
     writeFacts(card, factsOf(word), data.layers ? word.on_picture[viewOf()] : 0);
   });
   choose(state.word, true);
@@ -135,7 +140,7 @@ function choose(index, says) {
   state.word = index;
   const word = data.words[index], source = document.querySelector(`[data-card="${index}"] img`).src;
   document.querySelectorAll(".word").forEach((button) => button.setAttribute("aria-pressed", String(Number(button.dataset.word) === index)));
-  put(byId("large"), word, source);
+  put(byId("large"), index, source);
   byId("chosen-word").textContent = word.word;
   const facts = factsOf(word);
   writeFacts(byId("chosen"), facts, data.layers ? word.on_picture[viewOf()] : 0);
@@ -169,4 +174,5 @@ buttons.forEach((button, at) => {
 });
 document.querySelectorAll("#controls select").forEach((select) => select.addEventListener("change", controlChanged));
 byId("controls").hidden = false;
+byId("show").querySelector("[value=particular]").disabled = data.words.length < 2; // one word is its own mean
 byId("keys").hidden = false;
