@@ -72,6 +72,19 @@ class Contract(Answers, Batches, ByHand, DirectLosses, Guards, Look, Parts, Word
             assert output.attention_loss.item() < 5  # five words, each below one
         assert "attention_loss" not in model(**batch)
 
+    @torch.no_grad()
+    def test_first_choices_of_root_matching_are_those_of_the_logits(self, family, model, batch, readings):
+        head = attach(model, AlignmentConfig(match="root"))
+        request = request_of(family, model, batch, readings, head.layers)
+        request.same_word = lambda chosen, true: False
+        logits = model(**batch, attention_request=request).logits
+        at_rows = torch.stack([of_sample[rows] for of_sample, rows in zip(logits, request.rows_BR, strict=True)])
+        if request.chosen_BR is None:
+            assert adapter_for(model.config).backbone(model) is model
+            return
+        chosen = at_rows.gather(2, request.chosen_BR[..., None])[..., 0]
+        torch.testing.assert_close(chosen, at_rows.amax(dim=-1), rtol=1e-4, atol=1e-5)  # equal but for rounded ties
+
     # 2
 
     def test_chosen_layers_alone_are_captured(self, model, batch):

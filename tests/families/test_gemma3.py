@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -22,9 +23,11 @@ from families.core import LEARN
 from families.geometry import Family, Geometry, batch_of, parameters_zeroed, picture, reading
 from families.training import train_two_steps
 from families.words import Words
+from lavender.alignment.examples import Screen
 from lavender.errors import ConfigError, DataError
 from lavender.students.families.gemma3 import Gemma3Adapter, PanAndScan, crop_frames, pan_and_scan_settings
 from lavender.students.registry import adapter_for
+from lavender.training.settings import set_image_processor
 from lavender.world.student_models import _tokenizer
 
 SQUARE, PATCH, SIDE, WINDOW = 96, 4, 12, 200
@@ -358,6 +361,22 @@ def test_settings_of_the_processor_win(captions):
         "'pan_and_scan_min_ratio_to_activate']. Expected a number for each. "
         "Do this: set them in processor.images_kwargs."
     )
+
+
+def test_crops_are_not_switched_on_in_a_run_file(captions):
+    with pytest.raises(ConfigError, match="itself sets False"):
+        set_image_processor(build_processor(captions), {"do_pan_and_scan": True})
+
+
+def test_crops_count_in_the_length_of_a_sample(captions):
+    """transformers counts the whole picture alone."""
+    family = family_of(captions, **(SCAN | {"pan_and_scan_min_crop_size": 16}))
+    processor, adapter = family.processor, adapter_for(family.make().config)
+    turns = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a red dog"}]
+    sample = {"images": [Image.new("RGB", (900, 120))], "messages": turns}
+    length = several(processor, [[(120, 900)]])["input_ids"].shape[1]
+    assert Screen(processor, adapter, max_length=length - 20).is_long(sample)
+    assert not Screen(processor, adapter, max_length=length + 60).is_long(sample)
 
 
 def test_training_with_crops(captions, dataset, store_path, tmp_path):

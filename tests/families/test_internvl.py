@@ -26,6 +26,7 @@ from families.training import train_two_steps
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
 from lavender.students.families.internvl import InternVlAdapter, tile_boxes, tile_settings
 from lavender.students.registry import adapter_for
+from lavender.training.settings import set_image_processor
 from lavender.world.student_models import _tokenizer
 
 TILE, PATCH, SIDE = 48, 4, 6
@@ -347,6 +348,15 @@ def test_settings_of_the_processor_win(captions):
     assert len(several(processor, [[(300, 500)]])["pixel_values"]) == 7
     processor.images_kwargs = {}
     assert tile_settings(processor) == ((TILE, TILE), 1, 1)
+    assert len(several(processor, [[(300, 500)]])["pixel_values"]) == 1
+
+
+def test_a_setting_that_the_processor_overrides_is_refused(captions):
+    processor = build_processor(captions)
+    with pytest.raises(ConfigError) as caught:
+        set_image_processor(processor, {"crop_to_patches": False})
+    assert "PicturesProcessor itself sets True" in caught.value.got
+    set_image_processor(processor, {"max_patches": 1, "crop_to_patches": True})  # as the advice says
     assert len(several(processor, [[(300, 500)]])["pixel_values"]) == 1
 
 

@@ -177,6 +177,26 @@ class TestMinistral3(Core):
         )
 
 
+@pytest.mark.parametrize(
+    ("size", "made", "end"), [((20, 60), (20, 60), (0.8, 14 / 15)), ((26, 40), (28, 40), (6 / 7, 1))]
+)
+def test_patches_that_fill_no_cell_are_not_seen(captions, size, made, end):
+    """LightOnOCR's processor resizes to whole patches, here of 4 pixels, and the model drops half cells."""
+    parts = LightOnOcrForConditionalGeneration, LightOnOcrConfig, LightOnOcrProcessor
+    processor: Any = family_of(captions, *parts, "qwen3", "vision_encoder").processor
+    processor.image_processor.patch_size = {"height": PATCH, "width": PATCH}
+    config: Any = LightOnOcrConfig(
+        text_config={"model_type": "qwen3"},
+        vision_config=vision_settings(model_type="pixtral", patch_size=PATCH, image_size=LONGEST, head_dim=8),
+        spatial_merge_size=MERGE,
+        image_token_id=processor.image_token_id,
+    )
+    inputs = several(processor, "[IMG]", [[size]])
+    assert tuple(inputs["image_sizes"][0].tolist()) == made
+    boxes = adapter_for(config).key_tensors(inputs, [[size]], processor)["boxes"][0]
+    assert boxes[-1, 2:].tolist() == pytest.approx(end)
+
+
 @pytest.mark.slow  # the place of its keys is that of the class above
 class TestLightOnOcr(OwnGrids):
     adapter = LightOnOcrAdapter

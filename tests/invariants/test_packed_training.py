@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from lavender.alignment.packing import packed
+from lavender.errors import ConfigError
 from lavender.students.registry import adapter_for
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.world import STUDENT_PATHS
@@ -54,6 +55,12 @@ def test_weight_zero_is_plain_fine_tuning_of_packed_rows(run):
         assert torch.equal(ours.model.state_dict()[name], weights), name
     losses = [[row["loss"] for row in one.state.log_history if "loss" in row] for one in (plain, ours)]
     assert losses[0] == losses[1]
+
+
+def test_augmentation_behind_a_replaced_collator_is_refused(run):
+    """It would be switched off in silence."""
+    with pytest.raises(ConfigError, match="augmentation with a data_collator that was replaced"):
+        run(augment_flip=0.5)
 
 
 def test_packed_rows_align_as_rows_of_their_own(run):

@@ -9,11 +9,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
@@ -331,6 +332,55 @@ def test_a_model_that_is_aligned_already_is_refused(run, make_student):
 def test_a_peft_model_is_refused(run, make_student):
     with pytest.raises(ConfigError, match=r"pass the base model and peft_config=\.\.\."):
         run(build_only=True, model=PeftModel(make_student(), lora()))
+
+
+def test_a_peft_method_that_passes_the_hooks_by_is_refused(run):
+    with pytest.raises(ConfigError, match="peft_type: ADALORA, whose wrapper calls the model past its hooks"):
+        run(peft=AdaLoraConfig(target_modules=["q_proj"], total_step=9, task_type="CAUSAL_LM"))
+
+
+def test_the_callers_peft_config_serves_the_plain_run_too(run):
+    """Alignment adds its parts to a copy: else the control would train an Aligner."""
+    shared = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    run(peft=shared, build_only=True, **PUBLISHED)
+    assert (shared.target_modules, shared.modules_to_save) == ("all-linear", None)
+    plain = run(0.0, peft=shared, build_only=True, **PUBLISHED)
+    trained = [name for name, weights in plain.model.named_parameters() if weights.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_a_trainer_that_fails_leaves_the_settings_as_they_were(base, dataset, processor, store_path, tmp_path):
+    args = LavenderConfig(
+        output_dir=str(tmp_path / "out"),
+        use_cpu=True,
+        bf16=False,
+        model_init_kwargs={"attn_implementation": "eager"},
+        report_to="none",
+    )
+    given: Any = {"train_dataset": dataset, "processing_class": processor}
+    with pytest.raises(ConfigError, match="no maps"):
+        LavenderTrainer(str(base), args, **given)
+    assert args.model_init_kwargs == {"attn_implementation": "eager"}
+    args.maps = str(store_path)
+    model = LavenderTrainer(str(base), args, **given).model
+    assert model.config.get_text_config()._attn_implementation.endswith("eager")
+
+
+def test_deepspeed_does_not_round_what_alignment_reads(run, dataset, monkeypatch):
+    """transformers moves every tensor of a batch to the type of DeepSpeed's config."""
+    trainer = run(build_only=True)
+    batch = trainer.data_collator([dataset[0], dataset[1]])
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(trainer.accelerator.state, "deepspeed_plugins", {"default": plugin}, raising=False)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+    prepared = trainer._prepare_inputs(batch)
+    assert prepared["pixel_values"].dtype == torch.bfloat16
+    for name, one in batch["alignment"].items():
+        if isinstance(one, torch.Tensor):
+            assert prepared["alignment"][name].dtype == one.dtype, name
+            assert torch.equal(prepared["alignment"][name], one), name
 
 
 def test_the_batch_of_plain_fine_tuning_is_inside(run, dataset, store_path):

@@ -31,6 +31,7 @@ REFUSALS = (HOLDS_TOKEN, TEMPLATE, UNREADABLE, SIZE, CUT, REFUSED, ABOUT)
 _SHOWN_TEXT = 60  # characters
 _LONG, _SHORT = 20, 32  # pictures with a larger aspect ratio, or a shorter side in pixels, are processed to test them
 _MARGIN = 16  # possible error of the estimated length, in tokens
+_MARKERS = 4  # the most tokens around a picture that its number does not count
 
 
 class SampleError(DataError):
@@ -64,7 +65,7 @@ class Screen:
                 "one that renders conversations",
                 "take the instruction-tuned model, or set processor.chat_template",
             )
-        self._processor, self._template, self._max_length = processor, template, max_length
+        self._processor, self._adapter, self._template, self._max_length = processor, adapter, template, max_length
         token = processor.tokenizer.convert_ids_to_tokens(adapter.image_token_id())
         named = [getattr(processor, name, None) for name in ("image_token", "video_token", "boi_token")]
         self._tokens = sorted({name for name in (token, *named) if isinstance(name, str) and name})
@@ -102,7 +103,7 @@ class Screen:
         end = rendered.rfind(self._placeholder) + len(self._placeholder)
         before = self._processor.tokenizer(rendered[:end], add_special_tokens=False)
         pictures = sum(self._num_tokens(*picture_size(image, "its picture")) for image in images)
-        return len(before["input_ids"]) + pictures + _MARGIN > self._max_length
+        return len(before["input_ids"]) + pictures + _MARKERS * len(images) + _MARGIN > self._max_length
 
     def messages(self, example: Mapping[str, Any], name: str) -> list[dict]:
         """`messages_of`; raises SampleError for a text that contains the model's image token."""
@@ -134,6 +135,8 @@ class Screen:
         """Number of tokens of a picture in the sequence."""
         try:
             processor: Any = self._processor
+            if not self._adapter.counts_tokens(processor):
+                raise NotImplementedError
             counted = processor._get_num_multimodal_tokens(image_sizes=[[height, width]])
             return int(counted.num_image_tokens[0])
         except Exception:  # some families cannot tell; then a blank picture is processed

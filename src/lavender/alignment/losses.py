@@ -48,7 +48,7 @@ def share_on_map(attention: Tensor, heat: Tensor) -> Tensor:
     return (attention * heat).sum(dim=-1) / attention.sum(dim=-1).clamp_min(LEAST)
 
 
-def direct_loss(attention_LNK: Tensor, heat_NK: Tensor, kind: AttentionLoss) -> Tensor:
+def direct_loss(attention_LNK: Tensor, heat_NK: Tensor, kind: AttentionLoss, sees_LN: Tensor | None = None) -> Tensor:
     """The loss of each word's own attention, (word,): mean over the layers in which the word sees its picture.
 
     "mass" is −ln of the share of attention that lies on the map. It is 0 if all attention lies where the map is 1,
@@ -62,10 +62,11 @@ def direct_loss(attention_LNK: Tensor, heat_NK: Tensor, kind: AttentionLoss) -> 
         0.9163
 
     Args:
-        attention_LNK: attention on the image keys, 0 or more. It is divided by its sum over the keys. A layer with
-            sum 0, whose window does not reach back to the picture, does not count.
+        attention_LNK: attention on the image keys, 0 or more. It is divided by its sum over the keys.
         heat_NK: heat of each key, in [0, 1].
         kind: "mass" or "kl".
+        sees_LN: which layers count: those whose window reaches back to the word's picture. By default those with any
+            attention on image keys.
 
     Returns:
         In nats.
@@ -77,7 +78,7 @@ def direct_loss(attention_LNK: Tensor, heat_NK: Tensor, kind: AttentionLoss) -> 
         attention_LNK = attention_LNK / total_LN1.clamp_min(LEAST)
         target_NK = heat_NK / heat_NK.sum(dim=-1, keepdim=True).clamp_min(LEAST)
         loss_LN = (torch.special.xlogy(target_NK, target_NK) - target_NK * torch.log(attention_LNK + LEAST)).sum(dim=-1)
-    sees_LN = total_LN1[..., 0] != 0  # NaN counts, so that the loss is NaN too
+    sees_LN = total_LN1[..., 0] != 0 if sees_LN is None else sees_LN  # NaN counts, so that the loss is NaN too
     return torch.where(sees_LN, loss_LN, 0).sum(dim=0) / sees_LN.sum(dim=0).clamp_min(1)
 
 

@@ -31,7 +31,7 @@ from lavender.errors import CaptureError, ConfigError
 from lavender.students.base import VlmAdapter
 from lavender.students.capture import PARALLEL_NAME, AttentionRequest, CaptureSession, real_keys, select_rows
 from lavender.students.forcing import Forcing
-from lavender.students.image_keys import KeyLayout, on_keys, to_grid, word_attention
+from lavender.students.image_keys import KeyLayout, is_of_word, on_keys, to_grid, word_attention
 from lavender.students.registry import adapter_for
 
 HEAD_NAME = "alignment_head"
@@ -222,8 +222,10 @@ class AlignmentHead(nn.Module):
         with torch.no_grad():
             self._observe(request, on_grid(attention.mean(dim=0, keepdim=True)))
         heat = on_keys(heat.to(rows), request.layout, request.word_pictures, request.mixing)
-        is_key = request.layout.pictures.to(rows.device) >= 0
-        return direct_loss((attention[:, :, 0] * is_key[:, None])[:, words], heat[words], kind)
+        is_key = (request.layout.pictures >= 0).to(rows)
+        of_word = is_of_word(request.layout, request.word_pictures).to(rows)[words]
+        attention_LNK = (attention[:, :, 0] * is_key[:, None])[:, words]
+        return direct_loss(attention_LNK, heat[words], kind, sees_LN=(attention_LNK * of_word).sum(dim=-1) != 0)
 
     def _targets(self, request: AlignmentRequest) -> Tensor:
         """The maps that the loss is of: (sample, word, rows, cols)."""
@@ -309,9 +311,8 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
         model.register_forward_hook(_add_attention_loss, with_kwargs=True),
         *(parallel.attach(attention, adapter, config.parallel_init) for attention in learned),
     ]
-    if config.match == "root" and model.base_model is not model:
-        choose = partial(_choose_tokens, model)
-        session.handles.append(model.base_model.register_forward_hook(choose, with_kwargs=True))
+    if config.match == "root" and (backbone := adapter.backbone(model)) is not model:
+        session.handles.append(backbone.register_forward_hook(partial(_choose_tokens, model), with_kwargs=True))
     return head
 
 

@@ -150,6 +150,14 @@ class VlmAdapter(ABC):
         """Number of image keys per picture, or the most, if the config fixes it. None if it depends on the picture."""
         return None
 
+    def counts_tokens(self, processor: ProcessorMixin) -> bool:
+        """Whether the processor tells how many tokens a picture of a size takes, without processing one."""
+        return True
+
+    def backbone(self, model: PreTrainedModel) -> nn.Module:
+        """The part of a model before its output layer; the model itself if it has none."""
+        return model.base_model
+
     def token_ids(self, inputs: Mapping[str, Any]) -> Tensor:
         """The token ids among the keyword arguments of the model's forward: long (sample, token)."""
         return inputs["input_ids"]

@@ -11,6 +11,8 @@ import torch
 from transformers import Trainer
 
 from lavender.alignment.augment import DRAW, Augment
+from lavender.alignment.collator import AlignmentCollator
+from lavender.errors import ConfigError
 from lavender.training.refused_samples import is_stream
 
 
@@ -30,6 +32,18 @@ class Numbered(torch.utils.data.Dataset):
         return dict(self.rows[index]) | {DRAW: int(index)}
 
 
+def own_collator(trainer: Trainer, what: str) -> AlignmentCollator:
+    """The trainer's collator. Raises ConfigError if the caller has put another one in its place."""
+    collator = trainer.data_collator
+    if not isinstance(collator, AlignmentCollator):
+        raise ConfigError(
+            f"{what} with a data_collator that was replaced after the trainer was made",
+            "the trainer's own, which reads the samples",
+            "leave the augmentation out" if what == "augmentation" else "replace it after add_replay",
+        )
+    return collator
+
+
 @contextmanager
 def augmented(trainer: Trainer, augment: Augment | None) -> Iterator[None]:
     """Inside, the trainer's collator augments pictures, and each row of its training set has a number of its own.
@@ -38,6 +52,7 @@ def augmented(trainer: Trainer, augment: Augment | None) -> Iterator[None]:
     """
     collator, dataset = trainer.data_collator, trainer.train_dataset
     if augment is not None:
+        own_collator(trainer, "augmentation")
         augmenting: Any = copy.copy(collator)
         augmenting.augment = augment
         trainer.data_collator = augmenting

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations import deepspeed
 
 from lavender.errors import ConfigError, DataError
 from lavender.training.arguments import AlignmentArguments
+
+# the mixins use attributes of Trainer; at run time they are combined with a class that has them
+_TrainerLike = Trainer if TYPE_CHECKING else object
 
 
 def refuse_settings(args: AlignmentArguments, with_peft: bool) -> None:
@@ -87,6 +90,18 @@ def refuse_accelerator(accelerator: Accelerator, model: PreTrainedModel) -> None
             "all heads and tokens of a sample in one process",
             "use data parallelism: examples/accelerate/ddp.yaml, fsdp2.yaml, zero2.yaml or zero3.yaml",
         )
+
+
+class UnroundedAlignment(_TrainerLike):
+    """A trainer under DeepSpeed moves all tensors of a batch to the model's type; this one leaves those of alignment.
+
+    In 16 bits the boxes of many small keys would be empty.
+    """
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = dict(inputs)
+        alignment = send_to_device(inputs.pop("alignment"), self.args.device)
+        return {**super()._prepare_inputs(inputs), "alignment": alignment}
 
 
 def prepare_for_fsdp(accelerator: Accelerator, model: nn.Module) -> None:

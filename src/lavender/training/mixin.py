@@ -7,9 +7,10 @@ accumulation 1 equals batch 1 × accumulation 4.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -35,7 +36,7 @@ from lavender.model_files import spare_packing
 from lavender.students.registry import adapter_for
 from lavender.students.word_maps import random_state_kept
 from lavender.training.arguments import AlignmentArguments
-from lavender.training.augmented import Numbered, augmented
+from lavender.training.augmented import Numbered, augmented, own_collator
 from lavender.training.checkpoints import (
     check_alignment_parts,
     read_counts,
@@ -44,6 +45,7 @@ from lavender.training.checkpoints import (
     write_counts,
 )
 from lavender.training.distributed import (
+    UnroundedAlignment,
     check_batches,
     prepare_for_fsdp,
     refuse_accelerator,
@@ -67,11 +69,8 @@ from lavender.training.schedule import AlignerPretraining, AlignWeight, forced_w
 from lavender.training.trainable import name_all_linear, refuse_float16, set_alignment_type, train_alignment
 from lavender.training.undoing import undone_on_failure
 
-# AlignmentMixin uses attributes of Trainer; at run time it is combined with a class that has them
-_TrainerLike = Trainer if TYPE_CHECKING else object
 
-
-class AlignmentMixin(_TrainerLike):
+class AlignmentMixin(UnroundedAlignment):
     """Adds the alignment loss to a trainer of the `transformers.Trainer` kind. List it before the trainer class.
 
     Examples:
@@ -123,6 +122,7 @@ class AlignmentMixin(_TrainerLike):
         if not isinstance(self, SFTTrainer):
             refuse_in_plain_trainer(args, kwargs.get("data_collator"))
         if peft_config is not None:
+            peft_config = copy.deepcopy(peft_config)  # another trainer may get the caller's
             name_all_linear(peft_config, model)
         self.maps = MapStore.open(str(args.maps)) if maps is None else maps
         config, adapter = args.alignment(), adapter_for(model.config)
@@ -190,7 +190,7 @@ class AlignmentMixin(_TrainerLike):
             add_probe(self, self._probe_requests, examples, args.probe_steps)
 
     def _without_refused(self, dataset: Any) -> tuple[Any, list[Refused]]:
-        collator = cast(AlignmentCollator, self.data_collator)
+        collator = own_collator(self, "add_replay")
         return leave_out_refused(dataset, collator, self.accelerator, with_bar=not self.args.disable_tqdm)
 
     def add_replay(self, dataset: Dataset, share: float) -> None:

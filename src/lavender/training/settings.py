@@ -166,6 +166,13 @@ def set_image_processor(processor: Any, settings: Mapping[str, Any]) -> None:
     if not settings:
         return
     images = processor.image_processor
+    for name, value in getattr(processor, "images_kwargs", {}).items():  # they override the image processor's own
+        if settings.get(name, value) != value:
+            raise ConfigError(
+                f"image_processor.{name}: {settings[name]!r}, where {type(processor).__name__} itself sets {value!r}",
+                "a setting that it takes from its image processor",
+                "leave it out" + ("; max_patches: 1 turns tiles off" if name == "crop_to_patches" else ""),
+            )
     before, typed = images.to_dict(), getattr(images, "valid_kwargs", None)
     check_keys(settings, list(before), "image_processor")
     named = {name: value for name, value in settings.items() if typed and name in typed.__annotations__}

@@ -27,6 +27,8 @@ from lavender.type_checks import check_keys, check_type, hints_of
 
 ALIGNMENT = "alignment"
 ALL_LINEAR = "all-linear"
+PAST_HOOKS = frozenset(("ADALORA", "XLORA"))
+"""PEFT methods whose wrapper calls the model's forward itself, past the hooks in which alignment reads attention."""
 QUANTIZATION: dict[str, Any] = {
     "load_in_8bit": bool,
     "load_in_4bit": bool,
@@ -128,11 +130,14 @@ def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
     kind = given.pop("peft_type", None)
     if not isinstance(kind, str) or kind not in known:
         raise ConfigError(
-            f"peft_type: {shown(kind)}", f"one of {sorted(known)}", "write for example peft: {peft_type: LORA}"
+            f"peft_type: {shown(kind)}",
+            f"one of {sorted(known.keys() - PAST_HOOKS)}",
+            "write for example peft: {peft_type: LORA}",
         )
     allowed = [setting.name for setting in dataclasses.fields(known[kind]) if setting.init]
     if not {"target_modules", "modules_to_save"} <= set(allowed):
         raise _tunes_no_modules(kind)
+    _refuse_past_hooks(kind)
     check_keys(given, allowed, "peft")
     for name, value in given.items():
         hint = bool | str if name == "init_lora_weights" else hints_of(known[kind])[name]  # such as pissa_niter_16
@@ -142,6 +147,15 @@ def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
     except Exception as error:  # PEFT's checks raise many types
         got = f"settings of {kind} that PEFT refuses: {error}"
         raise ConfigError(got, "values that it accepts", "change the setting") from error
+
+
+def _refuse_past_hooks(kind: str) -> None:
+    if kind in PAST_HOOKS:
+        raise ConfigError(
+            f"peft_type: {kind}, whose wrapper calls the model past its hooks, in which alignment reads attention",
+            "another method, such as LORA",
+            "choose one",
+        )
 
 
 def _tunes_no_modules(kind: str) -> ConfigError:
@@ -213,10 +227,12 @@ def name_all_linear(config: PeftConfig, model: PreTrainedModel) -> None:
     The output layer is left out, as in PEFT, and so are the linear layers inside it, which PEFT includes for IDEFICS.
 
     Raises:
-        ConfigError: a method that adds tokens to the text.
+        ConfigError: a method that adds tokens to the text, or one that calls the model past its hooks.
     """
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning:
-        raise _tunes_no_modules(str(getattr(config.peft_type, "value", config.peft_type)))
+        raise _tunes_no_modules(kind)
+    _refuse_past_hooks(kind)
     tuned: Any = config  # PeftConfig itself lacks target_modules
     chosen = vars(tuned).get("target_modules")
     if not isinstance(chosen, str) or chosen.lower() != ALL_LINEAR:

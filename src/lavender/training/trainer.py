@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,34 +128,37 @@ class LavenderTrainer(AlignmentMixin, SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
     ):
         given, revision = args.model_init_kwargs, None
-        if isinstance(model, str):
-            settings = _loading_settings(args, quantization_config)
-            model, revision = create_model_from_path(model, **settings), settings.get("revision")
-            args.model_init_kwargs = quantization_config = None  # TRL would warn that it ignores them
-            if revision is not None and peft_config is not None:
-                peft_config.revision = peft_config.revision or revision  # the export merges into these weights
-        if processing_class is None:
-            name = str(model.config.name_or_path)
-            processing_class = load_processor(adapter_for(model.config), name, args.trust_remote_code, revision)
-        super().__init__(
-            model,
-            args,
-            processing_class=processing_class,
-            maps=maps,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            peft_config=peft_config,
-            data_collator=data_collator,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-            formatting_func=formatting_func,
-        )
-        args.model_init_kwargs = given
+        try:
+            if isinstance(model, str):
+                settings = _loading_settings(args, quantization_config)
+                model, revision = create_model_from_path(model, **settings), settings.get("revision")
+                args.model_init_kwargs = quantization_config = None  # TRL would warn that it ignores them
+                if revision is not None and peft_config is not None:
+                    peft_config = copy.deepcopy(peft_config)
+                    peft_config.revision = peft_config.revision or revision  # the export merges into these weights
+            if processing_class is None:
+                name = str(model.config.name_or_path)
+                processing_class = load_processor(adapter_for(model.config), name, args.trust_remote_code, revision)
+            super().__init__(
+                model,
+                args,
+                processing_class=processing_class,
+                maps=maps,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                peft_config=peft_config,
+                data_collator=data_collator,
+                compute_loss_func=compute_loss_func,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                formatting_func=formatting_func,
+            )
+        finally:
+            args.model_init_kwargs = given
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -229,3 +229,6 @@ def test_a_layer_that_does_not_see_the_picture_does_not_count(kind):
     both = torch.cat([seen, torch.zeros_like(seen[:1])])
     torch.testing.assert_close(direct_loss(both, heat, kind), direct_loss(seen, heat, kind))
     assert direct_loss(torch.zeros(2, 1, 4), heat, kind).tolist() == [0]
+    other = torch.cat([seen, torch.tensor([[[0.0, 0.0, 0.5, 0.5]]])])  # sees keys of another picture alone
+    sees = torch.tensor([[True]] * len(seen) + [[False]])
+    torch.testing.assert_close(direct_loss(other, heat, kind, sees), direct_loss(seen, heat, kind))

@@ -47,6 +47,9 @@ class Gemma3Adapter(SelfAttentionAdapter):
     def keys_per_image(self) -> int:
         return self.config.mm_tokens_per_image
 
+    def counts_tokens(self, processor: ProcessorMixin) -> bool:
+        return pan_and_scan_settings(processor) is None  # transformers does not count the crops
+
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
         self._num_views(inputs)
         return padded_keys(inputs["input_ids"] == self.config.image_token_id)

@@ -258,6 +258,10 @@ class _LossOverAllTokens:
     def weight(self) -> Tensor:
         return torch.cat(list(self._model.get_submodule("lm_head").parameters()))  # its own and the added tokens'
 
+    def __call__(self, states: Tensor) -> Tensor:
+        """The logits of all tokens."""
+        return nn.functional.linear(states, self.weight)
+
     def _itself(self) -> _LossOverAllTokens:
         return self
 

@@ -182,6 +182,9 @@ class MiniCpmVAdapter(VlmAdapter):
         """The id of the published tokenizer, unless the config has an `image_token_id`."""
         return getattr(self.config, "image_token_id", IMAGE_TOKEN_ID)
 
+    def backbone(self, model: PreTrainedModel) -> nn.Module:
+        return model.get_submodule("llm.model")
+
     def token_ids(self, inputs: Mapping[str, Any]) -> Tensor:
         return inputs.get("data", inputs)["input_ids"]  # see `hooks`
 

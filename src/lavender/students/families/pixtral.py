@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
+from PIL import Image
 from torch import Tensor
+from transformers import ProcessorMixin
 
 from lavender.errors import UnsupportedModelError
 from lavender.students.families.patch_grid import PatchGridAdapter, Shape
+from lavender.students.families.self_attention import Box
 
 
 class Mistral3Adapter(PatchGridAdapter):
@@ -41,7 +46,11 @@ class Mistral3Adapter(PatchGridAdapter):
 
 
 class LightOnOcrAdapter(Mistral3Adapter):
-    """As Mistral Small 3.1, without break tokens."""
+    """As Mistral Small 3.1, without break tokens.
+
+    The image processor resizes an image to whole patches, not to whole cells. The model leaves out what does not fill a
+    cell, on the right and at the bottom.
+    """
 
     model_type = "lighton_ocr"
     parts = {  # noqa: RUF012
@@ -49,3 +58,17 @@ class LightOnOcrAdapter(Mistral3Adapter):
         "connector": ("model.vision_projection",),
         "language_model": ("model.language_model", "lm_head"),
     }
+
+    def frames(self, image_size: tuple[int, int], processor: ProcessorMixin) -> list[Box]:
+        height, width = _resized(processor.image_processor, image_size)
+        cell = self._cell()
+        return [(0.0, 0.0, height // cell * cell / height, width // cell * cell / width)]
+
+
+@lru_cache(maxsize=4096)
+def _resized(image_processor: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels to which the image processor resizes an image."""
+    height, width = image_size
+    blank = image_processor(images=[Image.new("RGB", (width, height))], return_tensors="pt")
+    height, width = blank["image_sizes"][0]
+    return int(height), int(width)
