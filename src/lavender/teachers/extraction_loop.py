@@ -112,8 +112,7 @@ def write_maps(
         summary.seconds = time.monotonic() - began
         if isinstance(writer, SharedStoreWriter) and launch is not None:
             summary, errors, drops = _of_all(launch, writer, summary, errors, drops)
-        summary.dropped = _named_once(drops)
-        summary.reconstruction = fmean(errors) if errors else None
+        summary.dropped, summary.reconstruction = _named_once(drops), fmean(errors) if errors else None
         if launch is None or launch.rank == 0:
             with writer.locked():
                 History(out).add(summary, len(writer), writer.num_words)  # another launch may have written it since

@@ -179,8 +179,7 @@ class MiniCpmVAdapter(VlmAdapter):
         return f"{self.config.query_num} latents for the picture and for each of its slices, among the text's tokens"
 
     def image_token_id(self) -> int:
-        """The id of the published tokenizer, unless the config has an `image_token_id`."""
-        return getattr(self.config, "image_token_id", IMAGE_TOKEN_ID)
+        return getattr(self.config, "image_token_id", IMAGE_TOKEN_ID)  # else that of the published tokenizer
 
     def backbone(self, model: PreTrainedModel) -> nn.Module:
         return model.get_submodule("llm.model")
@@ -210,8 +209,7 @@ class MiniCpmVAdapter(VlmAdapter):
             raise ConfigError(
                 f"{type(processor).__name__}, which takes one text at a time",
                 "MiniCpmVChatProcessor",
-                "use lavender.students.families.minicpm_v."
-                "MiniCpmVChatProcessor(processor.image_processor, processor.tokenizer)",
+                "make one of processor.image_processor and processor.tokenizer (lavender.students.families.minicpm_v)",
             )
         settings = SliceSettings.of(processor.image_processor)
         token_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
