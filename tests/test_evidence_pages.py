@@ -25,7 +25,8 @@ RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
         ("attributes", "docs/evidence.md", "### Attributes", "### Known words", 27 + 27 + 3),
         ("main", "README.md", "**Captions of words that", "**Where something stands", 3),
         ("main", "docs/evidence.md", "### Known words", "`lavender study teacher-controls`", 48),
-        ("rearrangement", "docs/evidence.md", "### A fault in the order", "### The level alone", 19),
+        ("rearrangement", "docs/evidence.md", "### A fault in the order", "### When attention follows", 19),
+        ("alignment-over-time", "docs/evidence.md", "### When attention follows", "### The level alone", 36),
         ("teacher-controls", "docs/evidence.md", "`lavender study teacher-controls`", "### Real weights", 32),
     ],
 )
@@ -38,7 +39,9 @@ def test_numbers_are_those_of_the_study(study, file, first, last, count):
     assert [number for number in found if number not in measured] == []
 
 
-@pytest.mark.parametrize("study", ["new-words", "attributes", "main", "teacher-controls", "scaling", "rearrangement"])
+@pytest.mark.parametrize(
+    "study", ["new-words", "attributes", "main", "teacher-controls", "scaling", "rearrangement", "alignment-over-time"]
+)
 def test_a_page_is_that_of_its_results(study):
     results = json.loads((EVIDENCE / study / "results.json").read_text())
     assert (EVIDENCE / study / "page.md").read_text() == page(STUDIES[study], results)
