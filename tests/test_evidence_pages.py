@@ -27,6 +27,7 @@ RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
         ("main", "docs/evidence.md", "### Known words", "`lavender study teacher-controls`", 48),
         ("rearrangement", "docs/evidence.md", "### A fault in the order", "### When attention follows", 19),
         ("alignment-over-time", "docs/evidence.md", "### When attention follows", "### The level alone", 36),
+        ("overfitting", "docs/evidence.md", "### It does not keep", "## 5. What is not", 24),
         ("teacher-controls", "docs/evidence.md", "`lavender study teacher-controls`", "### Real weights", 32),
     ],
 )
@@ -40,7 +41,17 @@ def test_numbers_are_those_of_the_study(study, file, first, last, count):
 
 
 @pytest.mark.parametrize(
-    "study", ["new-words", "attributes", "main", "teacher-controls", "scaling", "rearrangement", "alignment-over-time"]
+    "study",
+    [
+        "new-words",
+        "attributes",
+        "main",
+        "teacher-controls",
+        "scaling",
+        "rearrangement",
+        "alignment-over-time",
+        "overfitting",
+    ],
 )
 def test_a_page_is_that_of_its_results(study):
     results = json.loads((EVIDENCE / study / "results.json").read_text())
