@@ -3,9 +3,9 @@
     python benchmarks/place.py --json place.json
     python benchmarks/place.py --quick --json place.json    # smoke test: two scenes of each kind
 
-Measured: the probability that a base gives to the name of a scene's first thing, after "a ", on development scenes. The
-oracle keeps some of the picture's patches and replaces the others by their mean. Kept are all patches (`all`), those
-that show the thing (`thing`), those that do not (`rest`), or none (`none`).
+Measured: the probability that a base gives to the name of a scene's first thing, after its article, on development
+scenes. The oracle keeps some of the picture's patches and replaces the others by their mean. Kept are all patches
+(`all`), those that show the thing (`thing`), those that do not (`rest`), or none (`none`).
 
 In scenes with several things, the oracle also tells which of them the caption names first. In scenes with one thing, it
 tells the location alone.
@@ -27,6 +27,7 @@ from lavender.students.image_keys import overlap_matrix
 from lavender.students.registry import adapter_for
 from lavender.training.run import load_run
 from lavender.world import STUDENT_PATHS
+from lavender.world.language import article
 from lavender.world.scenes import Scene, scenes
 from lavender.world.student_models import CAPTION_PROMPT, STUDENTS, text_batch
 
@@ -64,7 +65,12 @@ def name_probabilities(student: str, drawn: Sequence[Scene]) -> dict[str, float]
     family = STUDENTS[student]
     images = dict(processor.image_processor([[scene.image] for scene in drawn], return_tensors="pt"))
     images = {key: value for key, value in images.items() if isinstance(value, Tensor)}
-    batch = text_batch(family, processor, [(CAPTION_PROMPT, f"a {scene.things[0].name}") for scene in drawn], images)
+    batch = text_batch(
+        family,
+        processor,
+        [(CAPTION_PROMPT, f"{article(scene.things[0].name)} {scene.things[0].name}") for scene in drawn],
+        images,
+    )
     labels = batch.pop("labels")
     sizes = [[(scene.pixels.shape[0], scene.pixels.shape[1])] for scene in drawn]
     adapter = adapter_for(model.config)
@@ -96,7 +102,7 @@ def _name_probability(processor, drawn: Sequence[Scene], labels: Tensor, logits:
     for row, scene in enumerate(drawn):
         answer = (labels[row] != -100).nonzero().flatten()
         num_tokens = len(processor.tokenizer(f" {scene.things[0].name}", add_special_tokens=False)["input_ids"])
-        name_tokens = answer[1 : 1 + num_tokens]  # the first token is "a"
+        name_tokens = answer[1 : 1 + num_tokens]  # the first token is the article
         total += logits[row, name_tokens - 1, labels[row, name_tokens]].sum().exp().item()
     return total / len(drawn)
 

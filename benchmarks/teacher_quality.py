@@ -75,7 +75,7 @@ def pickled_arm(keep: Path | None, *settings: Any) -> bytes:
     Args:
         keep: a folder of results. A result that is in it is read instead of measured again.
     """
-    path = keep and keep / f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.pickle"
+    path = keep and keep / f"{_key_of(*settings)}.pickle"
     if path and path.is_file():
         return path.read_bytes()
     result = pickle.dumps(run_arm(*settings))
@@ -84,6 +84,16 @@ def pickled_arm(keep: Path | None, *settings: Any) -> bytes:
         path.with_suffix(".part").write_bytes(result)
         path.with_suffix(".part").rename(path)
     return result
+
+
+def _key_of(settings: dict[str, Any], *more: Any) -> str:
+    """The name of a result: of all settings, the defaults too, and of the teacher's weights."""
+    from lavender.config import ExtractionConfig
+    from lavender.data.fingerprints import digest_of_folder
+    from lavender.world import TEACHER_PATH
+
+    facts = asdict(ExtractionConfig(**settings)), digest_of_folder(TEACHER_PATH), more
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def run_arm(settings: dict[str, Any], split: Split, start: int, count: int, seed: int, controls: int) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class TestPixArtSigma(Contract):
         teacher, image = Teacher(pipeline, plain()), picture(64, 64)
         small, large = teacher([job(image, "a red zebra"), job(image, "A RED Zebra")])
         torch.testing.assert_close(small.maps, large.maps, rtol=0, atol=1e-5)
+        long = "The RED Zebra in Paris. " * 40
+        assert teacher.windows(long) == teacher.windows(long.lower())
         # a letter whose lower case has two characters moves no other word
         assert set(teacher.family.token_offsets("\u0130 dog")) == {(0, 1), (2, 5), (0, 0)}
 
@@ -69,6 +71,10 @@ class TestPixArtSigma(Contract):
         kept = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), dim=0)[250]
         noisy = family.add_noise(clean, noise, torch.tensor([250]))
         torch.testing.assert_close(noisy.squeeze(), 8 * kept.sqrt() - 4 * (1 - kept).sqrt())
+        one = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+        least = family.add_noise(0 * one, one, torch.tensor([1])).float().squeeze()
+        expected = (1 - torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), dim=0)[1]).sqrt()
+        torch.testing.assert_close(least, expected, rtol=0.01, atol=0)  # one rounding; the scheduler's own gives 0
 
     @pytest.mark.parametrize("mode", ["ddim", "null-text"])
     def test_inversion_runs(self, pipeline, mode):

@@ -11,6 +11,7 @@ from lavender.words import TaggedWord, tagged_words
 _DETERMINERS = ("AT", "DP", "DT")
 _OF_A_NOUN_PHRASE = (*_DETERMINERS, "CR", "OR", "AJ", "NN", "NP", "UN")
 _PREPOSITIONS = ("PR",)
+_VERBS = ("VD", "VH", "VV")  # not "be", which the caller looks for
 _AND = "CJC"
 
 
@@ -118,8 +119,13 @@ def _phrase_start(words: Sequence[TaggedWord], at: int) -> int:
 
 
 def _continues(words: Sequence[TaggedWord], first: int) -> bool:
-    """Whether a noun phrase is governed by a preposition, or is joined to a noun before it."""
+    """Whether a noun phrase is governed by a preposition or a verb, or is joined to a noun before it.
+
+    "A man riding a horse is old" says nothing of the horse.
+    """
     if first == 0 or words[first].begins_clause:
         return False
     before = words[first - 1]
-    return before.tag[:2] in _PREPOSITIONS or (before.tag == _AND and first > 1 and _is_noun(words[first - 2]))
+    return before.tag[:2] in (*_PREPOSITIONS, *_VERBS) or (
+        before.tag == _AND and first > 1 and _is_noun(words[first - 2])
+    )

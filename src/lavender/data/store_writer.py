@@ -46,6 +46,8 @@ _PREFIXES = (_LOCK, MANIFEST, "extraction.json", "shard-", TEMPORARY)
 """How the names of files begin that a writer writes or removes."""
 VERSION = "teacher_version"
 """Key of what identifies the content of a teacher, where that is known."""
+TINY_VAE_VERSION = "tiny_vae_version"
+"""The same of its tiny autoencoder."""
 UNRECORDED = {"texts": "answers"}
 """Settings that stores of earlier releases do not name in their identity, and the value that they had."""
 
@@ -302,7 +304,8 @@ def differing(stored: Manifest, wanted: Manifest) -> dict[str, tuple[Any, Any]]:
     new = {**UNRECORDED, **wanted.identity, "grid": list(wanted.grid)}
     missing = "(not set)"
     pairs = {key: (old.get(key, missing), new.get(key, missing)) for key in sorted(old.keys() | new.keys())}
-    unknown = {VERSION} if missing in pairs.get(VERSION, ()) else set()  # of an earlier release, or of a pipeline
+    # of an earlier release, or of a pipeline
+    unknown = {key for key in (VERSION, TINY_VAE_VERSION) if missing in pairs.get(key, ())}
     return {key: (before, after) for key, (before, after) in pairs.items() if before != after and key not in unknown}
 
 

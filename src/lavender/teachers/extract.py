@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 from lavender.config import ExtractionConfig, PartOfSpeech, Texts
+from lavender.data.fingerprints import digest_of_model
 from lavender.data.images import image_id
 from lavender.data.left_out import LeftOut
 from lavender.data.samples import Sample, Samples
 from lavender.data.store_format import key_of
-from lavender.data.store_writer import VERSION
+from lavender.data.store_writer import TINY_VAE_VERSION, VERSION
 from lavender.errors import DataError
 from lavender.maps import Dropped, WordMaps
 from lavender.teachers.diffusion.teacher import Job, Teacher
@@ -128,6 +129,8 @@ def extract(
 def identity_of(name: str, teacher_version: str | None, config: ExtractionConfig) -> dict[str, Any]:
     """What a store's maps are made by: the teacher's name, what identifies its content, and the settings."""
     known = {} if teacher_version is None else {VERSION: teacher_version}
+    if config.tiny_vae is not None:
+        known[TINY_VAE_VERSION] = digest_of_model(config.tiny_vae)
     return {"teacher": name} | known | config.identity()
 
 

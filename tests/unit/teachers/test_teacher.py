@@ -116,6 +116,17 @@ def test_a_view_is_as_good_as_the_picture(pipeline, jobs, geometry):
         assert torch.equal(one.maps, other.maps)
 
 
+def test_mirrored_pictures_are_encoded_once(pipeline, some_scenes, monkeypatch):
+    """Also where a call has more pictures than are kept."""
+    monkeypatch.setattr("lavender.teachers.diffusion.teacher.CACHED", 2)
+    teacher, encoded = Teacher(pipeline, ExtractionConfig(grid=(8, 8), flip=True, batch_size=1)), []
+    encode = teacher.family.encode_pixels
+    monkeypatch.setattr(teacher.family, "encode_pixels", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    given = [Job(scene.image, str(index), "a dog", words_of("a dog")[1:]) for index, scene in enumerate(some_scenes)]
+    teacher(given)
+    assert sum(encoded) == 2 * len(given) > 4
+
+
 def test_flip_is_the_mean_with_the_mirrored_picture(pipeline, some_scenes, monkeypatch):
     """Of a picture that is its own mirror image, the map is too."""
     half = some_scenes[0].image.crop((0, 0, 40, 60))

@@ -113,11 +113,22 @@ def test_rows_with_different_views_do_not_mix():
 
 
 @pytest.mark.parametrize("view", [WHOLE, (0.0, 0.0, 1.0, 1.0 + 1e-9)])
-@pytest.mark.parametrize("grid", [(11, 13), (3, 5), (6, 7)])
+@pytest.mark.parametrize("grid", [(11, 13), (3, 7), (6, 7)])  # 6 → 3: the mean of two cells by either rule
 def test_the_whole_by_either_way(view, grid):
     maps = torch.rand(2, 3, 6, 7)
     expected = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
     torch.testing.assert_close(resample_to_picture(maps, [view, view], grid), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("source", "target"), [((64, 64), (16, 16)), ((52, 78), (32, 32)), ((32, 128), (32, 32))])
+def test_no_cell_of_a_finer_map_is_passed_over(source, target):
+    """A shrunk side has area means: each cell counts as much as its share of the picture, wherever a peak stands."""
+    maps = torch.eye(source[0] * source[1])[None].unflatten(-1, source)
+    weights = resample_to_picture(maps, [WHOLE], target)[0].sum(dim=(-2, -1))
+    share = target[0] * target[1] / (source[0] * source[1])
+    torch.testing.assert_close(weights, torch.full_like(weights, share), rtol=0, atol=1e-5)
+    by_hand = resample_to_picture(torch.tensor([[[[8.0, 0, 4, 4, 2]]]]), [WHOLE], (1, 2))
+    assert by_hand.flatten().tolist() == pytest.approx([(8 + 0 + 2) / 2.5, (2 + 4 + 2) / 2.5])
 
 
 @pytest.mark.parametrize("view", [(0, 0.25, 1, 0.75), (-0.5, 0, 1.5, 1), WHOLE])

@@ -36,7 +36,7 @@ from lavender.world.studies.page import QUICK, page, show
 from lavender.world.studies.registry import STUDIES, Scale, run_study
 from lavender.world.studies.scaling import SIZES
 from lavender.world.studies.study import METRICS, compare
-from lavender.world.studies.targets import TARGETS, Target, write_target
+from lavender.world.studies.targets import OTHER_MASK, TARGETS, Target, write_target
 from lavender.world.studies.tasks import TASKS, Example, Unconnected
 from lavender.world.tuning import ALIGNMENT, LEARNING_RATES
 
@@ -161,6 +161,17 @@ def test_every_target_has_the_words_that_name_things(targets):
         assert records == expected, target
 
 
+def test_the_mask_of_another_thing_is_in_the_same_picture(store, targets, tmp_path):
+    """Also of a question, which names one thing; a picture of one thing gets a map of another picture."""
+    others = MapStore.open(write_target(tmp_path / OTHER_MASK, OTHER_MASK, store, EXAMPLES))
+    several = DRAWN[3]
+    for name, other in zip(several.names, (*several.names[1:], several.names[0]), strict=True):
+        found, masks = (thing_map(one, several, which) for one, which in ((others, name), (targets["masks"], other)))
+        torch.testing.assert_close(found, masks, rtol=0, atol=TOLERANCE)
+    alone = thing_map(others, DRAWN[0], "dog")
+    torch.testing.assert_close(alone, thing_map(targets["wrong-image"], DRAWN[0], "dog"), rtol=0, atol=TOLERANCE)
+
+
 def test_maps_of_the_teacher_stay_as_they_are(store, targets):
     for scene in (DRAWN[0], DRAWN[1], DRAWN[3]):
         teacher_maps = maps_of(store, scene)
@@ -278,6 +289,13 @@ def test_a_base_has_one_key_whatever_the_seed():
     assert replace(base, seed=4).key == base.key
     assert replace(base, arm=Arm("llava", "none")).key != base.key
     assert replace(base, scoring=Scoring("development", 6, 7)).key != base.key
+
+
+def test_the_teacher_is_another_one_with_other_weights(monkeypatch):
+    cell = replace(CELL, arm=Arm("teacher", "none"))
+    before = cell.key
+    monkeypatch.setattr(cells, "_teacher_digest", lambda: "other")
+    assert cell.key != before
 
 
 def test_any_other_field_changes_the_key():
@@ -453,7 +471,8 @@ def test_arms_of_attributes():
     assert list(full) == [
         *(f"questions plain {size}" for size in (400, 800, 1600, 3200)),
         *(f"questions recipe {size}" for size in (400, 1600)),
-        *(f"questions {form} 1600" for form in ("published", "recipe, masks", "recipe, wrong-word", "recipe, uniform")),
+        "questions published 1600",
+        *(f"questions recipe, {target} 1600" for target in ("masks", "other-mask", "wrong-word", "uniform")),
         *(f"binding {form} 1600" for form in ("plain", "recipe", "recipe, masks", "recipe, wrong-word")),
         *(f"places {form} 1600" for form in ("plain", "recipe", "recipe, masks", "recipe, wrong-word")),
         *(f"binding-connecting {form} 3200" for form in ("plain", "recipe", "recipe, masks", "recipe, wrong-word")),

@@ -206,6 +206,10 @@ class TeacherFamily(ABC):
             (row, key, `text_width`); `token_offsets` describes its first keys.
         """
 
+    def as_encoded(self, text: str) -> str:
+        """The text as the tokenizer gets it, such as in lower case, of the same length."""
+        return text
+
     def token_offsets(self, text: str) -> list[tuple[int, int]]:
         """Which characters of a text each of the first keys of "states" carries.
 

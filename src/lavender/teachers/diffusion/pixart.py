@@ -48,6 +48,9 @@ class PixArtSigma(TransformerFamily):
         states, mask = t5.encode(self.tokenizer, self.text_encoder, prepared, self.max_tokens, masked=True)
         return {"states": states.to(self.dtype), "mask": mask}
 
+    def as_encoded(self, text: str) -> str:
+        return lowered(text)
+
     def token_offsets(self, text: str) -> list[tuple[int, int]]:
         return stripped_offsets(self.tokenizer, "", lowered(text), self.max_tokens)
 
@@ -63,7 +66,8 @@ class PixArtSigma(TransformerFamily):
         return output[:, : latents.shape[1]]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return self._scheduler.add_noise(latents, noise, timesteps)
+        # the scheduler computes in the type of the latents: in bfloat16 the first steps would have no noise
+        return self._scheduler.add_noise(latents.float(), noise.float(), timesteps).to(latents.dtype)
 
     def layers(self, latent_size: tuple[int, int]) -> list[Layer]:
         return self._attentions(latent_size, "attn2")

@@ -55,6 +55,9 @@ class Sana(TransformerFamily):
         kept = [0, *range(1 - KEYS, 0)]
         return {"states": states[:, kept].to(self.dtype), "mask": tokens["attention_mask"][:, kept]}
 
+    def as_encoded(self, text: str) -> str:
+        return lowered(text)
+
     def token_offsets(self, text: str) -> list[tuple[int, int]]:
         offsets = stripped_offsets(self.tokenizer, INSTRUCTION, lowered(text), self._length)
         return [offsets[0], *offsets[1 - KEYS :]]

@@ -97,7 +97,8 @@ class StableDiffusion(TeacherFamily):
         return self.pipeline.unet(latents, timesteps, condition["states"]).sample
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return self._scheduler.add_noise(latents, noise, timesteps)
+        # the scheduler computes in the type of the latents: in bfloat16 the first steps would have no noise
+        return self._scheduler.add_noise(latents.float(), noise.float(), timesteps).to(latents.dtype)
 
     def layers(self, latent_size: tuple[int, int]) -> list[Layer]:
         layers = self._attentions(latent_size, cross=True)

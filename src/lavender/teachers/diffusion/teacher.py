@@ -200,7 +200,7 @@ class Teacher:
 
     def windows(self, text: str) -> list[tuple[int, int]]:
         """Spans of characters that each fit the text encoder; see `lavender.teachers.diffusion.text_windows`."""
-        return windows(self.family.tokenizer, text, self.family.max_tokens)
+        return windows(self.family.tokenizer, self.family.as_encoded(text), self.family.max_tokens)
 
     def view(self, image: Image.Image) -> View:
         """What the teacher sees of a picture. It is small, so a batch can be prepared without holding its pictures."""
@@ -243,12 +243,12 @@ class Teacher:
             ConfigError: the latents are not finite, or `layer_weights` has another number of heads than a layer.
         """
         rows, without_token = self._windows_of(jobs)
-        views = self._encode_views(jobs)
+        views = [self._encode_views(jobs, mirrored) for mirrored in ((False, True) if self.config.flip else (False,))]
         mapped: list[list[tuple[Word, Tensor, float]]] = [[] for _ in jobs]
         shapes: dict[tuple[int, ...], list[Window]] = {}
         for row in rows:  # views of one shape go through the backbone together
             if row.words:
-                shapes.setdefault(tuple(views[row.job].latents.shape), []).append(row)
+                shapes.setdefault(tuple(views[0][row.job].latents.shape), []).append(row)
         size = self.config.batch_size
         groups = [group[start : start + size] for group in shapes.values() for start in range(0, len(group), size)]
         for group in groups:
@@ -326,11 +326,13 @@ class Teacher:
         _trim(self._texts)
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _map_rows(self, jobs: Sequence[Job], rows: list[Window], views: list[_EncodedView]) -> tuple[Tensor, Tensor]:
+    def _map_rows(
+        self, jobs: Sequence[Job], rows: list[Window], views: list[list[_EncodedView]]
+    ) -> tuple[Tensor, Tensor]:
         """Maps (row, column, rows, cols) and confidences (row, column) of rows whose latents have one shape."""
-        maps, confidence = self._run_mode(jobs, rows, views)
-        if self.config.flip:
-            flipped, flipped_confidence = self._run_mode(jobs, rows, self._encode_views(jobs, mirrored=True))
+        maps, confidence = self._run_mode(jobs, rows, views[0])
+        for mirrored in views[1:]:
+            flipped, flipped_confidence = self._run_mode(jobs, rows, mirrored)
             maps, confidence = (maps + flipped.flip(-1)) / 2, (confidence + flipped_confidence) / 2
         if not maps.isfinite().all():
             raise CaptureError(

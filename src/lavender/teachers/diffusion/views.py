@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -80,7 +79,7 @@ def view_of(image: Image.Image, geometry: Geometry, side: int, unit: int, longes
 
 
 def resample_to_picture(maps_BWrc: Tensor, boxes: Sequence[Box], grid: tuple[int, int]) -> Tensor:
-    """Resample maps of views to maps of the whole pictures, bilinearly.
+    """Resample maps of views to maps of the whole pictures: bilinearly, or where a side shrinks by area means.
 
     Args:
         maps_BWrc: (row, word, rows, cols), one view per row.
@@ -91,7 +90,7 @@ def resample_to_picture(maps_BWrc: Tensor, boxes: Sequence[Box], grid: tuple[int
         (row, word, *grid); 0 where the view does not show the picture.
     """
     if all(box == WHOLE for box in boxes):
-        return F.interpolate(maps_BWrc, size=grid, mode="bilinear", align_corners=False)
+        return _sample_boxes(maps_BWrc, [WHOLE], grid)
     inverse = [
         (-top / (bottom - top), -left / (right - left), (1 - top) / (bottom - top), (1 - left) / (right - left))
         for top, left, bottom, right in boxes
@@ -102,7 +101,7 @@ def resample_to_picture(maps_BWrc: Tensor, boxes: Sequence[Box], grid: tuple[int
 def resample_to_view(maps_BWrc: Tensor, boxes: Sequence[Box], grid: tuple[int, int]) -> Tensor:
     """The inverse of `resample_to_picture`: maps of whole pictures become maps of their views, 0 in padding."""
     if all(box == WHOLE for box in boxes):
-        return F.interpolate(maps_BWrc, size=grid, mode="bilinear", align_corners=False)
+        return _sample_boxes(maps_BWrc, [WHOLE], grid)
     return _sample_boxes(maps_BWrc, boxes, grid)
 
 
@@ -111,14 +110,25 @@ def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
 
 
 def _sample_boxes(maps_BWrc: Tensor, boxes: Sequence[Box], grid: tuple[int, int]) -> Tensor:
-    """Read each row's map at the cell centres of a grid over its box (in shares of the map); 0 outside the map."""
-    places = []
-    for top, left, bottom, right in boxes:
-        down = top + (torch.arange(grid[0], dtype=torch.float64) + 0.5) / grid[0] * (bottom - top)
-        across = left + (torch.arange(grid[1], dtype=torch.float64) + 0.5) / grid[1] * (right - left)
-        places.append(torch.stack([across.expand(grid), down[:, None].expand(grid)], dim=-1))
-    places_BrcX = torch.stack(places)  # of 64 bits, which MPS does not have
-    points_BrcX = (2 * places_BrcX - 1).to(maps_BWrc.dtype).to(maps_BWrc.device)
-    sampled = F.grid_sample(maps_BWrc, points_BrcX, padding_mode="border", align_corners=False)
-    inside = ((places_BrcX > 0) & (places_BrcX < 1)).all(dim=-1).to(maps_BWrc.device)
-    return sampled * inside[:, None]
+    """Each row's map on a grid over its box (in shares of the map), or over the only box; 0 outside the map."""
+    rows, cols = maps_BWrc.shape[-2:]
+    down_BRr = torch.stack([_axis_weights(top, bottom, rows, grid[0]) for top, _, bottom, _ in boxes]).to(maps_BWrc)
+    across_BCc = torch.stack([_axis_weights(left, right, cols, grid[1]) for _, left, _, right in boxes]).to(maps_BWrc)
+    return down_BRr[:, None] @ maps_BWrc @ across_BCc[:, None].mT
+
+
+def _axis_weights(low: float, high: float, source: int, target: int) -> Tensor:
+    """The weights of a map's cells along an axis in each cell of the result: float64 (target, source).
+
+    Args:
+        low, high: where the result begins and ends, in shares of the map.
+    """
+    ends = (low + torch.arange(target + 1, dtype=torch.float64) / target * (high - low)) * source
+    first, last, cells = ends[:-1, None], ends[1:, None], torch.arange(source, dtype=torch.float64)
+    middle = (first + last) / 2
+    if (high - low) * source > target:  # a point between two cells would pass over others
+        weights = (torch.minimum(last, cells + 1) - torch.maximum(first, cells)).clamp_min(0)
+    else:
+        weights = (1 - ((middle - 0.5).clamp(0, source - 1) - cells).abs()).clamp_min(0)
+    is_inside = (middle > 0) & (middle < source)
+    return weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-12) * is_inside

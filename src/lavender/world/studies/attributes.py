@@ -42,7 +42,7 @@ FORMS: dict[str, Settings] = {
 STEPS: dict[TaskName, int] = {"questions": 600, "binding": 450, "places": 600, "binding-connecting": 1000}
 """Task → optimizer steps."""
 CONTROLS: dict[TaskName, tuple[Target, ...]] = {
-    "questions": ("masks", "wrong-word", "uniform"),
+    "questions": ("masks", "other-mask", "wrong-word", "uniform"),
     "binding": ("masks", "wrong-word"),
     "places": ("masks", "wrong-word"),
     "binding-connecting": ("masks", "wrong-word", "uniform"),
@@ -129,7 +129,9 @@ STUDY = Study(
     "random weights in all other parts. *places*: “the dog is left of”, “the cat”, about scenes of three or four "
     "things; the cat is the next one from left to right, and each name takes its own map. *recipe*: KL of the "
     "attention from the teacher's squared map, λ = 1. *published*: the authors' loss, λ = 5, of the same words. The "
-    "controls get other maps of the same words. The published loss is an arm of questions alone.",
+    "controls get other maps of the same words. A question names one thing, so in *questions* and *places* "
+    "*wrong-word* is a thing of another picture; *other-mask* is the true mask of another thing in the picture. The "
+    "published loss is an arm of questions alone.",
     paper="does not study it.",
     arms=arms,
     judge=judge,

@@ -112,6 +112,7 @@ class Cell:
         else:
             del facts["arm"]["settings"]  # part of "training"
             facts["training"] = self.arm.training(self.seed)
+        if self.arm.tuning != "none" or self.arm.student == "teacher":
             facts["teacher"] = _teacher_digest()
         if self.arm.student != "teacher":
             facts["weights"] = _digest(STUDENT_PATHS[self.arm.base] / "model.safetensors")

@@ -27,6 +27,7 @@ Target = Literal[
     "centre",
     "things",
     "masks",
+    "other-mask",
     "maps",
     "reshaped",
     "stretched",
@@ -34,9 +35,12 @@ Target = Literal[
 ]
 EVERY_WORD: Target = "maps"
 """The teacher's store itself: adjectives and verbs too, each map with its confidence."""
+OTHER_MASK: Target = "other-mask"
+"""The true mask of another thing in the picture, also where the text names one thing alone."""
 TARGETS: dict[Target, str] = {
     "teacher": "the teacher's map of the word",
-    "wrong-word": "the teacher's map of another thing in the picture; if there is none, of a thing in another picture",
+    "wrong-word": "the teacher's map of another thing that the text names; if it names none, of a thing in another "
+    "picture",
     "wrong-image": "the teacher's map of a thing in another picture",
     "uniform": "a constant map",
     "centre": "a round blob in the picture's centre, the same for every word",
@@ -133,6 +137,11 @@ def _map(target: Target, mapped: _MappedText, word: Word, name: str, next_map: T
         rows, cols = ((torch.arange(count) + 0.5) / count - 0.5 for count in grid)
         return to_heat(torch.exp(-(rows[:, None] ** 2 + cols**2) / (2 * BLOB_WIDTH**2)))
     scene = mapped.example.scene
+    if target == OTHER_MASK:
+        names = list(scene.names)
+        if len(names) == 1:
+            return next_map
+        name = names[(names.index(name) + 1) % len(names)]
     masks = [thing.mask for thing in scene.things] if target == "things" else [scene.mask_of(name)]
     mask = torch.from_numpy(np.any(masks, axis=0)).float()
     return to_heat(F.adaptive_avg_pool2d(mask[None, None], grid)[0, 0])
