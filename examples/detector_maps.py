@@ -45,10 +45,11 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.2)
     arguments = parser.parse_args()
     detector = pipeline("zero-shot-object-detection", model=arguments.model)
+    folder = Path(arguments.pictures).absolute()
     found: dict[str, list[Segment]] = {}
     captions: dict[str, list[str]] = {}
     for sample in read_samples(arguments.pictures):
-        picture, name = sample.load()[0], str(Path(str(sample.sources[0])).relative_to(arguments.pictures))
+        picture, name = sample.load()[0], str(Path(str(sample.sources[0])).relative_to(folder))
         for text in sample.answers:
             captions.setdefault(name, []).append(text)
             found.setdefault(name, []).extend(segments_of(detector, picture, text, arguments.threshold))

@@ -69,7 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Take modules and tests out of garbage collection: the end of each training runs one, over all objects there."""
+    """Set torch's threads before the first fixture of a module or session trains something.
+
+    Modules and tests are taken out of garbage collection: the end of each training runs one, over all objects there.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(THREADS)
     gc.collect()
     gc.freeze()
 

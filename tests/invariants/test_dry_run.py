@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoProcessor
 
 from command_line import Ran, complaint, lavender
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
@@ -132,6 +133,28 @@ def test_what_would_end_the_run_ends_the_dry_run(weightless, tmp_path):
     few = dry(tmp_path, evaluated | {"training": chosen | {"min_coverage": 0.9}})
     assert "maps for 5 of 6 samples" in complaint(few, FAILED)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_chat_template_of_a_file_is_the_one_that_counts(weightless, tmp_path):
+    """Marks of answers too: with them the loss covers the answers alone, as in training."""
+    processor = AutoProcessor.from_pretrained(weightless["model"])
+    marked = processor.chat_template
+    bare = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    bare = bare.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+    assert bare != marked
+    processor.chat_template = bare
+    processor.save_pretrained(weightless["model"])
+    (tmp_path / "marked.jinja").write_text(marked)
+    settings = weightless | {"out": str(tmp_path / "out")}
+    whole = dry(tmp_path, settings)
+    assert "the loss covers whole conversations" in whole.out
+    ran = dry(tmp_path, settings | {"training": {"chat_template_path": str(tmp_path / "marked.jinja")}})
+    assert ran.code == DONE, ran.err
+    assert "the loss covers whole conversations" not in ran.out
+    lost = dry(tmp_path, settings | {"training": {"chat_template_path": "gone.jinja"}})
+    assert "chat_template_path: gone.jinja" in complaint(lost, WRONG_USAGE)
+    asked = dry(tmp_path, settings | {"training": {"assistant_only_loss": True}})
+    assert asked.code == WRONG_USAGE
 
 
 def test_a_folder_with_a_run_is_compared(places, tmp_path):

@@ -69,7 +69,8 @@ def test_a_trainer_merges_as_its_run_does(run, base, finished, tmp_path):  # noq
     assert torch.equal(torch.get_rng_state(), drawn)
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
     export(trainer, tmp_path / "run" / "checkpoint", merge=False)
-    shutil.copy(finished / "config.yaml", tmp_path / "run")  # for the card
+    for name in ("config.yaml", "coverage.json"):  # for the card
+        shutil.copy(finished / name, tmp_path / "run")
     assert same(merged, export(tmp_path / "run", tmp_path / "of the run"))
     assert os.listdir(tmp_path / "new") == ["merged"]
     loaded = MllamaForConditionalGeneration.from_pretrained(merged)

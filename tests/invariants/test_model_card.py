@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from transformers import MllamaForConditionalGeneration
 
@@ -16,8 +17,8 @@ from invariants.test_export import finished  # noqa: F401
 from invariants.test_trainer import base, run, trained  # noqa: F401
 from lavender import export
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
-from lavender.errors import DataError
-from lavender.training.model_card import hub_id, model_card
+from lavender.errors import DataError, FileError
+from lavender.training.model_card import hub_id, model_card, run_card
 
 CONFIG = {
     "model": "some/base-7B",
@@ -41,7 +42,8 @@ def test_a_card_says_what_the_model_was_made_from():
     assert (data["library_name"], data["base_model_relation"]) == ("peft", "adapter")
     for said in (
         "[some/base-7B](https://huggingface.co/some/base-7B)",
-        "[some/captions](https://huggingface.co/datasets/some/captions), 1,200 samples, 1,100 with maps",
+        "[some/captions](https://huggingface.co/datasets/some/captions), 1,200 samples trained on, repeats counted",
+        ", 1,100 of them with maps",
         "| teacher of the maps | [some/diffusion](https://huggingface.co/some/diffusion) |",
         "L_VLM + λ · L_att, λ = 0.5",
         "`mass`, maps to the power of 2.0",
@@ -110,7 +112,31 @@ def test_a_damaged_file_of_a_run_is_an_error(name, content, finished, tmp_path):
         export(damaged, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (damaged / name).unlink()
+    if name == "coverage.json":
+        with pytest.raises(FileError, match="no coverage.json: it is not finished"):
+            export(damaged, tmp_path / "out")
+        return
     assert (export(damaged, tmp_path / "out") / "README.md").is_file()
+
+
+def test_a_local_path_is_no_hub_id_wherever_the_export_runs(finished, tmp_path, monkeypatch):  # noqa: F811
+    """`models/student` is a folder where the run trained, and nothing where it is exported."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"model": "models/student", "data": "data/pics"}
+    assert config["record"]["local"] == ["data"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    card = run_card(folder, is_adapter=True)
+    assert "base_model" not in card.data.to_dict()
+    assert "datasets" not in card.data.to_dict()
+    assert "(https://huggingface.co/models" not in card.content
+    assert "An adapter of `student`" in card.content
+    config["record"]["content"]["model"] = "commit 0123"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"trust_remote_code": True}))
+    card = run_card(folder, is_adapter=True)
+    assert card.data.to_dict()["base_model"] == "models/student"
+    assert 'from_pretrained("models/student", trust_remote_code=True)' in card.content
 
 
 def test_the_card_of_a_trainer(run, base, tmp_path):  # noqa: F811
@@ -139,11 +165,11 @@ def test_an_export_is_uploaded_with_its_card(option, finished, hub, tmp_path):  
         MllamaForConditionalGeneration.from_pretrained(tmp_path / "out")
 
 
-def test_a_hub_that_refuses_is_one_error_and_the_export_is_there(finished, hub, tmp_path):  # noqa: F811
+def test_a_hub_that_refuses_is_asked_before_the_work(finished, hub, tmp_path):  # noqa: F811
     hub.refuses = True
     ran = lavender("export", finished, "--out", tmp_path / "out", "--push", "someone/model")
     assert "nothing was uploaded" in complaint(ran, FAILED)
-    assert (tmp_path / "out" / "README.md").is_file()
+    assert not (tmp_path / "out").exists()
     assert "--public without --push" in complaint(
         lavender("export", finished, "--out", tmp_path / "two", "--public"), WRONG_USAGE
     )

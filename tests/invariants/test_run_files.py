@@ -50,6 +50,47 @@ def test_several_map_stores(places, halves, tmp_path):
     assert train(read_run(several / "config.yaml")) == several  # finished: the same run
 
 
+def test_settings_that_a_run_does_not_read_are_refused(places, tmp_path, monkeypatch):
+    given = {**places, **STEP, "out": str(tmp_path / "x")}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml_text(given | {"model_init_kwargs": {"revision": "v9"}}))
+    assert "model_init_kwargs" in complaint(lavender("train", file), WRONG_USAGE)
+    file.write_text(yaml_text(given))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as the launcher sets it
+    assert "mixed_precision: bf16, and a run with no" in complaint(lavender("train", file), WRONG_USAGE)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_export_goes_to_the_folder_that_a_link_names(places, tmp_path, monkeypatch):
+    run = train(RunConfig(**places, out=str(tmp_path / "run"), training=STEP))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert lavender("export", run, "--out", tmp_path / "link").code == DONE
+    assert (tmp_path / "disk" / "config.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "which cannot be replaced" in complaint(lavender("export", run, "--out", "."), WRONG_USAGE)
+    adapter = lavender("export", run, "--out", tmp_path / "adapter", "--adapter")
+    assert "whose weights were tuned themselves" in complaint(adapter, WRONG_USAGE)
+
+
+def test_json_has_no_nan(places, tmp_path):
+    """Of an evaluation of which no word has a map."""
+    evaluated = {"eval_data": places["data"], "eval_strategy": "steps", "eval_steps": 1}
+    with MapStore.writer(tmp_path / "none", {"teacher": "test"}, {}, MapStore.open(places["maps"]).grid):
+        pass
+    file = tmp_path / "run.yaml"
+    settings = {**places, **STEP, **evaluated, "eval_maps": str(tmp_path / "none"), "out": str(tmp_path / "x")}
+    file.write_text(yaml_text(settings))
+    ran = lavender("train", file, "--json")
+    assert ran.code == DONE, ran.err
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    json.loads(ran.out, parse_constant=refuse)
+
+
 def test_home_in_paths(places, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -130,6 +130,26 @@ def test_a_run_may_be_made_longer_and_says_so(run):
     assert "finished" in lavender("train", file, "--set", "max_steps=6").out
 
 
+def test_a_longer_run_without_a_checkpoint_says_that_it_begins_anew(run):
+    """As after `save_strategy: "no"`: it is no run that was made longer."""
+    file, out = run
+    (out / "eval.json").write_text("{}")
+    shutil.rmtree(out / "trainer")
+    ran = lavender("train", file, "--set", "max_steps=5")
+    assert ran.code == DONE, ran.err
+    assert "no whole checkpoint is left: the run begins at its first step" in ran.out
+    assert "made_longer" not in yaml.safe_load((out / "config.yaml").read_text())["record"]
+    assert not (out / "eval.json").exists()  # the scores of the shorter run
+
+
+def test_a_run_that_is_being_made_longer_is_not_finished(run, tmp_path):
+    """Its checkpoint is the shorter run's."""
+    unfinish(run[1])
+    (run[1] / "checkpoint").mkdir(exist_ok=True)
+    for words in (("export", run[1], "--out", tmp_path / "exported"), ("inspect", run[1])):
+        assert "it is not finished" in complaint(lavender(*words), FAILED)
+
+
 def test_several_differences_are_all_named(run):
     line = complaint(lavender("train", run[0], "--set", "seed=4", "--set", "match=exact"), WRONG_USAGE)
     assert 'match: "label" → "exact"' in line
@@ -236,17 +256,21 @@ def test_folders_that_hold_something_else(run, tmp_path):
     (other / "config.yaml").write_text("name: another program's\n")
     (other / "data.csv").write_text("1")
     (tmp_path / "a file").write_text("x")
+    own = tmp_path / "own"  # the user's run file, in the folder that it names
+    own.mkdir()
+    shutil.copy(file, own / "config.yaml")
     for place, said in (
         (foreign, "which holds 'thesis.tex' and no config.yaml"),
         (tmp_path / "a file", "which is a file"),
         (lost, "which holds what a run wrote, but no config.yaml"),
         (old, "a run of an earlier version, which did not record all of its settings"),
         (other, "which does not say 'model'"),
+        (own, "which holds a config.yaml that no run wrote"),
     ):
         before, code = content(tmp_path), FAILED if place == other else WRONG_USAGE
         assert said in complaint(lavender("train", file, "--set", f"out={place}"), code)
         assert content(tmp_path) == before
-    for place, code in ((foreign, WRONG_USAGE), (other, FAILED)):
+    for place, code in ((foreign, WRONG_USAGE), (other, FAILED), (own, WRONG_USAGE)):
         assert lavender("train", file, "--restart", "--set", f"out={place}").code == code
         assert content(tmp_path) == before
 

@@ -7,7 +7,7 @@ import argparse
 from lavender.cli.options import add_trust_remote_code
 from lavender.cli.output import report
 from lavender.cli.stopping import DONE
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, FileError
 from lavender.files import expanded, writing
 
 HELP = "write a run's tuned model as an ordinary checkpoint, LoRA merged"
@@ -26,15 +26,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from lavender.data.hub import make_repository
     from lavender.training.exporting import export_run, push
 
     if options.public and options.push is None:
         raise ConfigError("--public without --push", "both, or neither", "name the repository with --push")
+    if options.push is not None:
+        make_repository(options.push, "model", not options.public)  # before the export, which takes time
     with writing(options.out):
         folder = export_run(options.run, options.out, options.trust_remote_code, not options.adapter, options.push)
     facts, lines = {"model": str(folder)}, [f"model: {folder}"]
     if options.push is not None:
-        facts["commit"] = push(folder, options.push, private=not options.public)
+        try:
+            facts["commit"] = push(folder, options.push, private=not options.public)
+        except FileError as error:
+            do = f"upload it later: hf upload {options.push} {folder}"
+            raise FileError(f"{error.got}; the folder {folder} is complete", error.expected, do) from error
         lines.append(f"uploaded to {facts['commit']}")
     report(options, facts, end=lines)
     return DONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,12 +52,21 @@ def report(
     """
     is_json = as_json(options, piped)
     if is_json:
-        print(json.dumps(facts, indent=1, ensure_ascii=False), flush=True)
+        print(json.dumps(_finite(facts), indent=1, ensure_ascii=False, allow_nan=False), flush=True)
     else:
         for line in lines:
             show(line)
     for line in () if options.quiet else end:
         show(line, sys.stderr if is_json else sys.stdout)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fact_lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:

@@ -29,6 +29,7 @@ from lavender.training.distributed import refuse_settings
 from lavender.training.refused_samples import check_coverage, refused_of, summary, without
 from lavender.training.run import Plan, lines_of_plan, plan_of, trained_lines
 from lavender.training.run_folder import check_same, gone_on, is_finished, read_config, resolved_settings
+from lavender.training.settings import refused_settings
 from lavender.training.trainable import (
     ALIGNMENT,
     check_trained,
@@ -115,7 +116,8 @@ def _collator(plan: Plan) -> AlignmentCollator:
     processor: Any = plan.processor
     template = None
     if args.assistant_only_loss and not has_generation_markers(processor.chat_template):
-        template = get_training_chat_template(processor)
+        with refused_settings("TRL"):
+            template = get_training_chat_template(processor)
     base = DataCollatorForVisionLanguageModeling(
         processor=processor,
         max_length=args.max_length,

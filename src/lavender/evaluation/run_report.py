@@ -52,7 +52,7 @@ class Options:
         against, data, maps, limit, columns: as in `lavender.evaluation.runs.evaluate_runs`.
         num_pictures: how many pictures to show.
         by: the score by which they are chosen, one of `lavender.evaluation.chosen.BY`.
-        place: how the models run. Scores that are there already are kept.
+        place: how the models run. Scores that are there already are kept, unless it names another type.
     """
 
     against: tuple[Path, ...] | None = None
@@ -197,6 +197,7 @@ def _reason_to_score(found: Evaluation, run: Path, config: Mapping[str, Any], op
         "columns": options.columns,
         "against": None if options.against is None else [expanded(path) for path in options.against],
     }
+    asked["dtype"] = None if options.place.dtype in ("auto", "float32") else options.place.dtype
     plain = json.loads(json.dumps(asked, default=str))
     if changed := [name for name, value in plain.items() if value is not None and value != scored.get(name)]:
         return f"those in {SCORES} are of other {' and '.join(changed)}"

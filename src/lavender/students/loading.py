@@ -221,17 +221,22 @@ def places_of(path: str | Path) -> tuple[str | Path, str | Path, str | None]:
 def _checkpoint_of(path: str | Path) -> Path:
     """The checkpoint in a run folder; any other path as it is."""
     checkpoint = Path(path) / "checkpoint"
-    if (
-        not checkpoint.is_dir()
-        and (Path(path) / "config.yaml").is_file()
-        and not (Path(path) / "config.json").is_file()
-    ):
-        raise FileError(
-            f"the run {path}, which has no checkpoint: it is not finished",
-            "a finished run",
-            f"let it go on: lavender train {Path(path) / 'config.yaml'}",
-        )
+    check_finished(Path(path))
     return checkpoint if checkpoint.is_dir() else Path(path)
+
+
+def check_finished(path: Path) -> None:
+    """Raise FileError for the folder of a run that is not finished, such as one that is being made longer."""
+    run = path / "config.yaml"
+    if not run.is_file() or (path / "config.json").is_file():
+        return
+    lacking = next((name for name in ("checkpoint", "coverage.json") if not (path / name).exists()), None)
+    if lacking:
+        raise FileError(
+            f"the run {path}, which has no {lacking}: it is not finished",
+            "a finished run",
+            f"let it go on: lavender train {run}",
+        )
 
 
 def _adapter_config(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from lavender.alignment.objective import TRAINED_PARTS, is_alignment_part
 from lavender.data.hub import upload
 from lavender.errors import ConfigError, FileError
 from lavender.files import TEMPORARY, expanded
-from lavender.students.loading import load_run
+from lavender.students.loading import check_finished, load_run
 from lavender.students.word_maps import random_state_kept
 from lavender.training.distributed import whole_models
 from lavender.training.mixin import AlignmentMixin
@@ -183,10 +184,17 @@ def _export_run(run: Path, out: Path, merge: bool, trust_remote_code: bool, repo
     checkpoint = run / "checkpoint"
     if not checkpoint.is_dir():
         raise FileError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
+    check_finished(run)
+    out = out.resolve()  # a link is not replaced, but the folder that it names
+    if out == Path.cwd() or os.path.ismount(out):
+        raise ConfigError(f"{out}, which cannot be replaced", "a new folder", "name a folder in it with --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         got = f"{out}, which is {'not empty' if out.is_dir() else 'a file'}"
         raise ConfigError(got, "a new folder", "choose another --out")
     is_adapter = (checkpoint / "adapter_config.json").is_file()
+    if not merge and not is_adapter:
+        got = f"an adapter of {run}, whose weights were tuned themselves"
+        raise ConfigError(got, "a run with LoRA or another PEFT method", "leave out --adapter (merge=False)")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out.parent) as partial:  # `out` appears when it is complete
         model = Path(partial) / "model"

@@ -81,7 +81,7 @@ def run_card(
     Raises:
         DataError: a file is damaged.
     """
-    config = read_config(run)
+    config = _without_local_ids(read_config(run))
     name = repository.rpartition("/")[2] if repository else run.resolve().name
     try:
         logged: dict[str, Any] = {}
@@ -95,8 +95,19 @@ def run_card(
         raise DataError(
             f"a run whose {METRICS}, {COVERAGE} or eval.json is damaged: {run} ({error})",
             "what `lavender train` and `lavender eval` wrote",
-            "delete the damaged file; the model card then goes without it",
+            f"delete the damaged file; after {COVERAGE} give `lavender train` once more, which writes it again",
         ) from error
+
+
+def _without_local_ids(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, with absolute paths for folders that look like hub ids: this may be another folder."""
+    record = config.get("record", {})
+    model, found = record.get("content", {}).get("model"), dict(config)
+    if model is not None and not str(model).startswith("commit "):
+        found["model"] = f"/{config['model']}"
+    for name in record.get("local", ()):
+        found[name] = f"/{config[name]}"
+    return found
 
 
 def _text_of(path: Path) -> str:
@@ -190,7 +201,10 @@ def _facts(
     yield "base", _linked(config["model"])
     counted = ""
     if coverage and "samples" in coverage:
-        counted = f", {coverage['samples']:,} samples, {coverage['mapped_samples']:,} with maps"
+        counted = f", {coverage['samples']:,} samples trained on, repeats counted, "
+        counted += f"{coverage['mapped_samples']:,} of them with maps"
+    if config.get("replay_data"):
+        counted += f"; replayed: {_linked(config['replay_data'], 'datasets/')}"
     yield "data", _linked(config.get("data"), "datasets/") + counted
     yield "teacher of the maps", ", ".join(_linked(one) for one in (coverage or {}).get("teachers", ["not recorded"]))
     if training.get("align_weight") == 0:
@@ -215,12 +229,17 @@ def _facts(
 def _use(config: Mapping[str, Any], is_adapter: bool, repository: str | None) -> str:
     where, base = repository or "NAME/REPOSITORY", hub_id(config["model"]) or _shown(config["model"])
     lines = ["from transformers import AutoModelForImageTextToText, AutoProcessor", ""]
+    own_code = ", trust_remote_code=True" if config.get("trust_remote_code") else ""
     if is_adapter:
-        lines = ["from peft import PeftModel", *lines, f'base = AutoModelForImageTextToText.from_pretrained("{base}")']
+        lines = [
+            "from peft import PeftModel",
+            *lines,
+            f'base = AutoModelForImageTextToText.from_pretrained("{base}"{own_code})',
+        ]
         lines.append(f'model = PeftModel.from_pretrained(base, "{where}")')
     else:
-        lines.append(f'model = AutoModelForImageTextToText.from_pretrained("{where}")')
-    lines.append(f'processor = AutoProcessor.from_pretrained("{where}")')
+        lines.append(f'model = AutoModelForImageTextToText.from_pretrained("{where}"{own_code})')
+    lines.append(f'processor = AutoProcessor.from_pretrained("{where}"{own_code})')
     code = "\n".join(lines)
     return f"## Use\n\nIt loads without `lavender-vlm`:\n\n```python\n{code}\n```"
 

@@ -107,7 +107,7 @@ def _check_counts(checkpoint: Path) -> None:
     if not path.is_file():
         raise _BrokenError(f"which has no {path.name}")
     try:
-        counts = json.loads(path.read_text())
+        counts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _BrokenError(f"whose {path.name} is not JSON: {error}") from error
     known = len(Coverage().counts())
@@ -146,7 +146,7 @@ def _check_pickle(path: Path, keys: tuple[str, ...]) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _BrokenError(f"whose {path.name} is not JSON: {error}") from error
     if not isinstance(found, dict):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError
-from lavender.files import TEMPORARY, write_whole
+from lavender.files import TEMPORARY, expanded, write_whole
 from lavender.model_files import IN_RUN_FILE
 from lavender.students.loading import load_config, load_model, load_processor, load_run, loading
 from lavender.training.exporting import export_run
@@ -27,6 +27,7 @@ from lavender.training.run_folder import (
     COVERAGE,
     HEAD,
     METRICS,
+    SCORES,
     TRAINER,
     check_place,
     check_same,
@@ -37,7 +38,7 @@ from lavender.training.run_folder import (
     write_config,
     write_environment,
 )
-from lavender.training.settings import refused_settings, set_image_processor, trainer_arguments
+from lavender.training.settings import refused_settings, set_chat_template, set_image_processor, trainer_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, ProcessorMixin
@@ -176,6 +177,7 @@ def _loss_line(args: LavenderConfig) -> str:
 
 
 def _trainer(run: RunConfig, args: LavenderConfig, processor: Any, model: Any, sets: dict[str, Samples], stores: list):
+    from lavender.data.fingerprints import commit_of
     from lavender.data.samples import to_dataset
     from lavender.data.store import SeveralStores
     from lavender.training.mixin import AlignmentMixin
@@ -185,6 +187,8 @@ def _trainer(run: RunConfig, args: LavenderConfig, processor: Any, model: Any, s
     settings = run.peft_settings()
     freeze(model, run.freeze)
     peft_config = None if settings is None else peft_config_of(settings, model, run.freeze)
+    if peft_config is not None and not expanded(run.model).is_dir():
+        peft_config.revision = commit_of(run.model)  # the export merges into these weights
     with refused_settings("the trainer", called_by=cast(FunctionType, AlignmentMixin.__init__)):
         trainer = LavenderTrainer(
             model,
@@ -230,14 +234,16 @@ def _begin(trainer: LavenderTrainer, out: Path, wanted: dict[str, Any], restart:
     checkpoint, passed = last_whole_checkpoint(out / TRAINER)
     trainer.accelerator.wait_for_everyone()  # every process has read before one renames
     lines = [f"passed over {path}, {reason}" for path, reason in passed.items()]
-    if passed and checkpoint is None:
+    if checkpoint is None and (passed or (out / METRICS).is_file()):
         lines.append("no whole checkpoint is left: the run begins at its first step")
+        wanted["record"].pop("made_longer", None)
     _print([*lines, *([f"going on from {checkpoint}"] if checkpoint else [])], is_main)
     if is_main:
         out.mkdir(parents=True, exist_ok=True)
         write_config(out, wanted)
         write_environment(out, wanted)
-        (out / COVERAGE).unlink(missing_ok=True)  # of a run that is made longer: it is not finished any more
+        for name in (COVERAGE, *SCORES):  # of a run that is made longer: it is not finished any more
+            (out / name).unlink(missing_ok=True)
         set_aside(passed)
     trainer.accelerator.wait_for_everyone()
     trainer.add_callback(RunLog(out / METRICS))
@@ -344,11 +350,13 @@ def _prepared(
     with loading("model", run.model, IN_RUN_FILE):
         adapter = adapter_for(config)
         processor = load_processor(adapter, run.model, **common)
+    set_chat_template(processor, run.training.get("chat_template_path"))
     set_image_processor(processor, run.image_processor)
     quantized = {}
     if run.quantization is not None:
         quantized["quantization_config"] = quantization_config(run.quantization, run.peft_settings() is not None)
-    args = trainer_arguments(run.training, processor, out / TRAINER)
+    named = {"hub_model_id": out.name} if run.training.get("push_to_hub") else {}  # else all runs were named "trainer"
+    args = trainer_arguments({**named, **run.training}, processor, out / TRAINER)
 
     def load() -> Any:
         with loading("model", run.model, IN_RUN_FILE):

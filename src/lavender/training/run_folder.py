@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lavender.config import DEFAULTS as BY_LOSS
 from lavender.config import RENAMED_LOSSES
 from lavender.errors import ConfigError, DataError, FileError
-from lavender.files import TEMPORARY, write_whole
+from lavender.files import TEMPORARY, data_path, write_whole
 from lavender.training.arguments import AlignmentArguments
 from lavender.training.run_config import RunConfig
 from lavender.training.settings import training_keys
@@ -38,6 +38,8 @@ CONFIG, METRICS, COVERAGE, CHECKPOINT, HEAD = (
 )
 TRAINER = "trainer"
 """Folder of the trainer's checkpoints, from which a run continues."""
+SCORES = ("eval.json", "eval.jsonl")
+"""Scores of a run's model."""
 OWN = (
     CONFIG,
     METRICS,
@@ -46,8 +48,9 @@ OWN = (
     HEAD,
     TRAINER,
     "environment.json",
-    "eval.json",
-    "eval.jsonl",
+    *SCORES,
+    "eval-tasks.json",
+    "eval-tasks",
     "report.html",
 )
 """Everything that `train`, `eval` and `report` write into a run folder."""
@@ -129,6 +132,9 @@ def resolved_settings(run: RunConfig, args: LavenderConfig, content: Mapping[str
         "processes": args.world_size,
         "divided_by": _divided_by(args),
         "device": args.device.type,
+        "local": [
+            name for name in ("data", "replay_data") if (path := getattr(run, name)) and data_path(path).exists()
+        ],
     }
     return json.loads(json.dumps(asdict(run) | {"training": training, "record": record}))
 
@@ -172,8 +178,12 @@ def check_place(out: Path, restart: bool = False) -> bool:
     names = {path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)}
     foreign = sorted(names - set(OWN))
     if CONFIG in names:
-        if foreign and restart:
-            read_config(out)  # raises if the file is not a run's
+        if (names == {CONFIG} or (foreign and restart)) and "record" not in read_config(out):
+            raise ConfigError(
+                f"out: {out}, which holds a {CONFIG} that no run wrote",
+                "a new or empty folder, or that of a run",
+                "choose another out; a run file may lie beside the run's folder",
+            )
         return True
     if foreign:
         got = f"out: {out}, which holds {foreign[0]!r} and no {CONFIG}"
@@ -292,7 +302,7 @@ def _off() -> dict[str, Any]:
 
 LENGTH = ("max_steps", "num_train_epochs")
 """Settings that may grow: the run is then made longer, and its record says so."""
-_UNCOMPARED = ("record.device", "record.later_versions", "record.made_longer", *LENGTH)
+_UNCOMPARED = ("record.device", "record.local", "record.later_versions", "record.made_longer", *LENGTH)
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,7 @@ from types import FunctionType, NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lavender.errors import ConfigError, LavenderError, nearest
-from lavender.files import shown
+from lavender.files import expanded, shown
 from lavender.type_checks import check_keys, check_path, check_type, hints_of
 
 if TYPE_CHECKING:
@@ -135,9 +135,22 @@ def trainer_arguments(settings: Mapping[str, Any], processor: ProcessorMixin, ou
     """
     from lavender.training.trainer import LavenderConfig
 
+    if settings.get("model_init_kwargs"):
+        raise ConfigError(
+            f"model_init_kwargs: {shown(settings['model_init_kwargs'])}, which a run does not read",
+            "the run's own settings: dtype, quantization, trust_remote_code",
+            "leave it out; for others download the model and name its folder",
+        )
     defaults: dict[str, Any] = DEFAULTS | {"assistant_only_loss": marks_answers(processor)}
     with refused_settings("LavenderConfig"):
         args = LavenderConfig(output_dir=str(output_dir), **(defaults | dict(settings)))
+    wanted = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    if args.mixed_precision != wanted:
+        raise ConfigError(
+            f"a launcher with mixed_precision: {args.mixed_precision}, and a run with {wanted}",
+            "one precision",
+            f"launch with --mixed_precision {wanted}, or change bf16 and fp16",
+        )
     try_optimizer(args)
     return args
 
@@ -152,6 +165,22 @@ def marks_answers(processor: Any) -> bool:
         return has_generation_markers(processor.chat_template) or get_training_chat_template(processor) is not None
     except ValueError:  # TRL raises it for a template that it does not know
         return False
+
+
+def set_chat_template(processor: Any, path: str | None) -> None:
+    """Give a processor the chat template of a file, as TRL will. TRL itself reads that of another tokenizer.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if path is None or not path.endswith((".jinja", ".j2")):
+        return
+    try:
+        processor.chat_template = expanded(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        got = f"chat_template_path: {path}, which cannot be read: {reason}"
+        raise ConfigError(got, "a Jinja template", "check the path") from error
 
 
 def set_image_processor(processor: Any, settings: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from yaml.constructor import ConstructorError
 from yaml.reader import ReaderError
 
 from lavender.errors import ConfigError, DataError
+from lavender.files import READ
 
 LARGEST_FILE = 256 * 1024
 """Bytes; the longest run file of the examples has less than 2,000."""
@@ -72,7 +73,7 @@ def yaml_text(settings: Mapping[str, Any]) -> str:
 def _text_of(path: Path) -> str:
     """The file's text; never waits, as reading a pipe would."""
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with os.fdopen(os.open(path, READ), "rb") as file:
             is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             content = file.read(LARGEST_FILE + 1) if is_file else b""
     except FileNotFoundError as error:

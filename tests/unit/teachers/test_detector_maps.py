@@ -74,7 +74,8 @@ def test_a_detectors_boxes_become_a_map_store(pictures, detector, tmp_path, monk
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     out = tmp_path / "boxes"
-    monkeypatch.setattr(sys, "argv", ["x", str(detector), str(pictures), "--out", str(out), "--threshold", "0.001"])
+    monkeypatch.chdir(pictures.parent)  # a relative folder, as in the example's own command
+    monkeypatch.setattr(sys, "argv", ["x", str(detector), pictures.name, "--out", str(out), "--threshold", "0.001"])
     example.main()
     path = Path(capsys.readouterr().out.strip())
     annotations = CocoPanoptic(path, pictures=pictures)
