@@ -21,7 +21,7 @@ RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
     [
         ("new-words", "README.md", "**New words from few captions", "![F1 of new", 28),
         ("new-words", "docs/evidence.md", "### New words", "### Attributes", 36 + 36 + 16),
-        ("attributes", "README.md", "**Which thing has which colour", "## Where it does not pay", 6),
+        ("attributes", "README.md", "**Which thing has which colour", "## Where it does not pay", 7),
         ("attributes", "docs/evidence.md", "### Attributes", "### Known words", 30 + 27 + 3),
         ("main", "README.md", "**Captions of words that", "**Where something stands", 3),
         ("main", "docs/evidence.md", "### Known words", "`lavender study teacher-controls`", 48),
