@@ -140,6 +140,14 @@ def indicator_of(text: str, words: Sequence[Word], readings: Sequence[Reading] |
     return found_TW / found_TW.sum(0)
 
 
+def _resized(maps: Tensor, target: int) -> Tensor:
+    """The second axis from the end in another number of cells: bilinear if it grows, the means of areas if not."""
+    source, rest = maps.shape[-2:]
+    if source < target:
+        return F.interpolate(maps[None], size=(target, rest), mode="bilinear")[0]
+    return maps.repeat_interleave(target, dim=-2).unflatten(-2, (target, source)).mean(dim=-2)
+
+
 def heat_of(
     layers: Sequence[Layer],
     seen: dict[str, Tensor],
@@ -154,5 +162,5 @@ def heat_of(
         softmax_BHCK, first = softmax_of(layer, seen, rotate, mask_BK), first_text_key(layer)
         words_CW = softmax_BHCK.mean(dim=(0, 1))[:, first : first + len(indicator_TW)] @ indicator_TW
         maps_Wrc = words_CW.T.unflatten(1, layer.grid)
-        total += F.interpolate(maps_Wrc[None], size=size, mode="bilinear")[0] / len(layers)
+        total += _resized(_resized(maps_Wrc, size[0]).mT, size[1]).mT / len(layers)
     return total / total.amax(dim=(1, 2), keepdim=True)

@@ -222,9 +222,9 @@ class AlignmentHead(nn.Module):
         with torch.no_grad():
             self._observe(request, on_grid(attention.mean(dim=0, keepdim=True)))
         heat = on_keys(heat.to(rows), request.layout, request.word_pictures, request.mixing)
-        of_word = is_of_word(request.layout, request.word_pictures).to(rows)[words]
         attention_LNK = (attention[:, :, 0] * (request.layout.pictures >= 0).to(rows)[:, None])[:, words]
-        return direct_loss(attention_LNK, heat[words], kind, sees_LN=(attention_LNK * of_word).sum(dim=-1) != 0)
+        own_LNK = attention_LNK.detach() * is_of_word(request.layout, request.word_pictures).to(rows)[words]
+        return direct_loss(attention_LNK, heat[words], kind, sees_LN=own_LNK.sum(dim=-1) != 0)
 
     def _targets(self, request: AlignmentRequest) -> Tensor:
         """The maps that the loss is of: (sample, word, rows, cols)."""

@@ -45,6 +45,7 @@ def folder(some_scenes, captions, make_student, processor, store_path, tmp_path_
         config: dict[str, Any] = {"model": str(folder / "model"), "data": str(folder / "data"), "maps": str(store_path)}
         config |= {"prompt": "What?", "training": {"attention_loss": "mass", "align_weight": weight, "match": "exact"}}
         (folder / name / "config.yaml").write_text(yaml.safe_dump(config))
+        (folder / name / COVERAGE).write_text("{}")  # it is finished
     lines = [json.dumps({"step": step, "vlm_loss": 2 - step, "attention_loss": 1.0}) for step in range(3)]
     (folder / "aligned" / "metrics.jsonl").write_text("\n".join(lines))
     return folder
