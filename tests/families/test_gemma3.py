@@ -371,7 +371,8 @@ def test_crops_are_not_switched_on_in_a_run_file(captions):
 def test_crops_count_in_the_length_of_a_sample(captions):
     """transformers counts the whole picture alone."""
     family = family_of(captions, **(SCAN | {"pan_and_scan_min_crop_size": 16}))
-    processor, adapter = family.processor, adapter_for(family.make().config)
+    processor: Any = family.processor
+    adapter = adapter_for(family.make().config)
     turns = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a red dog"}]
     sample = {"images": [Image.new("RGB", (900, 120))], "messages": turns}
     length = several(processor, [[(120, 900)]])["input_ids"].shape[1]

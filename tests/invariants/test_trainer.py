@@ -363,7 +363,7 @@ def test_a_trainer_that_fails_leaves_the_settings_as_they_were(base, dataset, pr
         LavenderTrainer(str(base), args, **given)
     assert args.model_init_kwargs == {"attn_implementation": "eager"}
     args.maps = str(store_path)
-    model = LavenderTrainer(str(base), args, **given).model
+    model: Any = LavenderTrainer(str(base), args, **given).model
     assert model.config.get_text_config()._attn_implementation.endswith("eager")
 
 

@@ -301,9 +301,9 @@ def test_a_picture_in_several_folders_of_published_captions(folder):
 def test_an_empty_cell_hides_no_column(folder):
     (folder / "x.csv").write_text("images,image,messages,text,caption\n,0.png,,,A cat.\n")
     (folder / "0.png").write_bytes(png(5))
-    (sample,) = read_samples(folder / "x.csv")
+    (sample,) = samples = read_samples(folder / "x.csv")
     assert [shade(picture) for picture in sample.load()] == [5]
-    assert answers([sample]) == ["A cat."]
+    assert answers(samples) == ["A cat."]
     (sample,) = read_samples(jsonl(folder / "x.jsonl", {"images": [], "image": "0.png", "text": "A cat."}))
     assert len(sample.sources) == 1
 
