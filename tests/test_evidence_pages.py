@@ -51,6 +51,7 @@ def test_numbers_are_those_of_the_study(study, file, first, last, count):
         "rearrangement",
         "alignment-over-time",
         "overfitting",
+        "mixing",
     ],
 )
 def test_a_page_is_that_of_its_results(study):
