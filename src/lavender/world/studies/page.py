@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -111,7 +112,7 @@ def draw_panel(panel: Any, arms: Scores, metric: str) -> None:
         panel.plot(fmean(differences), row, "o", color="#4b2e83", markersize=6)
     baselines = list(dict.fromkeys(compared.values()))
     level = f" {show(arms[baselines[0]][metric])}" if len(baselines) == 1 else " of the same kind"
-    panel.set_title(METRICS[metric], fontsize=9)
+    panel.set_title(textwrap.fill(METRICS[metric], 36), fontsize=9)
     panel.set_xlabel(f"difference from plain{level}", fontsize=8)
     panel.set_yticks(range(len(compared)), _labels(compared), fontsize=8)
     panel.set_ylim(max(1, len(compared)) - 0.5, -0.5)
