@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
 from collections.abc import Mapping
 from functools import cache
@@ -133,18 +134,16 @@ class Screen:
 
     def _counted(self, height: int, width: int) -> int:
         """Number of tokens of a picture in the sequence."""
-        try:
-            processor: Any = self._processor
-            if not self._adapter.counts_tokens(processor):
-                raise NotImplementedError
-            counted = processor._get_num_multimodal_tokens(image_sizes=[[height, width]])
-            return int(counted.num_image_tokens[0])
-        except Exception:  # some families cannot tell; then a blank picture is processed
-            conversation: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
-            text = self._processor.apply_chat_template(conversation, chat_template=self._template, tokenize=False)
-            blank = Image.new("RGB", (width, height))
-            inputs = self._processor(images=[[blank]], text=[text], add_special_tokens=False, return_tensors="pt")
-            return inputs["input_ids"].shape[1]
+        processor: Any = self._processor
+        if self._adapter.counts_tokens(processor):
+            with contextlib.suppress(Exception):  # some families cannot tell
+                counted = processor._get_num_multimodal_tokens(image_sizes=[[height, width]])
+                return int(counted.num_image_tokens[0])
+        conversation: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
+        text = processor.apply_chat_template(conversation, chat_template=self._template, tokenize=False)
+        blank = Image.new("RGB", (width, height))
+        inputs = processor(images=[[blank]], text=[text], add_special_tokens=False, return_tensors="pt")
+        return inputs["input_ids"].shape[1]
 
     def _fault_of_size(self, height: int, width: int) -> str | None:
         """The image processor's error for a blank picture of this size; None if it accepts it."""
