@@ -90,6 +90,7 @@ def write_world(folder: Path, number: int) -> None:
     shutil.copytree(STUDENT_PATH, folder / "run" / "checkpoint")
     config = {"model": str(STUDENT_PATH), "data": str(folder / "data"), "maps": None, "prompt": "describe the picture."}
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump(config | {"training": {}}))
+    (folder / "run" / "coverage.json").write_text("{}")  # it is finished
 
 
 def evaluate(folder: Path, number: int) -> tuple[float, float]:
