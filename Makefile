@@ -106,7 +106,7 @@ evidence: $(STAMP) ## the studies behind the README's tables (hours on two cores
 weights: $(STAMP) $(DRAWINGS) ## train the weights of the built-in world anew (hours on a CPU; needs npm)
 	LAVENDER_HANDS=$(DRAWINGS) $(BIN)/python -m lavender.world.training.make all --out src/lavender/world/weights
 
-weights-joint: $(STAMP) $(DRAWINGS) ## train a teacher with joint attention for the world (hours on a CPU; not shipped)
+weights-joint: $(STAMP) $(DRAWINGS) ## train a teacher with joint attention for the world (an hour or two on a CPU; not shipped)
 	LAVENDER_HANDS=$(DRAWINGS) $(BIN)/python -m lavender.world.training.make joint_teacher --out weights-work
 
 $(DRAWINGS): $(STAMP)

@@ -32,7 +32,7 @@ from lavender.world.training.teacher import train_teacher
 from lavender.world.tuning import GRID
 
 TEACHER_SETTINGS: dict[str, Any] = {"steps": 7000, "vae_steps": 1200, "num_scenes": 24_000, "batch": 32, "seed": 0}
-JOINT_TEACHER_SETTINGS: dict[str, Any] = {**TEACHER_SETTINGS, "steps": 10_000}
+JOINT_TEACHER_SETTINGS: dict[str, Any] = {"steps": 10_000, "num_scenes": 24_000, "batch": 32, "seed": 0}
 _MLLAMA: dict[str, Any] = {"family": "mllama", "vision_steps": 6000, "num_scenes": 30_000, "batch": 32, "seed": 0}
 _LLAVA: dict[str, Any] = {"family": "llava", "steps": 600, "batch": 32, "seed": 0}
 STUDENT_SETTINGS: dict[str, dict[str, Any]] = {
@@ -156,7 +156,7 @@ def make_joint_teacher(work: Path, out: Path) -> None:
     for space in spaces:
         teacher = Teacher.from_pretrained(out, ExtractionConfig(space=space, grid=GRID, batch_size=16))
         scores[space] = score_teacher(teacher, held_out_scenes("development", NUM_SCORED)["in_domain"]).to_dict()
-    curves = [work / "vae.jsonl", work / "joint_teacher.jsonl"]
+    curves = [work / "joint_teacher.jsonl"]
     write_card(out, JOINT_TEACHER_CARD, JOINT_TEACHER_SETTINGS, curves, scores, target="weights-joint")
 
 
