@@ -32,7 +32,7 @@ from lavender.world.training.teacher import train_teacher
 from lavender.world.tuning import GRID
 
 TEACHER_SETTINGS: dict[str, Any] = {"steps": 7000, "vae_steps": 1200, "num_scenes": 24_000, "batch": 32, "seed": 0}
-JOINT_TEACHER_SETTINGS: dict[str, Any] = {"steps": 10_000, "num_scenes": 24_000, "batch": 32, "seed": 0}
+JOINT_TEACHER_SETTINGS = {name: value for name, value in TEACHER_SETTINGS.items() if name != "vae_steps"}
 _MLLAMA: dict[str, Any] = {"family": "mllama", "vision_steps": 6000, "num_scenes": 30_000, "batch": 32, "seed": 0}
 _LLAVA: dict[str, Any] = {"family": "llava", "steps": 600, "batch": 32, "seed": 0}
 STUDENT_SETTINGS: dict[str, dict[str, Any]] = {
