@@ -49,7 +49,7 @@ _WITHOUT_APOSTROPHE = re.compile(
 )
 _APART = {"nt": "n't", "s": "'s", "m": "'m", "re": "'re", "ve": "'ve", "ll": "'ll"}
 
-_APOSTROPHES = "\u2018\u2019\u201b\u02bc\u02b9\u2032\uff07\u00b4`"
+_APOSTROPHES = "\u2018\u2019\u201b\u02bb\u02bc\u02bd\u02be\u02bf\u02b9\u2032\uff07\u00b4`"
 _HYPHENS = "\u2010\u2011\ufe63\uff0d"
 _SPELLED_OUT = ("<compat>", "<wide>", "<narrow>", "<font>")  # not <super>: "m²" is no "m2"
 

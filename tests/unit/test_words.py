@@ -45,7 +45,7 @@ def test_irregular_lemmas_and_lower_case():
     ]
 
 
-@pytest.mark.parametrize("word", ["red-haired", "children's", "don’t", "mother-in-law's"])
+@pytest.mark.parametrize("word", ["red-haired", "children's", "don’t", "mother-in-law's", "Hawai\u02bbi"])
 def test_hyphens_and_apostrophes_stay_inside_a_word(word):
     text = f"the {word}-"
     assert [(one.text, one.start, one.end) for one in words_of(text)][1:] == [(word, 4, 4 + len(word))]

@@ -12,6 +12,8 @@ _DETERMINERS = ("AT", "DP", "DT")
 _OF_A_NOUN_PHRASE = (*_DETERMINERS, "CR", "OR", "AJ", "NN", "NP", "UN")
 _PREPOSITIONS = ("PR",)
 _VERBS = ("VD", "VH", "VV")  # not "be", which the caller looks for
+_RELATIVE = ("PNQ", "DTQ")  # who, which, that
+_BEFORE_A_VERB = ("AV", "VM", "VH", "VD", "XX")  # often, can, has, did, not
 _AND = "CJC"
 
 
@@ -21,8 +23,8 @@ def described_nouns(text: str) -> dict[Word, Word | None]:
     - Before a noun it describes that noun: in "a small, red fire truck" the truck. Between them may be other
       adjectives, with commas, "and" or "or".
     - After a form of "be" it describes the noun directly before that: in "the dog is very small and red" the dog. Not
-      if a preposition governs this noun ("the dog on the mat is red"), or if it is one of several ("a dog and a cat are
-      red").
+      if a preposition or a verb governs this noun ("the dog on the mat is red", "a man riding a horse is old"), or if
+      it is one of several ("a dog and a cat are red").
     - In a question it describes the noun directly before it: in "is the dog red or brown?" the dog.
 
     Examples:
@@ -119,13 +121,23 @@ def _phrase_start(words: Sequence[TaggedWord], at: int) -> int:
 
 
 def _continues(words: Sequence[TaggedWord], first: int) -> bool:
-    """Whether a noun phrase is governed by a preposition or a verb, or is joined to a noun before it.
-
-    "A man riding a horse is old" says nothing of the horse.
-    """
+    """Whether a noun phrase is governed by a preposition or a verb, or is joined to a noun before it."""
     if first == 0 or words[first].begins_clause:
         return False
     before = words[first - 1]
-    return before.tag[:2] in (*_PREPOSITIONS, *_VERBS) or (
-        before.tag == _AND and first > 1 and _is_noun(words[first - 2])
-    )
+    if before.tag[:2] in _VERBS:
+        return _is_inside_a_phrase(words, first - 1)
+    return before.tag[:2] in _PREPOSITIONS or (before.tag == _AND and first > 1 and _is_noun(words[first - 2]))
+
+
+def _is_inside_a_phrase(words: Sequence[TaggedWord], at: int) -> bool:
+    """Whether a verb belongs to a noun before it, as in "riding a horse" or "who rides a horse".
+
+    Another verb takes the whole clause after it: in "I think the dog is red" the dog is red.
+    """
+    if words[at].tag.endswith("G"):
+        return True
+    at -= 1
+    while at >= 0 and words[at].tag[:2] in _BEFORE_A_VERB:
+        at -= 1
+    return at >= 0 and words[at].tag in _RELATIVE

@@ -36,7 +36,7 @@ def read_row(values: dict[str, Any], prompt: str) -> tuple[list[Any], list[list[
         UnusableError: the row must be dropped.
     """
     for column, reason in _UNSUPPORTED.items():
-        if values.get(column) and values[column] != "[]":
+        if _is_filled(values.get(column)):
             raise UnusableError(reason)
     pictures, system = _pictures_of(values), _system(values.get("system"))
     conversations = []
@@ -48,13 +48,19 @@ def read_row(values: dict[str, Any], prompt: str) -> tuple[list[Any], list[list[
 
 def _pictures_of(values: dict[str, Any]) -> list[Any]:
     """The images of a row as written there: names, structs or encoded files."""
-    filled = (column for column in PICTURE_COLUMNS if values.get(column) not in (None, "", [], "[]"))
-    column = next(filled, "")
+    column = next((column for column in PICTURE_COLUMNS if _is_filled(values.get(column))), "")
     value = values.get(column)
     if isinstance(value, str) and value.startswith("["):  # a list in a CSV file
         value = _maybe_json(value) if column != "images" else _parsed(value)
     pictures = value if isinstance(value, list) else [value]
     return [] if all(picture in (None, "") for picture in pictures) else pictures
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether a cell holds anything. A CSV file has no other null than an empty text."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]")
+    return any(map(_is_filled, value)) if isinstance(value, list) else value is not None
 
 
 def _maybe_json(text: str) -> Any:
@@ -112,17 +118,24 @@ def text_of(content: str | Iterable[Mapping[str, Any]] | None) -> str:
 
 def _turns_of_row(values: dict[str, Any], prompt: str, has_pictures: bool) -> list[list[Any]]:
     """The conversations of a row, each as the list of turns written there."""
-    for column in ("messages", "conversations"):
-        if values.get(column) not in (None, ""):  # a CSV file has no other null
-            return [_list(_parsed(values[column]), column)]
-    if values.get("prompt") is not None and values.get("completion") is not None:
-        return [_side(values, "prompt", "user") + _side(values, "completion", "assistant")]
-    if values.get("instruction") is not None and values.get("output") is not None:
-        return [_alpaca(values)]
-    captions_there = [values[column] for column in CAPTION_COLUMNS if values.get(column) is not None]
-    caption = next(filter(None, captions_there), captions_there[0] if captions_there else None)
-    if caption is None:
-        raise UnusableError(f"no text in any of the columns {', '.join(TEXT_COLUMNS)}")
+    there = {column for column, value in values.items() if value is not None}
+    filled = {column for column in there if _is_filled(values[column])}
+    # a row of empty cells alone is read as well, for the reason why it is dropped
+    for present in (filled, there):
+        for column in ("messages", "conversations"):
+            if column in present and values[column] != "":
+                return [_list(_parsed(values[column]), column)]
+        if "prompt" in there and "completion" in present:
+            return [_side(values, "prompt", "user") + _side(values, "completion", "assistant")]
+        if "instruction" in there and "output" in present:
+            return [_alpaca(values)]
+        if caption := next((column for column in CAPTION_COLUMNS if column in present), None):
+            return _captioned(values[caption], prompt, has_pictures)
+    raise UnusableError(f"no text in any of the columns {', '.join(TEXT_COLUMNS)}")
+
+
+def _captioned(caption: Any, prompt: str, has_pictures: bool) -> list[list[Any]]:
+    """A conversation per caption of a cell."""
     if not has_pictures:
         raise UnusableError("no picture")  # its prompt asks for one
     captions = caption if isinstance(caption, list) else _captions(caption) if isinstance(caption, str) else [caption]

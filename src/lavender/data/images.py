@@ -116,12 +116,13 @@ class _SettingsOfPillow:
     """
 
     def __init__(self) -> None:
-        self._forget()
-        if hasattr(os, "register_at_fork"):  # a child has no other thread that would restore them
-            os.register_at_fork(after_in_child=self._forget)
-
-    def _forget(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, ExitStack()
+        if hasattr(os, "register_at_fork"):  # a child has no other thread that would restore them
+            os.register_at_fork(after_in_child=self._restore_in_child)
+
+    def _restore_in_child(self) -> None:
+        self._before.close()
+        self._lock, self._inside = threading.Lock(), 0
 
     def __enter__(self) -> None:
         with self._lock:

@@ -126,7 +126,8 @@ def _difference_text(one: Difference, pictures: int) -> str:
     if one.interval is None:
         return "–"
     if math.isnan(one.interval.low):
-        return f"{_signed(one.interval.difference)} (one picture: no interval)"
+        counted = "one picture" if one.interval.num_units else "no picture counts for both"
+        return f"{_signed(one.interval.difference)} ({counted}: no interval)"
     text = f"{_signed(one.interval.difference)} ({_signed(one.interval.low)} to {_signed(one.interval.high)})"
     text += f", on {one.interval.num_units} pictures" if one.interval.num_units < pictures else ""
     return f"{text}, {judged(one.score, one.interval.difference)}" if one.interval.excludes_zero else text

@@ -168,7 +168,7 @@ def marks_answers(processor: Any) -> bool:
 
 
 def set_chat_template(processor: Any, path: str | None) -> None:
-    """Give a processor the chat template of a file, as TRL will. TRL itself reads that of another tokenizer.
+    """Give a processor the chat template of a file, as TRL will. A path that names a tokenizer is left to TRL.
 
     Raises:
         ConfigError: the file cannot be read.

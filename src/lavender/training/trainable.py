@@ -152,7 +152,7 @@ def plain_peft_config(settings: Mapping[str, Any]) -> PeftConfig:
 def _refuse_past_hooks(kind: str) -> None:
     if kind in PAST_HOOKS:
         raise ConfigError(
-            f"peft_type: {kind}, whose wrapper calls the model past its hooks, in which alignment reads attention",
+            f"peft_type: {kind}, whose wrapper bypasses the hooks through which alignment reads attention",
             "another method, such as LORA",
             "choose one",
         )
@@ -227,7 +227,7 @@ def name_all_linear(config: PeftConfig, model: PreTrainedModel) -> None:
     The output layer is left out, as in PEFT, and so are the linear layers inside it, which PEFT includes for IDEFICS.
 
     Raises:
-        ConfigError: a method that adds tokens to the text, or one that calls the model past its hooks.
+        ConfigError: a method that adds tokens to the text, or one whose wrapper bypasses the model's hooks.
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning:

@@ -44,7 +44,9 @@ STOP_SECONDS = 10.0
 
 def load_teacher(**settings: Any) -> Teacher:
     """The built-in teacher, with the settings that suit it; `settings` of `ExtractionConfig` replace or add some."""
-    suitable: dict[str, Any] = {"grid": GRID, "timesteps": (100,), "geometry": "squash", "batch_size": 16}
+    suitable: dict[str, Any] = {"grid": GRID, "geometry": "squash", "batch_size": 16}
+    if settings.get("mode", "noise") == "noise":  # no other mode reads timesteps
+        suitable["timesteps"] = (100,)
     config = ExtractionConfig(**(suitable | settings))
     return Teacher.from_pretrained(TEACHER_PATH, config, name="world")
 

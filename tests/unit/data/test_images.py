@@ -157,6 +157,18 @@ def test_threads_decode_under_settings_that_are_restored(monkeypatch):
     assert warnings.filters == filters
 
 
+def test_a_child_of_a_process_that_decodes_has_pillows_own_settings(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    settings = images._SettingsOfPillow()
+    settings.__enter__()
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+    settings._restore_in_child()  # as after a fork: the thread that decoded is not in the child
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+    with settings:
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
 @pytest.mark.parametrize("form", ["TIFF", "JPEG", "PNG"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_sizes_of_turned_files(form, orientation, tmp_path):

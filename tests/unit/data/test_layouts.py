@@ -306,6 +306,12 @@ def test_an_empty_cell_hides_no_column(folder):
     assert answers(samples) == ["A cat."]
     (sample,) = read_samples(jsonl(folder / "x.jsonl", {"images": [], "image": "0.png", "text": "A cat."}))
     assert len(sample.sources) == 1
+    empty: list[dict] = [{"images": [None]}, {"images": [""]}, {"prompt": "", "completion": ""}, {"messages": []}]
+    empty += [{"instruction": "", "output": ""}, {"conversations": [], "text": ""}, {"videos": [], "tools": " "}]
+    rows = [{"image": "0.png", "caption": "A cat."} | cells for cells in empty]
+    assert answers(read_samples(jsonl(folder / "y.jsonl", *rows))) == ["A cat."] * len(rows)
+    (folder / "z.csv").write_text("image,prompt,completion,messages,text\n0.png,,,[],A cat.\n")
+    assert answers(read_samples(folder / "z.csv")) == ["A cat."]
 
 
 def tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
@@ -326,7 +332,8 @@ def test_webdataset(tmp_path):
     folder = tmp_path / "odd [name]"
     folder.mkdir()
     tar(folder / "a-00000-of-00002.tar", {f"{number:05}": shown(number) for number in range(8)})
-    tar(folder / "a-00001-of-00002.tar", {"x": shown(8), "y": shown(9) | {"txt": b""}, "z": {**shown(7), "jpg": b""}})
+    broken = {"y": shown(9) | {"txt": b"", "json": b"{}"}, "z": shown(7) | {"jpg": b""}}
+    tar(folder / "a-00001-of-00002.tar", {"x": shown(8)} | broken)
     samples = read_samples(folder)
     assert answers(samples) == [f"cat {number}" for number in (*range(9), 7)]
     assert samples.samples[3].name == "a-00000-of-00002.tar 00003"

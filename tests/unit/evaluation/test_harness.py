@@ -32,7 +32,7 @@ from lavender.errors import ConfigError, DataError, LavenderError
 from lavender.evaluation.answers import continuation_loss, generate_answers
 from lavender.evaluation.harness import TASKS_PATH, file_name, models, plugin, running, task_index
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
-from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS
+from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, scores_in
 from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported, sample_lines
 from lavender.evaluation.harness.running import _notes_of_scores, _summary
 from lavender.evaluation.harness.tables import (
@@ -656,6 +656,13 @@ def test_a_task_that_is_not_supported_is_told_before_any_is_run(kind, settings, 
     task = SimpleNamespace(OUTPUT_TYPE=kind, config=SimpleNamespace(generation_kwargs=settings, metric_list=metrics))
     with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
         models.check_task("t", task)
+
+
+def test_the_first_metric_that_is_a_score_is_reported():
+    listed = [{"metric": "submission"}, {"metric": "exact_match", "aggregation": "mean"}, {"metric": "other"}]
+    assert scores_in(listed) == ["exact_match", "other"]
+    config = SimpleNamespace(generation_kwargs={}, metric_list=listed)
+    models.check_task("olympiadbench_math_en", SimpleNamespace(OUTPUT_TYPE="generate_until", config=config))
 
 
 def test_an_error_of_our_own_keeps_its_advice(tmp_path, monkeypatch):

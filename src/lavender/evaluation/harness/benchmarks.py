@@ -6,9 +6,10 @@ splits differ from lmms-eval's, so differences between base, plain and aligned c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 PAPER_MODELS = ("Llama-3.2-11B", "+ LoRA", "+ Lavender LoRA", "+ full", "+ Lavender full")
 """Rows of Table 1: the base, then autoregressive and Lavender fine-tuning with LoRA and in full."""
@@ -334,3 +335,8 @@ GROUPS: Mapping[str, tuple[Benchmark, ...]] = MappingProxyType(
 def benchmark_of(task: str) -> Benchmark | None:
     """The paper's benchmark that a task of lmms-eval runs, or None."""
     return next((one for group in GROUPS.values() for one in group if one.task == task), None)
+
+
+def scores_in(metric_list: Iterable[Mapping[str, Any]] | None) -> list[str]:
+    """The metrics of a task's `metric_list`, without `submission`, by which lmms-eval writes a file for a server."""
+    return [name for metric in metric_list or () if (name := str(metric["metric"])) != "submission"]

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from lavender.errors import DataError
-from lavender.evaluation.harness.benchmarks import benchmark_of
+from lavender.evaluation.harness.benchmarks import benchmark_of, scores_in
 from lavender.evaluation.intervals import paired_difference
 from lavender.evaluation.scorers import cider, refusals
 
@@ -68,7 +68,7 @@ class Scored:
             if "," in key and "_stderr" not in key and isinstance(value, Real)
         }
         known = benchmark_of(task)
-        keys = known.keys if known is not None else (str(config["metric_list"][0]["metric"]),)
+        keys = known.keys if known is not None else (scores_in(config["metric_list"])[0],)
         if not any(key in metrics for key in keys):
             raise DataError(
                 f"the task {task} with the metrics {', '.join(metrics) or 'none'}",

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lavender.errors import ConfigError, ModelError
 from lavender.evaluation.answers import answer_batch, answering, continuation_loss
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
-from lavender.evaluation.harness.benchmarks import benchmark_of
+from lavender.evaluation.harness.benchmarks import benchmark_of, scores_in
 from lavender.evaluation.harness.task_index import RANKING, of_task
 from lavender.students.loading import load_run, load_run_processor
 
@@ -269,8 +269,8 @@ def check_task(name: str, task: Any) -> None:
             f"one of generate_until, {', '.join(RANKING)}",
             "leave the task out",
         )
-    metrics = [str(metric["metric"]) for metric in task.config.metric_list or ()]
-    if metrics[:1] == ["submission"]:
+    metrics = scores_in(task.config.metric_list)
+    if task.config.metric_list and not metrics:
         raise ConfigError(
             f"the task {name}, whose answers a server scores (lmms-eval's metric `submission`)",
             "a task with a score",
