@@ -222,7 +222,14 @@ def test_no_more_pictures_are_in_memory_than_in_a_batch(student, some_scenes, mo
 
 @pytest.mark.parametrize(
     ("stops", "answer"),
-    [(None, "a dog.\n\nA cat."), (["\n\n"], "a dog.\n\nA cat."), (["cat", "\n\n"], "a dog.\n\nA"), ("dog", "a")],
+    [
+        (None, "a dog.\n\nA cat."),
+        (["\n\n", ""], "a dog.\n\nA cat."),
+        (["cat", "\n\n"], "a dog.\n\nA"),
+        ("dog", "a"),
+        (["\n"], "a dog."),
+        ([" ", "\n\n"], "a"),
+    ],
 )
 def test_an_answer_ends_before_a_stop_but_not_at_a_blank_line(stops, answer, student, split, monkeypatch):
     monkeypatch.setattr(models, "answer_batch", lambda *_, **__: ["a dog.\n\nA cat."])
