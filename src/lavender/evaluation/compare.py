@@ -28,8 +28,6 @@ from lavender.words import content_words
 
 BATCH_SIZE = 16
 """Samples whose pictures are in memory at once."""
-EMPTY = {"content_f1": 1.0}
-"""Scores of nothing: where no text has a content word, each answer says exactly what its reference says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +61,7 @@ class Judged:
 def scores_of(judged: Sequence[Judged]) -> dict[str, float | None]:
     """The scores of a model over samples; None where nothing counted, such as `map_agreement` without maps."""
     names = judged[0].tallies if judged else ()
-    found = {name: ratio([one.tallies[name] for one in judged]) for name in names}
-    return {name: EMPTY.get(name) if score is None else score for name, score in found.items()}
+    return {name: ratio([one.tallies[name] for one in judged]) for name in names}
 
 
 def readings_of(
@@ -212,9 +209,14 @@ def answer_tallies(
     return tallies
 
 
-def content_f1(answers: Sequence[str], references: Sequence[str]) -> float:
-    """`micro_f1` of the content lemmas (nouns, adjectives, verbs) of answers and references."""
-    return micro_f1([_lemmas(text) for text in answers], [_lemmas(text) for text in references])
+def content_f1(answers: Sequence[str], references: Sequence[str]) -> float | None:
+    """`micro_f1` of the content lemmas (nouns, adjectives, verbs) of answers and references.
+
+    None if no text has one: of "yes", "3", "B" or "猫", nothing is known.
+    """
+    said, true = [_lemmas(text) for text in answers], [_lemmas(text) for text in references]
+    found = micro_f1(said, true)
+    return found if any(said) or any(true) else None
 
 
 def _overlap(answer: str, reference: str) -> tuple[float, float]:

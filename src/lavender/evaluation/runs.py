@@ -124,17 +124,24 @@ def _lines(samples: Samples, judged: Mapping[str, Sequence[Judged]]) -> list[Eva
     ]
 
 
+_UNCOUNTED = {
+    "answer_nll": "those with an empty answer, or one that no tokenizer takes",
+    "content_f1": "those where neither answer nor reference has a content word, such as “yes” and “3”",
+}
+"""Score of texts → the samples in which it counts nothing."""
+
+
 def _notes(
     read: Samples, samples: Samples, judged: Mapping[str, Sequence[Judged]], on_training_data: bool
 ) -> list[str]:
-    """Notes on samples that were trained on, that are left out, and whose reference answer counts no token."""
+    """Notes on samples that were trained on, that are left out, and in which a score of the texts counts nothing."""
     notes = ["these samples were trained on; pass --data for held-out ones"] if on_training_data else []
     notes += left_out(read)
     notes += [f"left out {drop.what}: {drop.reason}" for drop in samples.dropped]
     for name, found in judged.items():
-        if empty := sum(one.tallies.get("answer_nll", (0, 1))[1] == 0 for one in found):
-            what = "samples with an empty answer, or one that no tokenizer takes"
-            notes.append(f"{name}: answer_nll leaves out {empty} {what}")
+        for score, what in _UNCOUNTED.items():
+            if empty := sum(one.tallies.get(score, (0, 1))[1] == 0 for one in found):
+                notes.append(f"{name}: {score} leaves out {empty} of {len(found)} samples, {what}")
     return notes
 
 

@@ -33,7 +33,8 @@ SCORES: dict[str, Score] = {
     "content_f1": Score(
         "higher",
         "the overlap of the content words (lemmas of nouns, adjectives and verbs) of the model's greedy answers, cut "
-        "off after 64 tokens, and of the reference answers: micro F1, from 0 to 1. It knows no synonyms.",
+        "off after 64 tokens, and of the reference answers: micro F1, from 0 to 1. It knows no synonyms, and does not "
+        "count answers without such words: yes and no, numbers, letters, other scripts than Latin.",
     ),
     "entropy": Score(
         "",

@@ -33,7 +33,14 @@ from lavender.evaluation.answers import continuation_loss, generate_answers
 from lavender.evaluation.harness import TASKS_PATH, file_name, models, plugin, running, task_index
 from lavender.evaluation.harness.answer_log import AnswerLog, request_key
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, scores_in
-from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported, sample_lines
+from lavender.evaluation.harness.comparing import (
+    Scored,
+    differences,
+    mean_if_answered,
+    refusal_rate,
+    reported,
+    sample_lines,
+)
 from lavender.evaluation.harness.running import _notes_of_scores, _summary
 from lavender.evaluation.harness.tables import (
     benchmark_table,
@@ -222,7 +229,14 @@ def test_no_more_pictures_are_in_memory_than_in_a_batch(student, some_scenes, mo
 
 @pytest.mark.parametrize(
     ("stops", "answer"),
-    [(None, "a dog.\n\nA cat."), (["\n\n"], "a dog.\n\nA cat."), (["cat", "\n\n"], "a dog.\n\nA"), ("dog", "a")],
+    [
+        (None, "a dog.\n\nA cat."),
+        (["\n\n", ""], "a dog.\n\nA cat."),
+        (["cat", "\n\n"], "a dog.\n\nA"),
+        ("dog", "a"),
+        (["\n"], "a dog."),
+        ([" ", "\n\n"], "a"),
+    ],
 )
 def test_an_answer_ends_before_a_stop_but_not_at_a_blank_line(stops, answer, student, split, monkeypatch):
     monkeypatch.setattr(models, "answer_batch", lambda *_, **__: ["a dog.\n\nA cat."])
@@ -429,11 +443,19 @@ def test_of_several_filters_the_last_counts():
 
 
 def test_refusals_are_counted_where_answers_are_texts():
-    def answered(*answers: object) -> Scored:
-        return Scored("t", "test", ("acc",), {}, [{"answer": answer} for answer in answers], {})
+    def answered(*answers: object, task: str = "t") -> Scored:
+        samples = [{"doc_id": doc, "answer": answer} for doc, answer in enumerate(answers)]
+        return Scored(task, "test", ("acc",), {}, samples, {doc: 1.0 - doc % 2 for doc in range(len(answers))})
 
-    assert refusal_rate(answered("yes", "I'm not able to answer that.", "no", "")) == 1 / 4
-    assert refusal_rate(answered([[0.1, True], [2.0, False]])) is None
+    some = answered("yes", "no", "I'm not able to answer that.", "")  # with the scores 1, 0, 1, 0
+    assert (refusal_rate(some), mean_if_answered(some)) == (1 / 4, pytest.approx(1 / 3))
+    assert mean_if_answered(answered("I refuse.")) is None
+    options = answered([[0.1, True], [2.0, False]])
+    assert refusal_rate(options) is mean_if_answered(options) is None
+    assert _summary("t", {"base": some})["mean_if_answered"] == {"base": pytest.approx(1 / 3)}
+    for task in ("mmbench_cn_rules_dev", "ccbench_rules", "worldmedqa_v_local"):  # not in English
+        chinese = answered("我无法回答", "B", task=task)
+        assert refusal_rate(chinese) is mean_if_answered(chinese) is None
 
 
 @pytest.mark.parametrize(
@@ -501,8 +523,8 @@ def test_a_benchmark_without_scores_per_sample_is_scored_one_by_one():
     def accuracy(values: list[dict[str, str]]) -> float:
         return sum(value["pred"] == value["answer"] for value in values) / len(values)
 
-    task = found("seedbench", {"seed_image": 2 / 3}, logged, ["seed_image"])
-    assert Scored.of("seedbench", task, {"seed_image": accuracy}).scores == {0: 1.0, 1: 0.0, 2: 1.0}
+    task = found("seedbench_images", {"seed_image": 2 / 3}, logged, ["seed_image"])
+    assert Scored.of("seedbench_images", task, {"seed_image": accuracy}).scores == {0: 1.0, 1: 0.0, 2: 1.0}
     assert [one.name for one in GROUPS["paper"] if one.scored_alone] == ["MMMU", "SEED (images)"]
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 
 import pytest
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from lmms_eval.tasks.mme import utils as lmms_mme
+from lmms_eval.tasks.pope import utils as lmms_pope
+from lmms_eval.tasks.scienceqa import utils as lmms_scienceqa
 from PIL import Image
 
 from lavender.evaluation.harness import paper_tasks as tasks
+from lavender.evaluation.scorers import exact_match, read_yes_no
 
 ROW = {
     "index": 7,
@@ -47,6 +52,58 @@ def test_an_answer_to_a_choice_is_read_by_rules(answer, score):
     found = tasks.mmbench_results(ROW, [answer])
     assert (found["accuracy"]["score"], found["accuracy"]["index"]) == (score, 7)
     assert tasks.worldmedqa_results(ROW | {"correct_option": " b"}, [answer])["accuracy"]["score"] == score
+
+
+def test_answers_without_a_choice_are_counted_apart():
+    """Of "B", "我不知道" and "B。" the last is a choice in Chinese alone."""
+    for results, share in ((tasks.mmbench_results, 2 / 3), (tasks.mmbench_chinese_results, 1 / 3)):
+        items = [results(ROW, [answer])["share_without_choice"] for answer in ("B", "我不知道", "B。")]
+        assert tasks.share_without_choice(items) == pytest.approx(share)
+        assert tasks.mean_score(items) == pytest.approx(1 - share)
+    row = ROW | {"correct_option": "B"}
+    assert tasks.worldmedqa_results(row, ["答案是B。"])["share_without_choice"]["without_choice"] == 1
+    assert tasks.worldmedqa_local_results(row, ["答案是B。"])["share_without_choice"]["without_choice"] == 0
+    assert "refusals" not in tasks.worldmedqa_local_results(row, ["B"])
+
+
+def test_pope_reads_the_word_and_counts_refusals_as_missed():
+    """200 questions, half of them yes. lmms-eval's own functions on the same answers, for what they leave out."""
+    golds = ["yes"] * 100 + ["no"] * 100
+    stopped = ["yes"] + ["Yes."] * 99 + ["No."] * 100
+    refusing = ["yes"] * 20 + ["I'm not able to say."] * 80 + ["no"] * 100
+    for answers, expected in (
+        (stopped, {"f1": 1, "accuracy": 1, "recall": 1, "share_of_other": 0, "share_of_yes": 0.5}),
+        # 2 · 20 / (20 said + 100 true) = 1/3
+        (refusing, {"f1": 1 / 3, "accuracy": 0.6, "precision": 1, "recall": 0.2, "share_of_other": 0.4}),
+    ):
+        rows = [({"answer": gold, "question_id": ""}, [said]) for gold, said in zip(golds, answers, strict=True)]
+        items = [tasks.pope_results(*row)["f1"] for row in rows]
+        assert tasks.mean_score(items) == expected["accuracy"]
+        for name, value in expected.items():
+            assert getattr(tasks, f"pope_{name}")(items) == pytest.approx(value), name
+        theirs = [lmms_pope.pope_process_results(*row)["pope_f1_score"] for row in rows]
+        assert lmms_pope.pope_aggregate_f1_score(theirs) == 1
+
+
+def test_scienceqas_rule_of_lmms_eval_is_exact_match_but_for_a_letter_with_a_stop():
+    """What the table says of its scorer."""
+    for said in ("B", "b", " B\n", "(B)", "B)", "B:", "b.", "**B**", "B,", "", "B.", "B. cat", "A. B", "AB", "É. B"):
+        theirs = lmms_scienceqa.sqa_process_results({"choices": ["a", "b"], "answer": 1}, [said])["exact_match"]
+        letter = re.sub(r"^\s*([A-ZÉ])\..*", r"\1", said)
+        assert exact_match([letter], ["B"]).per_sample == (theirs,), said
+
+
+def test_mmes_rule_differs_from_lmms_evals_where_the_table_says_so():
+    for said in ("yes", "No.", "know", "Yes, it is", "no way", "maybe", ""):
+        assert lmms_mme.parse_pred_ans(said) == read_yes_no(said, "mme")
+    for said, theirs in (("Y", "yes"), ("n", "no"), ("N.o", "no"), ("    Yes", "yes"), ("...yes", "yes")):
+        assert (lmms_mme.parse_pred_ans(said), read_yes_no(said, "mme")) == (theirs, "other")
+
+
+def test_seed_asks_about_images_alone():
+    rows = [{"image": [png(colour)], "data_type": kind} for colour, kind in (("red", "image"), ("blue", "video"))]
+    found = tasks.seed_images(Dataset.from_list([*rows, rows[0]]))
+    assert found["data_type"] == ["image", "image"]
 
 
 def test_a_question_counts_if_all_its_rotations_are_right():
@@ -120,6 +177,9 @@ def test_hallusionbench_is_grouped_by_figure_and_by_question():
     assert tasks.hallusion_questions(items) == pytest.approx(2 / 3)
     assert tasks.hallusion_figures(items) == tasks.hallusion_pairs(items) == 1 / 2
     assert tasks.hallusion_average(items) == pytest.approx((2 / 3 + 1 / 2 + 1 / 2) / 3)
+    assert tasks.hallusion_share_of_other(items) == 0
+    unsure = tasks.hallusion_results(rows[0], ["I'm not able to say."])["share_of_other"]
+    assert tasks.hallusion_share_of_other([*items, unsure]) == 1 / 4
 
 
 def test_memes_are_ranked_by_the_probability_of_yes():

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import lavender.evaluation
+from lavender.data.samples import Samples
 from lavender.errors import ConfigError, DataError
+from lavender.evaluation import runs
 from lavender.evaluation.chosen import choose, rule
 from lavender.evaluation.compare import Judged, _agreement, entropy_tally, scores_of
 from lavender.evaluation.eval_files import EvaluatedSample
@@ -56,7 +58,20 @@ def of(name: str, total: float, weight: float, picture: str = "") -> EvaluatedSa
 
 def test_scores_are_ratios_of_sums_and_nothing_counted_is_said():
     found = scores_of([Judged("", {"answer_nll": (6.0, 2), "content_f1": (0.0, 0), "map_agreement": (0.0, 0)})] * 2)
-    assert found == {"answer_nll": 3, "content_f1": 1.0, "map_agreement": None}
+    assert found == {"answer_nll": 3, "content_f1": None, "map_agreement": None}
+
+
+def test_how_many_samples_a_score_leaves_out_is_told():
+    tallies: list[dict[str, tuple[float, float]]] = [
+        {"answer_nll": (2.0, 2), "content_f1": (0.0, 0)},
+        {"answer_nll": (0.0, 0), "content_f1": (2.0, 3)},
+    ]
+    judged = {"base": [Judged("no", one) for one in (*tallies, tallies[0])]}
+    assert runs._notes(Samples(()), Samples(()), judged, False) == [
+        "base: answer_nll leaves out 1 of 3 samples, those with an empty answer, or one that no tokenizer takes",
+        "base: content_f1 leaves out 2 of 3 samples, those where neither answer nor reference has a content word, such "
+        "as “yes” and “3”",
+    ]
 
 
 def test_best_typical_and_worst_are_by_the_difference():

@@ -195,6 +195,34 @@ def test_choices_are_extracted():
     assert found == [(case["text"], case["choice"]) for case in cases]
 
 
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        # what VLMEvalKit's rules do not find, and its judge would
+        *(
+            (text, "B")
+            for text in ("B。", "答案是B。", "答案：B", "选B", "（B）", "Ｂ", "「B」", "应该选择B选项", "B、狗")  # noqa: RUF001
+        ),
+        *((text, "B") for text in ("正解はBです。", "Bです", "A resposta correta é a letra B.", "不选A，选B")),  # noqa: RUF001
+        # what they find stays
+        *((text, "B") for text in ("B", "The answer is B.", "一只狗", "La respuesta es la B", "התשובה היא B")),
+        ("维生素C。", "C"),
+        # nothing is chosen, or two letters are
+        *((text, None) for text in ("", "不选A", "A或B", "选A或者选B", "答案不是B", "resposta a", "图中有一只T恤")),
+    ],
+)
+def test_choices_are_extracted_in_other_languages(text: str, choice: str | None):
+    options = ["一只猫", "一只狗", "维生素C", "树"]
+    assert extract_choice(text, options, other_languages=True) == choice
+    scores = multiple_choice([text], ["B"], [options], other_languages=True)
+    assert scores.per_sample == (float(choice == "B"),)
+
+
+def test_other_languages_are_asked_for():
+    """Without the setting the choices are VLMEvalKit's."""
+    assert [extract_choice(text, ["猫", "狗"]) for text in ("B。", "答案是B", "Ｂ", "A resposta é B.")] == [None] * 4  # noqa: RUF001
+
+
 def test_multiple_choice_with_and_without_extraction():
     predictions, options = ["B.", "The answer is B", "no idea", " b "], [["a dog", "a cat"]] * 4
     scores = multiple_choice(predictions, ["B"] * 4, options)
@@ -246,6 +274,21 @@ def test_auroc():
         "I won't answer this.",
         "As an AI language model, I have no opinion.",
         "I'm\nnot able to  tell who it is",
+        "I won't engage in this topic.",
+        "I'm not going to engage in that topic.",
+        "I'm not going to participate in this topic.",
+        "I don't feel comfortable identifying people.",
+        "I do not feel comfortable to discuss this.",
+        "I'm an AI and cannot identify people.",
+        "I am a language model, so I'm not able to see who it is.",
+        "I don't identify people in images.",
+        "It's not possible for me to identify real people.",
+        "It is impossible for me to recognize the man.",
+        "I can't say who this is.",
+        "I refuse.",
+        "I must decline.",
+        "I cannot determine what the answer is from this picture.",
+        "I'm unable to say who it is, but no name is visible.",
     ],
 )
 def test_refusals(text: str):
@@ -268,6 +311,14 @@ def test_refusals(text: str):
         "yes, I can tell",
         "I can't help but notice a dog.",
         "The sign says I CAN'T STOP",
+        "I can't identify any error in the chart, so the answer is no.",
+        "I cannot determine the year, but the correct answer is B.",
+        "I'm not able to confirm this. Answer: No",
+        "I can't recognize a dog here, so no.",
+        "As an AI language model, I would say that the answer is 42.",
+        "I don't identify a dog.",
+        "I'm an engineer and cannot wait.",
+        "I refuse to believe that this is a dog: it is a cat.",
     ],
 )
 def test_answers_are_no_refusals(text: str):

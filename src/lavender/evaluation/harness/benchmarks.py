@@ -55,6 +55,7 @@ class Benchmark:
         note: what differs from the paper, or is not known of it.
         scored_alone: lmms-eval gives no score per sample. A sample's score is the aggregation of it alone; their mean
             is the reported number.
+        english: whether answers are in English. Refusals are known in no other language.
     """
 
     name: str
@@ -70,9 +71,10 @@ class Benchmark:
     paper: tuple[float, ...] | None = None
     note: str = ""
     scored_alone: bool = False
+    english: bool = True
 
 
-def _mmbench(name: str, task: str, vlmevalkit: str, note: str = "", key: str = "") -> Benchmark:
+def _mmbench(name: str, task: str, vlmevalkit: str, note: str = "", key: str = "", english: bool = True) -> Benchmark:
     """One of MMBench's subsets, whose answers VLMEvalKit reads by rules before it asks a judge."""
     return Benchmark(
         name,
@@ -80,12 +82,13 @@ def _mmbench(name: str, task: str, vlmevalkit: str, note: str = "", key: str = "
         "dev" if task.endswith("dev") else "test" if task else "",
         "accuracy",
         ("accuracy",) if task else (),
-        "multiple_choice" if task else "",
+        ("multiple_choice" if english else "multiple_choice(other_languages=True)") if task else "",
         _TASKS if task else "",
         vlmevalkit=vlmevalkit,
         kind="ImageMCQDataset",
         paper=_NUMBERS.get(key),
         note=note,
+        english=english,
     )
 
 
@@ -102,7 +105,13 @@ def _vqa(name: str, task: str, split: str, rule: str, note: str = "") -> Benchma
 
 
 _V11 = "version 1.1 has other questions; which four subsets of MMBench the paper took, it does not say"
-_JUDGE = "VLMEvalKit may ask a judge model where its rules find no answer; here such an answer is wrong"
+_JUDGE = (
+    "VLMEvalKit may ask a judge model where its rules find no answer; here such an answer is wrong, and "
+    "`share_without_choice` is the share of such answers"
+)
+_CHINESE = (
+    f"{_JUDGE}. Beyond these rules, letters as in “答案是B。”, “选B” and “（B）” are found. Refusals are not counted"  # noqa: RUF001
+)
 _PAPER = (
     Benchmark(
         "AI2D",
@@ -185,25 +194,34 @@ _PAPER = (
         "test",
         "perception + cognition",
         ("mme_perception_score", "mme_cognition_score"),
-        'lmms-eval; mme(rule="mme") is equal',
+        'lmms-eval; mme(rule="mme") has the values of MME\'s calculation.py',
         scale=1.0,
         vlmevalkit="MME",
         kind="ImageYORNDataset",
         paper=_NUMBERS["mme"],
-        note="the paper does not say what its number adds up; for LLaVA-1.5 it is perception alone",
+        note="the paper does not say what its number adds up; for LLaVA-1.5 it is perception alone. lmms-eval also "
+        'takes "y" and "n", and drops full stops and space before it reads the first four characters',
     ),
     _mmbench("MMBench EN", "mmbench_en_rules_dev", "MMBench_DEV_EN", _JUDGE, "mmbench_en"),
-    _mmbench("MMBench CN", "mmbench_cn_rules_dev", "MMBench_DEV_CN", f"not in Table 1. {_JUDGE}"),
+    _mmbench("MMBench CN", "mmbench_cn_rules_dev", "MMBench_DEV_CN", f"not in Table 1. {_CHINESE}", english=False),
     _mmbench("MMBench EN 1.1", "", "MMBench_DEV_EN_V11", _V11),
     _mmbench("MMBench CN 1.1", "", "MMBench_DEV_CN_V11", _V11),
-    _mmbench("CCBench", "ccbench_rules", "CCBench", f"§7.2 does not name it; Table 1 has it. {_JUDGE}", "ccbench"),
+    _mmbench(
+        "CCBench",
+        "ccbench_rules",
+        "CCBench",
+        f"§7.2 does not name it; Table 1 has it. {_CHINESE}",
+        "ccbench",
+        english=False,
+    ),
     Benchmark(
         "ScienceQA",
         "scienceqa_img",
         "test",
         "exact match of the letter",
         ("exact_match",),
-        'lmms-eval; multiple_choice(extract=False) after its rule for "A." is equal',
+        'lmms-eval; exact_match after its rule for "A." is equal',
+        _TASKS,
         vlmevalkit="ScienceQA_TEST",
         kind="ImageMCQDataset",
         paper=_NUMBERS["scienceqa"],
@@ -248,7 +266,7 @@ _PAPER = (
     ),
     Benchmark(
         "SEED (images)",
-        "seedbench",
+        "seedbench_images",
         "test",
         "accuracy on images",
         ("seed_image",),
@@ -257,7 +275,7 @@ _PAPER = (
         vlmevalkit="SEEDBench_IMG",
         kind="ImageMCQDataset",
         paper=_NUMBERS["seed"],
-        note="the task asks about videos too; seed_image is of the images alone",
+        note="lmms-eval's own task, `seedbench`, asks about videos too, with several frames each",
         scored_alone=True,
     ),
     Benchmark(
@@ -271,19 +289,23 @@ _PAPER = (
         vlmevalkit="HallusionBench",
         kind="ImageYORNDataset",
         paper=_NUMBERS["hallusion"],
-        note=f"the split with pictures; lmms-eval's own scorer asks GPT-4. {_JUDGE}",
+        note="the split with pictures; lmms-eval's own scorer asks GPT-4. VLMEvalKit may ask a judge model where its "
+        "rule finds neither yes nor no; here such an answer is wrong if there is a figure, and `share_of_other` is the "
+        "share of such answers",
     ),
     Benchmark(
         "POPE",
-        "pope",
+        "pope_rules",
         "test",
         "F1",
-        ("pope_f1_score",),
-        'lmms-eval; yes_no(rule="exact") differs where the answer is neither',
+        ("f1",),
+        'yes_no(rule="vlmevalkit")',
+        _TASKS,
         vlmevalkit="POPE",
         kind="ImageYORNDataset",
         paper=_NUMBERS["pope"],
-        note='F1 over all three kinds of questions together; lmms-eval takes the bare word only, so "Yes." is wrong',
+        note="F1 over all three kinds of questions together. lmms-eval's own task, `pope`, takes the bare word only, "
+        'and its F1 leaves out every other answer: "Yes.", and refusals',
     ),
 )
 _WORLDMEDQA = (
@@ -293,9 +315,12 @@ _WORLDMEDQA = (
         "the four countries' own languages",
         "accuracy",
         ("accuracy",),
-        "multiple_choice",
+        "multiple_choice(other_languages=True)",
         _TASKS,
-        note="Fig. 16 draws it; the text says 68 % more than the base. worldmedqa_v_english has the translations",
+        note="Fig. 16 draws it; the text says 68 % more than the base. worldmedqa_v_english has the translations. "
+        "Letters as in “A resposta é B”, “正解はB” are found; `share_without_choice` is the share of answers in which "
+        "none is. Refusals are not counted",
+        english=False,
     ),
 )
 _OPENFLAMINGO = (

@@ -12,7 +12,7 @@ from typing import Any
 from lavender.errors import DataError
 from lavender.evaluation.harness.benchmarks import benchmark_of, scores_in
 from lavender.evaluation.intervals import paired_difference
-from lavender.evaluation.scorers import cider, refusals
+from lavender.evaluation.scorers import Scores, cider, refusals, with_refusals
 
 _CAPTION = {"prediction", "references"}
 
@@ -130,10 +130,28 @@ def reported(scored: Scored) -> float | None:
 
 
 def refusal_rate(scored: Scored) -> float | None:
-    """The share of answers that refuse, which Table 3 of the paper counts apart; None for a task of options."""
-    answers = [sample["answer"] for sample in scored.samples]
-    texts = [answer for answer in answers if isinstance(answer, str)]
-    return refusals(texts).aggregate["refusal_rate"] if texts and len(texts) == len(answers) else None
+    """The share of answers that refuse, which Table 3 of the paper counts apart.
+
+    None for a task of options, and for a benchmark that is not in English: only English wordings are known.
+    """
+    texts = _texts(scored)
+    return refusals(list(texts.values())).aggregate["refusal_rate"] if texts else None
+
+
+def mean_if_answered(scored: Scored) -> float | None:
+    """The mean score per sample of the answers that do not refuse; None if all do, or where either is not known."""
+    texts = {doc: text for doc, text in _texts(scored).items() if doc in scored.scores}
+    if not texts or scored.num_not_finite:
+        return None
+    scores = Scores(tuple(scored.scores[doc] for doc in texts), {})
+    return with_refusals(scores, list(texts.values())).aggregate["mean_if_answered"]
+
+
+def _texts(scored: Scored) -> dict[int, str]:
+    """Document → answer, if all answers are English texts; else nothing."""
+    known = benchmark_of(scored.task)
+    texts = {one["doc_id"]: one["answer"] for one in scored.samples if isinstance(one["answer"], str)}
+    return texts if len(texts) == len(scored.samples) and (known is None or known.english) else {}
 
 
 def differences(by_arm: Mapping[str, Scored]) -> dict[str, dict[str, float | None]]:

@@ -30,6 +30,7 @@ from lavender.students.loading import load_run, load_run_processor
 MAX_NEW_TOKENS = 1024
 """Where an answer ends if a task does not say it, as in most of lmms-eval's models."""
 
+_BLANK_LINE = "\n\n"
 _SAMPLING = ("do_sample", "num_beams", "temperature", "top_p", "top_k")
 # what tasks set for other models, or what is read elsewhere
 _OTHER = ("max_new_tokens", "until", "image_aspect_ratio", "image_sizes")
@@ -339,9 +340,12 @@ def _question(text: str, images: Sequence[Any] | None) -> list[dict]:
 
 
 def _before_stops(text: str, stops: str | Sequence[str] | None) -> str:
-    """The text before the first stop. A blank line is lmms-eval's default stop, which its own models ignore too."""
+    """The text before the first stop. Nothing stops at a blank line.
+
+    It is lmms-eval's default, also of tasks that name no stop, and lmms-eval's own models ignore it too.
+    """
     for stop in [stops] if isinstance(stops, str) else stops or ():
-        if stop.strip():
+        if stop and stop != _BLANK_LINE:
             text = text.split(stop)[0]
     return text.strip()
 

@@ -11,12 +11,22 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from PIL import Image
 
 from lavender.errors import DataError
-from lavender.evaluation.scorers import auroc, cider, exact_match, hallusion_bench, multiple_choice, refusals
+from lavender.evaluation.scorers import (
+    auroc,
+    cider,
+    exact_match,
+    hallusion_bench,
+    multiple_choice,
+    read_yes_no,
+    refusals,
+    yes_no,
+)
 from lavender.evaluation.scorers.scores import Scores, mean
 
 Doc = Mapping[str, Any]
@@ -47,6 +57,11 @@ def mean_cider(items: Sequence[Mapping[str, Any]]) -> float:
 def refusal_rate(items: Sequence[Mapping[str, Any]]) -> float:
     """The share of answers that refuse, which Table 3 of the paper counts apart."""
     return _first(refusals([item["prediction"] for item in items]))
+
+
+def share_without_choice(items: Sequence[Mapping[str, Any]]) -> float:
+    """The share of answers in which the rules find no option: they are wrong here, and VLMEvalKit asks its judge."""
+    return mean([item["without_choice"] for item in items])
 
 
 def area_under_curve(items: Sequence[Mapping[str, Any]]) -> float:
@@ -80,6 +95,22 @@ def hallusion_pairs(items: Sequence[Mapping[str, Any]]) -> float | None:
     return hallusion(items)["qAcc"]
 
 
+def hallusion_share_of_other(items: Sequence[Mapping[str, Any]]) -> float:
+    """The share of answers that are neither yes nor no by the rule: VLMEvalKit asks its judge about them."""
+    return mean([float(read_yes_no(item["prediction"], "vlmevalkit") == "other") for item in items])
+
+
+def _of_pope(items: Sequence[Mapping[str, Any]], rate: str) -> float | None:
+    answers, golds = [item["prediction"] for item in items], [item["answer"] for item in items]
+    return yes_no(answers, golds, "vlmevalkit").aggregate[rate]
+
+
+_POPE = ("f1", "accuracy", "precision", "recall", "share_of_yes", "share_of_other")
+pope_f1, pope_accuracy, pope_precision, pope_recall, pope_share_of_yes, pope_share_of_other = (
+    partial(_of_pope, rate=rate) for rate in _POPE
+)
+
+
 # Multiple choice: MMBench, CCBench, WorldMedQA-V
 
 
@@ -99,7 +130,13 @@ def mmbench_text(doc: Doc, lmms_eval_specific_kwargs: Mapping[str, str]) -> str:
 def mmbench_results(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
     """Whether the answer chooses the right option, by VLMEvalKit's rules without a judge."""
     value = _choice(doc, str(doc["answer"]), results[0]) | {"index": int(doc["index"])}
-    return {"accuracy": value, "refusals": value}
+    return dict.fromkeys(("accuracy", "share_without_choice", "refusals"), value)
+
+
+def mmbench_chinese_results(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
+    """As `mmbench_results`, with the wordings of other languages; refusals are known in English only."""
+    value = _choice(doc, str(doc["answer"]), results[0], other_languages=True) | {"index": int(doc["index"])}
+    return dict.fromkeys(("accuracy", "share_without_choice"), value)
 
 
 def worldmedqa_text(doc: Doc) -> str:
@@ -116,7 +153,13 @@ def worldmedqa_target(doc: Doc) -> str:
 def worldmedqa_results(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
     """Whether the answer chooses the right option, by VLMEvalKit's rules without a judge."""
     value = _choice(doc, worldmedqa_target(doc), results[0])
-    return {"accuracy": value, "refusals": value}
+    return dict.fromkeys(("accuracy", "share_without_choice", "refusals"), value)
+
+
+def worldmedqa_local_results(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
+    """As `worldmedqa_results`, with the wordings of other languages; refusals are known in English only."""
+    value = _choice(doc, worldmedqa_target(doc), results[0], other_languages=True)
+    return dict.fromkeys(("accuracy", "share_without_choice"), value)
 
 
 # Short answers, captions, yes and no
@@ -154,7 +197,19 @@ def hallusion_results(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
     columns = ("category", "subcategory", "set_id", "figure_id", "question_id", "gt_answer")
     value = {name: doc[name] for name in columns} | {"prediction": results[0]}
     value["score"] = hallusion_bench([results[0]], [str(doc["gt_answer"])], [doc]).per_sample[0]
-    return dict.fromkeys(("average", "aAcc", "fAcc", "qAcc"), value)
+    return dict.fromkeys(("average", "aAcc", "fAcc", "qAcc", "share_of_other"), value)
+
+
+def pope_results(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
+    """The answer, and whether it is right by VLMEvalKit's rule."""
+    value = {"prediction": results[0], "answer": str(doc["answer"])}
+    score = yes_no([value["prediction"]], [value["answer"]], "vlmevalkit").per_sample[0]
+    return dict.fromkeys(_POPE, value | {"score": score})
+
+
+def seed_images(split: Any) -> Any:
+    """SEED's questions about images; those about videos have several frames each."""
+    return split.filter(_is_image, input_columns="data_type", desc="questions about images")
 
 
 def memes_text(doc: Doc) -> str:
@@ -205,11 +260,16 @@ def meme_picture(doc: Doc) -> list[Image.Image]:
         return [image.convert("RGB")]
 
 
-def _choice(doc: Doc, answer: str, prediction: str) -> dict[str, Any]:
+def _choice(doc: Doc, answer: str, prediction: str, other_languages: bool = False) -> dict[str, Any]:
     options = lettered(doc)
     texts = [options.get(letter, "") for letter in "ABCDE"[: "ABCDE".index(max(options, default="A")) + 1]]
-    score = multiple_choice([prediction], [answer], [texts]).per_sample[0]
-    return {"score": score, "prediction": prediction}
+    found = multiple_choice([prediction], [answer], [texts], other_languages=other_languages)
+    without = found.aggregate["share_without_choice"]
+    return {"score": found.per_sample[0], "prediction": prediction, "without_choice": without}
+
+
+def _is_image(data_type: str) -> bool:
+    return data_type == "image"
 
 
 def _decoded(row: Mapping[str, Any]) -> dict[str, Any]:

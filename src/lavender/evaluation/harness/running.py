@@ -24,7 +24,14 @@ from lavender.errors import ConfigError, DataError, LavenderError
 from lavender.evaluation.harness import file_name
 from lavender.evaluation.harness.answer_log import AnswerLog
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, benchmark_of
-from lavender.evaluation.harness.comparing import Scored, differences, refusal_rate, reported, sample_lines
+from lavender.evaluation.harness.comparing import (
+    Scored,
+    differences,
+    mean_if_answered,
+    refusal_rate,
+    reported,
+    sample_lines,
+)
 from lavender.evaluation.harness.task_index import TaskIndex, cause_of, of_task, require_harness
 from lavender.evaluation.placement import Placement
 from lavender.files import write_whole
@@ -81,9 +88,9 @@ def evaluate_tasks(
         settings: how tasks are run.
 
     Returns:
-        `tasks` (name → `metric`, `samples`, `scores`, `metrics` and `refusal_rate` by arm, `differences`, `paper`),
-        `arms`, `limit`, `dtype` (of all models), `lmms_eval` (its version) and `notes` for the reader. A score that is
-        NaN or infinite is None, and a note says so.
+        `tasks` (name → `metric`, `samples`, `scores`, `metrics`, `refusal_rate` and `mean_if_answered` by arm,
+        `differences`, `paper`), `arms`, `limit`, `dtype` (of all models), `lmms_eval` (its version) and `notes` for the
+        reader. A score that is NaN or infinite is None, and a note says so.
 
     Raises:
         ConfigError: lmms-eval is not installed, an unknown task, or a task that asks for what is not supported.
@@ -221,6 +228,7 @@ def _summary(name: str, by_arm: Mapping[str, Scored]) -> dict[str, Any]:
         "scores": {arm: reported(found) for arm, found in by_arm.items()},
         "metrics": {arm: found.metrics for arm, found in by_arm.items()},
         "refusal_rate": {arm: refusal_rate(found) for arm, found in by_arm.items()},
+        "mean_if_answered": {arm: mean_if_answered(found) for arm, found in by_arm.items()},
         "differences": differences(by_arm),
         "paper": paper,
         "note": known.note if known is not None else "",

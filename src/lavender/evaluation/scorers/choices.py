@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 
 from lavender.errors import DataError
@@ -12,6 +13,22 @@ from lavender.evaluation.scorers.short_answers import exact_match
 
 _SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
+# beyond VLMEvalKit's rules, of texts in NFKC: a letter after or before such words, but not after "not", as in 不选B
+_STATED = re.compile(
+    r"""
+    (?:
+        (?:答案|正确选项|答え|正解|回答)\W*(?:是|为|應該是|应该是|應為|应为|は)?
+        | (?<!不)(?<!别)(?:选择|選擇|选项|選項|选|選)\W*(?:是|为)?
+        | (?:resposta|respuesta|alternativa|opção|opción|letra)
+          (?:\s+(?:correta|correcta|certa|é|es|seria|sería|a|la|letra|alternativa|opção|opción))*
+        | (?:התשובה|תשובה)(?:\s+הנכונה)?(?:\s+היא)?
+    )
+    [\W_]*(?-i:([A-Z]))(?![A-Za-z0-9])
+    | (?<![A-Za-z0-9])(?-i:([A-Z]))(?=\s*(?:です|が正解|项|項|选项|選項))
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_EAST_ASIAN_SEPARATORS = str.maketrans(dict.fromkeys("。、「」『』【】〈〉《》・", " "))
 _LAST = 4  # a single letter counts among so many last words
 # what VLMEvalKit takes as no answer, whatever letters it has
 _NO_ANSWER = (
@@ -23,7 +40,11 @@ _NO_ANSWER = (
 
 
 def multiple_choice(
-    predictions: Sequence[str], references: Sequence[str], options: Sequence[Sequence[str]], extract: bool = True
+    predictions: Sequence[str],
+    references: Sequence[str],
+    options: Sequence[Sequence[str]],
+    extract: bool = True,
+    other_languages: bool = False,
 ) -> Scores:
     """Whether the model chose the right option.
 
@@ -34,6 +55,7 @@ def multiple_choice(
         extract: find the letter in the answer by `extract_choice`, VLMEvalKit's rules. Otherwise the answer must be the
             letter, apart from case, punctuation and space around it: lmms-eval's `exact_match` with `ignore_case` and
             `ignore_punctuation`.
+        other_languages: see `extract_choice`.
 
     Returns:
         Per sample 0 or 1. Aggregate `accuracy`, their mean; with `extract` also `share_without_choice`, the share of
@@ -54,12 +76,13 @@ def multiple_choice(
     if not extract:
         scores = exact_match(predictions, references, ignore_punctuation=True)
         return Scores(scores.per_sample, {"accuracy": scores.aggregate["exact_match"]})
-    chosen = [extract_choice(text, texts) for text, texts in zip(predictions, options, strict=True)]
+    pairs = zip(predictions, options, strict=True)
+    chosen = [extract_choice(text, texts, other_languages) for text, texts in pairs]
     per_sample = tuple(float(letter == reference) for letter, reference in zip(chosen, references, strict=True))
     return Scores(per_sample, {"accuracy": mean(per_sample), "share_without_choice": chosen.count(None) / len(chosen)})
 
 
-def extract_choice(text: str, options: Sequence[str]) -> str | None:
+def extract_choice(text: str, options: Sequence[str], other_languages: bool = False) -> str | None:
     """The letter of the option that an answer chooses, as VLMEvalKit finds it without a judge model.
 
     The first of these that holds:
@@ -73,6 +96,9 @@ def extract_choice(text: str, options: Sequence[str]) -> str | None:
     Args:
         text: what the model wrote.
         options: the options' texts, in the order of their letters.
+        other_languages: also find the letter in Chinese, Japanese, Portuguese, Spanish and Hebrew answers, which
+            VLMEvalKit leaves to its judge: "答案是B。", "选B", "正解はB", "A resposta é B". Full-width letters
+            and marks are taken as ASCII (Unicode NFKC), and "。" or "、" ends a word.
 
     Returns:
         The letter, or None: VLMEvalKit counts such an answer as wrong if it has no judge model.
@@ -81,6 +107,16 @@ def extract_choice(text: str, options: Sequence[str]) -> str | None:
         DataError: more than 26 options.
     """
     letters = _letters(options)
+    if not other_languages:
+        return _by_vlmevalkit(text, options, letters)
+    text, *options = (unicodedata.normalize("NFKC", one).strip() for one in (text, *options))
+    stated = {letter for pair in _STATED.findall(text) for letter in pair if letter in letters}
+    if stated:  # before the other rules: the "A" of "A resposta é B" is an article
+        return stated.pop() if len(stated) == 1 else None
+    return _by_vlmevalkit(text.translate(_EAST_ASIAN_SEPARATORS), options, letters)
+
+
+def _by_vlmevalkit(text: str, options: Sequence[str], letters: Sequence[str]) -> str | None:
     if any(phrase in text for phrase in _NO_ANSWER):
         return None
     words = text.translate(_SEPARATORS).split()
