@@ -300,3 +300,21 @@ def test_the_shell_completes_verbs_options_and_values():
     assert completions("lavender ex") == ["extract", "export"]
     assert completions("lavender extract --tea") == ["--teacher"]
     assert completions("lavender study main --split s") == ["sealed"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "got", "do"),
+    [
+        (["--steps", "20"], "--steps 20 with --mode 'noise'", "leave --steps out"),
+        (["--mode", "ddim", "--seed", "4"], "--seed 4 with --mode 'ddim'", "leave --seed out"),
+        (["--batch-size", "0"], "--batch-size 0", "change --batch-size"),
+        (["--words", "nuon"], "--words ", "write 'noun' instead"),
+        (["--mode", "null-text", "--set", "inversion_steps=3"], "inversion_steps=3 with --steps 10", "change one"),
+        (["--set", "num_steps=20"], "num_steps=20 with --mode 'noise'", "leave num_steps out"),
+    ],
+)
+def test_extract_names_the_flags_that_were_typed(flags, got, do, tmp_path):
+    ran = lavender("extract", "--data", tmp_path, "--out", tmp_path / "maps", "--teacher", "world", *flags)
+    line = complaint(ran, WRONG_USAGE)
+    assert f"Got {got}" in line
+    assert f"Do this: {do}" in line

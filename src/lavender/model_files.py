@@ -99,19 +99,29 @@ def _load_error(what: str, path: str, consent: str | None, error: Exception) -> 
         got = f"the {what} {path}, whose config is wrong: {_joined(error)}"
         return ModelError(got, "a config that fits", "repair its config.json")
     got = f"the {what} {path}, which cannot be loaded: "
-    chain = _chain(error)
-    if any("iktoken" in str(link) for link in chain) and find_spec("sentencepiece") is None:
-        # transformers takes any .model file for tiktoken's then, and asks for that
+    chain, asks_for_tiktoken = _chain(error), "`tiktoken` file" in str(error)
+    if asks_for_tiktoken and find_spec("sentencepiece") is None and _has_sentencepiece(path):
         got += "its tokenizer is a file of SentencePiece, and the package sentencepiece is not installed"
         return ModelError(got, "that package", "pip install 'lavender-vlm[sentencepiece]'")
-    lacking = next((link for link in chain if isinstance(link, ImportError)), None)
-    if lacking is not None:
+    # not the context: an import that a library did without may have failed there
+    lacking = next((link for link in (error, error.__cause__) if isinstance(link, ImportError)), error)
+    if asks_for_tiktoken or isinstance(lacking, ImportError):
         return ModelError(got + _joined(lacking)[:300], "the packages that it needs", "install what is named")
+    if "backend tokenizer" in str(error):
+        return ModelError(got + "it has no file of its tokenizer", f"a whole {what}", "get its tokenizer.json too")
     if Path(path).exists():
         return ModelError(got + one_line(error), f"a whole {what}", "repair the folder, or download it again")
     if not _HUB_ID.fullmatch(path):
         return ModelError(got + "there is no such folder", "a model folder or a hub id", "check the path")
     return _hub_error(got, path, chain)
+
+
+def _has_sentencepiece(path: str) -> bool:
+    """Whether a model has a file of SentencePiece. Without that package transformers takes it for tiktoken's."""
+    from huggingface_hub import constants
+
+    folder = path if Path(path).is_dir() else f"{constants.HF_HUB_CACHE}/models--{path.replace('/', '--')}"
+    return any(file.read_bytes()[:1] == b"\n" for file in Path(folder).rglob("*.model"))  # tiktoken's begin otherwise
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -277,17 +277,25 @@ def check_extraction(settings: Any) -> None:
     _check_mode(settings)
 
 
+_READ_BY_MODE = {
+    "noise": ("timesteps", "num_noises", "seed"),
+    "ddim": ("num_steps",),
+    "null-text": ("num_steps", "inversion_steps", "null_text_iterations", "guidance"),
+}
+
+
+def unread_by(mode: Any) -> set[str]:
+    """The settings of extraction that a mode does not read; none for what is no mode."""
+    every = {name for names in _READ_BY_MODE.values() for name in names}
+    return every.difference(_READ_BY_MODE.get(str(mode), every))
+
+
 def _check_mode(settings: Any) -> None:
     """Refuse settings that the mode does not read."""
-    read = {
-        "noise": ("timesteps", "num_noises", "seed"),
-        "ddim": ("num_steps",),
-        "null-text": ("num_steps", "inversion_steps", "null_text_iterations", "guidance"),
-    }
-    for name in dict.fromkeys(name for names in read.values() for name in names):
+    for name in sorted(unread_by(settings.mode)):
         value = getattr(settings, name)
-        if name not in read[settings.mode] and value != getattr(type(settings), name):
-            modes = " or ".join(mode for mode, names in read.items() if name in names)
+        if value != getattr(type(settings), name):
+            modes = " or ".join(mode for mode, names in _READ_BY_MODE.items() if name in names)
             do = f"leave {name} out, or set another mode"
             raise ConfigError(f"{name}={shown(value)} with mode={settings.mode!r}", f"it with mode {modes}", do)
 

@@ -148,6 +148,17 @@ def test_the_card_of_a_trainer(run, base, tmp_path):  # noqa: F811
     assert card.data.datasets == ["some/captions"]
     assert f"An adapter of `{Path(base).name}`" in card.content
     assert "None" not in card.content
+    assert "trust_remote_code" not in card.content
+
+
+@pytest.mark.parametrize("part", ["model", "processor"])
+def test_the_card_of_a_trainer_names_own_code(part, run, base, tmp_path, monkeypatch):  # noqa: F811
+    trainer = trained(run, base, "lora")
+    kind = type(trainer.model.get_base_model() if part == "model" else trainer.processing_class)
+    monkeypatch.setattr(kind, "__module__", "transformers_modules.somebody.model")  # as of code that came with it
+    trainer.create_model_card()
+    card = ModelCard.load(Path(trainer.args.output_dir) / "README.md")
+    assert card.content.count(", trust_remote_code=True)") == 2  # the base and the processor
 
 
 @pytest.mark.parametrize("option", [(), ("--adapter",)])
@@ -173,3 +184,14 @@ def test_a_hub_that_refuses_is_asked_before_the_work(finished, hub, tmp_path):  
     assert "--public without --push" in complaint(
         lavender("export", finished, "--out", tmp_path / "two", "--public"), WRONG_USAGE
     )
+
+
+def test_no_repository_is_made_for_what_cannot_be_exported(finished, hub, tmp_path):  # noqa: F811
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    for words, said, code in (
+        ((tmp_path / "typo", "--out", tmp_path / "out"), "no checkpoint in", FAILED),
+        ((finished, "--out", tmp_path / "full"), "which is not empty", WRONG_USAGE),
+    ):
+        assert said in complaint(lavender("export", *words, "--push", "someone/typo"), code)
+    assert hub.made == {}

@@ -14,7 +14,8 @@ from lavender.data.store import MapStore
 from lavender.errors import ConfigError
 from lavender.evaluation.inspect import inspect_target
 from lavender.evaluation.runs import evaluate_runs
-from lavender.training.run import RunConfig, load_run, read_run, train
+from lavender.training.run import RunConfig, load_run, plan_of, read_run, train
+from lavender.training.run_folder import resolved_settings
 from lavender.training.yaml_files import read_settings, yaml_text
 
 STEP: dict[str, Any] = {
@@ -57,8 +58,30 @@ def test_settings_that_a_run_does_not_read_are_refused(places, tmp_path, monkeyp
     assert "model_init_kwargs" in complaint(lavender("train", file), WRONG_USAGE)
     file.write_text(yaml_text(given))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as the launcher sets it
-    assert "mixed_precision: bf16, and a run with no" in complaint(lavender("train", file), WRONG_USAGE)
+    line = complaint(lavender("train", file), WRONG_USAGE)
+    assert "mixed_precision: bf16, and a run with neither bf16 nor fp16" in line
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("launcher", ["no", "fp16", "bf16"])
+def test_a_run_in_16_bits_does_not_depend_on_the_launcher(launcher, places, tmp_path, monkeypatch):
+    """Without a file of its own, accelerate launches with "no"."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    args = plan_of(RunConfig(**places, out=str(tmp_path / "x"), training=STEP | {"bf16": True})).args
+    assert args.mixed_precision == "bf16"
+
+
+def test_the_repository_of_a_run_is_not_that_of_its_copy(places, tmp_path):
+    """Unless the user named it, it has the name of the folder, also where the run file is another run's."""
+    run = RunConfig(**places, out=str(tmp_path / "one"), training=STEP | {"push_to_hub": True})
+    plan = plan_of(run)
+    assert plan.args.hub_model_id == "one"
+    settings = resolved_settings(plan.run, plan.args, {})
+    (tmp_path / "config.yaml").write_text(yaml_text(settings))
+    assert plan_of(read_run(tmp_path / "config.yaml", [f"out={tmp_path / 'two'}"])).args.hub_model_id == "two"
+    given = [f"out={tmp_path / 'two'}", "hub_model_id=me/mine"]
+    plan = plan_of(read_run(tmp_path / "config.yaml", given))
+    assert resolved_settings(plan.run, plan.args, {})["training"]["hub_model_id"] == "me/mine"
 
 
 def test_an_export_goes_to_the_folder_that_a_link_names(places, tmp_path, monkeypatch):

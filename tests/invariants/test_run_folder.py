@@ -12,10 +12,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from command_line import complaint, lavender, write_run
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
 from lavender.config import DEFAULTS, AlignmentConfig
+from lavender.students.loading import load_run
 from lavender.training.run import RunConfig, read_run, train
 from lavender.training.run_config import training_keys
 from lavender.training.run_folder import FREE, FREE_WITHOUT_BEST, differences, write_config
@@ -133,13 +135,15 @@ def test_a_run_may_be_made_longer_and_says_so(run):
 def test_a_longer_run_without_a_checkpoint_says_that_it_begins_anew(run):
     """As after `save_strategy: "no"`: it is no run that was made longer."""
     file, out = run
-    (out / "eval.json").write_text("{}")
+    scores = [out / name for name in ("eval.json", "eval.jsonl", "eval-tasks.json", "report.html")]
+    for path in scores:
+        path.write_text("{}")
     shutil.rmtree(out / "trainer")
     ran = lavender("train", file, "--set", "max_steps=5")
     assert ran.code == DONE, ran.err
-    assert "no whole checkpoint is left: the run begins at its first step" in ran.out
+    assert "there is no whole checkpoint: the run begins at its first step" in ran.out
     assert "made_longer" not in yaml.safe_load((out / "config.yaml").read_text())["record"]
-    assert not (out / "eval.json").exists()  # the scores of the shorter run
+    assert not any(path.exists() for path in scores)  # of the shorter run
 
 
 def test_a_run_that_is_being_made_longer_is_not_finished(run, tmp_path):
@@ -147,7 +151,28 @@ def test_a_run_that_is_being_made_longer_is_not_finished(run, tmp_path):
     unfinish(run[1])
     (run[1] / "checkpoint").mkdir(exist_ok=True)
     for words in (("export", run[1], "--out", tmp_path / "exported"), ("inspect", run[1])):
-        assert "it is not finished" in complaint(lavender(*words), FAILED)
+        line = complaint(lavender(*words), FAILED)
+        assert "it is not finished" in line
+        assert f"let it go on: lavender train {run[1] / 'config.yaml'}" in line
+
+
+def test_a_model_that_training_would_replace_is_named_and_loads_by_its_own_path(run, tmp_path):
+    """A copy without the trainer's checkpoints: `lavender train` would begin at the first step."""
+    file, out = run
+    shutil.rmtree(out / "trainer")
+    (out / "coverage.json").write_text("{")
+    line = complaint(lavender("train", file), FAILED)
+    assert f"put back a copy of coverage.json; the model is in {out / 'checkpoint'}" in line
+    line = complaint(lavender("export", out, "--out", tmp_path / "exported"), FAILED)
+    assert f"after coverage.json name the model folder itself, {out / 'checkpoint'}" in line
+    (out / "coverage.json").unlink()
+    for words in (("export", out, "--out", tmp_path / "exported"), ("inspect", out)):
+        line = complaint(lavender(*words), FAILED)
+        assert f"name the model folder itself, {out / 'checkpoint'}; lavender train would begin the run anew" in line
+    ran = lavender("inspect", out / "checkpoint")  # the advice holds
+    assert ran.code == DONE, ran.err
+    load_run(out / "checkpoint")
+    AutoModelForImageTextToText.from_pretrained(out / "checkpoint")
 
 
 def test_several_differences_are_all_named(run):
@@ -473,7 +498,7 @@ def test_without_a_whole_checkpoint_the_run_begins_at_its_first_step(run, finish
     ran = lavender("train", run[0])
     assert ran.code == DONE, ran.err
     assert ran.out.count("passed over ") == 2
-    assert "no whole checkpoint is left: the run begins at its first step" in ran.out
+    assert "there is no whole checkpoint: the run begins at its first step" in ran.out
     assert_same_weights(run[1], finished[1])
 
 

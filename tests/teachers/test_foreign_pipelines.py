@@ -9,7 +9,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+)
 
 from lavender.config import ExtractionConfig
 from lavender.errors import ConfigError, ModelError
@@ -45,6 +51,8 @@ def test_a_model_of_other_noise_is_refused(scheduler, message, tmp_path):
     else:
         with pytest.raises(ModelError, match=message):
             Teacher.from_pretrained(folder)
+        with pytest.raises(ModelError, match=message):
+            Teacher(StableDiffusionXLPipeline.from_pretrained(folder))
 
 
 def test_latents_with_a_mean_and_a_deviation():

@@ -311,13 +311,46 @@ def test_a_missing_package_is_named_and_no_folder_is_to_be_repaired(tmp_path, mo
         raise ImportError("Package `num2words` is required to run SmolVLM processor. Install it")
     assert "num2words" in caught.value.got
     assert caught.value.do == "install what is named"
-    (tmp_path / "spiece.model").write_bytes(bytes(range(256)))
+
+
+@pytest.mark.parametrize(
+    ("content", "said", "advice"),
+    [
+        (b"\n\x0c\n\x05<unk>\x15" + bytes(4), "a file of SentencePiece", "'lavender-vlm[sentencepiece]'"),
+        (b"IQ== 0\nIg== 1\n", "`tiktoken` is required", "install what is named"),
+    ],
+)
+def test_the_package_of_a_tokenizer_is_named(tmp_path, monkeypatch, content, said, advice):
+    """Without sentencepiece, transformers asks for tiktoken whichever of the two the file needs."""
+    (tmp_path / "spiece.model").write_bytes(content)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
     monkeypatch.setattr("lavender.model_files.find_spec", lambda name: None)  # also where somebody has it
     with pytest.raises(ModelError) as caught, loading("teacher", tmp_path):
         AutoTokenizer.from_pretrained(tmp_path)
-    assert "a file of SentencePiece" in caught.value.got
-    assert caught.value.do == "pip install 'lavender-vlm[sentencepiece]'"
+    assert said in caught.value.got
+    assert advice in caught.value.do
+
+
+def test_a_tokenizer_whose_file_is_not_there(model, monkeypatch):
+    monkeypatch.setattr("lavender.model_files.find_spec", lambda name: None)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="has no file of its tokenizer.*get its tokenizer.json too"):
+        load_run(model)
+
+
+def test_a_failed_import_that_was_handled_is_not_blamed(tmp_path):
+    with pytest.raises(ModelError, match=r"config.json is truncated.*repair the folder"), loading("model", tmp_path):
+        try:
+            raise ImportError("No module named 'optional'")
+        except ImportError:
+            raise OSError("config.json is truncated")  # noqa: B904
+    with pytest.raises(ModelError, match="access to it is restricted"), loading("model", "some/model"):
+        try:
+            raise ImportError("No module named 'optional'")
+        except ImportError:
+            raise GatedRepoError("gated", response=answer(403))  # noqa: B904
+    with pytest.raises(ModelError, match="No module named 'needed'.*install what is named"), loading("model", tmp_path):
+        raise RuntimeError("Failed to import a model") from ImportError("No module named 'needed'")
 
 
 @pytest.mark.parametrize("consent", ["false", "no", 1, [0], None])

@@ -27,12 +27,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from lavender.data.hub import make_repository
-    from lavender.training.exporting import export_run, push
+    from lavender.training.exporting import check_export, export_run, push
 
     if options.public and options.push is None:
         raise ConfigError("--public without --push", "both, or neither", "name the repository with --push")
-    if options.push is not None:
-        make_repository(options.push, "model", not options.public)  # before the export, which takes time
+    if options.push is not None:  # before the export, which takes time
+        check_export(options.run, options.out, not options.adapter)
+        make_repository(options.push, "model", not options.public)
     with writing(options.out):
         folder = export_run(options.run, options.out, options.trust_remote_code, not options.adapter, options.push)
     facts, lines = {"model": str(folder)}, [f"model: {folder}"]

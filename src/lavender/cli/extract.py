@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,8 @@ DESCRIPTION = """Map each word of each text onto its picture, and write the maps
 The same command continues a store that is not complete."""
 SHOWN_DROPS = 10
 ANNOTATIONS = ("coco-panoptic", "flickr30k-entities")
+FLAGS = {"num_steps": "steps", "batch_size": "batch-size", "parts_of_speech": "words"}
+"""Settings of `ExtractionConfig` → their flag, where it has another name."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -257,7 +261,20 @@ def _config(options: argparse.Namespace) -> ExtractionConfig:
         "texts": options.texts,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
-    return from_mapping(ExtractionConfig, overridden(settings, options.overrides), "--set")
+    try:
+        return from_mapping(ExtractionConfig, overridden(settings, options.overrides), "--set")
+    except ConfigError as error:
+        typed = settings.keys() - {override.partition("=")[0] for override in options.overrides}
+        raise ConfigError(*(_as_typed(part, typed) for part in (error.got, error.expected, error.do))) from error
+
+
+def _as_typed(text: str, names: Iterable[str]) -> str:
+    """Part of a message about these settings, with the flags by which they were given: "--steps 20"."""
+    for name in names:
+        flag = "--" + FLAGS.get(name, name)
+        text = re.sub(rf"\b{name}=", f"{flag} ", text)
+        text = re.sub(rf"\b(leave|change|of) {name}\b", rf"\1 {flag}", text)
+    return text
 
 
 def _here(
@@ -359,7 +376,7 @@ def _report(options: argparse.Namespace, summary: Summary, data_file: Path | Non
     if summary.reconstruction is not None:
         lines.append(
             f"  mean squared error of the latents after null-text inversion: {summary.reconstruction:.3f}; "
-            "raise null_text_iterations or num_steps to reduce it"
+            "raise --steps, or null_text_iterations with --set, to reduce it"
         )
     if summary.without_picture:
         lines.append(f"  samples without a picture, which need no maps: {summary.without_picture}")

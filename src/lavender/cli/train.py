@@ -71,7 +71,8 @@ def _facts(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: a file of a run that was finished before is damaged.
     """
-    from lavender.training.run_folder import COVERAGE, METRICS
+    from lavender.students.loading import goes_on
+    from lavender.training.run_folder import CHECKPOINT, COVERAGE, METRICS
 
     last: dict[str, Any] = {}
     name = METRICS
@@ -81,11 +82,11 @@ def _facts(folder: Path) -> dict[str, Any]:
         name = COVERAGE
         return {"run": str(folder), "metrics": last, "coverage": dict(json.loads(read_whole(folder / COVERAGE)))}
     except (ValueError, TypeError) as error:
-        raise DataError(
-            f"{folder / name}, which is damaged ({error})",
-            "what `lavender train` wrote",
-            f"delete {COVERAGE}, and give the command again: the run goes on from its last checkpoint",
-        ) from error
+        do = f"delete {COVERAGE}, and give the command again: the run goes on from its last checkpoint"
+        if not goes_on(folder):
+            do = f"put back a copy of {name}; the model is in {folder / CHECKPOINT}. Do not delete {COVERAGE}: without "
+            do += "a checkpoint of the trainer the run would begin anew"
+        raise DataError(f"{folder / name}, which is damaged ({error})", "what `lavender train` wrote", do) from error
 
 
 def _summary(facts: dict[str, Any]) -> str:

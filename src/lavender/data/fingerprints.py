@@ -21,6 +21,8 @@ from lavender.files import expanded
 
 _UNREAD_BY_TRAINING = ("extraction.json", "writer.lock")
 _UNREAD_ENDINGS = (".md", ".jsonl")
+_INDEX = "model_index.json"
+_OF_PARTS = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
 def digest_of_folder(folder: Path) -> str:
@@ -28,11 +30,35 @@ def digest_of_folder(folder: Path) -> str:
 
     Links to folders are followed, as loading follows them.
     """
-    files = [
-        path
-        for path in sorted(_files_in(folder, ()))
-        if path.name not in _UNREAD_BY_TRAINING and path.suffix not in _UNREAD_ENDINGS
-    ]
+    return _digest_of_files(
+        folder,
+        [
+            path
+            for path in _files_in(folder, ())
+            if path.name not in _UNREAD_BY_TRAINING and path.suffix not in _UNREAD_ENDINGS
+        ],
+    )
+
+
+def digest_of_pipeline(pipeline: str | Path) -> str:
+    """As `digest_of_model`, for a pipeline of diffusers: of its index and of what its parts may be loaded from.
+
+    Not of pickles, variants such as fp16, or copies in one file, which are large and never read.
+    """
+    folder = expanded(pipeline)
+    if not folder.is_dir():
+        return f"commit {commit_of(str(pipeline), _INDEX)}"
+    parts = [path for path in _files_in(folder, ()) if path.parent != folder and path.suffix in _OF_PARTS]
+    return _digest_of_files(folder, [folder / _INDEX, *(path for path in parts if not _is_variant(path))])
+
+
+def _is_variant(path: Path) -> bool:
+    """Whether weights are of a variant, as "model.fp16.safetensors", which is read if a caller names it."""
+    return path.suffix == ".safetensors" and "." in path.stem
+
+
+def _digest_of_files(folder: Path, files: list[Path]) -> str:
+    files = sorted(files)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(digest_of_file, files)
         names = [str(path.relative_to(folder)) for path in files]
@@ -65,15 +91,10 @@ def digest_of(parts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def digest_of_model(model: str | Path, file: str = "config.json") -> str:
-    """Digest of a model folder's content; for a Hub id its commit, which identifies the content.
-
-    Args:
-        model: folder or Hub id.
-        file: a file that models of this kind have.
-    """
+def digest_of_model(model: str | Path) -> str:
+    """Digest of a model folder's content; for a Hub id its commit, which identifies the content."""
     folder = expanded(model)
-    return digest_of_folder(folder) if folder.is_dir() else f"commit {commit_of(str(model), file)}"
+    return digest_of_folder(folder) if folder.is_dir() else f"commit {commit_of(str(model))}"
 
 
 def commit_of(hub_id: str, file: str = "config.json") -> str:

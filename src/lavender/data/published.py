@@ -29,15 +29,16 @@ def json_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
     del content
     try:
         is_list, are_lines = re.match(r"\s*\[", text), _are_lines(text)
-        if not is_list and not are_lines:
-            content = parse_json(text)
-            if isinstance(content, dict) and not content.keys().isdisjoint(TEXT_COLUMNS):
-                yield object_row(f"{label} row 0", content)
-            else:
-                yield from _karpathy_rows(path, content, wanted.split)
+        whole = None if is_list or are_lines else parse_json(text)
+        is_row = isinstance(whole, dict) and not whole.keys().isdisjoint(TEXT_COLUMNS)
+        if not (is_list or are_lines or is_row):
+            yield from _karpathy_rows(path, whole, wanted.split)
             return
         if wanted.split:
             raise no_split(path, wanted.split)
+        if is_row:
+            yield object_row(f"{label} row 0", whole)
+            return
         if are_lines:
             del text
             yield from jsonl_rows(path, wanted)

@@ -54,18 +54,19 @@ class SharedStoreWriter(StoreWriter):
         if not self._buffer:
             return
         with self.locked():
-            self.refresh()
             super().flush()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
+        """Hold the store's lock, and know what the other processes have written. Raises as `_refresh`."""
         self._lock = take_lock(self.path, of_launch=True, refuses=False)  # what is buffered is not given up
         try:
+            self._refresh()
             yield
         finally:
             self.close()
 
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Read which records the other processes have written.
 
         Raises:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from lavender.data.made_from import without_sources
 from lavender.data.store import MapStore, SeveralStores
 from lavender.data.store_format import MANIFEST, Shard, index_path, maps_path, read_manifest, shard_numbers
-from lavender.data.store_writer import VERSION, differing
+from lavender.data.store_writer import VERSIONS, differing
 from lavender.errors import ConfigError, StoreError
 from lavender.files import TEMPORARY, expanded, file_error, read_whole, shown
 from lavender.maps import WordMaps
@@ -205,6 +205,7 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> Merged:
 
     Stores fit if they have the same identity and grid, and equal records of what several of them have: the same words,
     cells that differ by at most `MAX_STEPS` steps of 1/255, and confidences that differ by at most `MAX_CONFIDENCE`.
+    A store without a teacher's version fits to any; the result has the version that one of the others has.
     Of equal records the first is taken. A new store appears when it is complete. To add to a store that is there,
     repeat the call after an interruption.
 
@@ -223,11 +224,13 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> Merged:
     folders = list(dict.fromkeys(Path(os.path.realpath(expanded(path))) for path in paths))
     stores = [MapStore.open(folder, verify=True) for folder in folders]
     before = [_with_gaps(out), *stores] if os.path.lexists(out / MANIFEST) else stores
-    first = next((store for store in before if VERSION in store.identity), before[0])
+    firsts = {key: next((store for store in before if key in store.identity), before[0]) for key in VERSIONS}
     for store in before:
-        _check_fits(first.path, store.path)
+        for first in firsts.values():
+            _check_fits(first.path, store.path)
     repeated = _repeated(before)
-    identity, info, grid = first.identity, _common([store.info for store in stores]), before[0].grid
+    known = {key: first.identity[key] for key, first in firsts.items() if key in first.identity}
+    identity, info, grid = before[0].identity | known, _common([store.info for store in stores]), before[0].grid
     with store_folder(out) as folder, MapStore.writer(folder, identity, info, grid) as writer:
         writer.note_source("merge", [str(path) for path in folders])
         added = sum(writer.add(record) for store in stores for record in store)

@@ -35,6 +35,7 @@ from lavender.data.store_format import (
 from lavender.errors import ConfigError, StoreError
 from lavender.files import BINARY, NO_LINK, TEMPORARY, write_whole
 from lavender.maps import WordMaps
+from lavender.type_checks import unread_by
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ VERSION = "teacher_version"
 """Key of what identifies the content of a teacher, where that is known."""
 TINY_VAE_VERSION = "tiny_vae_version"
 """The same of its tiny autoencoder."""
+VERSIONS = (VERSION, TINY_VAE_VERSION)
+"""Keys that a store of an earlier release lacks, or of a pipeline in memory. Such a store fits to any version."""
 UNRECORDED = {"texts": "answers"}
 """Settings that stores of earlier releases do not name in their identity, and the value that they had."""
 
@@ -107,11 +110,10 @@ class StoreWriter:
         found = read_manifest(self.path) if os.path.lexists(self.path / MANIFEST) else None
         if found is not None and (self._numbers or self._is_shared):
             check_same(self.path, found, self._manifest)
-        if found is None or differing(found, self._manifest):
-            # a store without a record takes the settings of its next writer
+            self._manifest = _with_versions(found, self._manifest)
+        # else a store without a record takes the settings of its next writer
+        if self._manifest != found:
             write_whole(self.path / MANIFEST, self._manifest.content())
-        else:
-            self._manifest = found
         complete = {maps_path(self.path, number) for number in self._numbers}
         for file in [*self.path.glob(f"{TEMPORARY}*"), *self.path.glob("shard-*.safetensors")]:
             if file not in complete:
@@ -304,9 +306,15 @@ def differing(stored: Manifest, wanted: Manifest) -> dict[str, tuple[Any, Any]]:
     new = {**UNRECORDED, **wanted.identity, "grid": list(wanted.grid)}
     missing = "(not set)"
     pairs = {key: (old.get(key, missing), new.get(key, missing)) for key in sorted(old.keys() | new.keys())}
-    # of an earlier release, or of a pipeline
-    unknown = {key for key in (VERSION, TINY_VAE_VERSION) if missing in pairs.get(key, ())}
-    return {key: (before, after) for key, (before, after) in pairs.items() if before != after and key not in unknown}
+    uncompared = {key for key in VERSIONS if missing in pairs.get(key, ())}
+    uncompared |= unread_by(old.get("mode")) & unread_by(new.get("mode"))  # earlier releases recorded what was given
+    return {key: values for key, values in pairs.items() if values[0] != values[1] and key not in uncompared}
+
+
+def _with_versions(stored: Manifest, wanted: Manifest) -> Manifest:
+    """The stored manifest with the versions that it lacks: from then on the store takes no other."""
+    known = {key: wanted.identity[key] for key in VERSIONS if key in wanted.identity}
+    return stored._replace(identity={**known, **stored.identity})
 
 
 def check_same(folder: Path, stored: Manifest, wanted: Manifest) -> None:

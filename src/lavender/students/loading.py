@@ -232,11 +232,20 @@ def check_finished(path: Path) -> None:
         return
     lacking = next((name for name in ("checkpoint", "coverage.json") if not (path / name).exists()), None)
     if lacking:
+        got = f"the run {path}, which has no {lacking}: it is not finished"
         raise FileError(
-            f"the run {path}, which has no {lacking}: it is not finished",
-            "a finished run",
-            f"let it go on: lavender train {run}",
+            got, "a finished run", f"let it go on: lavender train {run}" if goes_on(path) else its_model(path)
         )
+
+
+def goes_on(run: Path) -> bool:
+    """Whether `lavender train` lets a run go on, which it otherwise begins anew, its checkpoint then replaced."""
+    return any((run / "trainer").glob("checkpoint-*")) or not (run / "checkpoint").is_dir()
+
+
+def its_model(run: Path) -> str:
+    """What to do with a run that does not go on."""
+    return f"name the model folder itself, {run / 'checkpoint'}; lavender train would begin the run anew"
 
 
 def _adapter_config(folder: Path) -> Any:

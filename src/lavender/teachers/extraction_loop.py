@@ -137,7 +137,6 @@ def _of_all(
     summary.words -= words
     summary.already_there += records
     summaries, all_errors, all_drops = zip(*launch.gather((summary, errors, drops)), strict=True)
-    writer.refresh()
     return _together(summaries), list(chain.from_iterable(all_errors)), list(chain.from_iterable(all_drops))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lavender.config import ExtractionConfig
-from lavender.data.fingerprints import digest_of_model
+from lavender.data.fingerprints import digest_of_pipeline
 from lavender.data.left_out import LeftOut
 from lavender.data.samples import Sample, Samples
 from lavender.data.store_format import key_of
@@ -97,7 +97,7 @@ def extract_on_ray(
     if size < 1:
         raise ConfigError(f"samples_per_task={size}", "a number from 1", "change it, or leave it out")
     plan = replace(plan, name=plan.name or plan.path)
-    identity = identity_of(str(plan.name), digest_of_model(plan.path, "model_index.json"), plan.config)
+    identity = identity_of(str(plan.name), digest_of_pipeline(plan.path), plan.config)
     tiny_vae = plan.config.tiny_vae and _place(plan.config.tiny_vae)  # a worker has another working folder
     plan = replace(plan, path=_place(plan.path), config=replace(plan.config, tiny_vae=tiny_vae))
     return write_maps(

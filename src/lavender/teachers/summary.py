@@ -91,9 +91,6 @@ class History:
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         dropped_now = {(drop.what, drop.reason) for drop in summary.dropped}
         runs = [{"finished": finished, **now, **reconstruction, "dropped": len(summary.dropped)}]
-        # another launch, which ended before, may have seen more
-        in_store = max(in_store, self._before["in_store"])
-        words_in_store = max(words_in_store, self._before["words_in_store"])
         others = {
             "records": in_store - self._before["in_store"] - summary.records,
             "words": words_in_store - self._before["words_in_store"] - summary.words,

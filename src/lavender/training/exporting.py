@@ -180,26 +180,38 @@ def _write_loaded(folder: Path, out: Path, trust_remote_code: bool) -> None:
     processor.save_pretrained(out)
 
 
-def _export_run(run: Path, out: Path, merge: bool, trust_remote_code: bool, repository: str | None = None) -> Path:
-    checkpoint = run / "checkpoint"
-    if not checkpoint.is_dir():
-        raise FileError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
+def check_export(run: Path, out: Path, merge: bool) -> tuple[Path, bool]:
+    """Check that a run can be exported. Nothing is written.
+
+    Returns:
+        The folder to write, and whether the run's checkpoint is an adapter.
+
+    Raises:
+        FileError, ConfigError: as `export`.
+    """
     check_finished(run)
+    if not (run / "checkpoint").is_dir():
+        raise FileError(f"no checkpoint in {run}", "a run folder that `lavender train` wrote", "name such a folder")
     out = out.resolve()  # a link is not replaced, but the folder that it names
     if out == Path.cwd() or os.path.ismount(out):
         raise ConfigError(f"{out}, which cannot be replaced", "a new folder", "name a folder in it with --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         got = f"{out}, which is {'not empty' if out.is_dir() else 'a file'}"
         raise ConfigError(got, "a new folder", "choose another --out")
-    is_adapter = (checkpoint / "adapter_config.json").is_file()
+    is_adapter = (run / "checkpoint" / "adapter_config.json").is_file()
     if not merge and not is_adapter:
         got = f"an adapter of {run}, whose weights were tuned themselves"
         raise ConfigError(got, "a run with LoRA or another PEFT method", "leave out --adapter (merge=False)")
+    return out, is_adapter
+
+
+def _export_run(run: Path, out: Path, merge: bool, trust_remote_code: bool, repository: str | None = None) -> Path:
+    out, is_adapter = check_export(run, out, merge)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out.parent) as partial:  # `out` appears when it is complete
         model = Path(partial) / "model"
         if is_adapter and not merge:
-            shutil.copytree(checkpoint, model)
+            shutil.copytree(run / "checkpoint", model)
         else:
             _write_loaded(run, model, trust_remote_code)
         run_card(run, is_adapter and not merge, repository).save(model / CARD)

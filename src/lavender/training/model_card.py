@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from lavender.data.store import MapStore, SeveralStores
 from lavender.errors import DataError
 from lavender.files import printable, read_whole
+from lavender.students.loading import goes_on, its_model
 from lavender.training.run_folder import COVERAGE, METRICS, read_config, versions
 
 if TYPE_CHECKING:
@@ -61,10 +63,17 @@ def trainer_card(
     names = ("align_weight", "attention_loss", "sharpen", "learning_rate")
     training = {one: getattr(trainer.args, one) for one in names}
     config: dict[str, Any] = {"model": model.config._name_or_path or None, "data": data, "training": training}
+    config["trust_remote_code"] = any(map(_has_own_code, (model, trainer.processing_class)))
     if isinstance(model, PeftModel):
         config["peft"] = model.peft_config["default"].to_dict()
     logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
     return model_card(config, name, is_adapter, logged, {"teachers": teachers_of(trainer.maps)}, tags=tags)
+
+
+def _has_own_code(part: Any) -> bool:
+    """Whether the code of a model or processor came with it."""
+    part = part.get_base_model() if isinstance(part, PeftModel) else part
+    return type(part).__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
 
 
 def run_card(
@@ -92,10 +101,11 @@ def run_card(
         scores = json.loads(_text_of(run / "eval.json") or "null")
         return model_card(config, name, is_adapter, logged, coverage, scores, repository)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        then = "give `lavender train` once more, which writes it again" if goes_on(run) else its_model(run)
         raise DataError(
             f"a run whose {METRICS}, {COVERAGE} or eval.json is damaged: {run} ({error})",
             "what `lavender train` and `lavender eval` wrote",
-            f"delete the damaged file; after {COVERAGE} give `lavender train` once more, which writes it again",
+            f"delete the damaged file; after {COVERAGE} {then}",
         ) from error
 
 

@@ -235,7 +235,7 @@ def _begin(trainer: LavenderTrainer, out: Path, wanted: dict[str, Any], restart:
     trainer.accelerator.wait_for_everyone()  # every process has read before one renames
     lines = [f"passed over {path}, {reason}" for path, reason in passed.items()]
     if checkpoint is None and (passed or (out / METRICS).is_file()):
-        lines.append("no whole checkpoint is left: the run begins at its first step")
+        lines.append("there is no whole checkpoint: the run begins at its first step")
         wanted["record"].pop("made_longer", None)
     _print([*lines, *([f"going on from {checkpoint}"] if checkpoint else [])], is_main)
     if is_main:
@@ -355,8 +355,10 @@ def _prepared(
     quantized = {}
     if run.quantization is not None:
         quantized["quantization_config"] = quantization_config(run.quantization, run.peft_settings() is not None)
-    named = {"hub_model_id": out.name} if run.training.get("push_to_hub") else {}  # else all runs were named "trainer"
-    args = trainer_arguments({**named, **run.training}, processor, out / TRAINER)
+    settings = dict(run.training)
+    if settings.get("push_to_hub") and settings.get("hub_model_id") is None:
+        settings["hub_model_id"] = out.name  # else all runs were named "trainer"
+    args = trainer_arguments(settings, processor, out / TRAINER)
 
     def load() -> Any:
         with loading("model", run.model, IN_RUN_FILE):

@@ -38,8 +38,8 @@ CONFIG, METRICS, COVERAGE, CHECKPOINT, HEAD = (
 )
 TRAINER = "trainer"
 """Folder of the trainer's checkpoints, from which a run continues."""
-SCORES = ("eval.json", "eval.jsonl")
-"""Scores of a run's model."""
+SCORES = ("eval.json", "eval.jsonl", "eval-tasks.json", "report.html")
+"""Scores of a run's model. The answers in eval-tasks/ say of which weights they are."""
 OWN = (
     CONFIG,
     METRICS,
@@ -49,9 +49,7 @@ OWN = (
     TRAINER,
     "environment.json",
     *SCORES,
-    "eval-tasks.json",
     "eval-tasks",
-    "report.html",
 )
 """Everything that `train`, `eval` and `report` write into a run folder."""
 PACKAGES = (
@@ -114,8 +112,8 @@ OFF = {"augment_crop": 1.0, "augment_resize": 1.0, "replay_share": 0.5}
 """Settings that later versions added, and the value that changes nothing, where it is not empty, false or 0."""
 CONTENT = frozenset({"model", "data", "replay_data", "maps", "eval_data", "eval_maps"})
 NOT_RECORDED = "not recorded"
-# recorded as given: the launcher resolves the rest. Left out: old names of two settings, a secret
-_AS_GIVEN = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")
+# recorded as given: the launcher resolves the rest, or the folder. Left out: old names of two settings, a secret
+_AS_GIVEN = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "hub_model_id")
 _LEFT_OUT = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "hub_token", "local_rank")
 
 

@@ -144,13 +144,9 @@ def trainer_arguments(settings: Mapping[str, Any], processor: ProcessorMixin, ou
     defaults: dict[str, Any] = DEFAULTS | {"assistant_only_loss": marks_answers(processor)}
     with refused_settings("LavenderConfig"):
         args = LavenderConfig(output_dir=str(output_dir), **(defaults | dict(settings)))
-    wanted = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    if args.mixed_precision != wanted:
-        raise ConfigError(
-            f"a launcher with mixed_precision: {args.mixed_precision}, and a run with {wanted}",
-            "one precision",
-            f"launch with --mixed_precision {wanted}, or change bf16 and fp16",
-        )
+    if not (args.bf16 or args.fp16) and args.mixed_precision != "no":  # else transformers takes the run's
+        got = f"a launcher with mixed_precision: {args.mixed_precision}, and a run with neither bf16 nor fp16"
+        raise ConfigError(got, "one precision", "launch with --mixed_precision no, or set bf16 or fp16")
     try_optimizer(args)
     return args
 

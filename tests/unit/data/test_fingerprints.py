@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lavender.data.fingerprints import digest_of_folder
+import pytest
+
+from lavender.data.fingerprints import digest_of_folder, digest_of_pipeline
 
 
 def folder_of(place: Path, **files: str) -> Path:
@@ -38,3 +40,26 @@ def test_hidden_files_and_pages_do_not_count(tmp_path):
     (folder / ".cache" / "x").write_text("1")
     (folder / "README.md").write_text("1")
     assert digest_of_folder(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("model_index.json", True),
+        ("unet/config.json", True),
+        ("unet/model-00001-of-00002.safetensors", True),
+        ("tokenizer/spiece.model", True),
+        ("one_file.safetensors", False),
+        ("one_file.ckpt", False),
+        ("unet/model.bin", False),
+        ("unet/model.fp16.safetensors", False),
+    ],
+)
+def test_a_pipeline_is_what_its_parts_are_loaded_from(tmp_path, file, counts):
+    folder = tmp_path / "teacher"
+    for name in ("model_index.json", "unet/config.json", file):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("1")
+    before = digest_of_pipeline(folder)
+    (folder / file).write_text("2")
+    assert (digest_of_pipeline(folder) != before) == counts

@@ -509,7 +509,9 @@ def test_json_lines_in_a_json_file(folder):
     assert answers(samples) == ["A cat.", "A dog."]
     assert list(drops(samples)) == ["x.json line 3"]
     assert "which has no such split" in failure(f"{path}:train")
-    assert answers(read_samples(jsonl(folder / "one.json", ROWS[0]))) == ["A cat."]
+    one = jsonl(folder / "one.json", ROWS[0])
+    assert answers(read_samples(one)) == ["A cat."]
+    assert "which has no such split" in failure(f"{one}:train")
     assert "a JSON dict where a list of rows should be" in failure(jsonl(folder / "coco.json", {"annotations": []}))
 
 

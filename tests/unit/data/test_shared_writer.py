@@ -54,8 +54,8 @@ def test_a_record_of_two_writers_is_written_once_and_counted(tmp_path):
             assert first.add(record(index))  # what the other has written is not known yet
         assert (record(0).image_id, "dog 0") in first  # now it is
         assert not first.add(record(0))
-        second.refresh()
-        assert len(second) == len(first) == 4
+        with second.locked():  # now it knows what the other has written since
+            assert len(second) == len(first) == 4
     assert first.num_doubled == (2, 2 + 1)  # dog 5 with two words, dog 1 with one
     assert texts(tmp_path) == ["dog 0", "dog 1", "dog 4", "dog 5"]
 

@@ -500,6 +500,34 @@ def test_a_store_without_a_record_takes_the_settings_of_its_next_writer(tmp_path
     assert MapStore.open(tmp_path).identity["mode"] == "noise"
 
 
+def test_a_store_without_a_version_takes_that_of_its_next_writer(tmp_path):
+    """Of an earlier release, or of a pipeline in memory. From then on it refuses other versions."""
+    fill(tmp_path)
+    for key in ("teacher_version", "tiny_vae_version"):
+        with writer(tmp_path, IDENTITY | {key: "1"}):
+            pass
+        assert MapStore.open(tmp_path, verify=True).identity[key] == "1"
+        assert f"{key} is '1' there and '2' here" in failure(writer, tmp_path, IDENTITY | {key: "2"})
+    with writer(tmp_path):  # its version is not known
+        pass
+    assert MapStore.open(tmp_path).identity["teacher_version"] == "1"
+
+
+def test_settings_that_the_mode_does_not_read_are_not_compared(tmp_path):
+    """Earlier releases took `--mode ddim --seed 4`, and recorded the seed."""
+    old = {"mode": "ddim", "num_steps": 10, "seed": 4, "timesteps": [50]}
+    with writer(tmp_path, old) as store:
+        store.add(RECORDS[0])
+    with writer(tmp_path, old | {"seed": 0}) as store:
+        store.add(RECORDS[1])
+    assert len(MapStore.open(tmp_path, verify=True)) == 2
+    message = failure(writer, tmp_path, old | {"num_steps": 20, "seed": 0})
+    assert "num_steps is 10 there and 20 here" in message
+    assert "seed" not in message
+    message = failure(writer, tmp_path, old | {"mode": "noise", "seed": 0})  # which reads it
+    assert "seed is 4 there and 0 here" in message
+
+
 def test_one_writer_at_a_time(tmp_path):
     with writer(tmp_path):
         message = failure(writer, tmp_path)

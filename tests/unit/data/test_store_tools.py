@@ -250,6 +250,23 @@ def test_a_version_that_some_stores_lack(tmp_path, order):
             merge(paths, tmp_path / "all")
 
 
+@pytest.mark.parametrize("key", ["teacher_version", "tiny_vae_version"])
+def test_versions_do_not_mix_through_a_store_that_has_none(tmp_path, key):
+    """One after another as in one call; and if all have the version of something else."""
+    common = {"tiny_vae_version": "same"} if key == "teacher_version" else {"teacher_version": "same"}
+    plain, one, two = [
+        fill(tmp_path / str(index), RECORDS[index : index + 1], identity=IDENTITY | version)
+        for index, version in enumerate((common, common | {key: "1"}, common | {key: "2"}))
+    ]
+    merge([plain], tmp_path / "all")
+    merge([one], tmp_path / "all")
+    assert MapStore.open(tmp_path / "all").identity == json.loads(json.dumps(IDENTITY | common | {key: "1"}))
+    for paths, out in (([two], "all"), ([plain, one, two], "other")):
+        with pytest.raises(StoreError, match=f"{key} is '1' and '2'"):
+            merge(paths, tmp_path / out)
+    assert content(tmp_path / "all") == content(plain) | content(one)
+
+
 def test_what_a_killed_merge_left_is_named(tmp_path):
     store = fill(tmp_path / "first", RECORDS[:2])
     (tmp_path / "all" / ".tmp-all-abcd").mkdir(parents=True)

@@ -445,6 +445,23 @@ def test_a_store_of_before_texts_is_one_of_answers(teacher, pipeline, samples, t
         extract(samples, with_texts(pipeline, "all"), tmp_path / "maps")
 
 
+def test_a_teacher_is_identified_where_a_store_is_written(pipeline, samples, tmp_path, monkeypatch):
+    """Its folder is read in full for that, which loading it for other uses need not do."""
+    digested = []
+    digest = "lavender.teachers.diffusion.teacher.digest_of_pipeline"
+    monkeypatch.setattr(digest, lambda path: digested.append(path) or "the digest")
+    pipeline.save_pretrained(tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    teacher = Teacher.from_pretrained("teacher", CONFIG)
+    assert digested == []
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for folder in ("maps", "other"):
+        extract(Samples(tuple(samples)[:1]), teacher, tmp_path / folder)
+        assert MapStore.open(tmp_path / folder).identity["teacher_version"] == "the digest"
+    assert digested == [str(tmp_path / "teacher")]
+
+
 def test_another_teacher_of_the_same_name_is_refused(pipeline, samples, tmp_path):
     """Its folder was trained on between two runs. A store of an earlier release does not say which one it was."""
     folder = tmp_path / "teacher"

@@ -113,7 +113,7 @@ class TeacherFamily(ABC):
             )
 
     def check_parts(self) -> None:
-        """Check that the parts of the pipeline fit each other. `Teacher.from_pretrained` calls it after loading.
+        """Check that the parts of the pipeline fit each other. `Teacher` calls it before any work.
 
         Raises:
             ModelError: the tokenizer's texts are longer than the text encoder takes, or the latents or text states

@@ -14,7 +14,7 @@ from torch import nn
 
 from lavender.config import ExtractionConfig
 from lavender.errors import ConfigError, ModelError, UnsupportedModelError
-from lavender.model_files import check_files, load_weights, quiet
+from lavender.model_files import check_files, load_weights, loading, quiet
 from lavender.teachers.diffusion.base import TeacherFamily
 from lavender.teachers.diffusion.flux import Flux
 from lavender.teachers.diffusion.flux_2 import Flux2Klein
@@ -80,10 +80,19 @@ def load_family(path: str, t5: bool = False, **options: Any) -> TeacherFamily:
         return family(family.pipeline_class.from_pretrained(folder, **models, **optional, **options))
 
 
-def load_tiny_vae(path: str, **options: Any) -> AutoencoderTiny:
-    """Load a tiny autoencoder that replaces the teacher's. Raises ModelError as `load_family` does."""
-    check_files(path)
-    return load_weights(AutoencoderTiny, path, _builder_of(AutoencoderTiny, path), use_safetensors=True, **options)
+def load_tiny_vae(family: TeacherFamily, path: str, **options: Any) -> AutoencoderTiny:
+    """Load a tiny autoencoder that replaces the teacher's.
+
+    Raises:
+        ConfigError: it cannot, in this family.
+        ModelError: it is missing or damaged.
+    """
+    if not family.takes_tiny_vae:
+        got, expected = f"tiny_vae with a {type(family.pipeline).__name__}", "a model whose latents it makes"
+        raise ConfigError(got, expected, "leave tiny_vae out")
+    with loading("tiny_vae", path, consent=None):
+        check_files(path)
+        return load_weights(AutoencoderTiny, path, _builder_of(AutoencoderTiny, path), use_safetensors=True, **options)
 
 
 def _load_part(folder: Path, named: Any, **options: Any) -> nn.Module | None:

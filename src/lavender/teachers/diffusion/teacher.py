@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavender.config import ExtractionConfig
-from lavender.data.fingerprints import digest_of_model
+from lavender.data.fingerprints import digest_of_pipeline
 from lavender.data.images import image_id, load_image, named
 from lavender.errors import CaptureError, ConfigError
 from lavender.maps import Dropped, Word, WordMaps, to_heat
@@ -92,10 +93,10 @@ class Teacher:
         weights: the layer weights in use: the config's, else the family's default.
         reconstruction: with `mode="null-text"`, per window of text so far, the mean squared error of the latents that
             the denoising ended with. A picture's latents have a variance of about 1.
-        version: digest of the folder that it was loaded from, or its commit; None for a pipeline.
 
     Raises:
         UnsupportedModelError: no supported family has this pipeline class, or the tokenizer is slow.
+        ModelError: the pipeline's parts do not fit each other, or it was trained on another kind of noise.
         ConfigError: the config does not fit the model: a layer weight that matches no layer, or a mode that the family
             does not have.
     """
@@ -104,6 +105,7 @@ class Teacher:
         self.family = family_of(type(pipeline))(pipeline)
         self.config, self.name = config or ExtractionConfig(), name
         check_pipeline(pipeline, self.config)
+        self.family.check_parts()
         # refuse settings that do not fit this model before any work
         self.family.check_t5(self.config.t5)
         self.weights: LayerWeights = self._layer_weights()
@@ -115,7 +117,7 @@ class Teacher:
         self._pictures: OrderedDict[Hashable, _EncodedView] = OrderedDict()
         self._texts: OrderedDict[Hashable, Condition] = OrderedDict()
         self.reconstruction: list[float] = []
-        self.version: str | None = None
+        self._path: str | None = None  # from_pretrained's
 
     @classmethod
     def from_pretrained(
@@ -146,25 +148,22 @@ class Teacher:
         with loading("teacher", path, consent=None):
             family = load_family(os.path.expanduser(path), t5=config.t5, dtype=dtype)
             if config.tiny_vae is not None:
-                if not family.takes_tiny_vae:
-                    raise ConfigError(
-                        f"tiny_vae with a {type(family.pipeline).__name__}",
-                        "a model whose latents an AutoencoderTiny makes",
-                        "leave tiny_vae out",
-                    )
-                with loading("tiny_vae", config.tiny_vae, consent=None):
-                    family.pipeline.vae = load_tiny_vae(config.tiny_vae, dtype=dtype)
-        family.pipeline.to(device)  # first: the check encodes a text
-        with loading("teacher", path, consent=None):
-            family.check_parts()
+                family.pipeline.vae = load_tiny_vae(family, config.tiny_vae, dtype=dtype)
+        family.pipeline.to(device)
         if dtype == torch.float16 and family.pipeline.vae.config.get("force_upcast"):
             family.pipeline.vae.to(torch.float32)
         if channels_last:
             family.backbone.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
             family.pipeline.vae.to(memory_format=torch.channels_last)
-        teacher = cls(family.pipeline, config, name=name or str(path))
-        teacher.version = digest_of_model(path, "model_index.json")
+        with loading("teacher", path, consent=None):  # which encodes a text
+            teacher = cls(family.pipeline, config, name=name or str(path))
+        teacher._path = os.path.abspath(folder) if os.path.isdir(folder := os.path.expanduser(path)) else str(path)
         return teacher
+
+    @cached_property
+    def version(self) -> str | None:
+        """What identifies the content of a loaded teacher, `digest_of_pipeline`; None for a pipeline as it is."""
+        return None if self._path is None else digest_of_pipeline(self._path)
 
     def layers(self, image_size: tuple[int, int]) -> list[Layer]:
         """The layers that are read for a view of (height, width) pixels, in the order in which they run."""
