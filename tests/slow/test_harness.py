@@ -70,6 +70,10 @@ def mean(items):
 
 def no_number(items):
     return float("nan")
+
+
+def no_mean(items):
+    raise ArithmeticError("no mean")
 """
 
 LOADED = """
@@ -94,7 +98,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory, some_scenes, captions) -> Path:
     """A folder with six scenes, a task of their names, the same with a mean
-    that is NaN, one of their captions against others, and a group of the first and the last."""
+    that is NaN and with one that fails, one of their captions against others, and a group of the first and the last."""
     folder = tmp_path_factory.mktemp("tasks")
     others = [*captions[1:], captions[0]]
     rows = [
@@ -105,6 +109,9 @@ def tasks(tmp_path_factory, some_scenes, captions) -> Path:
     (folder / "names.yaml").write_text(ANSWERED)
     (folder / "nan.yaml").write_text(
         ANSWERED.replace("local_names", "local_nan").replace("local.mean", "local.no_number")
+    )
+    (folder / "bad.yaml").write_text(
+        ANSWERED.replace("local_names", "local_bad").replace("local.mean", "local.no_mean")
     )
     (folder / "ranked.yaml").write_text(RANKED)
     (folder / "both.yaml").write_text("group: local\ntask:\n  - local_names\n  - local_ranked\n")
@@ -185,14 +192,17 @@ def test_a_run_its_base_and_another_run(runs, tasks):
 
 
 def test_a_model_without_a_run(tasks, tmp_path):
-    """On a task, and on the same with a mean that is NaN."""
-    model, names = STUDENT_PATHS["llava"], "local_names,local_nan"
+    """On a task, on the same with a mean that fails, and with one that is NaN."""
+    model, names = STUDENT_PATHS["llava"], "local_bad,local_names,local_nan"
     command = ("--model", model, "--tasks", names, "--include-path", tasks, "--limit", 2, "--out", tmp_path)
     ran = evaluated(*command)
-    assert ran.returncode == DONE, ran.stderr
+    assert ran.returncode == FAILED, ran.stderr
     result = json.loads((tmp_path / "eval-tasks.json").read_text(), parse_constant=pytest.fail)
+    assert list(result["tasks"]) == ["local_names", "local_nan"]
+    assert result["failed"]["local_bad"].startswith("Got the task local_bad, which fails: ")
+    assert "lavender eval: Got the task local_bad, which fails: " in ran.stderr
     assert result["tasks"]["local_nan"]["scores"] == {"student_llava": None}
-    assert "no score of student_llava on local_nan: lmms-eval's said is NaN or infinite" in ran.stdout
+    assert "no score for student_llava on local_nan: lmms-eval's said is NaN or infinite" in ran.stdout
     assert result["tasks"]["local_names"]["samples"] == 2
     assert result["tasks"]["local_names"]["differences"] == {}
     assert "only the first 2 samples of each task: not comparable with published numbers" in ran.stdout

@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(default: all)",
     )
     add_placement(parser, f"type of the weights ({COMPARED}; with --tasks auto)", ("auto", *DTYPES))
-    add_batch_size(parser, "samples per forward pass (default: 16; with --tasks 1)")
+    add_batch_size(parser, "samples per forward pass (default: 16; with --tasks 1; not for tasks of options)")
     add_trust_remote_code(parser)
     eval_tasks.add_options(parser)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from itertools import count
 from pathlib import Path
 
 from lavender.cli.output import own_lines, report
-from lavender.cli.stopping import DONE
-from lavender.cli.terminal import width_of
+from lavender.cli.stopping import DONE, FAILED
+from lavender.cli.terminal import show, width_of
 from lavender.errors import ConfigError
 from lavender.evaluation.harness import file_name
 from lavender.files import expanded, writing
@@ -87,11 +88,12 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or (options.run or Path()) / FOLDER
     path = (options.run if options.run is not None else out) / RESULT
     with writing(out), own_lines(options):
-        out.mkdir(parents=True, exist_ok=True)
         result = evaluate_tasks(arms, tasks, out, path, settings)
     ends = [*(f"note: {note}" for note in result["notes"]), f"result: {path}; a line per sample: {out}"]
-    report(options, result, result_lines(result, width_of()), ends)
-    return DONE
+    report(options, result, result_lines(result, width_of()) if result["tasks"] else (), ends)
+    for error in result["failed"].values():
+        show(f"lavender eval: {error}", sys.stderr, "lavender eval:")
+    return FAILED if result["failed"] else DONE
 
 
 def _arms(options: argparse.Namespace) -> dict[str, str | Path]:
@@ -118,7 +120,7 @@ def _arms(options: argparse.Namespace) -> dict[str, str | Path]:
 
 def _print_vlmevalkit(tasks: list[str], arms: dict[str, str | Path]) -> int:
     from lavender.evaluation.harness.tables import vlmevalkit_settings
-    from lavender.students.loading import load_config, loading
+    from lavender.students.loading import loading, read_config
 
     for path in arms.values():
         if (expanded(path) / "checkpoint").is_dir():
@@ -129,6 +131,6 @@ def _print_vlmevalkit(tasks: list[str], arms: dict[str, str | Path]) -> int:
             )
     first = next(iter(arms.values()))
     with loading("model", first):
-        family = load_config(first).model_type
+        family = read_config(first).get("model_type")
     print(vlmevalkit_settings(tasks, arms, family))
     return DONE

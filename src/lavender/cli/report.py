@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
         num_pictures=options.pictures,
         by=options.by,
         place=placement_of(options, on_gpu="auto"),
+        same_dtype=options.dtype is not None,
     )
     if options.pdf is not None and options.pdf == options.out:
         raise ConfigError(f"{options.out} for --out and for --pdf", "two files", "give one of them another name")

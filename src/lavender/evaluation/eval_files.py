@@ -94,6 +94,9 @@ def _is_whole(scored: Any) -> bool:
     teacher, arguments = scored.get("teacher") or {}, scored.get("arguments", {})
     if not isinstance(teacher, dict) or not isinstance(arguments, dict):
         return False
+    limit = scored.get("limit", 1)  # an earlier version wrote none
+    if type(limit) is not int or limit < 1 or ("fingerprint_of_data" in scored and "limit" not in scored):
+        return False
     maps = scored["maps"] or []
     fingerprints = scored.get("fingerprints_of_maps", maps)  # an earlier version wrote none
     arms, lists = scored["arms"], (scored["against"], scored["notes"], maps, fingerprints)

@@ -12,11 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lavender.data.images import image_id
 from lavender.data.samples import Sample, read_samples
 from lavender.data.store import MapStore, SeveralStores
 from lavender.drawing import downscaled
-from lavender.errors import DataError
 from lavender.evaluation.chosen import Chosen, choose, rule
 from lavender.evaluation.compare import Observed, Phrase, panels_of, readings_of
 from lavender.evaluation.eval_files import SCORES, EvaluatedSample, Evaluation, read_evaluation
@@ -27,8 +25,10 @@ from lavender.evaluation.report.pdf import write_figures
 from lavender.evaluation.run_tables import curves_of, differences_of, interval_rows, tables_of
 from lavender.evaluation.runs import (
     arms_of,
+    chosen_samples,
     differing_settings,
     evaluate_runs,
+    fingerprint_of,
     joined,
     open_stores,
     prompt_of,
@@ -52,7 +52,8 @@ class Options:
         against, data, maps, limit, columns: as in `lavender.evaluation.runs.evaluate_runs`.
         num_pictures: how many pictures to show.
         by: the score by which they are chosen, one of `lavender.evaluation.chosen.BY`.
-        place: how the models run. Scores that are there already are kept, unless it names another type.
+        place: how the models run.
+        same_dtype: whether scores of another type than `place` has are made again; else those that are there are kept.
     """
 
     against: tuple[Path, ...] | None = None
@@ -63,6 +64,7 @@ class Options:
     num_pictures: int = NUM_PICTURES
     by: str = "answer_nll"
     place: Placement = ON_CPU
+    same_dtype: bool = False
 
 
 def report_run(
@@ -90,7 +92,7 @@ def report_run(
 
     Raises:
         ConfigError: an option is out of its range.
-        DataError: no run in the folder, damaged scores or metrics, or data that have changed since they were scored.
+        DataError: no run in the folder, damaged scores or metrics, or data that cannot be read.
         ModelError: a model is missing or damaged.
         StoreError: a map store is missing or damaged.
     """
@@ -153,7 +155,7 @@ def _evaluated(
 ) -> tuple[dict[str, Any], list[EvaluatedSample], list[str]]:
     """The scores of RUN/eval.json with their samples, if they are those asked for; else new ones. And notes."""
     found = read_evaluation(run)
-    reason = "the run had none" if found is None else _reason_to_score(found, run, config, options)
+    reason = "the run had none" if found is None else _reason_to_score(found, run, config, options, trust_remote_code)
     if found is not None and found.samples is not None and not reason:
         return found.scored, found.samples, []
     old = found.scored if found is not None else None
@@ -185,7 +187,9 @@ def _arguments(scored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
     return {name: Path(value) if name == "data" else value for name, value in given.items() if value is not None}
 
 
-def _reason_to_score(found: Evaluation, run: Path, config: Mapping[str, Any], options: Options) -> str:
+def _reason_to_score(
+    found: Evaluation, run: Path, config: Mapping[str, Any], options: Options, trust_remote_code: bool = False
+) -> str:
     """Why the scores in RUN/eval.json are not those of the page; "" if they are."""
     scored = found.scored
     if found.samples is None:
@@ -197,13 +201,15 @@ def _reason_to_score(found: Evaluation, run: Path, config: Mapping[str, Any], op
         "columns": options.columns,
         "against": None if options.against is None else [expanded(path) for path in options.against],
     }
-    asked["dtype"] = None if options.place.dtype in ("auto", "float32") else options.place.dtype
     plain = json.loads(json.dumps(asked, default=str))
     if changed := [name for name, value in plain.items() if value is not None and value != scored.get(name)]:
         return f"those in {SCORES} are of other {' and '.join(changed)}"
     arms = arms_of(dict(config), run, [Path(path) for path in scored["against"]])
     if list(arms) != list(scored["arms"]):
         return f"those in {SCORES} are of other models"
+    dtype = options.place.one_dtype(arms, trust_remote_code)[0].dtype if options.same_dtype else None
+    if dtype not in (None, scored.get("dtype", "float32")):  # an earlier version had float32 alone
+        return f"those in {SCORES} are of other dtype"
     for path, fingerprint in zip(scored["maps"] or (), _fingerprints(scored), strict=True):
         if not fingerprint:
             return f"those in {SCORES} do not say of which maps they are, being of an earlier version"
@@ -213,7 +219,16 @@ def _reason_to_score(found: Evaluation, run: Path, config: Mapping[str, Any], op
     trained = [Path(path) / COVERAGE for path in arms.values()]
     if any(path.is_file() and path.stat().st_mtime > made for path in trained):
         return f"a run was trained after {SCORES} was written"
-    return ""
+    return _change_of_data(scored, prompt_of(config, run))
+
+
+def _change_of_data(scored: Mapping[str, Any], prompt: str) -> str:
+    """Why the scores are not those of the samples that would be looked at now; "" if they are."""
+    if "fingerprint_of_data" not in scored:
+        return f"those in {SCORES} do not say of which samples they are, being of an earlier version"
+    _, samples = chosen_samples(scored["data"], prompt, scored.get("columns"), scored["limit"])
+    same = fingerprint_of(samples) == scored["fingerprint_of_data"]
+    return "" if same else f"the data {scored['data']} have changed since {SCORES} was written"
 
 
 def _fingerprints(scored: Mapping[str, Any]) -> list[str]:
@@ -224,24 +239,10 @@ def _fingerprints(scored: Mapping[str, Any]) -> list[str]:
 def _samples_of(
     scored: Mapping[str, Any], samples: Sequence[EvaluatedSample], prompt: str, chosen: Sequence[Chosen]
 ) -> list[Sample]:
-    """The chosen samples of the data, in the order of `chosen`.
-
-    Raises:
-        DataError: the data no longer have one of them, or with another picture or answer.
-    """
+    """The chosen samples of the data, in the order of `chosen`."""
     wanted = {samples[one.index].sample for one in chosen}
     read = read_samples(scored["data"], prompt, scored.get("columns"))
     found = {sample.name: sample for sample in read if sample.name in wanted}
-    for one in chosen:
-        line = samples[one.index]
-        sample = found.get(line.sample)
-        is_same = sample is not None and sample.answers[:1] == (line.reference,)
-        if sample is None or not is_same or image_id(sample.load_picture(0)) != line.picture:
-            raise DataError(
-                f"{line.sample}, whose picture or answer is not the one that was scored",
-                "the data that `lavender eval` scored",
-                "run `lavender eval` again",
-            )
     return [found[samples[one.index].sample] for one in chosen]
 
 
@@ -265,7 +266,7 @@ def _seen(
         gc.collect()  # some models refer to themselves
         observed[name] = Observed([line.judged[name].answer for line in lines], maps)
         dropped = Counter(drop.reason for one in maps for drop in one.dropped)
-        notes += [f"{name}: {count} pictures shown have a {reason}" for reason, count in dropped.items()]
+        notes += [f"{name}: pictures shown with a {reason}: {count}" for reason, count in dropped.items()]
     readings: list[AnsweredPicture] = []
     teacher: list[WordMaps | None] = []
     for reading, maps in readings_of(shown, store):
@@ -273,7 +274,7 @@ def _seen(
         teacher.append(maps)
     phrases = [[Phrase(word.text, word.start, word.end) for word in one.words[:MAX_WORDS]] for one in readings]
     if longer := sum(len(reading.words) > MAX_WORDS for reading in readings):
-        notes.append(f"{longer} pictures have maps of more than {MAX_WORDS} words; those of the first are shown")
+        notes.append(f"more than {MAX_WORDS} words have maps in {longer} of the pictures; those of the first are shown")
     return panels_of(readings, phrases, teacher, observed, [line.sample for line in lines]), notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -64,8 +65,8 @@ def evaluate_runs(
     Returns:
         `arms` (model name → score name → value; see `lavender.evaluation.score_help`), `teacher` (the same of the
         teacher's maps, or None), `samples` (their number), `limit`, `notes` for the reader, `differing_settings`
-        (setting → model name → value), `data`, `maps`, `fingerprints_of_maps`, `against`, `columns`, the `arguments`
-        given, `device`, `dtype` and `command`.
+        (setting → model name → value), `data`, `fingerprint_of_data`, `maps`, `fingerprints_of_maps`, `against`,
+        `columns`, the `arguments` given, `device`, `dtype` and `command`.
 
     Raises:
         ConfigError: `limit` is below 1.
@@ -84,17 +85,32 @@ def evaluate_runs(
     paths, on_training_data = None if maps is None else _paths(maps), data is None
     given = _given(run, against, data, paths, limit, columns, trust_remote_code, place)
     data, stores, columns = _sources(config, data, maps, columns)
-    read = read_samples(data, prompt_of(config, run), columns)
-    samples = taken(readable(Samples(spread(read.samples, limit))), readers)
+    read, whole = chosen_samples(data, prompt_of(config, run), columns, limit)
+    samples = taken(whole, readers)
     judged = _observe_arms(arm_paths, samples.samples, joined(stores), place, trust_remote_code)
     notes += [*more, *_notes(read, samples, judged, on_training_data)]
     teacher, unmapped = _teacher_scores(samples, joined(stores))
-    notes += [f"{unmapped} of {len(samples)} samples have no map in the store"] if unmapped else []
-    result = {"data": str(data), "columns": columns, **_identities(stores), "samples": len(samples), **given}
+    notes += [f"samples without a map in the store: {unmapped} of {len(samples)}"] if unmapped else []
+    facts = {"data": str(data), "fingerprint_of_data": fingerprint_of(whole), "columns": columns}
+    result = {**facts, **_identities(stores), "samples": len(samples), **given}
     result |= {"arms": {name: scores_of(found) for name, found in judged.items()}, "teacher": teacher}
     result |= {"notes": notes, "differing_settings": differing}
     write_evaluation(run, result, _lines(samples, judged))
     return result
+
+
+def chosen_samples(
+    data: str | Path, prompt: str, columns: Mapping[str, str] | None, limit: int
+) -> tuple[Samples, Samples]:
+    """(all samples of the data, those that are looked at and whose pictures can be decoded). Raises DataError."""
+    read = read_samples(data, prompt, columns)
+    return read, readable(Samples(spread(read.samples, limit)))
+
+
+def fingerprint_of(samples: Samples) -> str:
+    """What identifies the names, the pictures and the texts of the samples that `chosen_samples` returns."""
+    lines = [[one.name, ids, one.messages] for one, ids in zip(samples, samples.identities, strict=True)]
+    return hashlib.blake2b(json.dumps(lines).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _sources(

@@ -77,7 +77,6 @@ FAMILIES: dict[str, type[VlmAdapter]] = {
 
 VLMEVALKIT: dict[str, str] = {
     "mllama": "llama_vision",
-    "minicpmv": "MiniCPM_Llama3_V",
     "llava_next": "LLaVA_Next",
     "llava_onevision": "LLaVA_OneVision_HF",
     "idefics3": "IDEFICS2",
@@ -86,9 +85,12 @@ VLMEVALKIT: dict[str, str] = {
     "qwen2_5_vl": "Qwen2VLChat",
     "qwen3_vl": "Qwen3VLChat",
     "gemma3": "Gemma3",
-    "internvl": "InternVLChat",
 }
-"""`model_type` → class of the same models in VLMEvalKit's `vlmeval/vlm`. We know of none for the other families."""
+"""`model_type` → class of the same models in VLMEvalKit's `vlmeval/vlm`. We know of none for the other families.
+
+`minicpmv` is missing because each version has a class of its own there, `internvl` because `InternVLChat` loads the
+checkpoints with their own code, and not transformers' format.
+"""
 
 
 def adapter_for(config: Any) -> VlmAdapter:

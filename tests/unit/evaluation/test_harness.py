@@ -20,9 +20,11 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from huggingface_hub.errors import LocalEntryNotFoundError
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 from PIL import Image
+from requests import ConnectionError as NoConnection
 from tenacity import RetryError, retry, stop_after_attempt
 
 from command_line import complaint, lavender
@@ -35,6 +37,7 @@ from lavender.evaluation.harness.answer_log import AnswerLog, request_key
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, scores_in
 from lavender.evaluation.harness.comparing import (
     Scored,
+    difference_of,
     differences,
     mean_if_answered,
     refusal_rate,
@@ -517,6 +520,22 @@ def test_samples_of_one_picture_are_drawn_together():
     assert result == {"difference": 0.5, "low": 0.0, "high": 1.0, "num_units": 2}  # a draw has either picture twice
 
 
+@pytest.mark.parametrize(
+    ("task", "metrics", "scores", "named"),
+    [
+        ("pope", {"pope_f1_score": 2 / 3}, (1.0, 1.0, 0.0, 0.0), "share of right answers"),  # F1 of 1 hit, 1 miss
+        ("docvqa_val", {"anls": 0.6667}, (1.0, 0.75, 0.25), None),  # lmms-eval rounds some means
+        ("ocrbench", {"ocrbench_accuracy": 0.002}, (1.0, 1.0, 0.0), "share of right answers"),  # 2 of 1000
+        ("t", {"acc": 0.9}, (0.5, 1.0), "mean score per sample"),
+        ("t", {"acc": None}, (0.5, 1.0), None),
+    ],
+)
+def test_a_difference_of_another_number_than_the_reported_one_is_named(task, metrics, scores, named):
+    arm = Scored(task, "test", tuple(metrics), metrics, [], dict(enumerate(scores)))
+    assert difference_of({"base": arm, "aligned": arm}) == named
+    assert _summary(task, {"base": arm, "aligned": arm})["difference_of"] == named
+
+
 def test_a_benchmark_without_scores_per_sample_is_scored_one_by_one():
     logged = [{"seed_image": {"pred": pred, "answer": "A"}} for pred in ("A", "B", "A")] + [{"seed_video": {}}]
 
@@ -555,8 +574,8 @@ def test_a_score_that_is_nan_is_null_and_the_reason_is_told():
     assert [sample["scores"]["acc"] for sample in samples] == [1.0, None, 0.0]
     assert samples[0]["target"] == {"age": None, "name": "Ann"}
     assert _notes_of_scores({"t": by_arm}) == [
-        "no score of plain on t: lmms-eval's acc is NaN or infinite, as it is for 1 of 3 samples",
-        "no score of aligned on t: lmms-eval's acc is NaN or infinite",
+        "no score for plain on t: lmms-eval's acc is NaN or infinite, as it is for 1 of 3 samples",
+        "no score for aligned on t: lmms-eval's acc is NaN or infinite",
         "no difference of t with plain: some samples score NaN",
     ]
     assert [(other, one["difference"]) for other, one in task["differences"].items()] == [
@@ -570,6 +589,7 @@ def printed(arms: list[str]) -> list[str]:
     numbers = {"difference": 0.1, "low": None, "high": None, "num_units": 1}
     task: dict[str, Any] = {"metric": "accuracy", "split": "test", "samples": 1, "scorer": "", "paper": None}
     task |= {"scores": dict.fromkeys(arms, 0.5), "differences": dict.fromkeys(arms[:-1], numbers)}
+    task["difference_of"] = None
     return list(result_lines({"arms": dict.fromkeys(arms), "tasks": {"world_pope_adversarial_sealed": task}}))
 
 
@@ -594,15 +614,18 @@ def test_each_model_has_a_name_and_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cause", "limit", "do"),
+    ("cause", "limit", "batch_size", "do"),
     [
-        (ValueError("bad row"), None, "leave the task out; x.log"),
-        (AssertionError("MME only supports pairwise evaluation"), 3, "leave the task out, or --limit if it needs all"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 3, "lower --batch-size; x.log"),
+        (ValueError("bad row"), None, 1, "leave the task out; x.log"),
+        (AssertionError("MME only supports pairs"), 3, 1, "leave the task out, or --limit if it needs all"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 3, 2, "lower --batch-size; x.log"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 3, 1, "use --dtype bfloat16, or a device with more memory"),
+        (NoConnection("no route"), None, 1, "run the same command again; if that does not help, leave"),
+        (LocalEntryNotFoundError("no file"), None, 1, "run the same command again; if that does not help, leave"),
     ],
 )
-def test_the_advice_for_a_task_that_fails_fits_its_cause(cause, limit, do):
-    error = running.failure("mme", cause, Path("x.log"), limit)
+def test_the_advice_for_a_task_that_fails_fits_its_cause(cause, limit, batch_size, do):
+    error = running.failure("mme", cause, Path("x.log"), limit, batch_size)
     assert error.got.startswith("the task mme, which fails: ")
     assert str(cause) in error.got
     assert error.do.startswith(do)
@@ -753,6 +776,7 @@ def test_what_is_printed_fits_80_columns():
         "scores": dict.fromkeys(arms, 1692.91),
     }
     task |= {"differences": dict.fromkeys(arms[:-1], numbers), "paper": dict.fromkeys(PAPER_MODELS, 82.8)}
+    task["difference_of"] = "share of right answers"
     local = task | {"scorer": "", "scores": dict.fromkeys(arms, 0.8), "paper": None, "differences": {}}
     lines = list(result_lines({"arms": dict.fromkeys(arms), "tasks": {"docvqa_val": task, "a_local_one": local}}))
     assert max(map(len, lines)) <= 80
@@ -761,17 +785,31 @@ def test_what_is_printed_fits_80_columns():
     assert "docvqa_val               ANLS; validation" in lines
     assert [line for line in lines if line.startswith("a_local_one") and "0.8000" in line]
     assert "docvqa_val               [5] − [1]                   +12.3 (-1.0 to +25.0)" in lines
+    assert lines[lines.index("") + 1 :].count("                         (share of right answers)") == 1
     assert any(line.split() == ["docvqa_val", *["82.8"] * 5] for line in lines)
 
 
 def test_vlmevalkits_settings_have_what_lmms_eval_lacks():
     settings = json.loads(vlmevalkit_settings(["paper"], {"base": "meta/x", "aligned": "out"}, "mllama"))
-    assert settings["model"]["aligned"] == {"class": "llama_vision", "model_path": "out"}
+    assert settings["model"]["base"] == {"class": "llama_vision", "model_path": "meta/x"}
     assert settings["data"]["MMBench_DEV_EN_V11"] == {"class": "ImageMCQDataset", "dataset": "MMBench_DEV_EN_V11"}
     assert len(settings["data"]) == 20
     for tasks in (["pope"], ["paper", "pope"]):
         with pytest.raises(ConfigError, match=r"--print-vlmevalkit with --tasks pope.*such as paper"):
             vlmevalkit_settings(tasks, {"base": "x"}, "mllama")
+
+
+def test_vlmevalkit_gets_paths_that_hold_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(STUDENT_PATH, tmp_path / "stu")
+    ran = lavender("eval", "--model", "stu", "--tasks", "paper", "--print-vlmevalkit")
+    assert json.loads(ran.out)["model"]["stu"]["model_path"] == str(tmp_path / "stu")
+
+
+@pytest.mark.parametrize("family", ["minicpmv", "internvl"])
+def test_vlmevalkit_gets_no_class_where_the_model_type_does_not_decide_it(family):
+    settings = json.loads(vlmevalkit_settings(["paper"], {"base": "org/x"}, family))
+    assert settings["model"]["base"]["class"] == "NAME_OF_THE_CLASS_IN_vlmeval.vlm"
 
 
 def test_vlmevalkit_gets_no_run_folder(tmp_path):

@@ -186,6 +186,27 @@ def differences(by_arm: Mapping[str, Scored]) -> dict[str, dict[str, float | Non
     return found
 
 
+def difference_of(by_arm: Mapping[str, Scored]) -> str | None:
+    """What `differences` compares where that is another number than the reported one; None where it is the same.
+
+    The reported number of MME, POPE, MMBench and others is no mean over samples.
+    """
+    if all(_is_mean(scored) for scored in by_arm.values()):
+        return None
+    values = {score for scored in by_arm.values() for score in scored.scores.values()}
+    return "share of right answers" if values <= {0.0, 1.0} else "mean score per sample"
+
+
+def _is_mean(scored: Scored) -> bool:
+    """Whether the reported number is the mean of the samples' scores; also true where one of them is missing."""
+    number, scores = reported(scored), list(scored.scores.values())
+    if number is None or not scores:
+        return True
+    known = benchmark_of(scored.task)
+    # lmms-eval rounds some numbers to four places or more
+    return math.isclose(sum(scores) / len(scores), number / (known.scale if known else 1.0), abs_tol=1e-4)
+
+
 def sample_lines(scored: Scored) -> Iterator[str]:
     """A line of JSON per sample. NaN, such as that of a missing target, is null."""
     return (json.dumps(_jsonable(sample), default=str, allow_nan=False) + "\n" for sample in scored.samples)

@@ -11,8 +11,10 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -28,8 +30,14 @@ from lavender.evaluation.scorers import (
     yes_no,
 )
 from lavender.evaluation.scorers.scores import Scores, mean
+from lavender.files import write_whole
+from lavender.model_files import one_line
+
+if TYPE_CHECKING:
+    import requests
 
 Doc = Mapping[str, Any]
+_PAUSE = 1.0  # seconds before the second attempt to download again; each further one waits twice as long
 _CIRCLE = 1_000_000  # MMBench: rotations of a question's options have its index plus multiples of this
 
 
@@ -243,13 +251,51 @@ def pictures_from_base64(split: Any) -> Any:
 
 
 def coco_picture(doc: Doc) -> list[Image.Image]:
-    """The picture at the row's `url`: the data set of Karpathy's split has no pictures."""
+    """The picture at the row's `url`: the data set of Karpathy's split has no pictures. The file is kept on disk.
+
+    Raises:
+        DataError: the picture cannot be downloaded.
+    """
+    path = _coco_folder() / "-".join(urlsplit(doc["url"]).path.split("/")[-2:])  # val2014-COCO_val2014_….jpg
+    is_kept = path.is_file()
+    content = path.read_bytes() if is_kept else _download(doc["url"])
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    if not is_kept:
+        write_whole(path, content)
+    return [image]
+
+
+def _coco_folder() -> Path:
+    """Part of the Hub's cache, whose variables and commands count for it too."""
+    from huggingface_hub import cached_assets_path
+
+    return cached_assets_path("lavender", "coco", "pictures")
+
+
+def _download(url: str) -> bytes:
     import requests
 
-    answer = requests.get(doc["url"], timeout=60)
-    if not answer.ok:
-        raise DataError(f"{doc['url']}: status {answer.status_code}", "a picture of COCO", "try again later")
-    return [Image.open(io.BytesIO(answer.content)).convert("RGB")]
+    try:
+        answer = _session().get(url, timeout=60)
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        do = "run the same command again: the pictures and answers so far are kept"
+        raise DataError(f"{url}: {one_line(error)}", "a picture of COCO", do) from error
+    return answer.content
+
+
+@cache
+def _session() -> requests.Session:
+    """One for all pictures: it keeps its connection, and tries again when the server fails or is busy."""
+    import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.util import Retry
+
+    session = requests.Session()
+    retry = Retry(total=4, backoff_factor=_PAUSE, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry))
+    return session
 
 
 def meme_picture(doc: Doc) -> list[Image.Image]:

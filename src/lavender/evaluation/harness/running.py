@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import lock_descriptor
 
 from lavender import __version__
 from lavender.data.fingerprints import commit_of, digest_of_folder
@@ -26,6 +27,7 @@ from lavender.evaluation.harness.answer_log import AnswerLog
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, benchmark_of
 from lavender.evaluation.harness.comparing import (
     Scored,
+    difference_of,
     differences,
     mean_if_answered,
     refusal_rate,
@@ -39,6 +41,8 @@ from lavender.model_files import one_line
 
 RESULT = "eval-tasks.json"
 """Name of the file with the result."""
+LOCK = "eval-tasks.lock"
+"""Name of the file in the folder of the logs that a running command locks."""
 
 
 @dataclass(frozen=True)
@@ -78,26 +82,28 @@ def evaluate_tasks(
     """Run tasks on checkpoints with lmms-eval's evaluator, one checkpoint in memory at a time.
 
     Answers are on disk as soon as they are generated: OUT/ARM/answers-….jsonl. The same call after a stop generates
-    only those that are missing. OUT/ARM/TASK.jsonl has a line per sample.
+    only those that are missing. OUT/ARM/TASK.jsonl has a line per sample. A task that fails on a checkpoint is left
+    out of the result, and is not run on the checkpoints after it; the other tasks go on.
 
     Args:
         arms: name → run folder, model folder or Hub id. The last is compared with each of the others.
         tasks: names of tasks, groups or tags of lmms-eval, or of the paper's groups; see `GROUPS`.
         out: folder of the logs; it is made.
-        result_path: file to write the result to.
+        result_path: file to write the result to. One that is there is removed before the first task is run.
         settings: how tasks are run.
 
     Returns:
         `tasks` (name → `metric`, `samples`, `scores`, `metrics`, `refusal_rate` and `mean_if_answered` by arm,
-        `differences`, `paper`), `arms`, `limit`, `dtype` (of all models), `lmms_eval` (its version) and `notes` for the
-        reader. A score that is NaN or infinite is None, and a note says so.
+        `differences`, `difference_of`, `paper`), `failed` (name of a task that failed → its error), `arms`, `limit`,
+        `dtype` (of all models), `lmms_eval` (its version) and `notes` for the reader. A score that is NaN or infinite
+        is None, and a note says so.
 
     Raises:
         ConfigError: lmms-eval is not installed, an unknown task, or a task that asks for what is not supported.
-        DataError: the data of a task cannot be loaded, or a task fails.
+        DataError: the data of a task cannot be loaded, or another command writes to `out`.
         ModelError, FileError: a model is missing, damaged or not finished.
     """
-    with _quiet():
+    with _quiet(), _alone(out):
         return _evaluate_tasks(arms, tasks, out, result_path, settings)
 
 
@@ -115,20 +121,75 @@ def _evaluate_tasks(
     place, notes_of_dtype = Placement(dtype=settings.dtype).one_dtype(arms, settings.trust_remote_code)
     settings = replace(settings, dtype=place.dtype)
     identities = {arm: checkpoint_digest(path) for arm, path in arms.items()}
+    result_path.unlink(missing_ok=True)
+    scored, failed = _run_arms(arms, identities, index, names, out, settings)
+    result = _result(arms, identities, tasks, scored, failed, settings)
+    result["notes"] += [*notes_of_dtype, *_notes_of_scores({name: scored[name] for name in result["tasks"]})]
+    write_whole(result_path, json.dumps(result, indent=1, allow_nan=False))
+    return result
+
+
+def _run_arms(
+    arms: Mapping[str, str | Path],
+    identities: Mapping[str, str],
+    index: TaskIndex,
+    names: Sequence[str],
+    out: Path,
+    settings: Settings,
+) -> tuple[dict[str, dict[str, Scored]], dict[str, str]]:
+    """(task → arm → result, task that failed → its error). A task has the results of all arms, or has failed."""
     scored: dict[str, dict[str, Scored]] = {name: {} for name in names}
+    failed: dict[str, str] = {}
     for arm, path in arms.items():
-        for name, found in _run_arm(path, identities[arm], index, names, out / file_name(arm), settings):
-            scored[name][arm] = found
-    result = {
+        if scored:
+            for name, found in _run_arm(path, identities[arm], index, [*scored], out / file_name(arm), settings):
+                if isinstance(found, Scored):
+                    scored[name][arm] = found
+                else:
+                    failed[name] = found
+                    del scored[name]
+    return scored, failed
+
+
+def _result(
+    arms: Mapping[str, str | Path],
+    identities: Mapping[str, str],
+    tasks: Sequence[str],
+    scored: Mapping[str, Mapping[str, Scored]],
+    failed: Mapping[str, str],
+    settings: Settings,
+) -> dict[str, Any]:
+    """The result without the notes on models and scores. A task that cannot be compared has failed too."""
+    summaries, failed = {}, dict(failed)
+    for name, by_arm in scored.items():
+        try:
+            summaries[name] = _summary(name, by_arm)
+        except DataError as error:
+            failed[name] = str(error)
+    return {
         "lmms_eval": version("lmms_eval"),
         "limit": settings.limit,
         "dtype": settings.dtype,
         "arms": {arm: {"model": str(path), "checkpoint": identities[arm]} for arm, path in arms.items()},
-        "tasks": {name: _summary(name, by_arm) for name, by_arm in scored.items()},
-        "notes": [*_notes(tasks, settings), *notes_of_dtype, *_notes_of_scores(scored)],
+        "tasks": summaries,
+        "failed": failed,
+        "notes": _notes(tasks, settings),
     }
-    write_whole(result_path, json.dumps(result, indent=1, allow_nan=False))
-    return result
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder of the logs, which is made: two commands that write to one file of answers damage it.
+
+    Raises:
+        DataError: another command holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("a") as file:
+        if not lock_descriptor(file.fileno(), blocking=False):
+            got = f"{out}, which another `lavender eval --tasks` is writing to"
+            raise DataError(got, "one command at a time", "wait until it ends, or name another folder with --out")
+        yield
 
 
 def checkpoint_digest(path: str | Path) -> str:
@@ -150,8 +211,8 @@ def checkpoint_digest(path: str | Path) -> str:
 
 def _run_arm(
     path: str | Path, identity: str, index: TaskIndex, names: Sequence[str], out: Path, settings: Settings
-) -> Iterator[tuple[str, Scored]]:
-    """Each task's result on one checkpoint, which is loaded when the first answer is missing."""
+) -> Iterator[tuple[str, Scored | str]]:
+    """Each task's result on one checkpoint, which is loaded when the first answer is missing; or its error."""
     from lavender.evaluation.harness.models import ChatModel, RankingModel, default_device, load_student
 
     device = torch.device(settings.device or default_device())
@@ -162,9 +223,14 @@ def _run_arm(
         for name in names:
             kind = RankingModel if index.ranks(name) else ChatModel
             lm = kind(batch_size=settings.batch_size, device=str(device), log=log, student=load)
-            task = index.build(name)
-            found = _evaluate(lm, task, name, index, out, settings)
-            write_whole(out / f"{file_name(name)}.jsonl", "".join(sample_lines(found)))
+            lines = out / f"{file_name(name)}.jsonl"
+            lines.unlink(missing_ok=True)
+            try:
+                found = _evaluate(lm, index.build(name), name, index, out, settings)
+            except (ConfigError, DataError) as error:
+                yield name, str(error)  # the error itself would keep the tensors of its frames
+                continue
+            write_whole(lines, "".join(sample_lines(found)))
             yield name, found
     del load, lm
     gc.collect()
@@ -198,15 +264,23 @@ def _evaluate(lm: Any, task: Any, name: str, index: TaskIndex, out: Path, settin
             raise cause from error
         log = out / f"{file_name(name)}.error.log"
         write_whole(log, "".join(traceback.format_exception(error)))
-        raise failure(name, cause, log, settings.limit) from error
+        raise failure(name, cause, log, settings.limit, 1 if index.ranks(name) else settings.batch_size) from error
     with contextlib.redirect_stdout(io.StringIO()):  # an aggregation that prints does so once per sample
         return Scored.of(name, found, task.aggregation(), lm.pictures[name])
 
 
-def failure(task: str, cause: BaseException, log: Path, limit: int | None) -> DataError:
-    """The error of a task that fails, with what helps against its cause. `log` has the traceback."""
+def failure(task: str, cause: BaseException, log: Path, limit: int | None, batch_size: int) -> DataError:
+    """The error of a task that fails, with what helps against its cause.
+
+    Args:
+        log: file with the traceback.
+        limit: as in `Settings`.
+        batch_size: requests that were run at a time; 1 for a task of options, whatever the setting.
+    """
     if isinstance(cause, MemoryError | torch.OutOfMemoryError):
-        do = "lower --batch-size"
+        do = "lower --batch-size" if batch_size > 1 else "use --dtype bfloat16, or a device with more memory"
+    elif _is_of_network(cause):
+        do = "run the same command again; if that does not help, leave the task out"
     else:
         do = "leave the task out" if limit is None else "leave the task out, or --limit if it needs all its samples"
     return DataError(
@@ -216,9 +290,17 @@ def failure(task: str, cause: BaseException, log: Path, limit: int | None) -> Da
     )
 
 
+def _is_of_network(cause: BaseException) -> bool:
+    import requests
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    kinds = (ConnectionError, TimeoutError, requests.RequestException, HfHubHTTPError, LocalEntryNotFoundError)
+    return isinstance(cause, kinds)
+
+
 def _summary(name: str, by_arm: Mapping[str, Scored]) -> dict[str, Any]:
     known = benchmark_of(name)
-    first = next(iter(by_arm.values()))
+    first, compared = next(iter(by_arm.values())), differences(by_arm)
     paper = dict(zip(PAPER_MODELS, known.paper, strict=True)) if known is not None and known.paper else None
     return {
         "metric": known.metric if known is not None else first.keys[0],
@@ -229,7 +311,8 @@ def _summary(name: str, by_arm: Mapping[str, Scored]) -> dict[str, Any]:
         "metrics": {arm: found.metrics for arm, found in by_arm.items()},
         "refusal_rate": {arm: refusal_rate(found) for arm, found in by_arm.items()},
         "mean_if_answered": {arm: mean_if_answered(found) for arm, found in by_arm.items()},
-        "differences": differences(by_arm),
+        "differences": compared,
+        "difference_of": difference_of(by_arm) if compared else None,
         "paper": paper,
         "note": known.note if known is not None else "",
     }
@@ -242,7 +325,8 @@ def _notes(tasks: Sequence[str], settings: Settings) -> list[str]:
         listed = ", ".join(one.name for one in left_out)
         notes.append(f"only VLMEvalKit has {listed}; --print-vlmevalkit prints its settings")
     if settings.limit is not None:
-        notes.append(f"only the first {settings.limit} samples of each task: not comparable with published numbers")
+        first = "sample" if settings.limit == 1 else f"{settings.limit} samples"
+        notes.append(f"only the first {first} of each task: not comparable with published numbers")
     return notes
 
 
@@ -268,7 +352,7 @@ def _notes_of_scores(scored: Mapping[str, Mapping[str, Scored]]) -> list[str]:
 def _note_of_nan(name: str, arm: str, found: Scored) -> str:
     number = found.num_not_finite
     cause = f", as it is for {number} of {len(found.samples)} samples" if number else ""
-    return f"no score of {arm} on {name}: lmms-eval's {' and '.join(found.not_finite)} is NaN or infinite{cause}"
+    return f"no score for {arm} on {name}: lmms-eval's {' and '.join(found.not_finite)} is NaN or infinite{cause}"
 
 
 def _once(load: Any) -> Any:

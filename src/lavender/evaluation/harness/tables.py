@@ -9,6 +9,7 @@ from typing import Any
 
 from lavender.errors import ConfigError
 from lavender.evaluation.harness.benchmarks import GROUPS, PAPER_MODELS, Benchmark
+from lavender.files import expanded
 from lavender.students.registry import VLMEVALKIT
 
 WIDTH = 80
@@ -55,6 +56,8 @@ def result_lines(result: Mapping[str, Any], width: int | None = None) -> Iterato
                     yield pair.rstrip()
                     pair = ""
                 yield f"{pair}  {_interval(found)}"
+            if task["differences"] and task["difference_of"]:
+                yield _cut(f"{'':<{_TASK}}  ({task['difference_of']})", width)
         yield ""
     known = {name: task for name, task in tasks.items() if task["paper"]}
     if known:
@@ -91,8 +94,10 @@ def vlmevalkit_settings(groups: Sequence[str], models: Mapping[str, str | Path],
             )
         chosen += found
     kind = VLMEVALKIT.get(family or "", "NAME_OF_THE_CLASS_IN_vlmeval.vlm")
+    # VLMEvalKit runs in its own folder, so a path on this disk is written out in full
+    places = {name: expanded(path).resolve() if expanded(path).exists() else path for name, path in models.items()}
     settings = {
-        "model": {name: {"class": kind, "model_path": str(path)} for name, path in models.items()},
+        "model": {name: {"class": kind, "model_path": str(place)} for name, place in places.items()},
         "data": {one.vlmevalkit: {"class": one.kind, "dataset": one.vlmevalkit} for one in chosen},
     }
     return json.dumps(settings, indent=2)

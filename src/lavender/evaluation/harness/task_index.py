@@ -15,7 +15,7 @@ from lavender.evaluation.harness import TASKS_PATH
 from lavender.evaluation.harness.benchmarks import GROUPS
 from lavender.model_files import one_line
 
-_IMPORTED = ("aiohttp", "dotenv", "evaluate", "loguru", "pytz", "rapidfuzz", "sacrebleu", "tenacity")
+_IMPORTED = ("aiohttp", "dotenv", "evaluate", "loguru", "pytz", "rapidfuzz", "requests", "sacrebleu", "tenacity")
 # the packages of the extra `eval`, by the names that are imported
 RANKING = ("multiple_choice", "loglikelihood")
 """Types of output that need the loss of options. The others need answers."""

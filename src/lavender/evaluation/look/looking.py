@@ -203,15 +203,16 @@ def look_at_maps(
     chosen = "the worst of all" if worst else "spread evenly over the store"
     only, judged_by = (f" with the word “{word}”", "this word") if word else ("", "its worst word")
     notes = [
-        f"{number} of {gallery.total} texts{only} are shown: {chosen}. Worst first by {SCORE_NAMES[gallery.by]}; a "
-        f"text has the place of {judged_by}.",
+        f"{number} of {gallery.total} text{'s' * (gallery.total != 1)}{only} {'is' if number == 1 else 'are'} shown: "
+        f"{chosen}. Worst first by {SCORE_NAMES[gallery.by]}; a text has the place of {judged_by}.",
         *_judge_notes(gallery.by, against, store.grid),
     ]
     if gallery.without_picture:
-        missing = "their picture and text are not in the data, or the picture cannot be read"
-        notes.append(f"{gallery.without_picture} more were chosen, but {missing}.")
+        missing = "without their picture and text in the data, or with a picture that cannot be read"
+        notes.append(f"Also chosen, but {missing}: {gallery.without_picture}.")
     if gallery.not_compared:
-        notes.append(f"{gallery.not_compared} words of the texts searched are not in {against}: they have no score.")
+        missing = f"words of the texts searched that are not in {against}"
+        notes.append(f"Without a score, as {missing}: {gallery.not_compared}.")
     if number < len(gallery.records):
         notes.append(f"{len(gallery.records) - number} more did not fit into a page of 10 MB.")
     notes += [teacher_notes[teacher]] if teacher in teacher_notes else []
