@@ -27,7 +27,8 @@ RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
         ("main", "docs/evidence.md", "### Known words", "`lavender study teacher-controls`", 48),
         ("rearrangement", "docs/evidence.md", "### A fault in the order", "### When attention follows", 19),
         ("alignment-over-time", "docs/evidence.md", "### When attention follows", "### The level alone", 36),
-        ("overfitting", "docs/evidence.md", "### It does not keep", "## 5. What is not", 24),
+        ("overfitting", "docs/evidence.md", "### It does not keep", "### A lower alignment loss", 24),
+        ("loss-vs-score", "docs/evidence.md", "### A lower alignment loss", "## 5. What is not", 28),
         ("teacher-controls", "docs/evidence.md", "`lavender study teacher-controls`", "### Real weights", 32),
     ],
 )
@@ -52,6 +53,7 @@ def test_numbers_are_those_of_the_study(study, file, first, last, count):
         "alignment-over-time",
         "overfitting",
         "mixing",
+        "loss-vs-score",
     ],
 )
 def test_a_page_is_that_of_its_results(study):
