@@ -151,3 +151,5 @@ class TestErnie45Vl(Contract):
         inputs = {"input_ids": torch.full((2, 40), 5), "video_grid_thw": torch.tensor([[2, 6, 8]] * 2)}
         with pytest.raises(DataError, match="Got a batch with videos. Expected pictures: a map is of one picture"):
             adapter_for(model.config).image_keys(inputs)
+
+    guesses = False

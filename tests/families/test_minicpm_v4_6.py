@@ -217,3 +217,5 @@ class TestMiniCpmV46(Contract):
         inputs = {"input_ids": torch.full((2, 40), 5), "pixel_values_videos": torch.zeros(1, 3, 2, 4)}
         with pytest.raises(DataError, match="Got a batch with videos. Expected pictures: a map is of one picture"):
             adapter_for(model.config).image_keys(inputs)
+
+    guesses = False

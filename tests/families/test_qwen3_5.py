@@ -139,3 +139,5 @@ class TestQwen35Moe(TestQwen35):
         config = Qwen3_5MoeConfig(**settings)
         family = family_of(processor, lambda: Qwen3_5MoeForConditionalGeneration(copy.deepcopy(config)), NORMS)
         return replace(family, local_states=local_states)
+
+    guesses = False
