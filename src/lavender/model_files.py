@@ -106,7 +106,10 @@ def _load_error(what: str, path: str, consent: str | None, error: Exception) -> 
         return ModelError(got, "that package", "pip install 'lavender-vlm[sentencepiece]'")
     lacking = next((link for link in chain if isinstance(link, ImportError)), None)
     if lacking is not None:
-        return ModelError(got + _joined(lacking)[:300], "the packages that it needs", "install what is named")
+        do = "install what is named"
+        if "torchvision" in str(lacking).lower():
+            do = "pip install 'lavender-vlm[torchvision]', from the index that your torch is from"
+        return ModelError(got + _joined(lacking)[:300], "the packages that it needs", do)
     if Path(path).exists():
         return ModelError(got + one_line(error), f"a whole {what}", "repair the folder, or download it again")
     if not _HUB_ID.fullmatch(path):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import ProcessorMixin
+from transformers.image_processing_backends import TorchvisionBackend
 
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
 from lavender.students.base import check_pixels, padded_keys
@@ -117,10 +118,20 @@ def seen_frame(image_size: tuple[int, int], images: Any, covered: tuple[int, int
         canvas = resized
     if images.do_center_crop:
         crop = (images.crop_size["height"], images.crop_size["width"])
-        origin = [value - (old - new) // 2 for value, old, new in zip(origin, canvas, crop, strict=True)]
+        # of an odd number of rows of padding, torchvision puts the smaller half first, and PIL the larger one
+        half = _towards_zero if isinstance(images, TorchvisionBackend) else _downwards
+        origin = [value - half(old - new) for value, old, new in zip(origin, canvas, crop, strict=True)]
     top, left = (-value / size for value, size in zip(origin, extent, strict=True))
     bottom, right = ((last - value) / size for last, value, size in zip(covered, origin, extent, strict=True))
     return top, left, bottom, right
+
+
+def _downwards(number: int) -> int:
+    return number // 2
+
+
+def _towards_zero(number: int) -> int:
+    return int(number / 2)
 
 
 def _resized(canvas: list[int], size: Mapping[str, int]) -> list[int]:
