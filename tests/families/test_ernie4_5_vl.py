@@ -111,6 +111,7 @@ def patches(inputs) -> torch.Tensor:
 
 class TestErnie45Vl(Contract):
     adapter = Ernie45VlMoeAdapter
+    guesses = False
     describes = "a grid of the picture's own shape, cells of 8 px among the text's tokens"
     keys = Keys((135, 120, 72), TOKENS["image"], TOKENS["image_start"], TOKENS["image_end"])
 
@@ -151,5 +152,3 @@ class TestErnie45Vl(Contract):
         inputs = {"input_ids": torch.full((2, 40), 5), "video_grid_thw": torch.tensor([[2, 6, 8]] * 2)}
         with pytest.raises(DataError, match="Got a batch with videos. Expected pictures: a map is of one picture"):
             adapter_for(model.config).image_keys(inputs)
-
-    guesses = False

@@ -143,6 +143,7 @@ def patches(inputs) -> torch.Tensor:
 
 class TestMiniCpmV46(Contract):
     adapter = MiniCpmV46Adapter
+    guesses = False
     describes = "the whole picture, then slices of it row by row, in cells of 8 px among the text's tokens"
     keys = Keys((200, 174, 104), "<|image_pad|>", "<image>", "</slice>")
 
@@ -217,5 +218,3 @@ class TestMiniCpmV46(Contract):
         inputs = {"input_ids": torch.full((2, 40), 5), "pixel_values_videos": torch.zeros(1, 3, 2, 4)}
         with pytest.raises(DataError, match="Got a batch with videos. Expected pictures: a map is of one picture"):
             adapter_for(model.config).image_keys(inputs)
-
-    guesses = False

@@ -86,6 +86,7 @@ def local_states(model, inputs) -> torch.Tensor:
 
 class TestMllama(Contract):
     adapter = MllamaAdapter
+    guesses = False
     describes = "up to 4 tiles of 64 px, each 1 class token + 8 × 8 patches"
 
     @pytest.fixture(scope="class")
@@ -190,5 +191,3 @@ class TestMllama(Contract):
             used = SIZES[size][0] * SIZES[size][1] * TILE * TILE
             height, width = resized(size)
             assert area.item() == pytest.approx(used / (height * width), rel=1e-5), size
-
-    guesses = False
