@@ -11,9 +11,11 @@ import torch
 from transformers import (
     CLIPImageProcessorPil,
     Dinov2Config,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
     LlavaProcessor,
+    PixtralVisionConfig,
 )
 from transformers.image_processing_backends import TorchvisionBackend
 
@@ -312,6 +314,13 @@ def test_torchvision_pads_the_smaller_half_first():
     images = type("OnTorchvision", (TorchvisionBackend,), vars(AS_IT_IS) | {"__init__": lambda self: None})()
     assert seen_frame((37, 23), images, (SQUARE, SQUARE)) == pytest.approx((-29 / 37, -36 / 23, 67 / 37, 60 / 23))
     assert seen_frame((100, 201), images, (SQUARE, SQUARE)) == seen_frame((100, 201), AS_IT_IS, (SQUARE, SQUARE))
+
+
+def test_a_pixtral_tower_is_refused_by_name():
+    """Whatever its strategy: no other one would help."""
+    config: Any = LlavaConfig(vision_config=PixtralVisionConfig(), vision_feature_select_strategy="full")
+    with pytest.raises(UnsupportedModelError, match="Got a LLaVA with the tower of pixtral, which makes a grid"):
+        LlavaAdapter(config).image_keys({"input_ids": torch.full((1, 9), 5), "pixel_values": torch.zeros(1, 3, 64, 48)})
 
 
 def test_a_border_that_no_patch_fits_is_not_seen():

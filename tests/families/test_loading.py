@@ -127,7 +127,7 @@ def test_a_model_with_its_own_code(minicpm, data, store_path, tmp_path, lora):
 
 def needs_torchvision(model_type: str) -> bool:
     """Whether a published processor has a slot for videos, or images that no other backend processes."""
-    kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+    kind = getattr(transformers, str(PROCESSOR_MAPPING_NAMES[model_type]))
     if "torchvision" in vars(kind).get("_backends", ()):
         return True
     images = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {"pil": ""})

@@ -30,6 +30,7 @@ FLASH_KERNELS = (
     "kernels-community/flash-attn2",
     "kernels-community/flash-attn3",
     "kernels-community/vllm-flash-attn3",
+    "kernels-community/aiter-flash-attn",  # on ROCm
 )
 BASE_KERNELS = ("eager", "sdpa", "flex_attention", *FLASH_KERNELS)
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

@@ -24,6 +24,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 
 from lavender.errors import CaptureError, UnsupportedModelError
 from lavender.students.capture import AttentionRequest
@@ -243,6 +244,11 @@ def test_another_kernel_is_refused(grouped):
     with pytest.raises(UnsupportedModelError, match=r"paged\|eager.*Expected one of .*'eager', 'sdpa'"):
         install(grouped)
     assert grouped.config._attn_implementation == "paged|eager"
+
+
+def test_what_transformers_loads_in_place_of_flash_attention_is_known():
+    assert {FLASH_ATTN_KERNEL_FALLBACK[f"flash_attention_{version}"] for version in (2, 3)} <= set(FLASH_KERNELS)
+    assert "kernels-community/aiter-flash-attn" in FLASH_KERNELS  # the same table on ROCm
 
 
 def test_models_ask_the_name_which_kernel_it_is():

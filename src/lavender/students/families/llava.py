@@ -20,6 +20,9 @@ first state, "full" removes nothing."""
 FIXED_TOWERS = tuple(STRATEGIES)
 """Towers that take only pictures of the config's size; others interpolate their position embeddings."""
 
+OWN_SHAPES = "pixtral"
+"""The tower whose pictures keep their own shapes; tokens stand between the rows of their patches."""
+
 
 class LlavaAdapter(SelfAttentionAdapter):
     """Image keys: one grid of patches per picture, row by row, without class token (24 × 24 for LLaVA-1.5).
@@ -46,6 +49,12 @@ class LlavaAdapter(SelfAttentionAdapter):
 
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
         (rows, cols), tower = self._grid(inputs), self.config.vision_config.model_type
+        if tower == OWN_SHAPES:
+            raise UnsupportedModelError(
+                f"a LLaVA with the tower of {tower}, which makes a grid of each picture's own shape",
+                "a tower that takes all pictures of a batch in one size, such as CLIP's or SigLIP's",
+                "choose a model with such a tower, or a Mistral Small 3.1, whose tower is a Pixtral too",
+            )
         places = inputs["input_ids"] == self.config.image_token_index
         counts = places.sum(dim=1).tolist()
         cut = [count for count in counts if count % (rows * cols)]
