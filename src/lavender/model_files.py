@@ -106,7 +106,10 @@ def _load_error(what: str, path: str, consent: str | None, error: Exception) -> 
     # not the context: an import that a library did without may have failed there
     lacking = next((link for link in (error, error.__cause__) if isinstance(link, ImportError)), error)
     if asks_for_tiktoken or isinstance(lacking, ImportError):
-        return ModelError(got + _joined(lacking)[:300], "the packages that it needs", "install what is named")
+        do = "install what is named"
+        if "torchvision" in str(lacking).lower():
+            do = "pip install 'lavender-vlm[torchvision]', from the index that your torch is from"
+        return ModelError(got + _joined(lacking)[:300], "the packages that it needs", do)
     if "backend tokenizer" in str(error):
         return ModelError(got + "it has no file of its tokenizer", f"a whole {what}", "get its tokenizer.json too")
     if Path(path).exists():

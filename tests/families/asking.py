@@ -66,5 +66,6 @@ def eager_rows(model: PreTrainedModel, batch: Mapping[str, Tensor], request: Att
 def traces(model: PreTrainedModel) -> list:
     """All that lavender could leave behind in a model."""
     hooks = [(name, len(one._forward_hooks), len(one._forward_pre_hooks)) for name, one in model.named_modules()]
-    kernels = [model.config.get_text_config()._attn_implementation, model.config.vision_config._attn_implementation]
+    configs = model.config.get_text_config(), model.config.vision_config
+    kernels = [repr(one._attn_implementation) for one in configs]  # a capturing kernel's name equals its base's
     return [hooks, list(model.state_dict()), kernels, model.config.to_dict(), model.training]

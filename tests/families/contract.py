@@ -33,11 +33,12 @@ from families.words import Words
 from lavender.alignment.objective import HEAD_NAME, attach, detach
 from lavender.config import DIRECT_LOSSES, AlignmentConfig, Pooling
 from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
-from lavender.students.capture import CaptureSession
+from lavender.students.capture import AttentionRequest, CaptureSession
 from lavender.students.kernels import install, set_kernel
 from lavender.students.registry import adapter_for
 from lavender.students.word_maps import AnsweredPicture, capturing, student_maps
 from lavender.words import words_of
+from reference_kernels import use_flex_uncompiled
 
 EVERY_POOLING = pytest.mark.parametrize(
     ("alignment", "dtype"),
@@ -47,19 +48,56 @@ EVERY_POOLING = pytest.mark.parametrize(
     ids=lambda part: "-".join(part.values()) if isinstance(part, dict) else str(part).removeprefix("torch."),
 )
 """The direct losses are in float64 in `families.direct`."""
+WAYS = pytest.mark.parametrize(
+    "way", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}], ids=["plain", "static", "lookup"]
+)
+"""Ways to generate: they differ in how many tokens a step has, and in whether it gets a mask."""
 
 
 class Contract(Answers, Batches, ByHand, DirectLosses, Guards, Look, Parts, Words, Core):
     """Collected as a subclass only."""
 
+    guesses = True
+    """Whether transformers can generate by guessing several tokens and checking them in one step."""
+
     # 1
 
+    @WAYS
     @torch.no_grad()
-    def test_generation_is_the_same_with_capture(self, family, model, readings):
+    def test_generation_is_the_same_with_capture(self, family, model, readings, way):
+        if "prompt_lookup_num_tokens" in way and not self.guesses:
+            pytest.skip("transformers itself cannot")
         one = batch_of(family, readings[:1])
-        plain = model.generate(**one, max_new_tokens=5, do_sample=False)
+
+        def tokens_and_logits() -> tuple[Tensor, Tensor]:
+            output = model.generate(
+                **one, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True, **way
+            )
+            return output.sequences, torch.stack(output.logits)
+
+        plain = tokens_and_logits()
         with capturing(model):
-            assert torch.equal(model.generate(**one, max_new_tokens=5, do_sample=False), plain)
+            for found, expected in zip(tokens_and_logits(), plain, strict=True):
+                assert torch.equal(found, expected)
+
+    @torch.no_grad()
+    def test_the_last_logits_are_the_same_bits_with_capture(self, family, model, readings):
+        """As a model asked for them alone computes them: of one sample, which has no mask."""
+        one = batch_of(family, readings[:1])
+        for kept in (1, 3):
+            plain = model(**one, logits_to_keep=kept).logits
+            with capturing(model):
+                assert torch.equal(model(**one, logits_to_keep=kept).logits, plain)
+
+    @torch.no_grad()
+    def test_logits_are_the_same_bits_with_flex_attention(self, model, batch, monkeypatch):
+        use_flex_uncompiled(monkeypatch)
+        set_kernel(model, "flex_attention")
+        adapter, plain = adapter_for(model.config), model(**batch).logits
+        request = AttentionRequest(torch.tensor([[5], [8], [12]]), adapter.usable_layers(), adapter.image_keys(batch))
+        with capturing(model):
+            assert torch.equal(model(**batch).logits, plain)
+            assert torch.equal(model(**batch, attention_request=request).logits, plain)
 
     @KINDS
     def test_logits_are_the_same_bits_with_the_objective(self, family, model, batch, readings, alignment):

@@ -11,10 +11,13 @@ import torch
 from transformers import (
     CLIPImageProcessorPil,
     Dinov2Config,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
     LlavaProcessor,
+    PixtralVisionConfig,
 )
+from transformers.image_processing_backends import TorchvisionBackend
 
 from families.asking import captured, eager_rows, request_of
 from families.by_hand import Keys
@@ -304,6 +307,20 @@ class TestOtherSquares(Geometry):
 )
 def test_seen_frame_by_hand(images, size, frame):
     assert seen_frame(size, images, (SQUARE, SQUARE)) == pytest.approx(frame)
+
+
+def test_torchvision_pads_the_smaller_half_first():
+    """As its `center_crop` says; it is not installed here. 59 rows of padding, 29 of them above; 73 columns, 36."""
+    images = type("OnTorchvision", (TorchvisionBackend,), vars(AS_IT_IS) | {"__init__": lambda self: None})()
+    assert seen_frame((37, 23), images, (SQUARE, SQUARE)) == pytest.approx((-29 / 37, -36 / 23, 67 / 37, 60 / 23))
+    assert seen_frame((100, 201), images, (SQUARE, SQUARE)) == seen_frame((100, 201), AS_IT_IS, (SQUARE, SQUARE))
+
+
+def test_a_pixtral_tower_is_refused_by_name():
+    """Whatever its strategy: no other one would help."""
+    config: Any = LlavaConfig(vision_config=PixtralVisionConfig(), vision_feature_select_strategy="full")
+    with pytest.raises(UnsupportedModelError, match="Got a LLaVA with the tower of pixtral, which makes a grid"):
+        LlavaAdapter(config).image_keys({"input_ids": torch.full((1, 9), 5), "pixel_values": torch.zeros(1, 3, 64, 48)})
 
 
 def test_a_border_that_no_patch_fits_is_not_seen():

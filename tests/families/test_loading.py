@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoProcessor, CLIPImageProcessorPil, dynamic_module_utils
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from command_line import complaint, lavender, write_run, write_scenes
 from families.minicpm_v_published import MiniCPMV, save_as_published, sincos
@@ -18,6 +21,7 @@ from families.test_minicpm_v import config_of
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
 from lavender.errors import ConfigError, ModelError
 from lavender.students.families.flamingo_model import FlamingoForConditionalGeneration
+from lavender.students.registry import FAMILIES
 from lavender.training.run import load_run
 from lavender.world.student_models import _tokenizer
 
@@ -119,6 +123,22 @@ def test_a_model_with_its_own_code(minicpm, data, store_path, tmp_path, lora):
     assert not moved(again.state_dict(), tuned.state_dict())
     plain = AutoProcessor.from_pretrained(tmp_path / "model", trust_remote_code=True)
     assert type(plain).__name__ == "MiniCPMVProcessor"
+
+
+def needs_torchvision(model_type: str) -> bool:
+    """Whether a published processor has a slot for videos, or images that no other backend processes."""
+    kind = getattr(transformers, str(PROCESSOR_MAPPING_NAMES[model_type]))
+    if "torchvision" in vars(kind).get("_backends", ()):
+        return True
+    images = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {"pil": ""})
+    return "pil" not in images or "video_processor" in kind.get_attributes()
+
+
+def test_the_page_names_the_processors_that_need_torchvision():
+    (named,) = re.findall(r"load only where torchvision is,(.*?); so does", DOCS.read_text(), re.S)
+    types = [one for one in FAMILIES if one in PROCESSOR_MAPPING_NAMES]
+    assert set(re.findall(r"`(\w+)`", named)) == set(filter(needs_torchvision, types))
+    assert set(FAMILIES) - set(types) == {"minicpmv", "open_flamingo"}
 
 
 def test_a_config_that_contradicts_itself(data, store_path, tmp_path):

@@ -143,6 +143,7 @@ def patches(inputs) -> torch.Tensor:
 
 class TestMiniCpmV46(Contract):
     adapter = MiniCpmV46Adapter
+    guesses = False
     describes = "the whole picture, then slices of it row by row, in cells of 8 px among the text's tokens"
     keys = Keys((200, 174, 104), "<|image_pad|>", "<image>", "</slice>")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import (
     LightOnOcrConfig,
@@ -195,6 +196,18 @@ def test_patches_that_fill_no_cell_are_not_seen(captions, size, made, end):
     assert tuple(inputs["image_sizes"][0].tolist()) == made
     boxes = adapter_for(config).key_tensors(inputs, [[size]], processor)["boxes"][0]
     assert boxes[-1, 2:].tolist() == pytest.approx(end)
+
+
+def test_an_image_without_a_whole_cell_is_named():
+    """12 × 400 px become 14 × 406 px, which is one row of patches, and no row of cells of two."""
+    config: Any = LightOnOcrConfig(
+        text_config={"model_type": "qwen3"}, vision_config={"model_type": "pixtral", "patch_size": 14}, image_token_id=9
+    )
+    images = PixtralImageProcessorPil(size={"longest_edge": 1540}, patch_size={"height": 14, "width": 14})
+    sizes = images(images=[Image.new("RGB", (400, 12))], return_tensors="pt")["image_sizes"]
+    assert sizes.tolist() == [[14, 406]]
+    with pytest.raises(DataError, match=r"Got an image of 0 × 14 cells.*cells of 28 px.*enlarge such images, or leave"):
+        adapter_for(config).image_keys({"input_ids": torch.full((1, 9), 5), "image_sizes": sizes})
 
 
 @pytest.mark.slow  # the place of its keys is that of the class above

@@ -78,6 +78,7 @@ def eager_rows_of_attention_layers(model, batch, request: AttentionRequest) -> t
 
 class TestQwen35(Contract):
     adapter = Qwen35Adapter
+    guesses = False
     describes = "a grid of the picture's own shape, cells of 8 px among the text's tokens"
     keys = Keys((135, 120, 72), "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
 

@@ -311,6 +311,10 @@ def test_a_missing_package_is_named_and_no_folder_is_to_be_repaired(tmp_path, mo
         raise ImportError("Package `num2words` is required to run SmolVLM processor. Install it")
     assert "num2words" in caught.value.got
     assert caught.value.do == "install what is named"
+    with pytest.raises(ModelError) as caught, loading("model", tmp_path):
+        raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found in your envir")
+    assert "Qwen2VLVideoProcessor requires the Torchvision library" in caught.value.got
+    assert caught.value.do == "pip install 'lavender-vlm[torchvision]', from the index that your torch is from"
 
 
 @pytest.mark.parametrize(

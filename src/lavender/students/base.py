@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lavender.config import LayerChoice
-from lavender.errors import ConfigError, DataError
+from lavender.errors import ConfigError, DataError, UnsupportedModelError
 from lavender.model_files import load_weights
 from lavender.students.image_keys import KeyLayout
 from lavender.students.rotary import by_halves
@@ -165,10 +165,19 @@ class VlmAdapter(ABC):
     def check_projections(self) -> None:
         """Check that new query and key projections can stand in for a layer's own, for the pooling "learn".
 
+        The first forward compares a layer's own queries and keys with what its norms and `rotate` make of its
+        projections. Here is what that could not see, since a short sample may not show it.
+
         Raises:
-            UnsupportedModelError: positions change queries and keys in another way than `rotate` does.
+            UnsupportedModelError: queries depend on positions in another way too.
         """
-        return
+        scale = (getattr(self.config.get_text_config(), "rope_parameters", None) or {}).get("llama_4_scaling_beta")
+        if scale:
+            raise UnsupportedModelError(
+                f"pooling 'learn' with llama_4_scaling_beta={scale}, which scales queries by their positions",
+                "queries that positions rotate alone",
+                "choose another pooling or loss",
+            )
 
     def rotate(self, attention: Any, states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Apply rotary position embedding to queries or keys of an attention module; see `lavender.students.rotary`."""

@@ -12,7 +12,7 @@ W word.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -54,6 +54,7 @@ class AttentionRequest:
             resampler. See `VlmAdapter.latent_attention`.
         learned: whether a layer's parallel projections, if it has them, replace its own queries and keys.
         projected: queries of the rows and keys by a layer's parallel projections, until its kernel runs.
+        compare: what compares a layer's own queries of the rows and keys with its projections; in the first forward.
     """
 
     learned: ClassVar[bool] = False
@@ -66,6 +67,7 @@ class AttentionRequest:
         self.padded = False
         self.forcing: Forcing | None = None
         self.projected: dict[int, tuple[Tensor, Tensor]] = {}
+        self.compare: dict[int, Callable[[Tensor, Tensor], None]] = {}
         self._known: Known = {}
 
     def answered_by_parallel(self, module: nn.Module) -> bool:
@@ -94,6 +96,8 @@ class AttentionRequest:
         self._check(layer, mask, key_BGKD.shape[2])
         scoring = scoring_of(base, module, query_BHTD, key_BGKD, mask, self.rows_BR, arguments, self._known)
         query_BHRD = select_rows(query_BHTD, self.rows_BR)
+        if layer in self.compare:
+            self.compare.pop(layer)(query_BHRD, key_BGKD)
         if self.answered_by_parallel(module):
             query_BHRD, key_BGKD = self.projected.pop(layer)
         rows = attention_rows(query_BHRD, key_BGKD, self.rows_BR, self.keys_BK, scoring, self.heads)

@@ -30,18 +30,36 @@ FLASH_KERNELS = (
     "kernels-community/flash-attn2",
     "kernels-community/flash-attn3",
     "kernels-community/vllm-flash-attn3",
+    "kernels-community/aiter-flash-attn",  # on ROCm
 )
 BASE_KERNELS = ("eager", "sdpa", "flex_attention", *FLASH_KERNELS)
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Keyword arguments by which a flash kernel is told that a row holds several samples."""
 
 
-def kernel_name(base: str) -> str:
-    """Name of the capturing version of a base kernel, as registered with transformers.
+class KernelName(str):
+    """Name of the capturing version of a base kernel, as registered with transformers. It equals the base's name too.
 
-    It contains the base kernel's name: models ask it whether the kernel is a flash kernel.
+    Models decide by the name what they give to the kernel: some compare it with "sdpa" or "flex_attention", others ask
+    whether it contains "flash". Only what looks it up by its hash (a dictionary, a set) tells the two apart.
     """
-    return f"lavender_{base}"
+
+    __slots__ = ()
+    PREFIX = "lavender_"
+
+    def __eq__(self, other: object) -> bool:
+        return str(self) == other or self.removeprefix(self.PREFIX) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+def kernel_name(base: str) -> str:
+    """See `KernelName`."""
+    return KernelName(KernelName.PREFIX + base)
 
 
 def register(capturing: Callable[[str], Callable]) -> None:
@@ -53,9 +71,9 @@ def register(capturing: Callable[[str], Callable]) -> None:
         capturing: makes the capturing version, from the name of the base kernel.
     """
     for base in BASE_KERNELS:
-        AttentionInterface.register(kernel_name(base), capturing(base))
+        AttentionInterface.register(str(kernel_name(base)), capturing(base))
         form = "flash_attention_2" if base in FLASH_KERNELS else base
-        AttentionMaskInterface.register(kernel_name(base), ALL_MASK_ATTENTION_FUNCTIONS[form])
+        AttentionMaskInterface.register(str(kernel_name(base)), ALL_MASK_ATTENTION_FUNCTIONS[form])
 
 
 def install(model: PreTrainedModel) -> str:

@@ -8,6 +8,7 @@ row, told apart by positions that restart or by lengths. The flash kernels are t
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 
 from lavender.errors import CaptureError, UnsupportedModelError
 from lavender.students.capture import AttentionRequest
@@ -244,9 +246,25 @@ def test_another_kernel_is_refused(grouped):
     assert grouped.config._attn_implementation == "paged|eager"
 
 
-def test_models_ask_the_name_whether_the_kernel_is_a_flash_kernel():
+def test_what_transformers_loads_in_place_of_flash_attention_is_known():
+    assert {FLASH_ATTN_KERNEL_FALLBACK[f"flash_attention_{version}"] for version in (2, 3)} <= set(FLASH_KERNELS)
+    assert "kernels-community/aiter-flash-attn" in FLASH_KERNELS  # the same table on ROCm
+
+
+def test_models_ask_the_name_which_kernel_it_is():
+    """Whether it is a flash kernel; or by comparison, as Gemma 4 does, and models with sparse attention."""
     for base in BASE_KERNELS:
-        assert ("flash" in kernel_name(base)) == (base in FLASH_KERNELS)
+        name = kernel_name(base)
+        assert ("flash" in name) == (base in FLASH_KERNELS)
+        for one in (name, copy.deepcopy(name), pickle.loads(pickle.dumps(name))):
+            assert one == base
+            assert base == one
+            assert one == f"lavender_{base}"
+            assert one in (base, "another")
+            assert not one != base  # noqa: SIM202
+            assert not base != one  # noqa: SIM202
+            assert [other for other in BASE_KERNELS if one == other] == [base]
+            assert {base: 1, f"lavender_{base}": 2}[one] == 2
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import ProcessorMixin
+from transformers.image_processing_backends import TorchvisionBackend
 
 from lavender.errors import ConfigError, DataError, UnsupportedModelError
 from lavender.students.base import check_pixels, padded_keys
@@ -18,6 +19,9 @@ STRATEGIES = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 first state, "full" removes nothing."""
 FIXED_TOWERS = tuple(STRATEGIES)
 """Towers that take only pictures of the config's size; others interpolate their position embeddings."""
+
+OWN_SHAPES = "pixtral"
+"""The tower whose pictures keep their own shapes; tokens stand between the rows of their patches."""
 
 
 class LlavaAdapter(SelfAttentionAdapter):
@@ -45,6 +49,12 @@ class LlavaAdapter(SelfAttentionAdapter):
 
     def image_keys(self, inputs: Mapping[str, Tensor]) -> Tensor:
         (rows, cols), tower = self._grid(inputs), self.config.vision_config.model_type
+        if tower == OWN_SHAPES:
+            raise UnsupportedModelError(
+                f"a LLaVA with the tower of {tower}, which makes a grid of each picture's own shape",
+                "a tower that takes all pictures of a batch in one size, such as CLIP's or SigLIP's",
+                "choose a model with such a tower, or a Mistral Small 3.1, whose tower is a Pixtral too",
+            )
         places = inputs["input_ids"] == self.config.image_token_index
         counts = places.sum(dim=1).tolist()
         cut = [count for count in counts if count % (rows * cols)]
@@ -117,10 +127,20 @@ def seen_frame(image_size: tuple[int, int], images: Any, covered: tuple[int, int
         canvas = resized
     if images.do_center_crop:
         crop = (images.crop_size["height"], images.crop_size["width"])
-        origin = [value - (old - new) // 2 for value, old, new in zip(origin, canvas, crop, strict=True)]
+        # of an odd number of rows of padding, torchvision puts the smaller half first, and PIL the larger one
+        half = _towards_zero if isinstance(images, TorchvisionBackend) else _downwards
+        origin = [value - half(old - new) for value, old, new in zip(origin, canvas, crop, strict=True)]
     top, left = (-value / size for value, size in zip(origin, extent, strict=True))
     bottom, right = ((last - value) / size for last, value, size in zip(covered, origin, extent, strict=True))
     return top, left, bottom, right
+
+
+def _downwards(number: int) -> int:
+    return number // 2
+
+
+def _towards_zero(number: int) -> int:
+    return int(number / 2)
 
 
 def _resized(canvas: list[int], size: Mapping[str, int]) -> list[int]:

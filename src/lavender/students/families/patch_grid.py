@@ -69,9 +69,17 @@ class PatchGridAdapter(SelfAttentionAdapter):
         """The views of each sample: those of the batch in order, assigned by the samples' numbers of tokens.
 
         Raises:
-            DataError: the tokens of a sample are not those of whole views.
+            DataError: the tokens of a sample are not those of whole views; an image has no whole cell.
         """
         left, samples = self.view_shapes(inputs)[::-1], []
+        empty = [shape for shape in left if 0 in shape]
+        if empty:
+            raise DataError(
+                f"an image of {empty[-1][0]} × {empty[-1][1]} cells, as the processor makes it: it is too low or too "
+                "narrow for a cell, and has no token",
+                f"at least 1 × 1: {self.describe_keys()}",
+                "enlarge such images, or leave them out",
+            )
         for count in (inputs["input_ids"] == self.image_token_id()).sum(dim=1).tolist():
             sample, expected = [], 0
             while expected < count and left:

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from lavender.errors import UnsupportedModelError
 from lavender.students.families.patch_grid import PatchGridAdapter, Shape
 from lavender.students.families.self_attention import Box
 
@@ -27,15 +26,6 @@ class Mistral3Adapter(PatchGridAdapter):
 
     def describe_keys(self) -> str:
         return f"a grid of the image's own shape, cells of {self._cell()} px among the text's tokens"
-
-    def check_projections(self) -> None:
-        scale = self.config.text_config.rope_parameters.get("llama_4_scaling_beta")
-        if scale:
-            raise UnsupportedModelError(
-                f"pooling 'learn' with llama_4_scaling_beta={scale}, which scales queries by their positions",
-                "queries that positions rotate alone",
-                "choose another pooling or loss",
-            )
 
     def view_shapes(self, inputs: Mapping[str, Tensor]) -> list[Shape]:
         sizes = inputs.get("image_sizes")
