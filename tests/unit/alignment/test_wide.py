@@ -1,4 +1,4 @@
-"""Wide batches: 64 times the usual words, 16 pictures, 8,192 tokens. No tensor grows with the square of one of them."""
+"""Wide batches: 64 times the usual words, 16 pictures, 8,192 tokens. Nothing grows with a square."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from lavender.alignment.objective import AlignmentHead, AlignmentRequest
 from lavender.config import AlignmentConfig
 from lavender.students.capture import row_tensors
-from lavender.students.image_keys import grid_boxes, key_layout
+from lavender.students.image_keys import grid_boxes, key_layout, on_keys, to_grid
+from lavender.students.latents import latent_layout
 from lavender.students.rows import MOST_SCORES
 
 WORDS, TOKENS, PICTURES, SIDE, GRID = 64 * 8, 8192, 16, 20, (5, 7)
@@ -74,3 +75,27 @@ def test_nothing_is_quadratic(base, loss):
     assert query.grad is not None
     assert query.grad[..., -WORDS - 1 : -1, :].abs().amax(dim=-1).min() > 0
     assert largest.elements <= MOST_SCORES, largest.operation
+
+
+def test_no_tensor_has_a_place_for_each_key_and_cell():
+    samples, words, side, cells = 3, 5, 40, 32
+    layout = key_layout([[grid_boxes(side, side)]] * samples)
+    attention = torch.rand(1, samples, 1, words, side**2, requires_grad=True)
+    first, grid = torch.zeros(samples, words, dtype=torch.long), (cells, cells)
+    with Largest() as largest:
+        to_grid(attention, layout, first, grid).sum().backward()
+        on_keys(torch.rand(samples, words, *grid), layout, first)
+    assert largest.elements <= samples * side**2 * cells, largest.operation  # of the keys' shares of rows or columns
+
+
+def test_no_tensor_has_a_place_for_each_latent_and_view():
+    samples, words, views, latents, patches, grid = 2, 3, 60, 16, 4, (3, 2)
+    boxes = grid_boxes(2, 2).expand(samples * views, -1, -1)
+    layout = latent_layout(
+        boxes, [[(sample * views + view, 0) for view in range(views)] for sample in range(samples)], latents
+    )
+    mixing = torch.rand(samples * views, latents, patches)
+    attention, first = torch.rand(1, samples, 1, words, views * latents), torch.zeros(samples, words, dtype=torch.long)
+    with Largest() as largest:
+        to_grid(attention, layout, first, grid, mixing)
+    assert largest.elements <= samples * views * latents * grid[0] * grid[1], largest.operation
