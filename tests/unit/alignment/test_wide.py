@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 from lavender.alignment.objective import AlignmentHead, AlignmentRequest
 from lavender.config import AlignmentConfig
 from lavender.students.capture import row_tensors
+from lavender.students.forcing import Forcing
 from lavender.students.image_keys import grid_boxes, key_layout, on_keys, to_grid
 from lavender.students.latents import latent_layout
-from lavender.students.rows import MOST_SCORES
+from lavender.students.rows import MOST_SCORES, Scoring
 
 WORDS, TOKENS, PICTURES, SIDE, GRID = 64 * 8, 8192, 16, 20, (5, 7)
 HEADS, GROUPS, WIDTH = 8, 2, 4
@@ -38,6 +40,20 @@ class Largest(TorchDispatchMode):
                 if stored > self.elements:
                     self.elements, self.operation = stored, str(func)
         return result
+
+
+def kept(step: Callable[[], Any], *given: Tensor) -> int:
+    """Bytes that autograd keeps for the backward of a step, each storage once, without those of the given tensors."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = step()  # keeps the graph alive, so that no address is used twice
+    del result
+    return sum(size for at, size in storages.items() if at not in {one.untyped_storage().data_ptr() for one in given})
 
 
 def wide_request() -> AlignmentRequest:
@@ -99,3 +115,24 @@ def test_no_tensor_has_a_place_for_each_latent_and_view():
     with Largest() as largest:
         to_grid(attention, layout, first, grid, mixing)
     assert largest.elements <= samples * views * latents * grid[0] * grid[1], largest.operation
+
+
+@pytest.mark.parametrize("words", [1, WORDS])
+def test_forced_rows_keep_their_queries_alone(words):
+    """The scores of one row are 32 times as large as its queries; all at once they would be more than is allowed."""
+    request = wide_request()
+    query, key, value = (torch.randn(1, heads, TOKENS, WIDTH, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS))
+    output = torch.randn(1, TOKENS, HEADS, WIDTH, requires_grad=True)
+    forced = (torch.arange(WORDS) < words)[None]
+    forcing = Forcing(request.targets, request.shares, forced, request.layout, request.word_pictures)
+    given, results = (output, query, key, value, Scoring(0.5), request.rows_BR, request.keys_BK, None), []
+    forcing.output(*given)  # what all layers share
+    shared = (request.rows_BR, *forcing._placed_targets(1, TOKENS, request.keys_BK, None))
+    size = kept(lambda: results.append(forcing.output(*given)), query, key, value, *shared)
+    # the queries, and the places in the output: sample, position and head of each number's head
+    assert size <= words * HEADS * (WIDTH * 4 + 3 * 8)
+    with Largest() as largest:
+        results[0].square().sum().backward()
+    assert largest.elements <= MOST_SCORES, largest.operation
+    assert query.grad is not None
+    assert (query.grad.abs().amax(dim=(0, 1, 3)) > 0).sum() == words
