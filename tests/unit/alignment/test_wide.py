@@ -1,4 +1,4 @@
-"""Wide batches: 64 times the usual words, 16 pictures, 8,192 tokens. Nothing grows with a square."""
+"""Wide batches: 64 times the usual words, 16 pictures, 8,192 tokens, packed samples. Nothing grows with a square."""
 
 from __future__ import annotations
 
@@ -136,3 +136,43 @@ def test_forced_rows_keep_their_queries_alone(words):
     assert largest.elements <= MOST_SCORES, largest.operation
     assert query.grad is not None
     assert (query.grad.abs().amax(dim=(0, 1, 3)) > 0).sum() == words
+
+
+@pytest.mark.parametrize("loss", ["mass", "published"])
+def test_packed_samples_keep_as_much_as_a_row_each(loss):
+    """But for the mask of the rows, a byte for each row and token, which all layers share."""
+    samples, tokens, words, side = 8, 64, 6, 6
+    keys = torch.arange(3, 3 + side**2).expand(samples, -1)
+    layout = key_layout([[grid_boxes(side, side)]] * samples)
+    tensors = row_tensors([[(tokens - 2 - word,) for word in range(words)]] * samples, [[0] * words] * samples)
+    tensors |= {"boxes": layout.boxes, "pictures": layout.pictures, "targets": torch.rand(samples, words, *GRID)}
+    starts = tokens * torch.arange(samples)[:, None]
+    sizes, losses = [], []
+    for batch, given, arguments in (
+        (samples, {"keys": keys}, {}),
+        (
+            1,
+            {"keys": keys + starts, "rows": tensors["rows"] + starts, "is_packed": torch.tensor(True)},
+            {"position_ids": torch.arange(tokens).repeat(samples)[None]},
+        ),
+    ):
+        torch.manual_seed(5)
+        query, key = (
+            torch.randn(samples, tokens, heads, WIDTH).reshape(batch, -1, heads, WIDTH).transpose(1, 2)
+            for heads in (HEADS, GROUPS)
+        )
+        query, key = query.requires_grad_(), key.requires_grad_()
+        head = AlignmentHead(HEADS, (0,), AlignmentConfig(attention_loss=loss)).train()
+
+        def step(given=given, arguments=arguments, query=query, key=key, head=head) -> Tensor:
+            request = AlignmentRequest((0,), tensors | given)
+            request.heads = "mean" if loss == "mass" else "all"
+            request.capture("flash_attention_2", MODULE, query, key, None, {"scaling": 0.5} | arguments)
+            losses.append(head(request).detach())
+            return head(request)
+
+        sizes.append(kept(step, query, key))
+    torch.testing.assert_close(losses[1], losses[0])
+    mask = samples * words * samples * tokens
+    # beside the mask a packed row keeps one more copy: the rows of all samples, put together
+    assert sizes[1] - mask <= 1.3 * sizes[0]
