@@ -1,6 +1,7 @@
 """Time and memory that the capture of attention adds to a training step, compared with eager attention.
 
     python benchmarks/capture_overhead.py --tokens 1024 2048 --words 32 --eager-runs 3 --json overhead.json
+    python benchmarks/capture_overhead.py --padded --tokens 1024 2048 --words 32 --runs 1 --json overhead.json
     python benchmarks/capture_overhead.py --quick --json overhead.json   # smoke test
 
 The model is a Llama decoder with random weights (8 layers of width 512, 16 heads, 4 key heads), on one CPU thread with
@@ -8,7 +9,7 @@ one sample, of whose tokens 576 are a picture's keys. A plain step is forward an
 capture, the loss also has a weighted sum of the attention rows of some words (one row each) in all layers, captured by
 the same functions as in training. Eager attention takes the same rows from `output_attentions=True`. The Aligner's step
 starts from captured rows. The steps of the direct losses, mass and kl, are whole: language loss, capture and alignment
-loss, without attention forcing.
+loss, without attention forcing. With `--padded` the first token is padding, in every step: then the layers get a mask.
 
 Steps run in random order, and times are the process's CPU seconds. Each ratio is the median over the rounds, with the
 95 % interval of a bootstrap. Memory is what autograd keeps between forward and backward, each storage counted once. The
@@ -27,7 +28,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class Case:
     Attributes:
         model: the decoder.
         ids: token ids, (1, token).
+        mask: which tokens are not padding, (1, token); None without padding.
         rows: positions of the words' rows, at the end of the text, (1, word).
         keys: positions of the picture's keys, (1, key).
         weights: of the captured rows in the loss, (layer, 1, head, word, key).
@@ -60,9 +62,14 @@ class Case:
 
     model: LlamaForCausalLM
     ids: Tensor
+    mask: Tensor | None
     rows: Tensor
     keys: Tensor
     weights: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return {"input_ids": self.ids, "labels": self.ids, "attention_mask": self.mask, "use_cache": False}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -77,12 +84,12 @@ class Case:
 
     def plain(self) -> Tensor:
         """The language loss."""
-        return self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        return self.model(**self.inputs).loss
 
     def with_capture(self) -> Tensor:
         """The language loss plus the weighted sum of captured rows."""
         request = AttentionRequest(self.rows, tuple(range(LAYERS)), self.keys)
-        output = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, attention_request=request)
+        output = self.model(**self.inputs, attention_request=request)
         return output.loss + torch.tensordot(request.stacked(), self.weights, dims=5)
 
     def direct(self, kind: Literal["mass", "kl"]) -> Step:
@@ -92,14 +99,14 @@ class Case:
         def step() -> Tensor:
             request = AlignmentRequest(tuple(range(LAYERS)), tensors)
             request.heads = "mean"  # what the hook of `lavender.alignment.objective.attach` sets
-            output = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, attention_request=request)
+            output = self.model(**self.inputs, attention_request=request)
             return output.loss + head.train()(request)
 
         return step
 
     def eager(self) -> Tensor:
         """The same as `with_capture`, from the maps that eager attention returns. The kernel must be eager."""
-        output = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, output_attentions=True)
+        output = self.model(**self.inputs, output_attentions=True)
         rows = torch.stack([layer_maps[:, :, self.rows[0]][..., self.keys[0]] for layer_maps in output.attentions])
         return output.loss + torch.tensordot(rows, self.weights, dims=5)
 
@@ -118,11 +125,11 @@ def build_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).train()
 
 
-def build_case(model: LlamaForCausalLM, tokens: int, words: int) -> Case:
+def build_case(model: LlamaForCausalLM, tokens: int, words: int, padded: bool) -> Case:
     rows, keys = torch.arange(tokens - 1 - words, tokens - 1)[None], torch.arange(FIRST_KEY, FIRST_KEY + SIDE**2)[None]
-    return Case(
-        model, torch.randint(1024, (1, tokens)), rows, keys, torch.randn(LAYERS, 1, HEADS, words, SIDE**2) / words
-    )
+    weights = torch.randn(LAYERS, 1, HEADS, words, SIDE**2) / words
+    mask = (torch.arange(tokens) > 0)[None].long() if padded else None
+    return Case(model, torch.randint(1024, (1, tokens)), mask, rows, keys, weights)
 
 
 def aligner_step(case: Case) -> Step:
@@ -173,9 +180,11 @@ def with_kernel(model: LlamaForCausalLM, kernel: str, measure: Callable[[], floa
     return measure()
 
 
-def measure_row(model: LlamaForCausalLM, tokens: int, words: int, runs: int, eager_runs: int) -> dict:
+def measure_row(
+    model: LlamaForCausalLM, tokens: int, words: int, runs: int, eager_runs: int, padded: bool = False
+) -> dict:
     """One row of the result, for a number of tokens and words. All steps share the weights."""
-    case, draw = build_case(model, tokens, words), random.Random(7)
+    case, draw = build_case(model, tokens, words, padded), random.Random(7)
     base = model.config._attn_implementation.removeprefix("lavender_")
     capturing = f"lavender_{base}"
     steps: dict[str, tuple[str, Step]] = {
@@ -227,6 +236,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smoke test: 640 tokens, 8 words, two rounds")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of the sample")
     parser.add_argument("--words", type=int, nargs="+", default=WORDS, help="captured words")
+    parser.add_argument("--padded", action="store_true", help="the first token is padding")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--runs", type=int, default=20, help="rounds per row (20)")
     parser.add_argument("--eager-runs", type=int, default=None, help="rounds with eager attention (as --runs)")
@@ -239,7 +249,7 @@ def main() -> None:
     rows = []
     for tokens, words in product(options.tokens, options.words):
         eager_runs = 0 if tokens > EAGER_UP_TO else options.eager_runs or options.runs
-        rows.append(measure_row(model, tokens, words, options.runs, eager_runs))
+        rows.append(measure_row(model, tokens, words, options.runs, eager_runs, options.padded))
         print(json.dumps(rows[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -151,3 +151,8 @@ def test_which_samples_are_finite():
     found = answers_finite({"logits": huge}, labels[:1])
     assert found is not None
     assert found.tolist() == [True]
+    row = torch.zeros(1, 6, 5)
+    row[0, [1, 4]] = float("nan")  # predict the first token of the second sample, and the last of the third
+    found = answers_finite({"logits": row}, torch.tensor([[-100, 1, -100, -100, 1, 2]]), torch.tensor([0, 2, 3, 6]))
+    assert found is not None
+    assert found.tolist() == [True, True, False]

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from lavender.alignment.packing import packed
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, NotFiniteError
 from lavender.students.registry import adapter_for
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
 from lavender.world import STUDENT_PATHS
@@ -20,7 +20,7 @@ from lavender.world import STUDENT_PATHS
 def run(dataset, store_path, tmp_path):
     """Trains LLaVA for two steps of three samples, with or without packing."""
 
-    def run(trainer_type: type = LavenderTrainer, packs: bool = True, **settings: Any):
+    def run(trainer_type: type = LavenderTrainer, packs: bool = True, builds_only: bool = False, **settings: Any):
         path, kwargs = STUDENT_PATHS["llava"], {}
         config = SFTConfig if trainer_type is SFTTrainer else LavenderConfig
         if trainer_type is LavenderTrainer:
@@ -43,7 +43,8 @@ def run(dataset, store_path, tmp_path):
         if packs:
             collate, adapter = trainer.data_collator, adapter_for(model.config)
             trainer.data_collator = lambda examples: packed(collate(examples), adapter)
-        trainer.train()
+        if not builds_only:
+            trainer.train()
         return trainer
 
     return run
@@ -70,3 +71,19 @@ def test_packed_rows_align_as_rows_of_their_own(run):
         for name in ("loss", "vlm_loss", "attention_loss"):
             # sums in other orders, in the second step after an update
             assert other[name] == pytest.approx(one[name], rel=1e-3), name
+
+
+def test_a_packed_batch_that_is_not_finite_is_described_by_sample(run):
+    """Hidden or not, a NaN is in every row of a dense kernel: so it is every sample, each by its own text."""
+    trainer = run(builds_only=True)
+    collate = trainer.data_collator
+
+    def spoiled(examples: list[Any]) -> dict[str, Any]:
+        batch = collate(examples)
+        batch["pixel_values"][1, 0, 0, 0] = torch.nan
+        return batch
+
+    trainer.data_collator = spoiled
+    with pytest.raises(NotFiniteError, match="That is every sample of the batch") as caught:
+        trainer.train()
+    assert all(f"of sample {sample} ('" in caught.value.got for sample in range(3))

@@ -61,7 +61,7 @@ class AlignmentRequest(AttentionRequest):
             `word_pictures` long (sample, word), index of the picture within the sample that a word's map is of;
             `present` bool (sample, word), False at padding;
             `weights` float (sample, word), weight of a word in the loss, 0 at padding;
-            `is_packed`, only of `lavender.alignment.packing.packed`, whose one sample holds several.
+            `is_packed`, only of `lavender.alignment.packing.packed`: the model gets all samples in one row.
         same_word: needed for `match="root"`.
         forced: bool (sample, word), the words whose rows attend as their maps say; None for no word.
 
@@ -84,12 +84,11 @@ class AlignmentRequest(AttentionRequest):
         same_word: SameWord | None = None,
         forced: Tensor | None = None,
     ):
-        super().__init__(tensors["rows"], layers, tensors.get("keys"))
+        super().__init__(tensors["rows"], layers, tensors.get("keys"), "is_packed" in tensors)
         self.shares, self.word_pictures = tensors["shares"], tensors["word_pictures"]
         self.layout = KeyLayout(tensors["boxes"], tensors["pictures"], tensors.get("views"))
         self.targets, self.present, self.weights = tensors["targets"], tensors["present"], tensors["weights"]
-        self.same_word, self.chosen_BR = same_word, cast(Tensor | None, None)
-        self.matched, self.is_packed = self.present, "is_packed" in tensors
+        self.matched, self.same_word, self.chosen_BR = self.present, same_word, cast(Tensor | None, None)
         self.losses, self.student_maps = self.targets.new_zeros(0), self.targets.new_zeros(0, *self.targets.shape[2:])
         self.map_shares, self.forced = self.targets.new_zeros(0), forced
 
@@ -123,16 +122,17 @@ class AlignmentRequest(AttentionRequest):
                 "the model's predictions",
                 "set match='label', or switch off the fused loss that hides them",
             )
-        missed_BW = ((self.shares > 0) & ~hits_BR[:, None]).any(dim=-1)
+        missed_BW = ((self.shares > 0) & ~hits_BR.view(len(self.shares), 1, -1)).any(dim=-1)
         self.matched = self.present & ~missed_BW
         if self.same_word is not None and chosen_BR is not None:
             self._match_roots(self.same_word, chosen_BR, true_BR)
 
-    def _match_roots(self, same_word: SameWord, chosen_BR: Tensor, true_BR: Tensor) -> None:
-        """Add to `matched` the words of which another form is predicted."""
+    def _match_roots(self, same_word: SameWord, *at_rows: Tensor) -> None:
+        """Add to `matched` the words of which another form is predicted, by the chosen and the true ids at the rows."""
+        rows_BR, chosen_BR, true_BR = (one.view(len(self.shares), -1) for one in (self.rows_BR, *at_rows))
         for sample, word in (self.present & ~self.matched).nonzero().tolist():
             rows_R = (self.shares[sample, word] > 0).nonzero()[:, 0]
-            rows_R = rows_R[self.rows_BR[sample, rows_R].argsort()]
+            rows_R = rows_R[rows_BR[sample, rows_R].argsort()]
             chosen, true = chosen_BR[sample, rows_R].tolist(), true_BR[sample, rows_R].tolist()
             self.matched[sample, word] = same_word(chosen, true)
 

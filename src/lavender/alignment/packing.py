@@ -3,7 +3,7 @@
 Positions start anew at each sample, and there is no mask: by the positions, or by the lengths, every attention kernel
 keeps samples apart. So a word's rows see the image keys of their own sample alone, as in a row of its own.
 
-Axis suffixes: B sample, T token, R row, W word, K key.
+Axis suffixes: B sample, T token, R row, K key.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IGNORED = -100
 
 
 def packed(batch: Mapping[str, Any], adapter: VlmAdapter) -> dict[str, Any]:
-    """The batch in one row: one sample for the model, with the words, keys and pictures of all.
+    """The batch in one row: one sample for the model, while words, keys and pictures stay with their samples.
 
     Args:
         batch: of `AlignmentCollator`, or of plain fine-tuning without `alignment`. Padding may be at either side.
@@ -30,7 +30,8 @@ def packed(batch: Mapping[str, Any], adapter: VlmAdapter) -> dict[str, Any]:
 
     Returns:
         The tensors of a value per token as (1, token); `position_ids` in place of `attention_mask`; the lengths that
-        flash kernels take; `alignment`, of one sample; all else as it was, such as pixels.
+        flash kernels take; `alignment`, by sample as before, with positions in the row; all else as it was, such as
+        pixels.
 
     Raises:
         ConfigError: the family does not pack, see `VlmAdapter.packs`.
@@ -56,33 +57,11 @@ def packed(batch: Mapping[str, Any], adapter: VlmAdapter) -> dict[str, Any]:
     row |= {"cu_seq_lens_q": cuts, "cu_seq_lens_k": cuts}
     row |= {"max_length_q": int(lengths_B.max()), "max_length_k": int(lengths_B.max())}
     if "alignment" in batch:
-        row["alignment"] = _packed_alignment(batch["alignment"], mask_BT.cumsum(dim=1) - 1 + starts_B[:, None])
+        alignment, places_BT = batch["alignment"], (mask_BT.cumsum(dim=1) - 1).clamp_min(0) + starts_B[:, None]
+        rows_BR, keys_BK = alignment["rows"], alignment["keys"]
+        row["alignment"] = dict(alignment) | {
+            "rows": places_BT.gather(1, rows_BR),
+            "keys": places_BT.gather(1, keys_BK.clamp_min(0)).where(keys_BK >= 0, -1),
+            "is_packed": torch.tensor(True),
+        }
     return row
-
-
-def _packed_alignment(alignment: Mapping[str, Any], places_BT: Tensor) -> dict[str, Any]:
-    """The alignment of one row. `places_BT` are the positions of the tokens in it."""
-    present_BW, pictures_BK = alignment["present"], alignment["pictures"]
-    is_key_BK, is_row_BR = pictures_BK >= 0, (alignment["shares"] > 0).any(dim=1)
-    num_pictures_B = torch.tensor([len(own[own >= 0].unique()) for own in pictures_BK])
-    earlier_B1 = (num_pictures_B.cumsum(0) - num_pictures_B)[:, None]  # pictures of earlier samples
-    shares = [own[words][:, rows] for own, words, rows in zip(alignment["shares"], present_BW, is_row_BR, strict=True)]
-    tensors = {
-        "rows": places_BT.gather(1, alignment["rows"])[is_row_BR],
-        "word_pictures": (alignment["word_pictures"] + earlier_B1)[present_BW],
-        **{name: alignment[name][present_BW] for name in ("present", "weights", "targets", "reads")},
-    }
-    if not present_BW.any():  # a word of padding takes the place, as in a row of its own
-        tensors = {name: one.new_zeros(1, *one.shape[1:]) for name, one in tensors.items()}
-        shares = [alignment["shares"].new_zeros(1, 1)]
-    tensors |= {
-        "shares": torch.block_diag(*shares),
-        "keys": places_BT.gather(1, alignment["keys"].clamp_min(0))[is_key_BK],
-        "pictures": (pictures_BK + earlier_B1)[is_key_BK],
-        "boxes": alignment["boxes"][is_key_BK],
-        "is_packed": torch.tensor(True),
-    }
-    row = {name: one[None] for name, one in tensors.items()}
-    row["words"] = [[word for own in alignment["words"] for word in own]]
-    row["names"] = ["; ".join(alignment["names"])]
-    return dict(alignment) | row

@@ -24,7 +24,7 @@ from lavender.students.base import Removable, VlmAdapter
 from lavender.students.forcing import Forcing
 from lavender.students.kernels import Known, install, register, run, scoring_of, set_kernel
 from lavender.students.registry import adapter_for
-from lavender.students.rows import Heads, Scoring, attention_rows, select_rows
+from lavender.students.rows import Heads, Scoring, attention_rows, scoring_at, select_rows
 
 PARALLEL_NAME = "alignment_parallel"
 """Name of the child of an attention module that holds its parallel projections; see `lavender.alignment.parallel`."""
@@ -42,8 +42,10 @@ class AttentionRequest:
         layers: indices of the decoder layers to capture.
         keys_BK: long (sample, key), positions of the image keys in the sequence, ascending, padded with -1. None if
             the layers attend to pictures alone. See `VlmAdapter.image_keys`.
+        is_packed: whether the model gets all samples in one row, to whose positions `rows_BR` and `keys_BK` refer.
 
     Attributes:
+        rows_BR: as given; of packed samples (1, sample · row), as the model's batch.
         rows: for each layer the attention of the rows on the image keys, float32 (sample, head, row, key): softmax
             over all keys of the layer, 0 at padded keys. One head if `heads` pools them.
         heads: "all"; or "mean" or "max" to pool the heads of a layer during capture, which saves memory.
@@ -59,8 +61,11 @@ class AttentionRequest:
 
     learned: ClassVar[bool] = False
 
-    def __init__(self, rows_BR: Tensor, layers: Sequence[int], keys_BK: Tensor | None = None):
+    def __init__(self, rows_BR: Tensor, layers: Sequence[int], keys_BK: Tensor | None = None, is_packed: bool = False):
         self.rows_BR, self.layers, self.keys_BK = rows_BR, tuple(layers), keys_BK
+        self.is_packed = is_packed
+        if is_packed:
+            self.rows_BR = rows_BR.reshape(1, -1)
         self.rows: dict[int, Tensor] = {}
         self.mixing: Tensor | None = None
         self.heads: Heads = "all"
@@ -100,9 +105,20 @@ class AttentionRequest:
             self.compare.pop(layer)(query_BHRD, key_BGKD)
         if self.answered_by_parallel(module):
             query_BHRD, key_BGKD = self.projected.pop(layer)
-        rows = attention_rows(query_BHRD, key_BGKD, self.rows_BR, self.keys_BK, scoring, self.heads)
-        self.rows.setdefault(layer, rows)
+        self.rows.setdefault(layer, self._attention_rows(query_BHRD, key_BGKD, scoring))
         return scoring
+
+    def _attention_rows(self, query_BHRD: Tensor, key_BGKD: Tensor, scoring: Scoring) -> Tensor:
+        """The rows of a layer, of packed samples each on its own keys: (sample, head, row, key)."""
+        if not self.is_packed:
+            return attention_rows(query_BHRD, key_BGKD, self.rows_BR, self.keys_BK, scoring, self.heads)
+        assert self.keys_BK is not None, "only models that see pictures among the text pack"
+        num_rows, samples = self.rows_BR.shape[1] // len(self.keys_BK), []
+        for sample, keys_1K in enumerate(self.keys_BK.split(1)):
+            own = slice(sample * num_rows, (sample + 1) * num_rows)
+            given = query_BHRD[:, :, own], key_BGKD, self.rows_BR[:, own], keys_1K
+            samples.append(attention_rows(*given, scoring_at(scoring, own), self.heads))
+        return torch.cat(samples)
 
     def _check(self, layer: int, mask: Any, num_keys: int) -> None:
         """Raise where the rows would be wrong without a word. No mask is right for self-attention without padding."""

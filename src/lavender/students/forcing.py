@@ -5,18 +5,21 @@ before the row itself looks there. Only how a row's attention is spread over the
 share that goes to text stays the row's own. A row that sees no key with heat keeps its own attention. Gradients are
 exact: they reach values, and the queries and keys through that share.
 
-Axis suffixes: B sample, H head, G key head, R row, T token, W word, K key, I image key, D head width.
+Axis suffixes: B sample, N row of the batch (a sample, or several that are packed), H head, G key head, R row, F forced
+row, T token, W word, K key, I image key, D head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lavender.students.image_keys import KeyLayout, on_keys
-from lavender.students.rows import Scoring, hidden_score, scores_of, select_rows
+from lavender.students.rows import Scoring, hidden_score, row_parts, scores_of, select_rows
 
 LEAST = 1e-8
 
@@ -43,70 +46,103 @@ class Forcing:
     ):
         self._heat, self._layout, self._word_pictures, self._heads = heat_BWrc, layout, word_pictures_BW, heads
         self._weight_BWR = (shares_BWR > 0) * forced_BW[..., None].to(shares_BWR)
-        self._target_BRI: Tensor | None = None
+        is_forced_BR = self._weight_BWR.sum(dim=1) > 0
+        first_BR = (~is_forced_BR).int().argsort(dim=1, stable=True)  # forced rows before the others
+        self._chosen_BF = first_BR[:, : int(is_forced_BR.sum(dim=1).max())]
+        self._real = is_forced_BR.gather(1, self._chosen_BF).flatten().nonzero()[:, 0]  # of the chosen, in one row
+        self._placed: tuple[Tensor, Tensor] | None = None
 
+    @torch.compiler.disable
     def output(
         self,
-        output_BTHD: Tensor,
-        query_BHTD: Tensor,
-        key_BGKD: Tensor,
-        value_BGKD: Tensor,
+        output_NTHD: Tensor,
+        query_NHTD: Tensor,
+        key_NGKD: Tensor,
+        value_NGKD: Tensor,
         scoring: Scoring,
-        rows_BR: Tensor,
+        rows_NR: Tensor,
         keys_BI: Tensor | None,
         mixing_VNP: Tensor | None,
     ) -> Tensor:
-        """The output of an attention layer, with its forced rows replaced: (sample, token, head, head width).
+        """The output of an attention layer, with its forced rows replaced: (batch row, token, head, head width).
+
+        Autograd keeps the queries of the forced rows alone: in backward all else is computed again, in parts.
 
         Args:
-            output_BTHD: the layer's own output.
-            query_BHTD, key_BGKD, value_BGKD, scoring: what the layer computes it from.
-            rows_BR, keys_BI: see `AttentionRequest`.
+            output_NTHD: the layer's own output.
+            query_NHTD, key_NGKD, value_NGKD, scoring: what the layer computes it from.
+            rows_NR, keys_BI: see `AttentionRequest`.
             mixing_VNP: attention of a resampler's latents on its patches; None without one.
         """
-        samples, rows = (self._weight_BWR.sum(dim=1) > 0).nonzero(as_tuple=True)
-        if not len(samples):
-            return output_BTHD
-        target_BRI = self._target(mixing_VNP).to(key_BGKD.device)
-        scores_BHRK = scores_of(select_rows(query_BHTD, rows_BR), key_BGKD, rows_BR, scoring)
-        own_BHRK = scores_BHRK.softmax(dim=-1)
-        is_image_BK = self._is_image(keys_BI, key_BGKD)
-        share_BHR = (own_BHRK * is_image_BK[:, None, None]).sum(dim=-1, keepdim=True)
-        target_BRK = target_BRI if keys_BI is None else _on_sequence(target_BRI, keys_BI, key_BGKD.shape[2])
-        target_BHRK = target_BRK[:, None] * (scores_BHRK > hidden_score(scoring.mask, scores_BHRK) / 2)
-        total_BHR = target_BHRK.sum(dim=-1, keepdim=True)
-        spread_BHRK = share_BHR * target_BHRK / total_BHR.clamp_min(LEAST)
-        forced_BHRK = own_BHRK.masked_fill(is_image_BK[:, None, None], 0) + spread_BHRK
-        forced_BHRK = torch.where(total_BHR > LEAST, forced_BHRK, own_BHRK)
-        groups = value_BGKD.shape[1]
-        forced_BGNRK = forced_BHRK.unflatten(1, (groups, -1))
-        mixed = torch.einsum("bgnrk,bgkd->brgnd", forced_BGNRK, value_BGKD.to(forced_BGNRK.dtype)).flatten(2, 3)
-        positions = rows_BR.to(samples.device)[samples, rows].to(output_BTHD.device)
-        samples, rows = samples.to(output_BTHD.device), rows.to(output_BTHD.device)
-        heads = torch.tensor(range(mixed.shape[2]) if self._heads is None else self._heads, device=positions.device)
-        places = samples[:, None], positions[:, None], heads[None]
-        return output_BTHD.index_put(places, mixed[samples, rows][:, heads].to(output_BTHD.dtype))
+        if not len(self._real):
+            return output_NTHD
+        batch, device = len(query_NHTD), key_NGKD.device
+        placed = self._placed_targets(batch, key_NGKD.shape[2], keys_BI, mixing_VNP)
+        target_NFK, is_image_NK = (one.to(device) for one in placed)
+        # rows_NR holds the rows of several samples one behind another if these are packed
+        index_BR = torch.arange(rows_NR.shape[1], device=device).expand_as(rows_NR).reshape(len(self._chosen_BF), -1)
+        index_NF = index_BR.gather(1, self._chosen_BF.to(device)).view(batch, -1)
+        positions_NF = rows_NR.to(device).gather(1, index_NF)
 
-    def _target(self, mixing_VNP: Tensor | None) -> Tensor:
-        """The forced rows' shares of the image keys: (sample, row, key), without gradient.
+        def mixed(query_NHFD: Tensor, key_NGKD: Tensor, value_NGKD: Tensor, part: slice) -> Tensor:
+            mask = scoring.mask
+            mask = None if mask is None else select_rows(mask.expand(batch, -1, -1, -1), index_NF[:, part])
+            scores_NHFK = scores_of(query_NHFD, key_NGKD, positions_NF[:, part], scoring._replace(mask=mask))
+            target_NHFK = target_NFK[:, None, part] * (scores_NHFK > hidden_score(mask, scores_NHFK) / 2)
+            return _mixed(scores_NHFK.softmax(dim=-1), target_NHFK, is_image_NK[:, None, None], value_NGKD)
 
-        They sum to 1, or to 0 where no key shows a part of the map.
+        query_NHFD = select_rows(query_NHTD, positions_NF)
+        forget = partial(checkpoint, mixed, use_reentrant=False, preserve_rng_state=False)
+        parts = row_parts(query_NHFD, key_NGKD)
+        forced_NFHD = torch.cat([forget(query_NHFD[:, :, part], key_NGKD, value_NGKD, part) for part in parts], dim=1)
+        real, positions = self._real.to(output_NTHD.device), positions_NF.to(output_NTHD.device).flatten()
+        heads = range(query_NHTD.shape[1]) if self._heads is None else self._heads
+        heads = torch.tensor(heads, device=output_NTHD.device)
+        places = (real // index_NF.shape[1])[:, None], positions[real][:, None], heads[None]
+        forced = forced_NFHD.flatten(0, 1).to(output_NTHD)[real][:, heads]
+        return output_NTHD.index_put(places, forced)
+
+    def _placed_targets(
+        self, batch: int, num_keys: int, keys_BI: Tensor | None, mixing_VNP: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The forced rows' shares of all keys, (batch row, row, key), and which keys are image keys, (batch row, key).
+
+        Without gradient, and the same in every layer. Shares sum to 1, or to 0 where no key shows a part of the map.
         """
-        if self._target_BRI is None:
+        if self._placed is None:
             mixing = None if mixing_VNP is None else mixing_VNP.detach()
             with torch.autocast(self._heat.device.type, enabled=False):
                 heat_BWI = on_keys(self._heat, self._layout, self._word_pictures, mixing)
                 shares_BWI = heat_BWI / heat_BWI.sum(dim=-1, keepdim=True).clamp_min(LEAST)
-                total_BRI = torch.einsum("bwr,bwi->bri", self._weight_BWR.to(shares_BWI), shares_BWI)
-                self._target_BRI = total_BRI / total_BRI.sum(dim=-1, keepdim=True).clamp_min(LEAST)
-        return self._target_BRI
+                chosen_BWF = self._chosen_BF[:, None].expand(-1, shares_BWI.shape[1], -1)
+                total_BFI = torch.einsum(
+                    "bwf,bwi->bfi", self._weight_BWR.gather(2, chosen_BWF).to(shares_BWI), shares_BWI
+                )
+                target_BFK = total_BFI / total_BFI.sum(dim=-1, keepdim=True).clamp_min(LEAST)
+            is_image_BK = self._layout.pictures >= 0
+            if keys_BI is not None:
+                target_BFK = _on_sequence(target_BFK, keys_BI, num_keys)
+                is_image_BK = _on_sequence(is_image_BK[:, None].to(target_BFK), keys_BI, num_keys)[:, 0] > 0
+            is_image_NK = is_image_BK.view(batch, -1, num_keys).any(dim=1)
+            self._placed = target_BFK.reshape(batch, -1, num_keys), is_image_NK
+        return self._placed
 
-    def _is_image(self, keys_BI: Tensor | None, key_BGKD: Tensor) -> Tensor:
-        """Which keys of the layer are image keys: bool (sample, key)."""
-        if keys_BI is None:
-            return self._layout.pictures.to(key_BGKD.device) >= 0
-        ones = torch.ones_like(keys_BI, dtype=torch.float32)
-        return _on_sequence(ones[:, None], keys_BI, key_BGKD.shape[2])[:, 0].to(key_BGKD.device) > 0
+
+def _mixed(own_NHFK: Tensor, target_NHFK: Tensor, is_image_N11K: Tensor, value_NGKD: Tensor) -> Tensor:
+    """The values mixed by forced attention: (batch row, row, head, head width).
+
+    Args:
+        own_NHFK: the rows' own attention.
+        target_NHFK: the map's shares of the keys that a row sees.
+        is_image_N11K: which keys are image keys.
+        value_NGKD: the layer's values.
+    """
+    share_NHF1 = (own_NHFK * is_image_N11K).sum(dim=-1, keepdim=True)
+    total_NHF1 = target_NHFK.sum(dim=-1, keepdim=True)
+    forced_NHFK = own_NHFK.masked_fill(is_image_N11K, 0) + share_NHF1 * target_NHFK / total_NHF1.clamp_min(LEAST)
+    forced_NHFK = torch.where(total_NHF1 > LEAST, forced_NHFK, own_NHFK)
+    forced_NGQFK = forced_NHFK.unflatten(1, (value_NGKD.shape[1], -1))
+    return torch.einsum("ngqfk,ngkd->nfgqd", forced_NGQFK, value_NGKD.to(forced_NGQFK.dtype)).flatten(2, 3)
 
 
 def _on_sequence(values_BRI: Tensor, keys_BI: Tensor, num_keys: int) -> Tensor:

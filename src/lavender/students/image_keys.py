@@ -1,16 +1,16 @@
 """The box of each image key in its picture, and the resampling of attention on keys to a grid over the picture.
 
 A box is (top, left, bottom, right) as shares of the picture's height and width. The whole picture is (0, 0, 1, 1).
-Keys that show no part of it (class tokens, newlines, padding) have an empty box. A map is `attention @ overlap`: one
-differentiable product for tiles, padding, crops and thumbnails alike.
+Keys that show no part of it (class tokens, newlines, padding) have an empty box. What a key shows of a cell is the
+product of two shares, of the cell's row and of its column. So a map is made a row of cells at a time, by differentiable
+products for tiles, padding, crops and thumbnails alike. A tensor of all keys and cells would be the largest of all.
 
-Axis suffixes: L layer, B sample, H head, R row, W word, K key, V view, N latent, P patch, C cell.
+Axis suffixes: L layer, B sample, H head, R row, W word, K key, V view, N latent, P patch, S map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ class KeyLayout(NamedTuple):
         pictures: long (sample, key), the index of the key's picture within the sample; -1 for padding.
         views: long (sample, key), only if the keys are latents of a resampler. A view is a picture, or a crop of one,
             that the resampler turns into latents at once. The index counts views over the whole batch; -1 for padding.
-            The latents of a view are its keys, in their order.
+            The latents of a view are its keys, in their order; they follow each other.
     """
 
     boxes: Tensor
@@ -69,18 +69,22 @@ def overlap_matrix(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
         empty box. So `attention @ overlap` keeps the mass of attention on the picture.
     """
     rows, cols = grid
-    top, left, bottom, right = boxes.double().unbind(dim=-1)
-    down = _overlap_1d(top, bottom, rows)
-    across = _overlap_1d(left, right, cols)
+    down, across = _shares(boxes, (rows, cols))
     return (down[:, :, None] * across[:, None, :]).flatten(1).float()
 
 
+def _shares(boxes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Shares of boxes in each row and in each column of a grid: float64 (…, key, rows) and (…, key, cols)."""
+    top, left, bottom, right = boxes.double().unbind(dim=-1)
+    return _overlap_1d(top, bottom, grid[0]), _overlap_1d(left, right, grid[1])
+
+
 def _overlap_1d(start: Tensor, end: Tensor, cells: int) -> Tensor:
-    """Share of the interval [start, end) in each of `cells` equal cells of [0, 1): (key, cells)."""
-    edges = torch.linspace(0, 1, cells + 1, dtype=start.dtype)
-    common = torch.minimum(end[:, None], edges[1:]) - torch.maximum(start[:, None], edges[:-1])
+    """Share of the interval [start, end) in each of `cells` equal cells of [0, 1): (…, key, cells)."""
+    edges = torch.linspace(0, 1, cells + 1, dtype=start.dtype, device=start.device)
+    common = torch.minimum(end[..., None], edges[1:]) - torch.maximum(start[..., None], edges[:-1])
     length = end - start
-    return common.clamp_min(0) / torch.where(length > 0, length, 1)[:, None]
+    return common.clamp_min(0) / torch.where(length > 0, length, 1)[..., None]
 
 
 def grid_boxes(rows: int, cols: int, box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)) -> Tensor:
@@ -141,9 +145,14 @@ def to_grid(
             "pass the model the batch that the boxes were made of",
         )
     attention_LBHWK = attention_LBHWK * is_of_word(layout, word_pictures_BW).to(attention_LBHWK)[:, None]
-    overlap = _overlap(layout, grid, attention_LBHWK.device, mixing_VNP)
-    maps = torch.einsum("lbhwk,bkc->lbhwc", attention_LBHWK, overlap.to(attention_LBHWK.dtype))
-    return maps.unflatten(-1, grid) * (grid[0] * grid[1])
+    if layout.views is None:
+        rows_BSK = attention_LBHWK.transpose(0, 1).flatten(1, 3)
+        maps = _on_cells(rows_BSK, layout.boxes.to(rows_BSK.device), grid)
+        maps = maps.unflatten(1, (len(attention_LBHWK), *attention_LBHWK.shape[2:4])).transpose(0, 1)
+    else:
+        shows_BKrc = _latents_on_cells(layout, grid, attention_LBHWK.device, mixing_VNP).to(attention_LBHWK.dtype)
+        maps = torch.einsum("lbhwk,bkrc->lbhwrc", attention_LBHWK, shows_BKrc)
+    return maps * (grid[0] * grid[1])
 
 
 def on_keys(heat_BWrc: Tensor, layout: KeyLayout, word_pictures_BW: Tensor, mixing_VNP: Tensor | None = None) -> Tensor:
@@ -156,9 +165,23 @@ def on_keys(heat_BWrc: Tensor, layout: KeyLayout, word_pictures_BW: Tensor, mixi
         heat_BWrc: maps over the words' pictures.
         layout, word_pictures_BW, mixing_VNP: as for `to_grid`.
     """
-    overlap = _overlap(layout, (heat_BWrc.shape[-2], heat_BWrc.shape[-1]), heat_BWrc.device, mixing_VNP)
-    heat_BWK = torch.einsum("bwc,bkc->bwk", heat_BWrc.flatten(-2).to(overlap.dtype), overlap)
+    grid = (heat_BWrc.shape[-2], heat_BWrc.shape[-1])
+    if layout.views is None:
+        heat_BWrc = heat_BWrc.float()
+        down, across = (one.to(heat_BWrc) for one in _shares(layout.boxes.to(heat_BWrc.device), grid))
+        heat_BWK = heat_BWrc.new_zeros(*heat_BWrc.shape[:2], down.shape[1])
+        for row in range(grid[0]):
+            heat_BWK += (heat_BWrc[:, :, row] @ across.mT) * down[:, None, :, row]
+    else:
+        shows_BKrc = _latents_on_cells(layout, grid, heat_BWrc.device, mixing_VNP)
+        heat_BWK = torch.einsum("bwrc,bkrc->bwk", heat_BWrc.to(shows_BKrc.dtype), shows_BKrc)
     return heat_BWK * is_of_word(layout, word_pictures_BW).to(heat_BWK)
+
+
+def _on_cells(values_BSK: Tensor, boxes_BK4: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What boxes with values bring to each cell of a grid, by the share of the box: (sample, map, rows, cols)."""
+    down, across = (one.to(values_BSK.dtype) for one in _shares(boxes_BK4, grid))
+    return torch.stack([(values_BSK * down[:, None, :, row]) @ across for row in range(grid[0])], dim=2)
 
 
 def is_of_word(layout: KeyLayout, word_pictures_BW: Tensor) -> Tensor:
@@ -176,31 +199,21 @@ def seen_cells(layout: KeyLayout, sample: int, picture: int, grid: tuple[int, in
         boxes = layout.boxes[sample][is_of_picture]
     else:  # latents of a resampler: the patches of their views
         boxes = layout.boxes[layout.views[sample][is_of_picture].unique()].flatten(0, 1)
-    return _seen_cells(boxes.float().cpu().numpy().tobytes(), grid)
+    down, across = _shares(boxes.float().cpu(), grid)
+    return (down > 0).float().mT @ (across > 0).float() > 0
 
 
-@lru_cache(maxsize=256)
-def _seen_cells(boxes: bytes, grid: tuple[int, int]) -> Tensor:
-    overlap = overlap_matrix(torch.frombuffer(bytearray(boxes), dtype=torch.float32).view(-1, 4), grid)
-    return (overlap > 0).any(dim=0).unflatten(0, grid)
-
-
-def _overlap(layout: KeyLayout, grid: tuple[int, int], device: torch.device, mixing_VNP: Tensor | None) -> Tensor:
-    """What each image key shows of each cell: (sample, key, cell)."""
-    overlaps = [_cached_overlap(boxes.numpy().tobytes(), grid) for boxes in layout.boxes.float().cpu()]
-    overlap = torch.stack(overlaps).to(device)
-    return overlap if layout.views is None else _latent_overlap(overlap, layout.views.to(device), mixing_VNP)
-
-
-def _latent_overlap(overlap_VPC: Tensor, views_BK: Tensor, mixing_VNP: Tensor | None) -> Tensor:
-    """What each latent shows of each cell, by its attention on the patches: (sample, key, cell), 0 for padded keys."""
-    real_BK, num_views = views_BK >= 0, overlap_VPC.shape[0]
-    is_of_view_BKV = views_BK[..., None] == torch.arange(num_views, device=views_BK.device)
-    latent_BK = (is_of_view_BKV.cumsum(dim=1) - 1).gather(2, views_BK.clamp_min(0)[..., None])[..., 0]
-    latents = int(latent_BK.max()) + 1
+def _latents_on_cells(
+    layout: KeyLayout, grid: tuple[int, int], device: torch.device, mixing_VNP: Tensor | None
+) -> Tensor:
+    """What each latent shows of each cell, by its attention on the patches: (sample, key, rows, cols), 0 at padding."""
+    assert layout.views is not None
+    views_BK, boxes_VP4 = layout.views.to(device), layout.boxes.to(device)
+    real_BK = views_BK >= 0
+    latents = int(views_BK[real_BK].bincount(minlength=len(boxes_VP4)).max())
     if mixing_VNP is not None and not real_BK.any():  # a batch of text alone: the model ran on an empty picture
         latents = mixing_VNP.shape[1]
-    expected = (num_views, latents, overlap_VPC.shape[1])
+    expected = (len(boxes_VP4), latents, boxes_VP4.shape[1])
     if mixing_VNP is None or mixing_VNP.shape != expected:
         raise CaptureError(
             f"a resampler's attention of the shape {None if mixing_VNP is None else tuple(mixing_VNP.shape)}",
@@ -208,11 +221,6 @@ def _latent_overlap(overlap_VPC: Tensor, views_BK: Tensor, mixing_VNP: Tensor | 
             "use lavender.students.capture.capturing or lavender.alignment.objective.attach, and the batch that "
             "the boxes were made of",
         )
-    latents_VNC = torch.einsum("vnp,vpc->vnc", mixing_VNP, overlap_VPC.to(mixing_VNP.dtype))
-    return latents_VNC[views_BK.clamp_min(0), latent_BK.clamp_min(0)] * real_BK[..., None]
-
-
-@lru_cache(maxsize=16)
-def _cached_overlap(boxes: bytes, grid: tuple[int, int]) -> Tensor:
-    """`overlap_matrix` of float32 boxes as bytes. Pictures of one shape share it (26 MB for Llama-3.2-Vision)."""
-    return overlap_matrix(torch.frombuffer(bytearray(boxes), dtype=torch.float32).view(-1, 4), grid)
+    latent_K = torch.arange(views_BK.shape[1], device=device) % latents  # those of a view follow each other
+    latents_VNrc = _on_cells(mixing_VNP, boxes_VP4, grid)
+    return latents_VNrc[views_BK.clamp_min(0), latent_K] * real_BK[..., None, None]

@@ -1,7 +1,8 @@
 """Softmax attention of selected rows on selected keys, with almost no memory for backward.
 
 Autograd would keep several tensors of size row × all keys per layer. Here backward computes them again from the
-queries of the rows, the keys (which the layer keeps anyway) and two numbers per row. Only the result stays in memory.
+queries of the rows, the keys and two numbers per row. The layer keeps the keys anyway, but for `sdpa` with a mask and
+shared key heads: it keeps them repeated, and then these come on top. Else only the result stays in memory.
 
 Axis suffixes: B sample, H head, G key head, R row, T token, K key, I kept key, D head width.
 """
@@ -63,8 +64,9 @@ class _AttentionRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query, key, rows, keys, scaling, mask, softcap, heads):
         whole, parts = key.to(_wide(query)), []
-        for part in _parts(query, key):
-            scores = scores_of(query[:, :, part], whole, rows[:, part], _part(Scoring(scaling, mask, softcap), part))
+        for part in row_parts(query, key):
+            scoring = scoring_at(Scoring(scaling, mask, softcap), part)
+            scores = scores_of(query[:, :, part], whole, rows[:, part], scoring)
             largest = scores.amax(dim=-1, keepdim=True)
             exponentials = scores.sub_(largest).exp_()
             total = exponentials.sum(dim=-1, keepdim=True)
@@ -84,10 +86,10 @@ class _AttentionRows(torch.autograd.Function):
         query, key, rows, keys, mask, largest, total = ctx.saved_tensors
         scoring, whole = Scoring(ctx.scaling, mask, ctx.softcap), key.to(_wide(query))
         grad_query, grad_key = [], torch.zeros_like(whole)
-        for part in _parts(query, key):
+        for part in row_parts(query, key):
             own, places = query[:, :, part], rows[:, part]
             grad_scores = _score_gradients(
-                (own, whole, places, _part(scoring, part)),
+                (own, whole, places, scoring_at(scoring, part)),
                 keys,
                 (largest[:, :, part], total[:, :, part]),
                 grad[:, :, part],
@@ -164,14 +166,15 @@ def _wide(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
-def _parts(query_BHRD: Tensor, key_BGKD: Tensor) -> Iterator[slice]:
+def row_parts(query_BHRD: Tensor, key_BGKD: Tensor) -> Iterator[slice]:
     """The rows in parts whose scores fit in memory; one part if all do."""
     samples, heads, num_rows, _ = query_BHRD.shape
     step = max(1, MOST_SCORES // (samples * heads * key_BGKD.shape[2] or 1))
     return (slice(first, first + step) for first in range(0, max(num_rows, 1), step))
 
 
-def _part(scoring: Scoring, part: slice) -> Scoring:
+def scoring_at(scoring: Scoring, part: slice) -> Scoring:
+    """The scoring of a part of the rows."""
     return scoring if scoring.mask is None else scoring._replace(mask=scoring.mask[:, :, part])
 
 

@@ -278,7 +278,8 @@ class AlignmentMixin(UnroundedAlignment):
             self._counts = self._counts.to(alignment["counts"].device) + alignment["counts"]
             self._print_faults(alignment["faults"])
             # not the request: it holds attention rows, whose memory the next batch needs
-            self._health = Health(answers_finite(outputs_seen[0], labels), request.present, request.losses)
+            answers = answers_finite(outputs_seen[0], labels, inputs.get("cu_seq_lens_q"))
+            self._health = Health(answers, request.present, request.losses)
         else:
             weight = self._align_weight.of_evaluation()
             num_real = num_real_samples(self.accelerator, len(alignment["sample_counts"]))

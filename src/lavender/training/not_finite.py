@@ -35,16 +35,26 @@ class Health(NamedTuple):
     losses: Tensor
 
 
-def answers_finite(output: Mapping[str, Any], labels: Tensor) -> Tensor | None:
-    """Whether each sample's predictions of its labels are finite, bool (sample,); None if the output has none."""
+def answers_finite(output: Mapping[str, Any], labels: Tensor, cuts: Tensor | None = None) -> Tensor | None:
+    """Whether each sample's predictions of its labels are finite, bool (sample,); None if the output has none.
+
+    Args:
+        cuts: where the samples of a packed row begin and end, (sample + 1,).
+    """
     if output.get("log_probs") is not None:  # TRL's fused head; 0 where there is no label
-        return output["log_probs"].detach().isfinite().all(dim=1)
+        return _by_sample(output["log_probs"].detach().isfinite(), cuts)
     if output.get("logits") is None or output["logits"].shape[:2] != labels.shape:
         return None
     sums_BT = (
         output["logits"].detach()[:, :-1].sum(dim=-1, dtype=torch.float32)
     )  # not finite if a logit is NaN or infinite
-    return (sums_BT.isfinite() | (labels[:, 1:] == -100)).all(dim=1)
+    return _by_sample(sums_BT.isfinite() | (labels[:, 1:] == -100), cuts)
+
+
+def _by_sample(finite_BT: Tensor, cuts: Tensor | None) -> Tensor:
+    if cuts is None:
+        return finite_BT.all(dim=1)
+    return torch.stack([own.all() for own in finite_BT[0].tensor_split(cuts[1:-1].tolist())])
 
 
 def not_finite_error(
@@ -94,9 +104,11 @@ def not_finite_error(
 def _described(
     sample: int, answer: bool, places: list[list[int]], processor: ProcessorMixin, inputs: Mapping[str, Any]
 ) -> str:
-    ids, alignment = inputs["input_ids"][sample], inputs["alignment"]
-    if "attention_mask" in inputs:  # packed rows have none
-        ids = ids[inputs["attention_mask"][sample].bool()]
+    alignment, cuts = inputs["alignment"], inputs.get("cu_seq_lens_q")
+    if cuts is None:
+        ids = inputs["input_ids"][sample, inputs["attention_mask"][sample].bool()]
+    else:  # a packed row, which has no padding
+        ids = inputs["input_ids"][0, cuts[sample] : cuts[sample + 1]]
     text = " ".join(str(processor.tokenizer.decode(ids, skip_special_tokens=True)).split())
     texts = [alignment["words"][sample][word] for index, word in places if index == sample]
     words = list(dict.fromkeys(texts))  # a word that is predicted and read is there twice

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from families.geometry import picture
-from lavender.alignment.objective import AlignmentRequest, attach, detach
+from lavender.alignment.objective import AlignmentRequest, SameWord, attach, detach
 from lavender.alignment.packing import IGNORED, packed
 from lavender.config import AlignmentConfig
 from lavender.errors import ConfigError
@@ -70,11 +70,13 @@ def batch(request, loaded) -> dict[str, Any]:
     return inputs | {"alignment": tensors | {"targets": targets, "reads": tensors["present"]} | described}
 
 
-def answered(model, batch: dict[str, Any], **settings: Any) -> tuple[Any, AlignmentRequest, dict[str, Tensor]]:
+def answered(
+    model, batch: dict[str, Any], same_word: SameWord | None = None, forced: Tensor | None = None, **settings: Any
+) -> tuple[Any, AlignmentRequest, dict[str, Tensor]]:
     """Output, request and gradients of one step with both losses."""
     head = attach(model, AlignmentConfig(layers="all", **settings))
     inputs = {name: value for name, value in batch.items() if name != "alignment"}
-    request = AlignmentRequest(head.layers, batch["alignment"])
+    request = AlignmentRequest(head.layers, batch["alignment"], same_word, forced)
     output = model(**inputs, use_cache=False, attention_request=request)
     (output.loss + output.attention_loss).backward()
     gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
@@ -95,13 +97,26 @@ def test_every_value_of_a_token_is_at_its_place(loaded, batch):
     assert "attention_mask" not in row
     assert row["pixel_values"] is batch["pixel_values"]
     image = loaded[0].config.image_token_index
-    assert row["input_ids"][0, alignment["keys"][0]].tolist() == [image] * int((own["keys"] >= 0).sum())
-    assert alignment["pictures"].unique().tolist() == [0, 1, 2, 3]
-    assert alignment["word_pictures"].tolist() == [[0, 1, 0, 2, 2, 2, 3, 3, 3]]
-    ids = [batch["input_ids"][sample, one] for sample, rows in enumerate(own["rows"]) for one in rows]
-    real = (own["shares"] > 0).any(1).flatten()
-    assert row["input_ids"][0, alignment["rows"][0]].tolist() == torch.stack(ids)[real].tolist()
-    assert alignment["names"] == ["; ".join(ANSWERS)]
+    is_key, is_row = own["keys"] >= 0, (own["shares"] > 0).any(1)
+    assert torch.equal(alignment["keys"] >= 0, is_key)
+    places = (row["input_ids"][0] == image).nonzero()[:, 0]
+    assert alignment["keys"][is_key].tolist() == places.tolist()
+    ids = batch["input_ids"].gather(1, own["rows"])
+    assert row["input_ids"][0, alignment["rows"]][is_row].tolist() == ids[is_row].tolist()
+    assert all(alignment[name] is own[name] for name in own.keys() - {"rows", "keys"})
+
+
+def assert_same(apart: tuple, together: tuple) -> None:
+    """Sums are in other orders: rounding of float32, which gradients add up over layers."""
+    (output, request, gradients), (packed_output, row, theirs) = apart, together
+    torch.testing.assert_close(packed_output.loss, output.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(packed_output.attention_loss, output.attention_loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(row.losses, request.losses, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(row.student_maps, request.student_maps, rtol=1e-4, atol=1e-5)
+    assert torch.equal(row.matched, request.matched)
+    assert theirs.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("loss", ["mass", "kl", "published"])
@@ -114,15 +129,41 @@ def test_losses_and_gradients_are_those_of_a_row_per_sample(model, batch, kernel
     for given in (batch, packed(batch, adapter_for(model.config))):
         torch.manual_seed(7)  # of the Aligner
         results.append(answered(model, given, attention_loss=loss))
-    (apart, request, gradients), (together, row, theirs) = results
-    # sums in other orders
-    torch.testing.assert_close(together.loss, apart.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(together.attention_loss, apart.attention_loss, rtol=1e-4, atol=0)
-    torch.testing.assert_close(row.losses, request.losses, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(row.student_maps, request.student_maps, rtol=1e-4, atol=1e-5)
-    assert theirs.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flash_attention_2"])
+def test_forced_rows_and_learned_projections_are_those_of_a_row_per_sample(model, batch, kernel, monkeypatch):
+    use_flash(monkeypatch)
+    set_kernel(model, kernel)
+    row, present = packed(batch, adapter_for(model.config)), batch["alignment"]["present"]
+    plain = answered(model, batch, attention_loss="mass")
+    for some in (present & (torch.arange(3) != 1), present & (torch.arange(4) == 2)[:, None]):
+        forced = [answered(model, given, forced=some, attention_loss="mass") for given in (batch, row)]
+        assert_same(*forced)
+        # the words of these rows are read from elsewhere
+        assert abs(forced[0][0].loss - plain[0].loss) > 100 * 1e-5 * plain[0].loss
+    learned = []
+    for given in (batch, row):
+        torch.manual_seed(7)
+        learned.append(answered(model, given, attention_loss="published", pooling="learn"))
+    assert_same(*learned)
+
+
+@pytest.mark.parametrize("match", ["exact", "root"])
+def test_matched_words_are_those_of_a_row_per_sample(model, batch, match):
+    """The token of the second word is the first choice of the model; as a root, so is every word of one token."""
+    with torch.no_grad():
+        chosen = model(**{name: one for name, one in batch.items() if name != "alignment"}).logits.argmax(-1)
+    rows = batch["alignment"]["rows"]
+    batch["input_ids"].scatter_(1, rows[:, -1:] + 1, chosen.gather(1, rows[:, -1:]))
+
+    settings: dict[str, Any] = {"match": match}
+    if match == "root":
+        settings["same_word"] = lambda chosen, true: len(true) == 1
+    results = [answered(model, given, **settings) for given in (batch, packed(batch, adapter_for(model.config)))]
+    assert_same(*results)
+    assert 0 < results[0][1].matched.sum() < batch["alignment"]["present"].sum()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

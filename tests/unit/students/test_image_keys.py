@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lavender.students.image_keys import EMPTY_BOX, KeyLayout, grid_boxes, key_layout, overlap_matrix, seen_cells
+from lavender.students.image_keys import (
+    EMPTY_BOX,
+    KeyLayout,
+    grid_boxes,
+    key_layout,
+    on_keys,
+    overlap_matrix,
+    seen_cells,
+    to_grid,
+)
 
 
 def overlap(*box: float, grid: tuple[int, int] = (5, 7)) -> torch.Tensor:
@@ -75,6 +84,25 @@ def test_grid_boxes_are_row_major_and_fill_the_frame():
         [1.0, 0.5, 1.5, 0.75],
         [1.0, 0.75, 1.5, 1.0],
     ]
+
+
+def test_maps_made_row_by_row_are_products_with_the_whole_matrix():
+    """Two layers, three samples (of two pictures, of one that is cropped, of none), two heads, five words."""
+    crop = grid_boxes(7, 4, (0.1, -0.2, 0.9, 1.3))
+    layout, grid = key_layout([[grid_boxes(3, 5), grid_boxes(2, 6)], [crop], []]), (5, 7)
+    attention = torch.rand(2, 3, 2, 5, layout.boxes.shape[1], requires_grad=True)
+    of_words = torch.tensor([[0, 1, 1, 0, 1], [0] * 5, [0] * 5])
+    heat, weights = torch.rand(3, 5, *grid), torch.rand(2, 3, 2, 5, *grid)
+    is_own = (layout.pictures[:, None] == of_words[..., None]).float()
+    matrix = torch.stack([overlap_matrix(boxes, grid) for boxes in layout.boxes]).unflatten(-1, grid)
+    expected = 35 * torch.einsum("lbhwk,bwk,bkrc->lbhwrc", attention, is_own, matrix)
+    found = to_grid(attention, layout, of_words, grid)
+    laid = torch.einsum("bwrc,bkrc->bwk", heat, matrix) * is_own
+    # the same products of float32, added in another order
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(on_keys(heat, layout, of_words), laid, rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.autograd.grad((maps * weights).sum(), attention)[0] for maps in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_the_cells_that_a_cropped_picture_shows():

@@ -88,7 +88,7 @@ def test_rows_in_parts_are_those_of_one_part(kind, heads, monkeypatch):
     (query, key), mask, results = inputs(), mask_of(kind, torch.float64), []
     for most in (rows_module.MOST_SCORES, 2 * SAMPLES * GROUPS * SHARED * TOKENS):
         monkeypatch.setattr(rows_module, "MOST_SCORES", most)
-        assert len(list(rows_module._parts(query, key))) == (3 if results else 1)
+        assert len(list(rows_module.row_parts(query, key))) == (3 if results else 1)
         found = attention_rows(query, key, POSITIONS, KEPT, scoring_of(mask), heads)
         results.append([found, *torch.autograd.grad(found.square().sum(), (query, key))])
     for one, other in zip(*results, strict=True):
