@@ -306,7 +306,7 @@ def test_whatever_loading_raises_is_one_sentence(tmp_path, kind):
         raise kind("a\nb")
 
 
-def test_a_missing_package_is_named_and_no_folder_is_to_be_repaired(tmp_path, monkeypatch):
+def test_a_missing_package_is_named_and_no_folder_is_to_be_repaired(tmp_path):
     with pytest.raises(ModelError) as caught, loading("model", tmp_path):
         raise ImportError("Package `num2words` is required to run SmolVLM processor. Install it")
     assert "num2words" in caught.value.got
