@@ -92,11 +92,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     scores, columns = results["arms"], max(map(len, JUDGED.values()))
-    figure = Figure(figsize=(3.4 * columns, 5.6), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 5.6), layout="constrained")
     for panels, (part, metrics) in zip(figure.subplots(2, columns, squeeze=False), JUDGED.items(), strict=True):
         of_part = {arm: scores[arm] for arm in scores if arm.startswith(f"{part} ")}
         for panel, metric in zip(panels, metrics, strict=False):
             draw_panel(panel, of_part, metric)
+            panel.tick_params(axis="y", labelleft=panel is panels[0])
         for panel in panels[len(metrics) :]:
             panel.set_axis_off()
     figure.savefig(path, dpi=150)
