@@ -151,12 +151,13 @@ def _project(adapter: VlmAdapter, attention: Any, args: tuple, kwargs: dict[str,
     if not project.is_compared:
         _check_norms(attention, adapter)
     cross_states = [kwargs[name] for name in CROSS_STATES if kwargs.get(name) is not None]
-    projections = project(_at_rows(states, request), cross_states[0] if cross_states else states)
+    context = cross_states[0] if cross_states else states
+    projections = project(_at_rows(states, request), context)
     tables = None if cross_states else kwargs["position_embeddings"]
     request.projected[attention.layer_idx] = _placed(adapter, attention, request, tables, *projections)
     if not project.is_compared:
         project.watch(attention)
-        request.compare[attention.layer_idx] = partial(_compare, adapter, attention, request, tables)
+        request.compare[attention.layer_idx] = partial(_compare, adapter, attention, request, tables, states, context)
 
 
 def _at_rows(states: Tensor, request: AttentionRequest) -> Tensor:
@@ -203,6 +204,8 @@ def _compare(
     attention: Any,
     request: AttentionRequest,
     tables: tuple[Tensor, Tensor] | None,
+    states: Tensor,
+    context: Tensor,
     query_BHRD: Tensor,
     key_BGKD: Tensor,
 ) -> None:
@@ -216,8 +219,8 @@ def _compare(
     """
     project = attention.get_submodule(PARALLEL_NAME)
     kept = project.unwatch()
-    if kept.keys() != set(OWN):
-        return
+    if kept.keys() != set(OWN):  # a graph that was compiled before runs no new hook
+        kept = {"q_proj": attention.q_proj(states), "k_proj": attention.k_proj(context)}
     query, key = _at_rows(kept["q_proj"], request), kept["k_proj"]
     own = _placed(adapter, attention, request, tables, query, key)
     for found, expected in zip(own, (query_BHRD, key_BGKD), strict=True):

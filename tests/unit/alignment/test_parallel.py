@@ -119,6 +119,21 @@ def test_what_a_model_shows_is_refused_before_training(kind, text, got):
         attach(student(kind, **text), LEARN)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("before", [False, True])
+def test_compiled_layers_are_compared_too(before):
+    """Also if a graph without the hooks is there from an earlier forward."""
+    torch._dynamo.reset()
+    model = student("glm", head_dim=16, partial_rotary_factor=0.5)
+    for layer in model.model.language_model.layers:
+        layer.compile(backend="aot_eager")
+    if before:
+        rows_of(model, OWN)
+        detach(model)
+    with pytest.raises(UnsupportedModelError, match="makes queries or keys in another way"):
+        rows_of(model, LEARN)
+
+
 def test_adapters_that_are_trained_are_part_of_the_models_own():
     """A run that goes on has adapters that change its queries, and its projections are no copies."""
     model = student("llama")
