@@ -25,6 +25,7 @@ RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
         ("attributes", "docs/evidence.md", "### Attributes", "### Known words", 30 + 27 + 3),
         ("main", "README.md", "**Captions of words that", "**Where something stands", 3),
         ("main", "docs/evidence.md", "### Known words", "`lavender study teacher-controls`", 48),
+        ("ood", "docs/evidence.md", "### Severely out of domain", "## 2. Where?", 20 + 15),
         ("rearrangement", "docs/evidence.md", "### A fault in the order", "### When attention follows", 19),
         ("alignment-over-time", "docs/evidence.md", "### When attention follows", "### The level alone", 36),
         ("overfitting", "docs/evidence.md", "### It does not keep", "### A lower alignment loss", 24),
@@ -54,6 +55,7 @@ def test_numbers_are_those_of_the_study(study, file, first, last, count):
         "overfitting",
         "mixing",
         "loss-vs-score",
+        "ood",
     ],
 )
 def test_a_page_is_that_of_its_results(study):
@@ -65,7 +67,7 @@ def test_a_page_is_that_of_its_results(study):
 @pytest.mark.parametrize(
     ("file", "first", "last", "count"),
     [
-        ("docs/evidence.md", "### Real weights", "## 2. Where?", 20),
+        ("docs/evidence.md", "### Real weights", "### Severely out of domain", 20),
         ("README.md", "**The same with real weights", "**Which thing has which colour", 5),
     ],
 )
