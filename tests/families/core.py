@@ -117,4 +117,6 @@ class Core(EagerRows, Geometry):
         checkpointed = self.gradients(family, batch, readings, alignment, use_reentrant=False)
         assert plain.keys() == checkpointed.keys()
         for name, gradient in plain.items():
-            torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+            # float32 sums over many pixels and tokens; a gradient that is lost or counted twice differs by its own size
+            atol = 1e-5 * float(gradient.abs().max())
+            torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=atol, msg=name)
