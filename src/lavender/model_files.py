@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, errors
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
@@ -88,14 +89,12 @@ def quiet(library_logging: Any) -> Iterator[None]:
 
 
 def _load_error(what: str, path: str, consent: str | None, error: Exception) -> LavenderError:
-    from huggingface_hub.errors import StrictDataclassError
-
     if "trust_remote_code" in str(error):
         got = f"the {what} {path}, which comes with its own code"
         if consent is None:
             return ModelError(got, f"a {what} that needs none", f"choose another {what}")
         return ConfigError(got, "your consent to run that code", f"read it, then {consent}")
-    if isinstance(error, StrictDataclassError):  # a config that contradicts itself: the second line says how
+    if isinstance(error, errors.StrictDataclassError):  # a config that contradicts itself: the second line says how
         got = f"the {what} {path}, whose config is wrong: {_joined(error)}"
         return ModelError(got, "a config that fits", "repair its config.json")
     got = f"the {what} {path}, which cannot be loaded: "
@@ -121,8 +120,6 @@ def _load_error(what: str, path: str, consent: str | None, error: Exception) -> 
 
 def _has_sentencepiece(path: str) -> bool:
     """Whether a model has a file of SentencePiece. Without that package transformers takes it for tiktoken's."""
-    from huggingface_hub import constants
-
     folder = path if Path(path).is_dir() else f"{constants.HF_HUB_CACHE}/models--{path.replace('/', '--')}"
     return any(file.read_bytes()[:1] == b"\n" for file in Path(folder).rglob("*.model"))  # tiktoken's begin otherwise
 
@@ -137,7 +134,6 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def _hub_error(got: str, path: str, chain: list[BaseException]) -> ModelError:
     """Why a hub id cannot be loaded, from the whole chain of errors."""
-    from huggingface_hub import constants, errors
 
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)

@@ -11,9 +11,8 @@ from peft import PrefixTuningConfig, PromptTuningConfig
 
 from invariants.test_trainer import KINDS, lora, of_kind, own_weights, run  # noqa: F401
 from lavender.alignment.objective import HEAD_NAME
-from lavender.errors import ConfigError, DataError, NotFiniteError
+from lavender.errors import ConfigError, DataError
 from lavender.training import trainer as trainer_module
-from lavender.training.not_finite import Health, not_finite_error
 from lavender.training.trainer import LavenderConfig, LavenderTrainer
 
 
@@ -110,15 +109,3 @@ def test_a_number_becomes_no_estimate_in_the_middle_of_a_run(run, tmp_path):  # 
     run(**shared)
     with pytest.raises(ConfigError, match="a checkpoint of a run whose align_weight was a number"):
         run("estimated", resume=str(tmp_path / "out" / "checkpoint-1"), **shared)
-
-
-def test_packed_rows_that_are_not_finite_are_described(run, dataset):  # noqa: F811
-    """`lavender.alignment.packing.packed` gives them no attention mask."""
-    trainer = run(build_only=True)
-    batch = trainer.data_collator([dataset[0]])
-    del batch["attention_mask"]
-    present = batch["alignment"]["present"]
-    health = Health(torch.tensor([False]), present, torch.zeros(int(present.sum())))
-    error = not_finite_error(1, trainer.model, trainer.processing_class, batch, health)
-    assert isinstance(error, NotFiniteError)
-    assert "L_VLM of sample 0" in str(error)

@@ -146,7 +146,7 @@ def test_lora_is_the_short_form_of_peft(make_student):
         ({"peft_type": "LORA", "r": 8}, "Got peft without target_modules"),
         ({"peft_type": "LORA", "target_modules": ["q_projj"]}, "Got target_modules="),
         ({"peft_type": "LORA", "r": 0, "target_modules": ["q_proj"], "layers_pattern": "x"}, "that PEFT refuses"),
-        ({"peft_type": "ADALORA", "target_modules": TARGETS, "total_step": 9}, "calls the model past its hooks"),
+        ({"peft_type": "ADALORA", "target_modules": TARGETS, "total_step": 9}, "bypasses the hooks"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}, "which does not tune chosen modules"),
         ({"peft_type": "VERA", "target_modules": TARGETS}, "Got freeze with peft_type: VERA"),
         ({"peft_type": "LORA", "target_modules": ["multi_modal_projector"]}, "with freeze: ['connector']"),

@@ -335,7 +335,7 @@ def test_a_peft_model_is_refused(run, make_student):
 
 
 def test_a_peft_method_that_passes_the_hooks_by_is_refused(run):
-    with pytest.raises(ConfigError, match="peft_type: ADALORA, whose wrapper calls the model past its hooks"):
+    with pytest.raises(ConfigError, match="peft_type: ADALORA, whose wrapper bypasses the hooks"):
         run(peft=AdaLoraConfig(target_modules=["q_proj"], total_step=9, task_type="CAUSAL_LM"))
 
 

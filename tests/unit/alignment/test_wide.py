@@ -168,11 +168,11 @@ def test_packed_samples_keep_as_much_as_a_row_each(loss):
             request = AlignmentRequest((0,), tensors | given)
             request.heads = "mean" if loss == "mass" else "all"
             request.capture("flash_attention_2", MODULE, query, key, None, {"scaling": 0.5} | arguments)
-            losses.append(head(request).detach())
-            return head(request)
+            losses.append(head(request))  # kept, so that no address is used twice
+            return losses[-1]
 
         sizes.append(kept(step, query, key))
     torch.testing.assert_close(losses[1], losses[0])
     mask = samples * words * samples * tokens
     # beside the mask a packed row keeps one more copy: the rows of all samples, put together
-    assert sizes[1] - mask <= 1.3 * sizes[0]
+    assert sizes[1] - mask <= 1.2 * sizes[0]

@@ -16,11 +16,9 @@ import yaml
 
 from command_line import complaint, lavender, write_scenes
 from lavender.cli.main import DONE, FAILED, WRONG_USAGE
-from lavender.data.samples import Samples
 from lavender.data.store import MapStore
 from lavender.errors import DataError
 from lavender.evaluation import runs
-from lavender.evaluation.compare import Judged
 from lavender.evaluation.eval_files import SCORES, read_evaluation
 from lavender.evaluation.intervals import ratio
 from lavender.evaluation.run_report import Options, _compared, _reason_to_score, report_run
@@ -269,13 +267,6 @@ def test_scores_of_data_that_have_changed_are_made_again(folder, some_scenes, ca
     del scored["fingerprint_of_data"]
     (run / SCORES).write_text(json.dumps(scored))
     assert reason() == "those in eval.json do not say of which samples they are, being of an earlier version"
-
-
-def test_a_note_of_one_sample_has_no_plural():
-    judged = {"base": [Judged("", {"answer_nll": (0.0, 0.0)}), Judged("", {"answer_nll": (1.0, 3.0)})]}
-    assert runs._notes(Samples(()), Samples(()), judged, False) == [
-        "base: answer_nll leaves out 1 sample with an empty answer, or one that no tokenizer takes"
-    ]
 
 
 @pytest.mark.parametrize(
