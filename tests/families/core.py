@@ -117,6 +117,7 @@ class Core(EagerRows, Geometry):
         checkpointed = self.gradients(family, batch, readings, alignment, use_reentrant=False)
         assert plain.keys() == checkpointed.keys()
         for name, gradient in plain.items():
-            # float32 sums over many pixels and tokens; a gradient that is lost or counted twice differs by its own size
-            atol = 1e-5 * float(gradient.abs().max())
+            # float32 sums over many tokens; a gradient that is lost or counted twice differs by its own size. That of a
+            # key's bias is nothing but rounding: attention does not depend on it
+            atol = max(1e-7, 1e-5 * float(gradient.abs().max()))
             torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=atol, msg=name)
