@@ -44,7 +44,7 @@ class LastKeyRepeats(TorchFunctionMode):
     """Inside this context, attention takes the last key and value as if they were there `times` times.
 
     The keys in T5's place are alike in every layer, because text has no positions in an MM-DiT. One of them with this
-    weight gives the same outputs and gradients as all of them, in a sixth of the time.
+    weight gives the same outputs and gradients as all of them, for a third of the keys.
     """
 
     def __init__(self, times: int):
