@@ -17,11 +17,11 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lavender.config import ExtractionConfig
 from lavender.teachers.diffusion.aggregate import Aggregate
-from lavender.teachers.diffusion.base import Condition, Layer, TeacherFamily
+from lavender.teachers.diffusion.base import Layer
 from lavender.teachers.diffusion.capture import WordCapture, capture_words
 from lavender.teachers.diffusion.teacher import Teacher
 from lavender.teachers.diffusion.text_windows import indicator, window_of
@@ -35,12 +35,13 @@ SIDES = {"sd1": 512, "sdxl": 1024, "sd3": 1024}
 
 
 def build(name: str, side: int, device: str = "cpu") -> Any:
-    """A pipeline of the real configuration with random weights. Only SD1.x has its text encoder.
+    """A pipeline of the real configuration with random weights; SD3 without T5.
 
     Args:
         name: a key of `SIDES`.
         side: of the square picture, in pixels.
     """
+    tokenizer = CLIPTokenizer.from_pretrained(TEACHER_PATH / "tokenizer", model_max_length=77)
     with torch.device(device):
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -51,28 +52,42 @@ def build(name: str, side: int, device: str = "cpu") -> Any:
             sample_size=side,
         ).eval()
         backbone = {"sd1": _sd1, "sdxl": _sdxl, "sd3": _sd3}[name](side // 8).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(TEACHER_PATH / "tokenizer", model_max_length=77)
+        small, large = _text_config(tokenizer, 768, 12, "quick_gelu"), _text_config(tokenizer, 1280, 32, "gelu")
+        first = CLIPTextModelWithProjection if name == "sd3" else CLIPTextModel
+        encoder = first(small).eval()
+        second = CLIPTextModelWithProjection(large).eval() if name != "sd1" else None
     if name == "sd3":
         return StableDiffusion3Pipeline(
-            backbone, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, None, tokenizer, None, tokenizer, None, None
+            backbone,
+            FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae,
+            encoder,
+            tokenizer,
+            second,
+            tokenizer,
+            None,
+            None,
         )
     if name == "sdxl":
         return StableDiffusionXLPipeline(
-            vae, None, None, tokenizer, tokenizer, backbone, build_scheduler(), add_watermarker=False
+            vae, encoder, second, tokenizer, tokenizer, backbone, build_scheduler(), add_watermarker=False
         )
-    with torch.device(device):
-        encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=768,
-                intermediate_size=3072,
-                num_attention_heads=12,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        ).eval()
     return StableDiffusionPipeline(
         vae, encoder, tokenizer, backbone, build_scheduler(), None, None, requires_safety_checker=False
+    )
+
+
+def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int, activation: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        hidden_act=activation,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
 
 
@@ -107,18 +122,6 @@ def _sd3(latents: int) -> torch.nn.Module:
     )
 
 
-def random_condition(family: TeacherFamily, rows: int) -> Condition:
-    """Random text states of the right shape: the time of attention does not depend on their values."""
-    backbone: Any = family.backbone
-    tokens, config = family.max_tokens, backbone.config
-    options: dict[str, Any] = {"device": family.device, "dtype": family.dtype}
-    if isinstance(backbone, SD3Transformer2DModel):  # the zeros in place of T5's states are keys too
-        states = torch.randn(rows, tokens + 256, config.joint_attention_dim, **options)
-        return {"states": states, "pooled": torch.randn(rows, config.pooled_projection_dim, **options)}
-    states = torch.randn(rows, tokens, config.cross_attention_dim, **options)
-    return {"states": states, "pooled": torch.randn(rows, 1280, **options)}  # only SDXL uses `pooled`
-
-
 @dataclass
 class Forward:
     """One forward of the backbone on `rows` random latents, in the ways that are compared."""
@@ -135,7 +138,8 @@ class Forward:
         channels = self.backbone.config.in_channels
         self.latents = torch.randn(self.rows, channels, *self.size, device=family.device, dtype=family.dtype)
         self.timesteps = torch.full((self.rows,), self.config.timesteps[0], device=family.device)
-        self.condition = random_condition(family, self.rows)
+        with torch.no_grad():
+            self.condition = family.encode_texts([TEXT] * self.rows)
         words = content_words(TEXT, self.config.parts_of_speech)
         window, lost = window_of(family.token_offsets, 0, TEXT, 0, words, self.config.carrier)
         assert not lost

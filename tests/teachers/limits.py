@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lavender.config import Geometry
-from lavender.errors import CaptureError, ConfigError, UnsupportedModelError
+from lavender.errors import CaptureError, ConfigError, ModelError, UnsupportedModelError
 from lavender.teachers.diffusion import batch_reader
 from lavender.teachers.diffusion.aggregate import Aggregate
 from lavender.teachers.diffusion.base import Layer
@@ -125,6 +125,11 @@ class Limits(Basis):
     def test_levers_that_leave_no_layer_are_refused(self, pipeline):
         with pytest.raises(ConfigError, match="Got largest_layer=1 and layer_weights={}, which leave no layer"):
             Teacher(pipeline, self.config(grid=GRID, largest_layer=1, layer_weights={}))(jobs()[:1])
+
+    def test_a_pipeline_without_a_part_is_refused(self, own):
+        own.pipeline.text_encoder = None
+        with pytest.raises(ModelError, match=r"Got a \w+ without text_encoder\. Expected a pipeline with the parts"):
+            Teacher(own.pipeline, self.plain())
 
     def test_a_subclass_of_the_pipeline_is_refused(self, own):
         class Other(type(own.pipeline)):

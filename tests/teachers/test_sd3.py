@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lavender.config import ExtractionConfig
-from lavender.errors import ConfigError
+from lavender.errors import ConfigError, ModelError
 from lavender.teachers.diffusion.teacher import Teacher
 from teachers import pipelines, transformer_pipelines
 from teachers.basis import GRID, given_of
@@ -112,6 +112,11 @@ class TestStableDiffusion35WithT5(Contract):
             Teacher(other, ExtractionConfig(t5=True))
         with pytest.raises(ConfigError, match="Got t5=True with a StableDiffusionPipeline"):
             Teacher(pipelines.shared(pipelines.stable_diffusion), ExtractionConfig(t5=True))
+
+    def test_its_encoder_without_its_tokenizer_is_refused(self, own):
+        own.pipeline.tokenizer_3 = None
+        with pytest.raises(ModelError, match="Got one of text_encoder_3 and tokenizer_3 without the other"):
+            Teacher(own.pipeline, ExtractionConfig(t5=True))
 
     def test_a_folder_is_loaded_with_and_without(self, pipeline, tmp_path):
         pipeline.save_pretrained(tmp_path / "teacher", safe_serialization=True)

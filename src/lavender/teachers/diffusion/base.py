@@ -88,6 +88,7 @@ class TeacherFamily(ABC):
         forwards: forwards of the backbone so far, in rows. A backward pass counts as two, a stopped forward as one.
 
     Raises:
+        ModelError: the pipeline lacks a part that is not in `optional_parts`.
         UnsupportedModelError: the tokenizer is slow, so it does not give the tokens' positions in the text.
     """
 
@@ -105,6 +106,15 @@ class TeacherFamily(ABC):
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
         self.forwards = 0
+        absent = [
+            name for name, part in pipeline.components.items() if part is None and name not in self.optional_parts
+        ]
+        if absent:
+            raise ModelError(
+                f"a {type(pipeline).__name__} without {' and '.join(absent)}",
+                "a pipeline with the parts that encode pictures and texts and remove noise",
+                "load it without setting these parts to None",
+            )
         if not self.tokenizer.is_fast:
             raise UnsupportedModelError(
                 f"the slow tokenizer {type(self.tokenizer).__name__}",

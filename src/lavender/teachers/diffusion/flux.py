@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ class Flux(PackedFamily):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    optional_parts: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
 
     @property
     def tokenizer(self) -> Any:

@@ -143,7 +143,11 @@ class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL: two concatenated text encoders, and the picture's size as a condition."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
-    optional_parts: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
+    optional_parts: ClassVar[Mapping[str, Any]] = {
+        "add_watermarker": False,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
 
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         encoded = self.pipeline.encode_prompt(list(texts), device=self.device, do_classifier_free_guidance=False)

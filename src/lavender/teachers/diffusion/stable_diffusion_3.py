@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
-from lavender.errors import ConfigError, UnsupportedModelError
+from lavender.errors import ConfigError, ModelError, UnsupportedModelError
 from lavender.teachers.diffusion import t5
 from lavender.teachers.diffusion.base import Condition, Layer, LayerWeights, rectified_flow
 from lavender.teachers.diffusion.transformer import TransformerFamily
@@ -26,8 +26,20 @@ class StableDiffusion3(TransformerFamily):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
-    optional_parts: ClassVar[Mapping[str, Any]] = {"text_encoder_3": None, "tokenizer_3": None}
+    optional_parts: ClassVar[Mapping[str, Any]] = {
+        "text_encoder_3": None,
+        "tokenizer_3": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
     t5_parts: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
+
+    def check_parts(self) -> None:
+        encoder, tokenizer = (getattr(self.pipeline, part) for part in self.t5_parts)
+        if (encoder is None) != (tokenizer is None):
+            got = "one of text_encoder_3 and tokenizer_3 without the other"
+            raise ModelError(got, "both, or none", "load both, or set both to None")
+        super().check_parts()
 
     def check_t5(self, wanted: bool) -> None:
         found = self.pipeline.text_encoder_3 is not None
