@@ -300,8 +300,7 @@ def attach(model: PreTrainedModel, config: AlignmentConfig) -> AlignmentHead:
     if config.heads is not None and not all(0 <= head < adapter.num_heads() for head in config.heads):
         raise ConfigError(f"heads={config.heads}", f"numbers from 0 to {adapter.num_heads() - 1}", "change heads")
     learned = [adapter.attention_module(model, layer) for layer in layers] if POOLINGS[config.pooling].learned else []
-    if learned:
-        adapter.check_projections()
+    parallel.check(learned, adapter)
     session = CaptureSession(model, adapter)
     head = AlignmentHead(adapter.num_heads(), layers, config)
     model.add_module(HEAD_NAME, head.to(model.device))

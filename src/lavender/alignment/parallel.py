@@ -6,7 +6,7 @@ sharded training keeps them with their layer. Exports leave them out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -93,13 +93,27 @@ def _gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(list(parameters))
 
 
+def check(attentions: Sequence[nn.Module], adapter: VlmAdapter) -> None:
+    """Check that parallel projections can be added to attention modules, before anything is changed.
+
+    Raises:
+        UnsupportedModelError: the family makes its queries or keys in another way, or a layer has no such projections.
+    """
+    if attentions:
+        adapter.check_projections()
+    for attention in attentions:
+        missing = [name for name in OWN if name not in dict(attention.named_children())]
+        if missing:
+            raise _unsupported(attention, f"has no {' and no '.join(missing)}")
+
+
 def attach(
     attention: nn.Module, adapter: VlmAdapter, init: ParallelInit = "pretrained"
 ) -> torch.utils.hooks.RemovableHandle:
     """Add parallel projections to an attention module. They answer every request whose `learned` is True.
 
     Args:
-        attention: attention module of a usable layer.
+        attention: attention module of a usable layer, which `check` accepts.
         adapter: the adapter of the model's family.
         init: see `ParallelProjections`.
 
@@ -107,12 +121,8 @@ def attach(
         The handle of the hook that projects. `detach` removes the projections themselves.
 
     Raises:
-        UnsupportedModelError: the layer has no such projections. In the first forward: it does not normalise each head
-            alone, or see `_compare`.
+        UnsupportedModelError: in the first forward: the layer does not normalise each head alone, or see `_compare`.
     """
-    missing = [name for name in OWN if name not in dict(attention.named_children())]
-    if missing:
-        raise _unsupported(attention, f"has no {' and no '.join(missing)}")
     attention.add_module(PARALLEL_NAME, ParallelProjections(attention, init))
     return attention.register_forward_pre_hook(partial(_project, adapter), with_kwargs=True)
 

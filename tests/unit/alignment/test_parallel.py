@@ -114,9 +114,13 @@ def test_norms_that_are_not_of_each_head_alone_are_refused(text):
         ("ministral3", {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}}, "llama_4_scaling"),
     ],
 )
-def test_what_a_model_shows_is_refused_before_training(kind, text, got):
+def test_what_a_model_shows_is_refused_before_it_is_changed(kind, text, got):
+    model = student(kind, **text)
+    before = [name for name, _ in model.named_modules()]
     with pytest.raises(UnsupportedModelError, match=got):
-        attach(student(kind, **text), LEARN)
+        attach(model, LEARN)
+    assert [name for name, _ in model.named_modules()] == before
+    assert hooks_of(model) == 0
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler
