@@ -5,7 +5,8 @@
     python benchmarks/joint_teacher_student.py --quick --json smoke.json    # smoke test: 2 steps, random weights
 
 The runs are those of `lavender study new-words` with 100 captions: the same scenes and seeds, scored on 300 sealed
-scenes. Arms: plain fine-tuning; the recipe with the UNet's maps; the recipe with the joint teacher's.
+scenes. Arms: plain fine-tuning; the recipe with the UNet's maps; the recipe with the joint teacher's; as a control, the
+recipe with the joint teacher's maps of another word.
 Results of the runs are kept in `--work`, and a later call continues from them.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import hashlib
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,12 +30,20 @@ from lavender.teachers.diffusion.teacher import Teacher
 from lavender.world.studies import cells
 from lavender.world.studies.cells import Cell, prepare, result_path, run_cell
 from lavender.world.studies.examples import Scoring, TaskName
-from lavender.world.studies.forms import PLAIN, RECIPE
+from lavender.world.studies.forms import PLAIN, RECIPE, Settings
 from lavender.world.studies.new_words import METRICS_SHOWN, fine_tuned
 from lavender.world.studies.registry import NUM_HELD_OUT, SEALED_START
+from lavender.world.studies.targets import Target
 from lavender.world.tuning import GRID
 
 CAPTIONS = 100
+ARMS: dict[str, tuple[Settings, Target, bool]] = {
+    "plain": (PLAIN, "teacher", False),
+    "recipe, UNet": (RECIPE, "teacher", False),
+    "recipe, joint teacher": (RECIPE, "teacher", True),
+    "recipe, joint teacher, wrong word": (RECIPE, "wrong-word", True),
+}
+"""Arm → its form, which maps it gets, and whether the joint teacher makes them."""
 
 
 def scores_of(folder: Path, cell: Cell) -> dict[str, float]:
@@ -70,22 +80,20 @@ def main() -> None:
         parser.error("give the folder of the joint teacher, or --quick, which has random weights")
     torch.set_num_threads(1)
     settings = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in options.set)}
-    scoring, forms = Scoring("sealed", SEALED_START, NUM_HELD_OUT), {"plain": PLAIN, "recipe": RECIPE}
+    scoring = Scoring("sealed", SEALED_START, NUM_HELD_OUT)
     task: TaskName = "new-words"
     if options.quick:
         task, scoring, options.seeds = "new-words-alone", Scoring("development", 0, 40), [40]
-        forms = {name: (*form, ("max_steps", 2)) for name, form in forms.items()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.work or Path(temporary) / "work"
         joint = options.teacher or random_teacher(Path(temporary) / "joint")
-        found: dict[str, list[dict[str, float]]] = {"plain": [], "recipe, UNet": [], "recipe, joint teacher": []}
+        found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
         for seed in options.seeds:
-            for name, form in forms.items():
-                cell = Cell(fine_tuned(CAPTIONS, form, task=task), seed, scoring)
-                found["plain" if name == "plain" else "recipe, UNet"].append(scores_of(folder, cell))
-            with with_teacher(joint, settings):
-                cell = Cell(fine_tuned(CAPTIONS, forms["recipe"], task=task), seed, scoring)
-                found["recipe, joint teacher"].append(scores_of(folder, cell))
+            for arm, (form, target, is_joint) in ARMS.items():
+                form = (*form, ("max_steps", 2)) if options.quick else form
+                cell = Cell(fine_tuned(CAPTIONS, form, target, task), seed, scoring)
+                with with_teacher(joint, settings) if is_joint else nullcontext():
+                    found[arm].append(scores_of(folder, cell))
             print(seed, {arm: scores[-1]["new_names"] for arm, scores in found.items()}, flush=True)
     arms = {arm: {name: [one[name] for one in scores] for name in METRICS_SHOWN} for arm, scores in found.items()}
     numbers = {"seeds": options.seeds, "captions": CAPTIONS, "settings": settings, "arms": arms}
