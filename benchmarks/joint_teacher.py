@@ -35,9 +35,11 @@ if TYPE_CHECKING:
 
 UNET = "UNet"
 NUM_LAYERS = 6
+ALL = {"transformer_blocks": 1.0}
+SOME = {"transformer_blocks": 0.0} | {f"transformer_blocks.{layer}.": 1.0 for layer in (0, 3, 5)}
 ATTENTION: dict[str, dict[str, Any]] = {
     "attention, one layer": {},
-    "attention, all layers": {"layer_weights": {"transformer_blocks": 1.0}},
+    "attention, all layers": {"layer_weights": ALL},
     **{f"attention, layer {layer}": {"expert_layer": layer} for layer in range(NUM_LAYERS)},
     "attention, contrast": {"competition": "contrast"},
 }
@@ -52,7 +54,13 @@ NOISE: dict[str, dict[str, Any]] = {
     for name, settings in (("attention", {}), ("concepts", {"space": "output"}))
     for timestep in (10, 100, 200, 300, 500, 700)
 }
-ARMS = {UNET: {}} | ATTENTION | CONCEPTS | NOISE
+BEST: dict[str, dict[str, Any]] = {
+    f"attention, {name}, t = {timestep}": {"layer_weights": weights, "timesteps": (timestep,)}
+    for name, weights in (("all layers", ALL), ("layers 0, 3 and 5", SOME))
+    for timestep in (50, 200, 300)
+}
+"""The layers that point best alone, together."""
+ARMS = {UNET: {}} | ATTENTION | CONCEPTS | NOISE | BEST
 """Arm → its settings. They are of the joint teacher, but for the shipped UNet's. By default t is 50."""
 SHOWN = ("pointing", "iou_fixed", "ap", "mass", "wrong_word_pointing")
 

@@ -29,7 +29,8 @@ RANGE = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)")
         ("rearrangement", "docs/evidence.md", "### A fault in the order", "### When attention follows", 19),
         ("alignment-over-time", "docs/evidence.md", "### When attention follows", "### The level alone", 36),
         ("overfitting", "docs/evidence.md", "### It does not keep", "### A lower alignment loss", 24),
-        ("loss-vs-score", "docs/evidence.md", "### A lower alignment loss", "## 5. What is not", 28),
+        ("loss-vs-score", "docs/evidence.md", "### A lower alignment loss", "### The learned pooling", 28),
+        ("pooling-over-training", "docs/evidence.md", "### The learned pooling", "## 5. What is not", 21),
         ("teacher-controls", "docs/evidence.md", "`lavender study teacher-controls`", "### Real weights", 32),
     ],
 )
@@ -55,6 +56,7 @@ def test_numbers_are_those_of_the_study(study, file, first, last, count):
         "overfitting",
         "mixing",
         "loss-vs-score",
+        "pooling-over-training",
         "ood",
     ],
 )

@@ -9,7 +9,7 @@ from lavender.world.language import caption_scene
 from lavender.world.scenes import scenes
 from lavender.world.studies.cells import Arm
 from lavender.world.studies.forms import RECIPE
-from lavender.world.studies.over_time import draw_over_time, row_of, steps_of
+from lavender.world.studies.over_time import draw_legend, draw_over_time, row_of, steps_of
 from lavender.world.studies.study import METRICS, Finding, Scores, Study, compare_pairs
 
 STEPS, SCORINGS = 400, 8
@@ -59,6 +59,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         draw_over_time(panel, results["arms"], COLOURS, metric, METRICS[metric])
     if maps:
         _draw_maps(parts[1], maps, results["settings"]["scoring"])
+    draw_legend(parts[0])
     figure.savefig(path, dpi=150)
 
 

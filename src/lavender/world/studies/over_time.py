@@ -84,4 +84,8 @@ def draw_over_time(panel: Any, scores: Mapping[str, Any], arms: Mapping[str, str
             panel.plot([step] * len(values), values, ".", color=colour)
     panel.set(xlabel="optimizer steps", title=title)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=8)
+
+
+def draw_legend(figure: Any) -> None:
+    """Name the arms once, beside the panels, which all have the same ones. For a figure with a constrained layout."""
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lavender.world.studies.cells import Arm
 from lavender.world.studies.forms import RECIPE
-from lavender.world.studies.over_time import at_each_step, draw_over_time, row_of, steps_of
+from lavender.world.studies.over_time import at_each_step, draw_legend, draw_over_time, row_of, steps_of
 from lavender.world.studies.study import METRICS, Finding, Scores, Study, compare_pairs, compare_values
 
 NUM_SCENES, STEPS, SCORINGS = 100, 600, 6
@@ -78,6 +78,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(SHOWN), 3.6), layout="constrained")
     for panel, metric in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
         draw_over_time(panel, results["arms"], COLOURS, metric, METRICS[metric])
+    draw_legend(figure)
     figure.savefig(path, dpi=150)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lavender.config import Pooling
 from lavender.world.studies.cells import Arm
-from lavender.world.studies.over_time import draw_over_time, row_of, steps_of
+from lavender.world.studies.over_time import draw_legend, draw_over_time, row_of, steps_of
 from lavender.world.studies.study import METRICS, Finding, Scores, Study, compare_pairs
 
 POOLINGS: tuple[Pooling, ...] = ("learn", "layer-mean", "layer-max", "max-max", "flow-sum", "flow-multi")
@@ -72,6 +72,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4.4 * len(SHOWN), 3.6), layout="constrained")
     for panel, metric in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
         draw_over_time(panel, scores, shown, metric, METRICS[metric])
+    draw_legend(figure)
     figure.savefig(path, dpi=150)
 
 
