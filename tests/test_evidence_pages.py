@@ -80,3 +80,12 @@ def test_numbers_of_real_weights_are_those_of_the_benchmark(file, first, last, c
     measured = {show([one[key] for one in arm]) for arm in arms.values() for key in arm[0] if key != "answers"}
     assert len(found) == count
     assert [number for number in found if number not in measured] == []
+
+
+def test_numbers_of_the_joint_teacher_are_those_of_the_benchmark():
+    text = (ROOT / "docs/teachers.md").read_text()
+    found = RANGE.findall(text[text.index("### Joint attention") : text.index("A uniform map has 0.092")])
+    arms = json.loads((EVIDENCE / "joint_teacher_sealed.json").read_text())["arms"]
+    measured = {show([one[key] for one in arm["seeds"]]) for arm in arms.values() for key in arm["seeds"][0]}
+    assert len(found) == 20
+    assert [number for number in found if number not in measured] == []
