@@ -2,7 +2,7 @@
 
     make weights-joint    # trains weights-work/joint_teacher
     python benchmarks/joint_teacher.py weights-work/joint_teacher --json PATH    # 3 × 100 development scenes
-    python benchmarks/joint_teacher.py weights-work/joint_teacher --split sealed --arms UNet "attention, one layer"
+    python benchmarks/joint_teacher.py weights-work/joint_teacher --split sealed --arms UNet "attention, layer 2"
     python benchmarks/joint_teacher.py --quick --json smoke.json    # smoke test: four scenes, random weights
 
 Both teachers saw as many pictures of the same kind, and their maps are read with one forward pass. Captions name every
@@ -44,11 +44,10 @@ ALL = {"transformer_blocks": 1.0}
 # the layers that point best alone
 SOME = {"transformer_blocks": 0.0} | {f"transformer_blocks.{layer}.": 1.0 for layer in (0, 3, 5)}
 ATTENTION: dict[str, dict[str, Any]] = {
-    "attention, one layer": {},
     "attention, all layers": {"layer_weights": ALL},
     "attention, layers 0, 3 and 5": {"layer_weights": SOME},
     **{f"attention, layer {layer}": {"expert_layer": layer} for layer in range(NUM_LAYERS)},
-    "attention, contrast": {"competition": "contrast"},
+    "attention, all layers, contrast": {"layer_weights": ALL, "competition": "contrast"},
 }
 CONCEPTS: dict[str, dict[str, Any]] = {
     "concepts, second half": {"space": "output"},
@@ -59,7 +58,7 @@ CONCEPTS: dict[str, dict[str, Any]] = {
 NOISE: dict[str, dict[str, Any]] = {
     f"{name}, t = {timestep}": {"timesteps": (timestep,), **settings}
     for name, settings in (
-        ("attention, one layer", {}),
+        ("attention, layer 2", {"expert_layer": 2}),
         ("attention, all layers", {"layer_weights": ALL}),
         ("attention, layers 0, 3 and 5", {"layer_weights": SOME}),
         ("concepts, second half", {"space": "output"}),
@@ -178,7 +177,7 @@ def main() -> None:
     split: Split = options.split
     options.seeds = options.seeds or ([1, 2, 3] if split == "sealed" else [40, 41, 42])
     if options.quick:
-        options.arms = [UNET, "attention, one layer", "concepts, second half", "attention, one layer, t = 500"]
+        options.arms = [UNET, "attention, layer 2", "concepts, second half", "attention, layer 2, t = 500"]
         options.split, options.seeds, options.scenes, options.controls = "development", [40], 4, 2
     results = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -53,11 +53,15 @@ class TestStableDiffusion3(Contract):
             "Do this: use --mode noise."
         )
 
-    def test_one_layer_before_the_middle_is_the_default(self, pipeline):
-        """Seg4Diff: block 9 of 24 at SD3-medium's depth; here 9/24 · 3, rounded."""
+    def test_block_9_is_the_default_of_24_blocks_and_all_of_another_depth(self, pipeline, own):
+        layers = Teacher(pipeline, ExtractionConfig()).layers((64, 64))
+        assert [layer.name for layer in layers] == [f"transformer_blocks.{index}.attn" for index in range(3)]
+        blocks = own.backbone.transformer_blocks
+        for index in range(3, 24):
+            blocks.append(blocks[index % 2])
         for size, grid in (((64, 64), (8, 8)), ((1024, 1024), (128, 128))):
-            (layer,) = Teacher(pipeline, ExtractionConfig()).layers(size)
-            assert (layer.name, layer.grid) == ("transformer_blocks.1.attn", grid)
+            (layer,) = Teacher(own.pipeline, ExtractionConfig()).layers(size)
+            assert (layer.name, layer.grid) == ("transformer_blocks.9.attn", grid)
 
     def test_the_default_settings_fit_models_of_a_larger_resolution(self, own):
         """SD3-medium's: latents of 128 × 128, 64 × 64 cells."""

@@ -113,6 +113,9 @@ class StableDiffusion3(TransformerFamily):
         return [replace(layer, module=block) for layer, block in zip(self.layers(latent_size), blocks, strict=True)]
 
     def default_weights(self) -> LayerWeights:
-        """Only the block whose attention segments best: block 9 of SD3-medium's 24 (Seg4Diff), scaled to the depth."""
+        """With 24 blocks, as SD3-medium has, only block 9, whose attention segments best (Seg4Diff); else all blocks.
+
+        The block at the same share of another depth was a bad choice (docs/teachers.md, "Joint attention").
+        """
         depth = len(self.pipeline.transformer.transformer_blocks)
-        return {"transformer_blocks": 0.0, f"transformer_blocks.{round(9 / 24 * depth)}.": 1.0}
+        return {"transformer_blocks": 0.0, "transformer_blocks.9.": 1.0} if depth == 24 else {}
