@@ -282,6 +282,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512, help="width of the decoder (512), 32 per head")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args()
+    fewest = FIRST_KEY + SIDE**2 + max(options.words) + 1
+    if not options.quick and min(options.tokens) < fewest:
+        parser.error(f"--tokens {min(options.tokens)}: the picture and the words take {fewest}; give more tokens")
     if options.quick:
         options.tokens, options.words, options.batch, options.runs = [640], [8, 16], [1], 2
         options.layers, options.width = 2, 128

@@ -89,3 +89,12 @@ def test_numbers_of_the_joint_teacher_are_those_of_the_benchmark():
     measured = {show([one[key] for one in arm["seeds"]]) for arm in arms.values() for key in arm["seeds"][0]}
     assert len(found) == 20
     assert [number for number in found if number not in measured] == []
+
+
+def test_numbers_of_its_students_are_those_of_the_benchmark():
+    text = (ROOT / "docs/teachers.md").read_text()
+    found = RANGE.findall(text[text.index("Do students gain from these maps?") : text.index("## Words")])
+    arms = json.loads((EVIDENCE / "joint_teacher_student.json").read_text())["arms"]
+    measured = {show(values) for scores in arms.values() for values in scores.values()}
+    assert len(found) == 20
+    assert [number for number in found if number not in measured] == []
