@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from lavender.teachers.diffusion.stable_diffusion import StableDiffusionXL
+from lavender.teachers.diffusion.teacher import Teacher
 from teachers import pipelines
 from teachers.basis import given_of
 from teachers.contract import Contract
@@ -33,6 +35,16 @@ class TestStableDiffusionXL(Contract):
             latents, timesteps, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
         ).sample
         assert torch.equal(family.predict(latents, timesteps, condition, size), expected)
+
+    def test_an_image_encoder_is_not_loaded(self, own, tmp_path):
+        """Maps do not use it. Its weights may even be missing."""
+        config = CLIPVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=8
+        )
+        own.pipeline.register_modules(image_encoder=CLIPVisionModelWithProjection(config))
+        own.pipeline.save_pretrained(tmp_path, safe_serialization=True)
+        (tmp_path / "image_encoder" / "model.safetensors").unlink()
+        assert Teacher.from_pretrained(tmp_path).pipeline.image_encoder is None
 
     def test_layers_come_in_the_order_in_which_they_run(self, family):
         """Two transformer layers at the lowest level, none at the highest."""
